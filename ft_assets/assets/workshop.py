@@ -1,0 +1,161 @@
+"""What every asset works with: the project, the artifact store, the launcher; and the one way to make an artifact.
+
+An artifact whose fingerprint is in the store already is returned as it is ("reused"); Dagster itself never skips.
+"""
+
+import importlib.metadata
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint
+from ft_assets.config import Project
+from ft_assets.errors import FtError
+from ft_assets.job import Job, StepResult
+from ft_assets.launcher import LocalLauncher, StepFailed
+
+Inputs = Mapping[str, tuple[Artifact, str | None]]  # name -> artifact and the part of it that is read
+Make = Callable[[Path], StepResult]
+
+LIBRARIES = {
+    "text": ("transformers", "tokenizers"),
+    "train": ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"),
+    "infer": ("torch", "transformers", "peft"),
+}
+OBSERVE_EVERY_SECONDS = 5.0
+
+
+def library_versions(kind: str | None) -> dict[str, str]:
+    """Return the versions of the libraries that decide a result of this kind."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES.get(kind or "", ())}
+
+
+class Workshop:
+    """A Dagster resource: holds no connection, only paths and settings."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.store = ArtifactStore(project.store_path)
+        self.launcher = LocalLauncher()
+
+    def materialize(
+        self,
+        context: dg.AssetExecutionContext,
+        *,
+        settings: Any,
+        inputs: Inputs | None = None,
+        libraries: str | None = None,
+        step: str | None = None,
+        make: Make | None = None,
+        step_settings: dict[str, Any] | None = None,
+        space: int = 0,
+    ) -> tuple[Artifact, bool]:
+        """Return (artifact, reused). Made by a step (a child process) or by `make` (in this process).
+
+        `settings` are what decides the content; `step_settings` what the step gets besides. Raises dg.Failure with the
+        user's error, without a retry.
+        """
+        inputs = inputs or {}
+        asset, partition = context.asset_key.path[-1], context.partition_key if context.has_partition_key and context.assets_def.partitions_def else None
+        code_version = context.assets_def.code_versions_by_key[context.asset_key] or "1"
+        environment = library_versions(libraries)
+        versions = {name: artifact.part_version(part) for name, (artifact, part) in inputs.items()}
+        version = fingerprint(asset, code_version, settings, versions, environment)
+        if (known := self.store.find(asset, partition, version)) is not None:
+            self.store.make_current(known, partition)
+            context.log.info(f"reused {asset} {version[:8]}: nothing that it depends on has changed")
+            return known, True
+        started = time.time()
+        self.store.require_space(space or 50_000_000, asset)
+        with self.store.staging(asset, partition) as staged:
+            if step is not None:
+                job = Job(
+                    step=step,
+                    asset=asset,
+                    partition=partition,
+                    fingerprint=version,
+                    settings={**(settings if isinstance(settings, dict) else {}), **(step_settings or {})},
+                    inputs={name.partition("#")[0]: artifact.path for name, (artifact, _) in inputs.items()},
+                    output=staged,
+                    checkpoints=self.store.checkpoints(asset, partition, version),
+                    work=self.store.root / ".work" / "jobs" / f"{asset}-{uuid.uuid4().hex[:8]}",
+                )
+                result = self.launcher.run(job, Live(context, partition))
+            else:
+                assert make is not None, "either a step or a function makes an artifact"
+                result = make(staged)
+            published = self.store.publish(
+                staged,
+                asset=asset,
+                partition=partition,
+                version=version,
+                code_version=code_version,
+                settings=settings,
+                inputs=versions,
+                environment=environment,
+                metrics=result.metrics,
+                parts=result.parts,
+                started=started,
+            )
+        shutil.rmtree(self.store.checkpoints(asset, partition, version), ignore_errors=True)
+        return published, False
+
+
+class Live:
+    """Shows a step's progress while it runs: a line in the log, and observations that the UI plots as `live/…`."""
+
+    def __init__(self, context: dg.AssetExecutionContext, partition: str | None) -> None:
+        self.context, self.partition, self.last = context, partition, 0.0
+
+    def __call__(self, message: Mapping[str, Any]) -> None:
+        numbers = {key: value for key, value in message.items() if key not in ("time", "message")}
+        training = message["message"] == "train"
+        if training and message["time"] - self.last < OBSERVE_EVERY_SECONDS and numbers["step"] not in (1, numbers["steps"]):
+            return
+        self.context.log.info(_line(message["message"], numbers))
+        if training:
+            self.last = message["time"]
+            metadata = {f"live/{key}": float(value) for key, value in numbers.items()}
+            self.context.log_event(dg.AssetObservation(self.context.asset_key, partition=self.partition, metadata=metadata))
+
+
+def _line(message: str, numbers: Mapping[str, Any]) -> str:
+    if message == "train":
+        left = divmod(int(numbers["seconds_left"]), 60)
+        return f"step {numbers['step']}/{numbers['steps']}  loss {numbers['loss']:.4f}  {numbers['tokens_per_s']:.0f} tokens/s  {numbers['memory_gb']:.1f} GB  {left[0]}:{left[1]:02d} left"
+    return message + "".join(f"  {key} {value}" for key, value in numbers.items())
+
+
+def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeResult:
+    """Return what Dagster stores of an artifact: its data version, its numbers, and where it lies."""
+    numbers = {key: value for key, value in artifact.metrics.items() if value is not None and isinstance(value, str | int | float | bool)}
+    seconds = artifact.manifest["finished"] - artifact.manifest["started"]
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(artifact.data_version),
+        metadata={
+            **numbers,
+            "reused": reused,
+            "made_in_seconds": round(seconds, 1),
+            "fingerprint": artifact.fingerprint,
+            "path": dg.MetadataValue.path(str(artifact.path)),
+            **metadata,
+        },
+    )
+
+
+class user_errors:
+    """Context that turns the user's errors into Dagster failures that are not retried and show one screen of text."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, FtError):
+            raise dg.Failure(description=str(error), metadata={key: value for key, value in error.to_dict().items() if value}, allow_retries=False) from None
+        if isinstance(error, StepFailed):
+            raise dg.Failure(description=str(error), metadata={"output": dg.MetadataValue.md(f"```\n{error.tail}\n```"), "exit_code": error.code}) from None

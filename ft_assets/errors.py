@@ -1,0 +1,67 @@
+"""The error tree. Every error a user can cause says where, what was found, what was expected, and what to do."""
+
+
+class FtError(Exception):
+    """Base of all errors that are the user's to fix: shown without a stack trace, exit code 2."""
+
+    def __init__(self, where: str, found: str, expected: str = "", fix: str = "") -> None:
+        self.where, self.found, self.expected, self.fix = where, found, expected, fix
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """Return the message as one line a fact."""
+        lines = [f"{self.where}: {self.found}"]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.fix:
+            lines.append(f"  to do:    {self.fix}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, str]:
+        """Return plain data that crosses the process wall; `from_dict` reads it."""
+        return {
+            "kind": type(self).__name__,
+            "where": self.where,
+            "found": self.found,
+            "expected": self.expected,
+            "fix": self.fix,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, str]) -> "FtError":
+        """Rebuild the error of the class it had in the child process."""
+        kinds = {kind.__name__: kind for kind in (FtError, *FtError.__subclasses__())}
+        kind = kinds.get(data["kind"], FtError)
+        return kind(data["where"], data["found"], data["expected"], data["fix"])
+
+
+class ConfigError(FtError):
+    """finetune.yaml (or a flag) says something that cannot be."""
+
+
+class DataError(FtError):
+    """A data file or a row of it cannot be used."""
+
+
+class ModelError(FtError):
+    """A base model cannot be found, read or used."""
+
+
+class TemplateError(FtError):
+    """A chat template is missing or cannot be proven right for the data."""
+
+
+class ArtifactError(FtError):
+    """An artifact is missing, damaged, or cannot be written."""
+
+
+class TrainingError(FtError):
+    """Training cannot start, diverged, or failed one of its proofs."""
+
+
+class EvaluationError(FtError):
+    """A score cannot be computed; it is never replaced by a guess."""
+
+
+class VerdictError(FtError):
+    """No PASS verdict exists for exactly these versions."""

