@@ -1,5 +1,6 @@
 """Assets of one base model up to its adapters: base, recipe, chat dataset, split, SFT, DPO."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ft_assets.assets.workshop import Workshop, result, user_errors
 from ft_assets.config import settings_version
 from ft_assets.data.split import overlaps, split, without_groups
 from ft_assets.data.tables import TOKENIZED, TOKENIZED_PREFERENCE, read_table, rows_version, write_table
-from ft_assets.evaluation.report import curve_plot, data_uri
+from ft_assets.evaluation.plots import curve_plot, data_uri
 from ft_assets.job import StepResult
 from ft_assets.models.source import read_template, source_identity
 
@@ -20,8 +21,6 @@ ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 
 
 def _curve(artifact: Artifact, title: str) -> dict[str, Any]:
-    import json
-
     path = artifact.path / "info" / "curve.json"
     if not path.exists():
         return {}

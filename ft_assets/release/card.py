@@ -1,8 +1,7 @@
 """The model card: what the merged model is made of, how good it is, and its limits."""
 
+import json
 from typing import Any
-
-from ft_assets.evaluation.report import to_json
 
 
 def model_card(partition: str, source: dict[str, Any], verdict: dict[str, Any], report_markdown: str, equivalence: dict[str, Any], recipe: dict[str, Any], versions: dict[str, str]) -> str:
@@ -23,5 +22,5 @@ def model_card(partition: str, source: dict[str, Any], verdict: dict[str, Any], 
     lines += ["", "## Merged model against base + adapter", "", "| measure | value |", "|---|---|"]
     lines += [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value} |" for name, value in equivalence.items()]
     lines += ["", "## Evaluation", "", report_markdown.replace("\n# ", "\n### ").replace("\n## ", "\n### ").lstrip("# ")]
-    lines += ["", "## Recipe", "", "```json", to_json(recipe), "```", "", "## Versions", "", "```json", to_json(versions), "```", ""]
+    lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=1), "```", "", "## Versions", "", "```json", json.dumps(versions, indent=1), "```", ""]
     return "\n".join(lines)

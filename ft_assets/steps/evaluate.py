@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.evaluation.candidates import score
-from ft_assets.evaluation.report import data_uri, markdown, score_plot, summarise, to_json
+from ft_assets.evaluation.plots import data_uri, score_plot
+from ft_assets.evaluation.report import markdown, summarise, to_json
 from ft_assets.evaluation.verdict import decide
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.steps._run import main

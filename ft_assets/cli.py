@@ -1,0 +1,146 @@
+"""`ft`: a thin face on Dagster and core for those who live in a terminal. Exit codes: 0 done, 1 refused or failed, 2 the user's to fix."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ft_assets.config import Project, find_config, load_project
+from ft_assets.errors import FtError
+
+app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune, prove, merge: the asset graph from a terminal.")
+
+
+def main() -> None:
+    """Entry point: a user's error is shown as one screen of text."""
+    try:
+        app()
+    except FtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def dagster_home(project: Project) -> Path:
+    """Return DAGSTER_HOME, by default .ft/dagster beside finetune.yaml, with our dagster.yaml in it."""
+    home = Path(os.environ.get("DAGSTER_HOME") or project.root / ".ft" / "dagster")
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["DAGSTER_HOME"] = str(home)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text(
+            "telemetry: {enabled: false}\n"
+            "# Pool gpu: one training or evaluation at a time, over all runs. Two GPUs: dagster instance concurrency set gpu 2\n"
+            "concurrency: {pools: {default_limit: 1, granularity: op}}\n"
+            "run_monitoring: {enabled: true, free_slots_after_run_end_seconds: 300}\n"
+        )
+    return home
+
+
+@app.command()
+def run(
+    base: Annotated[list[str] | None, typer.Option("--base", help="Base model; all by default.")] = None,
+    asset: Annotated[str, typer.Option("--asset", help="Asset selection, e.g. 'merged_model' or 'lora_adapter+'.")] = "*",
+) -> None:
+    """Materialize assets; steps whose inputs did not change are reused."""
+    project = load_project()
+    names = base or list(project.base_models)
+    for name in names:
+        project.base_model(name)
+    os.environ["FT_CONFIG"] = str(find_config())
+    dagster_home(project)
+    _quiet()
+    import dagster as dg
+
+    from ft_assets.definitions import defs
+
+    instance = dg.DagsterInstance.get()
+    job = defs.resolve_implicit_global_asset_job_def()
+    keys = _select(defs, asset)
+    partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)
+    failed = []
+    for name in names if partitioned else [None]:
+        print(f"\n{name or 'unpartitioned'}", file=sys.stderr)
+        outcome = job.execute_in_process(instance=instance, partition_key=name, asset_selection=keys, raise_on_error=False, run_config={"loggers": {"console": {}}}, tags={"ft/base_model": name} if name else None)
+        if not outcome.success:
+            failed.append(name or asset)
+    if failed:
+        print(f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _select(defs: Any, text: str) -> list[Any]:
+    import dagster as dg
+
+    graph = defs.resolve_asset_graph()
+    try:
+        keys = dg.AssetSelection.from_string(text).resolve(graph)
+    except Exception as error:  # Dagster's own parse errors have no common class
+        raise FtError(f"--asset {text}", str(error).splitlines()[0], "an asset name or selection", f"assets: {', '.join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))}") from None
+    return [key for key in keys if key in graph.materializable_asset_keys]
+
+
+def _quiet() -> None:
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("dagster").setLevel(logging.ERROR)
+
+
+@app.command()
+def report(base: Annotated[str | None, typer.Option("--base", help="Base model; all by default.")] = None) -> None:
+    """Print the evaluation report."""
+    from ft_assets.artifacts import ArtifactStore
+
+    project = load_project()
+    store = ArtifactStore(project.store_path)
+    for name in [base] if base else list(project.base_models):
+        project.base_model(name)
+        print((store.need("eval_report", name).path / "report.md").read_text())
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="One message; without it, a conversation line by line.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model; the first by default.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System turn; by default the one of the training data.")] = None,
+) -> None:
+    """Talk to the base and to the merged model side by side."""
+    from ft_assets.chat.side_by_side import SideBySide
+
+    project = load_project()
+    name = base or next(iter(project.base_models))
+    project.base_model(name)
+    pair = SideBySide(project, name, system)
+    lines = [message] if message else _prompted()
+    for line in lines:
+        for who, text in pair.answers(line):
+            print(f"{who:>7}: {text}")
+
+
+def _prompted() -> Any:
+    print("an empty line or Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            line = input("you: ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> None:
+    """Open the Dagster UI (webserver and daemon) on the instance that `ft run` fills. Bound to this machine only."""
+    project = load_project()
+    os.environ["FT_CONFIG"] = str(find_config())
+    dagster_home(project)
+    program = str(Path(sys.executable).with_name("dagster"))
+    os.execv(program, [program, "dev", "-m", "ft_assets.definitions", "-h", "127.0.0.1", "-p", str(port)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The code location: assets, checks, automation and resources of the project that finetune.yaml describes."""
+
+import warnings
+
+import dagster as dg
+
+warnings.filterwarnings("ignore", category=dg.PreviewWarning)  # partitioned asset checks
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
+
+from ft_assets.assets import data  # noqa: E402
+from ft_assets.assets.release import release_assets  # noqa: E402
+from ft_assets.assets.training import training_assets  # noqa: E402
+from ft_assets.assets.workshop import Workshop  # noqa: E402
+from ft_assets.automation import automation  # noqa: E402
+from ft_assets.config import Project, load_project  # noqa: E402
+from ft_assets.console import console  # noqa: E402
+
+
+def build(project: Project) -> dg.Definitions:
+    """Return the definitions of a project: one partition a base model."""
+    base_models = dg.StaticPartitionsDefinition(list(project.base_models))
+    trained, trained_checks = training_assets(base_models)
+    released, released_checks = release_assets(base_models)
+    schedules, sensors, jobs = automation(project, base_models)
+    return dg.Definitions(
+        assets=[*data.ASSETS, *trained, *released],
+        asset_checks=[*data.CHECKS, *trained_checks, *released_checks],
+        jobs=jobs,
+        schedules=schedules,
+        sensors=sensors,
+        resources={"workshop": Workshop(project)},
+        loggers={"console": console},
+        # Every heavy step is a child process of the launcher already: a process a step more would only cost time.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = build(load_project())
