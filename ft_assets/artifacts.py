@@ -119,7 +119,10 @@ class ArtifactStore:
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise ArtifactError(
-                str(self.root), f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB for {what}", "free some space, or set store: to another disk"
+                str(self.root),
+                f"{free / 1e9:.2f} GB free",
+                f"{needed / 1e9:.2f} GB for {what}",
+                "free some space, or set store: to another disk",
             )
 
     @contextmanager
@@ -132,7 +135,9 @@ class ArtifactStore:
             yield path
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise ArtifactError(str(home), "the disk is full", "free space", "free some space, or set store: to another disk") from error
+                raise ArtifactError(
+                    str(home), "the disk is full", "free space", "free some space, or set store: to another disk"
+                ) from error
             raise
         finally:
             shutil.rmtree(path, ignore_errors=True)
@@ -191,9 +196,16 @@ def verify_files(artifact: Artifact) -> None:
     for name, entry in artifact.manifest["files"].items():
         path = artifact.path / name
         if not path.is_file():
-            raise ArtifactError(str(path), "is missing", "the file of the manifest", f"delete {artifact.path} and materialize {artifact.asset} again")
+            raise ArtifactError(
+                str(path), "is missing", "the file of the manifest", f"delete {artifact.path} and materialize {artifact.asset} again"
+            )
         if file_sha256(path) != entry["sha256"]:
-            raise ArtifactError(str(path), "was changed after it was published", f"sha256 {entry['sha256'][:12]}…", f"delete {artifact.path} and materialize {artifact.asset} again")
+            raise ArtifactError(
+                str(path),
+                "was changed after it was published",
+                f"sha256 {entry['sha256'][:12]}…",
+                f"delete {artifact.path} and materialize {artifact.asset} again",
+            )
 
 
 def _fsync(path: Path) -> None:

@@ -11,7 +11,12 @@ import typer
 from ft_assets.config import Project, find_config, load_project
 from ft_assets.errors import FtError
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune, prove, merge: the asset graph from a terminal.")
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune, prove, merge: the asset graph from a terminal.",
+)
 
 
 def main() -> None:
@@ -63,7 +68,14 @@ def run(
     failed = []
     for name in names if partitioned else [None]:
         print(f"\n{name or 'unpartitioned'}", file=sys.stderr)
-        outcome = job.execute_in_process(instance=instance, partition_key=name, asset_selection=keys, raise_on_error=False, run_config={"loggers": {"console": {}}}, tags={"ft/base_model": name} if name else None)
+        outcome = job.execute_in_process(
+            instance=instance,
+            partition_key=name,
+            asset_selection=keys,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {}}},
+            tags={"ft/base_model": name} if name else None,
+        )
         if not outcome.success:
             failed.append(name or asset)
     if failed:
@@ -78,7 +90,12 @@ def _select(defs: Any, text: str) -> list[Any]:
     try:
         keys = dg.AssetSelection.from_string(text).resolve(graph)
     except Exception as error:  # Dagster's own parse errors have no common class
-        raise FtError(f"--asset {text}", str(error).splitlines()[0], "an asset name or selection", f"assets: {', '.join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))}") from None
+        raise FtError(
+            f"--asset {text}",
+            str(error).splitlines()[0],
+            "an asset name or selection",
+            f"assets: {', '.join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))}",
+        ) from None
     return [key for key in keys if key in graph.materializable_asset_keys]
 
 

@@ -214,14 +214,22 @@ def load_project(path: Path | None = None) -> Project:
     project = _validated(path, Project, {**raw, "root": path.parent.resolve()}, ())
     for name in project.base_models:
         if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
-            raise ConfigError(f"{path}: base_models.{name}", "has a character that a file name cannot hold", "letters, digits, . _ -", "rename it")
+            raise ConfigError(
+                f"{path}: base_models.{name}", "has a character that a file name cannot hold", "letters, digits, . _ -", "rename it"
+            )
         _check_overrides(path, project, name)
     return project
 
 
 def _check_overrides(path: Path, project: Project, name: str) -> None:
     model = project.base_models[name]
-    for section, kind in (("chat", ChatSettings), ("lora", LoraSettings), ("sft", SftSettings), ("dpo", DpoSettings), ("evaluation", EvaluationSettings)):
+    for section, kind in (
+        ("chat", ChatSettings),
+        ("lora", LoraSettings),
+        ("sft", SftSettings),
+        ("dpo", DpoSettings),
+        ("evaluation", EvaluationSettings),
+    ):
         merged = {**getattr(project, section).model_dump(), **getattr(model, section)}
         _validated(path, kind, merged, ("base_models", name, section))
 

@@ -18,6 +18,8 @@ class RunFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         meta: Any = getattr(record, "dagster_meta", None) or {}
         event = getattr(record, "dagster_event", None) or (meta.get("dagster_event") if isinstance(meta, dict) else None)
+        if event is None and record.levelno < logging.INFO:
+            return ""
         text = self._event(event) if event is not None else self._line(meta, record)
         clock = divmod(int(time.time() - self.begun), 60)
         return "\n".join(f"{clock[0]:2d}:{clock[1]:02d}  {line}" for line in text.splitlines()) if text else ""
@@ -32,7 +34,13 @@ class RunFormatter(logging.Formatter):
         if kind == "ASSET_MATERIALIZATION":
             materialization = event.step_materialization_data.materialization
             metadata = materialization.metadata
-            how = "reused" if "reused" in metadata and metadata["reused"].value else f"{metadata['made_in_seconds'].value:.1f} s" if "made_in_seconds" in metadata else ""
+            how = (
+                "reused"
+                if "reused" in metadata and metadata["reused"].value
+                else f"{metadata['made_in_seconds'].value:.1f} s"
+                if "made_in_seconds" in metadata
+                else ""
+            )
             partition = f"[{materialization.partition}]" if materialization.partition else ""
             return f"● {materialization.asset_key.to_user_string()}{partition}  {how}"
         if kind == "ASSET_CHECK_EVALUATION":
@@ -60,7 +68,7 @@ class RunHandler(logging.StreamHandler):
 @dg.logger(description="One line an event that a person cares about.")
 def console(init_context: dg.InitLoggerContext) -> logging.Logger:
     """Return the logger of a run's terminal."""
-    logger = logging.Logger("ft", level=logging.INFO)
+    logger = logging.Logger("ft", level=logging.DEBUG)
     handler = RunHandler(sys.stderr)
     handler.setFormatter(RunFormatter())
     logger.addHandler(handler)

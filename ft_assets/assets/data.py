@@ -36,7 +36,13 @@ def schema_metadata(schema: pa.Schema) -> dict[str, Any]:
 def data_content(project: Project, keys: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Return, for each key of `data`, its files with their hashes: what decides the rows."""
     settings = project.data.model_dump()
-    return {key: [(str(path.relative_to(project.root) if path.is_relative_to(project.root) else path), file_sha256(path)) for path in resolve_files(project.root, settings[key], f"data.{key}")] for key in keys}
+    return {
+        key: [
+            (str(path.relative_to(project.root) if path.is_relative_to(project.root) else path), file_sha256(path))
+            for path in resolve_files(project.root, settings[key], f"data.{key}")
+        ]
+        for key in keys
+    }
 
 
 def read_validated(project: Project, key: str, form: Callable[[dict[str, Any]], dict[str, Any]]) -> Validated:
@@ -45,7 +51,12 @@ def read_validated(project: Project, key: str, form: Callable[[dict[str, Any]], 
     validated = validate((row for path in files for row in read_rows(path)), form)
     if validated.invalid_share > project.data.max_invalid:
         first = "\n".join(f"    {row['where']}: {row['problem']}" for row in validated.rejected[:5])
-        raise DataError(f"data.{key}", f"{len(validated.rejected)} of {validated.total} rows cannot be used:\n{first}", f"at most {project.data.max_invalid:.1%} (data.max_invalid)", "correct the rows, or raise data.max_invalid to leave them out")
+        raise DataError(
+            f"data.{key}",
+            f"{len(validated.rejected)} of {validated.total} rows cannot be used:\n{first}",
+            f"at most {project.data.max_invalid:.1%} (data.max_invalid)",
+            "correct the rows, or raise data.max_invalid to leave them out",
+        )
     return validated
 
 
@@ -58,7 +69,9 @@ def _sample(artifact: Artifact, name: str) -> Any:
     return dg.MetadataValue.md("\n".join(lines))
 
 
-@dg.asset(deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="1", metadata=schema_metadata(CONVERSATION))
+@dg.asset(
+    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="1", metadata=schema_metadata(CONVERSATION)
+)
 def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated conversations in one canonical form, each with a stable id: for training, held-out, retention and few-shot."""
     keys = {"train": "conversations", "heldout": "heldout", "retention": "retention", "few_shot": "few_shot"}
@@ -71,18 +84,33 @@ def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Wo
             write_table(output / f"{name}.parquet", validated.rows, CONVERSATION)
             parts[name] = rows_version(validated.rows)
             rejected += validated.rejected
-            metrics |= {f"{name}_rows": len(validated.rows), f"{name}_duplicates": validated.duplicates, f"{name}_rejected": len(validated.rejected)}
+            metrics |= {
+                f"{name}_rows": len(validated.rows),
+                f"{name}_duplicates": validated.duplicates,
+                f"{name}_rejected": len(validated.rejected),
+            }
         (output / "info").mkdir()
         write_table(output / "info" / "rejected.parquet", rejected, REJECTED)
-        return StepResult({**metrics, "rejected": len(rejected), "first_rejected": f"{rejected[0]['where']}: {rejected[0]['problem']}" if rejected else None}, parts)
+        return StepResult(
+            {
+                **metrics,
+                "rejected": len(rejected),
+                "first_rejected": f"{rejected[0]['where']}: {rejected[0]['problem']}" if rejected else None,
+            },
+            parts,
+        )
 
     with user_errors():
         settings = {"files": data_content(workshop.project, list(keys)), "max_invalid": workshop.project.data.max_invalid}
         artifact, reused = workshop.materialize(context, settings=settings, make=make)
-    return result(artifact, reused, sample=_sample(artifact, "conversations"), **{"dagster/row_count": artifact.metrics["conversations_rows"]})
+    return result(
+        artifact, reused, sample=_sample(artifact, "conversations"), **{"dagster/row_count": artifact.metrics["conversations_rows"]}
+    )
 
 
-@dg.asset(deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="1", metadata=schema_metadata(PREFERENCE))
+@dg.asset(
+    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="1", metadata=schema_metadata(PREFERENCE)
+)
 def raw_preferences(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated preference triples: a prompt, the chosen answer, the rejected one. Empty if finetune.yaml names none."""
 
@@ -92,7 +120,13 @@ def raw_preferences(context: dg.AssetExecutionContext, workshop: dg.ResourcePara
         (output / "info").mkdir()
         write_table(output / "info" / "rejected.parquet", validated.rejected, REJECTED)
         metrics = {"rows": len(validated.rows), "duplicates": validated.duplicates, "rejected": len(validated.rejected)}
-        return StepResult({**metrics, "first_rejected": f"{validated.rejected[0]['where']}: {validated.rejected[0]['problem']}" if validated.rejected else None}, {"preferences": rows_version(validated.rows)})
+        return StepResult(
+            {
+                **metrics,
+                "first_rejected": f"{validated.rejected[0]['where']}: {validated.rejected[0]['problem']}" if validated.rejected else None,
+            },
+            {"preferences": rows_version(validated.rows)},
+        )
 
     with user_errors():
         settings = {"files": data_content(workshop.project, ["preferences"]), "max_invalid": workshop.project.data.max_invalid}
@@ -107,7 +141,11 @@ def rows_are_valid(workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
     rejected, total = metrics["rejected"], metrics["conversations_rows"] + metrics["rejected"]
     share = rejected / total if total else 1.0
     text = f"{rejected} of {total} rows were left out" + (f", first {metrics['first_rejected']}" if rejected else "")
-    return dg.AssetCheckResult(passed=rejected == 0, severity=dg.AssetCheckSeverity.ERROR if share > workshop.project.data.max_invalid else dg.AssetCheckSeverity.WARN, description=text)
+    return dg.AssetCheckResult(
+        passed=rejected == 0,
+        severity=dg.AssetCheckSeverity.ERROR if share > workshop.project.data.max_invalid else dg.AssetCheckSeverity.WARN,
+        description=text,
+    )
 
 
 ASSETS = [data_files, raw_dataset, raw_preferences]

@@ -28,7 +28,15 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
     """Return the assets and checks; all but the leaderboard are partitioned by base model."""
     trained = [dg.AssetKey(name) for name in ("base_model", "recipe", "heldout_split", "lora_adapter", "dpo_adapter")]
 
-    @dg.asset(partitions_def=base_models, deps=[*trained, dg.AssetKey("raw_dataset")], group_name="evaluation", owners=OWNERS, kinds={"report"}, code_version="1", pool=GPU_POOL)
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[*trained, dg.AssetKey("raw_dataset")],
+        group_name="evaluation",
+        owners=OWNERS,
+        kinds={"report"},
+        code_version="1",
+        pool=GPU_POOL,
+    )
     def eval_report(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """Base, prompted base, SFT and DPO on the same held-out rows, paired; general prompts; and the verdict."""
         name, project = context.partition_key, workshop.project
@@ -37,7 +45,12 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             gate = project.gate.model_dump(mode="json", exclude={"override", "min_top1_agreement"})
             artifact, reused = workshop.materialize(
                 context,
-                settings={"evaluation": project.recipe(name).evaluation.model_dump(mode="json"), "gate": gate, "few_shot_system": project.data.few_shot_system, "has_dpo": used["dpo_adapter"].metrics["pairs"] > 0},
+                settings={
+                    "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
+                    "gate": gate,
+                    "few_shot_system": project.data.few_shot_system,
+                    "has_dpo": used["dpo_adapter"].metrics["pairs"] > 0,
+                },
                 inputs={
                     **{asset: (used[asset], None) for asset in ("base_model", "lora_adapter", "dpo_adapter")},
                     **{f"heldout_split#{part}": (used["heldout_split"], part) for part in ("heldout", "retention")},
@@ -51,14 +64,25 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         text = (artifact.path / "report.md").read_text()
         return result(artifact, reused, report=dg.MetadataValue.md(f"![scores]({picture})\n\n{text}"))
 
-    @dg.asset_check(asset=eval_report, blocking=True, partitions_def=base_models, description="Held-out quality is above the base's, proven: the verdict is PASS.")
+    @dg.asset_check(
+        asset=eval_report,
+        blocking=True,
+        partitions_def=base_models,
+        description="Held-out quality is above the base's, proven: the verdict is PASS.",
+    )
     def better_than_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail on FAIL and on INCONCLUSIVE."""
         verdict = decide(_report(workshop, context.partition_key), workshop.project.gate)
         blocking = ERROR if workshop.project.gate.override is None else WARN
-        return dg.AssetCheckResult(passed=verdict["status"] == PASS, severity=blocking, description=f"{verdict['status']}: {'; '.join(verdict['reasons'])}")
+        return dg.AssetCheckResult(
+            passed=verdict["status"] == PASS, severity=blocking, description=f"{verdict['status']}: {'; '.join(verdict['reasons'])}"
+        )
 
-    @dg.asset_check(asset=eval_report, partitions_def=base_models, description="The fine-tune beats the base with a few-shot prompt; else prompting would do.")
+    @dg.asset_check(
+        asset=eval_report,
+        partitions_def=base_models,
+        description="The fine-tune beats the base with a few-shot prompt; else prompting would do.",
+    )
     def better_than_prompting(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn if a prompted base is as good."""
         report = _report(workshop, context.partition_key)
@@ -66,18 +90,36 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         if "few_shot" not in report["scores"]:
             return dg.AssetCheckResult(passed=False, severity=WARN, description="not compared: data.few_shot names no examples")
         entry = report["comparisons"][best]["few_shot"][report["metric"]]
-        return dg.AssetCheckResult(passed=entry["low"] > 0, severity=WARN, description=f"{best} against the few-shot prompt: {entry['mean']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]")
+        return dg.AssetCheckResult(
+            passed=entry["low"] > 0,
+            severity=WARN,
+            description=f"{best} against the few-shot prompt: {entry['mean']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]",
+        )
 
-    @dg.asset_check(asset=eval_report, blocking=True, partitions_def=base_models, description="The model to merge did not get worse on general prompts.")
+    @dg.asset_check(
+        asset=eval_report, blocking=True, partitions_def=base_models, description="The model to merge did not get worse on general prompts."
+    )
     def nothing_forgotten(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if the loss on the retention set rose by more than gate.max_retention_loss."""
         report, gate = _report(workshop, context.partition_key), workshop.project.gate
         entry = report["retention"][decide(report, gate)["candidate"] or "sft"]
         if entry is None:
             return dg.AssetCheckResult(passed=False, severity=WARN, description="not measured: data.retention names no prompts")
-        return dg.AssetCheckResult(passed=entry["mean"] <= gate.max_retention_loss, severity=ERROR if gate.override is None else WARN, description=f"general loss {entry['mean']:+.3f} nats/token [{entry['low']:+.3f}, {entry['high']:+.3f}], at most {gate.max_retention_loss}")
+        return dg.AssetCheckResult(
+            passed=entry["mean"] <= gate.max_retention_loss,
+            severity=ERROR if gate.override is None else WARN,
+            description=f"general loss {entry['mean']:+.3f} nats/token [{entry['low']:+.3f}, {entry['high']:+.3f}], at most {gate.max_retention_loss}",
+        )
 
-    @dg.asset(partitions_def=base_models, deps=[*trained, eval_report], group_name="release", owners=OWNERS, kinds={"huggingface"}, code_version="1", pool=GPU_POOL)
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[*trained, eval_report],
+        group_name="release",
+        owners=OWNERS,
+        kinds={"huggingface"},
+        code_version="1",
+        pool=GPU_POOL,
+    )
     def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """The bf16 model to serve: base + proven adapter, compared with them from disk. Exists only behind a PASS."""
         name, project, store = context.partition_key, workshop.project, workshop.store
@@ -91,8 +133,17 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
             artifact, reused = workshop.materialize(
                 context,
-                settings={"candidate": verdict["candidate"], "override": verdict.get("override"), "min_top1_agreement": project.gate.min_top1_agreement},
-                inputs={"base_model": (used["base_model"], None), "adapter": (adapter, None), "eval_report": (report, None), "heldout_split#heldout": (used["heldout_split"], "heldout")},
+                settings={
+                    "candidate": verdict["candidate"],
+                    "override": verdict.get("override"),
+                    "min_top1_agreement": project.gate.min_top1_agreement,
+                },
+                inputs={
+                    "base_model": (used["base_model"], None),
+                    "adapter": (adapter, None),
+                    "eval_report": (report, None),
+                    "heldout_split#heldout": (used["heldout_split"], "heldout"),
+                },
                 step="merge",
                 step_settings={
                     "verdict": verdict,
@@ -107,12 +158,20 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         card = (artifact.path / "README.md").read_text().split("---", 2)[-1]
         return result(artifact, reused, model_card=dg.MetadataValue.md(card))
 
-    @dg.asset_check(asset=merged_model, blocking=True, partitions_def=base_models, description="The merged model, read from disk, answers as base + adapter do.")
+    @dg.asset_check(
+        asset=merged_model,
+        blocking=True,
+        partitions_def=base_models,
+        description="The merged model, read from disk, answers as base + adapter do.",
+    )
     def merge_is_equivalent(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail below gate.min_top1_agreement, or if tokenizer or template differ."""
         metrics, least = workshop.store.need("merged_model", context.partition_key).metrics, workshop.project.gate.min_top1_agreement
         passed = metrics["top1_agreement"] >= least and metrics["same_tokenizer_and_template"]
-        return dg.AssetCheckResult(passed=bool(passed), description=f"top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows, greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats")
+        return dg.AssetCheckResult(
+            passed=bool(passed),
+            description=f"top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows, greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats",
+        )
 
     @dg.asset(deps=[eval_report, merged_model], group_name="release", owners=OWNERS, kinds={"table"}, code_version="1")
     def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -126,7 +185,9 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
 
         with user_errors():
             known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
-            artifact, reused = workshop.materialize(context, settings={"base_models": sorted(reports), "table": lines}, inputs=known, make=make)
+            artifact, reused = workshop.materialize(
+                context, settings={"base_models": sorted(reports), "table": lines}, inputs=known, make=make
+            )
         return result(artifact, reused, leaderboard=dg.MetadataValue.md((artifact.path / "leaderboard.md").read_text()))
 
     assets = [eval_report, merged_model, leaderboard]
@@ -134,7 +195,10 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
 
 
 def _table(workshop: Workshop, reports: dict[str, Artifact | None]) -> list[str]:
-    lines = ["| base model | verdict | merged | base | few-shot | SFT | DPO | general loss | held-out rows | trained in s |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| base model | verdict | merged | base | few-shot | SFT | DPO | general loss | held-out rows | trained in s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     rows = []
     for name, artifact in reports.items():
         if artifact is None:
@@ -142,10 +206,25 @@ def _table(workshop: Workshop, reports: dict[str, Artifact | None]) -> list[str]
             continue
         report = json.loads((artifact.path / "report.json").read_text())
         verdict, metric = decide(report, workshop.project.gate), report["metric"]
-        cells = [f"{report['scores'][candidate][metric]:.3f}" if candidate in report["scores"] else "–" for candidate in ("base", "few_shot", "sft", "dpo")]
+        cells = [
+            f"{report['scores'][candidate][metric]:.3f}" if candidate in report["scores"] else "–"
+            for candidate in ("base", "few_shot", "sft", "dpo")
+        ]
         best = verdict["candidate"] or "sft"
         retention = report["retention"][best]
-        seconds = sum((trained.metrics.get("seconds", 0.0) for asset in ("lora_adapter", "dpo_adapter") if (trained := workshop.store.current(asset, name))), 0.0)
+        seconds = sum(
+            (
+                trained.metrics.get("seconds", 0.0)
+                for asset in ("lora_adapter", "dpo_adapter")
+                if (trained := workshop.store.current(asset, name))
+            ),
+            0.0,
+        )
         loss = f"{retention['mean']:+.3f}" if retention else "–"
-        rows.append((report["scores"][best][metric], f"| {name} | {verdict['status']} | {verdict['candidate'] or '–'} | {' | '.join(cells)} | {loss} | {report['heldout_rows']} | {seconds:.0f} |"))
+        rows.append(
+            (
+                report["scores"][best][metric],
+                f"| {name} | {verdict['status']} | {verdict['candidate'] or '–'} | {' | '.join(cells)} | {loss} | {report['heldout_rows']} | {seconds:.0f} |",
+            )
+        )
     return lines + [line for _, line in sorted(rows, key=lambda row: -row[0])]

@@ -63,7 +63,15 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
             artifact, reused = workshop.materialize(context, settings=resolved.model_dump(mode="json"), make=make)
         return result(artifact, reused, recipe=dg.MetadataValue.json(resolved.model_dump(mode="json")))
 
-    @dg.asset(partitions_def=base_models, deps=[raw_dataset, raw_preferences, base_model, recipe], group_name="data", owners=OWNERS, kinds={"huggingface", "parquet"}, code_version="1", metadata=schema_metadata(TOKENIZED))
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[raw_dataset, raw_preferences, base_model, recipe],
+        group_name="data",
+        owners=OWNERS,
+        kinds={"huggingface", "parquet"},
+        code_version="1",
+        metadata=schema_metadata(TOKENIZED),
+    )
     def chat_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """Every conversation rendered and tokenized with this model's template, with the loss mask; each row proven."""
         store, name = workshop.store, context.partition_key
@@ -82,23 +90,46 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
             )
         return result(artifact, reused, **{"dagster/partition_row_count": artifact.metrics["conversations_rows"]})
 
-    @dg.asset_check(asset=chat_dataset, blocking=True, partitions_def=base_models, description="Train context equals generation context, the mask covers the answer and its end of turn, one BOS: on every row.")
+    @dg.asset_check(
+        asset=chat_dataset,
+        blocking=True,
+        partitions_def=base_models,
+        description="Train context equals generation context, the mask covers the answer and its end of turn, one BOS: on every row.",
+    )
     def every_row_is_proven(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if the template could not be proven right for any row."""
         metrics = workshop.store.need("chat_dataset", context.partition_key).metrics
-        text = f"{metrics['refused']} of {metrics['total']} rows could not be proven" + (f", first {metrics['first_refused']}" if metrics["refused"] else "")
+        text = f"{metrics['refused']} of {metrics['total']} rows could not be proven" + (
+            f", first {metrics['first_refused']}" if metrics["refused"] else ""
+        )
         return dg.AssetCheckResult(passed=metrics["refused"] == 0, description=text)
 
-    @dg.asset_check(asset=chat_dataset, blocking=True, partitions_def=base_models, description="Few rows are longer than chat.max_length; a longer row is left out whole, never cut.")
+    @dg.asset_check(
+        asset=chat_dataset,
+        blocking=True,
+        partitions_def=base_models,
+        description="Few rows are longer than chat.max_length; a longer row is left out whole, never cut.",
+    )
     def few_rows_are_too_long(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail above chat.max_truncated, warn if any row is too long."""
-        metrics, chat = workshop.store.need("chat_dataset", context.partition_key).metrics, workshop.project.recipe(context.partition_key).chat
+        metrics, chat = (
+            workshop.store.need("chat_dataset", context.partition_key).metrics,
+            workshop.project.recipe(context.partition_key).chat,
+        )
         left_out = sum(value for key, value in metrics.items() if key.endswith("_too_long"))
         share = left_out / metrics["total"] if metrics["total"] else 0.0
         text = f"{left_out} of {metrics['total']} rows are longer than {chat.max_length} tokens and were left out"
         return dg.AssetCheckResult(passed=left_out == 0, severity=ERROR if share > chat.max_truncated else WARN, description=text)
 
-    @dg.asset(partitions_def=base_models, deps=[chat_dataset], group_name="data", owners=OWNERS, kinds={"parquet"}, code_version="1", metadata=schema_metadata(TOKENIZED))
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[chat_dataset],
+        group_name="data",
+        owners=OWNERS,
+        kinds={"parquet"},
+        code_version="1",
+        metadata=schema_metadata(TOKENIZED),
+    )
     def heldout_split(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """Train and held-out rows by hash of their prompt: the same for every base model, and growing data moves no row."""
         data = workshop.project.data
@@ -106,37 +137,78 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
             chat = workshop.store.need("chat_dataset", context.partition_key)
 
             def make(output: Path) -> StepResult:
-                rows = {name: read_table(chat.path / f"{name}.parquet") for name in ("conversations", "heldout", "retention", "preferences")}
+                rows = {
+                    name: read_table(chat.path / f"{name}.parquet") for name in ("conversations", "heldout", "retention", "preferences")
+                }
                 train, heldout, removed = split(rows["conversations"], data.heldout_share, data.split_salt, rows["heldout"])
                 kept_out = {row["group"] for row in (*heldout, *rows["retention"])}
                 pairs = without_groups(rows["preferences"], kept_out)
                 parts = {}
-                for name, side, schema in (("train", train, TOKENIZED), ("heldout", heldout, TOKENIZED), ("retention", rows["retention"], TOKENIZED), ("preferences", pairs, TOKENIZED_PREFERENCE)):
+                for name, side, schema in (
+                    ("train", train, TOKENIZED),
+                    ("heldout", heldout, TOKENIZED),
+                    ("retention", rows["retention"], TOKENIZED),
+                    ("preferences", pairs, TOKENIZED_PREFERENCE),
+                ):
                     write_table(output / f"{name}.parquet", side, schema)
                     parts[name] = rows_version(side)
-                metrics = {"train_rows": len(train), "heldout_rows": len(heldout), "retention_rows": len(rows["retention"]), "preference_pairs": len(pairs), "train_rows_removed": removed, "pairs_removed": len(rows["preferences"]) - len(pairs)}
+                metrics = {
+                    "train_rows": len(train),
+                    "heldout_rows": len(heldout),
+                    "retention_rows": len(rows["retention"]),
+                    "preference_pairs": len(pairs),
+                    "train_rows_removed": removed,
+                    "pairs_removed": len(rows["preferences"]) - len(pairs),
+                }
                 return StepResult(metrics, parts)
 
-            artifact, reused = workshop.materialize(context, settings={"share": data.heldout_share, "salt": data.split_salt, "fixed": bool(data.heldout)}, inputs={"chat_dataset": (chat, None)}, make=make)
+            artifact, reused = workshop.materialize(
+                context,
+                settings={"share": data.heldout_share, "salt": data.split_salt, "fixed": bool(data.heldout)},
+                inputs={"chat_dataset": (chat, None)},
+                make=make,
+            )
         return result(artifact, reused, **{"dagster/partition_row_count": artifact.metrics["train_rows"]})
 
-    @dg.asset_check(asset=heldout_split, blocking=True, partitions_def=base_models, description="No prompt stands on two sides: train, preferences, held-out, retention.")
+    @dg.asset_check(
+        asset=heldout_split,
+        blocking=True,
+        partitions_def=base_models,
+        description="No prompt stands on two sides: train, preferences, held-out, retention.",
+    )
     def nothing_leaks(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail with the first offending pair of ids (train and preferences may share prompts)."""
         path = workshop.store.need("heldout_split", context.partition_key).path
         sides = {name: read_table(path / f"{name}.parquet") for name in ("train", "preferences", "heldout", "retention")}
         trained = [*sides.pop("train"), *sides.pop("preferences")]
         found = overlaps(trained=trained, **sides)
-        text = f"{found[0][0]} {found[0][1]} and {found[0][2]} {found[0][3]} share their prompt ({len(found)} in all)" if found else "no prompt stands on two sides"
+        text = (
+            f"{found[0][0]} {found[0][1]} and {found[0][2]} {found[0][3]} share their prompt ({len(found)} in all)"
+            if found
+            else "no prompt stands on two sides"
+        )
         return dg.AssetCheckResult(passed=not found, description=text, metadata={"overlaps": len(found)})
 
     @dg.asset_check(asset=heldout_split, partitions_def=base_models, description="Enough held-out rows to tell a better model from luck.")
     def heldout_is_large_enough(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn below gate.min_heldout_rows."""
-        rows, least = workshop.store.need("heldout_split", context.partition_key).metrics["heldout_rows"], workshop.project.gate.min_heldout_rows
-        return dg.AssetCheckResult(passed=rows >= least, severity=WARN, description=f"{rows} held-out rows; gate.min_heldout_rows is {least}")
+        rows, least = (
+            workshop.store.need("heldout_split", context.partition_key).metrics["heldout_rows"],
+            workshop.project.gate.min_heldout_rows,
+        )
+        return dg.AssetCheckResult(
+            passed=rows >= least, severity=WARN, description=f"{rows} held-out rows; gate.min_heldout_rows is {least}"
+        )
 
-    @dg.asset(partitions_def=base_models, deps=[base_model, recipe, heldout_split], group_name="training", owners=OWNERS, kinds={"pytorch"}, code_version="1", pool=GPU_POOL)
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[base_model, recipe, heldout_split],
+        group_name="training",
+        owners=OWNERS,
+        kinds={"pytorch"},
+        code_version="1",
+        pool=GPU_POOL,
+    )
     def lora_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """SFT adapter: LoRA (or QLoRA) trained on the assistant's answers only."""
         store, name = workshop.store, context.partition_key
@@ -145,7 +217,10 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
             artifact, reused = workshop.materialize(
                 context,
                 settings={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.model_dump(mode="json")},
-                inputs={"base_model": (store.need("base_model", name), None), "heldout_split#train": (store.need("heldout_split", name), "train")},
+                inputs={
+                    "base_model": (store.need("base_model", name), None),
+                    "heldout_split#train": (store.need("heldout_split", name), "train"),
+                },
                 step="sft",
                 libraries="train",
                 space=500_000_000,
@@ -157,9 +232,21 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         """Warn if the loss of the last steps is not below that of the first."""
         metrics = workshop.store.need("lora_adapter", context.partition_key).metrics
         passed = metrics["loss_last"] < metrics["loss_first"] and metrics["largest_update"] > 0
-        return dg.AssetCheckResult(passed=passed, severity=WARN, description=f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}, largest |B| {metrics['largest_update']:.2g}")
+        return dg.AssetCheckResult(
+            passed=passed,
+            severity=WARN,
+            description=f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}, largest |B| {metrics['largest_update']:.2g}",
+        )
 
-    @dg.asset(partitions_def=base_models, deps=[base_model, recipe, heldout_split, lora_adapter], group_name="training", owners=OWNERS, kinds={"pytorch"}, code_version="1", pool=GPU_POOL)
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[base_model, recipe, heldout_split, lora_adapter],
+        group_name="training",
+        owners=OWNERS,
+        kinds={"pytorch"},
+        code_version="1",
+        pool=GPU_POOL,
+    )
     def dpo_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """DPO on top of the SFT policy, with the SFT policy as the frozen reference. One adapter holds SFT + DPO."""
         store, name = workshop.store, context.partition_key
@@ -179,14 +266,29 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
             )
         return result(artifact, reused, **_curve(artifact, "DPO loss"))
 
-    @dg.asset_check(asset=dpo_adapter, blocking=True, partitions_def=base_models, description="Before the first step policy and reference agree: the reference is the SFT policy, not the base.")
+    @dg.asset_check(
+        asset=dpo_adapter,
+        blocking=True,
+        partitions_def=base_models,
+        description="Before the first step policy and reference agree: the reference is the SFT policy, not the base.",
+    )
     def reference_is_the_sft_policy(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if their log-probabilities differed by more than a thousandth of a nat."""
         metrics = workshop.store.need("dpo_adapter", context.partition_key).metrics
         if metrics["pairs"] == 0:
             return dg.AssetCheckResult(passed=True, description="no preference data: no DPO")
-        return dg.AssetCheckResult(passed=metrics["reference_difference"] <= 1e-3, description=f"largest difference before the first step: {metrics['reference_difference']:.2g} nats")
+        return dg.AssetCheckResult(
+            passed=metrics["reference_difference"] <= 1e-3,
+            description=f"largest difference before the first step: {metrics['reference_difference']:.2g} nats",
+        )
 
     assets = [base_model, recipe, chat_dataset, heldout_split, lora_adapter, dpo_adapter]
-    checks = [every_row_is_proven, few_rows_are_too_long, nothing_leaks, heldout_is_large_enough, something_was_learnt, reference_is_the_sft_policy]
+    checks = [
+        every_row_is_proven,
+        few_rows_are_too_long,
+        nothing_leaks,
+        heldout_is_large_enough,
+        something_was_learnt,
+        reference_is_the_sft_policy,
+    ]
     return assets, checks

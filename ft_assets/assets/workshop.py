@@ -61,7 +61,10 @@ class Workshop:
         user's error, without a retry.
         """
         inputs = inputs or {}
-        asset, partition = context.asset_key.path[-1], context.partition_key if context.has_partition_key and context.assets_def.partitions_def else None
+        asset, partition = (
+            context.asset_key.path[-1],
+            context.partition_key if context.has_partition_key and context.assets_def.partitions_def else None,
+        )
         code_version = context.assets_def.code_versions_by_key[context.asset_key] or "1"
         environment = library_versions(libraries)
         versions = {name: artifact.part_version(part) for name, (artifact, part) in inputs.items()}
@@ -156,6 +159,10 @@ class user_errors:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FtError):
-            raise dg.Failure(description=str(error), metadata={key: value for key, value in error.to_dict().items() if value}, allow_retries=False) from None
+            raise dg.Failure(
+                description=str(error), metadata={key: value for key, value in error.to_dict().items() if value}, allow_retries=False
+            ) from None
         if isinstance(error, StepFailed):
-            raise dg.Failure(description=str(error), metadata={"output": dg.MetadataValue.md(f"```\n{error.tail}\n```"), "exit_code": error.code}) from None
+            raise dg.Failure(
+                description=str(error), metadata={"output": dg.MetadataValue.md(f"```\n{error.tail}\n```"), "exit_code": error.code}
+            ) from None

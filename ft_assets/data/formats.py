@@ -28,7 +28,12 @@ def resolve_files(root: Path, patterns: list[str], key: str) -> list[Path]:
     for pattern in patterns:
         found = [Path(match) for match in glob.glob(str(root / pattern), recursive=True) if Path(match).is_file()]
         if not found:
-            raise DataError(f"finetune.yaml: {key}: {pattern}", f"no file matches below {root}", "an existing file or glob", "correct the path; it is relative to finetune.yaml")
+            raise DataError(
+                f"finetune.yaml: {key}: {pattern}",
+                f"no file matches below {root}",
+                "an existing file or glob",
+                "correct the path; it is relative to finetune.yaml",
+            )
         files.update(found)
     return sorted(files)
 
@@ -38,7 +43,9 @@ def read_rows(path: Path) -> Iterator[RawRow]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(str(path), f"is not UTF-8 (byte {error.start})", "UTF-8 text", "convert it, e.g. with iconv -f latin1 -t utf-8") from None
+        raise DataError(
+            str(path), f"is not UTF-8 (byte {error.start})", "UTF-8 text", "convert it, e.g. with iconv -f latin1 -t utf-8"
+        ) from None
     except OSError as error:
         raise DataError(str(path), f"cannot be read ({error.strerror})", "a readable file", "check the path and its permissions") from None
     if path.suffix == ".json":
@@ -63,7 +70,12 @@ def _json_list(path: Path, text: str) -> Iterator[RawRow]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}", f"is not JSON: {error.msg}", "a JSON list of objects", "correct it, or name the file .jsonl if it has one object a line") from None
+        raise DataError(
+            f"{path}:{error.lineno}",
+            f"is not JSON: {error.msg}",
+            "a JSON list of objects",
+            "correct it, or name the file .jsonl if it has one object a line",
+        ) from None
     if not isinstance(values, list):
         raise DataError(str(path), f"holds a {type(values).__name__}", "a JSON list of objects", "wrap it in [ ]")
     for index, value in enumerate(values):

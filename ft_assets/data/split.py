@@ -16,7 +16,9 @@ def is_heldout(group: str, share: float, salt: str = "") -> bool:
     return value / 2**64 < share
 
 
-def split(rows: list[dict[str, Any]], share: float, salt: str, fixed: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+def split(
+    rows: list[dict[str, Any]], share: float, salt: str, fixed: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Return (train, heldout, removed): with a fixed held-out file, train rows of the same group are removed from train.
 
     Raises DataError if a side is empty.

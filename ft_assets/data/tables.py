@@ -45,5 +45,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 def rows_version(rows: Iterable[dict[str, Any]]) -> str:
     """Return the hash of rows as a set: order does not count, nor does the file they came from."""
-    lines = sorted(json.dumps({key: value for key, value in row.items() if key != "source"}, sort_keys=True, ensure_ascii=False) for row in rows)
+    lines = sorted(
+        json.dumps({key: value for key, value in row.items() if key != "source"}, sort_keys=True, ensure_ascii=False) for row in rows
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]

@@ -40,7 +40,12 @@ def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
     for name in adapters:
         acting = [float(parameter.abs().max()) > 0 for key, parameter in model.named_parameters() if f"lora_B.{name}" in key]
         if not acting or not all(acting):
-            raise EvaluationError(f"adapter {name}", f"not applied: {acting.count(False)} of {len(acting)} targets have a zero update", "a nonzero update on every target", "train it again")
+            raise EvaluationError(
+                f"adapter {name}",
+                f"not applied: {acting.count(False)} of {len(acting)} targets have a zero update",
+                "a nonzero update on every target",
+                "train it again",
+            )
     return model
 
 
@@ -64,7 +69,9 @@ def score(
     plain = [render(tokenizer, row["messages"][:-1], generation_prompt=True) for row in heldout]
     plans: list[tuple[str, str | None, list[list[int]]]] = [("base", None, plain)]
     if few_shot:
-        prompted = [render(tokenizer, few_shot_prompt(row["messages"][:-1], few_shot_system, few_shot), generation_prompt=True) for row in heldout]
+        prompted = [
+            render(tokenizer, few_shot_prompt(row["messages"][:-1], few_shot_system, few_shot), generation_prompt=True) for row in heldout
+        ]
         plans.append(("few_shot", None, prompted))
     plans += [(name, name, plain) for name in adapters]
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -78,11 +85,19 @@ def score(
                 losses[name] = answer_losses(model, retention, settings.batch_size, tokenizer.pad_token_id)
         scores = score_answers([answer.text for answer in answers], references, settings.json_fields)
         rows[name] = [
-            {"answer": answer.text, "stopped": answer.stopped, "tokens": answer.tokens, **{key: values[index] for key, values in scores.items()}}
+            {
+                "answer": answer.text,
+                "stopped": answer.stopped,
+                "tokens": answer.tokens,
+                **{key: values[index] for key, values in scores.items()},
+            }
             for index, answer in enumerate(answers)
         ]
         seconds[name] = time.perf_counter() - begun
-        report("scored", **{f"{name}_{settings.metric}": round(statistics.fmean(scores[settings.metric]), 4), "seconds": round(seconds[name], 1)})
+        report(
+            "scored",
+            **{f"{name}_{settings.metric}": round(statistics.fmean(scores[settings.metric]), 4), "seconds": round(seconds[name], 1)},
+        )
     return rows, losses, seconds
 
 

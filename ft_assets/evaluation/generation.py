@@ -22,7 +22,9 @@ class Answer:
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, prompts: list[list[int]], stops: frozenset[int], max_new_tokens: int, batch_size: int) -> list[Answer]:
+def generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], stops: frozenset[int], max_new_tokens: int, batch_size: int
+) -> list[Answer]:
     """Return the greedy answers to `prompts` (token ids), in their order."""
     model.eval()
     prefix = _prefix(prompts)
@@ -50,7 +52,9 @@ def _prefill(model: Any, prefix: list[int]) -> Any:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1).past_key_values
 
 
-def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], prefix: list[int], cache: Any, stops: frozenset[int], max_new_tokens: int) -> list[Answer]:
+def _generate_batch(
+    model: Any, tokenizer: Any, prompts: list[list[int]], prefix: list[int], cache: Any, stops: frozenset[int], max_new_tokens: int
+) -> list[Answer]:
     # Padding goes between the prefix and the rest, so that the cached prefix lies where it was computed.
     width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id

@@ -17,7 +17,10 @@ def score_plot(report: dict[str, Any]) -> bytes:
     names, metric = list(report["scores"]), report["metric"]
     figure, axes = plt.subplots(figsize=(6, 2.4), dpi=90)
     values = [report["scores"][name][metric] for name in names]
-    errors = [[value - report["intervals"][name][0] for name, value in zip(names, values, strict=True)], [report["intervals"][name][1] - value for name, value in zip(names, values, strict=True)]]
+    errors = [
+        [value - report["intervals"][name][0] for name, value in zip(names, values, strict=True)],
+        [report["intervals"][name][1] - value for name, value in zip(names, values, strict=True)],
+    ]
     colors = ["#9aa5b1", "#7b8794", "#2f855a", "#276749"]
     axes.barh([LABELS[name] for name in names], values, xerr=errors, color=colors[: len(names)], capsize=3)
     axes.invert_yaxis()

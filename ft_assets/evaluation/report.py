@@ -11,7 +11,9 @@ from ft_assets.evaluation.statistics import compare, interval
 Rows = dict[str, list[dict[str, Any]]]
 
 
-def summarise(rows: Rows, losses: dict[str, list[float]], settings: EvaluationSettings, gate: GateSettings, bound_to: dict[str, str]) -> dict[str, Any]:
+def summarise(
+    rows: Rows, losses: dict[str, list[float]], settings: EvaluationSettings, gate: GateSettings, bound_to: dict[str, str]
+) -> dict[str, Any]:
     """Return the report's numbers. Raises KeyError if settings.metric is not a metric of the rows."""
     names = list(rows)
     metrics = [key for key in rows["base"][0] if key not in ("answer", "stopped", "tokens")]
@@ -24,14 +26,19 @@ def summarise(rows: Rows, losses: dict[str, list[float]], settings: EvaluationSe
         intervals[name] = interval(values[settings.metric], gate.confidence, settings.seed)
     comparisons = {
         name: {
-            rival: {metric: compare([row[metric] for row in rows[name]], [row[metric] for row in rows[rival]], gate.confidence, settings.seed) for metric in metrics}
+            rival: {
+                metric: compare([row[metric] for row in rows[name]], [row[metric] for row in rows[rival]], gate.confidence, settings.seed)
+                for metric in metrics
+            }
             for rival in names
             if rival != name
         }
         for name in names
         if name in ("sft", "dpo")
     }
-    retention = {name: compare(losses[name], losses["base"], gate.confidence, settings.seed) if name in losses else None for name in comparisons}
+    retention = {
+        name: compare(losses[name], losses["base"], gate.confidence, settings.seed) if name in losses else None for name in comparisons
+    }
     return {
         "metric": settings.metric,
         "heldout_rows": len(rows["base"]),
@@ -53,18 +60,40 @@ def markdown(report: dict[str, Any], verdict: dict[str, Any], rows: Rows, heldou
     lines.append(f"- to merge: **{LABELS[verdict['candidate']]}**" if verdict["candidate"] else "- nothing is merged")
     if "few_shot" in names:
         lines.append(f"- {_rival(report)}")
-    lines += ["", f"## Scores on {report['heldout_rows']} held-out rows", "", f"| candidate | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    lines += [
+        "",
+        f"## Scores on {report['heldout_rows']} held-out rows",
+        "",
+        f"| candidate | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
     for name in names:
         low, high = report["intervals"][name]
-        cells = [f"**{report['scores'][name][metric]:.3f}** [{low:.3f}, {high:.3f}]"] + [f"{report['scores'][name][column]:.3f}" for column in columns[1:]]
+        cells = [f"**{report['scores'][name][metric]:.3f}** [{low:.3f}, {high:.3f}]"] + [
+            f"{report['scores'][name][column]:.3f}" for column in columns[1:]
+        ]
         lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
-    lines += ["", "## Which step helped", "", "| step | difference | interval | wins / ties / losses | McNemar p |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "## Which step helped",
+        "",
+        "| step | difference | interval | wins / ties / losses | McNemar p |",
+        "|---|---|---|---|---|",
+    ]
     for name, rival in _steps(report):
         entry = report["comparisons"][name][rival][metric]
         p = "–" if entry["p_mcnemar"] is None else f"{entry['p_mcnemar']:.2g}"
-        lines.append(f"| {LABELS[name]} against {LABELS[rival]} | {entry['mean']:+.3f} | [{entry['low']:+.3f}, {entry['high']:+.3f}] | {entry['wins']} / {entry['ties']} / {entry['losses']} | {p} |")
+        lines.append(
+            f"| {LABELS[name]} against {LABELS[rival]} | {entry['mean']:+.3f} | [{entry['low']:+.3f}, {entry['high']:+.3f}] | {entry['wins']} / {entry['ties']} / {entry['losses']} | {p} |"
+        )
     if report["retention_loss"]:
-        lines += ["", "## General prompts (retention): loss in nats a token", "", "| candidate | loss | change | interval |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "## General prompts (retention): loss in nats a token",
+            "",
+            "| candidate | loss | change | interval |",
+            "|---|---|---|---|",
+        ]
         for name, loss in report["retention_loss"].items():
             entry = report["retention"].get(name)
             change = f"{entry['mean']:+.3f} | [{entry['low']:+.3f}, {entry['high']:+.3f}]" if entry else "– | –"

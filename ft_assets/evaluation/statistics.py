@@ -13,7 +13,9 @@ def interval(values: list[float], confidence: float, seed: int) -> tuple[float, 
     """Return the percentile bootstrap interval of the mean (10,000 draws; the point itself if all values are equal)."""
     if len(set(values)) <= 1:
         return values[0], values[0]
-    result = bootstrap((np.asarray(values),), np.mean, confidence_level=confidence, n_resamples=9999, method="percentile", rng=np.random.default_rng(seed))
+    result = bootstrap(
+        (np.asarray(values),), np.mean, confidence_level=confidence, n_resamples=9999, method="percentile", rng=np.random.default_rng(seed)
+    )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 

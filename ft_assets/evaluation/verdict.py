@@ -87,14 +87,28 @@ def require_pass(report: Artifact | None, versions: Mapping[str, str], gate: Gat
         verify_files(report)
         numbers = json.loads((report.path / "report.json").read_text())
     except (ArtifactError, OSError, json.JSONDecodeError) as error:
-        raise VerdictError(where, f"the eval_report cannot be trusted: {error}", "the report as it was written", "materialize eval_report again") from None
+        raise VerdictError(
+            where, f"the eval_report cannot be trusted: {error}", "the report as it was written", "materialize eval_report again"
+        ) from None
     verdict = decide(numbers, gate)
     for name in BOUND:
         if verdict["bound_to"].get(name) != versions[name]:
-            raise VerdictError(where, f"the verdict is about another {name} ({verdict['bound_to'].get(name)}, now {versions[name]})", "a verdict about exactly these versions", "materialize eval_report again")
+            raise VerdictError(
+                where,
+                f"the verdict is about another {name} ({verdict['bound_to'].get(name)}, now {versions[name]})",
+                "a verdict about exactly these versions",
+                "materialize eval_report again",
+            )
     if verdict["status"] != PASS:
         if gate.override:
-            best = verdict["candidate"] or max((name for name in ("sft", "dpo") if name in numbers["scores"]), key=lambda name: numbers["scores"][name][numbers["metric"]])
+            best = verdict["candidate"] or max(
+                (name for name in ("sft", "dpo") if name in numbers["scores"]), key=lambda name: numbers["scores"][name][numbers["metric"]]
+            )
             return {**verdict, "candidate": best, "override": gate.override}
-        raise VerdictError(where, f"the verdict is {verdict['status']}: {'; '.join(verdict['reasons'])}", PASS, "see eval_report for what to try; gate.override takes a written reason and is recorded")
+        raise VerdictError(
+            where,
+            f"the verdict is {verdict['status']}: {'; '.join(verdict['reasons'])}",
+            PASS,
+            "see eval_report for what to try; gate.override takes a written reason and is recorded",
+        )
     return verdict

@@ -35,10 +35,10 @@ def compute_dtype() -> Any:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        left @ right
+        _ = left @ right
         begun = time.perf_counter()
         for _ in range(5):
-            left @ right
+            _ = left @ right
         seconds[dtype] = time.perf_counter() - begun
     return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
 
@@ -77,5 +77,10 @@ def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     missing = [name for name in wanted if name not in linear]
     if missing:
-        raise TrainingError("lora.target_modules", f"the model has no linear layer {', '.join(missing)}", f"some of {', '.join(sorted(linear))}", "name them in lora.target_modules, or use all-linear")
+        raise TrainingError(
+            "lora.target_modules",
+            f"the model has no linear layer {', '.join(missing)}",
+            f"some of {', '.join(sorted(linear))}",
+            "name them in lora.target_modules, or use all-linear",
+        )
     return wanted

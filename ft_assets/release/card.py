@@ -4,7 +4,15 @@ import json
 from typing import Any
 
 
-def model_card(partition: str, source: dict[str, Any], verdict: dict[str, Any], report_markdown: str, equivalence: dict[str, Any], recipe: dict[str, Any], versions: dict[str, str]) -> str:
+def model_card(
+    partition: str,
+    source: dict[str, Any],
+    verdict: dict[str, Any],
+    report_markdown: str,
+    equivalence: dict[str, Any],
+    recipe: dict[str, Any],
+    versions: dict[str, str],
+) -> str:
     """Return README.md of the merged model."""
     lines = [
         "---",
@@ -22,5 +30,19 @@ def model_card(partition: str, source: dict[str, Any], verdict: dict[str, Any], 
     lines += ["", "## Merged model against base + adapter", "", "| measure | value |", "|---|---|"]
     lines += [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value} |" for name, value in equivalence.items()]
     lines += ["", "## Evaluation", "", report_markdown.replace("\n# ", "\n### ").replace("\n## ", "\n### ").lstrip("# ")]
-    lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=1), "```", "", "## Versions", "", "```json", json.dumps(versions, indent=1), "```", ""]
+    lines += [
+        "",
+        "## Recipe",
+        "",
+        "```json",
+        json.dumps(recipe, indent=1),
+        "```",
+        "",
+        "## Versions",
+        "",
+        "```json",
+        json.dumps(versions, indent=1),
+        "```",
+        "",
+    ]
     return "\n".join(lines)

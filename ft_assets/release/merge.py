@@ -35,7 +35,12 @@ def merge(snapshot: Path, adapter: Path, output: Path) -> dict[str, Any]:
         _merge_shard(shard, output / shard.name, updates, done)
     missing = sorted(set(updates) - done)
     if missing:
-        raise ModelError(str(adapter), f"{len(missing)} modules have no weight in the base, e.g. {missing[0]}", f"an adapter of {snapshot}", "merge it into the base it was trained on")
+        raise ModelError(
+            str(adapter),
+            f"{len(missing)} modules have no weight in the base, e.g. {missing[0]}",
+            f"an adapter of {snapshot}",
+            "merge it into the base it was trained on",
+        )
     return {"merged_modules": len(done), "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")), "method": "streaming"}
 
 
@@ -53,7 +58,12 @@ def _read_updates(adapter: Path, config: dict[str, Any]) -> dict[str, tuple[torc
             scale = alpha / math.sqrt(pattern_rank) if config.get("use_rslora") else alpha / pattern_rank
             updates[f"{module}.weight"] = (low, high, scale)
     if 2 * len(updates) != len(names):
-        raise ModelError(str(adapter), f"holds {len(names)} tensors, {2 * len(updates)} of them A and B", "only A and B", "report it: this kind of adapter is not merged by streaming")
+        raise ModelError(
+            str(adapter),
+            f"holds {len(names)} tensors, {2 * len(updates)} of them A and B",
+            "only A and B",
+            "report it: this kind of adapter is not merged by streaming",
+        )
     return updates
 
 
@@ -67,7 +77,9 @@ def _merge_shard(source: Path, target: Path, updates: dict[str, tuple[torch.Tens
                 low, high, scale = updates[name]
                 weight = torch.addmm(weight.float(), high.float(), low.float(), alpha=scale).to(weight.dtype)
                 if not torch.isfinite(weight).all():
-                    raise ModelError(f"{source.name}: {name}", "the merged weight is not finite", "finite weights", "train the adapter again")
+                    raise ModelError(
+                        f"{source.name}: {name}", "the merged weight is not finite", "finite weights", "train the adapter again"
+                    )
                 done.add(name)
             tensors[name] = weight
     save_file(tensors, target, metadata=metadata)

@@ -16,8 +16,14 @@ from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
 def same_files(snapshot: Path, merged: Path) -> bool:
     """Return whether tokenizer, template and generation config are those of the base, byte for byte."""
-    names = [path.name for path in snapshot.iterdir() if path.is_file() and (path.name.startswith(("tokenizer", "chat_template", "generation_config", "special_tokens")))]
-    return bool(names) and all((merged / name).is_file() and (merged / name).read_bytes() == (snapshot / name).read_bytes() for name in names)
+    names = [
+        path.name
+        for path in snapshot.iterdir()
+        if path.is_file() and (path.name.startswith(("tokenizer", "chat_template", "generation_config", "special_tokens")))
+    ]
+    return bool(names) and all(
+        (merged / name).is_file() and (merged / name).read_bytes() == (snapshot / name).read_bytes() for name in names
+    )
 
 
 @torch.inference_mode()
@@ -32,7 +38,9 @@ def _answer_logits(model: Any, rows: list[dict[str, Any]]) -> list[torch.Tensor]
     return result
 
 
-def compare_models(snapshot: Path, adapter: Path, merged: Path, rows: list[dict[str, Any]], answers: list[str], settings: EvaluationSettings) -> dict[str, Any]:
+def compare_models(
+    snapshot: Path, adapter: Path, merged: Path, rows: list[dict[str, Any]], answers: list[str], settings: EvaluationSettings
+) -> dict[str, Any]:
     """Return how far the merged model is from base + adapter on held-out rows.
 
     `top1_agreement`: share of the answer's positions with the same most likely token; `kl`: mean KL(adapter || merged)
@@ -45,7 +53,12 @@ def compare_models(snapshot: Path, adapter: Path, merged: Path, rows: list[dict[
     model = load_base(merged)
     ours = _answer_logits(model, rows)
     agree = torch.cat([left.argmax(-1) == right.argmax(-1) for left, right in zip(tuned, ours, strict=True)]).float()
-    kl = torch.cat([torch.nn.functional.kl_div(right.log_softmax(-1), left.log_softmax(-1), log_target=True, reduction="none").sum(-1) for left, right in zip(tuned, ours, strict=True)])
+    kl = torch.cat(
+        [
+            torch.nn.functional.kl_div(right.log_softmax(-1), left.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+            for left, right in zip(tuned, ours, strict=True)
+        ]
+    )
     largest = max(float((left - right).abs().max()) for left, right in zip(tuned, ours, strict=True))
     mean = statistics.fmean(float((left - right).abs().mean()) for left, right in zip(tuned, ours, strict=True))
     tokenizer = load_tokenizer(merged)

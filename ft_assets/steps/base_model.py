@@ -11,7 +11,9 @@ from ft_assets.steps._run import main
 def step(job: Job, report: Report) -> StepResult:
     settings = BaseModelSettings.model_validate(job.settings["model"])
     report("reading the base model")
-    facts = write_snapshot(job.partition or "", settings, Path(job.settings["root"]), job.settings["identity"], job.settings["template"], job.output)
+    facts = write_snapshot(
+        job.partition or "", settings, Path(job.settings["root"]), job.settings["identity"], job.settings["template"], job.output
+    )
     return StepResult(facts)
 
 

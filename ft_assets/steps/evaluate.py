@@ -24,14 +24,26 @@ def step(job: Job, report: Report) -> StepResult:
     if job.settings["has_dpo"]:
         adapters["dpo"] = job.inputs["dpo_adapter"]
     few_shot = read_table(raw / "few_shot.parquet")
-    rows, losses, seconds = score(job.inputs["base_model"], adapters, heldout, retention, few_shot, job.settings["few_shot_system"], settings, report)
+    rows, losses, seconds = score(
+        job.inputs["base_model"], adapters, heldout, retention, few_shot, job.settings["few_shot_system"], settings, report
+    )
     numbers = summarise(rows, losses, settings, gate, job.settings["bound_to"])
     verdict = decide(numbers, gate)
     text = markdown(numbers, verdict, rows, heldout, job.partition or "")
     (job.output / "report.json").write_text(to_json(numbers))
     (job.output / "verdict.json").write_text(to_json(verdict))
     (job.output / "report.md").write_text(text)
-    flat = [{"candidate": name, "id": row["id"], "prompt": json.dumps(row["messages"][:-1], ensure_ascii=False), "reference": row["messages"][-1]["content"], **answer} for name, answers in rows.items() for row, answer in zip(heldout, answers, strict=True)]
+    flat = [
+        {
+            "candidate": name,
+            "id": row["id"],
+            "prompt": json.dumps(row["messages"][:-1], ensure_ascii=False),
+            "reference": row["messages"][-1]["content"],
+            **answer,
+        }
+        for name, answers in rows.items()
+        for row, answer in zip(heldout, answers, strict=True)
+    ]
     pq.write_table(pa.Table.from_pylist(flat), job.output / "rows.parquet")
     (job.output / "info").mkdir()
     picture = score_plot(numbers)
@@ -50,7 +62,9 @@ def step(job: Job, report: Report) -> StepResult:
             "stop_rate": round(numbers["scores"][best]["stop_rate"], 4),
             **({"retention_change": round(numbers["retention"][best]["mean"], 4)} if numbers["retention"][best] else {}),
             "seconds": round(sum(seconds.values()), 1),
-            "tokens_per_s": round(sum(statistics.fmean(row["tokens"] for row in rows[name]) * len(heldout) for name in rows) / sum(seconds.values()), 1),
+            "tokens_per_s": round(
+                sum(statistics.fmean(row["tokens"] for row in rows[name]) * len(heldout) for name in rows) / sum(seconds.values()), 1
+            ),
         }
     )
 

@@ -25,11 +25,25 @@ def step(job: Job, report: Report) -> StepResult:
     report("compared", **{name: value for name, value in same.items() if isinstance(value, float)})
     least = job.settings["min_top1_agreement"]
     if same["top1_agreement"] < least or not same["same_tokenizer_and_template"]:
-        raise VerdictError(f"merged_model[{job.partition}]", f"the merged model is not what was proven: top-1 agreement {same['top1_agreement']:.4f}, same tokenizer and template: {same['same_tokenizer_and_template']}", f"top-1 agreement of at least {least} and the base's tokenizer", "nothing was published; report it")
+        raise VerdictError(
+            f"merged_model[{job.partition}]",
+            f"the merged model is not what was proven: top-1 agreement {same['top1_agreement']:.4f}, same tokenizer and template: {same['same_tokenizer_and_template']}",
+            f"top-1 agreement of at least {least} and the base's tokenizer",
+            "nothing was published; report it",
+        )
     text = (job.inputs["eval_report"] / "report.md").read_text()
-    (job.output / "README.md").write_text(model_card(job.partition or "", job.settings["source"], verdict, text, same, job.settings["recipe"], job.settings["versions"]))
+    (job.output / "README.md").write_text(
+        model_card(job.partition or "", job.settings["source"], verdict, text, same, job.settings["recipe"], job.settings["versions"])
+    )
     (job.output / "verdict.json").write_text(to_json(verdict))
-    return StepResult({**merged, **{name: round(value, 6) if isinstance(value, float) else value for name, value in same.items()}, "candidate": verdict["candidate"], "verdict": verdict["status"]})
+    return StepResult(
+        {
+            **merged,
+            **{name: round(value, 6) if isinstance(value, float) else value for name, value in same.items()},
+            "candidate": verdict["candidate"],
+            "verdict": verdict["status"],
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def trainable_share(model: Any) -> dict[str, float]:
 
 def largest_update(model: Any) -> float:
     """Return the largest |B| over all targets: zero means that nothing was learnt."""
-    return max((float(parameter.detach().abs().max()) for name, parameter in model.named_parameters() if "lora_B.default" in name), default=0.0)
+    return max(
+        (float(parameter.detach().abs().max()) for name, parameter in model.named_parameters() if "lora_B.default" in name), default=0.0
+    )
 
 
 def is_finite(model: Any) -> bool:

@@ -36,7 +36,12 @@ class Progress(TrainerCallback):
             return
         loss = float(logs["loss"])
         if not math.isfinite(loss):
-            raise TrainingError(f"step {state.global_step}", f"the loss is {loss}", "a finite number", "lower learning_rate; the checkpoint before it is kept")
+            raise TrainingError(
+                f"step {state.global_step}",
+                f"the loss is {loss}",
+                "a finite number",
+                "lower learning_rate; the checkpoint before it is kept",
+            )
         done = max(1, state.global_step - self._first)
         elapsed = time.perf_counter() - self._begun
         numbers = {
@@ -47,6 +52,12 @@ class Progress(TrainerCallback):
             "memory_gb": round(device_memory_gb(), 2),
             "seconds_left": round(elapsed / done * (state.max_steps - state.global_step)),
         }
-        numbers.update({key.replace("rewards/", "reward_"): round(float(logs[key]), 4) for key in ("learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies") if key in logs})
+        numbers.update(
+            {
+                key.replace("rewards/", "reward_"): round(float(logs[key]), 4)
+                for key in ("learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies")
+                if key in logs
+            }
+        )
         self.curve.append(dict(numbers))
         self.report("train", **numbers)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint, set_seed
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.errors import TrainingError
@@ -38,7 +39,7 @@ def prove_reference(trainer: DPOTrainer, batches: int = 2) -> float:
     Compares the policy's and the reference's log-probabilities of the same answers with dropout off; the reference is
     right when they are equal. Raises TrainingError otherwise.
     """
-    model = trainer.model
+    model: Any = trainer.model
     training = model.training
     model.eval()
     largest = 0.0
@@ -57,7 +58,12 @@ def prove_reference(trainer: DPOTrainer, batches: int = 2) -> float:
         parameter.requires_grad_(".default." in name)
     model.train(training)
     if largest > 1e-3:
-        raise TrainingError("dpo: reference", f"policy and reference differ by {largest:.4f} nats before the first step", "0 (the SFT policy is the reference)", "this is a fault of the set-up, not of your data: report it")
+        raise TrainingError(
+            "dpo: reference",
+            f"policy and reference differ by {largest:.4f} nats before the first step",
+            "0 (the SFT policy is the reference)",
+            "this is a fault of the set-up, not of your data: report it",
+        )
     return largest
 
 
@@ -68,7 +74,14 @@ def _sequence_log_probabilities(model: Any, ids: Any, mask: Any, completion: Any
 
 
 def train_dpo(
-    snapshot: Path, sft_adapter: Path, pairs: list[dict[str, Any]], lora: LoraSettings, dpo: DpoSettings, checkpoints: Path, output: Path, report: Report
+    snapshot: Path,
+    sft_adapter: Path,
+    pairs: list[dict[str, Any]],
+    lora: LoraSettings,
+    dpo: DpoSettings,
+    checkpoints: Path,
+    output: Path,
+    report: Report,
 ) -> dict[str, Any]:
     """Train from the SFT adapter and save one adapter (SFT + DPO) to `output`. Returns metrics; raises TrainingError."""
     set_seed(dpo.seed)
@@ -108,7 +121,9 @@ def train_dpo(
     (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
     first, last = progress.curve[0], progress.curve[-1]
     if not resumed and dpo.loss_type == "sigmoid" and lora.lora_dropout == 0 and abs(first["loss"] - math.log(2)) > 0.02:
-        raise TrainingError("dpo: first step", f"the loss is {first['loss']}", f"ln 2 = {math.log(2):.4f}", "the reference is not the SFT policy: report it")
+        raise TrainingError(
+            "dpo: first step", f"the loss is {first['loss']}", f"ln 2 = {math.log(2):.4f}", "the reference is not the SFT policy: report it"
+        )
     return {
         "pairs": len(pairs),
         "train_tokens": tokens,

@@ -15,7 +15,12 @@ from ft_assets.models.loading import compute_dtype
 def accumulation(settings: TrainSettings, key: str) -> int:
     """Return gradient accumulation steps. Raises ConfigError unless effective_batch is a multiple of micro_batch."""
     if settings.effective_batch % settings.micro_batch:
-        raise ConfigError(f"{key}.effective_batch", str(settings.effective_batch), f"a multiple of {key}.micro_batch ({settings.micro_batch})", "change one of them")
+        raise ConfigError(
+            f"{key}.effective_batch",
+            str(settings.effective_batch),
+            f"a multiple of {key}.micro_batch ({settings.micro_batch})",
+            "change one of them",
+        )
     return settings.effective_batch // settings.micro_batch
 
 
@@ -25,7 +30,12 @@ def trainer_options(settings: TrainSettings, key: str, checkpoints: Path, kind: 
     for name in settings.trainer:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
-            raise ConfigError(f"{key}.trainer.{name}", f"is not an option of {kind.__name__}", "TRL's own name", f"did you mean {near[0]!r}?" if near else "see TRL's documentation")
+            raise ConfigError(
+                f"{key}.trainer.{name}",
+                f"is not an option of {kind.__name__}",
+                "TRL's own name",
+                f"did you mean {near[0]!r}?" if near else "see TRL's documentation",
+            )
     on_gpu = torch.cuda.is_available()
     checkpointing = settings.gradient_checkpointing if settings.gradient_checkpointing is not None else on_gpu
     options: dict[str, Any] = {

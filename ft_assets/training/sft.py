@@ -11,7 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
@@ -27,7 +28,9 @@ def labels(row: dict[str, Any]) -> list[int]:
     return [token if flag else -100 for token, flag in zip(row["input_ids"], row["supervised"], strict=True)]
 
 
-def train_sft(snapshot: Path, rows: list[dict[str, Any]], lora: LoraSettings, sft: SftSettings, checkpoints: Path, output: Path, report: Report) -> dict[str, Any]:
+def train_sft(
+    snapshot: Path, rows: list[dict[str, Any]], lora: LoraSettings, sft: SftSettings, checkpoints: Path, output: Path, report: Report
+) -> dict[str, Any]:
     """Train and save the adapter to `output`; resume from `checkpoints` if one is there.
 
     Returns metrics: loss of the first and last steps, tokens/s over all trained tokens, peak memory in GB, trainable
@@ -71,7 +74,9 @@ def train_sft(snapshot: Path, rows: list[dict[str, Any]], lora: LoraSettings, sf
 def _save(model: Any, progress: Progress, output: Path) -> dict[str, Any]:
     update = largest_update(model)
     if update == 0.0:
-        raise TrainingError("sft", "every B of the adapter is still zero", "a trained adapter", "raise sft.learning_rate or the number of steps")
+        raise TrainingError(
+            "sft", "every B of the adapter is still zero", "a trained adapter", "raise sft.learning_rate or the number of steps"
+        )
     save_adapter(model, output)
     (output / "info").mkdir(exist_ok=True)
     (output / "info" / "curve.json").write_text(json.dumps(progress.curve))

@@ -23,4 +23,9 @@ def check_reference(where: str, reference: str, json_fields: list[str]) -> None:
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict) or set(value) != set(json_fields):
-        raise EvaluationError(where, f"the reference is {reference[:80]!r}", f"a JSON object with the keys {', '.join(json_fields)}", "correct the data, or evaluation.json_fields")
+        raise EvaluationError(
+            where,
+            f"the reference is {reference[:80]!r}",
+            f"a JSON object with the keys {', '.join(json_fields)}",
+            "correct the data, or evaluation.json_fields",
+        )

