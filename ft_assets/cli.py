@@ -47,7 +47,9 @@ def dagster_home(project: Project) -> Path:
 @app.command()
 def run(
     base: Annotated[list[str] | None, typer.Option("--base", help="Base model; all by default.")] = None,
-    asset: Annotated[str, typer.Option("--asset", help="Asset selection, e.g. 'merged_model' or 'lora_adapter+'.")] = "*",
+    asset: Annotated[
+        str, typer.Option("--asset", help="Assets or selections by commas, e.g. 'eval_report,merged_model' or 'lora_adapter+'.")
+    ] = "*",
 ) -> None:
     """Materialize assets; steps whose inputs did not change are reused."""
     project = load_project()
@@ -87,15 +89,13 @@ def _select(defs: Any, text: str) -> list[Any]:
     import dagster as dg
 
     graph = defs.resolve_asset_graph()
-    try:
-        keys = dg.AssetSelection.from_string(text).resolve(graph)
-    except Exception as error:  # Dagster's own parse errors have no common class
-        raise FtError(
-            f"--asset {text}",
-            str(error).splitlines()[0],
-            "an asset name or selection",
-            f"assets: {', '.join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))}",
-        ) from None
+    keys = set()
+    for part in text.split(","):
+        try:
+            keys |= dg.AssetSelection.from_string(part.strip()).resolve(graph)
+        except Exception as error:  # Dagster's own parse errors have no common class
+            known = ", ".join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))
+            raise FtError(f"--asset {part}", str(error).splitlines()[0], "assets or selections, by commas", f"assets: {known}") from None
     return [key for key in keys if key in graph.materializable_asset_keys]
 
 

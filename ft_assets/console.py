@@ -65,11 +65,13 @@ class RunHandler(logging.StreamHandler):
             self.flush()
 
 
-@dg.logger(description="One line an event that a person cares about.")
-def console(init_context: dg.InitLoggerContext) -> logging.Logger:
+def _console(init_context: dg.InitLoggerContext) -> logging.Logger:
     """Return the logger of a run's terminal."""
     logger = logging.Logger("ft", level=logging.DEBUG)
     handler = RunHandler(sys.stderr)
     handler.setFormatter(RunFormatter())
     logger.addHandler(handler)
     return logger
+
+
+console = dg.LoggerDefinition(_console, description="One line an event that a person cares about.")

@@ -31,7 +31,26 @@ SETTINGS: dict[str, Any] = {
     "evaluation": {"max_new_tokens": 8},
     "gate": {"max_retention_loss": 1000.0, "min_heldout_rows": 10, "min_top1_agreement": 0.95},
 }
-WORDS = ["red", "green", "blue", "apple", "stone", "river", "cloud", "lamp", "paper", "window", "chair", "train", "garden", "music", "winter", "summer", "coffee", "bread"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "apple",
+    "stone",
+    "river",
+    "cloud",
+    "lamp",
+    "paper",
+    "window",
+    "chair",
+    "train",
+    "garden",
+    "music",
+    "winter",
+    "summer",
+    "coffee",
+    "bread",
+]
 
 
 def tiny_tokenizer() -> Any:

@@ -60,7 +60,7 @@ def test_changed_preference_leaves_sft_untouched(copy: Path) -> None:
     dpo = store(copy).need("dpo_adapter", "tiny").fingerprint
     pairs = (copy / "data/pairs.jsonl").read_text().splitlines()
     write_jsonl(copy / "data/pairs.jsonl", pairs[1:])
-    done = ft(copy, "run", "--asset", "raw_preferences or chat_dataset or heldout_split or lora_adapter or dpo_adapter")
+    done = ft(copy, "run", "--asset", "raw_preferences,chat_dataset,heldout_split,lora_adapter,dpo_adapter")
     assert done.returncode == 0, done.stderr
     assert store(copy).need("lora_adapter", "tiny").manifest["finished"] == sft.manifest["finished"]
     assert store(copy).need("dpo_adapter", "tiny").fingerprint != dpo
@@ -72,7 +72,7 @@ def test_row_order_and_file_names_change_nothing(copy: Path) -> None:
     (copy / "data/train.jsonl").unlink()
     write_jsonl(copy / "data/renamed.jsonl", rows[::-1])
     edit(copy, data={"train": ["data/renamed.jsonl"]})
-    done = ft(copy, "run", "--asset", "raw_dataset or chat_dataset or heldout_split or lora_adapter")
+    done = ft(copy, "run", "--asset", "raw_dataset,chat_dataset,heldout_split,lora_adapter")
     assert done.returncode == 0, done.stderr
     assert {asset: store(copy).need(asset, "tiny").data_version for asset in versions} == versions
     assert "lora_adapter[tiny]  reused" in done.stderr
@@ -81,7 +81,7 @@ def test_row_order_and_file_names_change_nothing(copy: Path) -> None:
 def test_merge_is_refused_after_the_adapter_was_retrained(copy: Path) -> None:
     shutil.rmtree(copy / ".ft/store/merged_model")
     edit(copy, sft={"seed": 7})
-    assert ft(copy, "run", "--asset", "recipe or lora_adapter").returncode == 0
+    assert ft(copy, "run", "--asset", "recipe,lora_adapter").returncode == 0
     refused = ft(copy, "run", "--asset", "merged_model")
     assert refused.returncode == 1
     assert "the verdict is about another lora_adapter" in refused.stderr
@@ -100,7 +100,7 @@ def test_merge_is_refused_when_the_report_was_edited(copy: Path) -> None:
 def test_merge_is_refused_without_a_pass_also_alone_in_a_later_run(copy: Path) -> None:
     shutil.rmtree(copy / ".ft/store/merged_model")
     edit(copy, gate={"min_heldout_rows": 1000})
-    blocked = ft(copy, "run", "--asset", "eval_report or merged_model")
+    blocked = ft(copy, "run", "--asset", "eval_report,merged_model")
     assert blocked.returncode == 1
     assert "INCONCLUSIVE" in blocked.stderr
     alone = ft(copy, "run", "--asset", "merged_model")
@@ -112,7 +112,7 @@ def test_merge_is_refused_without_a_pass_also_alone_in_a_later_run(copy: Path) -
 def test_override_merges_and_says_so_in_the_card(copy: Path) -> None:
     shutil.rmtree(copy / ".ft/store/merged_model")
     edit(copy, gate={"min_heldout_rows": 1000, "override": "demo of the override"})
-    done = ft(copy, "run", "--asset", "eval_report or merged_model")
+    done = ft(copy, "run", "--asset", "eval_report,merged_model")
     assert done.returncode == 0, done.stderr
     card = (store(copy).need("merged_model", "tiny").path / "README.md").read_text()
     assert "Released without a PASS" in card
@@ -126,7 +126,7 @@ def test_heldout_prompt_in_preferences_is_left_out_and_counted(copy: Path) -> No
     pairs = (copy / "data/pairs.jsonl").read_text().splitlines()
     copied = {"prompt": row["messages"][0]["content"].upper() + "  ", "chosen": "yes", "rejected": "no"}
     write_jsonl(copy / "data/pairs.jsonl", [*pairs, copied])
-    done = ft(copy, "run", "--asset", "raw_preferences or chat_dataset or heldout_split")
+    done = ft(copy, "run", "--asset", "raw_preferences,chat_dataset,heldout_split")
     assert done.returncode == 0, done.stderr
     assert store(copy).need("heldout_split", "tiny").metrics["pairs_removed"] == 1
 
@@ -140,6 +140,6 @@ def test_growing_the_data_moves_no_row(copy: Path) -> None:
     train, heldout = ids("train"), ids("heldout")
     rows = (copy / "data/train.jsonl").read_text().splitlines()
     write_jsonl(copy / "data/train.jsonl", [*rows, *conversations(24, lambda _: "yes", start=5000)])
-    assert ft(copy, "run", "--asset", "raw_dataset or chat_dataset or heldout_split").returncode == 0
+    assert ft(copy, "run", "--asset", "raw_dataset,chat_dataset,heldout_split").returncode == 0
     assert train < ids("train")
     assert heldout <= ids("heldout")

@@ -31,7 +31,8 @@ def compare(candidate: list[float], rival: list[float], confidence: float, seed:
     wins, losses = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
     p = None
     if set(candidate) | set(rival) <= {0.0, 1.0}:
-        p = float(mcnemar([[0, wins], [losses, 0]], exact=True).pvalue) if wins + losses else 1.0
+        table: Any = mcnemar([[0, wins], [losses, 0]], exact=True) if wins + losses else None
+        p = float(table.pvalue) if table is not None else 1.0
     deviation = stats.stdev(differences) if len(differences) > 1 else 0.0
     z = float(norm.ppf(0.5 + confidence / 2))
     needed = math.ceil((z * deviation / mean) ** 2) if mean and deviation else None

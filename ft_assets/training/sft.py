@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 from trl.trainer.sft_config import SFTConfig
@@ -20,6 +21,7 @@ from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import is_finite, largest_update, new_adapter, save_adapter, trainable_share
 from ft_assets.training.callbacks import Progress, device_memory_gb
+from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.options import trainer_options
 
 
@@ -45,7 +47,8 @@ def train_sft(
     tokens = sum(len(row["input_ids"]) for row in rows)
     progress = Progress(report, tokens / len(rows) * sft.effective_batch)
     report("loaded", rows=len(rows), tokens=tokens, **share)
-    trainer = SFTTrainer(
+    kind = SFTTrainer if torch.cuda.is_available() else CpuSFTTrainer
+    trainer = kind(
         model=model,
         args=SFTConfig(**{"max_length": None, "train_sampling_strategy": "random", **options}),
         train_dataset=dataset,

@@ -29,7 +29,7 @@ class JsonObject(evaluate.Metric):
         features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
         return evaluate.MetricInfo(description="Strict JSON object", citation="", inputs_description="texts", features=features)
 
-    def _compute(self, predictions: list[str], references: list[str], fields: list[str]) -> dict[str, Any]:
+    def _compute(self, predictions: list[str], references: list[str], fields: list[str]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         scores: dict[str, list[float]] = {"exact": [], "valid_json": [], "field_f1": [], **{f"field_{name}": [] for name in fields}}
         for answer, reference in zip(predictions, references, strict=True):
             given, expected = parse_object(answer), json.loads(reference)

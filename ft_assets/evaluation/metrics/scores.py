@@ -10,10 +10,10 @@ from ft_assets.evaluation.metrics.text_exact import TextExact
 def score_answers(answers: list[str], references: list[str], json_fields: list[str]) -> dict[str, list[float]]:
     """Return {metric: one score in [0, 1] a row}. Raises EvaluationError if a reference is not what the task says."""
     if not json_fields:
-        return TextExact(keep_in_memory=True).compute(predictions=answers, references=references)
+        return TextExact(keep_in_memory=True).compute(predictions=answers, references=references) or {}
     for index, reference in enumerate(references):
         check_reference(f"held-out row {index}", reference, json_fields)
-    return JsonObject(keep_in_memory=True).compute(predictions=answers, references=references, fields=json_fields)
+    return JsonObject(keep_in_memory=True).compute(predictions=answers, references=references, fields=json_fields) or {}
 
 
 def check_reference(where: str, reference: str, json_fields: list[str]) -> None:

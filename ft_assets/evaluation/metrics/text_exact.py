@@ -11,5 +11,5 @@ class TextExact(evaluate.Metric):
         features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
         return evaluate.MetricInfo(description="Exact match", citation="", inputs_description="texts", features=features)
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {"exact": [float(answer.strip() == reference.strip()) for answer, reference in zip(predictions, references, strict=True)]}
