@@ -19,7 +19,8 @@ class CpuSFTTrainer(SFTTrainer):
     agrees: bool | None = None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if return_outputs or self.args.loss_type != "nll" or self.agrees is False or self.label_smoother is not None:
+        loss_type = getattr(self.args, "loss_type", None)
+        if return_outputs or loss_type != "nll" or self.agrees is False or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = supervised_loss(self.model, inputs, num_items_in_batch)
         if self.agrees is None:
