@@ -18,8 +18,8 @@ class RunFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         meta: Any = getattr(record, "dagster_meta", None) or {}
         event = getattr(record, "dagster_event", None) or (meta.get("dagster_event") if isinstance(meta, dict) else None)
-        if event is None and record.levelno < logging.INFO:
-            return ""
+        if event is None and (record.levelno < logging.INFO or "Dependencies for step" in record.getMessage()):
+            return ""  # what is not executed after a failure is said by its absence
         text = self._event(event) if event is not None else self._line(meta, record)
         clock = divmod(int(time.time() - self.begun), 60)
         return "\n".join(f"{clock[0]:2d}:{clock[1]:02d}  {line}" for line in text.splitlines()) if text else ""
@@ -50,9 +50,8 @@ class RunFormatter(logging.Formatter):
         if kind == "STEP_FAILURE":
             failure = event.event_specific_data
             user = failure.user_failure_data
-            return f"✗ {event.step_key} failed\n{user.description if user else failure.error.message}"
-        if kind == "STEP_SKIPPED":
-            return f"– {event.step_key} skipped"
+            error = failure.error.cause or failure.error
+            return f"✗ {event.step_key} failed\n{user.description if user else error.message.strip()}"
         return ""
 
 

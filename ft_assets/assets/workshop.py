@@ -4,6 +4,7 @@ An artifact whose fingerprint is in the store already is returned as it is ("reu
 """
 
 import importlib.metadata
+import importlib.util
 import shutil
 import time
 import uuid
@@ -31,8 +32,9 @@ OBSERVE_EVERY_SECONDS = 5.0
 
 
 def library_versions(kind: str | None) -> dict[str, str]:
-    """Return the versions of the libraries that decide a result of this kind."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES.get(kind or "", ())}
+    """Return the versions of the libraries that decide a result of this kind; bitsandbytes may be absent."""
+    installed = {name for name in LIBRARIES.get(kind or "", ()) if importlib.util.find_spec(name)}
+    return {name: importlib.metadata.version(name) for name in sorted(installed)}
 
 
 class Workshop:
