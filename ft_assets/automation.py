@@ -9,7 +9,7 @@ from ft_assets.assets.data import data_content, data_files
 from ft_assets.config import Project
 from ft_assets.errors import FtError
 
-KEYS = ("train", "preferences", "heldout", "retention", "few_shot")
+KEYS = ("train", "rehearsal", "preferences", "heldout", "retention", "few_shot")
 
 
 def content_version(project: Project) -> str:

@@ -26,6 +26,7 @@ class Section(BaseModel):
 
 class DataSettings(Section):
     train: list[str] = Field(description="Files or globs of conversations, relative to finetune.yaml.")
+    rehearsal: list[str] = Field(default=[], description="General conversations trained beside the task; never held out.")
     preferences: list[str] = Field(default=[], description="Files of prompt/chosen/rejected triples; none: no DPO.")
     heldout: list[str] = Field(default=[], description="A fixed held-out file that looks like production traffic.")
     retention: list[str] = Field(default=[], description="General prompts the model must not get worse at.")

@@ -74,7 +74,7 @@ def _sample(artifact: Artifact, name: str) -> Any:
 )
 def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated conversations in one canonical form, each with a stable id: for training, held-out, retention and few-shot."""
-    keys = {"train": "conversations", "heldout": "heldout", "retention": "retention", "few_shot": "few_shot"}
+    keys = {"train": "conversations", "rehearsal": "rehearsal", "heldout": "heldout", "retention": "retention", "few_shot": "few_shot"}
 
     def make(output: Path) -> StepResult:
         metrics: dict[str, Any] = {}

@@ -82,7 +82,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                 settings=workshop.project.recipe(name).chat.model_dump(mode="json"),
                 inputs={
                     "base_model": (store.need("base_model", name), None),
-                    **{f"raw_dataset#{part}": (raw, part) for part in ("conversations", "heldout", "retention")},
+                    **{f"raw_dataset#{part}": (raw, part) for part in ("conversations", "rehearsal", "heldout", "retention")},
                     "raw_preferences": (pairs, None),
                 },
                 step="chat",
@@ -138,14 +138,16 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
 
             def make(output: Path) -> StepResult:
                 rows = {
-                    name: read_table(chat.path / f"{name}.parquet") for name in ("conversations", "heldout", "retention", "preferences")
+                    name: read_table(chat.path / f"{name}.parquet")
+                    for name in ("conversations", "rehearsal", "heldout", "retention", "preferences")
                 }
                 train, heldout, removed = split(rows["conversations"], data.heldout_share, data.split_salt, rows["heldout"])
                 kept_out = {row["group"] for row in (*heldout, *rows["retention"])}
                 pairs = without_groups(rows["preferences"], kept_out)
+                rehearsal = without_groups(rows["rehearsal"], kept_out)
                 parts = {}
                 for name, side, schema in (
-                    ("train", train, TOKENIZED),
+                    ("train", [*train, *rehearsal], TOKENIZED),
                     ("heldout", heldout, TOKENIZED),
                     ("retention", rows["retention"], TOKENIZED),
                     ("preferences", pairs, TOKENIZED_PREFERENCE),
@@ -154,6 +156,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                     parts[name] = rows_version(side)
                 metrics = {
                     "train_rows": len(train),
+                    "rehearsal_rows": len(rehearsal),
                     "heldout_rows": len(heldout),
                     "retention_rows": len(rows["retention"]),
                     "preference_pairs": len(pairs),

@@ -18,7 +18,7 @@ def step(job: Job, report: Report) -> StepResult:
     ledger: dict[str, Any] = {}
     refused: list[dict[str, str]] = []
     parts = {}
-    for name in ("conversations", "heldout", "retention"):
+    for name in ("conversations", "rehearsal", "heldout", "retention"):
         rows, too_long = [], 0
         for row in read_table(job.inputs["raw_dataset"] / f"{name}.parquet"):
             try:
