@@ -37,6 +37,7 @@ def dagster_home(project: Project) -> Path:
     if not settings.exists():
         settings.write_text(
             "telemetry: {enabled: false}\n"
+            "nux: {enabled: false}  # no sign-up dialog over the UI\n"
             "# Pool gpu: one training or evaluation at a time, over all runs. Two GPUs: dagster instance concurrency set gpu 2\n"
             "concurrency: {pools: {default_limit: 1, granularity: op}}\n"
             "run_monitoring: {enabled: true, free_slots_after_run_end_seconds: 300}\n"
@@ -61,6 +62,7 @@ def run(
     _quiet()
     import dagster as dg
 
+    from ft_assets.console import failures
     from ft_assets.definitions import defs
 
     instance = dg.DagsterInstance.get()
@@ -80,6 +82,7 @@ def run(
         )
         if not outcome.success:
             failed.append(name or asset)
+            print("\n".join(["", *failures(outcome.all_events)]), file=sys.stderr)
     if failed:
         print(f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)", file=sys.stderr)
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import dagster as dg
@@ -48,20 +49,42 @@ class RunFormatter(logging.Formatter):
             mark = "✓" if data.passed else "✗" if data.severity == dg.AssetCheckSeverity.ERROR else "!"
             return f"    {mark} {data.check_name}: {data.description or ''}"
         if kind == "STEP_FAILURE":
-            failure = event.event_specific_data
-            user = failure.user_failure_data
-            error = failure.error.cause or failure.error
-            return f"✗ {event.step_key} failed\n{user.description if user else error.message.strip()}"
+            return f"✗ {event.step_key} failed"
         return ""
+
+
+def failures(events: Iterable[Any]) -> list[str]:
+    """Return why a run failed, a text a cause: of its steps, else of what failed outside them (storage, a pool's slot)."""
+    events = list(events)
+    causes = [_cause(event) for event in events if event.event_type_value == "STEP_FAILURE"]
+    if causes:
+        return [cause for cause in causes if cause]
+    outside = [error for event in events if (error := getattr(event.event_specific_data, "error", None)) is not None]
+    return [(error.cause or error).message.strip() for error in outside] or [
+        event.message or "the run failed" for event in events if event.event_type_value == "PIPELINE_FAILURE"
+    ]
+
+
+def _cause(event: Any) -> str:
+    failure = event.event_specific_data
+    user = failure.user_failure_data
+    if user is not None and user.description:
+        return user.description
+    error = failure.error.cause or failure.error
+    # A failed blocking check is a line of its own already.
+    return "" if error.cls_name == "DagsterAssetCheckFailedError" else error.message.strip()
 
 
 class RunHandler(logging.StreamHandler):
     """Writes formatted events to stderr and leaves out the empty ones."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if text := self.format(record):
-            self.stream.write(text + "\n")
-            self.flush()
+        try:
+            if text := self.format(record):
+                self.stream.write(text + "\n")
+                self.flush()
+        except Exception:  # as logging's own handlers do: a line that cannot be written ends no run
+            self.handleError(record)
 
 
 def _console(init_context: dg.InitLoggerContext) -> logging.Logger:

@@ -24,6 +24,11 @@ def _report(workshop: Workshop, name: str) -> dict[str, Any]:
     return json.loads((workshop.store.need("eval_report", name).path / "report.json").read_text())
 
 
+def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a paired difference as check metadata: the UI plots it over runs."""
+    return {"difference": entry["mean"], "interval_low": entry["low"], "interval_high": entry["high"]}
+
+
 def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
     """Return the assets and checks; all but the leaderboard are partitioned by base model."""
     trained = [dg.AssetKey(name) for name in ("base_model", "recipe", "heldout_split", "lora_adapter", "dpo_adapter")]
@@ -72,10 +77,14 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
     )
     def better_than_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail on FAIL and on INCONCLUSIVE."""
-        verdict = decide(_report(workshop, context.partition_key), workshop.project.gate)
+        report = _report(workshop, context.partition_key)
+        verdict = decide(report, workshop.project.gate)
         blocking = ERROR if workshop.project.gate.override is None else WARN
         return dg.AssetCheckResult(
-            passed=verdict["status"] == PASS, severity=blocking, description=f"{verdict['status']}: {'; '.join(verdict['reasons'])}"
+            passed=verdict["status"] == PASS,
+            severity=blocking,
+            description=f"{verdict['status']}: {'; '.join(verdict['reasons'])}",
+            metadata=_numbers(report["comparisons"][verdict["candidate"] or "sft"]["base"][report["metric"]]),
         )
 
     @dg.asset_check(
@@ -94,6 +103,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             passed=entry["low"] > 0,
             severity=WARN,
             description=f"{best} against the few-shot prompt: {entry['mean']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]",
+            metadata=_numbers(entry),
         )
 
     @dg.asset_check(
@@ -109,6 +119,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             passed=entry["mean"] <= gate.max_retention_loss,
             severity=ERROR if gate.override is None else WARN,
             description=f"general loss {entry['mean']:+.3f} nats/token [{entry['low']:+.3f}, {entry['high']:+.3f}], at most {gate.max_retention_loss}",
+            metadata=_numbers(entry),
         )
 
     @dg.asset(
@@ -171,6 +182,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         return dg.AssetCheckResult(
             passed=bool(passed),
             description=f"top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows, greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats",
+            metadata={name: metrics[name] for name in ("top1_agreement", "greedy_agreement", "kl_mean")},
         )
 
     @dg.asset(deps=[eval_report, merged_model], group_name="release", owners=OWNERS, kinds={"table"}, code_version="1")
