@@ -50,7 +50,7 @@ def test_ft_command_works(finished: Path, command: str) -> None:
 
 def test_all_commands_are_of_a_tested_kind() -> None:
     assert COMMANDS
-    assert all(line.startswith("make ") or line.startswith(".venv/bin/ft ") for line in COMMANDS)
+    assert all(line.startswith(("make ", ".venv/bin/ft ")) for line in COMMANDS)
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
