@@ -135,6 +135,15 @@ def test_no_hub_access(project: Path) -> None:
     assert "folder:" in said
 
 
+def test_hub_that_cannot_be_reached(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    edit(project, base_models={"tiny": {"hub": "some/model"}})
+    said = refused(project, "run", "--asset", "base_model")
+    assert "some/model cannot be reached" in said
+    assert "folder:" in said
+
+
 def test_two_sources_of_one_base_model(project: Path) -> None:
     edit(project, base_models={"tiny": {"hub": "some/model", "folder": "x"}})
     assert "give exactly one of hub, folder, gguf" in refused(project, "run")

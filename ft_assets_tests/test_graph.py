@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ft_assets.artifacts import ArtifactStore
+from ft_assets.data.tables import read_table
 from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
 
 ASSETS = ("base_model", "recipe", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter", "eval_report", "merged_model")
@@ -143,3 +144,14 @@ def test_growing_the_data_moves_no_row(copy: Path) -> None:
     assert ft(copy, "run", "--asset", "raw_dataset,chat_dataset,heldout_split").returncode == 0
     assert train < ids("train")
     assert heldout <= ids("heldout")
+
+
+def test_rehearsal_is_trained_on_and_never_held_out(project: Path) -> None:
+    write_jsonl(project / "data/general.jsonl", conversations(40, lambda _: "no", start=5000))
+    edit(project, data={"rehearsal": ["data/general.jsonl"]})
+    done = ft(project, "run", "--asset", "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split")
+    assert done.returncode == 0, done.stderr
+    split = store(project).need("heldout_split", "tiny").path
+    answers = {name: [row["messages"][-1]["content"] for row in read_table(split / f"{name}.parquet")] for name in ("train", "heldout")}
+    assert answers["train"].count("no") == 40
+    assert answers["heldout"].count("no") == 0

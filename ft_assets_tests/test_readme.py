@@ -64,3 +64,46 @@ def test_yaml_is_a_valid_finetune_yaml(tmp_path: Path, text: str) -> None:
 def test_links_and_pictures_are_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).is_file(), target
+
+
+def test_ui_shows_what_the_run_made(finished: Path) -> None:
+    import json
+    import os
+    import signal
+    import socket
+    import sys
+    import time
+    import urllib.request
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    query = "{ assetNodes { assetKey { path } assetMaterializations(limit: 1) { runId } } }"
+    environment = {key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ft_assets.cli", "ui", "--port", str(port)],
+        cwd=finished, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}
+        )
+        answer: dict = {}
+        end = time.monotonic() + 120
+        while not answer.get("data", {}).get("assetNodes") and time.monotonic() < end:
+            time.sleep(1)
+            try:
+                answer = json.load(urllib.request.urlopen(request, timeout=30))
+            except OSError:
+                assert process.poll() is None
+        made = {node["assetKey"]["path"][0]: bool(node["assetMaterializations"]) for node in answer["data"]["assetNodes"]}
+        assert made.pop("data_files") is False  # external: only the sensor reports it
+        assert len(made) == 11
+        assert all(made.values()), made
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
