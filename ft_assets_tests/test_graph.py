@@ -42,6 +42,8 @@ def test_graph_ends_with_a_merged_model_behind_a_pass(finished: Path) -> None:
     assert verdict["status"] == "PASS"
     assert merged.metrics["top1_agreement"] >= 0.95
     assert merged.metrics["same_tokenizer_and_template"] is True
+    assert merged.metrics["merged_beats_base"] is True
+    assert merged.metrics["merged_gain_low"] > 0
     report = json.loads((store(finished).need("eval_report", "tiny").path / "report.json").read_text())
     assert set(report["scores"]) == {"base", "few_shot", "sft", "dpo"}
     assert report["scores"]["sft"]["exact"] > report["scores"]["base"]["exact"]
@@ -96,6 +98,26 @@ def test_merge_is_refused_when_the_report_was_edited(copy: Path) -> None:
     refused = ft(copy, "run", "--asset", "merged_model")
     assert refused.returncode == 1
     assert "was changed after it was published" in refused.stderr
+
+
+def test_file_that_lost_the_gain_is_refused_though_its_adapter_passed(copy: Path) -> None:
+    """The file is judged by its own answers: here the adapter has next to no update left."""
+    from ft_assets.errors import VerdictError
+    from ft_assets.job import Job
+    from ft_assets.steps.merge import step
+
+    the_store = store(copy)
+    jobs = [Job.model_validate_json(path.read_text()) for path in (copy / ".ft/store/.work/jobs").glob("merged_model-*/job.json")]
+    settings = jobs[0].settings | {"min_stop_rate": 0.0, "min_top1_agreement": 0.0}
+    adapter = copy / "adapter"
+    shutil.copytree(the_store.need("lora_adapter", "tiny").path, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0.001}))  # next to no update: the base again
+    inputs = {name: the_store.need(name, "tiny").path for name in ("base_model", "heldout_split", "eval_report")} | {"adapter": adapter}
+    (copy / "output").mkdir()
+    job = jobs[0].model_copy(update={"settings": settings, "inputs": inputs, "output": copy / "output"})
+    with pytest.raises(VerdictError, match="the adapter passed, the merged file does not"):
+        step(job, lambda *_, **__: None)
 
 
 def test_merge_is_refused_without_a_pass_also_alone_in_a_later_run(copy: Path) -> None:

@@ -24,6 +24,10 @@ def _report(workshop: Workshop, name: str) -> dict[str, Any]:
     return json.loads((workshop.store.need("eval_report", name).path / "report.json").read_text())
 
 
+def _metric(workshop: Workshop, name: str) -> str:
+    return workshop.project.recipe(name).evaluation.metric
+
+
 def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a paired difference as check metadata: the UI plots it over runs."""
     return {"difference": entry["mean"], "interval_low": entry["low"], "interval_high": entry["high"]}
@@ -128,7 +132,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="1",
+        code_version="2",
         pool=GPU_POOL,
     )
     def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -148,6 +152,8 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                     "candidate": verdict["candidate"],
                     "override": verdict.get("override"),
                     "min_top1_agreement": project.gate.min_top1_agreement,
+                    "confidence": project.gate.confidence,
+                    "min_stop_rate": project.gate.min_stop_rate,
                 },
                 inputs={
                     "base_model": (used["base_model"], None),
@@ -185,6 +191,23 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             metadata={name: metrics[name] for name in ("top1_agreement", "greedy_agreement", "kl_mean")},
         )
 
+    @dg.asset_check(
+        asset=merged_model,
+        blocking=True,
+        partitions_def=base_models,
+        description="The merged file itself, answering from disk, beats the base on the held-out rows.",
+    )
+    def file_is_better_than_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Fail if rounding to bf16 cost the gain (only an override merges such a file at all)."""
+        metrics, metric = workshop.store.need("merged_model", context.partition_key).metrics, _metric(workshop, context.partition_key)
+        gain = {"mean": metrics["merged_gain"], "low": metrics["merged_gain_low"], "high": metrics["merged_gain_high"]}
+        return dg.AssetCheckResult(
+            passed=bool(metrics["merged_beats_base"]),
+            severity=ERROR if workshop.project.gate.override is None else WARN,
+            description=f"{metric} {metrics[f'merged_{metric}']:.3f}, {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}], stop rate {metrics['merged_stop_rate']:.2f}",
+            metadata=_numbers(gain),
+        )
+
     @dg.asset(deps=[eval_report, merged_model], group_name="release", owners=OWNERS, kinds={"table"}, code_version="1")
     def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """One table over all base models on the same held-out rows; a base model without a report is shown as such."""
@@ -203,7 +226,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         return result(artifact, reused, leaderboard=dg.MetadataValue.md((artifact.path / "leaderboard.md").read_text()))
 
     assets = [eval_report, merged_model, leaderboard]
-    return assets, [better_than_base, better_than_prompting, nothing_forgotten, merge_is_equivalent]
+    return assets, [better_than_base, better_than_prompting, nothing_forgotten, merge_is_equivalent, file_is_better_than_base]
 
 
 def _table(workshop: Workshop, reports: dict[str, Artifact | None]) -> list[str]:

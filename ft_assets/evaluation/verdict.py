@@ -16,13 +16,18 @@ PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 BOUND = ("base_model", "lora_adapter", "dpo_adapter", "heldout", "retention")
 
 
+def beats(comparison: Mapping[str, Any], confidence: float) -> bool:
+    """Return whether a paired difference is above zero: its interval and, for right/wrong scores, McNemar's exact test say so."""
+    p = comparison["p_mcnemar"]
+    return comparison["low"] > 0 and (p is None or p < 1 - confidence)
+
+
 def judge(candidate: str, report: Mapping[str, Any], gate: GateSettings) -> dict[str, Any]:
     """Return {"status", "reasons"} of one candidate against the base."""
     metric = report["metric"]
     against = report["comparisons"][candidate]["base"][metric]
     retention = report["retention"][candidate]
     stop_rate = report["scores"][candidate]["stop_rate"]
-    alpha = 1 - gate.confidence
     said = f"{metric} {against['mean']:+.3f} against base, {gate.confidence:.0%} interval [{against['low']:+.3f}, {against['high']:+.3f}], n={against['n']}"
     fails, unsure = [], []
     if against["high"] < 0:
@@ -33,8 +38,7 @@ def judge(candidate: str, report: Mapping[str, Any], gate: GateSettings) -> dict
         fails.append(f"forgets: general loss {retention['mean']:+.3f} nats/token > {gate.max_retention_loss}")
     if against["n"] < gate.min_heldout_rows:
         unsure.append(f"too few held-out rows: {against['n']} < {gate.min_heldout_rows}")
-    p = against["p_mcnemar"]
-    if not (against["low"] > 0 and (p is None or p < alpha)):
+    if not beats(against, gate.confidence):
         needed = f"; about {against['rows_needed']} held-out rows would decide" if against["rows_needed"] and against["mean"] > 0 else ""
         unsure.append(f"cannot tell it from the base: {said}{needed}")
     if fails:

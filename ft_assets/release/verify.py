@@ -40,8 +40,8 @@ def _answer_logits(model: Any, rows: list[dict[str, Any]]) -> list[torch.Tensor]
 
 def compare_models(
     snapshot: Path, adapter: Path, merged: Path, rows: list[dict[str, Any]], answers: list[str], settings: EvaluationSettings
-) -> dict[str, Any]:
-    """Return how far the merged model is from base + adapter on held-out rows.
+) -> tuple[dict[str, Any], list[float]]:
+    """Return (how far the merged model is from base + adapter on held-out rows, its own score a row by the gate metric).
 
     `top1_agreement`: share of the answer's positions with the same most likely token; `kl`: mean KL(adapter || merged)
     in nats; `greedy_agreement`: share of equal greedy answers, against those given in the evaluation; and the gate
@@ -65,7 +65,7 @@ def compare_models(
     prompts = [render(tokenizer, row["messages"][:-1], generation_prompt=True) for row in rows]
     generated = generate(model, tokenizer, prompts, stop_ids(merged), settings.max_new_tokens, settings.batch_size)
     scores = score_answers([answer.text for answer in generated], [row["messages"][-1]["content"] for row in rows], settings.json_fields)
-    return {
+    numbers = {
         "top1_agreement": float(agree.mean()),
         "kl_mean": float(kl.mean()),
         "logit_difference_mean": mean,
@@ -76,3 +76,4 @@ def compare_models(
         "same_tokenizer_and_template": same_files(snapshot, merged),
         "compared_rows": len(rows),
     }
+    return numbers, scores[settings.metric]
