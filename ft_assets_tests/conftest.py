@@ -149,3 +149,12 @@ def ft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=380,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Path]) -> Path:
+    """A project whose graph ran once to the end. Shared: a test that changes data, settings or the store works on a copy."""
+    folder = make_project(tmp_path_factory.mktemp("finished"))
+    done = ft(folder, "run")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return folder

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,19 @@ def store(folder: Path) -> ArtifactStore:
     return ArtifactStore(folder / ".ft/store")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Path]) -> Path:
-    """A project whose graph ran once to the end (shared by the tests of this module; each works on a copy)."""
-    folder = make_project(tmp_path_factory.mktemp("finished"))
-    done = ft(folder, "run")
-    assert done.returncode == 0, done.stderr + done.stdout
-    return folder
-
-
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     target = tmp_path / "copy"
     shutil.copytree(finished, target)
     return target
+
+
+def merge_refused(folder: Path) -> str:
+    """Materialize merged_model alone, assert that it is refused and nothing published; return what was said."""
+    done = ft(folder, "run", "--asset", "merged_model")
+    assert done.returncode == 1
+    assert store(folder).current("merged_model", "tiny") is None
+    return done.stderr
 
 
 def test_graph_ends_with_a_merged_model_behind_a_pass(finished: Path) -> None:
@@ -85,19 +83,14 @@ def test_merge_is_refused_after_the_adapter_was_retrained(copy: Path) -> None:
     shutil.rmtree(copy / ".ft/store/merged_model")
     edit(copy, sft={"seed": 7})
     assert ft(copy, "run", "--asset", "recipe,lora_adapter").returncode == 0
-    refused = ft(copy, "run", "--asset", "merged_model")
-    assert refused.returncode == 1
-    assert "the verdict is about another lora_adapter" in refused.stderr
-    assert store(copy).current("merged_model", "tiny") is None
+    assert "the verdict is about another lora_adapter" in merge_refused(copy)
 
 
 def test_merge_is_refused_when_the_report_was_edited(copy: Path) -> None:
     shutil.rmtree(copy / ".ft/store/merged_model")
     report = store(copy).need("eval_report", "tiny").path / "report.json"
     report.write_text(report.read_text().replace('"n":', '"n" :', 1))
-    refused = ft(copy, "run", "--asset", "merged_model")
-    assert refused.returncode == 1
-    assert "was changed after it was published" in refused.stderr
+    assert "was changed after it was published" in merge_refused(copy)
 
 
 def test_file_that_lost_the_gain_is_refused_though_its_adapter_passed(copy: Path) -> None:
@@ -126,10 +119,7 @@ def test_merge_is_refused_without_a_pass_also_alone_in_a_later_run(copy: Path) -
     blocked = ft(copy, "run", "--asset", "eval_report,merged_model")
     assert blocked.returncode == 1
     assert "INCONCLUSIVE" in blocked.stderr
-    alone = ft(copy, "run", "--asset", "merged_model")
-    assert alone.returncode == 1
-    assert "the verdict is INCONCLUSIVE" in alone.stderr
-    assert store(copy).current("merged_model", "tiny") is None
+    assert "the verdict is INCONCLUSIVE" in merge_refused(copy)
 
 
 def test_override_merges_and_says_so_in_the_card(copy: Path) -> None:
@@ -143,8 +133,6 @@ def test_override_merges_and_says_so_in_the_card(copy: Path) -> None:
 
 
 def test_heldout_prompt_in_preferences_is_left_out_and_counted(copy: Path) -> None:
-    from ft_assets.data.tables import read_table
-
     row = read_table(store(copy).need("heldout_split", "tiny").path / "heldout.parquet")[0]
     pairs = (copy / "data/pairs.jsonl").read_text().splitlines()
     copied = {"prompt": row["messages"][0]["content"].upper() + "  ", "chosen": "yes", "rejected": "no"}
@@ -155,8 +143,6 @@ def test_heldout_prompt_in_preferences_is_left_out_and_counted(copy: Path) -> No
 
 
 def test_growing_the_data_moves_no_row(copy: Path) -> None:
-    from ft_assets.data.tables import read_table
-
     def ids(name: str) -> set[str]:
         return {row["id"] for row in read_table(store(copy).need("heldout_split", "tiny").path / f"{name}.parquet")}
 

@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,6 @@ def test_make_target_exists(command: str) -> None:
     # Dry: `make demo` alone takes ten minutes, `make test` would run itself. What they call is run below and in test_graph.
     done = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Path]) -> Path:
-    folder = make_project(tmp_path_factory.mktemp("readme"))
-    done = ft(folder, "run")
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "/ft " in line])

@@ -60,6 +60,10 @@ def read_validated(project: Project, key: str, form: Callable[[dict[str, Any]], 
     return validated
 
 
+def _first(rejected: list[dict[str, Any]]) -> str | None:
+    return f"{rejected[0]['where']}: {rejected[0]['problem']}" if rejected else None
+
+
 def _sample(artifact: Artifact, name: str) -> Any:
     rows = read_table(artifact.path / f"{name}.parquet")[:5]
     lines = ["| id | turns |", "|---|---|"]
@@ -95,7 +99,7 @@ def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Wo
             {
                 **metrics,
                 "rejected": len(rejected),
-                "first_rejected": f"{rejected[0]['where']}: {rejected[0]['problem']}" if rejected else None,
+                "first_rejected": _first(rejected),
             },
             parts,
         )
@@ -123,7 +127,7 @@ def raw_preferences(context: dg.AssetExecutionContext, workshop: dg.ResourcePara
         return StepResult(
             {
                 **metrics,
-                "first_rejected": f"{validated.rejected[0]['where']}: {validated.rejected[0]['problem']}" if validated.rejected else None,
+                "first_rejected": _first(validated.rejected),
             },
             {"preferences": rows_version(validated.rows)},
         )

@@ -24,10 +24,6 @@ def _report(workshop: Workshop, name: str) -> dict[str, Any]:
     return json.loads((workshop.store.need("eval_report", name).path / "report.json").read_text())
 
 
-def _metric(workshop: Workshop, name: str) -> str:
-    return workshop.project.recipe(name).evaluation.metric
-
-
 def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a paired difference as check metadata: the UI plots it over runs."""
     return {"difference": entry["mean"], "interval_low": entry["low"], "interval_high": entry["high"]}
@@ -199,7 +195,8 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
     )
     def file_is_better_than_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if rounding to bf16 cost the gain (only an override merges such a file at all)."""
-        metrics, metric = workshop.store.need("merged_model", context.partition_key).metrics, _metric(workshop, context.partition_key)
+        name = context.partition_key
+        metrics, metric = workshop.store.need("merged_model", name).metrics, workshop.project.recipe(name).evaluation.metric
         gain = {"mean": metrics["merged_gain"], "low": metrics["merged_gain_low"], "high": metrics["merged_gain_high"]}
         return dg.AssetCheckResult(
             passed=bool(metrics["merged_beats_base"]),
