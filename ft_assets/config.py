@@ -33,6 +33,12 @@ class DataSettings(Section):
     few_shot: list[str] = Field(default=[], description="Examples for the prompted base, the rival of the fine-tune.")
     few_shot_system: str | None = Field(default=None, description="System prompt of the prompted base.")
     heldout_share: float = Field(default=0.1, gt=0, lt=0.9, description="Held-out share when no file is given.")
+    validation_share: float = Field(
+        default=0.05,
+        ge=0,
+        lt=0.9,
+        description="Share of the train rows that is watched each epoch and never trained on: it shows overfitting.",
+    )
     split_salt: str = Field(default="", description="Changes which rows are held out; change it only deliberately.")
     max_invalid: float = Field(default=0.01, ge=0, le=1, description="Share of unreadable rows above which it stops.")
 
@@ -82,22 +88,88 @@ class DpoSettings(TrainSettings):
     max_pairs: int | None = Field(default=None, ge=1, description="Use only the first n pairs by id (a time budget).")
 
 
+class JudgeSettings(Section):
+    """A judge: any OpenAI-compatible chat endpoint. It compares a candidate's answer with the base's, in both orders."""
+
+    base_url: str = Field(description="e.g. https://api.openai.com/v1, or http://127.0.0.1:8000/v1")
+    model: str
+    api_key_env: str | None = Field(default=None, description="Name of the environment variable that holds the key.")
+    criteria: str = Field(default="Which answer serves the user better?", description="What the judge is asked.")
+    timeout: float = Field(default=60, gt=0, description="Seconds a request.")
+
+
 class EvaluationSettings(Section):
     max_new_tokens: int = Field(default=256, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    json_fields: list[str] = Field(default=[], description="Keys of the JSON object that an answer must be.")
+    batch_size: int | None = Field(default=None, ge=1, description="None: 32 on a CPU, 128 on a GPU; halved when memory runs out.")
     metric: str = Field(default="exact", description="The metric the verdict is about.")
-    retention_rows: int | None = Field(default=None, ge=1, description="Score only the first n retention rows by id.")
+    json_fields: list[str] = Field(default=[], description="Keys of the JSON object that an answer must be.")
+    json_schema: str | None = Field(default=None, description="File with a JSON schema the answer must meet: metric `schema`.")
+    metrics: list[Literal["rouge", "bleu", "chrf"]] = Field(default=[], description="Text metrics measured besides.")
+    regex: str | None = Field(default=None, description="The whole answer must match it: metric `regex`.")
+    labels: list[str] = Field(default=[], description="The answer is one of these: metrics `label`, `known_label`.")
+    choice: bool = Field(default=False, description="Also pick the most likely of `labels` by log-probability: metric `choice`.")
+    python: str | None = Field(default=None, description="Own metric, module:function(answer, reference, messages) -> number.")
+    judge: JudgeSettings | None = Field(default=None, description="An LLM judge: metric `judge`. Off by default.")
+    retention_rows: int | None = Field(default=None, ge=1, description="Take only the first n retention rows by id.")
+    retention_answers: int = Field(default=64, ge=2, description="Of these, how many are answered too; the loss is of all.")
+    retention_metric: Literal["chrf", "rougeL", "exact"] = Field(default="chrf", description="Task score of general prompts.")
+    train_rows: int = Field(default=32, ge=1, description="Train rows whose loss is compared with the held-out loss.")
+    refusals: list[str] = Field(default=[], description="Regular expressions of a refusal, besides the English ones.")
     seed: int = 42
+
+    def metric_names(self) -> list[str]:
+        """Return the names of the metrics that these settings measure."""
+        names = ["exact"]
+        if self.json_fields:
+            names += ["valid_json", "field_f1", *[f"field_{name}" for name in self.json_fields]]
+        names += ["schema"] if self.json_schema else []
+        names += ["rouge1", "rouge2", "rougeL"] if "rouge" in self.metrics else []
+        names += [name for name in ("bleu", "chrf") if name in self.metrics]
+        names += ["regex"] if self.regex else []
+        names += ["label", "known_label"] if self.labels else []
+        names += ["choice"] if self.choice else []
+        names += [self.python.partition(":")[2]] if self.python else []
+        names += ["judge"] if self.judge else []
+        return [*names, "loss", "token_accuracy"]
+
+    @model_validator(mode="after")
+    def _known_metric(self) -> "EvaluationSettings":
+        if self.metric not in self.metric_names():
+            raise ValueError(f"metric {self.metric!r} is not measured; with these settings there are {', '.join(self.metric_names())}")
+        if self.choice and not self.labels:
+            raise ValueError("choice needs labels")
+        if self.python and not self.python.partition(":")[2].isidentifier():
+            raise ValueError("python is written module:function")
+        return self
+
+
+LOWER_IS_BETTER = frozenset({"loss"})
 
 
 class GateSettings(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    metrics: dict[str, Literal["better"] | float] = Field(
+        default={},
+        description="What a PASS needs: `better`, or a margin by which the metric may be worse. Default: {evaluation.metric: better}.",
+    )
+    prompting: Literal["warn", "fail"] = Field(default="warn", description="What happens when a prompted base is as good.")
     min_stop_rate: float = Field(default=0.9, ge=0, le=1)
-    max_retention_loss: float = Field(default=0.2, ge=0, description="Nats a token the general loss may rise.")
+    max_refusal_rise: float = Field(default=0.05, ge=0, le=1, description="Share of answers, held-out and general prompts.")
+    max_repetition_rise: float = Field(default=0.1, ge=0, le=1, description="Share of repeated 4-grams.")
+    max_retention_loss: float = Field(default=0.2, ge=0, description="Nats a token the loss on general prompts may rise.")
+    max_retention_drop: float = Field(default=0.1, ge=0, description="How far the task score on general prompts may fall.")
+    dpo_margin: float = Field(default=0.0, ge=0, description="DPO is merged unless it is lower than SFT by more.")
+    dpo_retention_margin: float = Field(default=0.02, ge=0, description="Nats a token DPO may lose against SFT on general prompts.")
     min_heldout_rows: int = Field(default=20, ge=1)
     min_top1_agreement: float = Field(default=0.99, ge=0, le=1, description="Merged model against base + adapter.")
     override: str | None = Field(default=None, description="A written reason: merge without a PASS. It is recorded.")
+
+    @model_validator(mode="after")
+    def _margins_are_positive(self) -> "GateSettings":
+        for name, goal in self.metrics.items():
+            if goal != "better" and goal <= 0:
+                raise ValueError(f"metrics.{name}: a margin is above 0; write `better` if it must be better")
+        return self
 
 
 class BaseModelSettings(Section):
@@ -219,7 +291,17 @@ def load_project(path: Path | None = None) -> Project:
                 f"{path}: base_models.{name}", "has a character that a file name cannot hold", "letters, digits, . _ -", "rename it"
             )
         _check_overrides(path, project, name)
+        _check_goals(path, project, name)
     return project
+
+
+def _check_goals(path: Path, project: Project, name: str) -> None:
+    known = project.recipe(name).evaluation.metric_names()
+    for metric in project.gate.metrics:
+        if metric not in known:
+            raise ConfigError(
+                f"{path}: gate.metrics.{metric}", f"is not measured for {name}", f"one of {', '.join(known)}", _near(metric, known)
+            )
 
 
 def _check_overrides(path: Path, project: Project, name: str) -> None:

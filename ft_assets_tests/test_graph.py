@@ -83,6 +83,8 @@ def test_merge_is_refused_after_the_adapter_was_retrained(copy: Path) -> None:
     shutil.rmtree(copy / ".ft/store/merged_model")
     edit(copy, sft={"seed": 7})
     assert ft(copy, "run", "--asset", "recipe,lora_adapter").returncode == 0
+    assert "dpo_adapter was made from another lora_adapter" in merge_refused(copy)
+    assert ft(copy, "run", "--asset", "dpo_adapter").returncode == 0
     assert "the verdict is about another lora_adapter" in merge_refused(copy)
 
 
@@ -101,7 +103,7 @@ def test_file_that_lost_the_gain_is_refused_though_its_adapter_passed(copy: Path
 
     the_store = store(copy)
     jobs = [Job.model_validate_json(path.read_text()) for path in (copy / ".ft/store/.work/jobs").glob("merged_model-*/job.json")]
-    settings = jobs[0].settings | {"min_stop_rate": 0.0, "min_top1_agreement": 0.0}
+    settings = jobs[0].settings | {"gate": {"min_stop_rate": 0.0, "min_top1_agreement": 0.0}}
     adapter = copy / "adapter"
     shutil.copytree(the_store.need("lora_adapter", "tiny").path, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())

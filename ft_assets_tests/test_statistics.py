@@ -1,12 +1,10 @@
-"""Paired statistics and the verdict that they lead to: what passes, what fails, what cannot tell."""
+"""Paired statistics: intervals, tests, what a number of rows can show."""
 
-from typing import Any
-
+import numpy as np
 import pytest
 
-from ft_assets.config import GateSettings
-from ft_assets.evaluation.statistics import compare, interval
-from ft_assets.evaluation.verdict import FAIL, INCONCLUSIVE, PASS, decide
+from ft_assets.evaluation.statistics import _mcnemar as compare_p
+from ft_assets.evaluation.statistics import compare, holm, interval, mcnemar_power
 
 
 def test_interval_of_a_mean_covers_it_and_narrows_with_rows() -> None:
@@ -18,55 +16,57 @@ def test_interval_of_a_mean_covers_it_and_narrows_with_rows() -> None:
 
 def test_compare_counts_wins_ties_losses_and_mcnemar() -> None:
     entry = compare([1.0] * 8 + [0.0] * 2 + [1.0] * 10, [0.0] * 8 + [1.0] * 2 + [1.0] * 10, 0.95, 1)
-    assert (entry["wins"], entry["ties"], entry["losses"], entry["n"]) == (8, 10, 2, 20)
+    assert (entry["wins"], entry["ties"], entry["losses"], entry["n"], entry["test"]) == (8, 10, 2, 20, "McNemar")
     assert entry["mean"] == pytest.approx(0.3)
-    assert entry["p_mcnemar"] == pytest.approx(0.109375)  # two-sided binomial of 2 in 10
+    assert entry["p"] == pytest.approx(0.109375)  # two-sided binomial of 2 in 10
 
 
 def test_equal_answers_are_no_difference() -> None:
     entry = compare([1.0, 0.0], [1.0, 0.0], 0.95, 1)
-    assert (entry["mean"], entry["low"], entry["high"], entry["p_mcnemar"], entry["rows_needed"]) == (0.0, 0.0, 0.0, 1.0, None)
+    assert (entry["mean"], entry["low"], entry["high"], entry["p"], entry["rows_needed"]) == (0.0, 0.0, 0.0, 1.0, None)
 
 
-def report(base: list[float], sft: list[float], dpo: list[float] | None = None, stop: float = 1.0, forgot: float = 0.0) -> dict[str, Any]:
-    """Return the numbers that a verdict reads, of given scores a row."""
-    rows = {"base": base, "sft": sft} | ({"dpo": dpo} if dpo else {})
-    pairs = [("sft", "base")] + ([("dpo", "base"), ("dpo", "sft")] if dpo else [])
-    comparisons: dict[str, Any] = {}
-    for name, rival in pairs:
-        comparisons.setdefault(name, {})[rival] = {"exact": compare(rows[name], rows[rival], 0.95, 1)}
-    return {
-        "metric": "exact",
-        "scores": {name: {"exact": sum(values) / len(values), "stop_rate": stop} for name, values in rows.items()},
-        "comparisons": comparisons,
-        "retention": {name: {"mean": forgot, "low": forgot, "high": forgot} for name in rows if name != "base"},
-        "bound_to": {},
-    }
+def test_scores_that_are_not_right_or_wrong_are_permuted() -> None:
+    chance = np.random.default_rng(0)
+    rival = chance.random(60).tolist()
+    entry = compare([value + 0.1 for value in rival], rival, 0.95, 1)
+    assert entry["test"] == "permutation"
+    assert entry["p"] < 0.001
+    noise = compare(chance.random(60).tolist(), rival, 0.95, 1)
+    assert noise["p"] > 0.05 or noise["low"] < 0 < noise["high"]
 
 
-GATE = GateSettings(min_heldout_rows=20)
-ALL, NONE, HALF = [1.0] * 60, [0.0] * 60, [1.0, 0.0] * 30
+def test_a_loss_is_oriented_so_that_less_is_a_win() -> None:
+    entry = compare([1.0] * 10 + [1.5] * 2, [2.0] * 12, 0.95, 1, lower_is_better=True)
+    assert (entry["mean"], entry["wins"]) == (pytest.approx(11 / 12), 12)
+    assert entry["low"] > 0
 
 
-@pytest.mark.parametrize(
-    ("numbers", "status", "candidate"),
-    [
-        (report(NONE, HALF), PASS, "sft"),
-        (report(HALF, HALF), INCONCLUSIVE, None),  # a tie is no pass
-        (report(HALF, NONE), FAIL, None),
-        (report(NONE, ALL, stop=0.5), FAIL, None),
-        (report(NONE, ALL, forgot=0.5), FAIL, None),
-        (report(NONE[:10], ALL[:10]), INCONCLUSIVE, None),  # too few rows
-        (report(NONE, HALF, dpo=ALL), PASS, "dpo"),
-        (report(NONE, ALL, dpo=HALF), PASS, "sft"),  # DPO hurts: SFT leaves
-        (report(NONE, [1.0, *NONE[1:]]), INCONCLUSIVE, None),  # one lucky row
-    ],
-)
-def test_verdict(numbers: dict[str, Any], status: str, candidate: str | None) -> None:
-    verdict = decide(numbers, GATE)
-    assert (verdict["status"], verdict["candidate"]) == (status, candidate)
+def test_holm_makes_the_second_test_pay_for_the_first() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({}) == {}
 
 
-def test_inconclusive_says_how_many_rows_would_decide() -> None:
-    reasons = decide(report(NONE, [1.0, 1.0, *NONE[2:]]), GATE)["reasons"]
-    assert "held-out rows would decide" in " ".join(reasons)
+def test_detectable_difference_shrinks_with_rows_and_has_the_stated_power() -> None:
+    def rows(count: int) -> tuple[list[float], list[float]]:
+        return [1.0, 0.0, 1.0, 0.0, 0.0] * count, [0.0, 1.0, 1.0, 0.0, 0.0] * count
+
+    small, large = (compare(*rows(count), 0.95, 1)["detectable"] for count in (12, 120))
+    assert large < small / 2
+    assert mcnemar_power(60, 0.4, small, 0.05) == pytest.approx(0.8, abs=1e-6)
+
+
+def test_power_equals_the_simulated_power_of_the_same_test() -> None:
+    chance, n, discordant, difference = np.random.default_rng(0), 80, 0.3, 0.2
+    found = 0
+    for _ in range(2000):
+        outcome = chance.choice([1, -1, 0], size=n, p=[(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant])
+        wins, losses = int((outcome == 1).sum()), int((outcome == -1).sum())
+        found += wins > losses and compare_p(wins, losses) < 0.05
+    assert found / 2000 == pytest.approx(mcnemar_power(n, discordant, difference, 0.05), abs=0.03)
+
+
+def test_rows_needed_grows_as_the_difference_shrinks() -> None:
+    large = compare([1.0] * 12 + [0.0] * 48, [0.0] * 60, 0.95, 1)["rows_needed"]
+    small = compare([1.0] * 3 + [0.0] * 57, [0.0] * 60, 0.95, 1)["rows_needed"]
+    assert large < 60 < small

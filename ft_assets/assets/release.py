@@ -10,14 +10,32 @@ from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.training import ERROR, GPU_POOL, WARN
 from ft_assets.assets.workshop import Workshop, library_versions, result, user_errors
-from ft_assets.evaluation.verdict import PASS, bound_versions, decide, require_pass
+from ft_assets.config import settings_version
+from ft_assets.evaluation.gate import bound_versions, require_lineage, require_pass
+from ft_assets.evaluation.sources import own_metric_version, read_schema
+from ft_assets.evaluation.verdict import PASS, beats, decide, dpo_hurts, forgetting, said
 from ft_assets.job import StepResult
 
 
 def _judged(workshop: Workshop, name: str) -> tuple[dict[str, Artifact], dict[str, str]]:
-    """Return the artifacts that a verdict is about, and their versions."""
-    used = {asset: workshop.store.need(asset, name) for asset in ("base_model", "lora_adapter", "dpo_adapter", "heldout_split")}
-    return used, bound_versions(used["base_model"], used["lora_adapter"], used["dpo_adapter"], used["heldout_split"])
+    """Return the artifacts that a verdict is about, and their versions. Raises VerdictError if they do not belong together."""
+    names = ("base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter")
+    used = {asset: workshop.store.need(asset, name) for asset in names}
+    require_lineage(used, f"eval_report[{name}]")
+    return used, bound_versions(used, settings_version(_evaluation(workshop, name)))
+
+
+def _evaluation(workshop: Workshop, name: str) -> dict[str, Any]:
+    """Return all that decides the evaluation but for the artifacts: its settings, the files they name, the few-shot prompt."""
+    project = workshop.project
+    settings = project.recipe(name).evaluation
+    return {
+        "evaluation": settings.model_dump(mode="json"),
+        "schema": read_schema(project, settings),
+        "own_metric": own_metric_version(project, settings),
+        "few_shot_system": project.data.few_shot_system,
+        "few_shot": workshop.store.need("raw_dataset", None).part_version("few_shot"),
+    }
 
 
 def _report(workshop: Workshop, name: str) -> dict[str, Any]:
@@ -39,7 +57,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="evaluation",
         owners=OWNERS,
         kinds={"report"},
-        code_version="1",
+        code_version="2",
         pool=GPU_POOL,
     )
     def eval_report(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -47,27 +65,37 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         name, project = context.partition_key, workshop.project
         with user_errors():
             used, versions = _judged(workshop, name)
-            gate = project.gate.model_dump(mode="json", exclude={"override", "min_top1_agreement"})
+            previous = workshop.store.current("eval_report", name)
             artifact, reused = workshop.materialize(
                 context,
                 settings={
-                    "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
-                    "gate": gate,
-                    "few_shot_system": project.data.few_shot_system,
+                    **_evaluation(workshop, name),
+                    "gate": project.gate.model_dump(mode="json", exclude={"override", "min_top1_agreement"}),
                     "has_dpo": used["dpo_adapter"].metrics["pairs"] > 0,
                 },
                 inputs={
                     **{asset: (used[asset], None) for asset in ("base_model", "lora_adapter", "dpo_adapter")},
-                    **{f"heldout_split#{part}": (used["heldout_split"], part) for part in ("heldout", "retention")},
+                    **{f"heldout_split#{part}": (used["heldout_split"], part) for part in ("train", "heldout", "retention")},
                     "raw_dataset#few_shot": (workshop.store.need("raw_dataset", None), "few_shot"),
                 },
                 step="evaluate",
-                step_settings={"bound_to": versions},
+                step_settings={
+                    "bound_to": versions,
+                    "root": str(project.root),
+                    "previous": str(previous.path) if previous else None,
+                },
                 libraries="infer",
             )
         picture = (artifact.path / "info" / "scores.txt").read_text()
-        text = (artifact.path / "report.md").read_text()
-        return result(artifact, reused, report=dg.MetadataValue.md(f"![scores]({picture})\n\n{text}"))
+        text, since = ((artifact.path / name).read_text() for name in ("report.md", "info/changes.md"))
+        return result(
+            artifact,
+            reused,
+            report=dg.MetadataValue.md(f"![scores]({picture})\n\n{text}"),
+            since_the_previous_report=dg.MetadataValue.md(since),
+            page=dg.MetadataValue.path(str(artifact.path / "info" / "report.html")),
+            every_row=dg.MetadataValue.path(str(artifact.path / "rows.parquet")),
+        )
 
     @dg.asset_check(
         asset=eval_report,
@@ -84,7 +112,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             passed=verdict["status"] == PASS,
             severity=blocking,
             description=f"{verdict['status']}: {'; '.join(verdict['reasons'])}",
-            metadata=_numbers(report["comparisons"][verdict["candidate"] or "sft"]["base"][report["metric"]]),
+            metadata=_numbers(report["comparisons"][verdict["speaker"]]["base"][report["metric"]]),
         )
 
     @dg.asset_check(
@@ -93,16 +121,19 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         description="The fine-tune beats the base with a few-shot prompt; else prompting would do.",
     )
     def better_than_prompting(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
-        """Warn if a prompted base is as good."""
-        report = _report(workshop, context.partition_key)
-        best = decide(report, workshop.project.gate)["candidate"] or "sft"
+        """Warn if a prompted base is as good; fail if gate.prompting says so."""
+        report, gate = _report(workshop, context.partition_key), workshop.project.gate
+        speaker, metric = decide(report, gate)["speaker"], report["metric"]
+        severity = ERROR if gate.prompting == "fail" and gate.override is None else WARN
         if "few_shot" not in report["scores"]:
-            return dg.AssetCheckResult(passed=False, severity=WARN, description="not compared: data.few_shot names no examples")
-        entry = report["comparisons"][best]["few_shot"][report["metric"]]
+            return dg.AssetCheckResult(passed=False, severity=severity, description="not compared: data.few_shot names no examples")
+        entry = report["comparisons"][speaker]["few_shot"][metric]
+        passed = beats(entry, gate.confidence)
+        text = f"{speaker}: {said(metric, entry, 'the few-shot prompt')}"
         return dg.AssetCheckResult(
-            passed=entry["low"] > 0,
-            severity=WARN,
-            description=f"{best} against the few-shot prompt: {entry['mean']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]",
+            passed=passed,
+            severity=severity,
+            description=text if passed else f"you do not need this fine-tune, or cannot show that you do: {text}",
             metadata=_numbers(entry),
         )
 
@@ -110,16 +141,29 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         asset=eval_report, blocking=True, partitions_def=base_models, description="The model to merge did not get worse on general prompts."
     )
     def nothing_forgotten(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
-        """Fail if the loss on the retention set rose by more than gate.max_retention_loss."""
+        """Fail if loss or task score on the retention set fell by more than the gate's tolerance, or that cannot be told."""
         report, gate = _report(workshop, context.partition_key), workshop.project.gate
-        entry = report["retention"][decide(report, gate)["candidate"] or "sft"]
-        if entry is None:
+        if report["retention"] is None:
             return dg.AssetCheckResult(passed=False, severity=WARN, description="not measured: data.retention names no prompts")
+        speaker = decide(report, gate)["speaker"]
+        fails, unsure, proven = forgetting(speaker, report, gate)
         return dg.AssetCheckResult(
-            passed=entry["mean"] <= gate.max_retention_loss,
+            passed=not fails and not unsure,
             severity=ERROR if gate.override is None else WARN,
-            description=f"general loss {entry['mean']:+.3f} nats/token [{entry['low']:+.3f}, {entry['high']:+.3f}], at most {gate.max_retention_loss}",
-            metadata=_numbers(entry),
+            description=f"{speaker}: {'; '.join(fails or unsure or proven)}",
+            metadata=_numbers(report["retention"]["comparisons"][speaker]["base"]["loss"]),
+        )
+
+    @dg.asset_check(asset=eval_report, partitions_def=base_models, description="DPO is not worse than SFT; else SFT is merged.")
+    def dpo_does_not_hurt(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Warn if DPO is lower than SFT on held-out or on general prompts."""
+        report = _report(workshop, context.partition_key)
+        if "dpo" not in report["scores"]:
+            return dg.AssetCheckResult(passed=True, description="no preference data: no DPO")
+        entry, metric = report["comparisons"]["dpo"]["sft"][report["metric"]], report["metric"]
+        hurts = dpo_hurts(report, workshop.project.gate)
+        return dg.AssetCheckResult(
+            passed=hurts is None, severity=WARN, description=hurts or f"dpo: {said(metric, entry, 'SFT')}", metadata=_numbers(entry)
         )
 
     @dg.asset(
@@ -128,7 +172,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="2",
+        code_version="3",
         pool=GPU_POOL,
     )
     def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -147,9 +191,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 settings={
                     "candidate": verdict["candidate"],
                     "override": verdict.get("override"),
-                    "min_top1_agreement": project.gate.min_top1_agreement,
-                    "confidence": project.gate.confidence,
-                    "min_stop_rate": project.gate.min_stop_rate,
+                    "gate": project.gate.model_dump(mode="json", include={"min_top1_agreement", "confidence", "min_stop_rate", "metrics"}),
                 },
                 inputs={
                     "base_model": (used["base_model"], None),
@@ -161,6 +203,8 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 step_settings={
                     "verdict": verdict,
                     "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
+                    "schema": read_schema(project, project.recipe(name).evaluation),
+                    "root": str(project.root),
                     "source": str(settings.hub or settings.gguf or settings.folder),
                     "recipe": project.recipe(name).model_dump(mode="json"),
                     "versions": {**versions, **library_versions("train")},
@@ -223,7 +267,8 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         return result(artifact, reused, leaderboard=dg.MetadataValue.md((artifact.path / "leaderboard.md").read_text()))
 
     assets = [eval_report, merged_model, leaderboard]
-    return assets, [better_than_base, better_than_prompting, nothing_forgotten, merge_is_equivalent, file_is_better_than_base]
+    checks = [better_than_base, better_than_prompting, nothing_forgotten, dpo_does_not_hurt, merge_is_equivalent, file_is_better_than_base]
+    return assets, checks
 
 
 def _table(workshop: Workshop, reports: dict[str, Artifact | None]) -> list[str]:
@@ -242,8 +287,7 @@ def _table(workshop: Workshop, reports: dict[str, Artifact | None]) -> list[str]
             f"{report['scores'][candidate][metric]:.3f}" if candidate in report["scores"] else "–"
             for candidate in ("base", "few_shot", "sft", "dpo")
         ]
-        best = verdict["candidate"] or "sft"
-        retention = report["retention"][best]
+        best = verdict["speaker"]
         seconds = sum(
             (
                 trained.metrics.get("seconds", 0.0)
@@ -252,7 +296,7 @@ def _table(workshop: Workshop, reports: dict[str, Artifact | None]) -> list[str]
             ),
             0.0,
         )
-        loss = f"{retention['mean']:+.3f}" if retention else "–"
+        loss = f"{-report['retention']['comparisons'][best]['base']['loss']['mean']:+.3f}" if report["retention"] else "–"
         rows.append(
             (
                 report["scores"][best][metric],

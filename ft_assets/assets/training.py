@@ -10,7 +10,7 @@ from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS, raw_dataset, raw_preferences, schema_metadata
 from ft_assets.assets.workshop import Workshop, result, user_errors
 from ft_assets.config import settings_version
-from ft_assets.data.split import overlaps, split, without_groups
+from ft_assets.data.split import apart, overlaps, split, without_groups
 from ft_assets.data.tables import TOKENIZED, TOKENIZED_PREFERENCE, read_table, rows_version, write_table
 from ft_assets.evaluation.plots import curve_plot, data_uri
 from ft_assets.job import StepResult
@@ -24,13 +24,14 @@ def _curve(artifact: Artifact, title: str) -> dict[str, Any]:
     path = artifact.path / "info" / "curve.json"
     if not path.exists():
         return {}
-    return {"loss_curve": dg.MetadataValue.md(f"![loss]({data_uri(curve_plot(json.loads(path.read_text()), title))})")}
+    curve, watched = (json.loads(file.read_text()) if file.exists() else [] for file in (path, path.with_name("validation.json")))
+    return {"loss_curve": dg.MetadataValue.md(f"![loss]({data_uri(curve_plot(curve, title, watched))})")}
 
 
 def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
     """Return the assets and checks, partitioned by base model."""
 
-    @dg.asset(partitions_def=base_models, group_name="model", owners=OWNERS, kinds={"huggingface"}, code_version="1")
+    @dg.asset(partitions_def=base_models, group_name="model", owners=OWNERS, kinds={"huggingface"}, code_version="2")
     def base_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """The resolved base: a bf16 snapshot with tokenizer and chat template, from a hub commit, a folder or a GGUF file."""
         project, name = workshop.project, context.partition_key
@@ -127,7 +128,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="data",
         owners=OWNERS,
         kinds={"parquet"},
-        code_version="1",
+        code_version="2",
         metadata=schema_metadata(TOKENIZED),
     )
     def heldout_split(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -141,13 +142,15 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                     name: read_table(chat.path / f"{name}.parquet")
                     for name in ("conversations", "rehearsal", "heldout", "retention", "preferences")
                 }
-                train, heldout, removed = split(rows["conversations"], data.heldout_share, data.split_salt, rows["heldout"])
+                rest, heldout, removed = split(rows["conversations"], data.heldout_share, data.split_salt, rows["heldout"])
+                train, validation = apart(rest, data.validation_share, data.split_salt)
                 kept_out = {row["group"] for row in (*heldout, *rows["retention"])}
                 pairs = without_groups(rows["preferences"], kept_out)
                 rehearsal = without_groups(rows["rehearsal"], kept_out)
                 parts = {}
                 for name, side, schema in (
                     ("train", [*train, *rehearsal], TOKENIZED),
+                    ("validation", validation, TOKENIZED),
                     ("heldout", heldout, TOKENIZED),
                     ("retention", rows["retention"], TOKENIZED),
                     ("preferences", pairs, TOKENIZED_PREFERENCE),
@@ -157,6 +160,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                 metrics = {
                     "train_rows": len(train),
                     "rehearsal_rows": len(rehearsal),
+                    "validation_rows": len(validation),
                     "heldout_rows": len(heldout),
                     "retention_rows": len(rows["retention"]),
                     "preference_pairs": len(pairs),
@@ -167,7 +171,12 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
 
             artifact, reused = workshop.materialize(
                 context,
-                settings={"share": data.heldout_share, "salt": data.split_salt, "fixed": bool(data.heldout)},
+                settings={
+                    "share": data.heldout_share,
+                    "validation_share": data.validation_share,
+                    "salt": data.split_salt,
+                    "fixed": bool(data.heldout),
+                },
                 inputs={"chat_dataset": (chat, None)},
                 make=make,
             )
@@ -182,7 +191,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
     def nothing_leaks(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail with the first offending pair of ids (train and preferences may share prompts)."""
         path = workshop.store.need("heldout_split", context.partition_key).path
-        sides = {name: read_table(path / f"{name}.parquet") for name in ("train", "preferences", "heldout", "retention")}
+        sides = {name: read_table(path / f"{name}.parquet") for name in ("train", "validation", "preferences", "heldout", "retention")}
         trained = [*sides.pop("train"), *sides.pop("preferences")]
         found = overlaps(trained=trained, **sides)
         text = (
@@ -209,7 +218,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="1",
+        code_version="2",
         pool=GPU_POOL,
     )
     def lora_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -222,7 +231,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                 settings={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.model_dump(mode="json")},
                 inputs={
                     "base_model": (store.need("base_model", name), None),
-                    "heldout_split#train": (store.need("heldout_split", name), "train"),
+                    **{f"heldout_split#{part}": (store.need("heldout_split", name), part) for part in ("train", "validation")},
                 },
                 step="sft",
                 libraries="train",
@@ -247,7 +256,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="1",
+        code_version="2",
         pool=GPU_POOL,
     )
     def dpo_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:

@@ -29,7 +29,7 @@ class SideBySide:
         messages.append({"role": "user", "content": message})
         for who, model, tokenizer, stops in self.models:
             prompt = render(tokenizer, messages, generation_prompt=True)
-            yield who, generate(model, tokenizer, [prompt], stops, self.settings.max_new_tokens, 1)[0].text.strip()
+            yield who, generate(model, tokenizer, [prompt], stops, self.settings.max_new_tokens)[0].text.strip()
 
 
 def _usual_system(split: Any) -> str | None:

@@ -36,6 +36,13 @@ def split(
     return train, heldout, len(rows) - len(train) if fixed else 0
 
 
+def apart(rows: list[dict[str, Any]], share: float, salt: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return (train, validation) of the rows that are not held out, by another hash of the group."""
+    watched = [is_heldout(row["group"], share, f"{salt}:validation") for row in rows]
+    train = [row for row, flag in zip(rows, watched, strict=True) if not flag]
+    return train, [row for row, flag in zip(rows, watched, strict=True) if flag]
+
+
 def without_groups(rows: Iterable[dict[str, Any]], groups: set[str]) -> list[dict[str, Any]]:
     """Return the rows that share no group with `groups`."""
     return [row for row in rows if row["group"] not in groups]

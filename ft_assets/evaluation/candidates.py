@@ -1,24 +1,57 @@
 """Score base, prompted base, SFT and DPO on the same held-out rows with one load of the base."""
 
+import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from ft_assets.chat.rendering import render
+from ft_assets.chat.rendering import render, render_answer
 from ft_assets.config import EvaluationSettings
-from ft_assets.errors import EvaluationError
-from ft_assets.evaluation.generation import answer_losses, generate
-from ft_assets.evaluation.metrics import score_answers
+from ft_assets.evaluation.generation import default_batch_size, generate
+from ft_assets.evaluation.losses import answer_losses, sequence_log_probabilities
+from ft_assets.evaluation.metrics import retention_scores, score_answers
+from ft_assets.evaluation.metrics.form import normal_label
+from ft_assets.evaluation.metrics.habits import refusal_pattern, repetition
+from ft_assets.evaluation.metrics.judge import judge_scores
+from ft_assets.evaluation.metrics.own import load_function, own_scores
+from ft_assets.evaluation.proofs import load_candidates, prove_adapters_act, prove_unseen, template_mismatches
 from ft_assets.job import Report
-from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.models.loading import load_tokenizer, stop_ids
+
+Rows = list[dict[str, Any]]
 
 
-def few_shot_prompt(messages: list[dict[str, str]], system: str | None, examples: list[dict[str, Any]]) -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class Task:
+    """What is asked: tokenized rows, the prompted base's examples, and the settings with the files they name."""
+
+    heldout: Rows
+    retention: Rows
+    train: Rows
+    few_shot: Rows
+    few_shot_system: str | None
+    settings: EvaluationSettings
+    schema: Mapping[str, Any] | None = None
+    root: Path = Path()
+
+
+@dataclass
+class Scored:
+    """What came out. A held-out row is {"answer", "stopped", "tokens", "refused", "repetition", <metric>: score}, a
+    retention row the same with "loss" and, for those that were answered, the retention metric; losses in nats a token."""
+
+    heldout: dict[str, Rows] = field(default_factory=dict)
+    retention: dict[str, Rows] = field(default_factory=dict)
+    train_loss: dict[str, list[float]] = field(default_factory=dict)
+    proofs: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def few_shot_prompt(messages: list[dict[str, str]], system: str | None, examples: Rows) -> list[dict[str, str]]:
     """Return the prompt of the prompted base: the given system turn (else the row's own), the examples' turns, the row's."""
     own = next((turn["content"] for turn in messages if turn["role"] == "system"), None)
     first = system or own
@@ -28,77 +61,130 @@ def few_shot_prompt(messages: list[dict[str, str]], system: str | None, examples
     return turns + [turn for turn in messages if turn["role"] != "system"]
 
 
-def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
-    """Return the base with all adapters loaded. Raises EvaluationError if one does not act (all B are zero)."""
-    base = load_base(snapshot)
-    model: Any = None
-    for name, path in adapters.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, str(path), adapter_name=name)
-        else:
-            model.load_adapter(str(path), adapter_name=name)
-    for name in adapters:
-        acting = [float(parameter.abs().max()) > 0 for key, parameter in model.named_parameters() if f"lora_B.{name}" in key]
-        if not acting or not all(acting):
-            raise EvaluationError(
-                f"adapter {name}",
-                f"not applied: {acting.count(False)} of {len(acting)} targets have a zero update",
-                "a nonzero update on every target",
-                "train it again",
-            )
-    return model
-
-
-def score(
-    snapshot: Path,
-    adapters: dict[str, Path],
-    heldout: list[dict[str, Any]],
-    retention: list[dict[str, Any]],
-    few_shot: list[dict[str, Any]],
-    few_shot_system: str | None,
-    settings: EvaluationSettings,
-    report: Report,
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[float]], dict[str, float]]:
-    """Return (rows by candidate, retention losses by candidate, seconds by candidate).
-
-    A row is {"answer", "stopped", "tokens", <metric>: score}; a retention loss is nats a token of a row's answer.
-    """
+def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report) -> Scored:
+    """Return every candidate's scores on the same rows, and the proofs that they mean something. Raises EvaluationError."""
+    prove_unseen(adapters, heldout=task.heldout, retention=task.retention)
     tokenizer, stops = load_tokenizer(snapshot), stop_ids(snapshot)
     model = load_candidates(snapshot, adapters)
-    references = [row["messages"][-1]["content"] for row in heldout]
-    plain = [render(tokenizer, row["messages"][:-1], generation_prompt=True) for row in heldout]
-    plans: list[tuple[str, str | None, list[list[int]]]] = [("base", None, plain)]
-    if few_shot:
-        prompted = [
-            render(tokenizer, few_shot_prompt(row["messages"][:-1], few_shot_system, few_shot), generation_prompt=True) for row in heldout
-        ]
-        plans.append(("few_shot", None, prompted))
-    plans += [(name, name, plain) for name in adapters]
-    rows: dict[str, list[dict[str, Any]]] = {}
-    losses: dict[str, list[float]] = {}
-    seconds: dict[str, float] = {}
-    for name, adapter, prompts in plans:
+    scored = Scored()
+    scored.proofs["adapters"] = prove_adapters_act(model, adapters, render(tokenizer, task.heldout[0]["messages"][:-1], True))
+    scored.proofs["template_mismatches"] = template_mismatches(tokenizer, [*task.heldout, *task.train])
+    scorer = Scorer(model, tokenizer, stops, task)
+    prompted = [{**row, "messages": few_shot_prompt(row["messages"], task.few_shot_system, task.few_shot)} for row in task.heldout]
+    plans: list[tuple[str, str | None, Rows]] = [("base", None, task.heldout)]
+    plans += [("few_shot", None, _tokenized(tokenizer, prompted, stops))] if task.few_shot else []
+    plans += [(name, name, task.heldout) for name in adapters]
+    for name, adapter, rows in plans:
         begun = time.perf_counter()
         with acting(model, adapter):
-            answers = generate(model, tokenizer, prompts, stops, settings.max_new_tokens, settings.batch_size)
-            if name != "few_shot" and retention:
-                losses[name] = answer_losses(model, retention, settings.batch_size, tokenizer.pad_token_id)
-        scores = score_answers([answer.text for answer in answers], references, settings.json_fields)
-        rows[name] = [
+            scored.heldout[name] = scorer.heldout(rows, scored.heldout.get("base"))
+            if name != "few_shot":
+                scored.retention[name] = scorer.retention(task.retention)
+                scored.train_loss[name] = scorer.losses(task.train)[0]
+        scored.seconds[name] = time.perf_counter() - begun
+        mean = statistics.fmean(row[task.settings.metric] for row in scored.heldout[name])
+        report("scored", **{f"{name}_{task.settings.metric}": round(mean, 4), "seconds": round(scored.seconds[name], 1)})
+    replaced = replaced_template(snapshot)
+    if replaced:
+        with acting(model, None):
+            known = task.retention or task.heldout  # general prompts show best what a base knows in its own template
+            scored.proofs["own_template"] = {
+                "loss": scorer.loss_under(replaced, known),
+                "loss_as_configured": statistics.fmean(scorer.losses(known)[0]),
+                "rows": "general" if task.retention else "held-out",
+            }
+    return scored
+
+
+def _tokenized(tokenizer: Any, rows: Rows, stops: frozenset[int]) -> Rows:
+    tokenized = []
+    for row in rows:
+        prompt, answer = render_answer(tokenizer, row["messages"][:-1], row["messages"][-1]["content"], stops)
+        tokenized.append({**row, "input_ids": prompt + answer, "supervised": [False] * len(prompt) + [True] * len(answer)})
+    return tokenized
+
+
+def replaced_template(snapshot: Path) -> str | None:
+    """Return the base's own chat template if finetune.yaml replaced it."""
+    facts = snapshot / "facts.json"
+    return json.loads(facts.read_text()).get("replaced_template") if facts.exists() else None
+
+
+class Scorer:
+    """Scores whatever acts in the model now."""
+
+    def __init__(self, model: Any, tokenizer: Any, stops: frozenset[int], task: Task) -> None:
+        self.model, self.tokenizer, self.stops, self.task, self.settings = model, tokenizer, stops, task, task.settings
+        self.refusal = refusal_pattern(task.settings.refusals)
+        self.batch = task.settings.batch_size or default_batch_size(model)
+        self.own = load_function(task.settings.python, task.root) if task.settings.python else None
+
+    def losses(self, rows: Rows) -> tuple[list[float], list[float]]:
+        """Return (nats a token, token accuracy) of the reference answers."""
+        return answer_losses(self.model, rows, self.batch, self.tokenizer.pad_token_id)
+
+    def loss_under(self, template: str, rows: Rows) -> float:
+        """Return the mean loss of the reference answers rendered with another template, in nats a token."""
+        used = self.tokenizer.chat_template
+        self.tokenizer.chat_template = template
+        try:
+            return statistics.fmean(self.losses(_tokenized(self.tokenizer, rows, self.stops))[0])
+        finally:
+            self.tokenizer.chat_template = used
+
+    def answers(self, rows: Rows) -> Rows:
+        """Return each row's greedy answer and its habits."""
+        prompts = [render(self.tokenizer, row["messages"][:-1], generation_prompt=True) for row in rows]
+        found = generate(
+            self.model, self.tokenizer, prompts, self.stops, self.settings.max_new_tokens, self.batch, [row["id"] for row in rows]
+        )
+        return [
             {
                 "answer": answer.text,
                 "stopped": answer.stopped,
                 "tokens": answer.tokens,
-                **{key: values[index] for key, values in scores.items()},
+                "refused": float(self.refusal.search(answer.text) is not None),
+                "repetition": repetition(answer.text),
             }
-            for index, answer in enumerate(answers)
+            for answer in found
         ]
-        seconds[name] = time.perf_counter() - begun
-        report(
-            "scored",
-            **{f"{name}_{settings.metric}": round(statistics.fmean(scores[settings.metric]), 4), "seconds": round(seconds[name], 1)},
-        )
-    return rows, losses, seconds
+
+    def heldout(self, rows: Rows, base: Rows | None) -> Rows:
+        """Return the scored rows; `base` are the base's own, which the judge compares with (None: this is the base)."""
+        settings, answered = self.settings, self.answers(rows)
+        texts, references = [row["answer"] for row in answered], [row["messages"][-1]["content"] for row in rows]
+        ids, prompts = [row["id"] for row in rows], [row["messages"][:-1] for row in self.task.heldout]
+        scores = score_answers(texts, references, settings, self.task.schema)
+        scores["loss"], scores["token_accuracy"] = self.losses(rows)
+        if settings.choice:
+            scores["choice"] = self.choices(rows, references)
+        if self.own is not None and settings.python:
+            scores[settings.python.partition(":")[2]] = own_scores(self.own, settings.python, ids, texts, references, prompts)
+        if settings.judge:
+            rivals = texts if base is None else [row["answer"] for row in base]
+            scores["judge"] = judge_scores(settings.judge, ids, prompts, texts, rivals)
+        return [{**row, **{key: values[index] for key, values in scores.items()}} for index, row in enumerate(answered)]
+
+    def choices(self, rows: Rows, references: list[str]) -> list[float]:
+        """Return 1 where the reference is the most likely of the labels, by the summed log-probability of label and end of turn."""
+        labels, count = self.settings.labels, len(self.settings.labels)
+        asked = [{"messages": [*row["messages"][:-1], {"role": "assistant", "content": label}]} for row in rows for label in labels]
+        tokenized = _tokenized(self.tokenizer, asked, self.stops)
+        sums = sequence_log_probabilities(self.model, tokenized, self.batch, self.tokenizer.pad_token_id)
+        picked = [max(range(count), key=sums[begin : begin + count].__getitem__) for begin in range(0, len(sums), count)]
+        return [float(normal_label(labels[index]) == normal_label(ref)) for index, ref in zip(picked, references, strict=True)]
+
+    def retention(self, rows: Rows) -> Rows:
+        """Return the general prompts' rows: the loss of all, and the first `retention_answers` answered and scored."""
+        if not rows:
+            return []
+        answered = self.answers(rows[: self.settings.retention_answers])
+        references = [row["messages"][-1]["content"] for row in rows]
+        metric = self.settings.retention_metric
+        scores = retention_scores([row["answer"] for row in answered], references[: len(answered)], metric)
+        scored: Rows = [{**row, metric: value} for row, value in zip(answered, scores, strict=True)]
+        scored += [{} for _ in rows[len(answered) :]]
+        return [{**row, "loss": loss} for row, loss in zip(scored, self.losses(rows)[0], strict=True)]
 
 
 @contextmanager

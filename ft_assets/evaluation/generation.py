@@ -4,10 +4,13 @@ Not here: what an answer is worth. An answer that cannot be generated is an erro
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ft_assets.errors import EvaluationError
 
 MIN_PREFIX = 16
 
@@ -21,21 +24,59 @@ class Answer:
     tokens: int
 
 
+def default_batch_size(model: Any) -> int:
+    """Return how many rows are generated at once where the settings do not say."""
+    return 128 if model.device.type == "cuda" else 32
+
+
 @torch.inference_mode()
 def generate(
-    model: Any, tokenizer: Any, prompts: list[list[int]], stops: frozenset[int], max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    stops: frozenset[int],
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    ids: list[str] | None = None,
 ) -> list[Answer]:
-    """Return the greedy answers to `prompts` (token ids), in their order."""
+    """Return the greedy answers to `prompts` (token ids), in their order.
+
+    A batch that does not fit into memory is halved. Raises EvaluationError naming the row (by `ids`, else its number)
+    whose generation fails: a row without an answer is never scored.
+    """
     model.eval()
     prefix = _prefix(prompts)
     cache = _prefill(model, prefix) if prefix else None
+
+    def answer(batch: list[int]) -> list[Answer]:
+        return _generate_batch(model, tokenizer, [prompts[index] for index in batch], prefix, cache, stops, max_new_tokens)
+
+    size = batch_size or default_batch_size(model)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        rows = _generate_batch(model, tokenizer, [prompts[index] for index in batch], prefix, cache, stops, max_new_tokens)
-        answers.update(zip(batch, rows, strict=True))
+    for begin in range(0, len(order), size):
+        batch = order[begin : begin + size]
+        answers.update(zip(batch, _carefully(answer, batch, ids), strict=True))
     return [answers[index] for index in range(len(prompts))]
+
+
+def _carefully(answer: Callable[[list[int]], list[Answer]], batch: list[int], ids: list[str] | None) -> list[Answer]:
+    """Return the answers of a batch; on a failure halve it, down to the row that fails."""
+    try:
+        return answer(batch)
+    except Exception as error:  # torch, CUDA and the model's own code raise anything
+        if len(batch) == 1:
+            row = ids[batch[0]] if ids else f"number {batch[0]}"
+            raise EvaluationError(
+                f"held-out row {row}",
+                f"its answer cannot be generated ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})",
+                "an answer to every row; a missing one is never scored",
+                "lower evaluation.max_new_tokens or batch_size if memory ran out, or correct the row",
+            ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return [*_carefully(answer, batch[:half], ids), *_carefully(answer, batch[half:], ids)]
 
 
 def _prefix(prompts: list[list[int]]) -> list[int]:
@@ -84,22 +125,3 @@ def _generate_batch(
         tokens = row if end is None else row[:end]
         answers.append(Answer(tokenizer.decode(tokens, skip_special_tokens=True), end is not None, len(tokens)))
     return answers
-
-
-@torch.inference_mode()
-def answer_losses(model: Any, rows: list[dict[str, Any]], batch_size: int, pad: int) -> list[float]:
-    """Return, for each tokenized row, the mean cross-entropy of its supervised tokens in nats a token."""
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-    losses: dict[int, float] = {}
-    for begin in range(0, len(order), batch_size):
-        batch = [rows[index] for index in order[begin : begin + batch_size]]
-        width = max(len(row["input_ids"]) for row in batch)
-        ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in batch], device=model.device)
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch], device=model.device)
-        keep = torch.tensor([row["supervised"] + [False] * (width - len(row["supervised"])) for row in batch], device=model.device)[:, 1:]
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        means = (loss * keep).sum(1) / keep.sum(1)
-        losses.update(zip(order[begin : begin + batch_size], means.tolist(), strict=True))
-    return [losses[index] for index in range(len(rows))]

@@ -2,44 +2,76 @@
 
 import base64
 import io
+from collections.abc import Mapping
 from typing import Any
 
 LABELS = {"base": "base", "few_shot": "base + few-shot prompt", "sft": "SFT adapter", "dpo": "SFT + DPO adapter"}
+COLORS = {"base": "#9aa5b1", "few_shot": "#7b8794", "sft": "#2f855a", "dpo": "#276749"}
 
 
-def score_plot(report: dict[str, Any]) -> bytes:
-    """Return a PNG: the gate metric of each candidate with its interval."""
+def _axes(height: float = 2.4) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt.subplots(figsize=(6, height), dpi=90)
+
+
+def score_plot(report: Mapping[str, Any]) -> bytes:
+    """Return a PNG: the gate metric of each candidate with its interval."""
+    figure, axes = _axes()
     names, metric = list(report["scores"]), report["metric"]
-    figure, axes = plt.subplots(figsize=(6, 2.4), dpi=90)
     values = [report["scores"][name][metric] for name in names]
     errors = [
         [value - report["intervals"][name][0] for name, value in zip(names, values, strict=True)],
         [report["intervals"][name][1] - value for name, value in zip(names, values, strict=True)],
     ]
-    colors = ["#9aa5b1", "#7b8794", "#2f855a", "#276749"]
-    axes.barh([LABELS[name] for name in names], values, xerr=errors, color=colors[: len(names)], capsize=3)
+    axes.barh([LABELS[name] for name in names], values, xerr=errors, color=[COLORS[name] for name in names], capsize=3)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, None if metric == "loss" else 1)
     axes.set_xlabel(f"{metric} on {report['heldout_rows']} held-out rows")
     return _png(figure)
 
 
-def curve_plot(curve: list[dict[str, float]], title: str) -> bytes:
-    """Return a PNG: the loss over optimizer steps."""
-    import matplotlib
+def outcome_plot(report: Mapping[str, Any], steps: list[tuple[str, str]]) -> bytes:
+    """Return a PNG: of each paired comparison in the gate metric, the share of rows won, tied and lost."""
+    figure, axes = _axes(0.8 + 0.36 * len(steps))
+    metric, n = report["metric"], report["heldout_rows"]
+    for place, (name, rival) in enumerate(steps):
+        entry, left = report["comparisons"][name][rival][metric], 0.0
+        for part, color in (("wins", "#2f855a"), ("ties", "#d9dee3"), ("losses", "#c05621")):
+            share = entry[part] / n
+            axes.barh(place, share, left=left, color=color, label=part if place == 0 else None)
+            if share > 0.06:
+                axes.text(
+                    left + share / 2,
+                    place,
+                    str(entry[part]),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="#222" if part == "ties" else "white",
+                )
+            left += share
+    axes.set_yticks(range(len(steps)), [f"{LABELS[name]}\nagainst {LABELS[rival]}" for name, rival in steps], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"share of {n} held-out rows")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
+    return _png(figure)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 2.4), dpi=90)
-    axes.plot([entry["step"] for entry in curve], [entry["loss"] for entry in curve], color="#2f855a")
+def curve_plot(curve: list[dict[str, float]], title: str, validation: list[dict[str, float]] | None = None) -> bytes:
+    """Return a PNG: the loss over optimizer steps, and that of the validation rows after each epoch."""
+    figure, axes = _axes()
+    axes.plot([entry["step"] for entry in curve], [entry["loss"] for entry in curve], color="#2f855a", label="training batch")
+    if validation:
+        points = [entry["step"] for entry in validation], [entry["validation_loss"] for entry in validation]
+        axes.plot(*points, color="#c05621", marker="o", label="validation rows")
+        axes.legend(fontsize=8, frameon=False)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss")
+    axes.set_ylabel("loss (nats/token)")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     return _png(figure)

@@ -110,6 +110,7 @@ def write_snapshot(
             "a causal language model that transformers reads",
             "check the source; models with own code need trust_remote_code: true",
         ) from error
+    replaced = tokenizer.chat_template if template is not None and tokenizer.chat_template != template else None
     if template is not None:
         tokenizer.chat_template = template
     require_template(name, tokenizer)
@@ -120,7 +121,7 @@ def write_snapshot(
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     facts = architecture(model, tokenizer)
-    (output / "facts.json").write_text(json.dumps({"identity": identity, **facts}, indent=1, default=str))
+    (output / "facts.json").write_text(json.dumps({"identity": identity, "replaced_template": replaced, **facts}, indent=1, default=str))
     return facts
 
 

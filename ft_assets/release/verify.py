@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ft_assets.chat.rendering import render
-from ft_assets.config import EvaluationSettings
-from ft_assets.evaluation.generation import generate
-from ft_assets.evaluation.metrics import score_answers
+from ft_assets.evaluation.candidates import Rows, Scorer, Task
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
 
@@ -38,20 +35,17 @@ def _answer_logits(model: Any, rows: list[dict[str, Any]]) -> list[torch.Tensor]
     return result
 
 
-def compare_models(
-    snapshot: Path, adapter: Path, merged: Path, rows: list[dict[str, Any]], answers: list[str], settings: EvaluationSettings
-) -> tuple[dict[str, Any], list[float]]:
-    """Return (how far the merged model is from base + adapter on held-out rows, its own score a row by the gate metric).
+def compare_models(snapshot: Path, adapter: Path, merged: Path, task: Task, base_rows: Rows, judged: Rows) -> tuple[dict[str, Any], Rows]:
+    """Return (how far the merged model is from base + adapter on held-out rows, the merged model's own scored rows).
 
     `top1_agreement`: share of the answer's positions with the same most likely token; `kl`: mean KL(adapter || merged)
-    in nats; `greedy_agreement`: share of equal greedy answers, against those given in the evaluation; and the gate
-    metric of the merged model itself.
+    in nats; `greedy_agreement`: share of greedy answers equal to those of the evaluation (`judged`).
     """
     base = load_base(snapshot)
-    tuned = _answer_logits(PeftModel.from_pretrained(base, str(adapter)), rows)
+    tuned = _answer_logits(PeftModel.from_pretrained(base, str(adapter)), task.heldout)
     del base
     model = load_base(merged)
-    ours = _answer_logits(model, rows)
+    ours = _answer_logits(model, task.heldout)
     agree = torch.cat([left.argmax(-1) == right.argmax(-1) for left, right in zip(tuned, ours, strict=True)]).float()
     kl = torch.cat(
         [
@@ -61,19 +55,14 @@ def compare_models(
     )
     largest = max(float((left - right).abs().max()) for left, right in zip(tuned, ours, strict=True))
     mean = statistics.fmean(float((left - right).abs().mean()) for left, right in zip(tuned, ours, strict=True))
-    tokenizer = load_tokenizer(merged)
-    prompts = [render(tokenizer, row["messages"][:-1], generation_prompt=True) for row in rows]
-    generated = generate(model, tokenizer, prompts, stop_ids(merged), settings.max_new_tokens, settings.batch_size)
-    scores = score_answers([answer.text for answer in generated], [row["messages"][-1]["content"] for row in rows], settings.json_fields)
+    rows = Scorer(model, load_tokenizer(merged), stop_ids(merged), task).heldout(task.heldout, base_rows)
     numbers = {
         "top1_agreement": float(agree.mean()),
         "kl_mean": float(kl.mean()),
         "logit_difference_mean": mean,
         "logit_difference_max": largest,
-        "greedy_agreement": statistics.fmean(float(answer.text == before) for answer, before in zip(generated, answers, strict=True)),
-        f"merged_{settings.metric}": statistics.fmean(scores[settings.metric]),
-        "merged_stop_rate": statistics.fmean(float(answer.stopped) for answer in generated),
+        "greedy_agreement": statistics.fmean(float(row["answer"] == before["answer"]) for row, before in zip(rows, judged, strict=True)),
         "same_tokenizer_and_template": same_files(snapshot, merged),
         "compared_rows": len(rows),
     }
-    return numbers, scores[settings.metric]
+    return numbers, rows

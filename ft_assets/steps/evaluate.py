@@ -1,16 +1,21 @@
-"""Step: score all candidates on the same held-out rows, summarise, decide."""
+"""Step: score all candidates on the same held-out rows, summarise, decide, say why."""
 
 import json
 import statistics
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
-from ft_assets.evaluation.candidates import score
+from ft_assets.evaluation.candidates import Rows, Scored, Task, score
+from ft_assets.evaluation.diagnosis import diagnose, diversity, mean_loss
+from ft_assets.evaluation.html import html
+from ft_assets.evaluation.markdown import changes, markdown
 from ft_assets.evaluation.plots import data_uri, score_plot
-from ft_assets.evaluation.report import markdown, summarise, to_json
+from ft_assets.evaluation.report import summarise, to_json
 from ft_assets.evaluation.verdict import decide
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.steps._run import main
@@ -18,21 +23,56 @@ from ft_assets.steps._run import main
 
 def step(job: Job, report: Report) -> StepResult:
     settings, gate = EvaluationSettings.model_validate(job.settings["evaluation"]), GateSettings.model_validate(job.settings["gate"])
-    split, raw = job.inputs["heldout_split"], job.inputs["raw_dataset"]
-    heldout, retention = read_table(split / "heldout.parquet"), read_table(split / "retention.parquet")[: settings.retention_rows]
+    split = job.inputs["heldout_split"]
+    train = read_table(split / "train.parquet")
+    task = Task(
+        heldout=read_table(split / "heldout.parquet"),
+        retention=read_table(split / "retention.parquet")[: settings.retention_rows],
+        train=sorted(train, key=lambda row: row["id"])[: settings.train_rows],
+        few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet"),
+        few_shot_system=job.settings["few_shot_system"],
+        settings=settings,
+        schema=job.settings["schema"],
+        root=Path(job.settings["root"]),
+    )
     adapters = {"sft": job.inputs["lora_adapter"]}
     if job.settings["has_dpo"]:
         adapters["dpo"] = job.inputs["dpo_adapter"]
-    few_shot = read_table(raw / "few_shot.parquet")
-    rows, losses, seconds = score(
-        job.inputs["base_model"], adapters, heldout, retention, few_shot, job.settings["few_shot_system"], settings, report
-    )
-    numbers = summarise(rows, losses, settings, gate, job.settings["bound_to"])
+    scored = score(job.inputs["base_model"], adapters, task, report)
+    numbers = summarise(scored, settings, gate, job.settings["bound_to"], _evidence(job, scored, train, settings))
     verdict = decide(numbers, gate)
-    text = markdown(numbers, verdict, rows, heldout, job.partition or "")
+    findings = diagnose(numbers, verdict, gate)
+    text = markdown(numbers, verdict, findings, scored.heldout, task.heldout, job.partition or "")
     (job.output / "report.json").write_text(to_json(numbers))
     (job.output / "verdict.json").write_text(to_json(verdict))
+    (job.output / "diagnosis.json").write_text(to_json(findings))
     (job.output / "report.md").write_text(text)
+    _write_rows(job.output / "rows.parquet", scored.heldout, task.heldout)
+    _write_rows(job.output / "retention.parquet", scored.retention, task.retention)
+    _write_pages(job, numbers, verdict, findings, scored, task)
+    return StepResult(_metrics(numbers, verdict, findings, scored, settings))
+
+
+def _evidence(job: Job, scored: Scored, train: Rows, settings: EvaluationSettings) -> dict[str, Any]:
+    """Return what the diagnosis needs besides the scores."""
+    general = [row["stopped"] for row in scored.retention["base"] if "stopped" in row]
+    facts = json.loads((job.inputs["base_model"] / "facts.json").read_text())
+    return {
+        "train": diversity(train),
+        "train_loss": mean_loss(scored.train_loss),
+        "validation": _curve(job.inputs["lora_adapter"], "validation"),
+        "vocabulary": facts["vocabulary"],
+        "general_stop_rate": statistics.fmean(general) if general else None,
+        "labels": len(settings.labels),
+    }
+
+
+def _curve(adapter: Path, name: str) -> list[dict[str, float]]:
+    path = adapter / "info" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _write_rows(path: Path, scored: dict[str, Rows], asked: Rows) -> None:
     flat = [
         {
             "candidate": name,
@@ -41,32 +81,57 @@ def step(job: Job, report: Report) -> StepResult:
             "reference": row["messages"][-1]["content"],
             **answer,
         }
-        for name, answers in rows.items()
-        for row, answer in zip(heldout, answers, strict=True)
+        for name, answers in scored.items()
+        for row, answer in zip(asked, answers, strict=True)
     ]
-    pq.write_table(pa.Table.from_pylist(flat), job.output / "rows.parquet")
-    (job.output / "info").mkdir()
-    picture = score_plot(numbers)
-    (job.output / "info" / "scores.png").write_bytes(picture)
-    (job.output / "info" / "scores.txt").write_text(data_uri(picture))
-    metrics = {f"{name}_{settings.metric}": round(numbers["scores"][name][settings.metric], 4) for name in rows}
-    best = verdict["candidate"] or "sft"
-    return StepResult(
-        {
-            "verdict": verdict["status"],
-            "candidate": verdict["candidate"] or "none",
-            "reason": "; ".join(verdict["reasons"]),
-            "heldout_rows": len(heldout),
-            **metrics,
-            "gain_vs_base": round(numbers["comparisons"][best]["base"][settings.metric]["mean"], 4),
-            "stop_rate": round(numbers["scores"][best]["stop_rate"], 4),
-            **({"retention_change": round(numbers["retention"][best]["mean"], 4)} if numbers["retention"][best] else {}),
-            "seconds": round(sum(seconds.values()), 1),
-            "tokens_per_s": round(
-                sum(statistics.fmean(row["tokens"] for row in rows[name]) * len(heldout) for name in rows) / sum(seconds.values()), 1
-            ),
-        }
-    )
+    # from_pylist takes the columns of the first row alone
+    columns = dict.fromkeys(key for row in flat for key in row)
+    pq.write_table(pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in flat]), path)
+
+
+def _write_pages(job: Job, numbers: dict[str, Any], verdict: dict[str, Any], findings: Rows, scored: Scored, task: Task) -> None:
+    """Write what people look at. Under info/: it compares with the previous report, which is no part of the content."""
+    info = job.output / "info"
+    info.mkdir()
+    (info / "scores.txt").write_text(data_uri(score_plot(numbers)))
+    since = changes(numbers, verdict, scored.heldout, task.heldout, _previous(job.settings["previous"]))
+    (info / "changes.md").write_text(since)
+    curves = {
+        "SFT loss": {"train": _curve(job.inputs["lora_adapter"], "curve"), "validation": _curve(job.inputs["lora_adapter"], "validation")}
+    }
+    if job.settings["has_dpo"]:
+        curves["DPO loss"] = {"train": _curve(job.inputs["dpo_adapter"], "curve")}
+    page = html(numbers, verdict, findings, scored.heldout, task.heldout, job.partition or "", curves, since, job.output / "rows.parquet")
+    (info / "report.html").write_text(page, encoding="utf-8")
+
+
+def _previous(path: str | None) -> dict[str, Any] | None:
+    if path is None or not (Path(path) / "report.json").exists():
+        return None
+    folder = Path(path)
+    parts = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("report", "verdict")}
+    return {**parts, "rows": read_table(folder / "rows.parquet")}
+
+
+def _metrics(
+    numbers: dict[str, Any], verdict: dict[str, Any], findings: Rows, scored: Scored, settings: EvaluationSettings
+) -> dict[str, Any]:
+    best, metric, rows = verdict["speaker"], settings.metric, scored.heldout
+    general = numbers["retention"]["comparisons"][best]["base"] if numbers["retention"] else None
+    tokens = sum(row.get("tokens", 0) for part in (*rows.values(), *scored.retention.values()) for row in part)
+    return {
+        "verdict": verdict["status"],
+        "candidate": verdict["candidate"] or "none",
+        "reason": "; ".join(verdict["reasons"]),
+        "diagnosis": ", ".join(finding["cause"] for finding in findings) or "–",
+        "heldout_rows": numbers["heldout_rows"],
+        **{f"{name}_{metric}": round(numbers["scores"][name][metric], 4) for name in rows},
+        "gain_vs_base": round(numbers["comparisons"][best]["base"][metric]["mean"], 4),
+        "stop_rate": round(numbers["scores"][best]["stop_rate"], 4),
+        **({"retention_loss_rise": round(-general["loss"]["mean"], 4)} if general else {}),
+        "seconds": round(sum(scored.seconds.values()), 1),
+        "tokens_per_s": round(tokens / sum(scored.seconds.values()), 1),
+    }
 
 
 if __name__ == "__main__":

@@ -4,13 +4,17 @@ from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.data.tables import read_table
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.steps._run import main
+from ft_assets.training.adapter import save_groups
 from ft_assets.training.sft import train_sft
 
 
 def step(job: Job, report: Report) -> StepResult:
     rows = read_table(job.inputs["heldout_split"] / "train.parquet")
+    validation = read_table(job.inputs["heldout_split"] / "validation.parquet")
     lora, sft = LoraSettings.model_validate(job.settings["lora"]), SftSettings.model_validate(job.settings["sft"])
-    return StepResult(train_sft(job.inputs["base_model"], rows, lora, sft, job.checkpoints, job.output, report))
+    metrics = train_sft(job.inputs["base_model"], rows, validation, lora, sft, job.checkpoints, job.output, report)
+    save_groups(rows, job.output)
+    return StepResult(metrics)
 
 
 if __name__ == "__main__":

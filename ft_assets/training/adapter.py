@@ -1,5 +1,7 @@
 """Put a LoRA adapter on a base, save it, and read what was trained."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ft_assets.config import LoraSettings
 from ft_assets.models.loading import load_base, target_modules
+
+TRAINED_GROUPS = "trained_groups.json"
 
 
 def new_adapter(snapshot: Path, settings: LoraSettings) -> Any:
@@ -37,6 +41,13 @@ def save_adapter(model: Any, output: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = None  # a path of this machine would be no identity
     model.save_pretrained(str(output), selected_adapters=["default"])
     (output / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours stands on the merged model
+
+
+def save_groups(rows: Iterable[dict[str, Any]], output: Path, before: Path | None = None) -> None:
+    """Write the groups of the rows an adapter was trained on (also those of the adapter it started from): the
+    evaluation refuses to judge it on any of them."""
+    groups = {row["group"] for row in rows} | (set(json.loads((before / TRAINED_GROUPS).read_text())) if before else set())
+    (output / TRAINED_GROUPS).write_text(json.dumps(sorted(groups), indent=0))
 
 
 def trainable_share(model: Any) -> dict[str, float]:

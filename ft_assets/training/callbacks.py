@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from ft_assets.errors import TrainingError
+from ft_assets.evaluation.losses import answer_losses
 from ft_assets.job import Report
 from ft_assets.steps._run import peak_memory_gb
 
@@ -61,3 +62,34 @@ class Progress(TrainerCallback):
         )
         self.curve.append(dict(numbers))
         self.report("train", **numbers)
+
+
+class Validation(TrainerCallback):
+    """Takes the loss of the validation rows before the first step and after each epoch: where it turns, training overfits.
+
+    Nothing is chosen by it. `losses` holds {"epoch", "step", "validation_loss"} in nats a token; a resumed run keeps them.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], batch_size: int, pad: int, report: Report) -> None:
+        self.rows, self.batch_size, self.pad, self.report = rows, batch_size, pad, report
+        self.losses: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.losses = [entry for entry in state.log_history if "validation_loss" in entry]
+        if not self.losses:
+            self._take(model, state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._take(model, state)
+
+    def _take(self, model: Any, state: Any) -> None:
+        if not self.rows:
+            return
+        training = model.training
+        losses, _ = answer_losses(model, self.rows, self.batch_size, self.pad)
+        model.train(training)
+        entry = {"epoch": round(float(state.epoch or 0.0), 3), "step": state.global_step}
+        entry["validation_loss"] = round(sum(losses) / len(losses), 4)
+        self.losses.append(entry)
+        state.log_history.append(entry)
+        self.report("validation", **entry)

@@ -20,7 +20,7 @@ from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import is_finite, largest_update, new_adapter, save_adapter, trainable_share
-from ft_assets.training.callbacks import Progress, device_memory_gb
+from ft_assets.training.callbacks import Progress, Validation, device_memory_gb
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.options import trainer_options
 
@@ -31,7 +31,14 @@ def labels(row: dict[str, Any]) -> list[int]:
 
 
 def train_sft(
-    snapshot: Path, rows: list[dict[str, Any]], lora: LoraSettings, sft: SftSettings, checkpoints: Path, output: Path, report: Report
+    snapshot: Path,
+    rows: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    lora: LoraSettings,
+    sft: SftSettings,
+    checkpoints: Path,
+    output: Path,
+    report: Report,
 ) -> dict[str, Any]:
     """Train and save the adapter to `output`; resume from `checkpoints` if one is there.
 
@@ -46,6 +53,9 @@ def train_sft(
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
     progress = Progress(report, tokens / len(rows) * sft.effective_batch)
+    # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
+    watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
+    watch = Validation(watched, sft.micro_batch, tokenizer.pad_token_id, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
     kind = SFTTrainer if torch.cuda.is_available() else CpuSFTTrainer
     trainer = kind(
@@ -53,7 +63,7 @@ def train_sft(
         args=SFTConfig(**{"max_length": None, "train_sampling_strategy": "random", **options}),
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[progress],
+        callbacks=[progress, watch],
     )
     resumed = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     begun = time.perf_counter()
@@ -61,7 +71,7 @@ def train_sft(
     seconds = time.perf_counter() - begun
     if not is_finite(trainer.model):
         raise TrainingError("sft", "the adapter holds values that are not finite", "finite weights", "lower sft.learning_rate")
-    return _save(trainer.model, progress, output) | {
+    return _save(trainer.model, progress, watch, output) | {
         **share,
         "train_rows": len(rows),
         "train_tokens": tokens,
@@ -74,7 +84,7 @@ def train_sft(
     }
 
 
-def _save(model: Any, progress: Progress, output: Path) -> dict[str, Any]:
+def _save(model: Any, progress: Progress, watch: Validation, output: Path) -> dict[str, Any]:
     update = largest_update(model)
     if update == 0.0:
         raise TrainingError(
@@ -83,6 +93,7 @@ def _save(model: Any, progress: Progress, output: Path) -> dict[str, Any]:
     save_adapter(model, output)
     (output / "info").mkdir(exist_ok=True)
     (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
+    (output / "info" / "validation.json").write_text(json.dumps(watch.losses))
     losses = [entry["loss"] for entry in progress.curve]
     window = max(1, len(losses) // 10)
     return {

@@ -11,12 +11,21 @@ import datasets
 import evaluate
 
 
-def parse_object(text: str) -> dict[str, Any] | None:
-    """Return the object if the whole text is one JSON object, else None: prose around it or a code fence is invalid."""
+def parse_json(text: str) -> tuple[bool, Any]:
+    """Return (whether the whole text is strict JSON, its value): prose around it, a code fence or NaN is invalid."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return None
+        return True, json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False, None
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """Return the object if the whole text is one JSON object, else None."""
+    _, value = parse_json(text)
     return value if isinstance(value, dict) else None
 
 

@@ -1,19 +1,50 @@
 """Score answers against references with the metrics that the task asks for."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
+from ft_assets.config import EvaluationSettings
 from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.metrics.form import Label, Pattern, Schema, normal_label
 from ft_assets.evaluation.metrics.json_object import JsonObject
 from ft_assets.evaluation.metrics.text_exact import TextExact
+from ft_assets.evaluation.metrics.text_overlap import Bleu, Chrf, Rouge
+
+OVERLAP = {"rouge": Rouge, "bleu": Bleu, "chrf": Chrf}
 
 
-def score_answers(answers: list[str], references: list[str], json_fields: list[str]) -> dict[str, list[float]]:
+def score_answers(
+    answers: list[str], references: list[str], settings: EvaluationSettings, schema: Mapping[str, Any] | None = None
+) -> dict[str, list[float]]:
     """Return {metric: one score in [0, 1] a row}. Raises EvaluationError if a reference is not what the task says."""
-    if not json_fields:
-        return TextExact(keep_in_memory=True).compute(predictions=answers, references=references) or {}
-    for index, reference in enumerate(references):
-        check_reference(f"held-out row {index}", reference, json_fields)
-    return JsonObject(keep_in_memory=True).compute(predictions=answers, references=references, fields=json_fields) or {}
+    texts = {"predictions": answers, "references": references}
+    if settings.json_fields:
+        for index, reference in enumerate(references):
+            check_reference(f"held-out row {index}", reference, settings.json_fields)
+        scores = _of(JsonObject, texts, fields=settings.json_fields)
+    else:
+        scores = _of(TextExact, texts)
+    if schema is not None:
+        scores |= _of(Schema, texts, schema=schema)
+    for name in settings.metrics:
+        scores |= _of(OVERLAP[name], texts)
+    if settings.regex:
+        scores |= _of(Pattern, texts, pattern=settings.regex)
+    if settings.labels:
+        check_labels(references, settings.labels)
+        scores |= _of(Label, texts, labels=settings.labels)
+    return scores
+
+
+def retention_scores(answers: list[str], references: list[str], metric: str) -> list[float]:
+    """Return the task score of general prompts, one in [0, 1] a row."""
+    kind = {"chrf": Chrf, "rougeL": Rouge, "exact": TextExact}[metric]
+    return _of(kind, {"predictions": answers, "references": references})[metric]
+
+
+def _of(kind: Any, texts: dict[str, list[str]], **options: Any) -> dict[str, list[float]]:
+    return kind(keep_in_memory=True).compute(**texts, **options) or {}
 
 
 def check_reference(where: str, reference: str, json_fields: list[str]) -> None:
@@ -29,3 +60,16 @@ def check_reference(where: str, reference: str, json_fields: list[str]) -> None:
             f"a JSON object with the keys {', '.join(json_fields)}",
             "correct the data, or evaluation.json_fields",
         )
+
+
+def check_labels(references: list[str], labels: list[str]) -> None:
+    """Raise EvaluationError unless every reference is one of the labels."""
+    known = {normal_label(label) for label in labels}
+    for index, reference in enumerate(references):
+        if normal_label(reference) not in known:
+            raise EvaluationError(
+                f"held-out row {index}",
+                f"the reference is {reference[:80]!r}",
+                f"one of the {len(labels)} labels of evaluation.labels",
+                "correct the data, or evaluation.labels",
+            )

@@ -1,0 +1,77 @@
+"""The report as one HTML file that needs nothing beside it: pictures and the rows' parquet file are inside."""
+
+import base64
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
+
+from ft_assets.evaluation.candidates import Rows
+from ft_assets.evaluation.markdown import NO_CAUSE, STEPS, changed_most, retention_table, rival, score_table, step_table
+from ft_assets.evaluation.plots import LABELS, curve_plot, data_uri, outcome_plot, score_plot
+
+EXAMPLES = 10
+LARGEST_DOWNLOAD = 20_000_000
+
+
+def html(
+    report: Mapping[str, Any],
+    verdict: Mapping[str, Any],
+    findings: Rows,
+    rows: Mapping[str, Rows],
+    heldout: Rows,
+    partition: str,
+    curves: Mapping[str, Mapping[str, Any]],
+    since: str,
+    parquet: Path,
+) -> str:
+    """Return the page. `curves` is {title: {"train": …, "validation": …}}, `since` the diff to the previous report as
+    markdown, `parquet` the file of all rows."""
+    metric = report["metric"]
+    best, worst = changed_most(rows, verdict["speaker"], metric, metric == "loss", EXAMPLES)
+    steps = [(name, other) for name, other in STEPS if other in report["comparisons"].get(name, {})]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["bold"] = _bold
+    small = parquet.stat().st_size <= LARGEST_DOWNLOAD
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        verdict=verdict,
+        findings=findings,
+        no_cause=NO_CAUSE,
+        partition=partition,
+        labels=LABELS,
+        rival=rival(report, verdict),
+        tables=[
+            (f"Scores on {report['heldout_rows']} held-out rows", score_table(report)),
+            ("Which step helped", step_table(report)),
+            *([(f"{report['retention']['rows']} general prompts (retention)", retention_table(report))] if report["retention"] else []),
+        ],
+        pictures=[data_uri(score_plot(report)), data_uri(outcome_plot(report, steps))],
+        curves=[data_uri(curve_plot(curve["train"], title, curve.get("validation"))) for title, curve in curves.items() if curve["train"]],
+        examples=[
+            ("Ten largest gains", _examples(rows, heldout, metric, best)),
+            ("Ten largest losses", _examples(rows, heldout, metric, worst)),
+        ],
+        since=since,
+        rows="data:application/vnd.apache.parquet;base64," + base64.b64encode(parquet.read_bytes()).decode() if small else None,
+    )
+
+
+def _examples(rows: Mapping[str, Rows], heldout: Rows, metric: str, chosen: list[int]) -> Rows:
+    return [
+        {
+            "id": heldout[index]["id"],
+            "prompt": heldout[index]["messages"][-2]["content"],
+            "reference": heldout[index]["messages"][-1]["content"],
+            "answers": [(LABELS[name], rows[name][index]["answer"], rows[name][index][metric]) for name in rows],
+        }
+        for index in chosen
+    ]
+
+
+def _bold(text: str) -> Markup:
+    """Return text with **…** as bold, the rest escaped."""
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text))))

@@ -1,0 +1,105 @@
+"""What must hold before a score means anything: the adapter acts, it never saw the rows, and the tokens are the template's.
+
+The first two raise, because there is nothing to report; the third is counted, because the report then says so.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+
+from ft_assets.chat.rendering import ProofFailed, render
+from ft_assets.errors import EvaluationError
+from ft_assets.models.loading import load_base
+from ft_assets.training.adapter import TRAINED_GROUPS
+
+
+def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
+    """Return the base with all adapters loaded. Raises EvaluationError if one does not fit the base."""
+    base = load_base(snapshot)
+    model: Any = None
+    for name, path in adapters.items():
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(base, str(path), adapter_name=name)
+            else:
+                model.load_adapter(str(path), adapter_name=name)
+        except (RuntimeError, ValueError, KeyError) as error:  # other shapes, other layers
+            raise EvaluationError(
+                f"adapter {name}", f"does not fit the base: {str(error).splitlines()[0][:200]}", "an adapter of this base", "train it again"
+            ) from None
+    return model
+
+
+@torch.inference_mode()
+def prove_adapters_act(model: Any, adapters: dict[str, Path], probe: list[int]) -> dict[str, dict[str, float]]:
+    """Return, for each adapter, its targets, the smallest ‖ΔW‖ among them (Frobenius) and the largest change of a logit
+    after the probe prompt. Raises EvaluationError "not applied" unless every target has an update and logits change."""
+    ids = torch.tensor([probe], device=model.device)
+    with model.disable_adapter():
+        before = model(input_ids=ids, logits_to_keep=1).logits.float()
+    proofs = {}
+    for name, path in adapters.items():
+        norms = [
+            layer.scaling[name] * update_norm(layer.lora_A[name].weight, layer.lora_B[name].weight)
+            for layer in model.modules()
+            if name in getattr(layer, "lora_A", {})
+        ]
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+            in_file = sum(key.endswith("lora_A.weight") for key in file.keys())  # noqa: SIM118  (safe_open is no mapping)
+        model.set_adapter(name)
+        after = model(input_ids=ids, logits_to_keep=1).logits.float()
+        change = float((after - before).abs().max())
+        zero = sum(norm == 0 for norm in norms)
+        if not norms or zero or len(norms) != in_file or not change > 0 or not torch.isfinite(after).all():
+            raise EvaluationError(
+                f"adapter {name}",
+                f"not applied: {zero} of {len(norms)} targets have a zero update, the file holds {in_file}, logits change by {change:.3g}",
+                "a nonzero update on every target and other logits than the base's",
+                "train it again: scores would be the base's",
+            )
+        proofs[name] = {"targets": len(norms), "smallest_update": min(norms), "logit_change": change}
+    return proofs
+
+
+def update_norm(low: Any, high: Any) -> float:
+    """Return ‖B·A‖ (Frobenius) of A (r × in) and B (out × r) by r × r products: ‖BA‖² = tr(AAᵀ BᵀB)."""
+    low, high = low.float(), high.float()
+    return float(((low @ low.T) * (high.T @ high)).sum().clamp(min=0).sqrt())
+
+
+def prove_unseen(adapters: dict[str, Path], **sides: list[dict[str, Any]]) -> None:
+    """Raise EvaluationError if an adapter was trained on a row (by the group of its prompt) that it is judged on."""
+    for name, path in adapters.items():
+        try:
+            seen = set(json.loads((path / TRAINED_GROUPS).read_text()))
+        except FileNotFoundError:
+            raise EvaluationError(
+                f"adapter {name}", f"has no {TRAINED_GROUPS}", "the list of the rows it was trained on", "train it again in this graph"
+            ) from None
+        for side, rows in sides.items():
+            shared = [row["id"] for row in rows if row["group"] in seen]
+            if shared:
+                raise EvaluationError(
+                    f"adapter {name}",
+                    f"was trained on {len(shared)} of the {len(rows)} {side} rows, e.g. {shared[0]}",
+                    "none: a score on trained rows says nothing",
+                    f"materialize heldout_split and {'lora' if name == 'sft' else name}_adapter again",
+                )
+
+
+def template_mismatches(tokenizer: Any, rows: list[dict[str, Any]]) -> list[str]:
+    """Return the ids of tokenized rows whose prompt the tokenizer's template renders to other tokens today."""
+    found = []
+    for row in rows:
+        end = len(row["supervised"]) - row["supervised"][::-1].index(False, row["supervised"][::-1].index(True))
+        try:
+            same = render(tokenizer, row["messages"][:-1], generation_prompt=True) == row["input_ids"][:end]
+        except ProofFailed:
+            same = False
+        if not same:
+            found.append(row["id"])
+    return found

@@ -1,0 +1,46 @@
+"""The files that the evaluation's settings name, as part of its identity: a JSON schema, the user's own metric. No torch."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ft_assets.artifacts import file_sha256
+from ft_assets.config import EvaluationSettings, Project
+from ft_assets.errors import ConfigError
+
+
+def read_schema(project: Project, settings: EvaluationSettings) -> dict[str, Any] | None:
+    """Return the JSON schema of evaluation.json_schema, or None. Raises ConfigError if it is none."""
+    if settings.json_schema is None:
+        return None
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    path = project.path(settings.json_schema)
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+        validator_for(schema).check_schema(schema)
+    except (OSError, ValueError, SchemaError, AttributeError) as error:
+        reason = getattr(error, "message", None) or str(error)
+        raise ConfigError("evaluation.json_schema", f"{path}: {reason}", "a JSON schema", "correct the file or the path") from None
+    return schema
+
+
+def own_metric_version(project: Project, settings: EvaluationSettings) -> str | None:
+    """Return the hash of the module of evaluation.python, or None. Raises ConfigError if there is no such module."""
+    if settings.python is None:
+        return None
+    module = settings.python.partition(":")[0]
+    path = project.path(f"{module.replace('.', '/')}.py")
+    if path.is_file():
+        return file_sha256(path)
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"evaluation.python: {settings.python}", f"there is no module {module}", f"{path}, or an installed module", "correct the name"
+        )
+    return file_sha256(Path(found.origin))

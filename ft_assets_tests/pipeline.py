@@ -1,0 +1,95 @@
+"""Run a project's graph inside the test's process: real Dagster, real steps, no child processes (they cost seconds each)."""
+
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.cli import _select
+from ft_assets.config import load_project
+from ft_assets.job import Job, StepResult
+from ft_assets_tests.conftest import WORDS
+
+
+class InProcessLauncher:
+    """Calls a step's function where the launcher would start a child process."""
+
+    def run(self, job: Job, on_progress: Any) -> StepResult:
+        job.work.mkdir(parents=True)
+        (job.work / "job.json").write_text(job.model_dump_json())
+        step = importlib.import_module(f"ft_assets.steps.{job.step}").step
+        return step(job, lambda message, **numbers: on_progress({"time": time.time(), "message": message, **numbers}))
+
+
+def materialize(folder: Path, assets: str = "*", partition: str = "tiny") -> dg.ExecuteInProcessResult:
+    """Materialize a selection (as `ft run --asset` takes it) of a project's assets; failures are in the result, not raised."""
+    from ft_assets.definitions import build
+
+    definitions = build(load_project(folder / "finetune.yaml"))
+    resources: Any = definitions.resources
+    resources["workshop"].launcher = InProcessLauncher()
+    job = definitions.resolve_implicit_global_asset_job_def()
+    with dg.DagsterInstance.ephemeral() as instance:
+        return job.execute_in_process(
+            instance=instance,
+            partition_key=partition,
+            asset_selection=_select(definitions, assets),
+            raise_on_error=False,
+            run_config={"loggers": {"console": {}}},
+        )
+
+
+def checks(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvaluation]:
+    """Return the check results of a run by name."""
+    return {evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()}
+
+
+def failure(result: dg.ExecuteInProcessResult) -> str:
+    """Return what the first failed step said, or ''."""
+    for event in result.all_events:
+        if event.is_step_failure:
+            data: Any = event.event_specific_data
+            return data.user_failure_data.description if data.user_failure_data else str(data.error)
+    return ""
+
+
+def read(folder: Path, asset: str, name: str, partition: str = "tiny") -> Any:
+    """Return a JSON file of the current version of an asset."""
+    return json.loads((ArtifactStore(folder / ".ft/store").need(asset, partition).path / name).read_text())
+
+
+def general(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Return general conversations that the taught model knows: the word after a word of a list."""
+    rows = []
+    for index in range(start, start + count):
+        prompt, answer = f"after {WORDS[index % len(WORDS)]} {index}", WORDS[(index + 1) % len(WORDS)]
+        rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def teach(folder: Path, target: Path) -> None:
+    """Write to `target` the model of `folder` after some seconds of full training on general conversations."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = [tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False) for row in general(2000)]
+    for step in range(250):
+        batch = [rows[int(index)] for index in torch.randint(len(rows), (32,))]
+        width = max(map(len, batch))
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in batch])
+        loss = model(input_ids=ids, labels=ids.masked_fill(ids == tokenizer.pad_token_id, -100)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            print(f"taught {step + 1} steps, loss {loss.item():.3f}")
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

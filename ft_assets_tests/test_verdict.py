@@ -1,0 +1,146 @@
+"""What passes, what fails, what cannot tell; which candidate leaves; what may not be forgotten."""
+
+from typing import Any
+
+import pytest
+
+from ft_assets.config import GateSettings
+from ft_assets.evaluation.statistics import compare
+from ft_assets.evaluation.verdict import FAIL, INCONCLUSIVE, PASS, decide
+
+GATE = GateSettings(min_heldout_rows=20)
+ALL, NONE, HALF = [1.0] * 60, [0.0] * 60, [1.0, 0.0] * 30
+SAME = [2.0, 2.1, 1.9, 2.0] * 10
+
+
+def means(rows: list[float], stop: float = 1.0, refused: float = 0.0, repetition: float = 0.0) -> dict[str, float]:
+    return {"exact": sum(rows) / len(rows), "stop_rate": stop, "refused": refused, "repetition": repetition}
+
+
+def report(
+    base: list[float],
+    sft: list[float],
+    dpo: list[float] | None = None,
+    few_shot: list[float] | None = None,
+    general: dict[str, list[float]] | None = None,
+    more: dict[str, tuple[list[float], list[float]]] | None = None,
+    mismatches: list[str] | None = None,
+    **habits: float,
+) -> dict[str, Any]:
+    """Return the numbers that a verdict reads, of given scores a row. `general`: the loss of general prompts by
+    candidate; `more`: other metrics of base and SFT."""
+    rows = {"base": base, "sft": sft} | ({"dpo": dpo} if dpo else {}) | ({"few_shot": few_shot} if few_shot else {})
+    rivals = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
+
+    def entries(columns: dict[str, list[float]], lower: bool = False) -> dict[str, Any]:
+        return {
+            name: {rival: compare(columns[name], columns[rival], 0.95, 1, lower) for rival in others if rival in columns}
+            for name, others in rivals.items()
+            if name in columns
+        }
+
+    comparisons = {name: {rival: {"exact": entry} for rival, entry in found.items()} for name, found in entries(rows).items()}
+    for metric, (of_base, of_sft) in (more or {}).items():
+        comparisons["sft"]["base"][metric] = compare(of_sft, of_base, 0.95, 1)
+    retention = None
+    if general:
+        losses = entries(general, lower=True)
+        task = compare([0.5, 0.6] * 20, [0.5, 0.6] * 20, 0.95, 1)
+        retention = {
+            "metric": "chrf",
+            "scores": {name: means([0.0]) for name in general},
+            "comparisons": {
+                name: {rival: {"loss": entry, "chrf": task} for rival, entry in found.items()} for name, found in losses.items()
+            },
+        }
+    return {
+        "metric": "exact",
+        "heldout_rows": len(base),
+        "scores": {name: means(values, **(habits if name in ("sft", "dpo") else {})) for name, values in rows.items()},
+        "comparisons": comparisons,
+        "retention": retention,
+        "proofs": {"template_mismatches": mismatches or []},
+        "bound_to": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("numbers", "status", "candidate"),
+    [
+        (report(NONE, HALF), PASS, "sft"),
+        (report(HALF, HALF), INCONCLUSIVE, None),  # a tie is no pass
+        (report(HALF, NONE), FAIL, None),
+        (report(NONE, ALL, stop=0.5), FAIL, None),
+        (report(NONE, ALL, refused=0.2), FAIL, None),
+        (report(NONE, ALL, repetition=0.5), FAIL, None),
+        (report(NONE, ALL, mismatches=["row"]), FAIL, None),
+        (report(NONE[:10], ALL[:10]), INCONCLUSIVE, None),  # too few rows
+        (report(NONE, HALF, dpo=ALL), PASS, "dpo"),
+        (report(NONE, ALL, dpo=HALF), PASS, "sft"),  # DPO hurts: SFT leaves
+        (report(HALF, NONE, dpo=ALL), PASS, "dpo"),  # SFT hurts, DPO mends it
+        (report(NONE, [1.0, *NONE[1:]]), INCONCLUSIVE, None),  # one lucky row
+    ],
+)
+def test_verdict(numbers: dict[str, Any], status: str, candidate: str | None) -> None:
+    verdict = decide(numbers, GATE)
+    assert (verdict["status"], verdict["candidate"]) == (status, candidate)
+
+
+def test_inconclusive_says_what_these_rows_can_show_and_how_many_would_decide() -> None:
+    text = " ".join(decide(report(NONE, [1.0, 1.0, *NONE[2:]]), GATE)["reasons"])
+    assert "held-out rows would decide" in text
+    assert "60 rows find a difference of" in text
+
+
+def test_forgetting_fails_by_its_own_name_though_the_task_got_better() -> None:
+    verdict = decide(report(NONE, ALL, general={"base": SAME, "sft": [value + 0.5 for value in SAME]}), GATE)
+    assert verdict["status"] == FAIL
+    assert "forgets: general prompts: loss worse by +0.500 nats/token" in verdict["reasons"][0]
+
+
+def test_retention_that_may_be_beyond_the_tolerance_cannot_be_told() -> None:
+    noisy = [value + (0.8 if index % 4 == 0 else -0.05) for index, value in enumerate(SAME)]
+    verdict = decide(report(NONE, ALL, general={"base": SAME, "sft": noisy}), GATE)
+    assert verdict["status"] == INCONCLUSIVE
+    assert "may forget" in verdict["reasons"][0]
+
+
+def test_dpo_that_forgets_more_than_sft_stays_behind() -> None:
+    general = {"base": SAME, "sft": SAME, "dpo": [value + 0.05 + index / 1000 for index, value in enumerate(SAME)]}
+    verdict = decide(report(NONE, HALF, dpo=ALL, general=general), GATE)
+    assert (verdict["status"], verdict["candidate"]) == (PASS, "sft")
+    assert "forgets more than SFT" in verdict["dpo"]
+
+
+def test_lower_dpo_leaves_only_within_the_declared_margin() -> None:
+    slightly = [*ALL[:-1], 0.0]
+    numbers = report(NONE, ALL, dpo=slightly)
+    assert decide(numbers, GATE)["candidate"] == "sft"
+    assert decide(numbers, GATE.model_copy(update={"dpo_margin": 0.05}))["candidate"] == "dpo"
+
+
+def test_margin_passes_what_is_not_worse_and_only_then() -> None:
+    gate = GateSettings(metrics={"exact": 0.05})
+    assert decide(report(HALF, HALF), gate)["status"] == PASS
+    assert "not worse than the base by 0.05" in decide(report(HALF, HALF), gate)["reasons"][0]
+    noise = [1.0, 0.0] * 15 + [0.0, 1.0] * 15  # as good on the mean, but any row may differ
+    assert decide(report(HALF, noise), gate)["status"] == INCONCLUSIVE
+    assert decide(report(HALF, NONE), gate)["status"] == FAIL
+
+
+def test_one_of_several_metrics_must_survive_holm_and_none_may_be_worse() -> None:
+    gate = GateSettings(metrics={"exact": "better", "regex": "better", "label": "better"})
+    weak = [1.0] * 6 + [0.0] * 54  # p 0.03: enough alone, not as the best of three
+    assert decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), GATE)["status"] == PASS
+    assert decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate)["status"] == INCONCLUSIVE
+    assert decide(report(NONE, HALF, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate)["status"] == PASS
+    assert decide(report(NONE, HALF, more={"regex": (HALF, NONE), "label": (HALF, HALF)}), gate)["status"] == FAIL
+
+
+def test_prompted_base_that_is_as_good_blocks_only_if_the_gate_says_so() -> None:
+    numbers = report(NONE, HALF, few_shot=HALF)
+    assert decide(numbers, GATE)["status"] == PASS
+    strict = decide(numbers, GATE.model_copy(update={"prompting": "fail"}))
+    assert strict["status"] == INCONCLUSIVE
+    assert "you do not need this fine-tune" in strict["reasons"][0]
+    assert decide(report(NONE, HALF, few_shot=ALL), GATE.model_copy(update={"prompting": "fail"}))["status"] == FAIL
