@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from statsmodels.stats.power import TTestPower
 
 from ft_assets.config import GateSettings
 from ft_assets.evaluation.statistics import compare, mcnemar_power
@@ -68,7 +69,7 @@ def detectable(n: int) -> float:
 def main(draws: int) -> None:
     told = {64: detectable(64), 200: detectable(200)}
     graded_sd = 0.25
-    shown = {n: 2.8016 * graded_sd / n**0.5 for n in (64, 200)}  # z(0.975) + z(0.8)
+    shown = {n: graded_sd * float(TTestPower().solve_power(nobs=n, alpha=0.05, power=0.8)) for n in (64, 200)}
     lines = []
     for n in (64, 200):
         for kind in ("right or wrong", "graded"):

@@ -100,7 +100,7 @@ class JudgeSettings(Section):
 
 class EvaluationSettings(Section):
     max_new_tokens: int = Field(default=256, ge=1)
-    batch_size: int | None = Field(default=None, ge=1, description="None: 32 on a CPU, 128 on a GPU; halved when memory runs out.")
+    batch_size: int | None = Field(default=None, ge=1, description="None: 32 on a CPU, by free memory on a GPU; halved when it runs out.")
     metric: str = Field(default="exact", description="The metric the verdict is about.")
     json_fields: list[str] = Field(default=[], description="Keys of the JSON object that an answer must be.")
     json_schema: str | None = Field(default=None, description="File with a JSON schema the answer must meet: metric `schema`.")
@@ -159,7 +159,11 @@ class GateSettings(Section):
     max_retention_loss: float = Field(default=0.2, ge=0, description="Nats a token the loss on general prompts may rise.")
     max_retention_drop: float = Field(default=0.1, ge=0, description="How far the task score on general prompts may fall.")
     dpo_margin: float = Field(default=0.0, ge=0, description="DPO is merged unless it is lower than SFT by more.")
-    dpo_retention_margin: float = Field(default=0.02, ge=0, description="Nats a token DPO may lose against SFT on general prompts.")
+    dpo_retention_margin: float = Field(
+        default=0.02,
+        ge=0,
+        description="Nats a token that DPO may lose against SFT on general prompts without being better on held-out ones.",
+    )
     min_heldout_rows: int = Field(default=20, ge=1)
     min_top1_agreement: float = Field(default=0.99, ge=0, le=1, description="Merged model against base + adapter.")
     override: str | None = Field(default=None, description="A written reason: merge without a PASS. It is recorded.")

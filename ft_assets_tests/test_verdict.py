@@ -95,7 +95,7 @@ def test_inconclusive_says_what_these_rows_can_show_and_how_many_would_decide() 
 def test_forgetting_fails_by_its_own_name_though_the_task_got_better() -> None:
     verdict = decide(report(NONE, ALL, general={"base": SAME, "sft": [value + 0.5 for value in SAME]}), GATE)
     assert verdict["status"] == FAIL
-    assert "forgets: general prompts: loss worse by +0.500 nats/token" in verdict["reasons"][0]
+    assert "forgets: loss of general prompts +0.500 nats/token" in verdict["reasons"][0]
 
 
 def test_retention_that_may_be_beyond_the_tolerance_cannot_be_told() -> None:
@@ -107,7 +107,7 @@ def test_retention_that_may_be_beyond_the_tolerance_cannot_be_told() -> None:
 
 def test_dpo_that_forgets_more_than_sft_stays_behind() -> None:
     general = {"base": SAME, "sft": SAME, "dpo": [value + 0.05 + index / 1000 for index, value in enumerate(SAME)]}
-    verdict = decide(report(NONE, HALF, dpo=ALL, general=general), GATE)
+    verdict = decide(report(NONE, HALF, dpo=HALF, general=general), GATE)
     assert (verdict["status"], verdict["candidate"]) == (PASS, "sft")
     assert "forgets more than SFT" in verdict["dpo"]
 
@@ -144,3 +144,15 @@ def test_prompted_base_that_is_as_good_blocks_only_if_the_gate_says_so() -> None
     assert strict["status"] == INCONCLUSIVE
     assert "you do not need this fine-tune" in strict["reasons"][0]
     assert decide(report(NONE, HALF, few_shot=ALL), GATE.model_copy(update={"prompting": "fail"}))["status"] == FAIL
+
+
+def test_dpo_that_gains_on_heldout_may_cost_general_prompts_the_usual_tolerance() -> None:
+    general = {"base": SAME, "sft": [value - 0.2 for value in SAME], "dpo": [value - 0.05 for value in SAME]}
+    assert decide(report(NONE, HALF, dpo=ALL, general=general), GATE)["candidate"] == "dpo"
+    assert decide(report(NONE, HALF, dpo=HALF, general=general), GATE)["candidate"] == "sft"
+
+
+def test_two_candidates_are_two_chances_and_pay_for_it() -> None:
+    lucky = [1.0] * 6 + [0.0] * 54  # p 0.03 alone
+    assert decide(report(NONE, lucky), GATE)["status"] == PASS
+    assert decide(report(NONE, lucky, dpo=NONE), GATE)["status"] == INCONCLUSIVE

@@ -192,8 +192,8 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         """Fail with the first offending pair of ids (train and preferences may share prompts)."""
         path = workshop.store.need("heldout_split", context.partition_key).path
         sides = {name: read_table(path / f"{name}.parquet") for name in ("train", "validation", "preferences", "heldout", "retention")}
-        trained = [*sides.pop("train"), *sides.pop("preferences")]
-        found = overlaps(trained=trained, **sides)
+        train, pairs, validation = (sides.pop(name) for name in ("train", "preferences", "validation"))
+        found = overlaps(trained=[*train, *pairs], **sides) + overlaps(train=train, validation=validation)
         text = (
             f"{found[0][0]} {found[0][1]} and {found[0][2]} {found[0][3]} share their prompt ({len(found)} in all)"
             if found

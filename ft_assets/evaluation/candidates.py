@@ -11,7 +11,7 @@ from typing import Any
 
 from ft_assets.chat.rendering import render, render_answer
 from ft_assets.config import EvaluationSettings
-from ft_assets.evaluation.generation import default_batch_size, generate
+from ft_assets.evaluation.generation import generate
 from ft_assets.evaluation.losses import answer_losses, sequence_log_probabilities
 from ft_assets.evaluation.metrics import retention_scores, score_answers
 from ft_assets.evaluation.metrics.form import normal_label
@@ -23,6 +23,7 @@ from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer, stop_ids
 
 Rows = list[dict[str, Any]]
+LOSS_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,11 @@ class Scorer:
     def __init__(self, model: Any, tokenizer: Any, stops: frozenset[int], task: Task) -> None:
         self.model, self.tokenizer, self.stops, self.task, self.settings = model, tokenizer, stops, task, task.settings
         self.refusal = refusal_pattern(task.settings.refusals)
-        self.batch = task.settings.batch_size or default_batch_size(model)
         self.own = load_function(task.settings.python, task.root) if task.settings.python else None
 
     def losses(self, rows: Rows) -> tuple[list[float], list[float]]:
         """Return (nats a token, token accuracy) of the reference answers."""
-        return answer_losses(self.model, rows, self.batch, self.tokenizer.pad_token_id)
+        return answer_losses(self.model, rows, self.settings.batch_size or LOSS_BATCH, self.tokenizer.pad_token_id)
 
     def loss_under(self, template: str, rows: Rows) -> float:
         """Return the mean loss of the reference answers rendered with another template, in nats a token."""
@@ -136,7 +136,13 @@ class Scorer:
         """Return each row's greedy answer and its habits."""
         prompts = [render(self.tokenizer, row["messages"][:-1], generation_prompt=True) for row in rows]
         found = generate(
-            self.model, self.tokenizer, prompts, self.stops, self.settings.max_new_tokens, self.batch, [row["id"] for row in rows]
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.stops,
+            self.settings.max_new_tokens,
+            self.settings.batch_size,
+            [row["id"] for row in rows],
         )
         return [
             {
@@ -170,7 +176,7 @@ class Scorer:
         labels, count = self.settings.labels, len(self.settings.labels)
         asked = [{"messages": [*row["messages"][:-1], {"role": "assistant", "content": label}]} for row in rows for label in labels]
         tokenized = _tokenized(self.tokenizer, asked, self.stops)
-        sums = sequence_log_probabilities(self.model, tokenized, self.batch, self.tokenizer.pad_token_id)
+        sums = sequence_log_probabilities(self.model, tokenized, self.settings.batch_size or LOSS_BATCH, self.tokenizer.pad_token_id)
         picked = [max(range(count), key=sums[begin : begin + count].__getitem__) for begin in range(0, len(sums), count)]
         return [float(normal_label(labels[index]) == normal_label(ref)) for index, ref in zip(picked, references, strict=True)]
 

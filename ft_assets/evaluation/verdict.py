@@ -14,13 +14,14 @@ Reasons = tuple[list[str], list[str], list[str]]  # what fails, what cannot be t
 
 
 def beats(entry: Mapping[str, Any], confidence: float, p: float | None = None) -> bool:
-    """Return whether a paired difference is above zero: both its interval and its test say so."""
-    return entry["low"] > 0 and (entry["p"] if p is None else p) < 1 - confidence
+    """Return whether a paired difference is above zero: its test says so, and its interval does not reach below."""
+    # Not low > 0: for 0/1 scores the bootstrap moves in steps of 1/n, and that would cost a step of power.
+    return entry["mean"] > 0 and entry["low"] >= 0 and (entry["p"] if p is None else p) < 1 - confidence
 
 
 def worse(entry: Mapping[str, Any], confidence: float, p: float | None = None) -> bool:
-    """Return whether a paired difference is below zero: both its interval and its test say so."""
-    return entry["high"] < 0 and (entry["p"] if p is None else p) < 1 - confidence
+    """Return whether a paired difference is below zero: its test says so, and its interval does not reach above."""
+    return entry["mean"] < 0 and entry["high"] <= 0 and (entry["p"] if p is None else p) < 1 - confidence
 
 
 def said(metric: str, entry: Mapping[str, Any], rival: str = "base") -> str:
@@ -28,11 +29,11 @@ def said(metric: str, entry: Mapping[str, Any], rival: str = "base") -> str:
     return f"{metric} {entry['mean']:+.3f} against {rival} [{entry['low']:+.3f}, {entry['high']:+.3f}], p {entry['p']:.2g}, n={entry['n']}"
 
 
-def judge(candidate: str, report: Mapping[str, Any], gate: GateSettings) -> dict[str, Any]:
-    """Return {"status", "reasons", "forgets"} of one candidate against the base."""
+def judge(candidate: str, report: Mapping[str, Any], gate: GateSettings, adjusted: Mapping[str, float]) -> dict[str, Any]:
+    """Return {"status", "reasons"} of one candidate against the base; `adjusted` are its Holm p-values by metric."""
     parts = [
         _integrity(report),
-        quality(report["comparisons"][candidate]["base"], report["metric"], gate),
+        quality(report["comparisons"][candidate]["base"], report["metric"], gate, adjusted),
         _prompting(report["comparisons"][candidate].get("few_shot", {}).get(report["metric"]), report["metric"], gate),
         _habits(candidate, report["scores"], gate, "held-out", with_stop_rate=True),
         forgetting(candidate, report, gate),
@@ -42,7 +43,7 @@ def judge(candidate: str, report: Mapping[str, Any], gate: GateSettings) -> dict
     if rows < gate.min_heldout_rows:
         unsure.append(f"too few held-out rows: {rows} < {gate.min_heldout_rows}")
     status = FAIL if fails else INCONCLUSIVE if unsure else PASS
-    return {"status": status, "reasons": fails or unsure or proven, "forgets": bool(parts[4][0])}
+    return {"status": status, "reasons": fails or unsure or proven}
 
 
 def _integrity(report: Mapping[str, Any]) -> Reasons:
@@ -52,15 +53,26 @@ def _integrity(report: Mapping[str, Any]) -> Reasons:
     return [f"template mismatch: {len(mismatches)} rows were tokenized with another template, e.g. {mismatches[0]}"], [], []
 
 
-def quality(against: Mapping[str, Any], metric: str, gate: GateSettings) -> Reasons:
-    """Judge the metrics that a PASS needs. With several that must be better, one is enough if none is worse, and the
-    p-values are Holm's; each margin must be kept (intersection–union: no correction is needed)."""
+def goals(metric: str, gate: GateSettings) -> Mapping[str, Any]:
+    """Return what a PASS needs: {metric: "better" or a margin}."""
+    return gate.metrics or {metric: "better"}
+
+
+def adjusted_p(against: Mapping[str, Mapping[str, Any]], metric: str, gate: GateSettings) -> dict[str, dict[str, float]]:
+    """Return {candidate: {metric: p}}, by Holm over all candidates and all metrics that must be better: each is a chance
+    of a false PASS. `against` is {candidate: its differences to the base by metric}."""
     from ft_assets.evaluation.statistics import holm  # statsmodels: the code location does without
 
+    wanted = [name for name, goal in goals(metric, gate).items() if goal == "better"]
+    adjusted = holm({f"{candidate} {name}": entries[name]["p"] for candidate, entries in against.items() for name in wanted})
+    return {candidate: {name: adjusted[f"{candidate} {name}"] for name in wanted} for candidate in against}
+
+
+def quality(against: Mapping[str, Any], metric: str, gate: GateSettings, adjusted: Mapping[str, float]) -> Reasons:
+    """Judge the metrics that a PASS needs. With several that must be better, one is enough if none is worse, by Holm's
+    p-values; each margin must be kept (intersection–union: no correction is needed)."""
     fails, unsure, proven = [], [], []
-    goals = gate.metrics or {metric: "better"}
-    wanted = [metric for metric, goal in goals.items() if goal == "better"]
-    adjusted = holm({metric: against[metric]["p"] for metric in wanted})
+    wanted = list(adjusted)
     better = [metric for metric in wanted if beats(against[metric], gate.confidence, adjusted[metric])]
     fails += [
         f"worse than the base: {said(metric, against[metric])}"
@@ -70,7 +82,7 @@ def quality(against: Mapping[str, Any], metric: str, gate: GateSettings) -> Reas
     proven += [f"better than the base: {said(metric, against[metric])}" for metric in better]
     if wanted and not better and not fails:
         unsure += [f"cannot tell it from the base: {said(metric, against[metric])}{_how_many(against[metric])}" for metric in wanted]
-    for metric, margin in goals.items():
+    for metric, margin in goals(metric, gate).items():
         if margin == "better":
             continue
         entry = against[metric]
@@ -121,13 +133,15 @@ def forgetting(candidate: str, report: Mapping[str, Any], gate: GateSettings) ->
     for name, tolerance, unit in (("loss", gate.max_retention_loss, " nats/token"), (metric, gate.max_retention_drop, "")):
         entry = against[name]
         # Oriented: a rise of the loss is a negative mean.
-        text = f"general prompts: {name} worse by {-entry['mean']:+.3f}{unit} [{-entry['high']:+.3f}, {-entry['low']:+.3f}]"
+        low, mean, high = (entry[key] if name != "loss" else -entry[key] for key in ("low", "mean", "high"))
+        text = f"{name} of general prompts {mean:+.3f}{unit} [{min(low, high):+.3f}, {max(low, high):+.3f}]"
+        allowed = f"{'at most +' if name == 'loss' else 'at least -'}{tolerance}"
         if entry["mean"] < -tolerance:
-            fails.append(f"forgets: {text}, at most {tolerance}")
+            fails.append(f"forgets: {text}, {allowed}")
         elif entry["low"] < -tolerance:
-            unsure.append(f"may forget: {text}, at most {tolerance}; more retention rows would decide")
+            unsure.append(f"may forget: {text}, {allowed}; more retention rows would decide")
         else:
-            proven.append(f"{text}, at most {tolerance}")
+            proven.append(f"{text}, {allowed}")
     return fails, unsure, proven
 
 
@@ -135,12 +149,12 @@ def decide(report: Mapping[str, Any], gate: GateSettings) -> dict[str, Any]:
     """Return the verdict: status, reasons, the candidate to merge (or None), the candidate that the reasons speak about,
     each candidate's own judgement, why DPO was taken or not, and the binding.
 
-    SFT and DPO are judged on their own: two chances of a one-sided error of (1 − confidence) / 2 each, so that a false
-    PASS stays below 1 − confidence. A DPO that hurts never hides a good SFT.
+    SFT and DPO are judged on their own, but for Holm's correction of their p-values. A DPO that hurts never hides a
+    good SFT.
     """
-    candidates = [name for name in ("sft", "dpo") if name in report["scores"]]
-    judged = {name: judge(name, report, gate) for name in candidates}
-    metric = report["metric"]
+    candidates, metric = [name for name in ("sft", "dpo") if name in report["scores"]], report["metric"]
+    adjusted = adjusted_p({name: report["comparisons"][name]["base"] for name in candidates}, metric, gate)
+    judged = {name: judge(name, report, gate, adjusted[name]) for name in candidates}
     passed = [name for name in candidates if judged[name]["status"] == PASS]
     hurts = dpo_hurts(report, gate) if "dpo" in candidates else None
     chosen = passed[0] if passed else None
@@ -159,12 +173,16 @@ def decide(report: Mapping[str, Any], gate: GateSettings) -> dict[str, Any]:
 
 
 def dpo_hurts(report: Mapping[str, Any], gate: GateSettings) -> str | None:
-    """Return how DPO is worse than SFT, paired on held-out and on general prompts; None if it is not."""
+    """Return how DPO is worse than SFT, paired on held-out and on general prompts; None if it is not.
+
+    A DPO that is better on held-out may cost general prompts the usual tolerance; one that is not may cost next to nothing.
+    """
     entry = report["comparisons"]["dpo"]["sft"][report["metric"]]
     if entry["mean"] < -gate.dpo_margin:
         return f"lower than SFT: {said(report['metric'], entry, 'SFT')}"
     if report["retention"] is not None:
         loss = report["retention"]["comparisons"]["dpo"]["sft"]["loss"]
-        if loss["mean"] < -gate.dpo_retention_margin and worse(loss, gate.confidence):
-            return f"forgets more than SFT: {-loss['mean']:+.3f} nats/token on general prompts, at most {gate.dpo_retention_margin}"
+        allowed = gate.max_retention_loss if beats(entry, gate.confidence) else gate.dpo_retention_margin
+        if loss["mean"] < -allowed and worse(loss, gate.confidence):
+            return f"forgets more than SFT: {-loss['mean']:+.3f} nats/token on general prompts, at most {allowed}; {said(report['metric'], entry, 'SFT')}"
     return None

@@ -12,7 +12,7 @@ from ft_assets.errors import VerdictError
 from ft_assets.evaluation.candidates import Rows, Task
 from ft_assets.evaluation.report import to_json
 from ft_assets.evaluation.statistics import compare
-from ft_assets.evaluation.verdict import quality
+from ft_assets.evaluation.verdict import adjusted_p, quality
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.release.card import model_card
 from ft_assets.release.merge import merge
@@ -79,7 +79,8 @@ def _gain(rows: Rows, base: Rows, settings: EvaluationSettings, gate: GateSettin
         )
         for metric in settings.metric_names()
     }
-    fails, unsure, _ = quality(against, settings.metric, gate)
+    adjusted = adjusted_p({"merged": against}, settings.metric, gate)["merged"]
+    fails, unsure, _ = quality(against, settings.metric, gate, adjusted)
     stop_rate, gain = statistics.fmean(float(row["stopped"]) for row in rows), against[settings.metric]
     return {
         f"merged_{settings.metric}": statistics.fmean(row[settings.metric] for row in rows),
