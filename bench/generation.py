@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from ft_assets.evaluation.generation import generate
 from ft_assets.models.loading import compute_dtype, load_base
@@ -100,28 +100,30 @@ def main(which: str, rows: int, new: int) -> None:
             model.generate(input_ids=ids, attention_mask=mask, **greedy, **options)
         return new * rows
 
-    def continuous() -> int:
+    def continuous(**options: Any) -> int:
         config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=model.config.vocab_size - 1, pad_token_id=0)
-        found = model.generate_batch(inputs=asked, generation_config=config)
+        found = model.generate_batch(inputs=asked, generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**options))
         return sum(len(result.generated_tokens) for result in found.values())
 
-    print(
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, {which}, {rows} prompts of 120–320 tokens, {new} new tokens each\n"
-    )
+    gpu = torch.cuda.is_available()
+    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {which}, {rows} prompts of 120–320 tokens, {new} new tokens each\n")
     print("| variant | tokens/s | against naive | peak GiB |\n|---|---|---|---|")
-    with torch.inference_mode():
-        ours(None, 2)  # warm up
+    with torch.no_grad():  # not inference_mode: generate_batch has a thread of its own
+        ours(None, rows if gpu else 2)  # warm up
         base = timed("naive: one prompt at a time", naive, None)
-        sizes = (8, 32, 64) if not torch.cuda.is_available() else (32, 128, rows)
-        for size in sizes:
-            timed(f"this project, batches of {size}", lambda size=size: ours(size), base)
         timed("this project, its own choice", lambda: ours(None), base)
-        timed(f"transformers generate, padded batches of {sizes[1]}", lambda: stock(sizes[1]), base)
-        if torch.cuda.is_available():
+        timed(f"transformers generate, padded, batches of {rows if gpu else 32}", lambda: stock(rows if gpu else 32), base)
+        if gpu:
             timed("the same, static cache", lambda: stock(rows, cache_implementation="static", disable_compile=True), base)
-            timed("the same, static cache, compiled", lambda: stock(rows, cache_implementation="static"), base)
-            timed("the same, compiled, again", lambda: stock(rows, cache_implementation="static"), base)
-        timed("transformers continuous batching (generate_batch)", continuous, base)
+        timed("continuous batching (generate_batch)", lambda: continuous(use_cuda_graph=False), base)
+        if gpu:
+            timed("continuous batching (generate_batch), CUDA graphs", lambda: continuous(use_cuda_graph=True), base)
+        for size in (32, 128) if gpu else (8, 16):
+            timed(f"this project, batches of {size}", lambda size=size: ours(size), base)
+        timed("this project, its own choice, again", lambda: ours(None), base)
+        if gpu:
+            timed("transformers generate, static cache, with its compilation", lambda: stock(rows, cache_implementation="static"), base)
+            timed("the same, compiled before", lambda: stock(rows, cache_implementation="static"), base)
 
 
 if __name__ == "__main__":

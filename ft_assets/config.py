@@ -113,6 +113,9 @@ class EvaluationSettings(Section):
     retention_rows: int | None = Field(default=None, ge=1, description="Take only the first n retention rows by id.")
     retention_answers: int = Field(default=64, ge=2, description="Of these, how many are answered too; the loss is of all.")
     retention_metric: Literal["chrf", "rougeL", "exact"] = Field(default="chrf", description="Task score of general prompts.")
+    lm_eval: list[str] = Field(default=[], description="Tasks of lm-evaluation-harness, as general prompts (needs ft_assets[lm-eval]).")
+    lm_eval_limit: int = Field(default=100, ge=2, description="Documents a task.")
+    lm_eval_path: str | None = Field(default=None, description="A folder with task files of your own.")
     train_rows: int = Field(default=32, ge=1, description="Train rows whose loss is compared with the held-out loss.")
     refusals: list[str] = Field(default=[], description="Regular expressions of a refusal, besides the English ones.")
     seed: int = 42

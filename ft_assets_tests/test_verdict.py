@@ -59,6 +59,7 @@ def report(
         "scores": {name: means(values, **(habits if name in ("sft", "dpo") else {})) for name, values in rows.items()},
         "comparisons": comparisons,
         "retention": retention,
+        "harness": {"comparisons": {}},
         "proofs": {"template_mismatches": mismatches or []},
         "bound_to": {},
     }

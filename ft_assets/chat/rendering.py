@@ -45,23 +45,28 @@ def render_supervised(tokenizer: Any, messages: Messages, stop_ids: frozenset[in
     whole = render(tokenizer, messages)
     supervised = [False] * len(whole)
     for index, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        context = render(tokenizer, messages[:index], generation_prompt=True)
-        upto = whole if index == len(messages) - 1 else render(tokenizer, messages[: index + 1])
-        if whole[: len(context)] != context:
-            raise ProofFailed(f"messages[{index}]: the tokens before the answer differ from those given at generation")
-        if whole[: len(upto)] != upto:
-            raise ProofFailed(f"messages[{index}]: the template rewrites this turn once later turns follow")
-        end = _end_of_turn(whole, len(context), len(upto), stop_ids)
-        if end is None:
-            raise ProofFailed(f"messages[{index}]: no token that ends generation follows the answer (looked for {sorted(stop_ids)})")
-        answer = tokenizer.decode(whole[len(context) : end], skip_special_tokens=False)
-        if answer.strip() != turn["content"].strip():
-            raise ProofFailed(f"messages[{index}]: the supervised tokens decode to {answer[:80]!r}, not to the answer")
-        supervised[len(context) : end + 1] = [True] * (end + 1 - len(context))
+        if turn["role"] == "assistant":
+            begin, end = _answer_span(tokenizer, messages, index, whole, stop_ids)
+            supervised[begin:end] = [True] * (end - begin)
     prove_single_bos(tokenizer, whole)
     return Rendered(whole, supervised)
+
+
+def _answer_span(tokenizer: Any, messages: Messages, index: int, whole: list[int], stop_ids: frozenset[int]) -> tuple[int, int]:
+    """Return where the answer `messages[index]` and its end of turn stand in `whole`, proven. Raises ProofFailed."""
+    context = render(tokenizer, messages[:index], generation_prompt=True)
+    upto = whole if index == len(messages) - 1 else render(tokenizer, messages[: index + 1])
+    if whole[: len(context)] != context:
+        raise ProofFailed(f"messages[{index}]: the tokens before the answer differ from those given at generation")
+    if whole[: len(upto)] != upto:
+        raise ProofFailed(f"messages[{index}]: the template rewrites this turn once later turns follow")
+    end = _end_of_turn(whole, len(context), len(upto), stop_ids)
+    if end is None:
+        raise ProofFailed(f"messages[{index}]: no token that ends generation follows the answer (looked for {sorted(stop_ids)})")
+    answer = tokenizer.decode(whole[len(context) : end], skip_special_tokens=False)
+    if answer.strip() != messages[index]["content"].strip():
+        raise ProofFailed(f"messages[{index}]: the supervised tokens decode to {answer[:80]!r}, not to the answer")
+    return len(context), end + 1
 
 
 def _end_of_turn(ids: Sequence[int], start: int, stop: int, stop_ids: frozenset[int]) -> int | None:
@@ -80,8 +85,9 @@ def prove_single_bos(tokenizer: Any, ids: Sequence[int]) -> None:
 
 
 def render_answer(tokenizer: Any, messages: Messages, answer: str, stop_ids: frozenset[int]) -> tuple[list[int], list[int]]:
-    """Return (prompt ids, answer ids with its end of turn) for a preference pair, proven. Raises ProofFailed."""
-    rendered = render_supervised(tokenizer, [*messages, {"role": "assistant", "content": answer}], stop_ids)
-    context = render(tokenizer, messages, generation_prompt=True)
-    end = max(position for position, flag in enumerate(rendered.supervised) if flag) + 1
-    return context, rendered.input_ids[len(context) : end]
+    """Return (prompt ids, answer ids with its end of turn), proven; earlier answers are prompt. Raises ProofFailed."""
+    asked = [*messages, {"role": "assistant", "content": answer}]
+    whole = render(tokenizer, asked)
+    begin, end = _answer_span(tokenizer, asked, len(messages), whole, stop_ids)
+    prove_single_bos(tokenizer, whole)
+    return whole[:begin], whole[begin:end]

@@ -12,6 +12,7 @@ from typing import Any
 from ft_assets.chat.rendering import render, render_answer
 from ft_assets.config import EvaluationSettings
 from ft_assets.evaluation.generation import generate
+from ft_assets.evaluation.harness import harness_scores
 from ft_assets.evaluation.losses import answer_losses, sequence_log_probabilities
 from ft_assets.evaluation.metrics import retention_scores, score_answers
 from ft_assets.evaluation.metrics.form import normal_label
@@ -43,10 +44,12 @@ class Task:
 @dataclass
 class Scored:
     """What came out. A held-out row is {"answer", "stopped", "tokens", "refused", "repetition", <metric>: score}, a
-    retention row the same with "loss" and, for those that were answered, the retention metric; losses in nats a token."""
+    retention row the same with "loss" and, for those that were answered, the retention metric; losses in nats a token.
+    harness: {"task metric": scores}."""
 
     heldout: dict[str, Rows] = field(default_factory=dict)
     retention: dict[str, Rows] = field(default_factory=dict)
+    harness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     train_loss: dict[str, list[float]] = field(default_factory=dict)
     proofs: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -82,6 +85,8 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
             if name != "few_shot":
                 scored.retention[name] = scorer.retention(task.retention)
                 scored.train_loss[name] = scorer.losses(task.train)[0]
+                if task.settings.lm_eval:
+                    scored.harness[name] = harness_scores(model, tokenizer, task.settings, task.root)
         scored.seconds[name] = time.perf_counter() - begun
         mean = statistics.fmean(row[task.settings.metric] for row in scored.heldout[name])
         report("scored", **{f"{name}_{task.settings.metric}": round(mean, 4), "seconds": round(scored.seconds[name], 1)})

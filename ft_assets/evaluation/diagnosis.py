@@ -73,8 +73,8 @@ def _template(report: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _narrow(report: Mapping[str, Any], evidence: Mapping[str, Any], candidate: str, gate: GateSettings) -> dict[str, Any] | None:
-    forgotten, _, _ = forgetting(candidate, report, gate)
-    spread, found = evidence["train"], list(forgotten)
+    forgotten, perhaps, _ = forgetting(candidate, report, gate)
+    spread, found = evidence["train"], [*forgotten, *perhaps]
     if spread["top_answer"] >= NARROW_TOP_ANSWER:
         found.append(f"{spread['top_answer']:.0%} of the training answers are the same one ({spread['answer_entropy_bits']:.2f} bits)")
     if spread["distinct_prompts"] < NARROW_DISTINCT:

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from ft_assets.evaluation.candidates import Rows
-from ft_assets.evaluation.markdown import NO_CAUSE, STEPS, changed_most, retention_table, rival, score_table, step_table
+from ft_assets.evaluation.markdown import NO_CAUSE, STEPS, changed_most, harness_table, retention_table, rival, score_table, step_table
 from ft_assets.evaluation.plots import LABELS, curve_plot, data_uri, outcome_plot, score_plot
 
 EXAMPLES = 10
@@ -48,6 +48,7 @@ def html(
             (f"Scores on {report['heldout_rows']} held-out rows", score_table(report)),
             ("Which step helped", step_table(report)),
             *([(f"{report['retention']['rows']} general prompts (retention)", retention_table(report))] if report["retention"] else []),
+            *([("lm-evaluation-harness", harness_table(report))] if report["harness"]["scores"] else []),
         ],
         pictures=[data_uri(score_plot(report)), data_uri(outcome_plot(report, steps))],
         curves=[data_uri(curve_plot(curve["train"], title, curve.get("validation"))) for title, curve in curves.items() if curve["train"]],

@@ -25,6 +25,8 @@ def markdown(report: Report, verdict: Report, findings: Rows, rows: Mapping[str,
         general = report["retention"]
         lines += ["", f"## {general['rows']} general prompts (retention), {general['answered']} of them answered", ""]
         lines += _table(retention_table(report))
+    if report["harness"]["scores"]:
+        lines += ["", "## lm-evaluation-harness", "", *_table(harness_table(report))]
     lines += _examples(report, rows, heldout, verdict["speaker"])
     return "\n".join(lines) + "\n"
 
@@ -102,6 +104,17 @@ def retention_table(report: Report) -> list[list[str]]:
             task = f"{against[metric]['mean']:+.3f} [{against[metric]['low']:+.3f}, {against[metric]['high']:+.3f}]"
         habits = [f"{scores[column]:.3f}" for column in ("stop_rate", "refused", "repetition")]
         table.append([LABELS[name], f"{scores['loss']:.3f}", loss, f"{scores[metric]:.3f}", task, *habits])
+    return table
+
+
+def harness_table(report: Report) -> list[list[str]]:
+    """Return the scores of lm-evaluation-harness' tasks, each with its change against the base."""
+    scores, against = report["harness"]["scores"], report["harness"]["comparisons"]
+    table = [["candidate", *scores["base"]]]
+    for name, tasks in scores.items():
+        entries = against.get(name, {}).get("base", {})
+        cells = [f"{value:.3f}" + (f" ({entries[task]['mean']:+.3f})" if task in entries else "") for task, value in tasks.items()]
+        table.append([LABELS[name], *cells])
     return table
 
 

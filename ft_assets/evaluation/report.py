@@ -30,6 +30,7 @@ def summarise(
         "intervals": {name: interval(values[metric], gate.confidence, settings.seed) for name, values in columns.items()},
         "comparisons": _comparisons(columns, settings.seed, gate.confidence),
         "retention": _retention(scored.retention, settings, gate),
+        "harness": _harness(scored.harness, settings.seed, gate.confidence),
         "proofs": scored.proofs,
         "evidence": dict(evidence),
         "bound_to": dict(bound_to),
@@ -77,6 +78,13 @@ def _retention(retention: Mapping[str, Rows], settings: EvaluationSettings, gate
         "answered": sum("answer" in row for row in retention["base"]),
         "scores": {name: _means(columns[name], retention[name]) for name in columns},
         "comparisons": _comparisons(columns, settings.seed, gate.confidence),
+    }
+
+
+def _harness(harness: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float) -> dict[str, Any]:
+    return {
+        "scores": {name: {task: statistics.fmean(values) for task, values in tasks.items()} for name, tasks in harness.items()},
+        "comparisons": _comparisons(harness, seed, confidence),
     }
 
 

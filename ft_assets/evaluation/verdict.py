@@ -82,16 +82,16 @@ def quality(against: Mapping[str, Any], metric: str, gate: GateSettings, adjuste
     proven += [f"better than the base: {said(metric, against[metric])}" for metric in better]
     if wanted and not better and not fails:
         unsure += [f"cannot tell it from the base: {said(metric, against[metric])}{_how_many(against[metric])}" for metric in wanted]
-    for metric, margin in goals(metric, gate).items():
+    for name, margin in goals(metric, gate).items():
         if margin == "better":
             continue
-        entry = against[metric]
+        entry = against[name]
         if entry["high"] < -margin:
-            fails.append(f"worse than the base by more than {margin}: {said(metric, entry)}")
+            fails.append(f"worse than the base by more than {margin}: {said(name, entry)}")
         elif entry["low"] <= -margin:
-            unsure.append(f"may be worse than the base by more than {margin}: {said(metric, entry)}")
+            unsure.append(f"may be worse than the base by more than {margin}: {said(name, entry)}")
         else:
-            proven.append(f"not worse than the base by {margin}: {said(metric, entry)}")
+            proven.append(f"not worse than the base by {margin}: {said(name, entry)}")
     return fails, unsure, proven
 
 
@@ -125,13 +125,18 @@ def forgetting(candidate: str, report: Mapping[str, Any], gate: GateSettings) ->
 
     Above the tolerance on the mean it fails; where the interval reaches beyond it, it cannot be told.
     """
-    retention = report["retention"]
-    if retention is None:
-        return [], [], []
-    against, metric = retention["comparisons"][candidate]["base"], retention["metric"]
-    fails, unsure, proven = _habits(candidate, retention["scores"], gate, "general")
-    for name, tolerance, unit in (("loss", gate.max_retention_loss, " nats/token"), (metric, gate.max_retention_drop, "")):
-        entry = against[name]
+    retention, measured = report["retention"], []
+    fails, unsure, proven = [], [], []
+    if retention is not None:
+        against, metric = retention["comparisons"][candidate]["base"], retention["metric"]
+        fails, unsure, proven = _habits(candidate, retention["scores"], gate, "general")
+        measured = [
+            ("loss", against["loss"], gate.max_retention_loss, " nats/token"),
+            (metric, against[metric], gate.max_retention_drop, ""),
+        ]
+    tasks = report["harness"]["comparisons"].get(candidate, {}).get("base", {})
+    measured += [(task, entry, gate.max_retention_drop, "") for task, entry in tasks.items()]
+    for name, entry, tolerance, unit in measured:
         # Oriented: a rise of the loss is a negative mean.
         low, mean, high = (entry[key] if name != "loss" else -entry[key] for key in ("low", "mean", "high"))
         text = f"{name} of general prompts {mean:+.3f}{unit} [{min(low, high):+.3f}, {max(low, high):+.3f}]"

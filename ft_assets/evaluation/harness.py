@@ -1,0 +1,59 @@
+"""Tasks of EleutherAI's lm-evaluation-harness as general prompts: an option, for who has the hub (or own task files).
+
+The package is not a dependency: `pip install "ft_assets[lm-eval]"`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ft_assets.config import EvaluationSettings
+from ft_assets.errors import EvaluationError
+
+MAIN_METRICS = ("exact_match", "acc", "f1", "em")
+
+
+def harness_scores(model: Any, tokenizer: Any, settings: EvaluationSettings, root: Path) -> dict[str, list[float]]:
+    """Return {"task metric": one score a document} of the tasks of evaluation.lm_eval, by the model's own chat template.
+
+    Raises EvaluationError if the package or a task is missing.
+    """
+    try:
+        import lm_eval as package
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise EvaluationError(
+            "evaluation.lm_eval", "the package lm_eval is not installed", "lm_eval", 'pip install "ft_assets[lm-eval]"'
+        ) from None
+    lm_eval: Any = package  # its annotations are wrapped away
+    harness_model: Any = HFLM
+    tasks = TaskManager(include_path=str(root / settings.lm_eval_path) if settings.lm_eval_path else None)
+    missing = [name for name in settings.lm_eval if name not in tasks.all_tasks]
+    if missing:
+        raise EvaluationError(
+            f"evaluation.lm_eval: {missing[0]}", "is no task", "a task of lm_eval, or of evaluation.lm_eval_path", "correct the name"
+        )
+    try:
+        results: Any = lm_eval.simple_evaluate(
+            model=harness_model(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size or 16),
+            tasks=list(settings.lm_eval),
+            task_manager=tasks,
+            limit=settings.lm_eval_limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            apply_chat_template=True,
+        )
+    except Exception as error:  # the harness and the hub's client raise their own
+        raise EvaluationError(
+            f"evaluation.lm_eval: {', '.join(settings.lm_eval)}",
+            f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+            "tasks whose data can be read",
+            "most tasks' data lie on the hub; a task file of your own may read local files (evaluation.lm_eval_path)",
+        ) from error
+    return dict(_scores(name, samples) for name, samples in sorted(results["samples"].items()))
+
+
+def _scores(task: str, samples: list[dict[str, Any]]) -> tuple[str, list[float]]:
+    metric = next((name for name in MAIN_METRICS if name in samples[0]), None) or samples[0]["metrics"][0]
+    by_document = {sample["doc_id"]: float(sample[metric]) for sample in samples}  # the last of several filters
+    return f"{task} {metric}", [by_document[key] for key in sorted(by_document)]

@@ -1,0 +1,151 @@
+"""Task metrics: what an answer is worth, row by row; the user's own metric; a judge behind a real local endpoint."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_assets.config import EvaluationSettings, JudgeSettings
+from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.metrics import retention_scores, score_answers
+from ft_assets.evaluation.metrics.habits import refusal_pattern, repetition
+from ft_assets.evaluation.metrics.judge import judge_scores
+from ft_assets.evaluation.metrics.own import load_function, own_scores
+
+
+def test_text_metrics_are_one_score_a_row_and_equal_their_libraries() -> None:
+    from sacrebleu import sentence_bleu, sentence_chrf
+
+    answers, references = ["the cat sat on the mat", "nothing alike"], ["the cat sat on a mat", "the dog"]
+    scores = score_answers(answers, references, EvaluationSettings(metrics=["rouge", "bleu", "chrf"]))
+    assert scores["exact"] == [0.0, 0.0]
+    assert scores["chrf"][0] == pytest.approx(sentence_chrf(answers[0], references[:1]).score / 100)
+    assert scores["bleu"][0] == pytest.approx(sentence_bleu(answers[0], references[:1]).score / 100)
+    assert scores["rouge1"] == [pytest.approx(5 / 6), 0.0]
+    assert scores["rougeL"][0] == pytest.approx(5 / 6)
+
+
+def test_rouge_counts_words_of_every_script() -> None:
+    assert score_answers(["Größe: très bien"], ["größe très bien"], EvaluationSettings(metrics=["rouge"]))["rouge1"] == [1.0]
+    assert score_answers(["今天天气好"], ["今天天气不好"], EvaluationSettings(metrics=["rouge"]))["rouge1"][0] == pytest.approx(10 / 11)
+
+
+def test_schema_regex_and_labels_judge_the_whole_answer() -> None:
+    settings = EvaluationSettings(regex=r"\{.*\}", labels=["yes", "no"], metric="regex")
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
+    answers = ['{"a": 1}', '{"a": "1"}', 'Sure! {"a": 1}', '{"a": NaN}', " Yes. "]
+    scores = score_answers(answers, ["yes"] * 5, settings, schema)
+    assert scores["schema"] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert scores["regex"] == [1.0, 1.0, 0.0, 1.0, 0.0]
+    assert scores["label"] == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert scores["known_label"] == scores["label"]
+
+
+def test_reference_that_is_no_label_is_an_error_that_names_the_row() -> None:
+    with pytest.raises(EvaluationError, match=r"held-out row 1: the reference is 'maybe'"):
+        score_answers(["yes", "yes"], ["yes", "maybe"], EvaluationSettings(labels=["yes", "no"], metric="label"))
+
+
+def test_retention_metric_is_graded() -> None:
+    assert retention_scores(["Paris is the capital"], ["Paris is the capital"], "chrf") == [1.0]
+    assert 0 < retention_scores(["Paris it is"], ["Paris is the capital"], "chrf")[0] < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I am unable to provide the latest information.", True),
+        ("As an AI language model, I have no opinion.", True),
+        ("I'm sorry for your loss.", False),
+        ("You cannot help it.", False),
+        ("Ich kann dabei nicht helfen", True),
+    ],
+)
+def test_refusals(text: str, refuses: bool) -> None:
+    assert (refusal_pattern(["kann dabei nicht helfen"]).search(text) is not None) is refuses
+
+
+def test_repetition_is_the_share_of_4_grams_seen_before() -> None:
+    assert repetition("one two three") == 0.0
+    assert repetition("a b c d e f g h") == 0.0
+    assert repetition("ha ha ha ha ha ha ha ha") == pytest.approx(0.8)
+
+
+def test_own_metric_is_called_with_answer_reference_and_conversation(tmp_path: Path) -> None:
+    (tmp_path / "own_metric_here.py").write_text(
+        "def shorter(answer, reference, messages):\n    assert messages[-1]['role'] == 'user'\n    return len(answer) <= len(reference)\n"
+        "def broken(answer, reference, messages):\n    return 1 / len(answer)\n"
+        "def nothing(answer, reference, messages):\n    return None\n"
+    )
+    prompts = [[{"role": "user", "content": "?"}]] * 2
+
+    def scores(name: str) -> list[float]:
+        function = load_function(f"own_metric_here:{name}", tmp_path)
+        return own_scores(function, name, ["row a", "row b"], ["x", ""], ["xx", "y"], prompts)
+
+    assert scores("shorter") == [1.0, 1.0]
+    with pytest.raises(EvaluationError, match=r"row row b: raised ZeroDivisionError"):
+        scores("broken")
+    with pytest.raises(EvaluationError, match="returned None"):
+        scores("nothing")
+    with pytest.raises(EvaluationError, match="has no attribute 'absent'"):
+        scores("absent")
+
+
+class Judge(BaseHTTPRequestHandler):
+    """A judge on a real socket: there is no LLM here, so it prefers the longer answer, or always A, or talks, or fails."""
+
+    manner = "longer"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][1]["content"]
+        left, right = text.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
+        said = {"longer": "A" if len(left) > len(right) else "B.", "first": "A", "talks": "I think that A is better"}.get(self.manner)
+        self.send_response(500 if said is None else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def judge() -> Iterator[JudgeSettings]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield JudgeSettings(base_url=f"http://127.0.0.1:{server.server_port}/v1", model="any", timeout=10)
+    server.shutdown()
+    server.server_close()
+
+
+def judged(judge: JudgeSettings, manner: str) -> list[float]:
+    Judge.manner = manner
+    prompts = [[{"role": "user", "content": "?"}]] * 3
+    return judge_scores(judge, ["a", "b", "c"], prompts, ["long answer", "x", "same"], ["short", "longer", "same"])
+
+
+def test_judge_counts_a_win_only_in_both_orders(judge: JudgeSettings) -> None:
+    assert judged(judge, "longer") == [1.0, 0.0, 0.5]
+    assert judged(judge, "first") == [0.5, 0.5, 0.5]  # it prefers a place, not an answer
+
+
+def test_failed_judgement_is_an_error_never_a_score(judge: JudgeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EvaluationError, match="the judge said 'I THINK THAT A IS BETTER'"):
+        judged(judge, "talks")
+    with pytest.raises(EvaluationError, match=r"row .*failed \(HTTPStatusError"):
+        judged(judge, "fails")
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(EvaluationError, match="JUDGE_KEY is not set"):
+        judged(judge.model_copy(update={"api_key_env": "JUDGE_KEY"}), "longer")
+
+
+def test_metric_that_is_not_measured_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"metric 'rougeL' is not measured; with these settings there are exact, loss"):
+        EvaluationSettings(metric="rougeL")
+    assert EvaluationSettings(metric="rougeL", metrics=["rouge"]).metric_names()[-2:] == ["loss", "token_accuracy"]
