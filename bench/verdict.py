@@ -60,6 +60,7 @@ def verdict(seed: int, n: int, gain: float, kind: str, gate: GateSettings, candi
         "comparisons": comparisons,
         "retention": None,
         "harness": {"comparisons": {}},
+        "chance": {},
     }
     return decide({**report, "proofs": {"template_mismatches": []}, "bound_to": {}}, gate)["status"]
 

@@ -98,6 +98,11 @@ def conversations(count: int, answer: Callable[[int], str], start: int = 0) -> l
     return rows
 
 
+def next_word(index: int) -> str:
+    """Return the answer that the taught model can learn to give: the word after the question's first word."""
+    return WORDS[(index + 1) % len(WORDS)]
+
+
 def write_jsonl(path: Path, rows: list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
@@ -158,3 +163,45 @@ def finished(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[P
     done = ft(folder, "run")
     assert done.returncode == 0, done.stderr + done.stdout
     return folder
+
+
+@pytest.fixture(scope="session")
+def taught_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model after some seconds of training: it knows general prompts and its template's end of turn."""
+    from ft_assets_tests.pipeline import teach
+
+    target = tmp_path_factory.mktemp("models") / "taught"
+    teach(tiny_model, target)
+    return target
+
+
+@pytest.fixture
+def healthy(taught_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a project that passes; keyword arguments change sections of its settings."""
+
+    def make(**changes: dict) -> Path:
+        from ft_assets_tests.pipeline import general
+
+        folder = tmp_path / "project"
+        write_jsonl(folder / "data/train.jsonl", conversations(240, next_word))
+        write_jsonl(folder / "data/general.jsonl", general(100, start=5000))
+        write_jsonl(folder / "data/retention.jsonl", general(40, start=9000))
+        settings = {
+            **SETTINGS,
+            "base_models": {"tiny": {"folder": str(taught_model)}},
+            "data": {
+                "train": ["data/train.jsonl"],
+                "rehearsal": ["data/general.jsonl"],
+                "retention": ["data/retention.jsonl"],
+                "heldout_share": 0.25,
+                "validation_share": 0.15,
+            },
+            "sft": {"num_train_epochs": 6, "learning_rate": 0.01, "effective_batch": 8, "micro_batch": 8},
+            "gate": {"min_heldout_rows": 10, "max_retention_loss": 0.5, "max_retention_drop": 0.5},
+        }
+        for section, values in changes.items():
+            settings[section] = {**settings.get(section, {}), **values}
+        (folder / "finetune.yaml").write_text(yaml.safe_dump(settings))
+        return folder
+
+    return make

@@ -4,11 +4,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import yaml
-
-from ft_assets_tests.conftest import SETTINGS, WORDS, conversations, write_jsonl
-from ft_assets_tests.pipeline import checks, general, materialize, read, teach
+from ft_assets_tests.conftest import WORDS, conversations, write_jsonl
+from ft_assets_tests.pipeline import checks, materialize, read
 
 FOREIGN = (
     "{% for message in messages %}{{ '### ' + message['role'] + '\n' + message['content'] }}"
@@ -16,44 +13,6 @@ FOREIGN = (
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
 ASSETS = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter,dpo_adapter,eval_report"
-
-
-@pytest.fixture(scope="session")
-def taught_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model after some seconds of training: it knows general prompts and its template's end of turn."""
-    target = tmp_path_factory.mktemp("models") / "taught"
-    teach(tiny_model, target)
-    return target
-
-
-@pytest.fixture
-def healthy(taught_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a project that passes; keyword arguments change sections of its settings."""
-
-    def make(**changes: dict) -> Path:
-        folder = tmp_path / "project"
-        write_jsonl(folder / "data/train.jsonl", conversations(120, lambda index: ("yes", "no", "paper")[index % 3]))
-        write_jsonl(folder / "data/general.jsonl", general(100, start=5000))
-        write_jsonl(folder / "data/retention.jsonl", general(40, start=9000))
-        settings = {
-            **SETTINGS,
-            "base_models": {"tiny": {"folder": str(taught_model)}},
-            "data": {
-                "train": ["data/train.jsonl"],
-                "rehearsal": ["data/general.jsonl"],
-                "retention": ["data/retention.jsonl"],
-                "heldout_share": 0.25,
-                "validation_share": 0.15,
-            },
-            "sft": {"num_train_epochs": 6, "learning_rate": 0.01, "effective_batch": 8, "micro_batch": 8},
-            "gate": {"min_heldout_rows": 10, "max_retention_loss": 0.5, "max_retention_drop": 0.5},
-        }
-        for section, values in changes.items():
-            settings[section] = {**settings.get(section, {}), **values}
-        (folder / "finetune.yaml").write_text(yaml.safe_dump(settings))
-        return folder
-
-    return make
 
 
 def causes(folder: Path) -> list[str]:
@@ -85,6 +44,7 @@ def test_foreign_template_is_named(healthy: Callable[..., Path]) -> None:
 
 def test_narrow_data_is_named(healthy: Callable[..., Path]) -> None:
     folder = healthy(data={"rehearsal": []})
+    write_jsonl(folder / "data/train.jsonl", conversations(240, lambda _: "yes"))
     result = materialize(folder, ASSETS)
     assert causes(folder) == ["training data too narrow"], read(folder, "eval_report", "verdict.json")
     assert read(folder, "eval_report", "verdict.json")["status"] == "FAIL"

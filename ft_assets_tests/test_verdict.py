@@ -60,6 +60,7 @@ def report(
         "comparisons": comparisons,
         "retention": retention,
         "harness": {"comparisons": {}},
+        "chance": {},
         "proofs": {"template_mismatches": mismatches or []},
         "bound_to": {},
     }

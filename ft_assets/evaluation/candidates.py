@@ -1,6 +1,7 @@
 """Score base, prompted base, SFT and DPO on the same held-out rows with one load of the base."""
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ft_assets.chat.rendering import render, render_answer
+from ft_assets.chat.rendering import ProofFailed, render, render_answer
 from ft_assets.config import EvaluationSettings
+from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.generation import generate
 from ft_assets.evaluation.harness import harness_scores
 from ft_assets.evaluation.losses import answer_losses, sequence_log_probabilities
@@ -25,6 +27,8 @@ from ft_assets.models.loading import load_tokenizer, stop_ids
 
 Rows = list[dict[str, Any]]
 LOSS_BATCH = 32
+SHUFFLES = 10
+NOT_OF_TEXT = ("loss", "token_accuracy", "choice", "judge", "valid_json", "schema", "regex", "known_label")
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,11 @@ class Task:
 class Scored:
     """What came out. A held-out row is {"answer", "stopped", "tokens", "refused", "repetition", <metric>: score}, a
     retention row the same with "loss" and, for those that were answered, the retention metric; losses in nats a token.
-    harness: {"task metric": scores}."""
+    harness: {"task metric": scores}. chance: what each row's answer scores against other rows' references."""
 
     heldout: dict[str, Rows] = field(default_factory=dict)
     retention: dict[str, Rows] = field(default_factory=dict)
+    chance: dict[str, list[float]] = field(default_factory=dict)
     harness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     train_loss: dict[str, list[float]] = field(default_factory=dict)
     proofs: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +87,7 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
         begun = time.perf_counter()
         with acting(model, adapter):
             scored.heldout[name] = scorer.heldout(rows, scored.heldout.get("base"))
+            scored.chance[name] = scorer.chance(scored.heldout[name])
             if name != "few_shot":
                 scored.retention[name] = scorer.retention(task.retention)
                 scored.train_loss[name] = scorer.losses(task.train)[0]
@@ -105,7 +111,15 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
 def _tokenized(tokenizer: Any, rows: Rows, stops: frozenset[int]) -> Rows:
     tokenized = []
     for row in rows:
-        prompt, answer = render_answer(tokenizer, row["messages"][:-1], row["messages"][-1]["content"], stops)
+        try:
+            prompt, answer = render_answer(tokenizer, row["messages"][:-1], row["messages"][-1]["content"], stops)
+        except ProofFailed as problem:
+            raise EvaluationError(
+                f"held-out row {row.get('id', '')}",
+                f"cannot be rendered for this candidate: {problem}",
+                "a prompt that the template takes",
+                "correct data.few_shot and few_shot_system, or chat.chat_template",
+            ) from None
         tokenized.append({**row, "input_ids": prompt + answer, "supervised": [False] * len(prompt) + [True] * len(answer)})
     return tokenized
 
@@ -170,11 +184,30 @@ class Scorer:
         if settings.choice:
             scores["choice"] = self.choices(rows, references)
         if self.own is not None and settings.python:
-            scores[settings.python.partition(":")[2]] = own_scores(self.own, settings.python, ids, texts, references, prompts)
+            scores[self._own_name() or ""] = own_scores(self.own, settings.python, ids, texts, references, prompts)
         if settings.judge:
             rivals = texts if base is None else [row["answer"] for row in base]
             scores["judge"] = judge_scores(settings.judge, ids, prompts, texts, rivals)
         return [{**row, **{key: values[index] for key, values in scores.items()}} for index, row in enumerate(answered)]
+
+    def chance(self, scored: Rows) -> list[float]:
+        """Return what each answer scores on average against the references of other rows, by the gate metric.
+
+        [] where that says nothing: all references are the same, or the metric is not one of answer and reference alone.
+        """
+        answers, references = [row["answer"] for row in scored], [row["messages"][-1]["content"] for row in self.task.heldout]
+        if len(set(references)) == 1 or self.settings.metric in NOT_OF_TEXT or self.settings.metric == self._own_name():
+            return []
+        count = min(SHUFFLES, len(references) - 1)
+        offsets = random.Random(self.settings.seed).sample(range(1, len(references)), count)
+        drawn = [
+            score_answers(answers, references[offset:] + references[:offset], self.settings, self.task.schema)[self.settings.metric]
+            for offset in offsets
+        ]
+        return [statistics.fmean(values) for values in zip(*drawn, strict=True)]
+
+    def _own_name(self) -> str | None:
+        return self.settings.python.partition(":")[2] if self.settings.python else None
 
     def choices(self, rows: Rows, references: list[str]) -> list[float]:
         """Return 1 where the reference is the most likely of the labels, by the summed log-probability of label and end of turn."""

@@ -30,6 +30,9 @@ def summarise(
         "intervals": {name: interval(values[metric], gate.confidence, settings.seed) for name, values in columns.items()},
         "comparisons": _comparisons(columns, settings.seed, gate.confidence),
         "retention": _retention(scored.retention, settings, gate),
+        "chance": {
+            name: compare(columns[name][metric], chance, gate.confidence, settings.seed) for name, chance in scored.chance.items() if chance
+        },
         "harness": _harness(scored.harness, settings.seed, gate.confidence),
         "proofs": scored.proofs,
         "evidence": dict(evidence),

@@ -34,6 +34,7 @@ def judge(candidate: str, report: Mapping[str, Any], gate: GateSettings, adjuste
     parts = [
         _integrity(report),
         quality(report["comparisons"][candidate]["base"], report["metric"], gate, adjusted),
+        _chance(report["chance"].get(candidate), report["metric"], gate),
         _prompting(report["comparisons"][candidate].get("few_shot", {}).get(report["metric"]), report["metric"], gate),
         _habits(candidate, report["scores"], gate, "held-out", with_stop_rate=True),
         forgetting(candidate, report, gate),
@@ -100,6 +101,12 @@ def _how_many(entry: Mapping[str, Any]) -> str:
     if not entry["rows_needed"] or entry["rows_needed"] <= entry["n"]:
         return seen
     return f"{seen}; about {entry['rows_needed']} held-out rows would decide one of this size"
+
+
+def _chance(entry: Mapping[str, Any] | None, metric: str, gate: GateSettings) -> Reasons:
+    if entry is None or beats(entry, gate.confidence):
+        return [], [], []
+    return [], [f"the answers fit other rows' references as well: {said(metric, entry, 'shuffled references')}"], []
 
 
 def _prompting(entry: Mapping[str, Any] | None, metric: str, gate: GateSettings) -> Reasons:
