@@ -110,15 +110,19 @@ def _quiet() -> None:
 
 
 @app.command()
-def report(base: Annotated[str | None, typer.Option("--base", help="Base model; all by default.")] = None) -> None:
-    """Print the evaluation report."""
+def report(
+    base: Annotated[str | None, typer.Option("--base", help="Base model; all by default.")] = None,
+    page: Annotated[bool, typer.Option("--page", help="Print the path of the HTML page instead.")] = False,
+) -> None:
+    """Print the evaluation report, or where its HTML page lies."""
     from ft_assets.artifacts import ArtifactStore
 
     project = load_project()
     store = ArtifactStore(project.store_path)
     for name in [base] if base else list(project.base_models):
         project.base_model(name)
-        print((store.need("eval_report", name).path / "report.md").read_text())
+        folder = store.need("eval_report", name).path
+        print(folder / "info" / "report.html" if page else (folder / "report.md").read_text())
 
 
 @app.command()

@@ -8,6 +8,7 @@ warnings.filterwarnings("ignore", category=dg.PreviewWarning)  # partitioned ass
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from ft_assets.assets import data  # noqa: E402
+from ft_assets.assets.evaluation import evaluation_assets  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
 from ft_assets.assets.workshop import Workshop  # noqa: E402
@@ -20,11 +21,12 @@ def build(project: Project) -> dg.Definitions:
     """Return the definitions of a project: one partition a base model."""
     base_models = dg.StaticPartitionsDefinition(list(project.base_models))
     trained, trained_checks = training_assets(base_models)
+    judged, judged_checks = evaluation_assets(base_models)
     released, released_checks = release_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
     return dg.Definitions(
-        assets=[*data.ASSETS, *trained, *released],
-        asset_checks=[*data.CHECKS, *trained_checks, *released_checks],
+        assets=[*data.ASSETS, *trained, *judged, *released],
+        asset_checks=[*data.CHECKS, *trained_checks, *judged_checks, *released_checks],
         jobs=jobs,
         schedules=schedules,
         sensors=sensors,

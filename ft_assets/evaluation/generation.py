@@ -56,8 +56,8 @@ def generate(
     whose generation fails: a row without an answer is never scored.
     """
     model.eval()
-    prefix = _prefix(prompts)
-    cache = _prefill(model, prefix) if prefix else None
+    prefix = shared_prefix(prompts)
+    cache = prefill(model, prefix) if prefix else None
 
     def answer(batch: list[int]) -> list[Answer]:
         return _generate_batch(model, tokenizer, [prompts[index] for index in batch], prefix, cache, stops, max_new_tokens)
@@ -90,7 +90,7 @@ def _carefully(answer: Callable[[list[int]], list[Answer]], batch: list[int], id
     return [*_carefully(answer, batch[:half], ids), *_carefully(answer, batch[half:], ids)]
 
 
-def _prefix(prompts: list[list[int]]) -> list[int]:
+def shared_prefix(prompts: list[list[int]]) -> list[int]:
     """Return the tokens that all prompts begin with (at least one is left to each), or [] if too few to pay."""
     shortest, first = min(len(prompt) for prompt in prompts), prompts[0]
     length = 0
@@ -99,9 +99,17 @@ def _prefix(prompts: list[list[int]]) -> list[int]:
     return first[:length] if length >= MIN_PREFIX and len(prompts) > 1 else []
 
 
-def _prefill(model: Any, prefix: list[int]) -> Any:
+def prefill(model: Any, prefix: list[int]) -> Any:
+    """Return the keys and values of a prefix, for one row."""
     ids = torch.tensor([prefix], device=model.device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1).past_key_values
+
+
+def repeated(cache: Any, rows: int) -> Any:
+    """Return a copy of one row's keys and values for a batch."""
+    batch = copy.deepcopy(cache)
+    batch.batch_repeat_interleave(rows)
+    return batch
 
 
 def _generate_batch(
@@ -114,8 +122,7 @@ def _generate_batch(
     mask = [[1] * len(prefix) + [0] * (width - len(prompt)) + [1] * (len(prompt) - len(prefix)) for prompt in prompts]
     kwargs: dict[str, Any] = {}
     if cache is not None:
-        kwargs["past_key_values"] = copy.deepcopy(cache)
-        kwargs["past_key_values"].batch_repeat_interleave(len(prompts))
+        kwargs["past_key_values"] = repeated(cache, len(prompts))
     output = model.generate(
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),

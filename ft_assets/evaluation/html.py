@@ -10,7 +10,17 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from ft_assets.evaluation.candidates import Rows
-from ft_assets.evaluation.markdown import NO_CAUSE, STEPS, changed_most, harness_table, retention_table, rival, score_table, step_table
+from ft_assets.evaluation.markdown import (
+    DETECTABLE,
+    NO_CAUSE,
+    STEPS,
+    changed_most,
+    harness_table,
+    retention_table,
+    rival,
+    score_table,
+    step_table,
+)
 from ft_assets.evaluation.plots import LABELS, curve_plot, data_uri, outcome_plot, score_plot
 
 EXAMPLES = 10
@@ -41,6 +51,7 @@ def html(
         verdict=verdict,
         findings=findings,
         no_cause=NO_CAUSE,
+        detectable=DETECTABLE,
         partition=partition,
         labels=LABELS,
         rival=rival(report, verdict),

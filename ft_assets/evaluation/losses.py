@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ft_assets.evaluation.generation import prefill, repeated, shared_prefix
+
 Row = dict[str, Any]  # {"input_ids": tokens, "supervised": which of them are the answer and its end of turn}
 
 
@@ -36,18 +38,22 @@ def sequence_log_probabilities(model: Any, rows: list[Row], batch_size: int, pad
 def _batches(model: Any, rows: list[Row], batch_size: int, pad: int) -> Iterator[tuple[list[int], Any, Any, Any]]:
     """Yield (row numbers, next tokens, their fp32 logits, whether each is supervised), rows of like length together.
 
-    Logits are made from the first supervised token on: with a vocabulary of 128k the prompts' would fill the memory.
+    What all prompts begin with is computed once. Logits are made from the first supervised token on: with a vocabulary
+    of 128k the prompts' would fill the memory.
     """
     model.eval()
+    prefix = shared_prefix([row["input_ids"][: row["supervised"].index(True)] for row in rows]) if rows else []
+    cache, skip = prefill(model, prefix) if prefix else None, len(prefix)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        chosen = [rows[index] for index in batch]
-        width = max(len(row["input_ids"]) for row in chosen)
-        first = min(row["supervised"].index(True) for row in chosen)
-        ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in chosen], device=model.device)
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in chosen], device=model.device)
-        keep = torch.tensor([row["supervised"] + [False] * (width - len(row["supervised"])) for row in chosen], device=model.device)
+        chosen = [(rows[index]["input_ids"][skip:], rows[index]["supervised"][skip:]) for index in batch]
+        width = max(len(ids) for ids, _ in chosen)
+        first = min(supervised.index(True) for _, supervised in chosen)
+        ids = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens, _ in chosen], device=model.device)
+        mask = torch.tensor([[1] * (skip + len(tokens)) + [0] * (width - len(tokens)) for tokens, _ in chosen], device=model.device)
+        keep = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in chosen], device=model.device)
         kept = width - first + 1  # the logits that predict tokens first … width-1, and one more that predicts nothing
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept).logits[:, :-1].float()
+        past = {"past_key_values": repeated(cache, len(batch))} if cache is not None else {}
+        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, **past).logits[:, :-1].float()
         yield batch, ids[:, first:], logits, keep[:, first:]

@@ -20,7 +20,7 @@ def markdown(report: Report, verdict: Report, findings: Rows, rows: Mapping[str,
     lines += [f"- {sentence}" for sentence in [rival(report, verdict)] if sentence]
     lines += _diagnosis(verdict, findings)
     lines += ["", f"## Scores on {report['heldout_rows']} held-out rows", "", *_table(score_table(report))]
-    lines += ["", "## Which step helped", "", *_table(step_table(report))]
+    lines += ["", "## Which step helped", "", *_table(step_table(report)), "", DETECTABLE]
     if report["retention"]:
         general = report["retention"]
         lines += ["", f"## {general['rows']} general prompts (retention), {general['answered']} of them answered", ""]
@@ -52,6 +52,7 @@ def _diagnosis(verdict: Report, findings: Rows) -> list[str]:
     return [*lines, *([] if findings else [NO_CAUSE])]
 
 
+DETECTABLE = "Detectable: the difference that this many rows with this spread find four times in five."
 NO_CAUSE = (
     "None of the four common causes (template, narrow data, overfitting, wrong base) shows in the numbers. "
     "More held-out rows, then more or better training rows."
@@ -72,7 +73,7 @@ def score_table(report: Report) -> list[list[str]]:
 
 def step_table(report: Report) -> list[list[str]]:
     """Return the paired differences in the gate metric, first row the header."""
-    table = [["step", "difference", "interval", "wins / ties / losses", "p", "smallest difference these rows can show"]]
+    table = [["step", "difference", "interval", "wins / ties / losses", "p", "detectable"]]
     for name, other in STEPS:
         entry = report["comparisons"].get(name, {}).get(other, {}).get(report["metric"])
         if entry is None:
