@@ -40,6 +40,16 @@ class DataSettings(Section):
         description="Share of the train rows that is watched each epoch and never trained on: it shows overfitting.",
     )
     split_salt: str = Field(default="", description="Changes which rows are held out; change it only deliberately.")
+    columns: dict[Literal["train", "rehearsal", "preferences", "heldout", "retention", "few_shot"], dict[str, str]] = Field(
+        default={}, description="Names of columns that are not recognised: {train: {prompt: text, completion: category}}."
+    )
+    encoding: str | None = Field(default=None, description="Of text files that are not UTF-8, e.g. latin-1.")
+    near_duplicate: float | None = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Jaccard similarity from which a trained prompt is a copy of a held-out one and is left out; null: off.",
+    )
     max_invalid: float = Field(default=0.01, ge=0, le=1, description="Share of unreadable rows above which it stops.")
 
 

@@ -8,6 +8,7 @@ warnings.filterwarnings("ignore", category=dg.PreviewWarning)  # partitioned ass
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from ft_assets.assets import data  # noqa: E402
+from ft_assets.assets.dataset import dataset_assets  # noqa: E402
 from ft_assets.assets.evaluation import evaluation_assets  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
@@ -20,13 +21,14 @@ from ft_assets.console import console  # noqa: E402
 def build(project: Project) -> dg.Definitions:
     """Return the definitions of a project: one partition a base model."""
     base_models = dg.StaticPartitionsDefinition(list(project.base_models))
+    prepared, prepared_checks = dataset_assets(base_models)
     trained, trained_checks = training_assets(base_models)
     judged, judged_checks = evaluation_assets(base_models)
     released, released_checks = release_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
     return dg.Definitions(
-        assets=[*data.ASSETS, *trained, *judged, *released],
-        asset_checks=[*data.CHECKS, *trained_checks, *judged_checks, *released_checks],
+        assets=[*data.ASSETS, *prepared, *trained, *judged, *released],
+        asset_checks=[*data.CHECKS, *prepared_checks, *trained_checks, *judged_checks, *released_checks],
         jobs=jobs,
         schedules=schedules,
         sensors=sensors,

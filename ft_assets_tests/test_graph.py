@@ -144,6 +144,25 @@ def test_heldout_prompt_in_preferences_is_left_out_and_counted(copy: Path) -> No
     assert store(copy).need("heldout_split", "tiny").metrics["pairs_removed"] == 1
 
 
+def test_paraphrase_of_a_heldout_prompt_is_left_out_with_its_score(copy: Path) -> None:
+    row = read_table(store(copy).need("heldout_split", "tiny").path / "heldout.parquet")[0]
+    tail = " ".join(f"detail{index}" for index in range(20))
+    rows = (copy / "data/train.jsonl").read_text().splitlines()
+    same = {"messages": [{"role": "user", "content": f"{row['messages'][0]['content']} {tail}"}, {"role": "assistant", "content": "yes"}]}
+    pair = {"prompt": f"{row['messages'][0]['content']} {tail} more", "chosen": "yes", "rejected": "no"}
+    write_jsonl(copy / "data/heldout.jsonl", [same])
+    write_jsonl(copy / "data/train.jsonl", rows)
+    write_jsonl(copy / "data/pairs.jsonl", [*(copy / "data/pairs.jsonl").read_text().splitlines(), pair])
+    edit(copy, data={"heldout": ["data/heldout.jsonl"]})
+    done = ft(copy, "run", "--asset", "raw_dataset,raw_preferences,chat_dataset,heldout_split")
+    assert done.returncode == 0, done.stderr
+    split = store(copy).need("heldout_split", "tiny")
+    assert split.metrics["near_duplicates_removed"] == 1
+    copies = read_table(split.path / "info/near_duplicates.parquet")
+    assert (copies[0]["side"], copies[0]["of"]) == ("preferences", read_table(split.path / "heldout.parquet")[0]["id"])
+    assert 0.8 <= copies[0]["similarity"] < 1
+
+
 def test_growing_the_data_moves_no_row(copy: Path) -> None:
     def ids(name: str) -> set[str]:
         return {row["id"] for row in read_table(store(copy).need("heldout_split", "tiny").path / f"{name}.parquet")}

@@ -48,7 +48,8 @@ def data_content(project: Project, keys: Sequence[str]) -> dict[str, list[tuple[
 def read_validated(project: Project, key: str, form: Callable[[dict[str, Any]], dict[str, Any]]) -> Validated:
     """Return the valid rows of one key of `data`. Raises DataError with the first bad rows if there are too many."""
     files = resolve_files(project.root, getattr(project.data, key), f"data.{key}")
-    validated = validate((row for path in files for row in read_rows(path)), form)
+    columns = {name: given for name, given in project.data.columns.items() if name == key}
+    validated = validate((row for path in files for row in read_rows(path, project.data.encoding)), form, *columns.values())
     if validated.invalid_share > project.data.max_invalid:
         first = "\n".join(f"    {row['where']}: {row['problem']}" for row in validated.rejected[:5])
         raise DataError(
@@ -58,6 +59,11 @@ def read_validated(project: Project, key: str, form: Callable[[dict[str, Any]], 
             "correct the rows, or raise data.max_invalid to leave them out",
         )
     return validated
+
+
+def _reading(project: Project) -> dict[str, Any]:
+    """Return the settings that decide how rows are read."""
+    return project.data.model_dump(mode="json", include={"max_invalid", "columns", "encoding"})
 
 
 def _first(rejected: list[dict[str, Any]]) -> str | None:
@@ -74,7 +80,7 @@ def _sample(artifact: Artifact, name: str) -> Any:
 
 
 @dg.asset(
-    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="1", metadata=schema_metadata(CONVERSATION)
+    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="2", metadata=schema_metadata(CONVERSATION)
 )
 def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated conversations in one canonical form, each with a stable id: for training, held-out, retention and few-shot."""
@@ -105,7 +111,7 @@ def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Wo
         )
 
     with user_errors():
-        settings = {"files": data_content(workshop.project, list(keys)), "max_invalid": workshop.project.data.max_invalid}
+        settings = {"files": data_content(workshop.project, list(keys)), **_reading(workshop.project)}
         artifact, reused = workshop.materialize(context, settings=settings, make=make)
     return result(
         artifact, reused, sample=_sample(artifact, "conversations"), **{"dagster/row_count": artifact.metrics["conversations_rows"]}
@@ -113,7 +119,7 @@ def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Wo
 
 
 @dg.asset(
-    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="1", metadata=schema_metadata(PREFERENCE)
+    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="2", metadata=schema_metadata(PREFERENCE)
 )
 def raw_preferences(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated preference triples: a prompt, the chosen answer, the rejected one. Empty if finetune.yaml names none."""
@@ -133,7 +139,7 @@ def raw_preferences(context: dg.AssetExecutionContext, workshop: dg.ResourcePara
         )
 
     with user_errors():
-        settings = {"files": data_content(workshop.project, ["preferences"]), "max_invalid": workshop.project.data.max_invalid}
+        settings = {"files": data_content(workshop.project, ["preferences"]), **_reading(workshop.project)}
         artifact, reused = workshop.materialize(context, settings=settings, make=make)
     return result(artifact, reused, sample=_sample(artifact, "preferences"), **{"dagster/row_count": artifact.metrics["rows"]})
 

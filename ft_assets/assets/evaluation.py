@@ -7,8 +7,7 @@ import dagster as dg
 
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS
-from ft_assets.assets.training import ERROR, GPU_POOL, WARN
-from ft_assets.assets.workshop import Workshop, result, user_errors
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
 from ft_assets.config import settings_version
 from ft_assets.evaluation.gate import bound_versions, require_lineage
 from ft_assets.evaluation.sources import own_metric_version, read_schema

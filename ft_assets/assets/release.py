@@ -8,8 +8,7 @@ import dagster as dg
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.evaluation import TRAINED, judged, numbers
-from ft_assets.assets.training import ERROR, GPU_POOL, WARN
-from ft_assets.assets.workshop import Workshop, library_versions, result, user_errors
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, library_versions, result, user_errors
 from ft_assets.evaluation.gate import require_pass
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.evaluation.verdict import decide

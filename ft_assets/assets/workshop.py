@@ -29,6 +29,8 @@ LIBRARIES = {
     "infer": ("torch", "transformers", "peft"),
 }
 OBSERVE_EVERY_SECONDS = 5.0
+GPU_POOL = "gpu"
+ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 
 
 def library_versions(kind: str | None) -> dict[str, str]:

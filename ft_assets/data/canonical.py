@@ -15,12 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ft_assets.data.formats import RawRow
-
-ROLES = ("system", "user", "assistant")
-
-
-class RowProblem(Exception):
-    """Why a row cannot be used."""
+from ft_assets.data.shapes import RowProblem, conversation_turns, preference_turns, renamed
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ def digest(*parts: str) -> str:
 
 def conversation(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the canonical form of a conversation row. Raises RowProblem."""
-    messages = _messages(raw)
+    messages = _checked("messages", conversation_turns(raw))
     if messages[-1]["role"] != "assistant":
         raise RowProblem(f"messages[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the assistant's answer")
     return {"id": _identity(messages), "messages": messages, "group": _group(raw, messages)}
@@ -60,11 +55,11 @@ def conversation(raw: dict[str, Any]) -> dict[str, Any]:
 
 def preference(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the canonical form of a preference row. Raises RowProblem."""
-    prompt = raw.get("prompt", raw.get("messages"))
-    messages = _messages({"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt})
+    turns, *answers = preference_turns(raw)
+    messages = _checked("prompt", turns)
     if messages[-1]["role"] != "user":
         raise RowProblem(f"prompt[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the user's")
-    chosen, rejected = _answer(raw, "chosen"), _answer(raw, "rejected")
+    chosen, rejected = (_text(name, value) for name, value in zip(("chosen", "rejected"), answers, strict=True))
     if chosen.strip() == rejected.strip():
         raise RowProblem("chosen and rejected are equal; expected two different answers")
     return {
@@ -76,46 +71,47 @@ def preference(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _messages(raw: dict[str, Any]) -> list[dict[str, str]]:
-    messages = raw.get("messages")
-    if messages is None and isinstance(raw.get("prompt"), str) and isinstance(raw.get("completion"), str):
-        messages = [{"role": "user", "content": raw["prompt"]}, {"role": "assistant", "content": raw["completion"]}]
-    if not isinstance(messages, list) or not messages:
-        raise RowProblem(f"has the keys {sorted(raw)}; expected `messages` (a list of role/content) or `prompt` and `completion`")
-    turns = [_turn(index, turn) for index, turn in enumerate(messages)]
+def _checked(name: str, turns: list[Any]) -> list[dict[str, str]]:
+    """Return turns of role and text in a right order. Raises RowProblem with the index of the first wrong one."""
+    if not turns:
+        raise RowProblem(f"{name}: is empty")
+    checked = [_turn(f"{name}[{index}]", turn) for index, turn in enumerate(turns)]
     expected = "user"
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(checked):
         if turn["role"] == "system":
             if index:
-                raise RowProblem(f"messages[{index}]: a system turn; expected it first or not at all")
+                raise RowProblem(f"{name}[{index}]: a system turn; expected it first or not at all")
             continue
         if turn["role"] != expected:
-            raise RowProblem(f"messages[{index}]: role {turn['role']!r}; expected {expected!r} (turns alternate)")
+            raise RowProblem(f"{name}[{index}]: role {turn['role']!r}; expected {expected!r} (turns alternate)")
         expected = "assistant" if expected == "user" else "user"
-    if turns[-1]["role"] == "system":
-        raise RowProblem("messages: only a system turn; expected a user turn")
-    return turns
+    if checked[-1]["role"] == "system":
+        raise RowProblem(f"{name}: only a system turn; expected a user turn")
+    return checked
 
 
-def _turn(index: int, turn: Any) -> dict[str, str]:
+def _turn(where: str, turn: Any) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise RowProblem(f"messages[{index}]: is a {type(turn).__name__}; expected an object with role and content")
-    role, content = turn.get("role"), turn.get("content")
-    if role not in ROLES:
-        raise RowProblem(f"messages[{index}]: role {role!r}; expected one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise RowProblem(f"messages[{index}]: content is a {type(content).__name__}; expected text")
-    if not content.strip():
-        raise RowProblem(f"messages[{index}]: empty content")
-    return {"role": role, "content": content}
+        raise RowProblem(f"{where}: is a {type(turn).__name__}; expected an object with role and content")
+    role = turn.get("role")
+    if turn.get("tool_calls") or role in ("tool", "function", "function_call", "observation", "ipython"):
+        raise RowProblem(f"{where}: a tool call; tool calls are not supported yet")
+    if role not in ("system", "user", "assistant"):
+        raise RowProblem(f"{where}: role {role!r}; expected one of system, user, assistant (or human, gpt, …)")
+    return {"role": role, "content": _text(where, turn.get("content"))}
 
 
-def _answer(raw: dict[str, Any], key: str) -> str:
-    value = raw.get(key)
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
-        value = value[0].get("content")
-    if not isinstance(value, str) or not value.strip():
-        raise RowProblem(f"{key}: {'is missing' if key not in raw else 'is not a text'}; expected the assistant's answer")
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RowProblem(f"{where}: content is {'missing' if value is None else f'a {type(value).__name__}'}; expected text")
+    if not value.strip():
+        raise RowProblem(f"{where}: empty content")
+    if "\x00" in value:
+        raise RowProblem(f"{where}: holds a NUL character; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowProblem(f"{where}: holds half of a surrogate pair; expected text") from None
     return value
 
 
@@ -129,8 +125,11 @@ def _group(raw: dict[str, Any], messages: list[dict[str, str]]) -> str:
     return digest("prompt", normalise(next(turn["content"] for turn in messages if turn["role"] == "user")))
 
 
-def validate(rows: Iterable[RawRow], form: Callable[[dict[str, Any]], dict[str, Any]]) -> Validated:
-    """Return rows in canonical form, sorted by id so that file order changes nothing; exact duplicates are dropped and counted."""
+def validate(rows: Iterable[RawRow], form: Callable[[dict[str, Any]], dict[str, Any]], columns: dict[str, str] | None = None) -> Validated:
+    """Return rows in canonical form, sorted by id so that file order changes nothing; exact duplicates are dropped and counted.
+
+    `columns` are the user's names for ours, {"prompt": "text"}.
+    """
     valid: dict[str, dict[str, Any]] = {}
     rejected, duplicates = [], 0
     for row in rows:
@@ -138,7 +137,10 @@ def validate(rows: Iterable[RawRow], form: Callable[[dict[str, Any]], dict[str, 
             rejected.append({"where": row.where, "problem": row.problem or ""})
             continue
         try:
-            canonical = {**form(row.value), "source": row.where.rsplit(":", 1)[0].rsplit("[", 1)[0]}
+            canonical = {
+                **form(renamed(row.value, columns) if columns else row.value),
+                "source": row.where.rsplit(":", 1)[0].rsplit("[", 1)[0],
+            }
         except RowProblem as problem:
             rejected.append({"where": row.where, "problem": str(problem)})
             continue

@@ -1,13 +1,70 @@
-"""Which rows are held out: by hash of their group, so that growing the data never moves a row.
+"""Which rows are held out, and what is left to train on.
 
-Preference pairs whose prompt stands in the held-out rows are dropped here, and counted.
+By hash of a row's group: growing the data never moves a row. What is trained and stands in the held-out or general rows
+too, or is nearly the same, is left out of training, and counted.
 """
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+from ft_assets.data.near import near_duplicates
 from ft_assets.errors import DataError
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The sides by name (train with rehearsal, validation, heldout, retention, preferences), the near-duplicates that
+    were left out ({"side", "id", "of", "similarity"}), and the counts of everything."""
+
+    sides: dict[str, Rows]
+    copies: Rows
+    counts: dict[str, Any]
+
+
+def make_split(rows: dict[str, Rows], share: float, validation_share: float, salt: str, near_duplicate: float | None) -> Split:
+    """Return the split of conversations, rehearsal, heldout (fixed, or empty), retention and preferences.
+
+    Raises DataError if no train or no held-out row is left.
+    """
+    rest, heldout = (without_groups(rows["conversations"], _groups(rows["heldout"])), rows["heldout"])
+    if not heldout:
+        rest, heldout = _apart(rows["conversations"], share, salt)
+    kept_out = [*heldout, *rows["retention"]]
+    trained = {"train": rest, "rehearsal": rows["rehearsal"], "preferences": rows["preferences"]}
+    copies: Rows = []
+    for name, side in trained.items():
+        exact = without_groups(side, _groups(kept_out))
+        trained[name], found = _without_copies(exact, kept_out, near_duplicate)
+        copies += [{"side": name, **match} for match in found]
+    train, validation = _apart(trained["train"], validation_share, f"{salt}:validation")
+    for name, side in (("train", train), ("held-out", heldout)):
+        if not side:
+            raise DataError(
+                "split",
+                f"no {name} rows out of {len(rows['conversations'])}",
+                "both sides filled",
+                "add data, or change data.heldout_share",
+            )
+    task = len(rows["conversations"]) - (0 if rows["heldout"] else len(heldout))
+    counts = {
+        "train_rows": len(train),
+        "rehearsal_rows": len(trained["rehearsal"]),
+        "validation_rows": len(validation),
+        "heldout_rows": len(heldout),
+        "retention_rows": len(rows["retention"]),
+        "preference_pairs": len(trained["preferences"]),
+        "train_rows_removed": task - len(train) - len(validation),
+        "rehearsal_rows_removed": len(rows["rehearsal"]) - len(trained["rehearsal"]),
+        "pairs_removed": len(rows["preferences"]) - len(trained["preferences"]),
+        "near_duplicates_removed": len({(copy["side"], copy["id"]) for copy in copies}),
+        "first_near_duplicate": "{side} {id} of {of}: {similarity:.2f}".format(**copies[0]) if copies else None,
+    }
+    sides = {"train": [*train, *trained["rehearsal"]], "validation": validation, "heldout": heldout, "retention": rows["retention"]}
+    return Split({**sides, "preferences": trained["preferences"]}, copies, counts)
 
 
 def is_heldout(group: str, share: float, salt: str = "") -> bool:
@@ -16,34 +73,7 @@ def is_heldout(group: str, share: float, salt: str = "") -> bool:
     return value / 2**64 < share
 
 
-def split(
-    rows: list[dict[str, Any]], share: float, salt: str, fixed: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Return (train, heldout, removed): with a fixed held-out file, train rows of the same group are removed from train.
-
-    Raises DataError if a side is empty.
-    """
-    if fixed:
-        groups = {row["group"] for row in fixed}
-        train = [row for row in rows if row["group"] not in groups]
-        heldout = fixed
-    else:
-        heldout = [row for row in rows if is_heldout(row["group"], share, salt)]
-        train = [row for row in rows if not is_heldout(row["group"], share, salt)]
-    for name, side in (("train", train), ("held-out", heldout)):
-        if not side:
-            raise DataError("split", f"no {name} rows out of {len(rows)}", "both sides filled", "add data, or change data.heldout_share")
-    return train, heldout, len(rows) - len(train) if fixed else 0
-
-
-def apart(rows: list[dict[str, Any]], share: float, salt: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return (train, validation) of the rows that are not held out, by another hash of the group."""
-    watched = [is_heldout(row["group"], share, f"{salt}:validation") for row in rows]
-    train = [row for row, flag in zip(rows, watched, strict=True) if not flag]
-    return train, [row for row, flag in zip(rows, watched, strict=True) if flag]
-
-
-def without_groups(rows: Iterable[dict[str, Any]], groups: set[str]) -> list[dict[str, Any]]:
+def without_groups(rows: Iterable[dict[str, Any]], groups: set[str]) -> Rows:
     """Return the rows that share no group with `groups`."""
     return [row for row in rows if row["group"] not in groups]
 
@@ -58,3 +88,24 @@ def overlaps(**sides: Iterable[dict[str, Any]]) -> list[tuple[str, str, str, str
             if side != name:
                 found.append((side, identity, name, row["id"]))
     return found
+
+
+def _groups(rows: Rows) -> set[str]:
+    return {row["group"] for row in rows}
+
+
+def _apart(rows: Rows, share: float, salt: str) -> tuple[Rows, Rows]:
+    """Return (rows that stay, rows that are set apart)."""
+    flags = [is_heldout(row["group"], share, salt) for row in rows]
+    return (
+        [row for row, flag in zip(rows, flags, strict=True) if not flag],
+        [row for row, flag in zip(rows, flags, strict=True) if flag],
+    )
+
+
+def _without_copies(rows: Rows, kept_out: Rows, threshold: float | None) -> tuple[Rows, Rows]:
+    """Return (rows that are no near-duplicate of a kept-out row, the matches of those that are)."""
+    matches = near_duplicates(rows, kept_out, threshold) if threshold else []
+    copies = {match[0] for match in matches}
+    found = [{"id": one, "of": other, "similarity": score} for one, other, score in matches]
+    return [row for row in rows if row["id"] not in copies], found

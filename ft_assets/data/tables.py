@@ -25,11 +25,13 @@ TOKENIZED_PREFERENCE = pa.schema(
     [
         ("id", pa.string()),
         ("group", pa.string()),
+        ("messages", MESSAGES),
         ("prompt_ids", pa.list_(pa.int32())),
         ("chosen_ids", pa.list_(pa.int32())),
         ("rejected_ids", pa.list_(pa.int32())),
     ]
 )
+NEAR_DUPLICATE = pa.schema([("side", pa.string()), ("id", pa.string()), ("of", pa.string()), ("similarity", pa.float64())])
 REJECTED = pa.schema([("where", pa.string()), ("problem", pa.string())])
 
 

@@ -1,0 +1,72 @@
+"""Near-duplicates: copies with small changes are found with their score; a common instruction makes nobody a copy."""
+
+from typing import Any
+
+from ft_assets.data.near import near_duplicates
+
+WORDS = [
+    "please",
+    "tell",
+    "me",
+    "whether",
+    "the",
+    "parcel",
+    "with",
+    "my",
+    "new",
+    "kettle",
+    "has",
+    "left",
+    "your",
+    "warehouse",
+    "and",
+    "when",
+    "it",
+    "will",
+    "be",
+    "here",
+    "in",
+    "the",
+    "north",
+    "of",
+    "the",
+    "city",
+]
+
+
+def row(identity: str, text: str) -> dict[str, Any]:
+    return {"id": identity, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+
+
+def distinct(count: int, before: str = "") -> list[dict[str, Any]]:
+    return [row(f"d{index}", before + " ".join(f"w{index}x{place}" for place in range(12))) for index in range(count)]
+
+
+def test_case_blanks_and_signs_change_nothing() -> None:
+    text = " ".join(WORDS)
+    found = near_duplicates([row("a", text), *distinct(30)], [row("b", "  " + text.upper().replace(" ", "   ") + "!!")], 0.8)
+    assert found == [("a", "b", 1.0)]
+
+
+def test_paraphrase_is_found_from_its_similarity_on() -> None:
+    changed = [*WORDS[:-1], "town"]  # one of 24 triples differs: 23 / 25
+    found = near_duplicates([row("a", " ".join(WORDS)), *distinct(30)], [row("b", " ".join(changed))], 0.8)
+    assert [(left, right, round(score, 2)) for left, right, score in found] == [("a", "b", 0.92)]
+    assert near_duplicates([row("a", " ".join(WORDS))], [row("b", " ".join(changed))], 0.95) == []
+
+
+def test_common_instruction_makes_nobody_a_copy() -> None:
+    instruction = " ".join(f"rule{index}" for index in range(200)) + " "
+    left, right = distinct(40, instruction)[:20], distinct(40, instruction)[20:]
+    assert near_duplicates(left, right, 0.8) == []
+    copy = {**left[3], "id": "copy"}
+    assert [match[:2] for match in near_duplicates(left, [*right, copy], 0.8)] == [("d3", "copy")]
+
+
+def test_texts_without_blanks_are_compared_by_characters() -> None:
+    left, right = row("a", "今天天气很好我们一起去公园散步吧好吗"), row("b", "今天天气很好我们一起去公园散步吧好吧")
+    assert [match[:2] for match in near_duplicates([left], [right, row("c", "请告诉我怎样才能取消我的订单谢谢")], 0.7)] == [("a", "b")]
+
+
+def test_nothing_to_compare() -> None:
+    assert near_duplicates([], [row("a", "x")], 0.8) == []
