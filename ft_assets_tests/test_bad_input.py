@@ -52,7 +52,7 @@ def test_no_project_here(tmp_path: Path) -> None:
 def test_missing_data_file(project: Path) -> None:
     (project / "data/train.jsonl").unlink()
     said = refused(project, "run", "--asset", "raw_dataset")
-    assert "data.train: data/train.jsonl: no file matches" in said
+    assert "data.train: data/train.jsonl: no data file matches" in said
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_missing_data_file(project: Path) -> None:
     [
         ('{"messages": [', "is not JSON"),
         ('["a list"]', "is a list, not an object"),
-        ('{"text": "hello"}', "has the keys ['text']"),
+        ('{"text": "hello"}', "has the keys text; expected messages"),
         (json.dumps({"messages": [{"role": "user", "content": "hi"}]}), "the last turn is the user's"),
-        (json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "x"}]}), "messages[1]: role 'bot'"),
+        (json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "wizard", "content": "x"}]}), "messages[1]: role 'wizard'"),
         (json.dumps({"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}), "messages[0]: empty content"),
         (
             json.dumps({"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]}),
