@@ -86,6 +86,7 @@ def test_crash_is_told_with_its_exit_code_and_last_lines(tmp_path: Path) -> None
 
 def test_interrupt_stops_the_step_and_its_children(tmp_path: Path) -> None:
     pids: list[int] = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
 
     def interrupt() -> None:
         pids.extend(wait_for(tmp_path / "work/pids"))

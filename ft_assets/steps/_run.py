@@ -21,6 +21,8 @@ def main(step: Step) -> None:
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
     _watch_lifeline()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A shell script's `dagster dev &` leaves SIGINT ignored in all its children: the launcher's first word would be lost.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     job.error_file.unlink(missing_ok=True)
     try:
         result = step(job, ProgressFile(job.progress_file))
