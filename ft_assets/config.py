@@ -130,6 +130,11 @@ class EvaluationSettings(Section):
     refusals: list[str] = Field(default=[], description="Regular expressions of a refusal, besides the English ones.")
     seed: int = 42
 
+    @property
+    def own_metric(self) -> str | None:
+        """The name of the user's own metric: the function of `python`."""
+        return self.python.partition(":")[2] if self.python else None
+
     def metric_names(self) -> list[str]:
         """Return the names of the metrics that these settings measure."""
         names = ["exact"]
@@ -141,7 +146,7 @@ class EvaluationSettings(Section):
         names += ["regex"] if self.regex else []
         names += ["label", "known_label"] if self.labels else []
         names += ["choice"] if self.choice else []
-        names += [self.python.partition(":")[2]] if self.python else []
+        names += [self.own_metric] if self.own_metric else []
         names += ["judge"] if self.judge else []
         return [*names, "loss", "token_accuracy"]
 
@@ -151,7 +156,7 @@ class EvaluationSettings(Section):
             raise ValueError(f"metric {self.metric!r} is not measured; with these settings there are {', '.join(self.metric_names())}")
         if self.choice and not self.labels:
             raise ValueError("choice needs labels")
-        if self.python and not self.python.partition(":")[2].isidentifier():
+        if self.own_metric is not None and not self.own_metric.isidentifier():
             raise ValueError("python is written module:function")
         return self
 

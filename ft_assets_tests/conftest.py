@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,6 +164,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[P
     done = ft(folder, "run")
     assert done.returncode == 0, done.stderr + done.stdout
     return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished project, to be changed."""
+    target = tmp_path / "copy"
+    shutil.copytree(finished, target)
+    return target
 
 
 @pytest.fixture(scope="session")

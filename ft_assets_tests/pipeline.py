@@ -14,6 +14,8 @@ from ft_assets.config import load_project
 from ft_assets.job import Job, StepResult
 from ft_assets_tests.conftest import WORDS
 
+UP_TO_REPORT = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter,dpo_adapter,eval_report"
+
 
 class InProcessLauncher:
     """Calls a step's function where the launcher would start a child process."""
@@ -57,9 +59,14 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
     return ""
 
 
+def artifact(folder: Path, asset: str, partition: str = "tiny") -> Path:
+    """Return where the current version of an asset lies."""
+    return ArtifactStore(folder / ".ft/store").need(asset, partition).path
+
+
 def read(folder: Path, asset: str, name: str, partition: str = "tiny") -> Any:
     """Return a JSON file of the current version of an asset."""
-    return json.loads((ArtifactStore(folder / ".ft/store").need(asset, partition).path / name).read_text())
+    return json.loads((artifact(folder, asset, partition) / name).read_text())
 
 
 def general(count: int, start: int = 0) -> list[dict[str, Any]]:

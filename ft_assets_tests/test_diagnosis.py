@@ -5,14 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ft_assets_tests.conftest import WORDS, conversations, write_jsonl
-from ft_assets_tests.pipeline import checks, materialize, read
+from ft_assets_tests.pipeline import UP_TO_REPORT, checks, materialize, read
 
 FOREIGN = (
     "{% for message in messages %}{{ '### ' + message['role'] + '\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
-ASSETS = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter,dpo_adapter,eval_report"
 
 
 def causes(folder: Path) -> list[str]:
@@ -21,7 +20,7 @@ def causes(folder: Path) -> list[str]:
 
 def test_healthy_pipeline_passes_and_names_no_cause(healthy: Callable[..., Path]) -> None:
     folder = healthy()
-    result = materialize(folder, ASSETS)
+    result = materialize(folder, UP_TO_REPORT)
     verdict = read(folder, "eval_report", "verdict.json")
     assert verdict["status"] == "PASS", verdict["reasons"]
     assert causes(folder) == []
@@ -30,7 +29,7 @@ def test_healthy_pipeline_passes_and_names_no_cause(healthy: Callable[..., Path]
 
 def test_healthy_pipeline_with_too_few_rows_cannot_tell_and_names_no_cause(healthy: Callable[..., Path]) -> None:
     folder = healthy(gate={"min_heldout_rows": 1000})
-    materialize(folder, ASSETS)
+    materialize(folder, UP_TO_REPORT)
     assert read(folder, "eval_report", "verdict.json")["status"] == "INCONCLUSIVE"
     assert causes(folder) == []
 
@@ -38,14 +37,14 @@ def test_healthy_pipeline_with_too_few_rows_cannot_tell_and_names_no_cause(healt
 def test_foreign_template_is_named(healthy: Callable[..., Path]) -> None:
     folder = healthy(chat={"chat_template": "template.jinja"}, sft={"max_steps": 2, "learning_rate": 1e-4})
     (folder / "template.jinja").write_text(FOREIGN)
-    materialize(folder, ASSETS)
+    materialize(folder, UP_TO_REPORT)
     assert causes(folder) == ["template mismatch"], read(folder, "eval_report", "verdict.json")
 
 
 def test_narrow_data_is_named(healthy: Callable[..., Path]) -> None:
     folder = healthy(data={"rehearsal": []})
     write_jsonl(folder / "data/train.jsonl", conversations(240, lambda _: "yes"))
-    result = materialize(folder, ASSETS)
+    result = materialize(folder, UP_TO_REPORT)
     assert causes(folder) == ["training data too narrow"], read(folder, "eval_report", "verdict.json")
     assert read(folder, "eval_report", "verdict.json")["status"] == "FAIL"
     assert not checks(result)["nothing_forgotten"].passed
@@ -55,11 +54,11 @@ def test_overfit_is_named(healthy: Callable[..., Path]) -> None:
     folder = healthy(sft={"num_train_epochs": 25})
     chance = random.Random(0)
     write_jsonl(folder / "data/train.jsonl", conversations(120, lambda _: chance.choice(WORDS)))  # nothing to learn but by heart
-    materialize(folder, ASSETS)
+    materialize(folder, UP_TO_REPORT)
     assert causes(folder) == ["overfit"], read(folder, "eval_report", "verdict.json")
 
 
 def test_wrong_base_is_named(healthy: Callable[..., Path], tiny_model: Path) -> None:
     folder = healthy(base_models={"tiny": {"folder": str(tiny_model)}}, sft={"max_steps": 2, "learning_rate": 1e-4})
-    materialize(folder, ASSETS)
+    materialize(folder, UP_TO_REPORT)
     assert causes(folder) == ["wrong base model"], read(folder, "eval_report", "verdict.json")

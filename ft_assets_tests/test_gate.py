@@ -9,20 +9,14 @@ import pytest
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets_tests.conftest import edit
-from ft_assets_tests.pipeline import checks, failure, materialize
+from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
 
 @pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
+def copy(copy: Path) -> Path:
     """A project that passed, its merged model taken away."""
-    target = tmp_path / "copy"
-    shutil.copytree(finished, target)
-    shutil.rmtree(target / ".ft/store/merged_model")
-    return target
-
-
-def report(folder: Path) -> Path:
-    return ArtifactStore(folder / ".ft/store").need("eval_report", "tiny").path
+    shutil.rmtree(copy / ".ft/store/merged_model")
+    return copy
 
 
 def refused(folder: Path) -> str:
@@ -58,7 +52,7 @@ def test_check_that_crashes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", ["verdict.json", "report.json", "rows.parquet"])
 def test_deleted_file_of_the_report(copy: Path, name: str) -> None:
-    (report(copy) / name).unlink()
+    (artifact(copy, "eval_report") / name).unlink()
     assert f"{name}: is missing" in refused(copy)
 
 
@@ -75,7 +69,7 @@ def test_deleted_report(copy: Path) -> None:
     ],
 )
 def test_edited_report(copy: Path, name: str, change: Callable[[str], str]) -> None:
-    path = report(copy) / name
+    path = artifact(copy, "eval_report") / name
     text = path.read_text()
     path.write_text(change(text))
     assert path.read_text() != text

@@ -17,13 +17,6 @@ def store(folder: Path) -> ArtifactStore:
     return ArtifactStore(folder / ".ft/store")
 
 
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    target = tmp_path / "copy"
-    shutil.copytree(finished, target)
-    return target
-
-
 def merge_refused(folder: Path) -> str:
     """Materialize merged_model alone, assert that it is refused and nothing published; return what was said."""
     done = ft(folder, "run", "--asset", "merged_model")

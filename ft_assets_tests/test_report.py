@@ -4,33 +4,17 @@ import base64
 import io
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import pytest
 
-from ft_assets.artifacts import ArtifactStore
 from ft_assets_tests.conftest import WORDS, edit, ft, write_jsonl
-from ft_assets_tests.pipeline import failure, materialize, read
-
-ASSETS = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter,dpo_adapter,eval_report"
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    target = tmp_path / "copy"
-    shutil.copytree(finished, target)
-    return target
-
-
-def report_folder(folder: Path) -> Path:
-    return ArtifactStore(folder / ".ft/store").need("eval_report", "tiny").path
+from ft_assets_tests.pipeline import UP_TO_REPORT, artifact, failure, materialize, read
 
 
 def test_page_needs_nothing_beside_it_and_holds_every_row(copy: Path) -> None:
-    page = (report_folder(copy) / "info/report.html").read_text()
+    page = (artifact(copy, "eval_report") / "info/report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") >= 4  # scores, wins and losses, two curves
     assert '<span class="badge">PASS</span>' in page
@@ -51,10 +35,10 @@ def test_page_escapes_what_models_write(copy: Path) -> None:
 
 
 def test_report_says_what_changed_since_the_previous_one(copy: Path) -> None:
-    assert "First report" in (report_folder(copy) / "info/changes.md").read_text()
+    assert "First report" in (artifact(copy, "eval_report") / "info/changes.md").read_text()
     edit(copy, evaluation={"max_new_tokens": 1})
     materialize(copy, "eval_report")
-    text = (report_folder(copy) / "info/changes.md").read_text()
+    text = (artifact(copy, "eval_report") / "info/changes.md").read_text()
     assert "Verdict: PASS → FAIL." in text
     assert "What changed: evaluation." in text
     assert "| SFT adapter |" in text
@@ -79,13 +63,13 @@ def harness_task(folder: Path) -> None:
 def test_harness_tasks_are_general_prompts_with_a_tolerance(healthy: Callable[..., Path]) -> None:
     folder = healthy(evaluation={"lm_eval": ["next_word"], "lm_eval_path": "tasks"})
     harness_task(folder)
-    materialize(folder, ASSETS)
+    materialize(folder, UP_TO_REPORT)
     report = read(folder, "eval_report", "report.json")
     assert report["harness"]["scores"]["base"]["next_word acc"] > 0.5  # what the base was taught
     assert report["harness"]["comparisons"]["sft"]["base"]["next_word acc"]["n"] == 24
     reasons = json.dumps(read(folder, "eval_report", "verdict.json"))
     assert "next_word acc of general prompts" in reasons
-    assert "## lm-evaluation-harness" in (report_folder(folder) / "report.md").read_text()
+    assert "## lm-evaluation-harness" in (artifact(folder, "eval_report") / "report.md").read_text()
 
 
 def test_unknown_harness_task_is_named(copy: Path) -> None:

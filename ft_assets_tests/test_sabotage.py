@@ -12,24 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ft_assets.artifacts import ArtifactStore
 from ft_assets.data.tables import read_table
 from ft_assets.errors import EvaluationError
 from ft_assets.job import Job
 from ft_assets.steps.evaluate import step
 from ft_assets_tests.conftest import conversations, edit, next_word, write_jsonl
-from ft_assets_tests.pipeline import checks, failure, materialize, read
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    target = tmp_path / "copy"
-    shutil.copytree(finished, target)
-    return target
-
-
-def artifact(folder: Path, asset: str) -> Path:
-    return ArtifactStore(folder / ".ft/store").need(asset, "tiny").path
+from ft_assets_tests.pipeline import artifact, checks, failure, materialize, read
 
 
 @pytest.fixture

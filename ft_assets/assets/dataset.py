@@ -114,7 +114,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="data",
         owners=OWNERS,
         kinds={"parquet"},
-        code_version="3",
+        code_version="4",
         metadata=schema_metadata(TOKENIZED),
     )
     def heldout_split(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -161,7 +161,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         found = overlaps(trained=[*train, *pairs], **sides) + overlaps(train=train, validation=validation)
         threshold = workshop.project.data.near_duplicate
         kept_out = [*sides["heldout"], *sides["retention"]]
-        copies = near_duplicates([*train, *pairs], kept_out, threshold) if threshold else []
+        copies = near_duplicates([*train, *validation, *pairs], kept_out, threshold) if threshold else []
         if found:
             text = f"{found[0][0]} {found[0][1]} and {found[0][2]} {found[0][3]} share their prompt ({len(found)} in all)"
         elif copies:

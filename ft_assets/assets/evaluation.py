@@ -16,11 +16,11 @@ from ft_assets.evaluation.verdict import PASS, beats, decide, dpo_hurts, forgett
 TRAINED = [dg.AssetKey(name) for name in ("base_model", "recipe", "heldout_split", "lora_adapter", "dpo_adapter")]
 
 
-def judged(workshop: Workshop, name: str) -> tuple[dict[str, Artifact], dict[str, str]]:
+def judged(workshop: Workshop, asset: str, name: str) -> tuple[dict[str, Artifact], dict[str, str]]:
     """Return the artifacts that a verdict is about, and their versions. Raises VerdictError if they do not belong together."""
     names = ("base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter")
-    used = {asset: workshop.store.need(asset, name) for asset in names}
-    require_lineage(used, f"eval_report[{name}]")
+    used = {made: workshop.store.need(made, name) for made in names}
+    require_lineage(used, f"{asset}[{name}]")
     return used, bound_versions(used, settings_version(_evaluation(workshop, name)))
 
 
@@ -62,7 +62,7 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
         """Base, prompted base, SFT and DPO on the same held-out rows, paired; general prompts; and the verdict."""
         name, project = context.partition_key, workshop.project
         with user_errors():
-            used, versions = judged(workshop, name)
+            used, versions = judged(workshop, "eval_report", name)
             previous = workshop.store.current("eval_report", name)
             artifact, reused = workshop.materialize(
                 context,
@@ -141,15 +141,15 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
     def nothing_forgotten(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if loss or task score on the retention set fell by more than the gate's tolerance, or that cannot be told."""
         report, gate = _report(workshop, context.partition_key), workshop.project.gate
-        if report["retention"] is None:
-            return dg.AssetCheckResult(passed=False, severity=WARN, description="not measured: data.retention names no prompts")
         speaker = decide(report, gate)["speaker"]
         fails, unsure, proven = forgetting(speaker, report, gate)
+        if not (fails or unsure or proven):
+            return dg.AssetCheckResult(passed=False, severity=WARN, description="not measured: data.retention names no prompts")
         return dg.AssetCheckResult(
             passed=not fails and not unsure,
             severity=ERROR if gate.override is None else WARN,
             description=f"{speaker}: {'; '.join(fails or unsure or proven)}",
-            metadata=numbers(report["retention"]["comparisons"][speaker]["base"]["loss"]),
+            metadata=numbers(report["retention"]["comparisons"][speaker]["base"]["loss"]) if report["retention"] else {},
         )
 
     @dg.asset_check(asset=eval_report, partitions_def=base_models, description="DPO is not worse than SFT; else SFT is merged.")

@@ -32,7 +32,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         """The bf16 model to serve: base + proven adapter, compared with them from disk. Exists only behind a PASS."""
         name, project, store = context.partition_key, workshop.project, workshop.store
         with user_errors():
-            used, versions = judged(workshop, name)
+            used, versions = judged(workshop, "merged_model", name)
             report = store.current("eval_report", name)
             verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
             assert report is not None

@@ -1,6 +1,5 @@
 """Assets of one base model that train: the SFT and the DPO adapter, and their checks."""
 
-import json
 from typing import Any
 
 import dagster as dg
@@ -8,15 +7,15 @@ import dagster as dg
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.workshop import GPU_POOL, WARN, Workshop, result, user_errors
-from ft_assets.evaluation.plots import curve_plot, data_uri
+from ft_assets.evaluation.plots import curve_plot, data_uri, read_curve
 
 
 def _curve(artifact: Artifact, title: str) -> dict[str, Any]:
-    path = artifact.path / "info" / "curve.json"
-    if not path.exists():
+    curve = read_curve(artifact.path, "curve")
+    if not curve:
         return {}
-    curve, watched = (json.loads(file.read_text()) if file.exists() else [] for file in (path, path.with_name("validation.json")))
-    return {"loss_curve": dg.MetadataValue.md(f"![loss]({data_uri(curve_plot(curve, title, watched))})")}
+    picture = curve_plot(curve, title, read_curve(artifact.path, "validation"))
+    return {"loss_curve": dg.MetadataValue.md(f"![loss]({data_uri(picture)})")}
 
 
 def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:

@@ -5,7 +5,7 @@ that many rows share are no sign of a copy but of a common instruction, and are 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ft_assets.data.canonical import normalise
@@ -53,12 +53,8 @@ def _shingles(row: dict[str, Any]) -> frozenset[str]:
 
 def _distinct(sets: list[frozenset[str]]) -> list[frozenset[str]]:
     """Return the sets without the shingles that many rows share; a set that would be empty stays whole."""
-    counts = Counter(shingle for shingles in _unique(sets) for shingle in shingles)
+    # Each kind of row once: many copies of one row would make its own words look like boilerplate.
+    counts = Counter(shingle for shingles in set(sets) for shingle in shingles)
     limit = max(COMMON_LEAST, COMMON * len(sets))
     kept = [frozenset(shingle for shingle in shingles if counts[shingle] <= limit) for shingles in sets]
     return [few or whole for few, whole in zip(kept, sets, strict=True)]
-
-
-def _unique(sets: list[frozenset[str]]) -> Iterable[frozenset[str]]:
-    # Many copies of one row would make its own words look like boilerplate.
-    return set(sets)

@@ -35,11 +35,8 @@ def make_split(rows: dict[str, Rows], share: float, validation_share: float, sal
         rest, heldout = _apart(rows["conversations"], share, salt)
     kept_out = [*heldout, *rows["retention"]]
     trained = {"train": rest, "rehearsal": rows["rehearsal"], "preferences": rows["preferences"]}
-    copies: Rows = []
-    for name, side in trained.items():
-        exact = without_groups(side, _groups(kept_out))
-        trained[name], found = _without_copies(exact, kept_out, near_duplicate)
-        copies += [{"side": name, **match} for match in found]
+    trained = {name: without_groups(side, _groups(kept_out)) for name, side in trained.items()}
+    copies = _remove_copies(trained, kept_out, near_duplicate)
     train, validation = _apart(trained["train"], validation_share, f"{salt}:validation")
     for name, side in (("train", train), ("held-out", heldout)):
         if not side:
@@ -103,9 +100,17 @@ def _apart(rows: Rows, share: float, salt: str) -> tuple[Rows, Rows]:
     )
 
 
-def _without_copies(rows: Rows, kept_out: Rows, threshold: float | None) -> tuple[Rows, Rows]:
-    """Return (rows that are no near-duplicate of a kept-out row, the matches of those that are)."""
-    matches = near_duplicates(rows, kept_out, threshold) if threshold else []
-    copies = {match[0] for match in matches}
-    found = [{"id": one, "of": other, "similarity": score} for one, other, score in matches]
-    return [row for row in rows if row["id"] not in copies], found
+def _remove_copies(trained: dict[str, Rows], kept_out: Rows, threshold: float | None) -> Rows:
+    """Take near-duplicates of kept-out rows out of all sides of `trained`; return them.
+
+    Repeated until none is found: what counts as a common instruction depends on the rows that are left, and the check
+    `nothing_leaks` asks the same of the same rows.
+    """
+    copies: Rows = []
+    while threshold and (matches := near_duplicates([row for side in trained.values() for row in side], kept_out, threshold)):
+        found = {match[0] for match in matches}
+        for name, side in trained.items():
+            here = {row["id"] for row in side}
+            copies += [{"side": name, "id": one, "of": other, "similarity": score} for one, other, score in matches if one in here]
+            trained[name] = [row for row in side if row["id"] not in found]
+    return copies

@@ -87,7 +87,8 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
         begun = time.perf_counter()
         with acting(model, adapter):
             scored.heldout[name] = scorer.heldout(rows, scored.heldout.get("base"))
-            scored.chance[name] = scorer.chance(scored.heldout[name])
+            if adapter is not None:  # only what may be merged is held against chance
+                scored.chance[name] = scorer.chance(scored.heldout[name])
             if name != "few_shot":
                 scored.retention[name] = scorer.retention(task.retention)
                 scored.train_loss[name] = scorer.losses(task.train)[0]
@@ -183,8 +184,8 @@ class Scorer:
         scores["loss"], scores["token_accuracy"] = self.losses(rows)
         if settings.choice:
             scores["choice"] = self.choices(rows, references)
-        if self.own is not None and settings.python:
-            scores[self._own_name() or ""] = own_scores(self.own, settings.python, ids, texts, references, prompts)
+        if self.own is not None and settings.python and settings.own_metric:
+            scores[settings.own_metric] = own_scores(self.own, settings.python, ids, texts, references, prompts)
         if settings.judge:
             rivals = texts if base is None else [row["answer"] for row in base]
             scores["judge"] = judge_scores(settings.judge, ids, prompts, texts, rivals)
@@ -196,7 +197,7 @@ class Scorer:
         [] where that says nothing: all references are the same, or the metric is not one of answer and reference alone.
         """
         answers, references = [row["answer"] for row in scored], [row["messages"][-1]["content"] for row in self.task.heldout]
-        if len(set(references)) == 1 or self.settings.metric in NOT_OF_TEXT or self.settings.metric == self._own_name():
+        if len(set(references)) == 1 or self.settings.metric in (*NOT_OF_TEXT, self.settings.own_metric):
             return []
         count = min(SHUFFLES, len(references) - 1)
         offsets = random.Random(self.settings.seed).sample(range(1, len(references)), count)
@@ -205,9 +206,6 @@ class Scorer:
             for offset in offsets
         ]
         return [statistics.fmean(values) for values in zip(*drawn, strict=True)]
-
-    def _own_name(self) -> str | None:
-        return self.settings.python.partition(":")[2] if self.settings.python else None
 
     def choices(self, rows: Rows, references: list[str]) -> list[float]:
         """Return 1 where the reference is the most likely of the labels, by the summed log-probability of label and end of turn."""

@@ -5,7 +5,6 @@ A finding is a suspicion with numbers, not a proof: where no number speaks for a
 """
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -130,8 +129,3 @@ def _wrong_base(report: Mapping[str, Any], evidence: Mapping[str, Any], candidat
         found,
         "take the instruction-tuned version of a larger or newer base, whose own template is in its tokenizer; raw instructions into a chat model need its chat form",
     )
-
-
-def mean_loss(losses: Mapping[str, list[float]]) -> dict[str, float]:
-    """Return the mean of each candidate's losses."""
-    return {name: statistics.fmean(values) for name, values in losses.items()}

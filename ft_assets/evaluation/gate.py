@@ -13,20 +13,20 @@ from ft_assets.errors import ArtifactError, VerdictError
 from ft_assets.evaluation.verdict import PASS, decide
 
 BOUND = ("base_model", "lora_adapter", "dpo_adapter", "heldout", "retention", "evaluation")
-MADE_FROM = (  # (artifact, its input, the artifact and part that this must be today)
-    ("heldout_split", "chat_dataset", "chat_dataset", None),
-    ("chat_dataset", "base_model", "base_model", None),
-    ("lora_adapter", "base_model", "base_model", None),
-    ("dpo_adapter", "base_model", "base_model", None),
-    ("dpo_adapter", "lora_adapter", "lora_adapter", None),
+MADE_FROM = (  # (artifact, what it must have been made from)
+    ("heldout_split", "chat_dataset"),
+    ("chat_dataset", "base_model"),
+    ("lora_adapter", "base_model"),
+    ("dpo_adapter", "base_model"),
+    ("dpo_adapter", "lora_adapter"),
 )
 
 
 def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
     """Raise VerdictError unless the artifacts were made from each other: no adapter of another base, no rows tokenized
     with another template."""
-    for name, made_from, source, part in MADE_FROM:
-        then, now = used[name].manifest["inputs"].get(made_from), used[source].part_version(part)
+    for name, source in MADE_FROM:
+        then, now = used[name].manifest["inputs"].get(source), used[source].data_version
         if then != now:
             raise VerdictError(
                 where,

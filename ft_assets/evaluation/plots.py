@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 LABELS = {"base": "base", "few_shot": "base + few-shot prompt", "sft": "SFT adapter", "dpo": "SFT + DPO adapter"}
@@ -60,6 +62,12 @@ def outcome_plot(report: Mapping[str, Any], steps: list[tuple[str, str]]) -> byt
     axes.set_xlabel(f"share of {n} held-out rows")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
     return _png(figure)
+
+
+def read_curve(adapter: Path, name: str) -> list[dict[str, float]]:
+    """Return a curve that training left beside an adapter (`curve` or `validation`), [] if it left none."""
+    path = adapter / "info" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def curve_plot(curve: list[dict[str, float]], title: str, validation: list[dict[str, float]] | None = None) -> bytes:

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ft_assets.config import LOWER_IS_BETTER, EvaluationSettings, GateSettings
@@ -11,19 +11,19 @@ from ft_assets.evaluation.candidates import Rows, Scored
 from ft_assets.evaluation.statistics import compare, interval
 
 TEXT = ("answer", "stopped", "tokens")
+HABITS = ("refused", "repetition")  # compared as rates, not row by row
 RIVALS = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
-Compare = Callable[..., dict[str, Any]]
 
 
 def summarise(
     scored: Scored, settings: EvaluationSettings, gate: GateSettings, bound_to: Mapping[str, str], evidence: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the report's numbers. `evidence` is what the diagnosis needs besides and is passed through."""
-    columns = {name: _columns(rows) for name, rows in scored.heldout.items()}
+    columns = {name: score_columns(rows) for name, rows in scored.heldout.items()}
     metric = settings.metric
     return {
         "metric": metric,
-        "metrics": [name for name in columns["base"] if name not in (*TEXT, "refused", "repetition")],
+        "metrics": [name for name in columns["base"] if name not in HABITS],
         "heldout_rows": len(scored.heldout["base"]),
         "confidence": gate.confidence,
         "scores": {name: _means(columns[name], scored.heldout[name]) for name in columns},
@@ -40,7 +40,7 @@ def summarise(
     }
 
 
-def _columns(rows: Rows) -> dict[str, list[float]]:
+def score_columns(rows: Rows) -> dict[str, list[float]]:
     """Return {metric: values}, of the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row if name not in TEXT)
     return {name: [row[name] for row in rows if name in row] for name in names}
@@ -57,24 +57,27 @@ def _means(columns: Mapping[str, list[float]], rows: Rows) -> dict[str, float]:
 
 def _comparisons(columns: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float) -> dict[str, Any]:
     return {
-        name: {
-            rival: {
-                metric: compare(values, columns[rival][metric], confidence, seed, metric in LOWER_IS_BETTER)
-                for metric, values in columns[name].items()
-                if metric not in ("refused", "repetition")
-            }
-            for rival in RIVALS[name]
-            if rival in columns
-        }
+        name: {rival: compare_columns(columns[name], columns[rival], confidence, seed) for rival in RIVALS[name] if rival in columns}
         for name in RIVALS
         if name in columns
+    }
+
+
+def compare_columns(
+    columns: Mapping[str, list[float]], rival: Mapping[str, list[float]], confidence: float, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Return the paired difference of two candidates in each metric, oriented so that more is better."""
+    return {
+        metric: compare(values, rival[metric], confidence, seed, metric in LOWER_IS_BETTER)
+        for metric, values in columns.items()
+        if metric not in HABITS
     }
 
 
 def _retention(retention: Mapping[str, Rows], settings: EvaluationSettings, gate: GateSettings) -> dict[str, Any] | None:
     if not retention.get("base"):
         return None
-    columns = {name: _columns(rows) for name, rows in retention.items()}
+    columns = {name: score_columns(rows) for name, rows in retention.items()}
     return {
         "metric": settings.retention_metric,
         "rows": len(retention["base"]),

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.evaluation.candidates import Rows, Scored, Task, score
-from ft_assets.evaluation.diagnosis import diagnose, diversity, mean_loss
+from ft_assets.evaluation.diagnosis import diagnose, diversity
 from ft_assets.evaluation.html import html
 from ft_assets.evaluation.markdown import changes, markdown
-from ft_assets.evaluation.plots import data_uri, score_plot
+from ft_assets.evaluation.plots import data_uri, read_curve, score_plot
 from ft_assets.evaluation.report import summarise, to_json
 from ft_assets.evaluation.verdict import decide
 from ft_assets.job import Job, Report, StepResult
@@ -59,17 +59,12 @@ def _evidence(job: Job, scored: Scored, train: Rows, settings: EvaluationSetting
     facts = json.loads((job.inputs["base_model"] / "facts.json").read_text())
     return {
         "train": diversity(train),
-        "train_loss": mean_loss(scored.train_loss),
-        "validation": _curve(job.inputs["lora_adapter"], "validation"),
+        "train_loss": {name: statistics.fmean(losses) for name, losses in scored.train_loss.items()},
+        "validation": read_curve(job.inputs["lora_adapter"], "validation"),
         "vocabulary": facts["vocabulary"],
         "general_stop_rate": statistics.fmean(general) if general else None,
         "labels": len(settings.labels),
     }
-
-
-def _curve(adapter: Path, name: str) -> list[dict[str, float]]:
-    path = adapter / "info" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _write_rows(path: Path, scored: dict[str, Rows], asked: Rows) -> None:
@@ -97,10 +92,13 @@ def _write_pages(job: Job, numbers: dict[str, Any], verdict: dict[str, Any], fin
     since = changes(numbers, verdict, scored.heldout, task.heldout, _previous(job.settings["previous"]))
     (info / "changes.md").write_text(since)
     curves = {
-        "SFT loss": {"train": _curve(job.inputs["lora_adapter"], "curve"), "validation": _curve(job.inputs["lora_adapter"], "validation")}
+        "SFT loss": {
+            "train": read_curve(job.inputs["lora_adapter"], "curve"),
+            "validation": read_curve(job.inputs["lora_adapter"], "validation"),
+        }
     }
     if job.settings["has_dpo"]:
-        curves["DPO loss"] = {"train": _curve(job.inputs["dpo_adapter"], "curve")}
+        curves["DPO loss"] = {"train": read_curve(job.inputs["dpo_adapter"], "curve")}
     page = html(numbers, verdict, findings, scored.heldout, task.heldout, job.partition or "", curves, since, job.output / "rows.parquet")
     (info / "report.html").write_text(page, encoding="utf-8")
 

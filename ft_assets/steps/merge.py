@@ -6,12 +6,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ft_assets.config import LOWER_IS_BETTER, EvaluationSettings, GateSettings
+from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import VerdictError
 from ft_assets.evaluation.candidates import Rows, Task
-from ft_assets.evaluation.report import to_json
-from ft_assets.evaluation.statistics import compare
+from ft_assets.evaluation.report import compare_columns, score_columns, to_json
 from ft_assets.evaluation.verdict import adjusted_p, quality
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.release.card import model_card
@@ -73,12 +72,8 @@ def _judged(job: Job, candidate: str, heldout: Rows) -> Rows:
 
 def _gain(rows: Rows, base: Rows, settings: EvaluationSettings, gate: GateSettings) -> dict[str, Any]:
     """Return the merged file's own scores against the base's, judged as the adapter was."""
-    against = {
-        metric: compare(
-            [row[metric] for row in rows], [row[metric] for row in base], gate.confidence, settings.seed, metric in LOWER_IS_BETTER
-        )
-        for metric in settings.metric_names()
-    }
+    measured = {metric: values for metric, values in score_columns(rows).items() if metric in settings.metric_names()}
+    against = compare_columns(measured, score_columns(base), gate.confidence, settings.seed)
     adjusted = adjusted_p({"merged": against}, settings.metric, gate)["merged"]
     fails, unsure, _ = quality(against, settings.metric, gate, adjusted)
     stop_rate, gain = statistics.fmean(float(row["stopped"]) for row in rows), against[settings.metric]
