@@ -157,13 +157,22 @@ def _prompted() -> Any:
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> None:
+def ui(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
+    host_name: Annotated[
+        list[str] | None, typer.Option("--host-name", help="The Host of a proxy before it, e.g. graph.example.org. Repeatable.")
+    ] = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="For looking only: nothing can be started, and nothing runs by itself.")
+    ] = False,
+) -> None:
     """Open the Dagster UI (webserver and daemon) on the instance that `ft run` fills. Bound to this machine only."""
+    from ft_assets.ui.services import serve
+
     project = load_project()
     os.environ["FT_CONFIG"] = str(find_config())
     dagster_home(project)
-    program = str(Path(sys.executable).with_name("dagster"))
-    os.execv(program, [program, "dev", "-m", "ft_assets.definitions", "-h", "127.0.0.1", "-p", str(port)])
+    raise typer.Exit(serve("ft_assets.definitions", port, host_name or [], read_only))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""Webserver and daemon of a project as two child processes that end together."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 15.0
+
+
+def hosts_of(port: int, names: Sequence[str] = ()) -> set[str]:
+    """Return the values of Host that are ours: this machine's own names with the port, and what a proxy is called."""
+    return {f"{host}:{port}" for host in ("127.0.0.1", "localhost", "[::1]")} | set(names)
+
+
+def serve(module: str, port: int, names: Sequence[str], read_only: bool) -> int:
+    """Run the guarded webserver on 127.0.0.1 and the daemon (none in read-only mode) until one ends or we are told to stop.
+
+    Returns the exit code: 0 after a stop, else that of the process which ended.
+    """
+    environment = {**os.environ, "FT_UI_HOSTS": ",".join(sorted(hosts_of(port, names)))}
+    web = [
+        sys.executable,
+        "-m",
+        "ft_assets.ui.webserver",
+        "-m",
+        module,
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        *(["--read-only"] if read_only else []),
+    ]
+    daemon = [sys.executable, "-m", "dagster._daemon", "run", "-m", module]
+    running = [subprocess.Popen(command, env=environment) for command in ([web] if read_only else [web, daemon])]
+    stopped = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    while not stopped and all(process.poll() is None for process in running):
+        time.sleep(POLL_SECONDS)
+    ended = next((process.returncode for process in running if process.poll() is not None), 0)
+    _stop(running)
+    return 0 if stopped else ended or 1
+
+
+def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
+    for process in running:
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,24 @@
+"""The Dagster webserver behind the guard. Takes dagster-webserver's own options; FT_UI_HOSTS holds the hosts that are ours."""
+
+import os
+from typing import Any
+
+from dagster_webserver import cli
+
+from ft_assets.ui.guard import Guard
+
+
+def main() -> None:
+    # The webserver has no setting for middleware; it looks this function up when it starts.
+    make: Any = cli.create_app_from_workspace_process_context  # pyright: ignore[reportPrivateImportUsage]
+    hosts = set(os.environ["FT_UI_HOSTS"].split(","))
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        return Guard(make(*args, **kwargs), hosts)
+
+    cli.create_app_from_workspace_process_context = guarded  # pyright: ignore[reportPrivateImportUsage]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
