@@ -5,11 +5,11 @@ import json
 
 import dagster as dg
 
-from ft_assets.assets.data import data_content, data_files
+from ft_assets.assets.data import CONVERSATIONS, data_content, data_files
 from ft_assets.config import Project
 from ft_assets.errors import FtError
 
-KEYS = ("train", "rehearsal", "preferences", "heldout", "retention", "few_shot")
+KEYS = (*CONVERSATIONS, "preferences")
 
 
 def content_version(project: Project) -> str:

@@ -1,5 +1,6 @@
 """`ft`: a thin face on Dagster and core for those who live in a terminal. Exit codes: 0 done, 1 refused or failed, 2 the user's to fix."""
 
+import json
 import logging
 import os
 import sys
@@ -86,6 +87,31 @@ def run(
     if failed:
         print(f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command("plan")
+def plan_run(
+    base: Annotated[list[str] | None, typer.Option("--base", help="Base model; all by default.")] = None,
+    asset: Annotated[str, typer.Option("--asset", help="Assets or selections by commas, as in ft run.")] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """Say what `ft run` would do and why, and how long it took the last time. Makes nothing."""
+    project = load_project()
+    names = base or list(project.base_models)
+    for name in names:
+        project.base_model(name)
+    os.environ["FT_CONFIG"] = str(find_config())
+    dagster_home(project)
+    _quiet()
+    from ft_assets.assets.plan import plan, table
+    from ft_assets.definitions import build
+
+    keys = _select(build(project), asset)
+    steps = {name: plan(project, build, keys, name) for name in names}
+    if as_json:
+        print(json.dumps([step.to_dict() for found in steps.values() for step in found], indent=1))
+    else:
+        print("\n\n".join(f"{name}\n{table(found)}" for name, found in steps.items()))
 
 
 def _select(defs: Any, text: str) -> list[Any]:

@@ -3,15 +3,16 @@
 Not here: anything that reads data or weights. Option names are TRL's and PEFT's own where they have one.
 """
 
+import datetime
 import difflib
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ft_assets.errors import ConfigError
 
@@ -24,6 +25,23 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _share(value: Any) -> Any:
+    """Read `1%` as 0.01."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return float(value.strip()[:-1]) / 100
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_share)]
+
+
+class StratifySettings(Section):
+    """Which side a row is on depends on its own hash alone; a stratum can only have another share than the rest."""
+
+    field: str = Field(description="A field of the train rows, e.g. category.")
+    shares: dict[str, float] = Field(default={}, description="Held-out share of some values: {rare: 0.5}; others: data.heldout_share.")
+
+
 class DataSettings(Section):
     train: list[str] = Field(description="Files or globs of conversations, relative to finetune.yaml.")
     rehearsal: list[str] = Field(default=[], description="General conversations trained beside the task; never held out.")
@@ -32,8 +50,8 @@ class DataSettings(Section):
     retention: list[str] = Field(default=[], description="General prompts the model must not get worse at.")
     few_shot: list[str] = Field(default=[], description="Examples for the prompted base, the rival of the fine-tune.")
     few_shot_system: str | None = Field(default=None, description="System prompt of the prompted base.")
-    heldout_share: float = Field(default=0.1, gt=0, lt=0.9, description="Held-out share when no file is given.")
-    validation_share: float = Field(
+    heldout_share: Share = Field(default=0.1, gt=0, lt=0.9, description="Held-out share when no file is given.")
+    validation_share: Share = Field(
         default=0.05,
         ge=0,
         lt=0.9,
@@ -50,7 +68,15 @@ class DataSettings(Section):
         le=1,
         description="Jaccard similarity from which a trained prompt is a copy of a held-out one and is left out; null: off.",
     )
-    max_invalid: float = Field(default=0.01, ge=0, le=1, description="Share of unreadable rows above which it stops.")
+    quoted: float | None = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share of a held-out prompt's 13-word runs from which a trained text quotes it and is left out; null: off.",
+    )
+    contamination: list[str] = Field(default=[], description="Evaluation files of yours: what is trained must not stand in them.")
+    stratify: StratifySettings | None = Field(default=None, description="A field whose values are held out by their own shares.")
+    max_invalid: Share = Field(default=0.01, ge=0, le=1, description="Share of unusable rows of a source above which it stops, e.g. 1%.")
 
 
 class LoraSettings(Section):
@@ -63,10 +89,33 @@ class LoraSettings(Section):
     use_dora: bool = False
 
 
+TEMPLATE_INPUTS = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "strftime_now", "raise_exception"}
+
+
 class ChatSettings(Section):
     chat_template: str | None = Field(default=None, description="Template file for a base that has none.")
+    template_name: str | None = Field(default=None, description="Which one, for a base with several chat templates.")
+    template_kwargs: dict[str, Any] = Field(
+        default={}, description="Variables of the template, e.g. {enable_thinking: false}; baked into the snapshot and the served model."
+    )
+    system_turn: Literal["template", "user"] = Field(
+        default="template", description="user: put it into the first user turn, for templates that refuse or drop it."
+    )
+    date: datetime.date = Field(default=datetime.date(2025, 1, 1), description="What a template that prints today's date prints.")
     max_length: int = Field(default=1024, ge=16, description="Tokens; a longer conversation is left out and counted.")
-    max_truncated: float = Field(default=0.01, ge=0, le=1, description="Share of left-out rows above which it stops.")
+    max_truncated: Share = Field(default=0.01, ge=0, le=1, description="Share of left-out rows above which it stops.")
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not name.isidentifier() or name in TEMPLATE_INPUTS:
+                raise ValueError(f"{name!r} is no variable that can be set; {', '.join(sorted(TEMPLATE_INPUTS))} are given by the caller")
+        return value
+
+    def baked(self) -> dict[str, Any]:
+        """Return the settings that decide a snapshot's chat template, as plain data."""
+        return self.model_dump(mode="json", include={"template_name", "template_kwargs", "system_turn", "date"})
 
 
 class TrainSettings(Section):

@@ -56,7 +56,7 @@ class RunFormatter(logging.Formatter):
 def failures(events: Iterable[Any]) -> list[str]:
     """Return why a run failed, a text a cause: of its steps, else of what failed outside them (storage, a pool's slot)."""
     events = list(events)
-    causes = [_cause(event) for event in events if event.event_type_value == "STEP_FAILURE"]
+    causes = [cause(event) for event in events if event.event_type_value == "STEP_FAILURE"]
     if causes:
         return [cause for cause in causes if cause]
     outside = [error for event in events if (error := getattr(event.event_specific_data, "error", None)) is not None]
@@ -65,7 +65,8 @@ def failures(events: Iterable[Any]) -> list[str]:
     ]
 
 
-def _cause(event: Any) -> str:
+def cause(event: Any) -> str:
+    """Return why a step failed: the user's error as it was written, else what Dagster says."""
     failure = event.event_specific_data
     user = failure.user_failure_data
     if user is not None and user.description:

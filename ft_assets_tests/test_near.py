@@ -70,3 +70,13 @@ def test_texts_without_blanks_are_compared_by_characters() -> None:
 
 def test_nothing_to_compare() -> None:
     assert near_duplicates([], [row("a", "x")], 0.8) == []
+
+
+def test_no_copy_at_the_threshold_is_missed() -> None:
+    originals = [row(f"o{number}", " ".join(f"w{number}x{place}" for place in range(20))) for number in range(300)]
+    changed = [
+        row(f"c{number}", " ".join([*(f"w{number}x{place}" for place in range(18)), "other", "end"])) for number in range(300)
+    ]  # 16 of 20 triples
+    found = near_duplicates(changed, originals, 0.8)
+    assert sorted(match[:2] for match in found) == sorted((f"c{number}", f"o{number}") for number in range(300))
+    assert {round(match[2], 6) for match in found} == {0.8}

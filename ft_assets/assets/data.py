@@ -1,6 +1,7 @@
 """Assets before a tokenizer is needed: the data files, the validated rows."""
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,22 @@ import pyarrow as pa
 from ft_assets.artifacts import Artifact, file_sha256
 from ft_assets.assets.workshop import Workshop, result, user_errors
 from ft_assets.config import Project
-from ft_assets.data.canonical import Validated, conversation, preference, validate
-from ft_assets.data.formats import read_rows, resolve_files
-from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, read_table, rows_version, write_table
-from ft_assets.errors import DataError
+from ft_assets.data.canonical import conversation, preference
+from ft_assets.data.formats import RawRow, read_rows, resolve_files
+from ft_assets.data.ingest import Form, Ingest, target, worst
+from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
 from ft_assets.job import StepResult
 
 OWNERS = ["team:ml"]
 GROUP = "data"
+CONVERSATIONS = {  # key of data: table
+    "train": "conversations",
+    "rehearsal": "rehearsal",
+    "heldout": "heldout",
+    "retention": "retention",
+    "few_shot": "few_shot",
+    "contamination": "contamination",
+}
 
 data_files = dg.AssetSpec(
     "data_files",
@@ -45,33 +54,36 @@ def data_content(project: Project, keys: Sequence[str]) -> dict[str, list[tuple[
     }
 
 
-def read_validated(project: Project, key: str, form: Callable[[dict[str, Any]], dict[str, Any]]) -> Validated:
-    """Return the valid rows of one key of `data`. Raises DataError with the first bad rows if there are too many."""
-    files = resolve_files(project.root, getattr(project.data, key), f"data.{key}")
-    columns = {name: given for name, given in project.data.columns.items() if name == key}
-    validated = validate((row for path in files for row in read_rows(path, project.data.encoding)), form, *columns.values())
-    if validated.invalid_share > project.data.max_invalid:
-        first = "\n".join(f"    {row['where']}: {row['problem']}" for row in validated.rejected[:5])
-        raise DataError(
-            f"data.{key}",
-            f"{len(validated.rejected)} of {validated.total} rows cannot be used:\n{first}",
-            f"at most {project.data.max_invalid:.1%} (data.max_invalid)",
-            "correct the rows, or raise data.max_invalid to leave them out",
-        )
-    return validated
+def _rows(project: Project, key: str) -> Iterator[RawRow]:
+    for path in resolve_files(project.root, getattr(project.data, key), f"data.{key}"):
+        yield from read_rows(path, project.data.encoding)
 
 
 def _reading(project: Project) -> dict[str, Any]:
     """Return the settings that decide how rows are read."""
-    return project.data.model_dump(mode="json", include={"max_invalid", "columns", "encoding"})
+    return project.data.model_dump(mode="json", include={"columns", "encoding", "stratify"})
 
 
-def _first(rejected: list[dict[str, Any]]) -> str | None:
-    return f"{rejected[0]['where']}: {rejected[0]['problem']}" if rejected else None
+def _ingest(project: Project, output: Path, sources: Mapping[str, tuple[str, Form]], schema: pa.Schema) -> StepResult:
+    """Write each source, {key of data: (table, form)}, and the rejected rows of all."""
+    metrics: dict[str, Any] = {}
+    parts, first = {}, []
+    stratify = project.data.stratify
+    with tempfile.TemporaryDirectory(dir=output) as scratch, TableWriter(output / "info" / "rejected.parquet", REJECTED) as rejected:
+        ingest = Ingest(output, Path(scratch), rejected)
+        for key, (name, form) in sources.items():
+            columns = {given: theirs for given, theirs in project.data.columns.items() if given == key}.get(key)
+            stratum = stratify.field if stratify and key == "train" else None
+            done = ingest.source(name, _rows(project, key), form, schema, columns, stratum)
+            metrics |= done.metrics(name)
+            parts[name] = done.version
+            first += done.first
+    rejected_rows = sum(value for key, value in metrics.items() if key.endswith("_rejected"))
+    return StepResult({**metrics, "rejected": rejected_rows, "first_rejected": "\n".join(first[:5]) or None}, parts)
 
 
 def _sample(artifact: Artifact, name: str) -> Any:
-    rows = read_table(artifact.path / f"{name}.parquet")[:5]
+    rows = read_table(artifact.path / f"{name}.parquet", limit=5)
     lines = ["| id | turns |", "|---|---|"]
     for row in rows:
         turns = "<br>".join(f"**{turn['role']}** {turn['content']}" for turn in row["messages"]).replace("|", "\\|").replace("\n", " ")
@@ -79,84 +91,89 @@ def _sample(artifact: Artifact, name: str) -> Any:
     return dg.MetadataValue.md("\n".join(lines))
 
 
+def _rejected(artifact: Artifact) -> dict[str, Any]:
+    """Return the first rejected rows as a table to look at; all of them lie in info/rejected.parquet."""
+    rows = read_table(artifact.path / "info" / "rejected.parquet", limit=20)
+    if not rows:
+        return {}
+    lines = ["| where | problem | row |", "|---|---|---|"]
+    for row in rows:
+        cells = (row["where"], row["problem"], f"`{row['row'][:200].replace('`', ' ')}`" if row["row"] else "")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return {"rejected_rows": dg.MetadataValue.md("\n".join(lines))}
+
+
 @dg.asset(
-    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="2", metadata=schema_metadata(CONVERSATION)
+    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="3", metadata=schema_metadata(CONVERSATION)
 )
 def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated conversations in one canonical form, each with a stable id: for training, held-out, retention and few-shot."""
-    keys = {"train": "conversations", "rehearsal": "rehearsal", "heldout": "heldout", "retention": "retention", "few_shot": "few_shot"}
-
-    def make(output: Path) -> StepResult:
-        metrics: dict[str, Any] = {}
-        parts, rejected = {}, []
-        for key, name in keys.items():
-            validated = read_validated(workshop.project, key, conversation)
-            write_table(output / f"{name}.parquet", validated.rows, CONVERSATION)
-            parts[name] = rows_version(validated.rows)
-            rejected += validated.rejected
-            metrics |= {
-                f"{name}_rows": len(validated.rows),
-                f"{name}_duplicates": validated.duplicates,
-                f"{name}_rejected": len(validated.rejected),
-            }
-        (output / "info").mkdir()
-        write_table(output / "info" / "rejected.parquet", rejected, REJECTED)
-        return StepResult(
-            {
-                **metrics,
-                "rejected": len(rejected),
-                "first_rejected": _first(rejected),
-            },
-            parts,
-        )
-
+    project = workshop.project
+    sources = {key: (name, target if key == "contamination" else conversation) for key, name in CONVERSATIONS.items()}
     with user_errors():
-        settings = {"files": data_content(workshop.project, list(keys)), **_reading(workshop.project)}
-        artifact, reused = workshop.materialize(context, settings=settings, make=make)
+        artifact, reused = workshop.materialize(
+            context,
+            settings={"files": data_content(project, list(sources)), **_reading(project)},
+            make=lambda output: _ingest(project, output, sources, CONVERSATION),
+        )
     return result(
-        artifact, reused, sample=_sample(artifact, "conversations"), **{"dagster/row_count": artifact.metrics["conversations_rows"]}
+        artifact,
+        reused,
+        sample=_sample(artifact, "conversations"),
+        **_rejected(artifact),
+        **{"dagster/row_count": artifact.metrics["conversations_rows"]},
     )
 
 
 @dg.asset(
-    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="2", metadata=schema_metadata(PREFERENCE)
+    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="3", metadata=schema_metadata(PREFERENCE)
 )
 def raw_preferences(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated preference triples: a prompt, the chosen answer, the rejected one. Empty if finetune.yaml names none."""
-
-    def make(output: Path) -> StepResult:
-        validated = read_validated(workshop.project, "preferences", preference)
-        write_table(output / "preferences.parquet", validated.rows, PREFERENCE)
-        (output / "info").mkdir()
-        write_table(output / "info" / "rejected.parquet", validated.rejected, REJECTED)
-        metrics = {"rows": len(validated.rows), "duplicates": validated.duplicates, "rejected": len(validated.rejected)}
-        return StepResult(
-            {
-                **metrics,
-                "first_rejected": _first(validated.rejected),
-            },
-            {"preferences": rows_version(validated.rows)},
-        )
-
+    project = workshop.project
     with user_errors():
-        settings = {"files": data_content(workshop.project, ["preferences"]), **_reading(workshop.project)}
-        artifact, reused = workshop.materialize(context, settings=settings, make=make)
-    return result(artifact, reused, sample=_sample(artifact, "preferences"), **{"dagster/row_count": artifact.metrics["rows"]})
-
-
-@dg.asset_check(asset=raw_dataset, blocking=True, description="Every row of the data files could be read, or few enough could not.")
-def rows_are_valid(workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
-    """Fail above data.max_invalid, warn if any row was left out."""
-    metrics = workshop.store.need("raw_dataset", None).metrics
-    rejected, total = metrics["rejected"], metrics["conversations_rows"] + metrics["rejected"]
-    share = rejected / total if total else 1.0
-    text = f"{rejected} of {total} rows were left out" + (f", first {metrics['first_rejected']}" if rejected else "")
-    return dg.AssetCheckResult(
-        passed=rejected == 0,
-        severity=dg.AssetCheckSeverity.ERROR if share > workshop.project.data.max_invalid else dg.AssetCheckSeverity.WARN,
-        description=text,
+        artifact, reused = workshop.materialize(
+            context,
+            settings={"files": data_content(project, ["preferences"]), **_reading(project)},
+            make=lambda output: _ingest(project, output, {"preferences": ("preferences", preference)}, PREFERENCE),
+        )
+    return result(
+        artifact,
+        reused,
+        sample=_sample(artifact, "preferences"),
+        **_rejected(artifact),
+        **{"dagster/row_count": artifact.metrics["preferences_rows"]},
     )
 
 
+def _validity(workshop: Workshop, asset: str) -> dg.AssetCheckResult:
+    """Fail if more than data.max_invalid of a source was left out, warn if any row was."""
+    metrics, most = workshop.store.need(asset, None).metrics, workshop.project.data.max_invalid
+    name, rejected, total = worst(metrics)
+    share = rejected / total if total else 0.0
+    text = f"{rejected} of {total} rows of {name} cannot be used" if rejected else "every row can be used"
+    if rejected:
+        text += f" (data.max_invalid: {most:.1%}):\n{metrics['first_rejected']}"
+    doubles = sum(value for key, value in metrics.items() if key.endswith("_duplicates"))
+    return dg.AssetCheckResult(
+        passed=rejected == 0,
+        severity=dg.AssetCheckSeverity.ERROR if share > most else dg.AssetCheckSeverity.WARN,
+        description=text,
+        metadata={"rejected": metrics["rejected"], "duplicates": doubles},
+    )
+
+
+@dg.asset_check(asset=raw_dataset, blocking=True, description="Every row of the data files can be used, or few enough cannot.")
+def rows_are_valid(workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+    """Fail above data.max_invalid in any source, warn if any row was left out."""
+    return _validity(workshop, "raw_dataset")
+
+
+@dg.asset_check(asset=raw_preferences, blocking=True, description="Every preference pair can be used, or few enough cannot.")
+def pairs_are_valid(workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+    """Fail above data.max_invalid, warn if any pair was left out."""
+    return _validity(workshop, "raw_preferences")
+
+
 ASSETS = [data_files, raw_dataset, raw_preferences]
-CHECKS = [rows_are_valid]
+CHECKS = [rows_are_valid, pairs_are_valid]

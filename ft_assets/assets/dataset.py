@@ -1,35 +1,66 @@
 """Assets of one base model before it trains: base, recipe, chat dataset, split, and their checks."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
+from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS, raw_dataset, raw_preferences, schema_metadata
 from ft_assets.assets.workshop import ERROR, WARN, Workshop, result, user_errors
 from ft_assets.config import settings_version
-from ft_assets.data.near import near_duplicates
-from ft_assets.data.split import make_split, overlaps
-from ft_assets.data.tables import NEAR_DUPLICATE, TOKENIZED, TOKENIZED_PREFERENCE, read_table, rows_version, write_table
+from ft_assets.data.ingest import require_valid
+from ft_assets.data.leaks import leaks
+from ft_assets.data.split import make_split
+from ft_assets.data.tables import TOKENIZED
+from ft_assets.evaluation.plots import data_uri, length_plot
 from ft_assets.job import StepResult
 from ft_assets.models.source import read_template, source_identity
+
+SPLITTING = {"heldout_share", "validation_share", "split_salt", "near_duplicate", "quoted", "stratify"}
+
+
+def _lengths(artifact: Artifact, name: str) -> dict[str, Any]:
+    """Return the picture of the conversations' lengths, and what other limits would cost."""
+    lengths = json.loads((artifact.path / "info" / "lengths.json").read_text())["conversations"]
+    if not lengths["counts"]:
+        return {}
+    picture = length_plot(lengths, artifact.manifest["settings"]["max_length"])
+    lines = ["| chat.max_length | rows left out | tokens kept |", "|---:|---:|---:|"]
+    lines += [f"| {limit} | {cost['left_out']} | {cost['tokens_percent']} % |" for limit, cost in lengths["limits"].items()]
+    shown = f"![lengths of {name}]({data_uri(picture)})\n\n" + "\n".join(lines)
+    return {"lengths": dg.MetadataValue.md(shown)}
+
+
+def _strata(strata: dict[str, dict[str, int]]) -> str:
+    lines = ["| stratum | train | validation | held-out |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {sides['train']} | {sides['validation']} | {sides['heldout']} |" for name, sides in sorted(strata.items())]
+    return "\n".join(lines)
 
 
 def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
     """Return the assets and checks, partitioned by base model."""
 
-    @dg.asset(partitions_def=base_models, group_name="model", owners=OWNERS, kinds={"huggingface"}, code_version="2")
+    @dg.asset(partitions_def=base_models, group_name="model", owners=OWNERS, kinds={"huggingface"}, code_version="3")
     def base_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """The resolved base: a bf16 snapshot with tokenizer and chat template, from a hub commit, a folder or a GGUF file."""
         project, name = workshop.project, context.partition_key
         with user_errors():
             settings, root = project.base_model(name), project.root
-            template = read_template(name, project.recipe(name).chat.chat_template, root)
+            chat = project.recipe(name).chat
+            template = read_template(name, chat.chat_template, root)
             identity = source_identity(name, settings, root)
             artifact, reused = workshop.materialize(
                 context,
-                settings={"identity": identity, "template": template, "trust_remote_code": settings.trust_remote_code},
+                settings={
+                    "identity": identity,
+                    "template": template,
+                    "trust_remote_code": settings.trust_remote_code,
+                    "baked": chat.baked(),
+                },
                 step="base_model",
-                step_settings={"model": settings.model_dump(), "root": str(root)},
+                step_settings={"model": settings.model_dump(), "chat": chat.model_dump(mode="json"), "root": str(root)},
                 libraries="text",
                 space=1_000_000_000,
             )
@@ -56,7 +87,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="data",
         owners=OWNERS,
         kinds={"huggingface", "parquet"},
-        code_version="2",
+        code_version="3",
         metadata=schema_metadata(TOKENIZED),
     )
     def chat_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -64,9 +95,11 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         store, name = workshop.store, context.partition_key
         with user_errors():
             raw, pairs = store.need("raw_dataset", None), store.need("raw_preferences", None)
+            for source in (raw, pairs):  # a failed check holds only within its own run
+                require_valid(source.metrics, workshop.project.data.max_invalid, source.manifest["asset"])
             artifact, reused = workshop.materialize(
                 context,
-                settings=workshop.project.recipe(name).chat.model_dump(mode="json"),
+                settings=workshop.project.recipe(name).chat.model_dump(include={"max_length"}),
                 inputs={
                     "base_model": (store.need("base_model", name), None),
                     **{f"raw_dataset#{part}": (raw, part) for part in ("conversations", "rehearsal", "heldout", "retention")},
@@ -75,7 +108,9 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 step="chat",
                 libraries="text",
             )
-        return result(artifact, reused, **{"dagster/partition_row_count": artifact.metrics["conversations_rows"]})
+        return result(
+            artifact, reused, **_lengths(artifact, name), **{"dagster/partition_row_count": artifact.metrics["conversations_rows"]}
+        )
 
     @dg.asset_check(
         asset=chat_dataset,
@@ -110,11 +145,11 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
 
     @dg.asset(
         partitions_def=base_models,
-        deps=[chat_dataset],
+        deps=[chat_dataset, raw_dataset],
         group_name="data",
         owners=OWNERS,
         kinds={"parquet"},
-        code_version="4",
+        code_version="5",
         metadata=schema_metadata(TOKENIZED),
     )
     def heldout_split(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -123,29 +158,17 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         with user_errors():
             chat = workshop.store.need("chat_dataset", context.partition_key)
 
-            settings = {
-                "share": data.heldout_share,
-                "validation_share": data.validation_share,
-                "salt": data.split_salt,
-                "near_duplicate": data.near_duplicate,
-            }
-
-            def make(output: Path) -> StepResult:
-                names = ("conversations", "rehearsal", "heldout", "retention", "preferences")
-                made = make_split({name: read_table(chat.path / f"{name}.parquet") for name in names}, **settings)
-                for name, side in made.sides.items():
-                    write_table(output / f"{name}.parquet", side, TOKENIZED_PREFERENCE if name == "preferences" else TOKENIZED)
-                (output / "info").mkdir()
-                write_table(output / "info" / "near_duplicates.parquet", made.copies, NEAR_DUPLICATE)
-                return StepResult(made.counts, {name: rows_version(side) for name, side in made.sides.items()})
-
+            raw = workshop.store.need("raw_dataset", None)
+            targets = raw.path / "contamination.parquet"
             artifact, reused = workshop.materialize(
                 context,
-                settings={**settings, "fixed": bool(data.heldout)},
-                inputs={"chat_dataset": (chat, None)},
-                make=make,
+                settings=data.model_dump(mode="json", include=SPLITTING),
+                inputs={"chat_dataset": (chat, None), "raw_dataset#contamination": (raw, "contamination")},
+                make=lambda output: StepResult(*make_split(chat.path, targets, output, data)),
             )
-        return result(artifact, reused, **{"dagster/partition_row_count": artifact.metrics["train_rows"]})
+        strata = json.loads((artifact.path / "info" / "strata.json").read_text())
+        shown = {"strata": dg.MetadataValue.md(_strata(strata))} if strata else {}
+        return result(artifact, reused, **shown, **{"dagster/partition_row_count": artifact.metrics["train_rows"]})
 
     @dg.asset_check(
         asset=heldout_split,
@@ -155,22 +178,27 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
     )
     def nothing_leaks(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail with the first offending pair of ids (train and preferences may share prompts)."""
-        path = workshop.store.need("heldout_split", context.partition_key).path
-        sides = {name: read_table(path / f"{name}.parquet") for name in ("train", "validation", "preferences", "heldout", "retention")}
-        train, pairs, validation = (sides.pop(name) for name in ("train", "preferences", "validation"))
-        found = overlaps(trained=[*train, *pairs], **sides) + overlaps(train=train, validation=validation)
-        threshold = workshop.project.data.near_duplicate
-        kept_out = [*sides["heldout"], *sides["retention"]]
-        copies = near_duplicates([*train, *validation, *pairs], kept_out, threshold) if threshold else []
-        if found:
-            text = f"{found[0][0]} {found[0][1]} and {found[0][2]} {found[0][3]} share their prompt ({len(found)} in all)"
-        elif copies:
-            text = f"trained {copies[0][0]} is nearly {copies[0][1]}, similarity {copies[0][2]:.2f} ({len(copies)} in all)"
-        else:
-            text = "no prompt stands on two sides" + (f", nor one that is {threshold:.0%} alike" if threshold else "")
-        return dg.AssetCheckResult(
-            passed=not found and not copies, description=text, metadata={"overlaps": len(found), "near_duplicates": len(copies)}
+        split, raw, data = (
+            workshop.store.need("heldout_split", context.partition_key),
+            workshop.store.need("raw_dataset", None),
+            workshop.project.data,
         )
+        found, counts = leaks(split.path, raw.path / "contamination.parquet", raw.path / "few_shot.parquet", data)
+        if found:
+            text = f"{found[0]} ({len(found)} in all)"
+        else:
+            text = "no prompt stands on two sides" + (f", nor one that is {data.near_duplicate:.0%} alike" if data.near_duplicate else "")
+        return dg.AssetCheckResult(passed=not found, description=text, metadata=counts)
+
+    @dg.asset_check(asset=heldout_split, partitions_def=base_models, description="Every value of data.stratify's field has held-out rows.")
+    def strata_are_held_out(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Warn with the strata of which no row is held out: the verdict says nothing about them."""
+        path = workshop.store.need("heldout_split", context.partition_key).path
+        strata = json.loads((path / "info" / "strata.json").read_text())
+        missing = [name for name, sides in strata.items() if not sides["heldout"]]
+        text = f"{len(strata) - len(missing)} of {len(strata)} strata have held-out rows" if strata else "data.stratify is not set"
+        text += f"; none: {', '.join(missing[:10])}; raise data.stratify.shares for them" if missing else ""
+        return dg.AssetCheckResult(passed=not missing, severity=WARN, description=text)
 
     @dg.asset_check(asset=heldout_split, partitions_def=base_models, description="Enough held-out rows to tell a better model from luck.")
     def heldout_is_large_enough(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
@@ -184,4 +212,4 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         )
 
     assets = [base_model, recipe, chat_dataset, heldout_split]
-    return assets, [every_row_is_proven, few_rows_are_too_long, nothing_leaks, heldout_is_large_enough]
+    return assets, [every_row_is_proven, few_rows_are_too_long, nothing_leaks, strata_are_held_out, heldout_is_large_enough]

@@ -9,6 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,33 @@ def library_versions(kind: str | None) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in sorted(installed)}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """All that decides the content of an artifact that is asked for."""
+
+    asset: str
+    partition: str | None
+    code_version: str
+    settings: Any
+    inputs: dict[str, str]
+    environment: dict[str, str]
+
+    @classmethod
+    def of(cls, context: dg.AssetExecutionContext, settings: Any, inputs: Inputs, libraries: str | None) -> "Wanted":
+        return cls(
+            asset=context.asset_key.path[-1],
+            partition=context.partition_key if context.has_partition_key and context.assets_def.partitions_def else None,
+            code_version=context.assets_def.code_versions_by_key[context.asset_key] or "1",
+            settings=settings,
+            inputs={name: artifact.part_version(part) for name, (artifact, part) in inputs.items()},
+            environment=library_versions(libraries),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.asset, self.code_version, self.settings, self.inputs, self.environment)
+
+
 class Workshop:
     """A Dagster resource: holds no connection, only paths and settings."""
 
@@ -65,14 +93,8 @@ class Workshop:
         user's error, without a retry.
         """
         inputs = inputs or {}
-        asset, partition = (
-            context.asset_key.path[-1],
-            context.partition_key if context.has_partition_key and context.assets_def.partitions_def else None,
-        )
-        code_version = context.assets_def.code_versions_by_key[context.asset_key] or "1"
-        environment = library_versions(libraries)
-        versions = {name: artifact.part_version(part) for name, (artifact, part) in inputs.items()}
-        version = fingerprint(asset, code_version, settings, versions, environment)
+        wanted = Wanted.of(context, settings, inputs, libraries)
+        asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
         if (known := self.store.find(asset, partition, version)) is not None:
             self.store.make_current(known, partition)
             context.log.info(f"reused {asset} {version[:8]}: nothing that it depends on has changed")
@@ -101,10 +123,10 @@ class Workshop:
                 asset=asset,
                 partition=partition,
                 version=version,
-                code_version=code_version,
+                code_version=wanted.code_version,
                 settings=settings,
-                inputs=versions,
-                environment=environment,
+                inputs=wanted.inputs,
+                environment=wanted.environment,
                 metrics=result.metrics,
                 parts=result.parts,
                 started=started,

@@ -1,93 +1,360 @@
-"""Render a conversation with the model's own template, find what is supervised, and prove it.
+"""Render conversations with the model's own template, find what is supervised, and have it proven.
 
-The mask needs no markers in the template: each assistant turn is found by rendering the conversation up to it, with
-and without the answer. What is proven for every row:
-  1. the tokens before a supervised span equal what the model is given at generation
-     (`apply_chat_template(messages[:k], add_generation_prompt=True)`);
-  2. the span decodes to the answer, then the end of the turn, and nothing of another turn;
-  3. there is at most one BOS, at the start;
-  4. the span ends with a token at which generation stops.
-Not here: where the template comes from (models/), truncation and splitting.
+The mask needs no markers in the template: each assistant turn is found by rendering the conversation up to it. Rows are
+rendered as texts and tokenized in one call a batch. Where a template writes earlier turns otherwise than it wrote them
+when they were last, a row becomes one sequence per supervised turn.
+Not here: the proofs themselves (proofs.py), where the template comes from (models/), truncation and splitting.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
 from typing import Any
 
-Messages = Sequence[dict[str, str]]
+from ft_assets.chat.calls import FORMS, CallForm, missing_calls, shaped
+from ft_assets.chat.proofs import Facts, Messages, ProofFailed, Rendered, prove, prove_bos, prove_contents
+from ft_assets.chat.template import ANSWER, QUESTION, date_of, fold_system, frozen_clock, prints_date
+
+__all__ = ["Facts", "ProofFailed", "Rendered", "Renderer", "fold_system", "prints_date", "prove", "render"]
+
+Row = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "zqfunction",
+        "description": "zqdescription",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "zqtext": {"type": "string", "description": "zqmeaning"},
+                "zqflag": {"type": "boolean", "description": "zqswitch"},
+            },
+            "required": ["zqtext"],
+        },
+    },
+}
+CALL = {"type": "function", "function": {"name": "zqfunction", "arguments": {"zqtext": 'zq "quoted" value', "zqflag": True}}}
+PROBE = (
+    {"role": "user", "content": QUESTION},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "zqresult", "name": "zqfunction"},
+)
 
 
-class ProofFailed(Exception):
-    """A row whose rendering cannot be proven; the message says which proof and where."""
+@dataclass
+class _Plan:
+    """A sequence before it is tokenized: its text, the turns it covers, and by supervised turn the text before it."""
+
+    text: str
+    messages: list[dict[str, Any]]
+    contexts: dict[int, str]
+    tools: Tools = None
+    blocks: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """Token ids of one conversation and, for each, whether it is supervised."""
+class Renderer:
+    """Renders rows {"messages", optional "tools"} for one model.
 
-    input_ids: list[int]
-    supervised: list[bool]
+    `stop_ids` are the tokens at which its generation stops; `day` is what a template prints that prints the date (None:
+    what the snapshot says).
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: frozenset[int], day: date | None = None) -> None:
+        self.tokenizer, self.stop_ids = tokenizer, stop_ids
+        self._clock = frozen_clock(day or date_of(tokenizer))
+        self._form: CallForm | None = None
+        self._blocks: set[str] = set()
+        self._structures: dict[Any, str | None] = {}
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the proofs need to know of this model."""
+        return Facts(self.tokenizer, self.stop_ids, self._bos_use())
+
+    def train(self, rows: Sequence[Row]) -> list[list[Rendered] | ProofFailed]:
+        """Return each row's training sequences: one, or one per supervised turn where the template rewrites earlier turns."""
+        plans = [self._attempt(self._text_plan if _is_text(row) else self._train_plans, row) for row in rows]
+        return self._finish(plans)
+
+    def answers(self, rows: Sequence[Row]) -> list[tuple[list[int], list[int]] | ProofFailed]:
+        """Return (prompt ids, answer ids with the end of turn) of rows whose last message is the assistant's answer."""
+        found: list[tuple[list[int], list[int]] | ProofFailed] = []
+        for done in self._finish([self._attempt(self._answer_plan, row) for row in rows]):
+            if isinstance(done, ProofFailed):
+                found.append(done)
+            else:
+                begin = done[0].supervised.index(True)
+                found.append((done[0].input_ids[:begin], done[0].input_ids[begin : done[0].supervised.count(True) + begin]))
+        return found
+
+    def prompts(self, rows: Sequence[Row]) -> list[list[int] | ProofFailed]:
+        """Return the token ids that the model is given to answer each row's messages."""
+        texts = [self._attempt(self._prompt_text, row) for row in rows]
+        encoded = iter(self.encode([text for text in texts if isinstance(text, str)]))
+        found: list[list[int] | ProofFailed] = []
+        for text in texts:
+            if isinstance(text, ProofFailed):
+                found.append(text)
+                continue
+            ids = next(encoded)
+            try:
+                prove_bos(self.facts, ids)
+                found.append(ids)
+            except ProofFailed as problem:
+                found.append(problem)
+        return found
+
+    def text(self, messages: Messages, tools: Tools = None, generation_prompt: bool = False) -> str:
+        """Return what the template writes. Raises ProofFailed with the template's own reason."""
+        turns = self._shaped(messages)
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns,
+                tools=list(tools) if tools else None,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                strftime_now=self._clock,
+            )
+        except Exception as error:  # jinja raises its own classes, templates raise through raise_exception
+            raise ProofFailed(_refusal(error, messages)) from error
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of rendered texts, all in one call; a template writes BOS itself."""
+        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+
+    def _attempt(self, plan: Any, row: Row) -> Any:
+        try:
+            return plan(row)
+        except ProofFailed as problem:
+            return problem
+
+    def _train_plans(self, row: Row) -> list[_Plan]:
+        messages, tools = row["messages"], row.get("tools")
+        turns = [index for index, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("train") is not False]
+        if not turns:
+            raise ProofFailed("no turn to learn from: there is no assistant turn, or each says train: false")
+        contexts = {index: self._context(messages, index, tools) for index in turns}
+        upto = {index: self.text(messages[: index + 1], tools) for index in turns}
+        for index in turns:
+            self._prove_prefix(upto[index], contexts[index], index, messages)
+        whole = upto[turns[-1]]
+        kept = all(self._kept(whole, contexts[index], upto[index]) for index in turns[:-1])
+        groups = [turns] if kept else [[index] for index in turns]
+        return [self._plan(messages, tools, upto[group[-1]], {index: contexts[index] for index in group}, upto) for group in groups]
+
+    def _answer_plan(self, row: Row) -> list[_Plan]:
+        messages, tools = row["messages"], row.get("tools")
+        last = len(messages) - 1
+        if messages[last]["role"] != "assistant":
+            raise ProofFailed(f"messages[{last}] ({messages[last]['role']}): the last message must be the assistant's answer")
+        whole, context = self.text(messages, tools), self._context(messages, last, tools)
+        self._prove_prefix(whole, context, last, messages)
+        return [self._plan(messages, tools, whole, {last: context}, {last: whole})]
+
+    def _prompt_text(self, row: Row) -> str:
+        text = self.text(row["messages"], row.get("tools"), generation_prompt=True)
+        self._prove_structure(row["messages"], bool(row.get("tools")), generation_prompt=True)
+        prove_contents(text, row["messages"], row.get("tools"))
+        return text
+
+    def _plan(self, messages: Messages, tools: Tools, text: str, contexts: dict[int, str], upto: dict[int, str]) -> _Plan:
+        covered = [dict(turn) for turn in messages[: max(contexts) + 1]]
+        blocks = {index: block for index in contexts if (block := self._block(messages, index, tools, contexts[index], upto[index]))}
+        return _Plan(text, covered, contexts, tools, blocks)
+
+    def _context(self, messages: Messages, index: int, tools: Tools) -> str:
+        if index == 0:
+            raise ProofFailed("messages[0] (assistant): nothing stands before the answer; begin with a user turn, or say train: false")
+        return self.text(messages[:index], tools, generation_prompt=True)
+
+    def _prove_prefix(self, text: str, context: str, index: int, messages: Messages) -> None:
+        if text.startswith(context):
+            return
+        at = next(
+            (place for place, (left, right) in enumerate(zip(text, context, strict=False)) if left != right), min(len(text), len(context))
+        )
+        raise ProofFailed(
+            f"messages[{index}] (assistant): the text before the answer differs from that given at generation: "
+            f"after {context[max(0, at - 20) : at]!r} the model is given {context[at : at + 30]!r}, "
+            f"the conversation has {text[at : at + 30]!r}: set chat.template_kwargs (enable_thinking?) or chat.chat_template so that both agree"
+        )
+
+    def _kept(self, whole: str, context: str, upto: str) -> bool:
+        """Return whether a turn stands in the whole as it stood when it was last: up to the end of turn, nothing differs."""
+        if not whole.startswith(context):
+            return False
+        ends = [found + len(stop) for stop in self._stops() if (found := upto.find(stop, len(context))) >= 0]
+        end = min(ends, default=len(upto))
+        return whole[:end] == upto[:end]
+
+    def _stops(self) -> list[str]:
+        return [self.facts.decode([token]) for token in self.facts.stop_ids]
+
+    def _block(self, messages: Messages, index: int, tools: Tools, context: str, upto: str) -> str:
+        """Return what the template writes between the context and the answer: the same markers, whatever the answer is."""
+        turn = messages[index]
+        if turn.get("tool_calls"):
+            return ""
+        block = _before(upto[len(context) :], turn["content"].strip())
+        if block in self._blocks or not (block.startswith(("<", "[")) and block.endswith((">", "]"))):
+            return block if block in self._blocks else ""
+        probe = self.text([*messages[:index], {"role": "assistant", "content": ANSWER}], tools)
+        if _before(probe[len(context) :], ANSWER) != block:
+            return ""
+        self._blocks.add(block)
+        return block
+
+    def _text_plan(self, row: Row) -> list[_Plan]:
+        text, tokenizer = row["messages"][0]["content"], self.tokenizer
+        if tokenizer.eos_token is None or tokenizer.eos_token_id not in self.facts.stop_ids:
+            raise ProofFailed(f"messages[0] (text): the tokenizer's EOS {tokenizer.eos_token!r} is no token at which generation stops")
+        return [_Plan(text, [dict(row["messages"][0])], {})]
+
+    def _finish(self, plans: list[Any]) -> list[list[Rendered] | ProofFailed]:
+        """Tokenize the texts of all plans at once, make the masks, and prove them."""
+        sequences = [plan for row in plans if not isinstance(row, ProofFailed) for plan in row]
+        encoded = iter(self.encode([text for plan in sequences for text in (plan.text, *plan.contexts.values())]))
+        finished: list[list[Rendered] | ProofFailed] = []
+        for row in plans:
+            if isinstance(row, ProofFailed):
+                finished.append(row)
+                continue
+            tokens = [(plan, next(encoded), {index: next(encoded) for index in plan.contexts}) for plan in row]
+            try:
+                finished.append([self._sequence(*parts) for parts in tokens])
+            except ProofFailed as problem:
+                finished.append(problem)
+        return finished
+
+    def _sequence(self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]]) -> Rendered:
+        if not plan.contexts:
+            return self._plain(plan, ids)
+        supervised = [False] * len(ids)
+        for context in contexts.values():
+            begin = len(context)
+            end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in self.facts.stop_ids), len(ids))
+            supervised[begin:end] = [True] * (end - begin)
+        rendered = Rendered(ids, supervised, len(plan.messages), tuple(sorted(set(plan.blocks.values()))))
+        prove(self.facts, rendered, plan.messages, contexts, plan.blocks)
+        self._prove_structure(plan.messages, bool(plan.tools))
+        prove_contents(plan.text, plan.messages, plan.tools)
+        return rendered
+
+    def _plain(self, plan: _Plan, ids: list[int]) -> Rendered:
+        """Return a plain text: BOS if the tokenizer's own encoding has one, the text, EOS; all of it supervised."""
+        tokenizer = self.tokenizer
+        stray = next((token for token in ids if token in self.facts.stop_ids), None)
+        if stray is not None:
+            raise ProofFailed(f"messages[0] (text): holds {self.facts.decode([stray])!r}, at which generation stops; take it out")
+        if self.facts.decode(ids).strip() != plan.text.strip():
+            raise ProofFailed(f"messages[0] (text): decodes to {self.facts.decode(ids)[:80]!r}, not to {plan.text[:80]!r}")
+        bos = tokenizer.bos_token_id
+        if bos is not None and bos in ids:
+            raise ProofFailed(f"messages[0] (text): holds BOS, {self.facts.decode([bos])!r}, which is put before the text; take it out")
+        whole = [*([bos] if self._own_bos() else []), *ids, int(tokenizer.eos_token_id)]
+        return Rendered(whole, [True] * len(whole), 1)
+
+    def _shaped(self, messages: Messages) -> list[dict[str, Any]]:
+        if not any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
+            return [_sent(turn) for turn in messages]
+        if self._form is None:
+            self._form = FORMS[0]
+            self._form = next((form for form in FORMS if self._takes(form)), FORMS[0])
+        return shaped([_sent(turn) for turn in messages], self._form)
+
+    def _takes(self, form: CallForm) -> bool:
+        """Return whether the template writes a call in this form as a call."""
+        self._form = form
+        try:
+            context, text = self.text(PROBE[:1], [TOOL], True), self.text(PROBE[:2], [TOOL])
+            return missing_calls(text[len(context) :], [CALL]) is None and bool(self.text(PROBE, [TOOL], True))
+        except ProofFailed:
+            return False
+
+    def _prove_structure(self, messages: Messages, tools: bool, generation_prompt: bool = False) -> None:
+        """Raise ProofFailed if the template drops a turn of such a conversation, or tools, seen by words that stand nowhere else.
+
+        A row's own words could stand in the text by chance; these cannot. Done once for each sequence of roles.
+        """
+        key = (
+            tuple((turn["role"], bool(turn["content"].strip()), len(turn.get("tool_calls", ()))) for turn in messages),
+            tools,
+            generation_prompt,
+        )
+        if key not in self._structures:
+            probe = [_probed(turn, index) for index, turn in enumerate(messages)]
+            try:
+                text = self.text(probe, [TOOL] if tools else None, generation_prompt)
+                prove_contents(text, probe, [TOOL] if tools else None)
+                self._structures[key] = None
+            except ProofFailed as problem:
+                self._structures[key] = str(problem)
+        if (problem := self._structures[key]) is not None:
+            raise ProofFailed(problem)
+
+    def _own_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+
+    def _bos_use(self) -> Any:
+        bos = self.tokenizer.bos_token_id
+        turns = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": QUESTION})
+        counts = []
+        for count in (1, 2, 3):
+            try:
+                counts.append(self.encode([self.text(turns[:count])])[0].count(bos))
+            except ProofFailed:  # the rows' own proofs will say it
+                continue
+        if counts and max(counts) > counts[0]:
+            return "turns"
+        return "first" if self._own_bos() or any(counts) else "none"
 
 
-def render(tokenizer: Any, messages: Messages, generation_prompt: bool = False) -> list[int]:
-    """Return the token ids of the model's own template. Raises ProofFailed with the template's own reason."""
-    try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation_prompt, tokenize=True, return_dict=False)
-    except Exception as error:  # jinja raises its own classes, templates raise through raise_exception
-        raise ProofFailed(f"the template refuses the conversation: {error}") from error
+def _is_text(row: Row) -> bool:
+    return len(row["messages"]) == 1 and row["messages"][0]["role"] == "text"
+
+
+def _sent(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the template sees of a message: `train` is ours."""
+    return {key: value for key, value in turn.items() if key != "train"}
+
+
+def _before(text: str, answer: str) -> str:
+    at = text.find(answer) if answer else -1
+    return text[:at].strip() if at >= 0 else ""
+
+
+def _probed(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return a message with words in it that no template and no other message has."""
+    probe = {**turn, "content": f"zqturn{index}end" if turn["content"].strip() else turn["content"]}
+    if calls := turn.get("tool_calls"):
+        probe["tool_calls"] = [
+            {**call, "function": {"name": "zqfunction", "arguments": {"zqtext": f"zqvalue{index}number{number}"}}}
+            for number, call in enumerate(calls)
+        ]
+    return probe
+
+
+def _refusal(error: Exception, messages: Messages) -> str:
+    reason = f"the template refuses the conversation: {' '.join(str(error).split())[:200]}"
+    if messages and messages[0]["role"] == "system" and "system" in str(error).lower():
+        return reason + ": set chat.system_turn: user, which puts the system turn into the first user turn"
+    return reason
+
+
+def render(tokenizer: Any, messages: Messages, generation_prompt: bool = False, tools: Tools = None) -> list[int]:
+    """Return the token ids that the template makes of messages, unproven. Raises ProofFailed with its own reason."""
+    renderer = Renderer(tokenizer, frozenset())
+    return renderer.encode([renderer.text(messages, tools, generation_prompt)])[0]
 
 
 def render_supervised(tokenizer: Any, messages: Messages, stop_ids: frozenset[int]) -> Rendered:
-    """Return a conversation with the assistant's turns supervised, proven. Raises ProofFailed.
-
-    `stop_ids` are the tokens at which the model's generation stops.
-    """
-    whole = render(tokenizer, messages)
-    supervised = [False] * len(whole)
-    for index, turn in enumerate(messages):
-        if turn["role"] == "assistant":
-            begin, end = _answer_span(tokenizer, messages, index, whole, stop_ids)
-            supervised[begin:end] = [True] * (end - begin)
-    prove_single_bos(tokenizer, whole)
-    return Rendered(whole, supervised)
-
-
-def _answer_span(tokenizer: Any, messages: Messages, index: int, whole: list[int], stop_ids: frozenset[int]) -> tuple[int, int]:
-    """Return where the answer `messages[index]` and its end of turn stand in `whole`, proven. Raises ProofFailed."""
-    context = render(tokenizer, messages[:index], generation_prompt=True)
-    upto = whole if index == len(messages) - 1 else render(tokenizer, messages[: index + 1])
-    if whole[: len(context)] != context:
-        raise ProofFailed(f"messages[{index}]: the tokens before the answer differ from those given at generation")
-    if whole[: len(upto)] != upto:
-        raise ProofFailed(f"messages[{index}]: the template rewrites this turn once later turns follow")
-    end = _end_of_turn(whole, len(context), len(upto), stop_ids)
-    if end is None:
-        raise ProofFailed(f"messages[{index}]: no token that ends generation follows the answer (looked for {sorted(stop_ids)})")
-    answer = tokenizer.decode(whole[len(context) : end], skip_special_tokens=False)
-    if answer.strip() != messages[index]["content"].strip():
-        raise ProofFailed(f"messages[{index}]: the supervised tokens decode to {answer[:80]!r}, not to the answer")
-    return len(context), end + 1
-
-
-def _end_of_turn(ids: Sequence[int], start: int, stop: int, stop_ids: frozenset[int]) -> int | None:
-    return next((position for position in range(start, stop) if ids[position] in stop_ids), None)
-
-
-def prove_single_bos(tokenizer: Any, ids: Sequence[int]) -> None:
-    """Raise ProofFailed if BOS stands anywhere but once at the start (models whose BOS also opens turns are exempt)."""
-    bos = tokenizer.bos_token_id
-    if bos is None or bos not in ids:
-        return
-    template = tokenizer.chat_template or ""
-    opens_turns = tokenizer.bos_token in template and "bos_token" not in template
-    if ids.count(bos) > 1 and not opens_turns:
-        raise ProofFailed(f"BOS stands {list(ids).count(bos)} times; expected once, at the start")
-
-
-def render_answer(tokenizer: Any, messages: Messages, answer: str, stop_ids: frozenset[int]) -> tuple[list[int], list[int]]:
-    """Return (prompt ids, answer ids with its end of turn), proven; earlier answers are prompt. Raises ProofFailed."""
-    asked = [*messages, {"role": "assistant", "content": answer}]
-    whole = render(tokenizer, asked)
-    begin, end = _answer_span(tokenizer, asked, len(messages), whole, stop_ids)
-    prove_single_bos(tokenizer, whole)
-    return whole[:begin], whole[begin:end]
+    """Return one conversation as one proven sequence. Raises ProofFailed, also where it takes one per turn."""
+    done = Renderer(tokenizer, stop_ids).train([{"messages": messages}])[0]
+    if isinstance(done, ProofFailed):
+        raise done
+    if len(done) > 1:
+        raise ProofFailed("the template rewrites earlier turns once later turns follow: the conversation is one sequence per turn")
+    return done[0]

@@ -1,67 +1,45 @@
 """Which rows are held out, and what is left to train on.
 
 By hash of a row's group: growing the data never moves a row. What is trained and stands in the held-out or general rows
-too, or is nearly the same, is left out of training, and counted.
+too (or in evaluation files of the user's), is nearly the same, or quotes one, is left out of training, and counted. Rows
+are streamed: held are the groups and prompts of the kept-out side, and the ids of what is left out.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from ft_assets.data.near import near_duplicates
+import pyarrow as pa
+
+from ft_assets.config import DataSettings
+from ft_assets.data.leaks import common_features, find_copies, within
+from ft_assets.data.tables import NEAR_DUPLICATE, TOKENIZED, TOKENIZED_PREFERENCE, Table, TableWriter, rows_of, select, write_table
 from ft_assets.errors import DataError
 
-Rows = list[dict[str, Any]]
+SOURCES = ("conversations", "rehearsal", "heldout", "retention", "preferences")
+SIDES = ("train", "validation", "heldout", "retention", "preferences")
+MEMBERSHIP = ["id", "group", "stratum", "judged"]
+STRATIFIED = ("train", "validation", "heldout")
+PART = ""  # of a conversation that stands elsewhere whole: on no side, but nothing that is lost
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Split:
-    """The sides by name (train with rehearsal, validation, heldout, retention, preferences), the near-duplicates that
-    were left out ({"side", "id", "of", "similarity"}), and the counts of everything."""
+class Side:
+    """Some rows of a table, as often as they are asked for: those that `wanted` takes."""
 
-    sides: dict[str, Rows]
-    copies: Rows
-    counts: dict[str, Any]
+    def __init__(self, path: Path, wanted: Callable[[Row], bool]) -> None:
+        self.path, self.wanted = path, wanted
 
+    def __len__(self) -> int:
+        return sum(1 for row in Table(self.path, MEMBERSHIP) if self.wanted(row))
 
-def make_split(rows: dict[str, Rows], share: float, validation_share: float, salt: str, near_duplicate: float | None) -> Split:
-    """Return the split of conversations, rehearsal, heldout (fixed, or empty), retention and preferences.
-
-    Raises DataError if no train or no held-out row is left.
-    """
-    rest, heldout = (without_groups(rows["conversations"], _groups(rows["heldout"])), rows["heldout"])
-    if not heldout:
-        rest, heldout = _apart(rows["conversations"], share, salt)
-    kept_out = [*heldout, *rows["retention"]]
-    trained = {"train": rest, "rehearsal": rows["rehearsal"], "preferences": rows["preferences"]}
-    trained = {name: without_groups(side, _groups(kept_out)) for name, side in trained.items()}
-    copies = _remove_copies(trained, kept_out, near_duplicate)
-    train, validation = _apart(trained["train"], validation_share, f"{salt}:validation")
-    for name, side in (("train", train), ("held-out", heldout)):
-        if not side:
-            raise DataError(
-                "split",
-                f"no {name} rows out of {len(rows['conversations'])}",
-                "both sides filled",
-                "add data, or change data.heldout_share",
-            )
-    task = len(rows["conversations"]) - (0 if rows["heldout"] else len(heldout))
-    counts = {
-        "train_rows": len(train),
-        "rehearsal_rows": len(trained["rehearsal"]),
-        "validation_rows": len(validation),
-        "heldout_rows": len(heldout),
-        "retention_rows": len(rows["retention"]),
-        "preference_pairs": len(trained["preferences"]),
-        "train_rows_removed": task - len(train) - len(validation),
-        "rehearsal_rows_removed": len(rows["rehearsal"]) - len(trained["rehearsal"]),
-        "pairs_removed": len(rows["preferences"]) - len(trained["preferences"]),
-        "near_duplicates_removed": len({(copy["side"], copy["id"]) for copy in copies}),
-        "first_near_duplicate": "{side} {id} of {of}: {similarity:.2f}".format(**copies[0]) if copies else None,
-    }
-    sides = {"train": [*train, *trained["rehearsal"]], "validation": validation, "heldout": heldout, "retention": rows["retention"]}
-    return Split({**sides, "preferences": trained["preferences"]}, copies, counts)
+    def __iter__(self) -> Iterator[Row]:
+        for batch in Table(self.path, [*MEMBERSHIP, "messages"]).batches():
+            yield from rows_of(select(batch, self.wanted, MEMBERSHIP))
 
 
 def is_heldout(group: str, share: float, salt: str = "") -> bool:
@@ -70,47 +48,102 @@ def is_heldout(group: str, share: float, salt: str = "") -> bool:
     return value / 2**64 < share
 
 
-def without_groups(rows: Iterable[dict[str, Any]], groups: set[str]) -> Rows:
-    """Return the rows that share no group with `groups`."""
-    return [row for row in rows if row["group"] not in groups]
+def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write the sides to `output`, and to its `info` what was left out and why. Returns (counts, version of each side).
 
-
-def overlaps(**sides: Iterable[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Return (side, id, other side, id) for each group that stands on two sides."""
-    seen: dict[str, tuple[str, str]] = {}
-    found = []
-    for name, rows in sides.items():
-        for row in rows:
-            side, identity = seen.setdefault(row["group"], (name, row["id"]))
-            if side != name:
-                found.append((side, identity, name, row["id"]))
-    return found
-
-
-def _groups(rows: Rows) -> set[str]:
-    return {row["group"] for row in rows}
-
-
-def _apart(rows: Rows, share: float, salt: str) -> tuple[Rows, Rows]:
-    """Return (rows that stay, rows that are set apart)."""
-    flags = [is_heldout(row["group"], share, salt) for row in rows]
-    return (
-        [row for row, flag in zip(rows, flags, strict=True) if not flag],
-        [row for row, flag in zip(rows, flags, strict=True) if flag],
-    )
-
-
-def _remove_copies(trained: dict[str, Rows], kept_out: Rows, threshold: float | None) -> Rows:
-    """Take near-duplicates of kept-out rows out of all sides of `trained`; return them.
-
-    Repeated until none is found: what counts as a common instruction depends on the rows that are left, and the check
-    `nothing_leaks` asks the same of the same rows.
+    `chat` holds the rendered conversations, rehearsal, heldout (fixed, or empty), retention and preferences; `targets` are
+    texts that must not be trained on. Raises DataError if no train or no held-out row is left.
     """
-    copies: Rows = []
-    while threshold and (matches := near_duplicates([row for side in trained.values() for row in side], kept_out, threshold)):
-        found = {match[0] for match in matches}
-        for name, side in trained.items():
-            here = {row["id"] for row in side}
-            copies += [{"side": name, "id": one, "of": other, "similarity": score} for one, other, score in matches if one in here]
-            trained[name] = [row for row in side if row["id"] not in found]
-    return copies
+    tables = {name: chat / f"{name}.parquet" for name in SOURCES}
+    fixed = len(Table(tables["heldout"])) > 0
+    shares = data.stratify.shares if data.stratify else {}
+
+    def held(row: Row) -> bool:
+        return (
+            not fixed
+            and row["judged"]
+            and is_heldout(row["group"], shares.get(row.get("stratum") or "", data.heldout_share), data.split_salt)
+        )
+
+    kept = {row["group"] for path in (tables["retention"], tables["heldout"], targets) for row in Table(path, ["group"])}
+    kept |= {row["group"] for row in Table(tables["conversations"], MEMBERSHIP) if held(row)}
+
+    def rest(row: Row) -> bool:
+        return row["group"] not in kept
+
+    trained = {name: Side(tables[name], rest) for name in ("conversations", "rehearsal", "preferences")}
+    kept_out = [Side(tables["conversations"], held), *(Side(path, _every) for path in (tables["heldout"], tables["retention"], targets))]
+    common = common_features([*trained.values(), *kept_out], data)
+    copies = find_copies(trained, kept_out, data, common)
+    left_out = {name: {copy["id"] for copy in copies if copy["side"] == name} for name in trained}
+
+    def side(source: str, row: Row) -> str | None:
+        if source in ("heldout", "retention"):
+            return source if row["judged"] else PART
+        if source == "conversations" and held(row):
+            return "heldout"
+        if not rest(row) or row["id"] in left_out[source]:
+            return None if row.get("judged", True) else PART
+        if source == "preferences":
+            return source
+        watched = source == "conversations" and is_heldout(row["group"], data.validation_share, f"{data.split_salt}:validation")
+        return "validation" if watched else "train"
+
+    counts, strata, versions = _write(tables, output, side)
+    for name in ("train", "heldout"):
+        if not counts[f"{name}_rows"]:
+            raise DataError(
+                "split",
+                f"no {name.replace('heldout', 'held-out')} rows out of {len(Table(tables['conversations']))}",
+                "both sides filled",
+                "add data, or change data.heldout_share",
+            )
+    counts["near_duplicates_removed"] = sum(map(len, left_out.values()))
+    counts["first_near_duplicate"] = "{side} {id} of {of}: {similarity:.2f}".format(**copies[0]) if copies else None
+    inside = within({name: Side(output / f"{name}.parquet", _every) for name in SIDES}, data, common)
+    counts |= {f"{name}_near_duplicates_within": sum(copy["side"] == name for copy in inside) for name in SIDES}
+    (output / "info").mkdir()
+    write_table(output / "info" / "near_duplicates.parquet", [*copies, *inside], NEAR_DUPLICATE)
+    (output / "info" / "boilerplate.json").write_text(json.dumps({name: sorted(values) for name, values in common.items()}))
+    (output / "info" / "strata.json").write_text(json.dumps(strata, indent=1, ensure_ascii=False))
+    return counts, versions
+
+
+def _every(_: Row) -> bool:
+    return True
+
+
+def _write(
+    tables: dict[str, Path], output: Path, side: Callable[[str, Row], str | None]
+) -> tuple[dict[str, Any], dict[str, dict[str, int]], dict[str, str]]:
+    """Write each row to its side. Returns the counts, {stratum: {side: rows}} and the versions."""
+    sources: Counter[tuple[str, str | None]] = Counter()
+    strata: dict[str, dict[str, int]] = {}
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(TableWriter(output / f"{name}.parquet", TOKENIZED_PREFERENCE if name == "preferences" else TOKENIZED))
+            for name in SIDES
+        }
+        for source, path in tables.items():
+            for batch in Table(path).batches():
+                members = batch.select([name for name in MEMBERSHIP if name in batch.schema.names]).to_pylist()
+                chosen = [side(source, row) for row in members]
+                for name in dict.fromkeys(name for name in chosen if name):
+                    writers[name].copy(batch.filter(pa.array([entry == name for entry in chosen])))
+                sources.update((source, name) for name in chosen)
+                for row, name in zip(members, chosen, strict=True):
+                    if row["stratum"] is not None and name in STRATIFIED:
+                        strata.setdefault(row["stratum"], dict.fromkeys(STRATIFIED, 0))[name] += 1
+        versions = {name: writer.version for name, writer in writers.items()}
+    counts = {
+        "train_rows": sources[("conversations", "train")],
+        "rehearsal_rows": sources[("rehearsal", "train")],
+        "validation_rows": sources[("conversations", "validation")],
+        "heldout_rows": sources[("conversations", "heldout")] + sources[("heldout", "heldout")],
+        "retention_rows": sources[("retention", "retention")],
+        "preference_pairs": sources[("preferences", "preferences")],
+        "train_rows_removed": sources[("conversations", None)],
+        "rehearsal_rows_removed": sources[("rehearsal", None)],
+        "pairs_removed": sources[("preferences", None)],
+    }
+    return counts, strata, versions

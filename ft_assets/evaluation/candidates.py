@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ft_assets.chat.rendering import ProofFailed, render, render_answer
+from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import EvaluationSettings
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.generation import generate
@@ -74,14 +74,15 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
     """Return every candidate's scores on the same rows, and the proofs that they mean something. Raises EvaluationError."""
     prove_unseen(adapters, heldout=task.heldout, retention=task.retention)
     tokenizer, stops = load_tokenizer(snapshot), stop_ids(snapshot)
+    renderer = Renderer(tokenizer, stops)
     model = load_candidates(snapshot, adapters)
     scored = Scored()
-    scored.proofs["adapters"] = prove_adapters_act(model, adapters, render(tokenizer, task.heldout[0]["messages"][:-1], True))
-    scored.proofs["template_mismatches"] = template_mismatches(tokenizer, [*task.heldout, *task.train])
+    scored.proofs["adapters"] = prove_adapters_act(model, adapters, _prompts(renderer, task.heldout[:1])[0])
+    scored.proofs["template_mismatches"] = template_mismatches(renderer, [*task.heldout, *task.train])
     scorer = Scorer(model, tokenizer, stops, task)
     prompted = [{**row, "messages": few_shot_prompt(row["messages"], task.few_shot_system, task.few_shot)} for row in task.heldout]
     plans: list[tuple[str, str | None, Rows]] = [("base", None, task.heldout)]
-    plans += [("few_shot", None, _tokenized(tokenizer, prompted, stops))] if task.few_shot else []
+    plans += [("few_shot", None, _tokenized(renderer, prompted))] if task.few_shot else []
     plans += [(name, name, task.heldout) for name in adapters]
     for name, adapter, rows in plans:
         begun = time.perf_counter()
@@ -109,20 +110,28 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
     return scored
 
 
-def _tokenized(tokenizer: Any, rows: Rows, stops: frozenset[int]) -> Rows:
+def _tokenized(renderer: Renderer, rows: Rows) -> Rows:
     tokenized = []
-    for row in rows:
-        try:
-            prompt, answer = render_answer(tokenizer, row["messages"][:-1], row["messages"][-1]["content"], stops)
-        except ProofFailed as problem:
-            raise EvaluationError(
-                f"held-out row {row.get('id', '')}",
-                f"cannot be rendered for this candidate: {problem}",
-                "a prompt that the template takes",
-                "correct data.few_shot and few_shot_system, or chat.chat_template",
-            ) from None
+    for row, rendered in zip(rows, renderer.answers(rows), strict=True):
+        prompt, answer = _proven(row, rendered)
         tokenized.append({**row, "input_ids": prompt + answer, "supervised": [False] * len(prompt) + [True] * len(answer)})
     return tokenized
+
+
+def _prompts(renderer: Renderer, rows: Rows) -> list[list[int]]:
+    asked = [{**row, "messages": row["messages"][:-1]} for row in rows]
+    return [_proven(row, prompt) for row, prompt in zip(rows, renderer.prompts(asked), strict=True)]
+
+
+def _proven(row: Mapping[str, Any], rendered: Any) -> Any:
+    if isinstance(rendered, ProofFailed):
+        raise EvaluationError(
+            f"held-out row {row.get('id', '')}",
+            f"cannot be rendered for this candidate: {rendered}",
+            "a prompt that the template takes",
+            "correct data.few_shot and few_shot_system, or chat.chat_template",
+        )
+    return rendered
 
 
 def replaced_template(snapshot: Path) -> str | None:
@@ -136,6 +145,7 @@ class Scorer:
 
     def __init__(self, model: Any, tokenizer: Any, stops: frozenset[int], task: Task) -> None:
         self.model, self.tokenizer, self.stops, self.task, self.settings = model, tokenizer, stops, task, task.settings
+        self.renderer = Renderer(tokenizer, stops)
         self.refusal = refusal_pattern(task.settings.refusals)
         self.own = load_function(task.settings.python, task.root) if task.settings.python else None
 
@@ -148,13 +158,13 @@ class Scorer:
         used = self.tokenizer.chat_template
         self.tokenizer.chat_template = template
         try:
-            return statistics.fmean(self.losses(_tokenized(self.tokenizer, rows, self.stops))[0])
+            return statistics.fmean(self.losses(_tokenized(Renderer(self.tokenizer, self.stops), rows))[0])
         finally:
             self.tokenizer.chat_template = used
 
     def answers(self, rows: Rows) -> Rows:
         """Return each row's greedy answer and its habits."""
-        prompts = [render(self.tokenizer, row["messages"][:-1], generation_prompt=True) for row in rows]
+        prompts = _prompts(self.renderer, rows)
         found = generate(
             self.model,
             self.tokenizer,
@@ -210,8 +220,8 @@ class Scorer:
     def choices(self, rows: Rows, references: list[str]) -> list[float]:
         """Return 1 where the reference is the most likely of the labels, by the summed log-probability of label and end of turn."""
         labels, count = self.settings.labels, len(self.settings.labels)
-        asked = [{"messages": [*row["messages"][:-1], {"role": "assistant", "content": label}]} for row in rows for label in labels]
-        tokenized = _tokenized(self.tokenizer, asked, self.stops)
+        asked = [{**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": label}]} for row in rows for label in labels]
+        tokenized = _tokenized(self.renderer, asked)
         sums = sequence_log_probabilities(self.model, tokenized, self.settings.batch_size or LOSS_BATCH, self.tokenizer.pad_token_id)
         picked = [max(range(count), key=sums[begin : begin + count].__getitem__) for begin in range(0, len(sums), count)]
         return [float(normal_label(labels[index]) == normal_label(ref)) for index, ref in zip(picked, references, strict=True)]

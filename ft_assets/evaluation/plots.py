@@ -98,3 +98,15 @@ def _png(figure: Any) -> bytes:
 def data_uri(png: bytes) -> str:
     """Return a PNG for an image in the markdown of the UI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def length_plot(histogram: Mapping[str, Any], max_length: int) -> bytes:
+    """Return a PNG: how many conversations have how many tokens, and where they are left out."""
+    figure, axes = _axes()
+    edges, counts = histogram["edges"], histogram["counts"]
+    axes.bar(edges[:-1], counts, width=edges[1] - edges[0], align="edge", color="#2f855a")
+    axes.axvline(max_length, color="#c05621", linestyle="--", label=f"chat.max_length {max_length}")
+    axes.set_xlabel("tokens of a conversation")
+    axes.set_ylabel("conversations")
+    axes.legend(fontsize=8, frameon=False)
+    return _png(figure)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 
-from ft_assets.chat.rendering import ProofFailed, render
+from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.errors import EvaluationError
 from ft_assets.models.loading import load_base
 from ft_assets.training.adapter import TRAINED_GROUPS
@@ -91,15 +91,26 @@ def prove_unseen(adapters: dict[str, Path], **sides: list[dict[str, Any]]) -> No
                 )
 
 
-def template_mismatches(tokenizer: Any, rows: list[dict[str, Any]]) -> list[str]:
-    """Return the ids of tokenized rows whose prompt the tokenizer's template renders to other tokens today."""
-    found = []
-    for row in rows:
-        end = len(row["supervised"]) - row["supervised"][::-1].index(False, row["supervised"][::-1].index(True))
-        try:
-            same = render(tokenizer, row["messages"][:-1], generation_prompt=True) == row["input_ids"][:end]
-        except ProofFailed:
-            same = False
-        if not same:
-            found.append(row["id"])
-    return found
+def template_mismatches(renderer: Renderer, rows: list[dict[str, Any]]) -> list[str]:
+    """Return the ids of tokenized rows that the tokenizer's template renders to other tokens today.
+
+    Of a conversation what is compared is what the model is given before the last answer; a plain text is compared whole.
+    """
+    texts = [row for row in rows if row["messages"][0]["role"] == "text"]
+    chats = [row for row in rows if row["messages"][0]["role"] != "text"]
+    found = set()
+    for row, rendered in zip(texts, renderer.train(texts), strict=True):
+        if isinstance(rendered, ProofFailed) or rendered[0].input_ids != row["input_ids"]:
+            found.add(row["id"])
+    prompts = renderer.prompts([{**row, "messages": row["messages"][:-1]} for row in chats])
+    for row, prompt in zip(chats, prompts, strict=True):
+        if isinstance(prompt, ProofFailed) or prompt != row["input_ids"][: _last_answer(row["supervised"])]:
+            found.add(row["id"])
+    return [row["id"] for row in rows if row["id"] in found]
+
+
+def _last_answer(supervised: list[bool]) -> int:
+    """Return where the last run of supervised tokens begins."""
+    backwards = supervised[::-1]
+    last = backwards.index(True)
+    return len(supervised) - (backwards.index(False, last) if False in backwards[last:] else len(supervised))

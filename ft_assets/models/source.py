@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ft_assets.config import BaseModelSettings
+from ft_assets.chat.template import DATE_KEY, bake, broken_markers, end_of_turn, reads
+from ft_assets.config import BaseModelSettings, ChatSettings
 from ft_assets.errors import ConfigError, ModelError, TemplateError
 
 PACKAGE = "package://"
@@ -85,9 +86,15 @@ def source_identity(name: str, settings: BaseModelSettings, root: Path) -> dict[
 
 
 def write_snapshot(
-    name: str, settings: BaseModelSettings, root: Path, identity: dict[str, Any], template: str | None, output: Path
+    name: str,
+    settings: BaseModelSettings,
+    root: Path,
+    identity: dict[str, Any],
+    template: str | None,
+    output: Path,
+    chat: ChatSettings | None = None,
 ) -> dict[str, Any]:
-    """Write the bf16 snapshot and return facts about it. Raises ModelError, TemplateError."""
+    """Write the bf16 snapshot, its chat template with `chat` baked in, and return facts about it. Raises ModelError, TemplateError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers import logging as hf_logging
@@ -110,10 +117,7 @@ def write_snapshot(
             "a causal language model that transformers reads",
             "check the source; models with own code need trust_remote_code: true",
         ) from error
-    replaced = tokenizer.chat_template if template is not None and tokenizer.chat_template != template else None
-    if template is not None:
-        tokenizer.chat_template = template
-    require_template(name, tokenizer)
+    replaced = settle_template(name, tokenizer, template, chat or ChatSettings())
     _settle_stop_tokens(model, tokenizer)
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
@@ -134,16 +138,54 @@ def _place(name: str, settings: BaseModelSettings, root: Path, identity: dict[st
     return str(locate_folder(name, settings.folder or "", root)), {}
 
 
-def require_template(name: str, tokenizer: Any) -> None:
-    """Raise TemplateError if the base has no chat template; a list of templates is refused with its names."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
+def settle_template(name: str, tokenizer: Any, template: str | None, chat: ChatSettings) -> str | None:
+    """Give the tokenizer the one template it is used with, and return its own if `template` (the configured text) replaces it.
+
+    What `chat` bakes in does not count as replaced. Raises TemplateError.
+    """
+    own = _own_template(name, tokenizer, chat.template_name) if template is None or chat.template_name else tokenizer.chat_template
+    tokenizer.chat_template = own if template is None else template
+    require_template(name, tokenizer)
+    where = f"base_models.{name}.chat"
+    if template is not None and (broken := broken_markers(template, tokenizer)):
+        marker, length = next(iter(broken.items()))
+        known = [token.content for token in tokenizer.added_tokens_decoder.values()][:12]
         raise TemplateError(
-            f"base_models.{name}",
-            f"the tokenizer has {len(template)} chat templates ({', '.join(template)})",
-            "one",
-            f"write the one you mean to a file and set base_models.{name}.chat.chat_template",
+            f"{where}.chat_template",
+            f"its marker {marker} is {length} tokens in this vocabulary, or unknown ({len(broken)} such: {', '.join(broken)})",
+            "markers that are single tokens: new ones would have untrained embeddings, which LoRA does not train",
+            f"write the template with markers it has ({', '.join(known)}), or with words, ending turns with its EOS; or use the instruct version",
         )
+    for key in chat.template_kwargs:
+        if not reads(tokenizer.chat_template, key):
+            raise TemplateError(
+                f"{where}.template_kwargs.{key}", "the template reads no such variable", "one that stands in it", "correct or remove it"
+            )
+    replaced = own if isinstance(own, str) and own != tokenizer.chat_template else None
+    tokenizer.chat_template = bake(tokenizer.chat_template, chat.template_kwargs, chat.system_turn)
+    tokenizer.init_kwargs[DATE_KEY] = chat.date.isoformat()
+    return bake(replaced, chat.template_kwargs, chat.system_turn) if replaced else None
+
+
+def _own_template(name: str, tokenizer: Any, chosen: str | None) -> Any:
+    """Return the base's own template: of several the chosen one. Raises TemplateError with their names."""
+    template = tokenizer.chat_template
+    if chosen is None and not isinstance(template, dict):
+        return template
+    names = list(template) if isinstance(template, dict) else []
+    if chosen in names:
+        return template[chosen]
+    raise TemplateError(
+        f"base_models.{name}" + (".chat.template_name" if chosen else ""),
+        f"the tokenizer has {len(names)} chat templates ({', '.join(names)})" + (f", none named {chosen}" if chosen else ""),
+        "one",
+        f"set base_models.{name}.chat.template_name to one of them" if names else "remove template_name: there is nothing to choose from",
+    )
+
+
+def require_template(name: str, tokenizer: Any) -> None:
+    """Raise TemplateError if the base has no chat template."""
+    template = tokenizer.chat_template
     if not template:
         raise TemplateError(
             f"base_models.{name}",
@@ -154,11 +196,12 @@ def require_template(name: str, tokenizer: Any) -> None:
 
 
 def _settle_stop_tokens(model: Any, tokenizer: Any) -> None:
-    """Make generation stop at the tokenizer's EOS as well, and give it a pad token."""
+    """Make generation stop at the tokenizer's EOS and at what its template ends an answer with; give it a pad token."""
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
-        stops = [*stops, tokenizer.eos_token_id]
+    for token in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
+        if token is not None and token not in stops:
+            stops = [*stops, token]
     model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,76 +1,113 @@
 """Step: render and tokenize every conversation and preference pair with the model's own template, proven row by row."""
 
-import statistics
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from ft_assets.chat.rendering import ProofFailed, render_answer, render_supervised
+from ft_assets.chat.rendering import ProofFailed, Rendered, Renderer, prints_date
+from ft_assets.chat.template import date_of
 from ft_assets.config import ChatSettings
-from ft_assets.data.tables import REJECTED, TOKENIZED, TOKENIZED_PREFERENCE, read_table, rows_version, write_table
+from ft_assets.data.ledger import Ledger
+from ft_assets.data.tables import REJECTED, TOKENIZED, TOKENIZED_PREFERENCE, Table, TableWriter, rows_of
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.models.loading import load_tokenizer, stop_ids
 from ft_assets.steps._run import main
 
+Row = dict[str, Any]
+
 
 def step(job: Job, report: Report) -> StepResult:
     settings = ChatSettings.model_validate(job.settings)
-    snapshot = job.inputs["base_model"]
-    tokenizer, stops = load_tokenizer(snapshot), stop_ids(snapshot)
-    ledger: dict[str, Any] = {}
-    refused: list[dict[str, str]] = []
-    parts = {}
-    for name in ("conversations", "rehearsal", "heldout", "retention"):
-        rows, too_long = [], 0
-        for row in read_table(job.inputs["raw_dataset"] / f"{name}.parquet"):
-            try:
-                rendered = render_supervised(tokenizer, row["messages"], stops)
-            except ProofFailed as problem:
-                refused.append({"where": f"{name} {row['id']} ({row['source']})", "problem": str(problem)})
-                continue
-            if len(rendered.input_ids) > settings.max_length:
-                too_long += 1
-                continue
-            rows.append({**row, "input_ids": rendered.input_ids, "supervised": rendered.supervised})
-        write_table(job.output / f"{name}.parquet", rows, TOKENIZED)
-        parts[name] = rows_version(rows)
-        ledger.update({f"{name}_rows": len(rows), f"{name}_too_long": too_long})
-        if name == "conversations":
-            ledger.update(_ledger(rows))
-        report(f"rendered {name}", rows=len(rows), too_long=too_long)
-    pairs, too_long = [], 0
-    for row in read_table(job.inputs["raw_preferences"] / "preferences.parquet"):
-        try:
-            prompt, chosen = render_answer(tokenizer, row["messages"], row["chosen"], stops)
-            _, rejected = render_answer(tokenizer, row["messages"], row["rejected"], stops)
-        except ProofFailed as problem:
-            refused.append({"where": f"preference {row['id']} ({row['source']})", "problem": str(problem)})
-            continue
-        if len(prompt) + max(len(chosen), len(rejected)) > settings.max_length:
-            too_long += 1
-            continue
-        pairs.append({**row, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
-    write_table(job.output / "preferences.parquet", pairs, TOKENIZED_PREFERENCE)
-    parts["preferences"] = rows_version(pairs)
-    (job.output / "info").mkdir()
-    write_table(job.output / "info" / "refused.parquet", refused, REJECTED)
-    total = sum(count for key, count in ledger.items() if key.endswith(("_rows", "_too_long"))) + len(pairs) + too_long + len(refused)
-    ledger.update({"preferences_rows": len(pairs), "preferences_too_long": too_long, "refused": len(refused), "total": total})
-    if refused:
-        ledger["first_refused"] = f"{refused[0]['where']}: {refused[0]['problem']}"
-    return StepResult(ledger, parts)
+    snapshot, raw = job.inputs["base_model"], job.inputs["raw_dataset"]
+    tokenizer = load_tokenizer(snapshot)
+    renderer = Renderer(tokenizer, stop_ids(snapshot))
+    metrics: dict[str, Any] = {"template_prints": f"the date, as {date_of(tokenizer)}" if prints_date(tokenizer) else None}
+    parts, histograms = {}, {}
+    with TableWriter(job.output / "info" / "refused.parquet", REJECTED) as refused:
+        room = Room(renderer, settings.max_length, refused)
+        for name in ("conversations", "rehearsal", "heldout", "retention"):
+            with TableWriter(job.output / f"{name}.parquet", TOKENIZED) as table:
+                ledger = room.conversations(name, raw / f"{name}.parquet", table)
+                parts[name] = table.version
+            metrics |= {f"{name}_rows": table.rows, f"{name}_too_long": ledger.too_long}
+            metrics |= ledger.metrics() if name == "conversations" else {}
+            histograms[name] = ledger.histogram()
+            report(f"rendered {name}", rows=table.rows, too_long=ledger.too_long)
+        with TableWriter(job.output / "preferences.parquet", TOKENIZED_PREFERENCE) as table:
+            ledger = room.preferences(job.inputs["raw_preferences"] / "preferences.parquet", table)
+            parts["preferences"] = table.version
+        metrics |= {"preferences_rows": table.rows, "preferences_too_long": ledger.too_long}
+    metrics |= {"refused": refused.rows, "first_refused": room.first, "total": room.total}
+    metrics |= {"one_sequence_a_turn": room.unrolled, "template_adds": " ".join(sorted(room.added)) or None}
+    (job.output / "info" / "lengths.json").write_text(json.dumps(histograms))
+    return StepResult(metrics, parts)
 
 
-def _ledger(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    if not rows:
-        return {}
-    lengths = sorted(len(row["input_ids"]) for row in rows)
-    tokens, supervised = sum(lengths), sum(sum(row["supervised"]) for row in rows)
+class Room:
+    """Renders batch after batch, and counts what is refused, what the template adds, and where it takes a sequence a turn."""
+
+    def __init__(self, renderer: Renderer, max_length: int, refused: TableWriter) -> None:
+        self.renderer, self.max_length, self.refused = renderer, max_length, refused
+        self.first: str | None = None
+        self.added: set[str] = set()
+        self.unrolled = self.total = 0
+
+    def conversations(self, name: str, path: Path, table: TableWriter) -> Ledger:
+        """Write the rows of a table that are proven and short enough."""
+        ledger = Ledger(self.max_length)
+        for rows in self._batches(path):
+            for row, rendered in zip(rows, self.renderer.train(rows), strict=True):
+                if isinstance(rendered, ProofFailed):
+                    self._refuse(name, row, rendered)
+                    continue
+                self.unrolled += len(rendered) > 1
+                for sequence in rendered:
+                    self.added.update(sequence.added)
+                    if ledger.fits(sequence.supervised):
+                        table.write(_tokenized(row, sequence))
+        return ledger
+
+    def preferences(self, path: Path, table: TableWriter) -> Ledger:
+        """Write the pairs that are proven and short enough."""
+        ledger = Ledger(self.max_length)
+        for rows in self._batches(path):
+            sides = [self.renderer.answers([_answered(row, row[key]) for row in rows]) for key in ("chosen", "rejected")]
+            for row, chosen, rejected in zip(rows, *sides, strict=True):
+                if isinstance(chosen, ProofFailed) or isinstance(rejected, ProofFailed):
+                    self._refuse("preference", row, next(one for one in (chosen, rejected) if isinstance(one, ProofFailed)))
+                    continue
+                (prompt, better), (_, worse) = chosen, rejected
+                if ledger.fits([False] * len(prompt) + [True] * max(len(better), len(worse))):
+                    table.write({**row, "prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse})
+        return ledger
+
+    def _batches(self, path: Path) -> Iterator[list[Row]]:
+        for batch in Table(path).batches():
+            rows = rows_of(batch)
+            self.total += len(rows)
+            yield rows
+
+    def _refuse(self, name: str, row: Row, problem: ProofFailed) -> None:
+        where = f"{name} {row['id']} ({row['source']})"
+        self.refused.write({"where": where, "problem": str(problem), "row": ""})
+        self.first = self.first or f"{where}: {problem}"
+
+
+def _answered(row: Row, answer: str) -> Row:
+    return {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+
+
+def _tokenized(row: Row, sequence: Rendered) -> Row:
+    """Return the row of a sequence: the conversation up to the turn that it ends with. Only a whole one can be held out."""
+    whole = sequence.turns == len(row["messages"])
     return {
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "supervised_percent": round(100 * supervised / tokens, 2),
-        "length_median": statistics.median(lengths),
-        "length_p95": lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))],
-        "length_max": lengths[-1],
+        **row,
+        "id": row["id"] if whole else f"{row['id']}.{sequence.turns}",
+        "messages": row["messages"][: sequence.turns],
+        "judged": whole and row["messages"][-1]["role"] == "assistant",
+        "input_ids": sequence.input_ids,
+        "supervised": sequence.supervised,
     }
 
 

@@ -28,7 +28,7 @@ def step(job: Job, report: Report) -> StepResult:
     task = Task(
         heldout=read_table(split / "heldout.parquet"),
         retention=read_table(split / "retention.parquet")[: settings.retention_rows],
-        train=sorted(train, key=lambda row: row["id"])[: settings.train_rows],
+        train=sorted((row for row in train if row["judged"]), key=lambda row: row["id"])[: settings.train_rows],
         few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet"),
         few_shot_system=job.settings["few_shot_system"],
         settings=settings,

@@ -1,0 +1,155 @@
+"""What a run would do, and why, without doing it: the graph is walked with a workshop that only compares versions.
+
+What lies behind a step that would run is compared with the versions of today; whether it runs depends on whether that
+step's content changes. Times and memory are those of the last time the step ran.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import dagster as dg
+
+from ft_assets.artifacts import Artifact
+from ft_assets.assets.workshop import Inputs, Wanted, Workshop
+from ft_assets.config import Project
+from ft_assets.console import cause
+
+RUNS, MAYBE, REUSED, REFUSED = "runs", "runs if that changes", "reused", "refused"
+Build = Callable[[Project], dg.Definitions]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What would happen to one asset. `seconds` and `memory_gb`: as the last time, None if it never ran."""
+
+    asset: str
+    partition: str | None
+    action: str
+    why: list[str]
+    seconds: float | None = None
+    memory_gb: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Planner(Workshop):
+    """A workshop that makes nothing and notes what it would make."""
+
+    def __init__(self, project: Project) -> None:
+        super().__init__(project)
+        self.steps: dict[str, Step] = {}
+
+    def materialize(
+        self, context: dg.AssetExecutionContext, *, settings: Any, inputs: Inputs | None = None, libraries: str | None = None, **_: Any
+    ) -> tuple[Artifact, bool]:
+        """Note whether the artifact would be made, and return the current one. Raises dg.Failure where there is none."""
+        wanted = Wanted.of(context, settings, inputs or {}, libraries)
+        current, known = (
+            self.store.current(wanted.asset, wanted.partition),
+            self.store.find(wanted.asset, wanted.partition, wanted.fingerprint),
+        )
+        above = sorted(
+            {name.partition("#")[0].partition("[")[0] for name in wanted.inputs}
+            & {name for name, step in self.steps.items() if step.action in (RUNS, MAYBE)}
+        )
+        if known is None:
+            action, why = RUNS, reasons(wanted, current)
+        elif above:
+            action, why = MAYBE, [f"after {', '.join(above)}"]
+        else:
+            action, why = REUSED, []
+        shown = known or current
+        seconds = round(shown.manifest["finished"] - shown.manifest["started"], 1) if shown else None
+        memory = shown.metrics.get("peak_train_memory_gb") if shown else None
+        self.steps[wanted.asset] = Step(wanted.asset, wanted.partition, action, why, seconds, memory)
+        if shown is None:
+            raise dg.Failure(description=NOT_YET)
+        return shown, True
+
+
+NOT_YET = "would be made for the first time"
+
+
+def reasons(wanted: Wanted, current: Artifact | None) -> list[str]:
+    """Return what differs between what is wanted and what there is."""
+    if current is None:
+        return ["never made"]
+    was, found = current.manifest, []
+    if was["code_version"] != wanted.code_version:
+        found.append(f"its code changed (version {was['code_version']} → {wanted.code_version})")
+    found += [f"{name} changed" for name in _changed(was["inputs"], wanted.inputs)]
+    found += [
+        f"{name} {was['environment'].get(name, '–')} → {wanted.environment.get(name, '–')}"
+        for name in _changed(was["environment"], wanted.environment)
+    ]
+    found += [f"setting {path}" for path in _paths(was["settings"], wanted.settings)]
+    return found or ["an older version of it is current"]
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+
+
+def _paths(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Return the settings that differ, `sft.learning_rate 0.1 → 0.2`."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return [
+            text
+            for key in _changed(before, now)
+            for text in _paths(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if prefix.startswith("files"):
+        return ["data files: " + prefix.partition(".")[2]]
+    shown = [str(value) if len(str(value)) < 40 else "…" for value in (before, now)]
+    return [f"{prefix} {shown[0]} → {shown[1]}" if shown[0] != shown[1] else prefix]
+
+
+def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition: str | None) -> list[Step]:
+    """Return a step for each asset of `keys`, in the graph's order."""
+    planner, definitions = Planner(project), build(project)
+    selection = dg.AssetSelection.assets(*keys).without_checks()
+    job = dg.Definitions(
+        assets=definitions.assets,
+        resources={"workshop": planner},
+        executor=dg.in_process_executor,
+        jobs=[dg.define_asset_job("plan", selection=selection)],
+        loggers={"console": definitions.loggers["console"]} if definitions.loggers else {},
+    ).resolve_job_def("plan")
+    with dg.DagsterInstance.ephemeral() as instance:
+        quiet = {"loggers": {"console": {}}}
+        outcome = job.execute_in_process(instance=instance, partition_key=partition, raise_on_error=False, run_config=quiet)
+    refused = {event.step_key: cause(event) for event in outcome.all_events if event.is_step_failure}
+    graph, steps = definitions.resolve_asset_graph(), dict[str, Step]()
+    for key in (key for level in graph.toposorted_asset_keys_by_level for key in sorted(level) if key in keys):
+        name = key.to_user_string()
+        above = sorted(parent.to_user_string() for parent in graph.get(key).parent_keys)
+        above = [parent for parent in above if parent in steps and steps[parent].action in (RUNS, MAYBE)]
+        if name in planner.steps:
+            steps[name] = planner.steps[name]
+        elif above:  # not reached, or refused with the artifacts of today
+            steps[name] = Step(name, partition, MAYBE if name in refused else RUNS, [f"after {', '.join(above)}"])
+        else:
+            steps[name] = Step(name, partition, REFUSED, [refused.get(name, "")])
+    return list(steps.values())
+
+
+def table(steps: Sequence[Step]) -> str:
+    """Return the steps as text, and what is known of the time that they take."""
+    wide = max(len(step.asset) for step in steps)
+    lines = [f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}  {'; '.join(step.why)}".rstrip() for step in steps]
+    working = [step for step in steps if step.action in (RUNS, MAYBE)]
+    known = [step.seconds for step in working if step.seconds is not None]
+    if working:
+        lines.append(
+            f"  {len(working)} of {len(steps)} steps, {sum(known) / 60:.1f} min as the last time"
+            + (f" ({len(working) - len(known)} never ran)" if len(known) < len(working) else "")
+        )
+    else:
+        lines.append("  nothing to do")
+    return "\n".join(lines)
+
+
+def _took(step: Step) -> str:
+    return "–" if step.seconds is None else f"{step.seconds:.0f} s"
