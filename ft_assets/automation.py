@@ -1,7 +1,10 @@
-"""What runs without a person: a sensor that reports changed data files, and the retraining schedule. Both off by default."""
+"""What runs without a person, all of it off by default: a sensor that reports changed data files, one that reruns what is
+stale, and the retraining schedule."""
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import dagster as dg
 
@@ -10,6 +13,36 @@ from ft_assets.config import Project
 from ft_assets.errors import FtError
 
 KEYS = (*CONVERSATIONS, "preferences")
+
+
+def stale(ancestors: Iterable[dg.AssetKey]) -> dg.AutomationCondition:
+    """Condition of every asset: what it is made from has other content than when it was made, and is ready.
+
+    Content, not time: `eager()` retrains when an input was made again with the same result. It waits while any of the
+    partitioned `ancestors` runs or is about to: few-shot examples and train rows come from one asset, and a report on new
+    examples and an adapter that is about to be replaced would cost an evaluation for nothing. A failed blocking check holds
+    across runs here.
+    """
+    condition: Any = dg.AutomationCondition  # its key type is invariant, which the | of its own conditions does not meet
+    moved = condition.data_version_changed() & ~condition.executed_with_root_target()
+    wanted = (condition.any_deps_match(moved) | condition.code_version_changed() | condition.newly_missing()).since_last_handled()
+    moving = condition.in_progress() | condition.will_be_requested()
+    busy = condition.any_deps_match(moving) | condition.in_progress()
+    for key in sorted(ancestors):
+        busy |= condition.asset_matches(key, moving)
+    return (wanted & ~busy & ~condition.any_deps_missing() & condition.all_deps_blocking_checks_passed()).with_label("stale and ready")
+
+
+def automated(specs: Iterable[dg.AssetSpec]) -> Mapping[dg.AssetKey, dg.AutomationCondition]:
+    """Return the condition of each asset that is made here."""
+    known = {spec.key: spec for spec in specs}
+
+    def above(key: dg.AssetKey) -> set[dg.AssetKey]:
+        parents = {dep.asset_key for dep in known[key].deps}
+        return parents.union(*(above(parent) for parent in parents))
+
+    partitioned = {key for key, spec in known.items() if spec.partitions_def is not None}
+    return {key: stale(above(key) & partitioned if key in partitioned else ()) for key in known if key != data_files.key}
 
 
 def content_version(project: Project) -> str:
@@ -68,4 +101,11 @@ def automation(
             ]
 
         schedules.append(retrain_schedule)
-    return schedules, [data_files_sensor], [retrain]
+    rerun = dg.AutomationConditionSensorDefinition(
+        "rerun_stale",
+        target=dg.AssetSelection.all(),
+        minimum_interval_seconds=30,
+        run_tags={"ft/started_by": "rerun_stale"},
+        description="Reruns each asset whose inputs changed in content, partition by partition, one step of the graph at a time.",
+    )
+    return schedules, [data_files_sensor, rerun], [retrain]

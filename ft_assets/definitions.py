@@ -13,7 +13,7 @@ from ft_assets.assets.evaluation import evaluation_assets  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
 from ft_assets.assets.workshop import Workshop  # noqa: E402
-from ft_assets.automation import automation  # noqa: E402
+from ft_assets.automation import automated, automation  # noqa: E402
 from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.console import console  # noqa: E402
 
@@ -26,7 +26,7 @@ def build(project: Project) -> dg.Definitions:
     judged, judged_checks = evaluation_assets(base_models)
     released, released_checks = release_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
-    return dg.Definitions(
+    definitions = dg.Definitions(
         assets=[*data.ASSETS, *prepared, *trained, *judged, *released],
         asset_checks=[*data.CHECKS, *prepared_checks, *trained_checks, *judged_checks, *released_checks],
         jobs=jobs,
@@ -37,6 +37,8 @@ def build(project: Project) -> dg.Definitions:
         # Every heavy step is a child process of the launcher already: a process a step more would only cost time.
         executor=dg.in_process_executor,
     )
+    conditions = automated(definitions.resolve_all_asset_specs())
+    return definitions.map_asset_specs(func=lambda spec: spec.replace_attributes(automation_condition=conditions.get(spec.key)))
 
 
 defs = build(load_project())
