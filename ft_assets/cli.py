@@ -201,5 +201,82 @@ def ui(
     raise typer.Exit(serve("ft_assets.definitions", port, host_name or [], read_only))
 
 
+@app.command()
+def init(
+    data_file: Annotated[Path, typer.Argument(help="A file of conversations; its rows say what the task is.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", help="Hub id, folder, or GGUF file (package://package/file.gguf: in an installed package); a demo model by default."
+        ),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Where finetune.yaml is written.")] = Path(),
+    prompt: Annotated[str | None, typer.Option(help="The column that holds the prompt, if its name is not recognised.")] = None,
+    completion: Annotated[str | None, typer.Option(help="The column that holds the answer, if its name is not recognised.")] = None,
+) -> None:
+    """Write a first finetune.yaml for a data file, and say what its rows look like. Overwrites nothing."""
+    from ft_assets.commands.init import said, write_project
+
+    columns = {ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if theirs}
+    print(said(*write_project(data_file, base, folder, columns)))
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False) -> None:
+    """Say what has been made, when, and its key number; and how large the store is. What is out of date: ft plan."""
+    project = load_project()
+    os.environ["FT_CONFIG"] = str(find_config())
+    _quiet()
+    from ft_assets.commands.status import status as look
+    from ft_assets.commands.status import table
+    from ft_assets.definitions import build
+
+    graph = build(project).resolve_asset_graph()
+    keys = [key for level in graph.toposorted_asset_keys_by_level for key in sorted(level) if key in graph.materializable_asset_keys]
+    found = look(project, [(key.to_user_string(), graph.get(key).is_partitioned) for key in keys])
+    print(json.dumps(found.to_dict(), indent=1) if as_json else table(found))
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions of each asset stay.")] = 2,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete; without it, only say what would go.")] = False,
+) -> None:
+    """Remove old versions and leftovers from the store. What is current, and what it was made from, always stays."""
+    from ft_assets.commands.gc import removals, remove, table
+
+    root = load_project().store_path
+    going, unreadable = removals(root, keep)
+    print(table(going))
+    for path in unreadable:
+        print(f"left alone: {path}: its manifest cannot be read", file=sys.stderr)
+    if not apply:
+        print("nothing was deleted; ft gc --apply does it" if going else "")
+        return
+    failed = False
+    for removal in going:
+        try:
+            if not remove(removal):
+                print(f"left alone: {removal.what}: in use meanwhile", file=sys.stderr)
+        except OSError as error:
+            failed = True
+            print(f"error: {removal.path}: cannot be deleted ({error.strerror}); check its permissions", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False) -> None:
+    """Look at the machine, finetune.yaml, the data files and the base models: what is wrong, and what to do. Makes nothing."""
+    _quiet()
+    from ft_assets.commands.checkup import FAIL, table
+    from ft_assets.commands.doctor import examine
+
+    checks = examine()
+    print(json.dumps([check.to_dict() for check in checks], indent=1) if as_json else table(checks))
+    if any(check.state == FAIL for check in checks):
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     main()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -42,6 +42,11 @@ class StratifySettings(Section):
     shares: dict[str, float] = Field(default={}, description="Held-out share of some values: {rare: 0.5}; others: data.heldout_share.")
 
 
+ConversationFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+PreferenceFormat = Literal["preference", "sharegpt_preference", "ranked", "kto"]
+Format = ConversationFormat | PreferenceFormat
+
+
 class DataSettings(Section):
     train: list[str] = Field(description="Files or globs of conversations, relative to finetune.yaml.")
     rehearsal: list[str] = Field(default=[], description="General conversations trained beside the task; never held out.")
@@ -61,6 +66,10 @@ class DataSettings(Section):
     columns: dict[Literal["train", "rehearsal", "preferences", "heldout", "retention", "few_shot"], dict[str, str]] = Field(
         default={}, description="Names of columns that are not recognised: {train: {prompt: text, completion: category}}."
     )
+    format: dict[Literal["train", "rehearsal", "preferences", "heldout", "retention", "few_shot"], Format] = Field(
+        default={},
+        description="What rows are where their keys do not say it: {train: alpaca, rehearsal: text}; default: by each row's keys.",
+    )
     encoding: str | None = Field(default=None, description="Of text files that are not UTF-8, e.g. latin-1.")
     near_duplicate: float | None = Field(
         default=0.8,
@@ -77,6 +86,16 @@ class DataSettings(Section):
     contamination: list[str] = Field(default=[], description="Evaluation files of yours: what is trained must not stand in them.")
     stratify: StratifySettings | None = Field(default=None, description="A field whose values are held out by their own shares.")
     max_invalid: Share = Field(default=0.01, ge=0, le=1, description="Share of unusable rows of a source above which it stops, e.g. 1%.")
+
+    @model_validator(mode="after")
+    def _formats_fit(self) -> "DataSettings":
+        for key, name in self.format.items():
+            known = get_args(PreferenceFormat if key == "preferences" else ConversationFormat)
+            if name not in known:
+                raise ValueError(f"format.{key}: {name} is not one of {', '.join(known)}")
+            if name == "text" and key not in ("train", "rehearsal"):
+                raise ValueError(f"format.{key}: a text has no answer to compare; text is for train and rehearsal")
+        return self
 
 
 class LoraSettings(Section):

@@ -59,7 +59,7 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
     return ""
 
 
-def artifact(folder: Path, asset: str, partition: str = "tiny") -> Path:
+def artifact(folder: Path, asset: str, partition: str | None = "tiny") -> Path:
     """Return where the current version of an asset lies."""
     return ArtifactStore(folder / ".ft/store").need(asset, partition).path
 

@@ -170,14 +170,14 @@ def test_shapes_of_preferences(raw: dict[str, Any]) -> None:
         ({"messages": [ANSWER, USER]}, r"messages\[0\]: role 'assistant'; expected 'user'"),
         ({"messages": [USER, SYSTEM, ANSWER]}, r"messages\[1\]: a system turn"),
         ({"messages": [USER, ANSWER, USER]}, r"messages\[2\]: the last turn is the user's"),
-        ({"messages": [USER, {"role": "tool", "content": "x"}]}, r"messages\[1\]: a tool call"),
+        ({"messages": [USER, {"role": "tool", "content": "x"}]}, r"messages\[1\]: a tool result; no assistant turn"),
         ({"messages": [USER, "hello"]}, r"messages\[1\]: is a str"),
         ({"prompt": "hi", "completion": True}, r"messages\[1\]: content is a bool"),
         ({"prompt": 7, "completion": "x"}, r"messages\[0\]: content is a int"),
         ({"prompt": "hi", "completion": "a\x00b"}, "NUL"),
         ({"prompt": "hi", "completion": "\ud83d"}, "surrogate"),
         ({"prompt": "hi"}, "has the keys prompt"),
-        ({"text": "once upon a time"}, "has the keys text"),
+        ({"text": "once upon a time"}, r"has the keys text; .*only where data\.format says so"),
     ],
 )
 def test_row_that_cannot_be_used_says_why(raw: dict[str, Any], said: str) -> None:

@@ -29,12 +29,12 @@ def test_all_answers_and_their_ends_are_supervised_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>user\n'"), "differ from those given at generation"),
-        (CHATML.replace("'<|im_end|>' + '\n'", "'\n'"), "no token that ends generation follows"),
+        (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>user\n'"), "differs from that given at generation"),
+        (CHATML.replace("'<|im_end|>' + '\n'", "'\n'"), "no token at which generation stops"),
         (CHATML.replace("message['content']", "(message['content'] | upper)"), "decode to 'YES'"),
         (
             CHATML.replace("message['content']", "(message['content'] if loop.last or message['role'] != 'assistant' else '')"),
-            "rewrites this turn",
+            "drops this turn",
         ),
     ],
 )

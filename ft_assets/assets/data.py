@@ -1,7 +1,8 @@
 """Assets before a tokenizer is needed: the data files, the validated rows."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ft_assets.assets.workshop import Workshop, result, user_errors
 from ft_assets.config import Project
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.formats import RawRow, read_rows, resolve_files
-from ft_assets.data.ingest import Form, Ingest, target, worst
+from ft_assets.data.ingest import Ingest, target, worst
+from ft_assets.data.kto import pair_labels
 from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
 from ft_assets.job import StepResult
 
@@ -54,17 +56,25 @@ def data_content(project: Project, keys: Sequence[str]) -> dict[str, list[tuple[
     }
 
 
-def _rows(project: Project, key: str) -> Iterator[RawRow]:
-    for path in resolve_files(project.root, getattr(project.data, key), f"data.{key}"):
-        yield from read_rows(path, project.data.encoding)
+def _rows(project: Project, key: str) -> Iterable[RawRow]:
+    """Yield the rows of a key's files, each under our names for its columns; labelled answers to one prompt as pairs."""
+    form = named(project, "format", key)
+    files = resolve_files(project.root, getattr(project.data, key), f"data.{key}")
+    rows = (row for path in files for row in read_rows(path, project.data.encoding, form))
+    return pair_labels(rows, form, named(project, "columns", key)) if key == "preferences" else rows
+
+
+def named(project: Project, setting: str, key: str) -> Any:
+    """Return what data.columns or data.format says of a key, or None."""
+    return {str(name): value for name, value in getattr(project.data, setting).items()}.get(key)
 
 
 def _reading(project: Project) -> dict[str, Any]:
     """Return the settings that decide how rows are read."""
-    return project.data.model_dump(mode="json", include={"columns", "encoding", "stratify"})
+    return project.data.model_dump(mode="json", include={"columns", "format", "encoding", "stratify"})
 
 
-def _ingest(project: Project, output: Path, sources: Mapping[str, tuple[str, Form]], schema: pa.Schema) -> StepResult:
+def _ingest(project: Project, output: Path, sources: Mapping[str, tuple[str, Any]], schema: pa.Schema) -> StepResult:
     """Write each source, {key of data: (table, form)}, and the rejected rows of all."""
     metrics: dict[str, Any] = {}
     parts, first = {}, []
@@ -72,9 +82,10 @@ def _ingest(project: Project, output: Path, sources: Mapping[str, tuple[str, For
     with tempfile.TemporaryDirectory(dir=output) as scratch, TableWriter(output / "info" / "rejected.parquet", REJECTED) as rejected:
         ingest = Ingest(output, Path(scratch), rejected)
         for key, (name, form) in sources.items():
-            columns = {given: theirs for given, theirs in project.data.columns.items() if given == key}.get(key)
+            columns = named(project, "columns", key) if key != "preferences" else None  # renamed there already
             stratum = stratify.field if stratify and key == "train" else None
-            done = ingest.source(name, _rows(project, key), form, schema, columns, stratum)
+            formed = partial(form, format=wanted) if (wanted := named(project, "format", key)) else form
+            done = ingest.source(name, _rows(project, key), formed, schema, columns, stratum)
             metrics |= done.metrics(name)
             parts[name] = done.version
             first += done.first
@@ -104,7 +115,7 @@ def _rejected(artifact: Artifact) -> dict[str, Any]:
 
 
 @dg.asset(
-    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="3", metadata=schema_metadata(CONVERSATION)
+    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="4", metadata=schema_metadata(CONVERSATION)
 )
 def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated conversations in one canonical form, each with a stable id: for training, held-out, retention and few-shot."""
@@ -126,7 +137,7 @@ def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Wo
 
 
 @dg.asset(
-    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="3", metadata=schema_metadata(PREFERENCE)
+    deps=[data_files], group_name=GROUP, owners=OWNERS, kinds={"json", "parquet"}, code_version="4", metadata=schema_metadata(PREFERENCE)
 )
 def raw_preferences(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
     """Validated preference triples: a prompt, the chosen answer, the rejected one. Empty if finetune.yaml names none."""

@@ -145,9 +145,33 @@ def _argument_in(text: str, key: str, value: Any) -> bool:
             begin = min((at for at in (after.find("{"), after.find("[")) if at >= 0), default=-1)
             if 0 <= begin <= NEAR and any(found == value for found in _json_values(after[begin:])):
                 return True
+            if _leaves_in(after, value):
+                return True
         elif any(_stands(after, form) for form in _written(value)):
             return True
     return False
+
+
+def _leaves_in(text: str, value: Any) -> bool:
+    """Return whether the keys and scalars of a list or object stand in order, each shortly after the one before: as tags."""
+    for leaf in _leaves(value):
+        form = next((form for form in _written(leaf) if _stands(text, form)), None)
+        if form is None:
+            return False
+        text = text[text.find(form) + len(form) :]
+    return bool(value)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
 
 
 def _stands(text: str, form: str) -> bool:
@@ -155,6 +179,9 @@ def _stands(text: str, form: str) -> bool:
     if not 0 <= begin <= NEAR:
         return False
     end = begin + len(form)
+    quote = text[begin - 1 : begin]
+    if quote in ("'", '"') and text[end : end + 1] == quote and (quote in form.replace(f"\\{quote}", "") or "\n" in form):
+        return False  # a quoted text that its own quotes or line breaks cut short
     cut_before = begin > 0 and form[:1].isalnum() and text[begin - 1].isalnum()
     cut_after = end < len(text) and form[-1:].isalnum() and (text[end].isalnum() or text[end : end + 2].strip(".") != text[end : end + 2])
     return not cut_before and not cut_after

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ft_assets.chat.calls import missing_calls
 
 Messages = Sequence[Mapping[str, Any]]
+Block = tuple[str, str]  # what a template writes before and after an answer
 
 
 class ProofFailed(Exception):
@@ -51,12 +52,12 @@ class Facts:
 
 
 def prove(
-    facts: Facts, rendered: Rendered, messages: Messages, contexts: Mapping[int, Sequence[int]], blocks: Mapping[int, str] | None = None
+    facts: Facts, rendered: Rendered, messages: Messages, contexts: Mapping[int, Sequence[int]], blocks: Mapping[int, Block] | None = None
 ) -> None:
     """Raise ProofFailed unless the mask of `rendered` is right.
 
     contexts: for each message that is to be supervised, the tokens that the model is given at generation. blocks: what
-    the template itself writes before an answer, of those messages where it writes something.
+    the template itself writes before and after an answer, of those messages where it writes something.
     """
     ids, runs = rendered.input_ids, _runs(rendered.supervised)
     for index, context in contexts.items():
@@ -70,7 +71,7 @@ def prove(
         begin = len(context)
         if begin not in ends:
             raise ProofFailed(f"messages[{index}] (assistant): is to be learnt, and its first token is not supervised")
-        _prove_span(facts, ids[begin : ends[begin]], messages[index], index, (blocks or {}).get(index, ""))
+        _prove_span(facts, ids[begin : ends[begin]], ids[ends[begin] :], messages[index], index, (blocks or {}).get(index, ("", "")))
     prove_bos(facts, ids)
 
 
@@ -100,7 +101,7 @@ def _stray(facts: Facts, begin: int, end: int, ids: Sequence[int], messages: Mes
     return f"tokens {begin} to {end} are supervised and begin where no answer begins: {text!r}"
 
 
-def _prove_span(facts: Facts, span: Sequence[int], message: Mapping[str, Any], index: int, block: str) -> None:
+def _prove_span(facts: Facts, span: Sequence[int], rest: Sequence[int], message: Mapping[str, Any], index: int, block: Block) -> None:
     where = f"messages[{index}] (assistant)"
     if span[-1] not in facts.stop_ids:
         raise ProofFailed(
@@ -116,13 +117,16 @@ def _prove_span(facts: Facts, span: Sequence[int], message: Mapping[str, Any], i
     text = facts.decode(span[:-1])
     if message.get("tool_calls"):
         lost = missing_calls(text, message["tool_calls"])
+        if lost is not None and missing_calls(facts.decode(rest), message["tool_calls"]) is None:
+            raise ProofFailed(f"{where}: the template writes the tool call behind {facts.decode(span[-1:])!r}, at which generation stops")
         if lost is not None:
             raise ProofFailed(f"{where}: {lost} in what the template writes, {text[:80]!r}: set chat.chat_template to one that writes it")
         if find_content(text, message["content"]) < 0:
             raise ProofFailed(f"{where}: the template drops the text beside the tool call, {message['content'][:60]!r}")
         return
-    if block and text.lstrip().startswith(block):
-        text = text.lstrip()[len(block) :]
+    before, after = block
+    if text.strip().startswith(before) and text.strip().endswith(after):
+        text = text.strip()[len(before) : len(text.strip()) - len(after)]
     if not same_text(text, message["content"]):
         raise ProofFailed(
             f"{where}: the supervised tokens decode to {text[:80]!r}, not to the answer {message['content'][:80]!r}: "
@@ -184,6 +188,8 @@ def prove_contents(text: str, messages: Messages, tools: Sequence[Mapping[str, A
             found = find_content(text, content, position)
         if found < 0 and role == "assistant" and find_content(_plain(text), _plain(content)) >= 0:
             found = position
+        if found < 0 and message.get("tool_calls"):
+            raise ProofFailed(f"messages[{index}] (assistant): the template drops the text beside the tool call, {content[:60]!r}")
         if found < 0:
             raise ProofFailed(dropped(index, role, content, text))
         if message.get("tool_calls"):

@@ -6,6 +6,7 @@ when they were last, a row becomes one sequence per supervised turn.
 Not here: the proofs themselves (proofs.py), where the template comes from (models/), truncation and splitting.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -13,8 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from ft_assets.chat.calls import FORMS, CallForm, missing_calls, shaped
-from ft_assets.chat.proofs import Facts, Messages, ProofFailed, Rendered, prove, prove_bos, prove_contents
-from ft_assets.chat.template import ANSWER, QUESTION, date_of, fold_system, frozen_clock, prints_date
+from ft_assets.chat.proofs import Block, Facts, Messages, ProofFailed, Rendered, find_content, prove, prove_bos, prove_contents
+from ft_assets.chat.template import ANSWER, QUESTION, date_of, fold_system, frozen, prints_date
 
 __all__ = ["Facts", "ProofFailed", "Rendered", "Renderer", "fold_system", "prints_date", "prove", "render"]
 
@@ -30,12 +31,16 @@ TOOL = {
             "properties": {
                 "zqtext": {"type": "string", "description": "zqmeaning"},
                 "zqflag": {"type": "boolean", "description": "zqswitch"},
+                "zqlist": {"type": "array", "items": {"type": "string"}, "description": "zqnames"},
             },
             "required": ["zqtext"],
         },
     },
 }
-CALL = {"type": "function", "function": {"name": "zqfunction", "arguments": {"zqtext": 'zq "quoted" value', "zqflag": True}}}
+CALL = {
+    "type": "function",
+    "function": {"name": "zqfunction", "arguments": {"zqtext": 'zq "quoted" value', "zqflag": True, "zqlist": ["zqone"]}},
+}
 PROBE = (
     {"role": "user", "content": QUESTION},
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -51,7 +56,22 @@ class _Plan:
     messages: list[dict[str, Any]]
     contexts: dict[int, str]
     tools: Tools = None
-    blocks: dict[int, str] = field(default_factory=dict)
+    blocks: dict[int, Block] = field(default_factory=dict)
+    upto: dict[int, str] = field(default_factory=dict)
+
+    def turn_by_turn(self) -> "list[_Plan]":
+        """Return a plan for each supervised turn alone."""
+        return [
+            _Plan(
+                self.upto[index],
+                self.messages[: index + 1],
+                {index: context},
+                self.tools,
+                {index: self.blocks[index]} if index in self.blocks else {},
+                {index: self.upto[index]},
+            )
+            for index, context in self.contexts.items()
+        ]
 
 
 class Renderer:
@@ -63,9 +83,9 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, stop_ids: frozenset[int], day: date | None = None) -> None:
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
-        self._clock = frozen_clock(day or date_of(tokenizer))
+        self.day = day or date_of(tokenizer)
         self._form: CallForm | None = None
-        self._blocks: set[str] = set()
+        self._blocks: set[Block] = set()
         self._structures: dict[Any, str | None] = {}
 
     @cached_property
@@ -115,7 +135,7 @@ class Renderer:
                 tools=list(tools) if tools else None,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
-                strftime_now=self._clock,
+                chat_template=frozen(self.tokenizer.chat_template, self.day),
             )
         except Exception as error:  # jinja raises its own classes, templates raise through raise_exception
             raise ProofFailed(_refusal(error, messages)) from error
@@ -141,8 +161,8 @@ class Renderer:
             self._prove_prefix(upto[index], contexts[index], index, messages)
         whole = upto[turns[-1]]
         kept = all(self._kept(whole, contexts[index], upto[index]) for index in turns[:-1])
-        groups = [turns] if kept else [[index] for index in turns]
-        return [self._plan(messages, tools, upto[group[-1]], {index: contexts[index] for index in group}, upto) for group in groups]
+        plan = self._plan(messages, tools, whole, contexts, upto)
+        return [plan] if kept else plan.turn_by_turn()
 
     def _answer_plan(self, row: Row) -> list[_Plan]:
         messages, tools = row["messages"], row.get("tools")
@@ -161,8 +181,8 @@ class Renderer:
 
     def _plan(self, messages: Messages, tools: Tools, text: str, contexts: dict[int, str], upto: dict[int, str]) -> _Plan:
         covered = [dict(turn) for turn in messages[: max(contexts) + 1]]
-        blocks = {index: block for index in contexts if (block := self._block(messages, index, tools, contexts[index], upto[index]))}
-        return _Plan(text, covered, contexts, tools, blocks)
+        blocks = {index: block for index in contexts if any(block := self._block(messages, index, tools, contexts[index], upto[index]))}
+        return _Plan(text, covered, contexts, tools, blocks, upto)
 
     def _context(self, messages: Messages, index: int, tools: Tools) -> str:
         if index == 0:
@@ -172,6 +192,12 @@ class Renderer:
     def _prove_prefix(self, text: str, context: str, index: int, messages: Messages) -> None:
         if text.startswith(context):
             return
+        first = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        if first and find_content(context, first) >= 0 > find_content(text, first):
+            raise ProofFailed(
+                f"messages[0] (system): the template writes this turn at generation and drops it once messages[{index}] (assistant) follows: "
+                "set chat.system_turn: user, which puts it into the first user turn"
+            )
         at = next(
             (place for place, (left, right) in enumerate(zip(text, context, strict=False)) if left != right), min(len(text), len(context))
         )
@@ -190,21 +216,35 @@ class Renderer:
         return whole[:end] == upto[:end]
 
     def _stops(self) -> list[str]:
-        return [self.facts.decode([token]) for token in self.facts.stop_ids]
+        return [self.facts.decode([token]) for token in self.stop_ids]
 
-    def _block(self, messages: Messages, index: int, tools: Tools, context: str, upto: str) -> str:
-        """Return what the template writes between the context and the answer: the same markers, whatever the answer is."""
+    def _block(self, messages: Messages, index: int, tools: Tools, context: str, upto: str) -> Block:
+        """Return what the template writes between the context and the answer, and between it and the end of turn.
+
+        It counts only if it is of markers, and the same whatever the answer is.
+        """
         turn = messages[index]
-        if turn.get("tool_calls"):
-            return ""
-        block = _before(upto[len(context) :], turn["content"].strip())
-        if block in self._blocks or not (block.startswith(("<", "[")) and block.endswith((">", "]"))):
-            return block if block in self._blocks else ""
+        found = self._around(upto[len(context) :], turn["content"].strip())
+        if turn.get("tool_calls") or not any(found) or found in self._blocks:
+            return found if found in self._blocks else ("", "")
         probe = self.text([*messages[:index], {"role": "assistant", "content": ANSWER}], tools)
-        if _before(probe[len(context) :], ANSWER) != block:
-            return ""
-        self._blocks.add(block)
-        return block
+        if self._around(probe[len(context) :], ANSWER) != found or not all(self._marked(part) for part in found if part):
+            return ("", "")
+        self._blocks.add(found)
+        return found
+
+    def _around(self, text: str, answer: str) -> Block:
+        at = text.find(answer) if answer else -1
+        if at < 0:
+            return ("", "")
+        tail = text[at + len(answer) :]
+        end = min((found for stop in self._stops() if (found := tail.find(stop)) >= 0), default=0)
+        return text[:at].strip(), tail[:end].strip()
+
+    def _marked(self, block: str) -> bool:
+        """Return whether a block is of markers: between brackets, or with one of the vocabulary's added tokens."""
+        bounded = block.startswith(("<", "[")) and block.endswith((">", "]"))
+        return bounded or any(token in self.tokenizer.added_tokens_decoder for token in self.encode([block])[0])
 
     def _text_plan(self, row: Row) -> list[_Plan]:
         text, tokenizer = row["messages"][0]["content"], self.tokenizer
@@ -223,20 +263,42 @@ class Renderer:
                 continue
             tokens = [(plan, next(encoded), {index: next(encoded) for index in plan.contexts}) for plan in row]
             try:
-                finished.append([self._sequence(*parts) for parts in tokens])
+                finished.append([sequence for parts in tokens for sequence in self._sequences(*parts)])
             except ProofFailed as problem:
                 finished.append(problem)
         return finished
 
-    def _sequence(self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]]) -> Rendered:
+    def _sequences(self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]]) -> list[Rendered]:
+        """Return the proven sequences of a plan: one, or one per turn where a token would reach from a context into its answer.
+
+        At generation the context is tokenized alone, so then the answer is too.
+        """
         if not plan.contexts:
-            return self._plain(plan, ids)
+            return [self._plain(plan, ids)]
+        if all(ids[: len(context)] == context for context in contexts.values()):
+            return [self._sequence(plan, ids, contexts)]
+        found = []
+        for alone in plan.turn_by_turn():
+            ((index, text),) = alone.contexts.items()
+            whole, tail = self.encode([alone.text, alone.text[len(text) :]])
+            if whole[: len(contexts[index])] == contexts[index]:
+                found.append(self._sequence(alone, whole, {index: contexts[index]}))
+                continue
+            joined = contexts[index] + tail
+            if self.facts.decode(joined) != self.facts.decode(whole):  # tokenizers that put a space before a text
+                joined = whole
+            found.append(self._sequence(alone, joined, {index: contexts[index]}, apart=True))
+        return found
+
+    def _sequence(self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]], apart: bool = False) -> Rendered:
         supervised = [False] * len(ids)
         for context in contexts.values():
             begin = len(context)
             end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in self.facts.stop_ids), len(ids))
             supervised[begin:end] = [True] * (end - begin)
-        rendered = Rendered(ids, supervised, len(plan.messages), tuple(sorted(set(plan.blocks.values()))))
+        rendered = Rendered(
+            ids, supervised, len(plan.messages), tuple(sorted({part for block in plan.blocks.values() for part in block if part})), apart
+        )
         prove(self.facts, rendered, plan.messages, contexts, plan.blocks)
         self._prove_structure(plan.messages, bool(plan.tools))
         prove_contents(plan.text, plan.messages, plan.tools)
@@ -290,7 +352,7 @@ class Renderer:
                 prove_contents(text, probe, [TOOL] if tools else None)
                 self._structures[key] = None
             except ProofFailed as problem:
-                self._structures[key] = str(problem)
+                self._structures[key] = _in_general(str(problem))
         if (problem := self._structures[key]) is not None:
             raise ProofFailed(problem)
 
@@ -321,11 +383,6 @@ def _sent(turn: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in turn.items() if key != "train"}
 
 
-def _before(text: str, answer: str) -> str:
-    at = text.find(answer) if answer else -1
-    return text[:at].strip() if at >= 0 else ""
-
-
 def _probed(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Return a message with words in it that no template and no other message has."""
     probe = {**turn, "content": f"zqturn{index}end" if turn["content"].strip() else turn["content"]}
@@ -335,6 +392,12 @@ def _probed(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
             for number, call in enumerate(calls)
         ]
     return probe
+
+
+def _in_general(problem: str) -> str:
+    """Return a problem of probed messages in words about any messages of the same roles."""
+    problem = re.sub(r", 'zqturn\d+end'", "", problem)
+    return re.sub(r"the (?:description of the |parameter \w+ of the )?tool zqfunction", "the tools, or a part of what they are", problem)
 
 
 def _refusal(error: Exception, messages: Messages) -> str:

@@ -4,9 +4,10 @@ Baked in are Jinja lines before the template, so that training, evaluation and t
 Not here: rendering conversations (rendering.py), and where templates come from (models/source.py).
 """
 
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date, datetime, time
 from typing import Any
 
@@ -21,6 +22,7 @@ FOLD = (
 )
 MARKER = re.compile(r"<\|[^|<>\s{}]+\|>|<｜[^｜<>\s{}]+｜>|<(?:start|end)_of_\w+>")
 QUESTION, ANSWER = "zqquestion", "zqanswer"
+DATE_CODES = ["-d", "-m", "-H", "-I", "-j", *"aAbBcdDeFHIjmMpSTuUwWxXyYZ"]
 
 
 def bake(template: str, kwargs: Mapping[str, Any], system_turn: str) -> str:
@@ -62,10 +64,18 @@ def prints_date(tokenizer: Any) -> bool:
     return reads(tokenizer.chat_template or "", "strftime_now")
 
 
-def frozen_clock(day: date) -> Any:
-    """Return what stands for `strftime_now` in a template: the same day, whatever day it is."""
+@functools.cache
+def frozen(template: str, day: date) -> str:
+    """Return the template with a `strftime_now` that says `day`, whatever day it is; one without dates as it is.
+
+    A macro in Jinja, because transformers passes no functions to templates. It is for rendering only and never saved: the
+    served model prints the true date.
+    """
+    if not reads(template, "strftime_now"):
+        return template
     moment = datetime.combine(day, time())
-    return lambda form: moment.strftime(form)
+    filters = "".join(f" | replace('%{code}', {_literal(moment.strftime('%' + code))})" for code in DATE_CODES)
+    return f"{{%- macro strftime_now(form) -%}}{{{{ form{filters} }}}}{{%- endmacro %}}\n{template}"
 
 
 def date_of(tokenizer: Any) -> date:
@@ -85,16 +95,24 @@ def broken_markers(template: str, tokenizer: Any) -> dict[str, int]:
     }
 
 
-def end_of_turn(tokenizer: Any) -> int | None:
-    """Return the first token after an answer that is one of the vocabulary's added tokens: what ends a turn.
+def end_of_turn(tokenizer: Any, known: Collection[int] = ()) -> int | None:
+    """Return the added token that a template ends an answer with, if none of the `known` stop tokens does.
 
-    None if the template refuses a question and an answer, or writes no such token.
+    It is the first after the answer that the template does not also write between the context and the answer. None if
+    the template refuses a question and an answer, or writes no such token.
     """
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    template = frozen(tokenizer.chat_template, FROZEN_DATE)
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=frozen_clock(FROZEN_DATE))
+        context = tokenizer.apply_chat_template(turns[:1], chat_template=template, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
     except Exception:  # templates raise anything; the rows' own proofs will say it
         return None
-    _, found, tail = text.rpartition(ANSWER)
-    added = tokenizer.added_tokens_decoder
-    return next((token for token in tokenizer.encode(tail, add_special_tokens=False) if token in added), None) if found else None
+    before, found, after = text.rpartition(ANSWER)
+    if not found:
+        return None
+    opened = set(tokenizer.encode(before[len(context) :] if before.startswith(context) else "", add_special_tokens=False))
+    ends = [token for token in tokenizer.encode(after, add_special_tokens=False) if token in tokenizer.added_tokens_decoder]
+    if any(token in known for token in ends):
+        return None
+    return next((token for token in ends if token not in opened), None)

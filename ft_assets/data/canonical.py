@@ -1,7 +1,8 @@
 """Canonical conversations and preferences: one form, validated with index-exact messages, ids by content.
 
-A conversation is `{"id", "messages": [{"role", "content"}], "source", "group"}`; a preference adds `chosen` and
-`rejected`, each a string that the assistant answers to `messages`. Ids are hashes of normalised content, so that they
+A conversation is `{"id", "messages": [{"role", "content"}], "source", "group"}`, with `tools` where the row offers any
+(turns.py says what else a turn can have); a preference adds `chosen` and `rejected`, each a string that the assistant
+answers to `messages`. A plain text is one message of the role text. Ids are hashes of normalised content, so that they
 survive reordering and renaming of files. `group` is what must stay on one side of the split: rows that share their
 first user message (or a declared `group`) share it.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 from ft_assets.data.formats import RawRow
 from ft_assets.data.shapes import RowProblem, conversation_turns, preference_turns, renamed
+from ft_assets.data.turns import checked, text, tools
 
 
 @dataclass(frozen=True)
@@ -45,84 +47,72 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 
-def conversation(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the canonical form of a conversation row. Raises RowProblem."""
-    messages = _checked("messages", conversation_turns(raw))
+def conversation(raw: dict[str, Any], format: str | None = None) -> dict[str, Any]:
+    """Return the canonical form of a conversation row, of the named format or of what its keys say. Raises RowProblem."""
+    try:
+        given = conversation_turns(raw, format)
+        if format == "text":
+            messages = [{"role": "text", "content": text("text", given[0]["content"])}]
+            # No user asks for it: the text itself is what must stay on one side of the split.
+            return {"id": _identity(messages, []), "messages": messages, "group": _group(raw, messages[0]["content"])}
+        messages = checked("messages", given)
+        offered = tools(raw)
+    except RecursionError:
+        raise RowProblem("is nested too deeply") from None
     if messages[-1]["role"] != "assistant":
         raise RowProblem(f"messages[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the assistant's answer")
-    return {"id": _identity(messages), "messages": messages, "group": _group(raw, messages)}
+    if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
+        raise RowProblem("messages: no assistant turn is to be trained (train: false or weight: 0 on each)")
+    row = {"id": _identity(messages, offered), "messages": messages, "group": _group(raw, _asked(messages))}
+    return {**row, "tools": offered} if offered else row
 
 
-def preference(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the canonical form of a preference row. Raises RowProblem."""
-    turns, *answers = preference_turns(raw)
-    messages = _checked("prompt", turns)
-    if messages[-1]["role"] != "user":
+def preference(raw: dict[str, Any], format: str | None = None) -> dict[str, Any]:
+    """Return the canonical form of a preference row, of the named format or of what its keys say. Raises RowProblem."""
+    try:
+        turns, *answers = preference_turns(raw, format)
+        messages = checked("prompt", turns)
+        offered = tools(raw)
+    except RecursionError:
+        raise RowProblem("is nested too deeply") from None
+    if messages[-1]["role"] not in ("user", "tool"):
         raise RowProblem(f"prompt[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the user's")
-    chosen, rejected = (_text(name, value) for name, value in zip(("chosen", "rejected"), answers, strict=True))
+    chosen, rejected = (text(name, value) for name, value in zip(("chosen", "rejected"), answers, strict=True))
     if chosen.strip() == rejected.strip():
         raise RowProblem("chosen and rejected are equal; expected two different answers")
-    return {
-        "id": _identity([*messages, {"role": "assistant", "content": chosen}, {"role": "rejected", "content": rejected}]),
+    row = {
+        "id": _identity([*messages, {"role": "assistant", "content": chosen}, {"role": "rejected", "content": rejected}], offered),
         "messages": messages,
         "chosen": chosen,
         "rejected": rejected,
-        "group": _group(raw, messages),
+        "group": _group(raw, _asked(messages)),
     }
+    return {**row, "tools": offered} if offered else row
 
 
-def _checked(name: str, turns: list[Any]) -> list[dict[str, str]]:
-    """Return turns of role and text in a right order. Raises RowProblem with the index of the first wrong one."""
-    if not turns:
-        raise RowProblem(f"{name}: is empty")
-    checked = [_turn(f"{name}[{index}]", turn) for index, turn in enumerate(turns)]
-    expected = "user"
-    for index, turn in enumerate(checked):
-        if turn["role"] == "system":
-            if index:
-                raise RowProblem(f"{name}[{index}]: a system turn; expected it first or not at all")
-            continue
-        if turn["role"] != expected:
-            raise RowProblem(f"{name}[{index}]: role {turn['role']!r}; expected {expected!r} (turns alternate)")
-        expected = "assistant" if expected == "user" else "user"
-    if checked[-1]["role"] == "system":
-        raise RowProblem(f"{name}: only a system turn; expected a user turn")
-    return checked
+def _identity(messages: list[dict[str, Any]], offered: list[dict[str, Any]]) -> str:
+    """Return the id: roles and texts alone where a row has no more, so that ids of plain conversations never change."""
+    turns = [(turn["role"], turn["content"].strip(), *([extra] if (extra := _extra(turn)) else [])) for turn in messages]
+    return digest(json.dumps({"turns": turns, "tools": offered} if offered else turns, ensure_ascii=False, sort_keys=True))
 
 
-def _turn(where: str, turn: Any) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise RowProblem(f"{where}: is a {type(turn).__name__}; expected an object with role and content")
-    role = turn.get("role")
-    if turn.get("tool_calls") or role in ("tool", "function", "function_call", "observation", "ipython"):
-        raise RowProblem(f"{where}: a tool call; tool calls are not supported yet")
-    if role not in ("system", "user", "assistant"):
-        raise RowProblem(f"{where}: role {role!r}; expected one of system, user, assistant (or human, gpt, …)")
-    return {"role": role, "content": _text(where, turn.get("content"))}
+def _extra(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return what a turn says besides role and text. Ids of calls are not part of it: they are random."""
+    extra: dict[str, Any] = {"train": False} if turn.get("train") is False else {}
+    return {**extra, "tool_calls": [call["function"] for call in turn["tool_calls"]]} if "tool_calls" in turn else extra
 
 
-def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise RowProblem(f"{where}: content is {'missing' if value is None else f'a {type(value).__name__}'}; expected text")
-    if not value.strip():
-        raise RowProblem(f"{where}: empty content")
-    if "\x00" in value:
-        raise RowProblem(f"{where}: holds a NUL character; expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowProblem(f"{where}: holds half of a surrogate pair; expected text") from None
-    return value
+def _asked(messages: list[dict[str, Any]]) -> str:
+    return next(turn["content"] for turn in messages if turn["role"] == "user")
 
 
-def _identity(messages: list[dict[str, str]]) -> str:
-    return digest(json.dumps([(turn["role"], turn["content"].strip()) for turn in messages], ensure_ascii=False))
-
-
-def _group(raw: dict[str, Any], messages: list[dict[str, str]]) -> str:
-    if isinstance(raw.get("group"), str | int):
-        return digest("group", str(raw["group"]))
-    return digest("prompt", normalise(next(turn["content"] for turn in messages if turn["role"] == "user")))
+def _group(raw: dict[str, Any], asked: str) -> str:
+    group = raw.get("group")
+    if group is None or (isinstance(group, str) and not group.strip()):  # an empty cell of a table is no group
+        return digest("prompt", normalise(asked))
+    if not isinstance(group, str | int):
+        raise RowProblem(f"group: is a {type(group).__name__}; expected a text or a whole number")
+    return digest("group", text("group", str(group)))
 
 
 def validate(rows: Iterable[RawRow], form: Callable[[dict[str, Any]], dict[str, Any]], columns: dict[str, str] | None = None) -> Validated:

@@ -1,32 +1,27 @@
 """Read data files into raw rows. A row keeps the file and line it came from, for the messages.
 
 Containers: JSON lines, a JSON list (by content, whatever the file is called), CSV and TSV with a header, Parquet,
-Arrow; each but the last two also compressed (gz, xz, bz2, zst). Not here: what a row means (shapes.py, canonical.py).
+Arrow, and texts of one row each; text files also compressed (gz, xz, bz2, zst). All but a JSON list and a text are read
+in pieces. Not here: what a row means (shapes.py, canonical.py).
 """
 
-import bz2
 import csv
-import glob
-import gzip
-import io
+import itertools
 import json
-import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.feather as feather
-import pyarrow.parquet as pq
-
+from ft_assets.data.columnar import table_rows
+from ft_assets.data.endings import DATA, TABLES, TEXT, suffixes
+from ft_assets.data.sources import resolve_files
+from ft_assets.data.streams import printable, split_lines, text_pieces, whole
 from ft_assets.errors import DataError
 
-TEXT = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
-TABLES = (".parquet", ".arrow", ".feather")
-COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+__all__ = ["RawRow", "read_rows", "resolve_files"]
 LARGEST_FIELD = 2**27  # characters of a CSV field; the csv module's own limit is 128 KiB
-BOMS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+TO_LINES = "write one object a line (JSON lines): `jq -c '.[]' old.json > new.jsonl`"
 
 
 @dataclass(frozen=True)
@@ -38,87 +33,47 @@ class RawRow:
     problem: str | None = None
 
 
-def suffixes(path: Path) -> tuple[str, str]:
-    """Return (kind, compression) of a file by its name, e.g. (".jsonl", ".gz")."""
-    names = [suffix.lower() for suffix in path.suffixes]
-    packed = names.pop() if names and names[-1] in COMPRESSED else ""
-    return (names[-1] if names else "", packed)
+def read_rows(path: Path, encoding: str | None = None, format: str | None = None) -> Iterator[RawRow]:
+    """Yield the rows of a data file. Raises DataError for a file that cannot be read.
 
-
-def resolve_files(root: Path, patterns: list[str], key: str) -> list[Path]:
-    """Return the files that patterns (files, folders, globs) name, sorted. Raises DataError for one that matches nothing."""
-    files: set[Path] = set()
-    for pattern in patterns:
-        found: list[Path] = []
-        for match in map(Path, glob.glob(str(root / pattern), recursive=True)):
-            if match.is_file():
-                found.append(match)
-            elif match.is_dir():
-                found += [path for path in match.rglob("*") if path.is_file() and suffixes(path)[0] in (*TEXT, *TABLES)]
-        if not found:
-            raise DataError(
-                f"finetune.yaml: {key}: {pattern}",
-                f"no data file matches below {root}",
-                "an existing file, folder or glob",
-                "correct the path; it is relative to finetune.yaml",
-            )
-        files.update(found)
-    return sorted(files)
-
-
-def read_rows(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
-    """Yield the rows of a data file. Raises DataError for a file that cannot be read at all.
-
-    Text is UTF-8 (with or without BOM) or has a UTF-16/32 BOM, unless `encoding` names another.
+    Text is UTF-8 (with or without BOM) or has a UTF-16/32 BOM, unless `encoding` names another. A .txt file is one row
+    {"text": …} where `format` is text, else refused. What is wrong late in a file is raised after the rows before it.
     """
     kind, packed = suffixes(path)
     if kind in TABLES:
-        yield from _table(path, kind)
+        for index, value in enumerate(table_rows(path, kind)):
+            yield RawRow(f"{printable(path)}[{index}]", value)
         return
-    if kind not in TEXT:
-        known = ", ".join((*TEXT, *TABLES))
+    if kind not in DATA and kind != TEXT:
+        known = ", ".join(DATA)
         raise DataError(str(path), f"has the ending {kind or '(none)'}", f"one of {known}, or a compressed one", "rename or convert it")
-    text = _text(path, packed, encoding)
-    if kind in (".csv", ".tsv"):
-        yield from _csv(path, text, "\t" if kind == ".tsv" else ",")
-    elif text.lstrip()[:1] == "[":
-        yield from _json_list(path, text)
+    if kind == TEXT and format != "text":
+        raise DataError(
+            str(path), "is a plain text", "rows of a conversation", "name it in data.format, {train: text}, to train on its text"
+        )
+    pieces = text_pieces(path, packed, encoding)
+    if kind == TEXT:
+        yield RawRow(printable(path), {"text": whole(path, pieces, "a text", "split it into several files")})
+    elif kind in (".csv", ".tsv"):
+        yield from _csv(path, split_lines(path, pieces, ""), "\t" if kind == ".tsv" else ",")
     else:
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield _json_line(f"{path.name}:{number}", line)
+        yield from _json(path, pieces)
 
 
-def _text(path: Path, packed: str, encoding: str | None) -> str:
-    opened: dict[str, Callable[[Path], Any]] = {"": lambda name: name.open("rb"), ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    try:
-        with opened.get(packed, _zstd)(path) as file:
-            data = file.read()
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, pa.ArrowException) as error:
-        raise DataError(str(path), f"is not a whole {packed} file ({error})", f"a {packed} file", "copy it again") from None
-    except OSError as error:
-        if packed and error.errno is None:  # the decompressor's own complaint
-            raise DataError(str(path), f"is not a whole {packed} file ({error})", f"a {packed} file", "copy it again") from None
-        raise DataError(
-            str(path), f"cannot be read ({error.strerror or error})", "a readable file", "check the path and its permissions"
-        ) from None
-    name = encoding or next((name for bom, name in BOMS if data.startswith(bom)), "utf-8-sig")
-    try:
-        return data.decode(name)
-    except LookupError:
-        raise DataError("finetune.yaml: data.encoding", f"{name!r} is no encoding", "e.g. latin-1 or cp1252", "correct it") from None
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}",
-            f"is not {name.removesuffix('-sig').upper()} (byte {error.start})",
-            "UTF-8 text",
-            "convert it, or name its encoding in data.encoding, e.g. latin-1: guessing would mangle some letters silently",
-        ) from None
-
-
-def _zstd(path: Path) -> Any:
-    return pa.input_stream(str(path), compression="zstd")
+def _json(path: Path, pieces: Iterator[str]) -> Iterator[RawRow]:
+    """Yield the rows of JSON lines, or of a JSON list: the first character that is no blank decides."""
+    begun: list[str] = []
+    for piece in pieces:
+        begun.append(piece)
+        if piece.strip():
+            break
+    pieces = itertools.chain(begun, pieces)
+    if begun and begun[-1].lstrip()[:1] == "[":
+        yield from _json_list(path, whole(path, pieces, "a JSON list", TO_LINES))
+        return
+    for number, line in enumerate(split_lines(path, pieces, "\n"), start=1):
+        if line.strip():
+            yield _json_line(f"{printable(path)}:{number}", line.removesuffix("\n"))
 
 
 def _json_line(where: str, line: str) -> RawRow:
@@ -128,9 +83,11 @@ def _json_line(where: str, line: str) -> RawRow:
         return RawRow(where, None, f"is not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         return RawRow(where, None, f"is not JSON: {error}")
-    if not isinstance(value, dict):
-        return RawRow(where, None, f"is a {type(value).__name__}, not an object")
-    return RawRow(where, value)
+    return _row(where, value)
+
+
+def _row(where: str, value: Any) -> RawRow:
+    return RawRow(where, value) if isinstance(value, dict) else RawRow(where, None, f"is a {type(value).__name__}, not an object")
 
 
 def _no_constant(name: str) -> None:
@@ -147,14 +104,13 @@ def _json_list(path: Path, text: str) -> Iterator[RawRow]:
     except (ValueError, RecursionError) as error:
         raise DataError(str(path), f"is not JSON: {error}", "a JSON list of objects", "correct it") from None
     for index, value in enumerate(values):
-        where = f"{path.name}[{index}]"
-        yield RawRow(where, value) if isinstance(value, dict) else RawRow(where, None, f"is a {type(value).__name__}, not an object")
+        yield _row(f"{printable(path)}[{index}]", value)
 
 
-def _csv(path: Path, text: str, delimiter: str) -> Iterator[RawRow]:
+def _csv(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[RawRow]:
     """Yield rows by the header. `where` names the line on which a row ends: quoted fields may hold line breaks."""
     csv.field_size_limit(LARGEST_FIELD)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         try:
@@ -172,28 +128,8 @@ def _csv(path: Path, text: str, delimiter: str) -> Iterator[RawRow]:
             continue
         if not fields:
             continue
-        where = f"{path.name}:{reader.line_num}"
+        where = f"{printable(path)}:{reader.line_num}"
         if len(fields) != len(header):
             yield RawRow(where, None, f"has {len(fields)} fields; the header has {len(header)}")
         else:
             yield RawRow(where, dict(zip(header, fields, strict=True)))
-
-
-def _table(path: Path, kind: str) -> Iterator[RawRow]:
-    try:
-        table = pq.read_table(path) if kind == ".parquet" else _arrow(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(str(path), f"cannot be read ({str(error).splitlines()[0][:160]})", f"a {kind} file", "write it again") from None
-    index = 0
-    for batch in table.to_batches(max_chunksize=1000):
-        for value in batch.to_pylist():
-            yield RawRow(f"{path.name}[{index}]", value)
-            index += 1
-
-
-def _arrow(path: Path) -> pa.Table:
-    try:
-        return feather.read_table(path)
-    except pa.ArrowInvalid:  # datasets writes the stream form
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_stream(source).read_all()

@@ -199,9 +199,11 @@ def _settle_stop_tokens(model: Any, tokenizer: Any) -> None:
     """Make generation stop at the tokenizer's EOS and at what its template ends an answer with; give it a pad token."""
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    for token in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
-        if token is not None and token not in stops:
-            stops = [*stops, token]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        stops = [*stops, tokenizer.eos_token_id]
+    ending = end_of_turn(tokenizer, stops)
+    if ending is not None:
+        stops = [*stops, ending]
     model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

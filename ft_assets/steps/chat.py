@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.chat.rendering import ProofFailed, Rendered, Renderer, prints_date
-from ft_assets.chat.template import date_of
+from ft_assets.chat.template import date_of, reads
 from ft_assets.config import ChatSettings
 from ft_assets.data.ledger import Ledger
 from ft_assets.data.tables import REJECTED, TOKENIZED, TOKENIZED_PREFERENCE, Table, TableWriter, rows_of
@@ -15,6 +15,7 @@ from ft_assets.models.loading import load_tokenizer, stop_ids
 from ft_assets.steps._run import main
 
 Row = dict[str, Any]
+SWITCHES = ("enable_thinking", "thinking")  # as Qwen3's and DeepSeek's templates call it
 
 
 def step(job: Job, report: Report) -> StepResult:
@@ -40,6 +41,8 @@ def step(job: Job, report: Report) -> StepResult:
         metrics |= {"preferences_rows": table.rows, "preferences_too_long": ledger.too_long}
     metrics |= {"refused": refused.rows, "first_refused": room.first, "total": room.total}
     metrics |= {"one_sequence_a_turn": room.unrolled, "template_adds": " ".join(sorted(room.added)) or None}
+    switch = next((name for name in SWITCHES if reads(tokenizer.chat_template, name)), None)
+    metrics["template_switch"] = switch if room.added else None
     (job.output / "info" / "lengths.json").write_text(json.dumps(histograms))
     return StepResult(metrics, parts)
 

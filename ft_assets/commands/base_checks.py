@@ -1,0 +1,172 @@
+"""`ft doctor`, a base model: can its source be reached, under which licence, has it a chat template. Loads no weights."""
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.commands.checkup import Check, fail, first_line, ok, warn, within
+from ft_assets.commands.store_view import in_bytes, size
+from ft_assets.config import BaseModelSettings, Project
+from ft_assets.models.source import ALTERNATIVES, PACKAGE, locate_folder, locate_gguf, read_template
+
+PATIENCE_SECONDS = 3.0
+WEIGHTS = ("*.safetensors", "*.bin")
+COMMIT_LENGTH = 40
+
+
+def source(name: str, settings: BaseModelSettings, root: Path) -> Iterator[Check]:
+    label = f"{name}: source"
+    if settings.hub:
+        yield _hub(label, settings)
+    elif settings.gguf:
+        path = locate_gguf(name, settings.gguf, root)
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic == b"GGUF":
+            yield ok(label, f"{settings.gguf}, {in_bytes(path.stat().st_size)}")
+        else:
+            yield fail(label, f"{path} is no GGUF file (it begins with {magic!r})", "download it again, whole")
+    else:
+        folder = locate_folder(name, settings.folder or "", root)
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+            yield fail(label, f"{folder} holds no weights", "put its .safetensors files beside config.json")
+        else:
+            yield ok(label, f"{folder}, {in_bytes(size(folder))}")
+
+
+def _hub(label: str, settings: BaseModelSettings) -> Check:
+    from huggingface_hub import constants, get_token
+
+    hub, revision = settings.hub or "", settings.revision
+    cached = _cached(hub, revision) is not None
+    said = f"{hub}, in the cache" if cached else f"{hub}, not in the cache"
+    pinned = revision is not None and len(revision) == COMMIT_LENGTH
+    if cached and pinned:
+        return ok(label, said)
+    offline = "put it into a folder, or unset HF_HUB_OFFLINE" + ("; a commit as its revision needs no hub" if cached else "")
+    if constants.is_offline_mode():
+        return fail(label, f"{said}, and HF_HUB_OFFLINE is set", offline)
+    try:
+        gated = within(PATIENCE_SECONDS, lambda: _gated(hub, revision, get_token()))
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        reached = getattr(getattr(error, "response", None), "status_code", None) is not None
+        advice = (
+            "check the id and the revision; for a gated or private model accept its licence and set HF_TOKEN" if reached else ALTERNATIVES
+        )
+        what = "is refused" if reached else "cannot be reached"
+        return fail(label, f"{said}; {constants.ENDPOINT} {what} ({first_line(error)})", advice)
+    if gated and get_token() is None:
+        return fail(
+            label, f"{said}; it is gated and there is no token", "accept its licence on the hub and set HF_TOKEN in the environment"
+        )
+    return ok(label, f"{said}, the hub answers{', gated and open to this token' if gated else ''}")
+
+
+def _gated(hub: str, revision: str | None, token: str | None) -> bool:
+    """Return whether a model is gated. Raises if it cannot be reached, or the token does not open it."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    info = HfApi().model_info(hub, revision=revision, timeout=PATIENCE_SECONDS)
+    if info.gated and token:
+        get_hf_file_metadata(hf_hub_url(hub, "config.json", revision=revision), token=token, timeout=PATIENCE_SECONDS)
+    return bool(info.gated)
+
+
+def _cached(hub: str, revision: str | None, file: str = "config.json") -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _folders(name: str, settings: BaseModelSettings, project: Project) -> list[Path]:
+    """Return the folders in which a model card or a tokenizer may lie: the snapshot's, the source's."""
+    made = ArtifactStore(project.store_path).current("base_model", name)
+    folders = [made.path] if made else []
+    if settings.folder:
+        folders.append(project.root / settings.folder)
+    elif settings.gguf:
+        folders.append(locate_gguf(name, settings.gguf, project.root).parent)
+    elif settings.hub and (cached := _cached(settings.hub, settings.revision)):
+        folders.append(cached.parent)
+    return folders
+
+
+def licence(name: str, settings: BaseModelSettings, project: Project) -> Iterator[Check]:
+    label = f"{name}: licence"
+    for folder in _folders(name, settings, project):
+        if found := _card_licence(folder / "README.md"):
+            yield ok(label, found)
+            return
+    if settings.gguf and settings.gguf.startswith(PACKAGE) and (found := _package_licence(settings.gguf)):
+        yield ok(label, found)
+        return
+    yield warn(label, "no model card says which", "read the licence where the model is from before you give a merged model away")
+
+
+def _card_licence(card: Path) -> str | None:
+    """Return the licence of a model card's front matter."""
+    if not card.is_file():
+        return None
+    head, *rest = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    if head.strip() or len(rest) < 2:
+        return None
+    try:
+        facts = yaml.safe_load(rest[0])
+    except yaml.YAMLError:
+        return None
+    found = facts.get("license_name") or facts.get("license") if isinstance(facts, dict) else None
+    return ", ".join(map(str, found)) if isinstance(found, list) else str(found) if found else None
+
+
+def _package_licence(gguf: str) -> str | None:
+    package = gguf.removeprefix(PACKAGE).partition("/")[0]
+    try:
+        facts = importlib.metadata.metadata(package).json
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = facts.get("license_expression") or facts.get("license")
+    return f"{str(found).splitlines()[0][:60]} (of the package {package})" if found else None
+
+
+def template(name: str, settings: BaseModelSettings, project: Project) -> Iterator[Check]:
+    label = f"{name}: chat template"
+    configured = project.recipe(name).chat.chat_template
+    if read_template(name, configured, project.root) is not None:
+        yield ok(label, f"{configured}, as finetune.yaml says")
+        return
+    looked = False
+    for folder in _folders(name, settings, project):
+        if has_template(folder):
+            made = folder.is_relative_to(project.store_path)
+            yield ok(label, "in the snapshot" if made else f"in {folder}")
+            return
+        looked |= (folder / "tokenizer_config.json").is_file()
+    if looked:
+        yield fail(
+            label,
+            "the tokenizer has none (a base model, not a chat model?)",
+            "use the instruct version, or name a file in chat.chat_template",
+        )
+    else:
+        yield warn(label, "not known before base_model is made", "ft run --asset base_model")
+
+
+def has_template(folder: Path) -> bool:
+    """Return whether a folder's tokenizer has a chat template, without loading it."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file() or (folder / "chat_templates").is_dir():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def readable(path: Path) -> bool:
+    return os.access(path, os.R_OK)

@@ -1,0 +1,77 @@
+"""`ft doctor`: looks at the machine and the project and says what is wrong and what to do. Makes nothing, loads no weights."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from ft_assets.commands import base_checks, machine
+from ft_assets.commands.checkup import FAIL, Check, fail, guarded, ok, warn
+from ft_assets.commands.store_view import in_bytes
+from ft_assets.config import CONFIG_NAME, DataSettings, Project, find_config, load_project
+from ft_assets.data.formats import resolve_files
+from ft_assets.errors import FtError
+
+
+def examine() -> list[Check]:
+    """Return all checks of this machine and the project of this folder."""
+    checks = [*guarded("libraries", machine.libraries), *guarded("torch", machine.compute)]
+    project, config = _config()
+    if project is None:
+        checks += guarded("bitsandbytes", partial(machine.bitsandbytes, False))
+        checks += guarded("disk", partial(machine.disk, Path.cwd()))
+        return [*checks, config]
+    quantized = any(project.recipe(name).lora.method == "qlora" for name in project.base_models)
+    checks += guarded("bitsandbytes", partial(machine.bitsandbytes, quantized))
+    checks += guarded("disk", partial(machine.disk, project.store_path))
+    checks += [config, *_data(project)]
+    for name, settings in project.base_models.items():
+        looks: dict[str, Callable[[], Iterable[Check]]] = {
+            "source": partial(base_checks.source, name, settings, project.root),
+            "licence": partial(base_checks.licence, name, settings, project),
+            "chat template": partial(base_checks.template, name, settings, project),
+        }
+        for part, look in looks.items():
+            found = list(guarded(f"{name}: {part}", look))
+            checks += found
+            if part == "source" and any(check.state == FAIL for check in found):
+                break  # licence and template of what is not there would only say so again
+    return checks
+
+
+def _config() -> tuple[Project | None, Check]:
+    try:
+        path = find_config()
+        project = load_project(path)
+    except FtError as error:
+        advice = "; ".join(text for text in (error.expected, error.fix) if text)
+        return None, fail(CONFIG_NAME, f"{error.where}: {error.found}", f"{advice}. Data and base models were not looked at")
+    except Exception as error:  # e.g. bytes that are no UTF-8, a folder of this name
+        return None, fail(CONFIG_NAME, f"cannot be read ({type(error).__name__}: {error})", "a UTF-8 text file; see the README")
+    return project, ok(CONFIG_NAME, f"{path}, {len(project.base_models)} base model{'s' if len(project.base_models) > 1 else ''}")
+
+
+def _data(project: Project) -> Iterator[Check]:
+    """Yield a check for each key of `data` that names files."""
+    for key, field in DataSettings.model_fields.items():
+        patterns = getattr(project.data, key)
+        if field.annotation == list[str] and patterns:
+            yield from guarded(f"data.{key}", partial(_files, project, key, patterns))
+    if not project.data.retention:
+        yield warn("data.retention", "names no files", "give general prompts: without them nobody knows what the model forgot")
+
+
+def _files(project: Project, key: str, patterns: list[str]) -> Iterator[Check]:
+    name = f"data.{key}"
+    remote = [pattern for pattern in patterns if "://" in pattern]  # to look at them would be to fetch them
+    files = resolve_files(project.root, [pattern for pattern in patterns if pattern not in remote], name)
+    unreadable = [path for path in files if not base_checks.readable(path)]
+    empty = [path.name for path in files if path.stat().st_size == 0]
+    found = f"{len(files)} file{'' if len(files) == 1 else 's'}, {in_bytes(sum(path.stat().st_size for path in files))}"
+    if unreadable:
+        yield fail(name, f"{unreadable[0]} cannot be read", "check its permissions")
+    elif empty:
+        yield fail(name, f"{', '.join(empty)}: empty", "put rows into it, or remove it")
+    elif remote:
+        yield warn(name, f"{found}; {len(remote)} remote, not looked at", "ft run --asset raw_dataset fetches them")
+    else:
+        yield ok(name, found)

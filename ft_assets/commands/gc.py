@@ -1,0 +1,123 @@
+"""`ft gc`: which versions of the store nobody needs any more, and their removal.
+
+Kept are, of every asset and partition: CURRENT, the newest few, what is younger than an hour; then all that a kept
+version says it was made from, and what a running step reads. A version is renamed first and deleted then: a reader
+finds it whole or not at all.
+"""
+
+import os
+import shutil
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ft_assets.commands.leftovers import TRASH, leftovers, running_inputs
+from ft_assets.commands.store_view import Version, columns, current_name, in_bytes, in_utc, size, versions
+
+YOUNG_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Something that can go: a version, or what a step left behind."""
+
+    path: Path
+    what: str
+    why: str
+    made: float
+    bytes: int
+    is_version: bool
+
+
+def removals(root: Path, keep: int, now: float | None = None) -> tuple[list[Removal], list[Path]]:
+    """Return what can go, oldest first, and the folders that are left alone because their manifest cannot be read."""
+    now = time.time() if now is None else now
+    found, unreadable = versions(root)
+    kept = kept_versions(found, keep, now, running_inputs(root, now))
+    going = [
+        Removal(version.path, f"{version.where} {version.path.name[:8]}", "an older version", version.made, size(version.path), True)
+        for version in found
+        if version.path not in kept
+    ]
+    going += [Removal(old.path, old.what, old.why, old.touched, size(old.path), False) for old in leftovers(root, now)]
+    return sorted(going, key=lambda removal: (not removal.is_version, removal.made, str(removal.path))), unreadable
+
+
+def kept_versions(found: list[Version], keep: int, now: float, in_use: Iterable[Path] = ()) -> set[Path]:
+    """Return the folders of the versions that stay."""
+    homes: dict[Path, list[Version]] = defaultdict(list)
+    for version in sorted(found, key=lambda version: version.made, reverse=True):
+        homes[version.home].append(version)
+    used = {path.resolve() for path in in_use}
+    waiting = [
+        version
+        for home, its in homes.items()
+        for index, version in enumerate(its)
+        if index < keep or version.path.name == current_name(home) or now - version.made < YOUNG_SECONDS or version.path.resolve() in used
+    ]
+    kept = {version.path: version for version in waiting}
+    while waiting:
+        for source in _sources(waiting.pop(), found, kept):
+            kept[source.path] = source
+            waiting.append(source)
+    return set(kept)
+
+
+def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version]) -> list[Version]:
+    """Return what must be kept besides for a version's inputs.
+
+    One version that has all the parts it read is enough: an equal data version is equal content. A kept one will do, else
+    it is the newest. Without this, a report (which reads the few-shot part of raw_dataset) would keep every raw_dataset.
+    """
+    assets = {other.asset for other in found}
+    wanted: dict[tuple[str | None, str | None], list[tuple[str | None, str]]] = defaultdict(list)
+    for name, data_version in version.artifact.manifest["inputs"].items():
+        whole, _, part = name.partition("#")
+        asset, _, partition = whole.removesuffix("]").partition("[")
+        # An input may have a name of its own (merged_model's `adapter`): then any asset that has this content.
+        wanted[asset if asset in assets else None, partition or None].append((part or None, data_version))
+    needed = []
+    for (asset, partition), parts in wanted.items():
+        near = (partition,) if partition else (None, version.partition)
+        matching = [
+            other
+            for other in found
+            if asset in (None, other.asset) and other.partition in near and all(_has(other, part, content) for part, content in parts)
+        ]
+        if matching and not any(other.path in kept for other in matching):
+            needed.append(max(matching, key=lambda other: other.made))
+    return needed
+
+
+def _has(version: Version, part: str | None, content: str) -> bool:
+    manifest = version.artifact.manifest
+    return (manifest["data_version"] if part is None else manifest["parts"].get(part)) == content
+
+
+def remove(removal: Removal) -> bool:
+    """Delete it; return False if it became current meanwhile, or another one deletes it. Raises OSError if it cannot be deleted."""
+    home, name = removal.path.parent, removal.path.name
+    if removal.is_version and current_name(home) == name:
+        return False
+    trash = home / f"{TRASH}{uuid.uuid4().hex}"
+    try:
+        os.rename(removal.path, trash)
+    except FileNotFoundError:
+        return False
+    if removal.is_version and current_name(home) == name:  # a run went back to it between the two steps
+        os.rename(trash, removal.path)
+        return False
+    shutil.rmtree(trash)
+    return True
+
+
+def table(going: list[Removal]) -> str:
+    """Return what would go, with sizes and their sum."""
+    if not going:
+        return "nothing to remove"
+    rows = [[removal.what, in_utc(removal.made), in_bytes(removal.bytes), removal.why] for removal in going]
+    lines = columns([["what", "made (UTC)", "size", "why"], *rows])
+    return "\n".join([*lines, f"{len(going)} to remove, {in_bytes(sum(removal.bytes for removal in going))}"])

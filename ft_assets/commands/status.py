@@ -1,0 +1,155 @@
+"""`ft status`: what has been made, when, and its key number. What is out of date is `ft plan`'s to say."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.commands.store_view import columns, free_bytes, in_bytes, in_utc, size, versions
+from ft_assets.config import Project
+from ft_assets.errors import ArtifactError
+
+Metrics = Mapping[str, Any]
+NOT_MADE = "–"
+
+
+@dataclass(frozen=True)
+class Line:
+    """The current version of one asset; all but the names None where there is none."""
+
+    asset: str
+    partition: str | None
+    fingerprint: str | None = None
+    made: float | None = None
+    seconds: float | None = None
+    key: str | None = None
+    problem: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        made = None if self.made is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.made))
+        return {**asdict(self), "made": made}
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a project's store."""
+
+    store: str
+    bytes: int
+    free_bytes: int
+    versions: int
+    unpartitioned: list[Line]
+    base_models: dict[str, list[Line]]
+    elsewhere: list[str]  # base models of the store that finetune.yaml does not name
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "unpartitioned": [line.to_dict() for line in self.unpartitioned],
+            "base_models": {name: [line.to_dict() for line in lines] for name, lines in self.base_models.items()},
+        }
+
+
+def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
+    """Return what lies in the store. `assets` are the graph's, each with whether it is partitioned by base model, in its order."""
+    store = ArtifactStore(project.store_path)
+    found, _ = versions(store.root)
+    known = {(asset, partition) for asset, partitioned in assets for partition in (project.base_models if partitioned else [None])}
+    return Status(
+        store=str(store.root),
+        bytes=size(store.root),
+        free_bytes=free_bytes(store.root),
+        versions=len(found),
+        unpartitioned=[_line(store, asset, None) for asset, partitioned in assets if not partitioned],
+        base_models={name: [_line(store, asset, name) for asset, partitioned in assets if partitioned] for name in project.base_models},
+        elsewhere=sorted({version.where for version in found if (version.asset, version.partition) not in known}),
+    )
+
+
+def _line(store: ArtifactStore, asset: str, partition: str | None) -> Line:
+    try:
+        artifact = store.current(asset, partition)
+    except (ArtifactError, OSError, ValueError) as error:
+        said = f"{error.found}; {error.fix}" if isinstance(error, ArtifactError) else str(error)
+        return Line(asset, partition, problem=f"cannot be read: {said}")
+    if artifact is None:
+        return Line(asset, partition)
+    finished, started = artifact.manifest["finished"], artifact.manifest["started"]
+    return Line(asset, partition, artifact.fingerprint, finished, round(finished - started, 1), key_number(artifact))
+
+
+def table(shown: Status) -> str:
+    """Return the status as text."""
+    groups = {"all base models": shown.unpartitioned, **shown.base_models}
+    rows = [
+        [name, line.asset, (line.fingerprint or NOT_MADE)[:8], NOT_MADE if line.made is None else in_utc(line.made), _said(line)]
+        for name, lines in groups.items()
+        for line in lines
+    ]
+    lines, before = list[str](), None
+    for (name, *_), text in zip(rows, columns([["asset", "version", "made (UTC)", ""], *[row[1:] for row in rows]])[1:], strict=True):
+        if name != before:
+            lines += ["", name] if before else [name]
+            before = name
+        lines.append(f"  {text}")
+    lines += ["", f"store: {shown.store}, {in_bytes(shown.bytes)} in {shown.versions} versions, {in_bytes(shown.free_bytes)} free"]
+    if shown.elsewhere:
+        lines.append(f"also there, of no asset or base model of finetune.yaml: {', '.join(shown.elsewhere)}")
+    lines.append("times are UTC; ft plan says what is out of date, ft gc removes old versions")
+    return "\n".join(lines)
+
+
+def _said(line: Line) -> str:
+    return line.problem or line.key or ("" if line.made is not None else "not made yet")
+
+
+def _rows(metrics: Metrics) -> str:
+    rejected = metrics.get("rejected")
+    return f"{metrics['conversations_rows']} rows" + (f", {rejected} rejected" if rejected else "")
+
+
+def _pairs(metrics: Metrics) -> str:
+    return f"{metrics.get('preferences_rows', metrics.get('rows'))} pairs"
+
+
+def _split(metrics: Metrics) -> str:
+    return f"{metrics['train_rows']} train, {metrics['heldout_rows']} held-out rows"
+
+
+def _loss(metrics: Metrics) -> str:
+    return f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}, {metrics['train_rows']} rows"
+
+
+def _dpo(metrics: Metrics) -> str:
+    if not metrics["pairs"]:
+        return "no preference data: no DPO"
+    return f"{metrics['pairs']} pairs, loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
+
+
+def _verdict(metrics: Metrics) -> str:
+    gain = metrics.get("gain_vs_base")
+    return metrics["verdict"] + (f", {gain:+.3f} against base" if gain is not None else "") + f", {metrics['heldout_rows']} held-out rows"
+
+
+KEYS: dict[str, Callable[[Metrics], str]] = {
+    "raw_dataset": _rows,
+    "raw_preferences": _pairs,
+    "base_model": lambda metrics: f"{metrics['parameters'] / 1e6:,.1f}M parameters",
+    "chat_dataset": lambda metrics: f"{metrics['tokens']:,} tokens in {metrics['conversations_rows']} rows",
+    "heldout_split": _split,
+    "lora_adapter": _loss,
+    "dpo_adapter": _dpo,
+    "eval_report": _verdict,
+    "merged_model": lambda metrics: f"top-1 agreement {metrics['top1_agreement']:.4f}",
+    "leaderboard": lambda metrics: f"{metrics['judged']} of {metrics['base_models']} judged",
+}
+
+
+def key_number(artifact: Artifact) -> str:
+    """Return the number that says most of an artifact; of an unknown asset, or an older version's metrics, the first two."""
+    try:
+        return KEYS[artifact.asset](artifact.metrics)
+    except (KeyError, TypeError, ValueError):
+        known = [(name, value) for name, value in artifact.metrics.items() if isinstance(value, int | float | str) and value != ""]
+        return ", ".join(f"{name} {value}" for name, value in known[:2])

@@ -1,0 +1,119 @@
+"""The artifact store as files: which versions lie in it, how large they are. Nothing is changed here."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_assets.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published version; its folder lies beside the CURRENT of its asset and partition."""
+
+    artifact: Artifact
+
+    @property
+    def path(self) -> Path:
+        return self.artifact.path
+
+    @property
+    def home(self) -> Path:
+        return self.path.parent
+
+    @property
+    def asset(self) -> str:
+        return self.artifact.asset
+
+    @property
+    def partition(self) -> str | None:
+        return self.artifact.manifest["partition"]
+
+    @property
+    def made(self) -> float:
+        """Seconds since 1970."""
+        return float(self.artifact.manifest["finished"])
+
+    @property
+    def where(self) -> str:
+        return f"{self.asset}[{self.partition}]" if self.partition else self.asset
+
+
+def versions(root: Path) -> tuple[list[Version], list[Path]]:
+    """Return the versions below the store, and the folders whose manifest cannot be read: nobody knows what they are."""
+    found, unreadable = list[Version](), list[Path]()
+    for folder in _manifests(root):
+        try:
+            manifest: Any = json.loads((folder / "manifest.json").read_text())
+            version = Version(Artifact(folder, manifest))
+            _ = version.asset, version.partition, version.made, version.artifact.data_version, manifest["inputs"], manifest["parts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            unreadable.append(folder)
+            continue
+        found.append(version)
+    return found, unreadable
+
+
+def _manifests(root: Path) -> Iterator[Path]:
+    """Yield the folders that hold a manifest, not those inside of them. Names with a dot are work and leftovers."""
+    for place, folders, files in os.walk(root):
+        if "manifest.json" in files:
+            folders.clear()
+            yield Path(place)
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def current_name(home: Path) -> str | None:
+    """Return the fingerprint that readers of this asset and partition get, or None."""
+    try:
+        return (home / "CURRENT").read_text().strip()
+    except (OSError, ValueError):
+        return None
+
+
+def size(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder; what vanishes meanwhile counts nothing."""
+    total = 0
+    for place, _, files in os.walk(path):
+        for name in files:
+            try:
+                total += os.lstat(Path(place) / name).st_size
+            except OSError:
+                continue
+    return total if path.is_dir() else path.lstat().st_size if path.exists() else 0
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that a folder lies on, or will lie on."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def in_bytes(count: float) -> str:
+    """Return a size for a person: 12 B, 3.4 MB, in powers of 1000 as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def in_utc(seconds: float) -> str:
+    """Return a time as `2025-01-31 12:00`, UTC."""
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+
+
+def columns(rows: list[list[str]]) -> list[str]:
+    """Return rows as lines whose cells stand below each other."""
+    wide = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, wide, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,95 @@
+"""The text of a new finetune.yaml, with comments: what a library that writes YAML would lose."""
+
+import glob
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ft_assets.commands.base_source import BaseSource
+
+if TYPE_CHECKING:
+    from ft_assets.commands.init import Found
+
+HELDOUT_AIMED_AT = 100  # rows: with fewer only a large gain is told from chance
+SMALL = """\
+# Defaults fit a 7-8B model. This one is small: it wants a higher learning rate and all linear layers.
+lora: {r: 16, lora_alpha: 32, target_modules: all-linear}
+sft: {num_train_epochs: 2, learning_rate: 1.0e-3, effective_batch: 8, micro_batch: 8}"""
+USUAL = """\
+# Defaults fit a 7-8B model: r 16, alpha 32, attention, 2e-4. Below 1B, take these:
+# lora: {target_modules: all-linear}
+# sft: {learning_rate: 1.0e-3, effective_batch: 8}"""
+
+
+def project_text(data_path: str, source: BaseSource, found: "Found") -> str:
+    """Return the file's text. `data_path` is relative to it."""
+    columns = f"\n  columns: {_inline({'train': found.columns})}" if found.columns else ""
+    return f"""\
+# The one file you edit. Paths are relative to it. Unknown keys are refused, with the nearest known one named.
+
+data:
+  # {found.shape}
+  train: {_inline([glob.escape(data_path)])}{columns}
+  # Rows that look like production, which nobody trained on, are the better judge; without them a share of train is held out.
+  # heldout: [data/production.jsonl]
+  heldout_share: {_share(found)}
+  # retention: [data/general.jsonl]      # general prompts the model must not get worse at: without them nobody knows
+  # rehearsal: [data/more_general.jsonl] # general conversations trained beside the task, so that the rest is not forgotten
+  # preferences: [data/pairs.jsonl]      # prompt, chosen, rejected: DPO after SFT
+  # few_shot: [data/few_shot.jsonl]      # the rival: the base with these examples in its prompt
+
+base_models:                             # one partition of the graph each
+  {_inline(source.name)}:
+    {source.kind}: {_inline(source.value)}{_revision(source)}
+
+{SMALL if source.is_default else USUAL}
+
+evaluation:
+{_evaluation(found)}
+  max_new_tokens: {found.answers.max_new_tokens}  # the longest answer that was read has {found.answers.longest} bytes
+
+# gate: {{max_retention_loss: 0.2, min_heldout_rows: 40}}   # what a PASS needs; docs/verdict.md has every key
+# schedule: {{cron: "0 3 * * 1", timezone: Europe/Berlin}}  # retrain by itself; switched on in the UI
+"""
+
+
+def _evaluation(found: "Found") -> str:
+    answers = found.answers
+    seen = "" if found.ended else f" in the first {found.total} rows"
+    if answers.json_fields:
+        metric = "field_f1" if len(answers.json_fields) > 1 else "exact"
+        other = "; exact: only the whole object counts" if metric == "field_f1" else ""
+        return (
+            f"  # Every answer is a JSON object with these keys{seen}.\n"
+            f"  json_fields: {_inline(answers.json_fields)}\n"
+            f"  metric: {metric}  # the verdict is about this one{other}"
+        )
+    if answers.labels:
+        return (
+            f"  # Every answer is one of these{seen}. The metric does not look at case, quotes or a final full stop.\n"
+            f"  labels: {_inline(answers.labels)}\n"
+            "  metric: label  # the verdict is about this one"
+        )
+    return (
+        "  # The answers are free text. exact fits short ones; for longer ones name metrics: [rouge, chrf] and metric: chrf, or a judge.\n"
+        "  metric: exact  # the verdict is about this one"
+    )
+
+
+def _share(found: "Found") -> float:
+    """Return a share that holds out enough rows, but never more than three in ten."""
+    if not found.ended:
+        return 0.1
+    return round(min(0.3, max(0.1, HELDOUT_AIMED_AT / found.answers.count)), 2)
+
+
+def _revision(source: BaseSource) -> str:
+    if source.kind != "hub":
+        return ""
+    return "\n    # revision: main                     # a commit here needs no hub once it is in the cache"
+
+
+def _inline(value: Any) -> str:
+    """Return a value as YAML on one line, quoted where it must be."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...").strip()

