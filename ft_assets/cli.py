@@ -251,7 +251,7 @@ def gc(
     for path in unreadable:
         print(f"left alone: {path}: its manifest cannot be read", file=sys.stderr)
     if not apply:
-        print("nothing was deleted; ft gc --apply does it" if going else "")
+        print("nothing was deleted yet: ft gc --apply does it" if going else "", end="\n" if going else "")
         return
     failed = False
     for removal in going:

@@ -50,7 +50,8 @@ class Answers:
     @property
     def max_new_tokens(self) -> int:
         """Room for the longest answer: half a token a byte is more than usual vocabularies need, and an end of turn."""
-        return min(2048, max(32, -(-self.longest // 2 + 8) // 16 * 16))
+        needed = self.longest // 2 + 8
+        return min(2048, max(32, -(-needed // 16) * 16))
 
     def said(self) -> str:
         if self.json_fields:

@@ -50,7 +50,7 @@ def guarded(name: str, look: Callable[[], Iterable[Check]]) -> Iterator[Check]:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             for check in look():
-                done.append(check)  # noqa: PERF402
+                done.append(check)
     except FtError as error:
         done.append(fail(name, f"{error.where}: {error.found}", "; ".join(text for text in (error.expected, error.fix) if text)))
     except Exception as error:  # a doctor that falls ill helps nobody
