@@ -21,6 +21,18 @@ from ft_assets.job import StepResult
 
 OWNERS = ["team:ml"]
 GROUP = "data"
+COLUMNS = {
+    "id": "Hash of the content: the same row has the same id in every file and order.",
+    "group": "Rows of one group stay on one side of the split: the same prompt, or the row's own `group`.",
+    "stratum": "The value of the field that data.stratify names.",
+    "messages": "The turns, as role and content; calls as JSON; train: false on answers that are context only.",
+    "tools": "The tools that were offered, as JSON.",
+    "source": "The file it came from.",
+    "digest": "Hash of all that the row says; versions are made of it.",
+    "judged": "A whole conversation that ends in an answer: only such a row can be held out.",
+    "input_ids": "Tokens of the conversation in this model's own template.",
+    "supervised": "Which of them the loss is of: answers and their end of turn.",
+}
 CONVERSATIONS = {  # key of data: table
     "train": "conversations",
     "rehearsal": "rehearsal",
@@ -41,7 +53,11 @@ data_files = dg.AssetSpec(
 
 def schema_metadata(schema: pa.Schema) -> dict[str, Any]:
     """Return the column schema for the UI."""
-    return {"dagster/column_schema": dg.TableSchema([dg.TableColumn(field.name, str(field.type)) for field in schema])}
+    return {
+        "dagster/column_schema": dg.TableSchema(
+            [dg.TableColumn(field.name, str(field.type), description=COLUMNS.get(field.name)) for field in schema]
+        )
+    }
 
 
 def data_content(project: Project, keys: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
@@ -86,7 +102,8 @@ def _ingest(project: Project, output: Path, sources: Mapping[str, tuple[str, Any
             stratum = stratify.field if stratify and key == "train" else None
             formed = partial(form, format=wanted) if (wanted := named(project, "format", key)) else form
             done = ingest.source(name, _rows(project, key), formed, schema, columns, stratum)
-            metrics |= done.metrics(name)
+            if done.total or not metrics:  # a source that is not named has nothing to say
+                metrics |= done.metrics(name)
             parts[name] = done.version
             first += done.first
     rejected_rows = sum(value for key, value in metrics.items() if key.endswith("_rejected"))

@@ -31,7 +31,8 @@ def step(job: Job, report: Report) -> StepResult:
             with TableWriter(job.output / f"{name}.parquet", TOKENIZED) as table:
                 ledger = room.conversations(name, raw / f"{name}.parquet", table)
                 parts[name] = table.version
-            metrics |= {f"{name}_rows": table.rows, f"{name}_too_long": ledger.too_long}
+            if ledger.lengths or name == "conversations":
+                metrics |= {f"{name}_rows": table.rows, f"{name}_too_long": ledger.too_long}
             metrics |= ledger.metrics() if name == "conversations" else {}
             histograms[name] = ledger.histogram()
             report(f"rendered {name}", rows=table.rows, too_long=ledger.too_long)
