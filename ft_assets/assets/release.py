@@ -25,7 +25,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="3",
+        code_version="4",
         pool=GPU_POOL,
     )
     def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:

@@ -102,11 +102,14 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
     if replaced:
         with acting(model, None):
             known = task.retention or task.heldout  # general prompts show best what a base knows in its own template
-            scored.proofs["own_template"] = {
-                "loss": scorer.loss_under(replaced, known),
-                "loss_as_configured": statistics.fmean(scorer.losses(known)[0]),
-                "rows": "general" if task.retention else "held-out",
-            }
+            try:
+                scored.proofs["own_template"] = {
+                    "loss": scorer.loss_under(replaced, known),
+                    "loss_as_configured": statistics.fmean(scorer.losses(known)[0]),
+                    "rows": "general" if task.retention else "held-out",
+                }
+            except EvaluationError as problem:  # it has no tool calls, say: nothing to compare with
+                scored.proofs["own_template_refuses"] = str(problem)
     return scored
 
 
@@ -188,7 +191,7 @@ class Scorer:
     def heldout(self, rows: Rows, base: Rows | None) -> Rows:
         """Return the scored rows; `base` are the base's own, which the judge compares with (None: this is the base)."""
         settings, answered = self.settings, self.answers(rows)
-        texts, references = [row["answer"] for row in answered], [row["messages"][-1]["content"] for row in rows]
+        texts, references = [row["answer"] for row in answered], [row["reference"] for row in rows]
         ids, prompts = [row["id"] for row in rows], [row["messages"][:-1] for row in self.task.heldout]
         scores = score_answers(texts, references, settings, self.task.schema)
         scores["loss"], scores["token_accuracy"] = self.losses(rows)
@@ -206,7 +209,7 @@ class Scorer:
 
         [] where that says nothing: all references are the same, or the metric is not one of answer and reference alone.
         """
-        answers, references = [row["answer"] for row in scored], [row["messages"][-1]["content"] for row in self.task.heldout]
+        answers, references = [row["answer"] for row in scored], [row["reference"] for row in self.task.heldout]
         if len(set(references)) == 1 or self.settings.metric in (*NOT_OF_TEXT, self.settings.own_metric):
             return []
         count = min(SHUFFLES, len(references) - 1)
@@ -231,7 +234,7 @@ class Scorer:
         if not rows:
             return []
         answered = self.answers(rows[: self.settings.retention_answers])
-        references = [row["messages"][-1]["content"] for row in rows]
+        references = [row["reference"] for row in rows]
         metric = self.settings.retention_metric
         scores = retention_scores([row["answer"] for row in answered], references[: len(answered)], metric)
         scored: Rows = [{**row, metric: value} for row, value in zip(answered, scores, strict=True)]

@@ -77,7 +77,7 @@ def _examples(rows: Mapping[str, Rows], heldout: Rows, metric: str, chosen: list
         {
             "id": heldout[index]["id"],
             "prompt": heldout[index]["messages"][-2]["content"],
-            "reference": heldout[index]["messages"][-1]["content"],
+            "reference": heldout[index]["reference"],
             "answers": [(LABELS[name], rows[name][index]["answer"], rows[name][index][metric]) for name in rows],
         }
         for index in chosen

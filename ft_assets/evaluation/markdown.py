@@ -154,7 +154,7 @@ def _examples(report: Report, rows: Mapping[str, Rows], heldout: Rows, candidate
         lines += ["", f"## {title}", ""]
         for index in chosen:
             lines += [f"> {_cell(heldout[index]['messages'][-2]['content'])}", ""]
-            lines.append(f"- reference: `{_cell(heldout[index]['messages'][-1]['content'])}`")
+            lines.append(f"- reference: `{_cell(heldout[index]['reference'])}`")
             lines += [f"- {LABELS[name]}: `{_cell(rows[name][index]['answer'])}`" for name in ("base", candidate)]
             lines.append("")
         lines += [] if chosen else ["none"]

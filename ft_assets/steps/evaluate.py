@@ -15,19 +15,21 @@ from ft_assets.evaluation.diagnosis import diagnose, diversity
 from ft_assets.evaluation.html import html
 from ft_assets.evaluation.markdown import changes, markdown
 from ft_assets.evaluation.plots import data_uri, read_curve, score_plot
+from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import summarise, to_json
 from ft_assets.evaluation.verdict import decide
 from ft_assets.job import Job, Report, StepResult
+from ft_assets.models.loading import load_tokenizer
 from ft_assets.steps._run import main
 
 
 def step(job: Job, report: Report) -> StepResult:
     settings, gate = EvaluationSettings.model_validate(job.settings["evaluation"]), GateSettings.model_validate(job.settings["gate"])
     split = job.inputs["heldout_split"]
-    train = read_table(split / "train.parquet")
+    train, tokenizer = read_table(split / "train.parquet"), load_tokenizer(job.inputs["base_model"])
     task = Task(
-        heldout=read_table(split / "heldout.parquet"),
-        retention=read_table(split / "retention.parquet")[: settings.retention_rows],
+        heldout=with_references(tokenizer, read_table(split / "heldout.parquet")),
+        retention=with_references(tokenizer, read_table(split / "retention.parquet", settings.retention_rows)),
         train=sorted((row for row in train if row["judged"]), key=lambda row: row["id"])[: settings.train_rows],
         few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet"),
         few_shot_system=job.settings["few_shot_system"],
@@ -73,7 +75,7 @@ def _write_rows(path: Path, scored: dict[str, Rows], asked: Rows) -> None:
             "candidate": name,
             "id": row["id"],
             "prompt": json.dumps(row["messages"][:-1], ensure_ascii=False),
-            "reference": row["messages"][-1]["content"],
+            "reference": row["reference"],
             **answer,
         }
         for name, answers in scored.items()

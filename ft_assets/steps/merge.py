@@ -10,9 +10,11 @@ from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import VerdictError
 from ft_assets.evaluation.candidates import Rows, Task
+from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import compare_columns, score_columns, to_json
 from ft_assets.evaluation.verdict import adjusted_p, quality
 from ft_assets.job import Job, Report, StepResult
+from ft_assets.models.loading import load_tokenizer
 from ft_assets.release.card import model_card
 from ft_assets.release.merge import merge
 from ft_assets.release.verify import compare_models
@@ -25,7 +27,7 @@ def step(job: Job, report: Report) -> StepResult:
     snapshot, adapter = job.inputs["base_model"], job.inputs["adapter"]
     merged = merge(snapshot, adapter, job.output)
     report("merged", modules=merged["merged_modules"])
-    heldout = read_table(job.inputs["heldout_split"] / "heldout.parquet")
+    heldout = with_references(load_tokenizer(snapshot), read_table(job.inputs["heldout_split"] / "heldout.parquet"))
     task = Task(heldout, [], [], [], None, settings, job.settings["schema"], Path(job.settings["root"]))
     base = _judged(job, "base", heldout)
     same, rows = compare_models(snapshot, adapter, job.output, task, base, _judged(job, verdict["candidate"], heldout))
