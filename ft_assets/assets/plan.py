@@ -4,6 +4,7 @@ What lies behind a step that would run is compared with the versions of today; w
 step's content changes. Times and memory are those of the last time the step ran.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -115,7 +116,7 @@ def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition:
         resources={"workshop": planner},
         executor=dg.in_process_executor,
         jobs=[dg.define_asset_job("plan", selection=selection)],
-        loggers={"console": definitions.loggers["console"]} if definitions.loggers else {},
+        loggers={"console": dg.LoggerDefinition(lambda _: logging.getLogger("ft.plan.silent"))},  # a step that is not made is no news
     ).resolve_job_def("plan")
     with dg.DagsterInstance.ephemeral() as instance:
         quiet = {"loggers": {"console": {}}}
@@ -142,8 +143,9 @@ def table(steps: Sequence[Step]) -> str:
     working = [step for step in steps if step.action in (RUNS, MAYBE)]
     known = [step.seconds for step in working if step.seconds is not None]
     if working:
+        time = f", {sum(known) / 60:.1f} min as the last time" if known else ""
         lines.append(
-            f"  {len(working)} of {len(steps)} steps, {sum(known) / 60:.1f} min as the last time"
+            f"  {len(working)} of {len(steps)} steps{time}"
             + (f" ({len(working) - len(known)} never ran)" if len(known) < len(working) else "")
         )
     else:
