@@ -1,34 +1,98 @@
 """Read public data files and say what was found: rows, rejected rows with their reasons, doubles, near-duplicates.
 
+    python bench/data.py <folder>
     python bench/data.py <file> [--pairs] [--columns prompt=text,completion=category] [--against <file>]
 
+Of a folder all .json, .jsonl and .csv files are read, as conversations or, where their rows say so, as preferences.
 `--against` names a second file (a published test set, say) and lists what stands in both.
 """
 
 import argparse
+import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ft_assets.data.canonical import Validated, conversation, preference, validate
+from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.formats import read_rows
+from ft_assets.data.ingest import Ingest, Ingested
+from ft_assets.data.kto import pair_labels
+from ft_assets.data.leaks import overlaps
 from ft_assets.data.near import near_duplicates
-from ft_assets.data.split import overlaps
+from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
+
+PAIRED = ("chosen", "label")
+COLUMNS = {  # files whose columns must be named, by one of them
+    "category": {"prompt": "text", "completion": "category"},
+    "answer_matching_behavior": {"prompt": "question", "chosen": "answer_matching_behavior", "rejected": "answer_not_matching_behavior"},
+}
 
 
-def load(path: Path, pairs: bool, columns: dict[str, str]) -> Validated:
+@dataclass
+class Loaded:
+    """What one file holds."""
+
+    counts: Ingested
+    rows: list[dict[str, Any]]
+    problems: Counter[str]
+    seconds: float
+
+
+def load(path: Path, pairs: bool, columns: dict[str, str] | None) -> Loaded:
+    """Return what the graph would make of a file."""
     begun = time.perf_counter()
-    found = validate(read_rows(path), preference if pairs else conversation, columns)
-    rate = found.total / (time.perf_counter() - begun)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with TableWriter(folder / "rejected.parquet", REJECTED) as rejected:
+            raw = pair_labels(read_rows(path), None, columns) if pairs else read_rows(path)
+            form, schema = (preference, PREFERENCE) if pairs else (conversation, CONVERSATION)
+            counts = Ingest(folder, folder, rejected).source("rows", raw, form, schema, None if pairs else columns)
+        problems = Counter(row["problem"] for row in read_table(folder / "rejected.parquet"))
+        return Loaded(counts, read_table(folder / "rows.parquet"), problems, time.perf_counter() - begun)
+
+
+def shown(path: Path, found: Loaded) -> None:
+    """Print what a file holds."""
+    counts, rows = found.counts, found.rows
     print(
-        f"{path.name}: {found.total} rows, {len(found.rows)} used, {found.duplicates} doubles, {len(found.rejected)} rejected, {rate:.0f} rows/s"
+        f"{path.name}: {counts.total} rows, {counts.rows} used, {counts.duplicates} doubles, {counts.rejected} rejected, "
+        f"{counts.total / found.seconds:.0f} rows/s"
     )
-    for reason, count in Counter(row["problem"] for row in found.rejected).most_common(5):
+    for reason, count in found.problems.most_common(3):
         print(f"    {count} × {reason}")
-    groups = Counter(row["group"] for row in found.rows)
-    print(f"    {sum(count - 1 for count in groups.values())} more rows share their prompt with another")
-    print(f"    {sum(any(turn['role'] == 'system' for turn in row['messages']) for row in found.rows)} with a system turn")
-    return found
+    groups = Counter(row["group"] for row in rows)
+    roles = Counter(role for row in rows for role in {turn["role"] for turn in row["messages"]})
+    calls = sum(any("tool_calls" in turn for turn in row["messages"]) for row in rows)
+    print(
+        f"    {len(rows) - len(groups)} more rows share their prompt with another; {roles['system']} with a system turn, {calls} with tool calls"
+    )
+
+
+def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
+    """Print what stands in both files."""
+    same = overlaps(left=left.rows, right=right.rows)
+    begun = time.perf_counter()
+    near = near_duplicates(left.rows, right.rows, 0.8)
+    seconds = time.perf_counter() - begun
+    print(f"{len({match[3] for match in same})} rows of {names[1]} share their prompt with a row of {names[0]}")
+    print(f"{len({match[1] for match in near})} are at least 0.8 alike, found in {seconds:.1f} s; the least alike of them:")
+    text = {row["id"]: row["messages"][0]["content"] for row in (*left.rows, *right.rows)}
+    for one, other, score in near[-5:]:
+        print(f"    {score:.2f}  {text[one]!r}\n          {text[other]!r}")
+
+
+def of_folder(folder: Path) -> None:
+    """Print what every file of a folder holds."""
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".csv")):
+        first = next((row.value for row in read_rows(path) if row.value), None)
+        if first is None:
+            print(f"{path.name}: holds no rows")
+            continue
+        columns = next((named for column, named in COLUMNS.items() if column in first), None)
+        shown(path, load(path, any(key in first or key in (columns or {}) for key in PAIRED), columns))
 
 
 def main() -> None:
@@ -38,21 +102,16 @@ def main() -> None:
     arguments.add_argument("--pairs", action="store_true")
     arguments.add_argument("--columns", default="")
     given = arguments.parse_args()
-    columns = dict(part.split("=") for part in given.columns.split(",") if part)
-    left = load(given.file, given.pairs, columns)
-    if given.against is None:
+    if given.file.is_dir():
+        of_folder(given.file)
         return
-    right = load(given.against, given.pairs, columns)
-    same = overlaps(left=left.rows, right=right.rows)
-    begun = time.perf_counter()
-    near = near_duplicates(left.rows, right.rows, 0.8)
-    print(f"{len({match[3] for match in same})} rows of {given.against.name} share their prompt with a row of {given.file.name}")
-    print(
-        f"{len({match[1] for match in near})} are at least 0.8 alike, found in {time.perf_counter() - begun:.1f} s; the least alike of them:"
-    )
-    text = {row["id"]: row["messages"][0]["content"] for row in (*left.rows, *right.rows)}
-    for one, other, score in near[-5:]:
-        print(f"    {score:.2f}  {text[one]!r}\n          {text[other]!r}")
+    read = partial(load, pairs=given.pairs, columns=dict(part.split("=") for part in given.columns.split(",") if part) or None)
+    left = read(given.file)
+    shown(given.file, left)
+    if given.against is not None:
+        right = read(given.against)
+        shown(given.against, right)
+        against(left, right, (given.file.name, given.against.name))
 
 
 if __name__ == "__main__":

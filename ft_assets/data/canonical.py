@@ -11,30 +11,10 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from ft_assets.data.formats import RawRow
-from ft_assets.data.shapes import RowProblem, conversation_turns, preference_turns, renamed
+from ft_assets.data.shapes import RowProblem, conversation_turns, preference_turns
 from ft_assets.data.turns import checked, text, tools
-
-
-@dataclass(frozen=True)
-class Validated:
-    """The rows that can be used, and the others with their reason."""
-
-    rows: list[dict[str, Any]]
-    rejected: list[dict[str, str]]
-    duplicates: int
-
-    @property
-    def total(self) -> int:
-        return len(self.rows) + len(self.rejected) + self.duplicates
-
-    @property
-    def invalid_share(self) -> float:
-        return len(self.rejected) / self.total if self.total else 0.0
 
 
 def normalise(text: str) -> str:
@@ -113,28 +93,3 @@ def _group(raw: dict[str, Any], asked: str) -> str:
     if not isinstance(group, str | int):
         raise RowProblem(f"group: is a {type(group).__name__}; expected a text or a whole number")
     return digest("group", text("group", str(group)))
-
-
-def validate(rows: Iterable[RawRow], form: Callable[[dict[str, Any]], dict[str, Any]], columns: dict[str, str] | None = None) -> Validated:
-    """Return rows in canonical form, sorted by id so that file order changes nothing; exact duplicates are dropped and counted.
-
-    `columns` are the user's names for ours, {"prompt": "text"}.
-    """
-    valid: dict[str, dict[str, Any]] = {}
-    rejected, duplicates = [], 0
-    for row in rows:
-        if row.value is None:
-            rejected.append({"where": row.where, "problem": row.problem or ""})
-            continue
-        try:
-            canonical = {
-                **form(renamed(row.value, columns) if columns else row.value),
-                "source": row.where.rsplit(":", 1)[0].rsplit("[", 1)[0],
-            }
-        except RowProblem as problem:
-            rejected.append({"where": row.where, "problem": str(problem)})
-            continue
-        if canonical["id"] in valid:
-            duplicates += 1
-        valid.setdefault(canonical["id"], canonical)
-    return Validated([valid[key] for key in sorted(valid)], rejected, duplicates)
