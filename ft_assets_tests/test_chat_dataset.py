@@ -112,6 +112,7 @@ def test_lengths_are_shown_with_what_a_limit_costs(project: Path) -> None:
     shown = metadata(materialize(project, UP_TO_SPLIT), "chat_dataset")
     assert shown["conversations_too_long"] == 1
     assert shown["zero_supervised"] == 0
+    assert shown["max_length"] == 256  # the tiny model's context is shorter than the default of 1024
     assert "data:image/png;base64," in shown["lengths"]
     assert "| 512 | 1 |" in shown["lengths"]
     assert "| 1024 | 1 |" in shown["lengths"]

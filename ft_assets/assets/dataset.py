@@ -26,7 +26,7 @@ def _lengths(artifact: Artifact, name: str) -> dict[str, Any]:
     lengths = json.loads((artifact.path / "info" / "lengths.json").read_text())["conversations"]
     if not lengths["counts"]:
         return {}
-    picture = length_plot(lengths, artifact.manifest["settings"]["max_length"])
+    picture = length_plot(lengths, artifact.metrics["max_length"])
     lines = ["| chat.max_length | rows left out | tokens kept |", "|---:|---:|---:|"]
     lines += [f"| {limit} | {cost['left_out']} | {cost['tokens_percent']} % |" for limit, cost in lengths["limits"].items()]
     shown = f"![lengths of {name}]({data_uri(picture)})\n\n" + "\n".join(lines)
@@ -87,7 +87,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="data",
         owners=OWNERS,
         kinds={"huggingface", "parquet"},
-        code_version="3",
+        code_version="4",
         metadata=schema_metadata(TOKENIZED),
     )
     def chat_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -143,7 +143,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         )
         left_out = sum(value for key, value in metrics.items() if key.endswith("_too_long"))
         share = left_out / metrics["total"] if metrics["total"] else 0.0
-        text = f"{left_out} of {metrics['total']} rows are longer than {chat.max_length} tokens and were left out"
+        text = f"{left_out} of {metrics['total']} rows are longer than {metrics['max_length']} tokens and were left out"
         return dg.AssetCheckResult(passed=left_out == 0, severity=ERROR if share > chat.max_truncated else WARN, description=text)
 
     @dg.asset(

@@ -22,6 +22,12 @@ def stop_ids(snapshot: Path) -> frozenset[int]:
     return frozenset(eos if isinstance(eos, list) else [eos])
 
 
+def context_length(snapshot: Path) -> int | None:
+    """Return how many positions the model was made for, in tokens; None where its config does not say."""
+    config = json.loads((snapshot / "config.json").read_text())
+    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+
+
 @functools.cache
 def compute_dtype() -> Any:
     """Return bfloat16 on a GPU, and on a CPU only where a probe says that it is not slower than float32.

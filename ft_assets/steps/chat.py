@@ -11,7 +11,7 @@ from ft_assets.config import ChatSettings
 from ft_assets.data.ledger import Ledger
 from ft_assets.data.tables import REJECTED, TOKENIZED, TOKENIZED_PREFERENCE, Table, TableWriter, rows_of
 from ft_assets.job import Job, Report, StepResult
-from ft_assets.models.loading import load_tokenizer, stop_ids
+from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.steps._run import main
 
 Row = dict[str, Any]
@@ -24,9 +24,11 @@ def step(job: Job, report: Report) -> StepResult:
     tokenizer = load_tokenizer(snapshot)
     renderer = Renderer(tokenizer, stop_ids(snapshot))
     metrics: dict[str, Any] = {"template_prints": f"the date, as {date_of(tokenizer)}" if prints_date(tokenizer) else None}
+    # Beyond its context a model has learnt no positions: such a row is too long whatever the setting says.
+    metrics["max_length"] = min(settings.max_length, context_length(snapshot) or settings.max_length)
     parts, histograms = {}, {}
     with TableWriter(job.output / "info" / "refused.parquet", REJECTED) as refused:
-        room = Room(renderer, settings.max_length, refused)
+        room = Room(renderer, metrics["max_length"], refused)
         for name in ("conversations", "rehearsal", "heldout", "retention"):
             with TableWriter(job.output / f"{name}.parquet", TOKENIZED) as table:
                 ledger = room.conversations(name, raw / f"{name}.parquet", table)
