@@ -1,5 +1,8 @@
 """The error tree. Every error a user can cause says where, what was found, what was expected, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class FtError(Exception):
     """Base of all errors that are the user's to fix: shown without a stack trace, exit code 2."""
@@ -65,3 +68,9 @@ class EvaluationError(FtError):
 
 class VerdictError(FtError):
     """No PASS verdict exists for exactly these versions."""
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "remove it, or see the README") -> str:
+    """Return the fix for a name that is not known: the one it is close to, if there is one."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.cli import _select
+from ft_assets.cli.app import select
 from ft_assets.config import load_project
 from ft_assets.job import Job, StepResult
 from ft_assets_tests.conftest import WORDS
@@ -39,7 +39,7 @@ def materialize(folder: Path, assets: str = "*", partition: str = "tiny") -> dg.
         return job.execute_in_process(
             instance=instance,
             partition_key=partition,
-            asset_selection=_select(definitions, assets),
+            asset_selection=select(definitions, assets),
             raise_on_error=False,
             run_config={"loggers": {"console": {}}},
         )

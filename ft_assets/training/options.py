@@ -1,14 +1,13 @@
 """Turn our settings into TRL's options: the shared part of SFT and DPO."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ft_assets.config import TrainSettings
-from ft_assets.errors import ConfigError
+from ft_assets.errors import ConfigError, nearest
 from ft_assets.models.loading import compute_dtype
 
 
@@ -29,12 +28,11 @@ def trainer_options(settings: TrainSettings, key: str, checkpoints: Path, kind: 
     known = {field.name for field in dataclasses.fields(kind)}
     for name in settings.trainer:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
             raise ConfigError(
                 f"{key}.trainer.{name}",
                 f"is not an option of {kind.__name__}",
                 "TRL's own name",
-                f"did you mean {near[0]!r}?" if near else "see TRL's documentation",
+                nearest(name, sorted(known), "see TRL's documentation"),
             )
     on_gpu = torch.cuda.is_available()
     checkpointing = settings.gradient_checkpointing if settings.gradient_checkpointing is not None else on_gpu

@@ -1,0 +1,3 @@
+from ft_assets.cli import main
+
+main()

@@ -1,0 +1,72 @@
+"""The Typer app, and what several commands need."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ft_assets.config import Project, find_config, load_project
+from ft_assets.errors import FtError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune, prove, merge: the asset graph from a terminal.",
+)
+
+
+def dagster_home(project: Project) -> Path:
+    """Return DAGSTER_HOME, by default .ft/dagster beside finetune.yaml, with our dagster.yaml in it."""
+    home = Path(os.environ.get("DAGSTER_HOME") or project.root / ".ft" / "dagster")
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["DAGSTER_HOME"] = str(home)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text(
+            "telemetry: {enabled: false}\n"
+            "nux: {enabled: false}  # no sign-up dialog over the UI\n"
+            "# Pool gpu: one training or evaluation at a time, over all runs. Two GPUs: dagster instance concurrency set gpu 2\n"
+            "concurrency: {pools: {default_limit: 1, granularity: op}}\n"
+            "run_monitoring: {enabled: true, free_slots_after_run_end_seconds: 300}\n"
+        )
+    return home
+
+
+def select(defs: Any, text: str) -> list[Any]:
+    """Return the keys of a selection: assets or Dagster's own selection syntax, by commas. Raises FtError naming the assets."""
+    import dagster as dg
+
+    graph = defs.resolve_asset_graph()
+    keys = set()
+    for part in text.split(","):
+        try:
+            keys |= dg.AssetSelection.from_string(part.strip()).resolve(graph)
+        except Exception as error:  # Dagster's own parse errors have no common class
+            known = ", ".join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))
+            raise FtError(f"--asset {part}", str(error).splitlines()[0], "assets or selections, by commas", f"assets: {known}") from None
+    return [key for key in keys if key in graph.materializable_asset_keys]
+
+
+def quiet() -> None:
+    """Leave the terminal to our own words."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("dagster").setLevel(logging.ERROR)
+
+
+def graph_project() -> Project:
+    """Return the project; the code location, also in child processes, reads the same finetune.yaml."""
+    project = load_project()
+    os.environ["FT_CONFIG"] = str(find_config())
+    return project
+
+
+def chosen(project: Project, base: list[str] | None) -> list[str]:
+    """Return the base models that were asked for, all by default. Raises ConfigError for one that is not in finetune.yaml."""
+    names = base or list(project.base_models)
+    for name in names:
+        project.base_model(name)
+    return names

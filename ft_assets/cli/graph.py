@@ -1,0 +1,104 @@
+"""Commands on the graph: run, plan, status, ui."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from ft_assets.cli.app import app, chosen, dagster_home, graph_project, quiet, select
+
+
+@app.command()
+def run(
+    base: Annotated[list[str] | None, typer.Option("--base", help="Base model; all by default.")] = None,
+    asset: Annotated[
+        str, typer.Option("--asset", help="Assets or selections by commas, e.g. 'eval_report,merged_model' or 'lora_adapter+'.")
+    ] = "*",
+) -> None:
+    """Materialize assets; steps whose inputs did not change are reused."""
+    project = graph_project()
+    names = chosen(project, base)
+    dagster_home(project)
+    quiet()
+    import dagster as dg
+
+    from ft_assets.console import failures
+    from ft_assets.definitions import defs
+
+    instance = dg.DagsterInstance.get()
+    job = defs.resolve_implicit_global_asset_job_def()
+    keys = select(defs, asset)
+    partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)
+    failed = []
+    for name in names if partitioned else [None]:
+        print(f"\n{name or 'unpartitioned'}", file=sys.stderr)
+        outcome = job.execute_in_process(
+            instance=instance,
+            partition_key=name,
+            asset_selection=keys,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {}}},
+            tags={"ft/base_model": name} if name else None,
+        )
+        if not outcome.success:
+            failed.append(name or asset)
+            print("\n".join(["", *failures(outcome.all_events)]), file=sys.stderr)
+    if failed:
+        print(f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command("plan")
+def plan_run(
+    base: Annotated[list[str] | None, typer.Option("--base", help="Base model; all by default.")] = None,
+    asset: Annotated[str, typer.Option("--asset", help="Assets or selections by commas, as in ft run.")] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """Say what `ft run` would do and why, and how long it took the last time. Makes nothing."""
+    project = graph_project()
+    names = chosen(project, base)
+    dagster_home(project)
+    quiet()
+    from ft_assets.assets.plan import plan, table
+    from ft_assets.definitions import build
+
+    keys = select(build(project), asset)
+    steps = {name: plan(project, build, keys, name) for name in names}
+    if as_json:
+        print(json.dumps([step.to_dict() for found in steps.values() for step in found], indent=1))
+    else:
+        print("\n\n".join(f"{name}\n{table(found)}" for name, found in steps.items()))
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False) -> None:
+    """Say what has been made, when, and its key number; and how large the store is. What is out of date: ft plan."""
+    project = graph_project()
+    quiet()
+    from ft_assets.commands.status import status as look
+    from ft_assets.commands.status import table
+    from ft_assets.definitions import build
+
+    graph = build(project).resolve_asset_graph()
+    keys = [key for level in graph.toposorted_asset_keys_by_level for key in sorted(level) if key in graph.materializable_asset_keys]
+    found = look(project, [(key.to_user_string(), graph.get(key).is_partitioned) for key in keys])
+    print(json.dumps(found.to_dict(), indent=1) if as_json else table(found))
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
+    host_name: Annotated[
+        list[str] | None, typer.Option("--host-name", help="The Host of a proxy before it, e.g. graph.example.org. Repeatable.")
+    ] = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="For looking only: nothing can be started, and nothing runs by itself.")
+    ] = False,
+) -> None:
+    """Open the Dagster UI (webserver and daemon) on the instance that `ft run` fills. Bound to this machine only."""
+    from ft_assets.ui.services import serve
+
+    project = graph_project()
+    dagster_home(project)
+    raise typer.Exit(serve("ft_assets.definitions", port, host_name or [], read_only))

@@ -1,0 +1,72 @@
+"""Commands on a project and its machine: init, gc, doctor."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ft_assets.cli.app import app, quiet
+from ft_assets.config import load_project
+
+
+@app.command()
+def init(
+    data_file: Annotated[Path, typer.Argument(help="A file of conversations; its rows say what the task is.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", help="Hub id, folder, or GGUF file (package://package/file.gguf: in an installed package); a demo model by default."
+        ),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Where finetune.yaml is written.")] = Path(),
+    prompt: Annotated[str | None, typer.Option(help="The column that holds the prompt, if its name is not recognised.")] = None,
+    completion: Annotated[str | None, typer.Option(help="The column that holds the answer, if its name is not recognised.")] = None,
+) -> None:
+    """Write a first finetune.yaml for a data file, and say what its rows look like. Overwrites nothing."""
+    from ft_assets.commands.init import said, write_project
+
+    columns = {ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if theirs}
+    print(said(*write_project(data_file, base, folder, columns)))
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions of each asset stay.")] = 2,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete; without it, only say what would go.")] = False,
+) -> None:
+    """Remove old versions and leftovers from the store. What is current, and what it was made from, always stays."""
+    from ft_assets.commands.gc import removals, remove, table
+
+    root = load_project().store_path
+    going, unreadable = removals(root, keep)
+    print(table(going))
+    for path in unreadable:
+        print(f"left alone: {path}: its manifest cannot be read", file=sys.stderr)
+    if not apply:
+        print("nothing was deleted yet: ft gc --apply does it" if going else "", end="\n" if going else "")
+        return
+    failed = False
+    for removal in going:
+        try:
+            if not remove(removal):
+                print(f"left alone: {removal.what}: in use meanwhile", file=sys.stderr)
+        except OSError as error:
+            failed = True
+            print(f"error: {removal.path}: cannot be deleted ({error.strerror}); check its permissions", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False) -> None:
+    """Look at the machine, finetune.yaml, the data files and the base models: what is wrong, and what to do. Makes nothing."""
+    quiet()
+    from ft_assets.commands.checkup import FAIL, table
+    from ft_assets.commands.doctor import examine
+
+    checks = examine()
+    print(json.dumps([check.to_dict() for check in checks], indent=1) if as_json else table(checks))
+    if any(check.state == FAIL for check in checks):
+        raise typer.Exit(1)

@@ -1,0 +1,112 @@
+"""finetune.yaml -> `Project`. Every error names the file, the key path and the fix."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ft_assets.config.chat import ChatSettings
+from ft_assets.config.evaluation import EvaluationSettings
+from ft_assets.config.project import Project
+from ft_assets.config.section import Section
+from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
+from ft_assets.errors import ConfigError, nearest
+
+CONFIG_NAME = "finetune.yaml"
+
+
+def find_config(start: Path | None = None) -> Path:
+    """Return the path of finetune.yaml: $FT_CONFIG, else upward from `start`. Raises ConfigError."""
+    if given := os.environ.get("FT_CONFIG"):
+        path = Path(given).resolve()
+        if not path.is_file():
+            raise ConfigError("FT_CONFIG", f"there is no file {path}", "the path of a finetune.yaml", "correct or unset FT_CONFIG")
+        return path
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / CONFIG_NAME).is_file():
+            return folder / CONFIG_NAME
+    raise ConfigError(str(start), f"no {CONFIG_NAME} here or above", "a project folder", "cd into the project, or set FT_CONFIG")
+
+
+def load_project(path: Path | None = None) -> Project:
+    """Read finetune.yaml. Raises ConfigError with the file, the key path and the fix."""
+    path = path or find_config()
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(str(path), "no such file", f"a {CONFIG_NAME}", "create it, or set FT_CONFIG") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}", f"is not YAML: {getattr(error, 'problem', error)}", "YAML", "correct the line") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), f"holds a {type(raw).__name__}", "a mapping with data: and base_models:", "see the README")
+    raw.pop("root", None)
+    project = _validated(path, Project, {**raw, "root": path.parent.resolve()}, ())
+    for name in project.base_models:
+        if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
+            raise ConfigError(
+                f"{path}: base_models.{name}", "has a character that a file name cannot hold", "letters, digits, . _ -", "rename it"
+            )
+        _check_overrides(path, project, name)
+        _check_goals(path, project, name)
+    return project
+
+
+def _check_goals(path: Path, project: Project, name: str) -> None:
+    known = project.recipe(name).evaluation.metric_names()
+    for metric in project.gate.metrics:
+        if metric not in known:
+            raise ConfigError(
+                f"{path}: gate.metrics.{metric}", f"is not measured for {name}", f"one of {', '.join(known)}", nearest(metric, known)
+            )
+
+
+def _check_overrides(path: Path, project: Project, name: str) -> None:
+    model = project.base_models[name]
+    for section, kind in (
+        ("chat", ChatSettings),
+        ("lora", LoraSettings),
+        ("sft", SftSettings),
+        ("dpo", DpoSettings),
+        ("evaluation", EvaluationSettings),
+    ):
+        merged = {**getattr(project, section).model_dump(), **getattr(model, section)}
+        _validated(path, kind, merged, ("base_models", name, section))
+
+
+def _validated(path: Path, kind: type[Section], data: dict[str, Any], prefix: tuple[str, ...]) -> Any:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _config_error(path, kind, error, prefix) from None
+
+
+def _config_error(path: Path, kind: type[BaseModel], error: ValidationError, prefix: tuple[str, ...]) -> ConfigError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key_path = ".".join((*prefix, *location)) or "the file"
+    more = len(error.errors()) - 1
+    tail = f" (and {more} more)" if more else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(kind, location[:-1])
+        return ConfigError(f"{path}: {key_path}", f"is not a known key{tail}", f"one of {', '.join(known)}", nearest(location[-1], known))
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: {key_path}", f"is missing{tail}", "a value", "add the key; the README shows an example")
+    found = f"{first['input']!r}: " if not isinstance(first["input"], dict) else ""
+    return ConfigError(f"{path}: {key_path}", f"{found}{first['msg']}{tail}", "", "correct the value")
+
+
+def _keys_at(kind: type[BaseModel], location: list[str]) -> list[str]:
+    """Return the keys a section knows, following a key path through nested models and dicts of models."""
+    current: Any = kind
+    for part in location:
+        fields = getattr(current, "model_fields", None)
+        annotation = fields[part].annotation if fields and part in fields else current
+        while getattr(annotation, "__args__", None):
+            annotation = [arg for arg in annotation.__args__ if arg is not type(None)][-1]
+        current = annotation
+    return [name for name in getattr(current, "model_fields", {}) if name != "root"]

@@ -1,0 +1,99 @@
+"""finetune.yaml, whole: its sections, the base models, and what each base model resolves to."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from ft_assets.config.chat import ChatSettings
+from ft_assets.config.data import DataSettings
+from ft_assets.config.evaluation import EvaluationSettings, GateSettings
+from ft_assets.config.section import Section
+from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
+from ft_assets.errors import ConfigError, nearest
+
+
+class BaseModelSettings(Section):
+    hub: str | None = Field(default=None, description="Hub id, e.g. Qwen/Qwen3-0.6B.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
+    folder: str | None = Field(default=None, description="A local folder with config.json and safetensors.")
+    gguf: str | None = Field(default=None, description="A GGUF file, or package://<package>/<file in it>.")
+    trust_remote_code: bool = False
+    chat: dict[str, Any] = Field(default={}, description="What this base model needs differently in `chat:`.")
+    lora: dict[str, Any] = Field(default={}, description="What this base model needs differently in `lora:`.")
+    sft: dict[str, Any] = Field(default={}, description="What this base model needs differently in `sft:`.")
+    dpo: dict[str, Any] = Field(default={}, description="What this base model needs differently in `dpo:`.")
+    evaluation: dict[str, Any] = Field(default={}, description="What this base model needs differently in `evaluation:`.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "BaseModelSettings":
+        given = [name for name in ("hub", "folder", "gguf") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of hub, folder, gguf; found {given or 'none'}")
+        return self
+
+
+class ScheduleSettings(Section):
+    cron: str = Field(description='When to retrain, e.g. "0 3 * * 1".')
+    timezone: str = "UTC"
+
+
+class Recipe(Section):
+    """What one base model resolves to: the defaults with its own overrides."""
+
+    chat: ChatSettings = ChatSettings()
+    lora: LoraSettings = LoraSettings()
+    sft: SftSettings = SftSettings()
+    dpo: DpoSettings = DpoSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+class Project(Section):
+    """finetune.yaml, whole."""
+
+    store: str = ".ft/store"
+    data: DataSettings
+    base_models: dict[str, BaseModelSettings] = Field(min_length=1)
+    chat: ChatSettings = ChatSettings()
+    lora: LoraSettings = LoraSettings()
+    sft: SftSettings = SftSettings()
+    dpo: DpoSettings = DpoSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+    schedule: ScheduleSettings | None = None
+    launcher: Literal["local"] = "local"
+
+    root: Path = Field(default=Path(), exclude=True)
+
+    def path(self, relative: str) -> Path:
+        """Return a path of finetune.yaml, relative to the folder it lies in."""
+        return (self.root / relative).resolve() if not Path(relative).is_absolute() else Path(relative)
+
+    @property
+    def store_path(self) -> Path:
+        return self.path(self.store)
+
+    def base_model(self, name: str) -> BaseModelSettings:
+        """Return the settings of one base model. Raises ConfigError naming the known ones."""
+        if name not in self.base_models:
+            raise ConfigError(
+                f"base model {name!r}", "is not in finetune.yaml", f"one of {sorted(self.base_models)}", nearest(name, self.base_models)
+            )
+        return self.base_models[name]
+
+    def recipe(self, name: str) -> Recipe:
+        """Return the settings of a base model: the project's defaults, overridden by its own section."""
+        model = self.base_model(name)
+        sections: dict[str, Any] = {}
+        for section in ("chat", "lora", "sft", "dpo", "evaluation"):
+            merged = {**getattr(self, section).model_dump(), **getattr(model, section)}
+            sections[section] = merged
+        return Recipe.model_validate(sections)
+
+
+def settings_version(settings: Any) -> str:
+    """Return the hash of settings (a model or plain data), independent of key order."""
+    data = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
