@@ -353,9 +353,9 @@ def reused(result: Any) -> dict[str, bool]:
 def test_gc_leaves_the_graph_whole_and_takes_an_old_report(copy: Path) -> None:
     store = ArtifactStore(copy / ".ft/store")
     reports = [store.need("eval_report", "tiny").path]
-    for rows, assets in ((9, "eval_report"), (8, "eval_report"), (7, "*")):
+    for confidence, assets in ((0.94, "eval_report"), (0.93, "eval_report"), (0.92, "*")):  # each has other intervals
         older(copy, 30)
-        edit(copy, gate={"min_heldout_rows": rows})
+        edit(copy, gate={"confidence": confidence})
         assert materialize(copy, assets).success
         reports.append(store.need("eval_report", "tiny").path)
     assert len(set(reports)) == 4

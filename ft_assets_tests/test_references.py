@@ -1,5 +1,7 @@
 """An answer that is a tool call is compared with the call as the template writes it, through the whole graph."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,7 +23,11 @@ def test_reference_is_the_content_or_the_call_as_it_is_written() -> None:
     assert [one["reference"] for one in references] == ["stone", "yes no"]
 
 
-def test_tool_calls_go_through_training_and_evaluation(project: Path) -> None:
+def test_tool_calls_go_through_training_and_evaluation(project: Path, tiny_model: Path) -> None:
+    roomy = project / "roomy"  # the tools' text alone is longer than the tiny model's context
+    shutil.copytree(tiny_model, roomy)
+    config = json.loads((roomy / "config.json").read_text())
+    (roomy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
     (project / "tools.jinja").write_text(AS_OBJECT)
     rows = []
     for number in range(60):
@@ -33,13 +39,13 @@ def test_tool_calls_go_through_training_and_evaluation(project: Path) -> None:
         (project / f"data/{name}.jsonl").unlink()
     edit(
         project,
+        base_models={"tiny": {"folder": str(roomy)}},
         chat={"chat_template": "tools.jinja"},
         sft={"num_train_epochs": 1},
         data={"few_shot": [], "retention": [], "preferences": []},
     )
     result = materialize(project, UP_TO_REPORT)
-    said = failure(result)
-    assert not said or "Verdict" in said or "check" in said, said
+    assert not (said := failure(result)) or "better_than_base" in said, said  # no PASS after one epoch: as it should be
     judged = pq.read_table(artifact(project, "eval_report") / "rows.parquet").to_pylist()
     assert judged
     assert all('"colour_of"' in row["reference"] and '"thing"' in row["reference"] for row in judged)

@@ -85,7 +85,10 @@ def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version
         matching = [
             other
             for other in found
-            if asset in (None, other.asset) and other.partition in near and all(_has(other, part, content) for part, content in parts)
+            if other is not version  # a merge may have the very content that it was made from
+            and asset in (None, other.asset)
+            and other.partition in near
+            and all(_has(other, part, content) for part, content in parts)
         ]
         if matching and not any(other.path in kept for other in matching):
             needed.append(max(matching, key=lambda other: other.made))
