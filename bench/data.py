@@ -77,7 +77,9 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
     begun = time.perf_counter()
     near = near_duplicates(left.rows, right.rows, 0.8)
     seconds = time.perf_counter() - begun
-    print(f"{len({match[3] for match in same})} rows of {names[1]} share their prompt with a row of {names[0]}")
+    words = [{" ".join(row["messages"][0]["content"].lower().split()) for row in side.rows} for side in (left, right)]
+    print(f"{len(words[0] & words[1])} texts of {names[0]} stand in {names[1]} but for case and white space,")
+    print(f"{len({match[1] for match in same})} but for punctuation too;")
     print(f"{len({match[1] for match in near})} are at least 0.8 alike, found in {seconds:.1f} s; the least alike of them:")
     text = {row["id"]: row["messages"][0]["content"] for row in (*left.rows, *right.rows)}
     for one, other, score in near[-5:]:
