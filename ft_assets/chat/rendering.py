@@ -3,10 +3,9 @@
 The mask needs no markers in the template: each assistant turn is found by rendering the conversation up to it. Rows are
 rendered as texts and tokenized in one call a batch. Where a template writes earlier turns otherwise than it wrote them
 when they were last, a row becomes one sequence per supervised turn.
-Not here: the proofs themselves (proofs.py), where the template comes from (models/), truncation and splitting.
+Not here: the proofs themselves (proofs.py, structure.py), where the template comes from (models/), truncation and splitting.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -15,37 +14,13 @@ from typing import Any
 
 from ft_assets.chat.calls import FORMS, CallForm, missing_calls, shaped
 from ft_assets.chat.proofs import Block, Facts, Messages, ProofFailed, Rendered, find_content, prove, prove_bos, prove_contents
+from ft_assets.chat.structure import CALL, PROBE, TOOL, Structures
 from ft_assets.chat.template import ANSWER, QUESTION, date_of, fold_system, frozen, prints_date
 
 __all__ = ["Facts", "ProofFailed", "Rendered", "Renderer", "fold_system", "prints_date", "prove", "render"]
 
 Row = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "zqfunction",
-        "description": "zqdescription",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "zqtext": {"type": "string", "description": "zqmeaning"},
-                "zqflag": {"type": "boolean", "description": "zqswitch"},
-                "zqlist": {"type": "array", "items": {"type": "string"}, "description": "zqnames"},
-            },
-            "required": ["zqtext"],
-        },
-    },
-}
-CALL = {
-    "type": "function",
-    "function": {"name": "zqfunction", "arguments": {"zqtext": 'zq "quoted" value', "zqflag": True, "zqlist": ["zqone"]}},
-}
-PROBE = (
-    {"role": "user", "content": QUESTION},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "zqresult", "name": "zqfunction"},
-)
 
 
 @dataclass
@@ -86,7 +61,7 @@ class Renderer:
         self.day = day or date_of(tokenizer)
         self._form: CallForm | None = None
         self._blocks: set[Block] = set()
-        self._structures: dict[Any, str | None] = {}
+        self._structures = Structures(self.text)
 
     @cached_property
     def facts(self) -> Facts:
@@ -175,7 +150,7 @@ class Renderer:
 
     def _prompt_text(self, row: Row) -> str:
         text = self.text(row["messages"], row.get("tools"), generation_prompt=True)
-        self._prove_structure(row["messages"], bool(row.get("tools")), generation_prompt=True)
+        self._structures.prove(row["messages"], bool(row.get("tools")), generation_prompt=True)
         prove_contents(text, row["messages"], row.get("tools"))
         return text
 
@@ -300,7 +275,7 @@ class Renderer:
             ids, supervised, len(plan.messages), tuple(sorted({part for block in plan.blocks.values() for part in block if part})), apart
         )
         prove(self.facts, rendered, plan.messages, contexts, plan.blocks)
-        self._prove_structure(plan.messages, bool(plan.tools))
+        self._structures.prove(plan.messages, bool(plan.tools))
         prove_contents(plan.text, plan.messages, plan.tools)
         return rendered
 
@@ -335,27 +310,6 @@ class Renderer:
         except ProofFailed:
             return False
 
-    def _prove_structure(self, messages: Messages, tools: bool, generation_prompt: bool = False) -> None:
-        """Raise ProofFailed if the template drops a turn of such a conversation, or tools, seen by words that stand nowhere else.
-
-        A row's own words could stand in the text by chance; these cannot. Done once for each sequence of roles.
-        """
-        key = (
-            tuple((turn["role"], bool(turn["content"].strip()), len(turn.get("tool_calls", ()))) for turn in messages),
-            tools,
-            generation_prompt,
-        )
-        if key not in self._structures:
-            probe = [_probed(turn, index) for index, turn in enumerate(messages)]
-            try:
-                text = self.text(probe, [TOOL] if tools else None, generation_prompt)
-                prove_contents(text, probe, [TOOL] if tools else None)
-                self._structures[key] = None
-            except ProofFailed as problem:
-                self._structures[key] = _in_general(str(problem))
-        if (problem := self._structures[key]) is not None:
-            raise ProofFailed(problem)
-
     def _own_bos(self) -> bool:
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
@@ -381,23 +335,6 @@ def _is_text(row: Row) -> bool:
 def _sent(turn: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template sees of a message: `train` is ours."""
     return {key: value for key, value in turn.items() if key != "train"}
-
-
-def _probed(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return a message with words in it that no template and no other message has."""
-    probe = {**turn, "content": f"zqturn{index}end" if turn["content"].strip() else turn["content"]}
-    if calls := turn.get("tool_calls"):
-        probe["tool_calls"] = [
-            {**call, "function": {"name": "zqfunction", "arguments": {"zqtext": f"zqvalue{index}number{number}"}}}
-            for number, call in enumerate(calls)
-        ]
-    return probe
-
-
-def _in_general(problem: str) -> str:
-    """Return a problem of probed messages in words about any messages of the same roles."""
-    problem = re.sub(r", 'zqturn\d+end'", "", problem)
-    return re.sub(r"the (?:description of the |parameter \w+ of the )?tool zqfunction", "the tools, or a part of what they are", problem)
 
 
 def _refusal(error: Exception, messages: Messages) -> str:
