@@ -19,7 +19,7 @@ from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint
 from ft_assets.config import Project
 from ft_assets.errors import FtError
 from ft_assets.job import Job, StepResult
-from ft_assets.launcher import LocalLauncher, StepFailed
+from ft_assets.launchers import StepFailed, make_launcher
 
 Inputs = Mapping[str, tuple[Artifact, str | None]]  # name -> artifact and the part of it that is read
 Make = Callable[[Path], StepResult]
@@ -73,7 +73,7 @@ class Workshop:
     def __init__(self, project: Project) -> None:
         self.project = project
         self.store = ArtifactStore(project.store_path)
-        self.launcher = LocalLauncher()
+        self.launcher = make_launcher(project.launcher)
 
     def materialize(
         self,

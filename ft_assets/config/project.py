@@ -3,13 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
+from ft_assets.config.launcher import LauncherSettings, LocalSettings
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
@@ -63,7 +64,7 @@ class Project(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     schedule: ScheduleSettings | None = None
-    launcher: Literal["local"] = "local"
+    launcher: LauncherSettings = LocalSettings()
 
     root: Path = Field(default=Path(), exclude=True)
 

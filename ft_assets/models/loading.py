@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def load_base(snapshot: Path, quantized: bool = False) -> Any:
     hf_logging.disable_progress_bar()
     kwargs: dict[str, Any] = {"dtype": compute_dtype(), "local_files_only": True, "attn_implementation": "sdpa"}
     if torch.cuda.is_available():
-        kwargs["device_map"] = {"": 0}
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     if quantized:
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype()

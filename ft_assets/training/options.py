@@ -9,18 +9,7 @@ import torch
 from ft_assets.config import TrainSettings
 from ft_assets.errors import ConfigError, nearest
 from ft_assets.models.loading import compute_dtype
-
-
-def accumulation(settings: TrainSettings, key: str) -> int:
-    """Return gradient accumulation steps. Raises ConfigError unless effective_batch is a multiple of micro_batch."""
-    if settings.effective_batch % settings.micro_batch:
-        raise ConfigError(
-            f"{key}.effective_batch",
-            str(settings.effective_batch),
-            f"a multiple of {key}.micro_batch ({settings.micro_batch})",
-            "change one of them",
-        )
-    return settings.effective_batch // settings.micro_batch
+from ft_assets.training.distributed import accumulation
 
 
 def trainer_options(settings: TrainSettings, key: str, checkpoints: Path, kind: type) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import is_finite, largest_update, new_adapter, save_adapter, trainable_share
 from ft_assets.training.callbacks import Progress, Validation, device_memory_gb
 from ft_assets.training.cpu_loss import CpuSFTTrainer
+from ft_assets.training.distributed import world_size
 from ft_assets.training.options import trainer_options
 
 
@@ -57,7 +58,7 @@ def train_sft(
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
     watch = Validation(watched, sft.micro_batch, tokenizer.pad_token_id, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
-    kind = SFTTrainer if torch.cuda.is_available() else CpuSFTTrainer
+    kind = CpuSFTTrainer if not torch.cuda.is_available() and world_size() == 1 else SFTTrainer  # it goes round DDP
     trainer = kind(
         model=model,
         args=SFTConfig(**{"max_length": None, "train_sampling_strategy": "random", **options}),
