@@ -10,6 +10,7 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 from ft_assets.assets import data  # noqa: E402
 from ft_assets.assets.dataset import dataset_assets  # noqa: E402
 from ft_assets.assets.evaluation import evaluation_assets  # noqa: E402
+from ft_assets.assets.leaderboard import leaderboard_asset  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
 from ft_assets.assets.workshop import Workshop  # noqa: E402
@@ -27,7 +28,7 @@ def build(project: Project) -> dg.Definitions:
     released, released_checks = release_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
     definitions = dg.Definitions(
-        assets=[*data.ASSETS, *prepared, *trained, *judged, *released],
+        assets=[*data.ASSETS, *prepared, *trained, *judged, *released, leaderboard_asset()],
         asset_checks=[*data.CHECKS, *prepared_checks, *trained_checks, *judged_checks, *released_checks],
         jobs=jobs,
         schedules=schedules,
