@@ -25,7 +25,7 @@ def leaderboard_asset() -> dg.AssetsDefinition:
     """Return the asset; it is not partitioned."""
 
     @dg.asset(
-        deps=[dg.AssetKey(name) for name in ("eval_report", "merged_model")],
+        deps=[dg.AssetKey(name) for name in ("eval_report", "merged_model", "release")],
         group_name="release",
         owners=OWNERS,
         kinds={"table"},

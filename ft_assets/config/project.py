@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
+from ft_assets.config.release import ReleaseSettings
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
@@ -62,6 +63,7 @@ class Project(Section):
     dpo: DpoSettings = DpoSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
+    release: ReleaseSettings = ReleaseSettings()
     schedule: ScheduleSettings | None = None
     launcher: Literal["local"] = "local"
 
