@@ -70,6 +70,10 @@ class VerdictError(FtError):
     """No PASS verdict exists for exactly these versions."""
 
 
+class ReleaseError(FtError):
+    """A model cannot be released, rolled back, exported, served or pushed."""
+
+
 def nearest(word: str, known: Iterable[str], otherwise: str = "remove it, or see the README") -> str:
     """Return the fix for a name that is not known: the one it is close to, if there is one."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -69,6 +69,14 @@ class Planner(Workshop):
             raise dg.Failure(description=NOT_YET)
         return shown, True
 
+    def keep(self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str) -> tuple[Artifact, bool]:
+        """Note that nothing is to do, unless what lies above would change."""
+        moving = sorted(name for name in above if name in self.steps and self.steps[name].action in (RUNS, MAYBE))
+        partition = artifact.manifest["partition"]
+        action, reason = (MAYBE, [f"after {', '.join(moving)}"]) if moving else (REUSED, [])
+        self.steps[artifact.asset] = Step(artifact.asset, partition, action, reason)
+        return artifact, True
+
 
 NOT_YET = "would be made for the first time"
 

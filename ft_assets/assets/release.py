@@ -1,22 +1,18 @@
-"""Assets that release: merged_model and its checks, leaderboard."""
-
-import json
-from pathlib import Path
+"""The asset that merges, merged_model, and its checks."""
 
 import dagster as dg
 
-from ft_assets.artifacts import Artifact
+from ft_assets.assets.card_facts import card_facts
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.evaluation import TRAINED, judged, numbers
-from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, library_versions, result, user_errors
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
 from ft_assets.evaluation.gate import require_pass
 from ft_assets.evaluation.sources import read_schema
-from ft_assets.evaluation.verdict import decide
-from ft_assets.job import StepResult
+from ft_assets.release.card import card_body
 
 
 def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
-    """Return the assets and checks; all but the leaderboard are partitioned by base model."""
+    """Return the asset and its checks, partitioned by base model."""
     eval_report = dg.AssetKey("eval_report")
 
     @dg.asset(
@@ -25,7 +21,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="4",
+        code_version="5",
         pool=GPU_POOL,
     )
     def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -37,7 +33,6 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
             assert report is not None
             adapter = used[f"{'dpo' if verdict['candidate'] == 'dpo' else 'lora'}_adapter"]
-            settings = project.base_model(name)
             size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
             artifact, reused = workshop.materialize(
                 context,
@@ -58,14 +53,12 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                     "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
                     "schema": read_schema(project, project.recipe(name).evaluation),
                     "root": str(project.root),
-                    "source": str(settings.hub or settings.gguf or settings.folder),
-                    "recipe": project.recipe(name).model_dump(mode="json"),
-                    "versions": {**versions, **library_versions("train")},
+                    "card": card_facts(workshop, name, used, versions),
                 },
                 libraries="infer",
                 space=size + 100_000_000,
             )
-        card = (artifact.path / "README.md").read_text().split("---", 2)[-1]
+        card = card_body((artifact.path / "README.md").read_text())
         return result(artifact, reused, model_card=dg.MetadataValue.md(card))
 
     @dg.asset_check(
@@ -102,56 +95,4 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             metadata=numbers(gain),
         )
 
-    @dg.asset(deps=[eval_report, merged_model], group_name="release", owners=OWNERS, kinds={"table"}, code_version="1")
-    def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
-        """One table over all base models on the same held-out rows; a base model without a report is shown as such."""
-        reports = {name: workshop.store.current("eval_report", name) for name in workshop.project.base_models}
-        lines = _table(workshop, reports)
-
-        def make(output: Path) -> StepResult:
-            (output / "leaderboard.md").write_text("\n".join(lines) + "\n")
-            return StepResult({"base_models": len(reports), "judged": sum(report is not None for report in reports.values())})
-
-        with user_errors():
-            known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
-            artifact, reused = workshop.materialize(
-                context, settings={"base_models": sorted(reports), "table": lines}, inputs=known, make=make
-            )
-        return result(artifact, reused, leaderboard=dg.MetadataValue.md((artifact.path / "leaderboard.md").read_text()))
-
-    return [merged_model, leaderboard], [merge_is_equivalent, file_is_better_than_base]
-
-
-def _table(workshop: Workshop, reports: dict[str, Artifact | None]) -> list[str]:
-    lines = [
-        "| base model | verdict | merged | base | few-shot | SFT | DPO | general loss | held-out rows | trained in s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    rows = []
-    for name, artifact in reports.items():
-        if artifact is None:
-            rows.append((-1.0, f"| {name} | not judged | – | – | – | – | – | – | – | – |"))
-            continue
-        report = json.loads((artifact.path / "report.json").read_text())
-        verdict, metric = decide(report, workshop.project.gate), report["metric"]
-        cells = [
-            f"{report['scores'][candidate][metric]:.3f}" if candidate in report["scores"] else "–"
-            for candidate in ("base", "few_shot", "sft", "dpo")
-        ]
-        best = verdict["speaker"]
-        seconds = sum(
-            (
-                trained.metrics.get("seconds", 0.0)
-                for asset in ("lora_adapter", "dpo_adapter")
-                if (trained := workshop.store.current(asset, name))
-            ),
-            0.0,
-        )
-        loss = f"{-report['retention']['comparisons'][best]['base']['loss']['mean']:+.3f}" if report["retention"] else "–"
-        rows.append(
-            (
-                report["scores"][best][metric],
-                f"| {name} | {verdict['status']} | {verdict['candidate'] or '–'} | {' | '.join(cells)} | {loss} | {report['heldout_rows']} | {seconds:.0f} |",
-            )
-        )
-    return lines + [line for _, line in sorted(rows, key=lambda row: -row[0])]
+    return [merged_model], [merge_is_equivalent, file_is_better_than_base]

@@ -8,7 +8,7 @@ import importlib.util
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,11 @@ class Workshop:
             )
         shutil.rmtree(self.store.checkpoints(asset, partition, version), ignore_errors=True)
         return published, False
+
+    def keep(self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str) -> tuple[Artifact, bool]:
+        """Return the current artifact as it is: the asset finds nothing to do. `above` are the assets that could change that."""
+        context.log.info(f"kept {artifact.asset} {artifact.fingerprint[:8]}: {why}")
+        return artifact, True
 
 
 class Live:

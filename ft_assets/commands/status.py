@@ -142,6 +142,7 @@ KEYS: dict[str, Callable[[Metrics], str]] = {
     "dpo_adapter": _dpo,
     "eval_report": _verdict,
     "merged_model": lambda metrics: f"top-1 agreement {metrics['top1_agreement']:.4f}",
+    "release": lambda metrics: f"{metrics['decision']}: merged_model {metrics['champion'][:8]}",
     "leaderboard": lambda metrics: f"{metrics['judged']} of {metrics['base_models']} judged",
 }
 

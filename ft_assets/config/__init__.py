@@ -5,6 +5,7 @@ from ft_assets.config.data import DataSettings, StratifySettings
 from ft_assets.config.evaluation import LOWER_IS_BETTER, EvaluationSettings, GateSettings, JudgeSettings
 from ft_assets.config.loading import CONFIG_NAME, find_config, load_project
 from ft_assets.config.project import BaseModelSettings, Project, Recipe, ScheduleSettings, settings_version
+from ft_assets.config.release import Form, PushSettings, ReleaseSettings
 from ft_assets.config.section import Section, Share
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings, TrainSettings
 
@@ -16,11 +17,14 @@ __all__ = [
     "DataSettings",
     "DpoSettings",
     "EvaluationSettings",
+    "Form",
     "GateSettings",
     "JudgeSettings",
     "LoraSettings",
     "Project",
+    "PushSettings",
     "Recipe",
+    "ReleaseSettings",
     "ScheduleSettings",
     "Section",
     "SftSettings",

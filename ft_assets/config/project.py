@@ -11,6 +11,7 @@ from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
 from ft_assets.config.launcher import LauncherSettings, LocalSettings
+from ft_assets.config.release import ReleaseSettings
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
@@ -63,6 +64,7 @@ class Project(Section):
     dpo: DpoSettings = DpoSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
+    release: ReleaseSettings = ReleaseSettings()
     schedule: ScheduleSettings | None = None
     launcher: LauncherSettings = LocalSettings()
 

@@ -152,6 +152,10 @@ class Scorer:
         self.refusal = refusal_pattern(task.settings.refusals)
         self.own = load_function(task.settings.python, task.root) if task.settings.python else None
 
+    def tokenized(self, rows: Rows) -> Rows:
+        """Return rows whose tokens may be another tokenizer's, with this one's."""
+        return _tokenized(self.renderer, rows)
+
     def losses(self, rows: Rows) -> tuple[list[float], list[float]]:
         """Return (nats a token, token accuracy) of the reference answers."""
         return answer_losses(self.model, rows, self.settings.batch_size or LOSS_BATCH, self.tokenizer.pad_token_id)
