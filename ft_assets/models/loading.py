@@ -50,14 +50,15 @@ def compute_dtype() -> Any:
     return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
 
 
-def load_base(snapshot: Path, quantized: bool = False) -> Any:
-    """Return the base in the compute dtype on the GPU if there is one; NF4 with double quantization if `quantized`."""
+def load_base(snapshot: Path, quantized: bool = False, dtype: Any = None) -> Any:
+    """Return the base on the GPU if there is one, in `dtype` (else the compute dtype); NF4 with double quantization if
+    `quantized`."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    kwargs: dict[str, Any] = {"dtype": compute_dtype(), "local_files_only": True, "attn_implementation": "sdpa"}
+    kwargs: dict[str, Any] = {"dtype": dtype or compute_dtype(), "local_files_only": True, "attn_implementation": "sdpa"}
     if torch.cuda.is_available():
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     if quantized:

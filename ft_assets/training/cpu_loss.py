@@ -34,7 +34,7 @@ class CpuSFTTrainer(SFTTrainer):
 
 def supervised_loss(model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
     """Return the summed cross-entropy of the supervised tokens over their number in the whole step (a scalar)."""
-    base = model.get_base_model()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forwarded = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
     hidden = base.get_decoder()(**forwarded, use_cache=False).last_hidden_state[:, :-1]
     labels = inputs["labels"][:, 1:]

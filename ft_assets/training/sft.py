@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers import TrainerCallback
+from transformers.trainer_utils import set_seed
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -19,11 +20,23 @@ from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
-from ft_assets.training.adapter import is_finite, largest_update, new_adapter, save_adapter, trainable_share
-from ft_assets.training.callbacks import Progress, Validation, device_memory_gb
+from ft_assets.training.adapter import copy_trained, is_finite, largest_update, new_adapter, save_trained, trainable_share
+from ft_assets.training.callbacks import Progress, device_memory_gb
+from ft_assets.training.checkpoints import WholeCheckpoints
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
-from ft_assets.training.options import trainer_options
+from ft_assets.training.options import trainer_options, trl_config
+from ft_assets.training.run import train_to_the_end
+from ft_assets.training.trackers import keep_events
+from ft_assets.training.validation import Validation
+
+
+class ResumingSFTTrainer(WholeCheckpoints, SFTTrainer):
+    """SFTTrainer whose checkpoints are whole."""
+
+
+class ResumingCpuSFTTrainer(WholeCheckpoints, CpuSFTTrainer):
+    """The same with the loss that pays on a CPU."""
 
 
 def labels(row: dict[str, Any]) -> list[int]:
@@ -48,31 +61,39 @@ def train_sft(
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    options = trainer_options(sft, "sft", checkpoints, SFTConfig)
+    trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
     model = new_adapter(snapshot, lora)
     share = trainable_share(model)
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
-    progress = Progress(report, tokens / len(rows) * sft.effective_batch)
+    progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    watch = Validation(watched, sft.micro_batch, tokenizer.pad_token_id, report)
+    watch = Validation(watched, sft, tokenizer.pad_token_id, checkpoints, save_trained, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
-    kind = CpuSFTTrainer if not torch.cuda.is_available() and world_size() == 1 else SFTTrainer  # it goes round DDP
-    trainer = kind(
-        model=model,
-        args=SFTConfig(**{"max_length": None, "train_sampling_strategy": "random", **options}),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[progress, watch],
-    )
-    resumed = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    alone_on_cpu = not torch.cuda.is_available() and world_size() == 1  # the loss for a CPU goes round DDP
+    kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
+
+    def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
+        settings = sft.model_copy(update={"micro_batch": micro_batch})
+        options = {"max_length": None, "train_sampling_strategy": "random", **trainer_options(settings, "sft", checkpoints, SFTConfig)}
+        return kind(
+            model=model,
+            args=SFTConfig(**options),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[progress, watch, *callbacks],
+        )
+
     begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resumed)
+    run = train_to_the_end(build, sft.micro_batch, sft.effective_batch, checkpoints, report, "sft")
     seconds = time.perf_counter() - begun
+    trainer = run.trainer
+    progress.restore(trainer.state)
+    watch.restore(trainer.state)
     if not is_finite(trainer.model):
         raise TrainingError("sft", "the adapter holds values that are not finite", "finite weights", "lower sft.learning_rate")
-    return _save(trainer.model, progress, watch, output) | {
+    return _save(trainer.model, snapshot, progress, watch, checkpoints, output) | {
         **share,
         "train_rows": len(rows),
         "train_tokens": tokens,
@@ -81,24 +102,30 @@ def train_sft(
         "seconds": round(seconds, 1),
         "tokens_per_s": progress.curve[-1].get("tokens_per_s", 0.0),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
-        "resumed_from_step": int(resumed.rsplit("-", 1)[-1]) if resumed else 0,
+        **run.facts(),
     }
 
 
-def _save(model: Any, progress: Progress, watch: Validation, output: Path) -> dict[str, Any]:
-    update = largest_update(model)
+def _save(model: Any, snapshot: Path, progress: Progress, watch: Validation, checkpoints: Path, output: Path) -> dict[str, Any]:
+    best = watch.weights()
+    if best is not None:
+        copy_trained(best, output)
+    else:
+        save_trained(model, output)
+    update = largest_update(output, snapshot)
     if update == 0.0:
         raise TrainingError(
             "sft", "every B of the adapter is still zero", "a trained adapter", "raise sft.learning_rate or the number of steps"
         )
-    save_adapter(model, output)
     (output / "info").mkdir(exist_ok=True)
     (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
-    (output / "info" / "validation.json").write_text(json.dumps(watch.losses))
+    (output / "info" / "validation.json").write_text(json.dumps(watch.curve()))
+    keep_events(checkpoints, output)
     losses = [entry["loss"] for entry in progress.curve]
     window = max(1, len(losses) // 10)
     return {
         "largest_update": update,
         "loss_first": round(sum(losses[:window]) / window, 4),
         "loss_last": round(sum(losses[-window:]) / window, 4),
+        **watch.facts(),
     }

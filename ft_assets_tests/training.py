@@ -1,0 +1,94 @@
+"""Tokenized rows and pairs of a tiny model, and SFT and DPO on them without a graph around."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from ft_assets.config import DpoSettings, LoraSettings, SftSettings
+
+LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
+SFT = {"num_train_epochs": 3, "learning_rate": 5e-3, "effective_batch": 4, "micro_batch": 2, "save_steps": 2}
+DPO = {"num_train_epochs": 2, "learning_rate": 1e-3, "effective_batch": 4, "micro_batch": 2, "save_steps": 2}
+EOS = 2  # <|im_end|> of the tiny tokenizer
+
+
+def ids(chance: random.Random, count: int) -> list[int]:
+    return [chance.randrange(4, 250) for _ in range(count)]
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows of several lengths with a group each; their answers have something in common that can be learnt."""
+    chance = random.Random(seed)
+    rows = []
+    for number in range(count):
+        prompt, answer = ids(chance, chance.randrange(4, 16)), [*[7, 8, 9][: chance.randrange(1, 4)], EOS]
+        rows.append(
+            {
+                "id": f"{seed}-{number}",
+                "group": f"{seed}-{number}",
+                "input_ids": prompt + answer,
+                "supervised": [False] * len(prompt) + [True] * len(answer),
+            }
+        )
+    return rows
+
+
+def make_pairs(count: int, seed: int = 1) -> list[dict[str, Any]]:
+    """Return preference pairs: short answers are chosen, long ones are not."""
+    chance = random.Random(seed)
+    return [
+        {
+            "id": f"p{number}",
+            "group": f"p{number}",
+            "prompt_ids": ids(chance, chance.randrange(6, 24)),
+            "chosen_ids": [*ids(chance, chance.randrange(1, 4)), EOS],
+            "rejected_ids": [*ids(chance, chance.randrange(3, 9)), EOS],
+        }
+        for number in range(count)
+    ]
+
+
+def silent(*_: Any, **__: Any) -> None:
+    pass
+
+
+def sft(
+    base: Path, folder: Path, rows: list[dict[str, Any]] | None = None, report: Any = silent, lora: Any = None, **changes: Any
+) -> dict[str, Any]:
+    """Train in `folder` (`checkpoints/`, `output/`) and return the metrics."""
+    from ft_assets.training.adapter import save_groups
+    from ft_assets.training.sft import train_sft
+
+    (folder / "output").mkdir(parents=True, exist_ok=True)
+    used = rows or make_rows(18)
+    metrics = train_sft(
+        base,
+        used,
+        make_rows(4, seed=9),
+        LoraSettings.model_validate({**LORA, **(lora or {})}),
+        SftSettings.model_validate({**SFT, **changes}),
+        folder / "checkpoints",
+        folder / "output",
+        report,
+    )
+    save_groups(used, folder / "output")
+    return metrics
+
+
+def dpo(
+    base: Path, adapter: Path, folder: Path, pairs: Any = None, report: Any = silent, lora: Any = None, **changes: Any
+) -> dict[str, Any]:
+    """Train DPO in `folder` and return the metrics."""
+    from ft_assets.training.dpo import train_dpo
+
+    (folder / "output").mkdir(parents=True, exist_ok=True)
+    return train_dpo(
+        base,
+        adapter,
+        pairs or make_pairs(10),
+        LoraSettings.model_validate({**LORA, **(lora or {})}),
+        DpoSettings.model_validate({**DPO, **changes}),
+        folder / "checkpoints",
+        folder / "output",
+        report,
+    )
