@@ -52,43 +52,51 @@ def silent(*_: Any, **__: Any) -> None:
     pass
 
 
-def sft(
-    base: Path, folder: Path, rows: list[dict[str, Any]] | None = None, report: Any = silent, lora: Any = None, **changes: Any
-) -> dict[str, Any]:
-    """Train in `folder` (`checkpoints/`, `output/`) and return the metrics."""
+def sft_into(told: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent) -> dict[str, Any]:
+    """Train SFT as `told` ({"base", "lora", "settings", "rows"}) and return the metrics."""
     from ft_assets.training.adapter import save_groups
     from ft_assets.training.sft import train_sft
 
-    (folder / "output").mkdir(parents=True, exist_ok=True)
-    used = rows or make_rows(18)
-    metrics = train_sft(
-        base,
-        used,
-        make_rows(4, seed=9),
-        LoraSettings.model_validate({**LORA, **(lora or {})}),
-        SftSettings.model_validate({**SFT, **changes}),
-        folder / "checkpoints",
-        folder / "output",
-        report,
-    )
-    save_groups(used, folder / "output")
+    rows = make_rows(told.get("rows", 18))
+    lora = LoraSettings.model_validate({**LORA, **told.get("lora", {})})
+    settings = SftSettings.model_validate({**SFT, **told.get("settings", {})})
+    metrics = train_sft(Path(told["base"]), rows, make_rows(4, seed=9), lora, settings, checkpoints, output, report)
+    save_groups(rows, output)
     return metrics
 
 
-def dpo(
-    base: Path, adapter: Path, folder: Path, pairs: Any = None, report: Any = silent, lora: Any = None, **changes: Any
-) -> dict[str, Any]:
-    """Train DPO in `folder` and return the metrics."""
+def dpo_into(told: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent) -> dict[str, Any]:
+    """Train DPO as `told` ({"base", "adapter", "lora", "settings", "rows"}) and return the metrics."""
     from ft_assets.training.dpo import train_dpo
 
+    lora = LoraSettings.model_validate({**LORA, **told.get("lora", {})})
+    settings = DpoSettings.model_validate({**DPO, **told.get("settings", {})})
+    pairs = make_pairs(told.get("rows", 10))
+    return train_dpo(Path(told["base"]), Path(told["adapter"]), pairs, lora, settings, checkpoints, output, report)
+
+
+def sft(base: Path, folder: Path, report: Any = silent, lora: Any = None, rows: int = 18, **settings: Any) -> dict[str, Any]:
+    """Train in `folder` (`checkpoints/`, `output/`) and return the metrics."""
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    return train_dpo(
-        base,
-        adapter,
-        pairs or make_pairs(10),
-        LoraSettings.model_validate({**LORA, **(lora or {})}),
-        DpoSettings.model_validate({**DPO, **changes}),
-        folder / "checkpoints",
-        folder / "output",
-        report,
-    )
+    told = {"base": base, "lora": lora or {}, "settings": settings, "rows": rows}
+    return sft_into(told, folder / "checkpoints", folder / "output", report)
+
+
+def dpo(base: Path, adapter: Path, folder: Path, report: Any = silent, lora: Any = None, rows: int = 10, **settings: Any) -> dict[str, Any]:
+    """Train DPO in `folder` and return the metrics."""
+    (folder / "output").mkdir(parents=True, exist_ok=True)
+    told = {"base": base, "adapter": adapter, "lora": lora or {}, "settings": settings, "rows": rows}
+    return dpo_into(told, folder / "checkpoints", folder / "output", report)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Return the tensors of a trained artifact."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def same(left: Path, right: Path) -> bool:
+    """Return whether two trained artifacts hold the same bits."""
+    ours, theirs = weights(left), weights(right)
+    return bool(ours) and ours.keys() == theirs.keys() and all(bool((ours[name] == theirs[name]).all()) for name in ours)

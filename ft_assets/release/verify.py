@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from ft_assets.evaluation.candidates import Rows, Scorer, Task
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.training.adapter import is_full
 
 
 def same_files(snapshot: Path, merged: Path) -> bool:
@@ -41,9 +42,9 @@ def compare_models(snapshot: Path, adapter: Path, merged: Path, task: Task, base
     `top1_agreement`: share of the answer's positions with the same most likely token; `kl`: mean KL(adapter || merged)
     in nats; `greedy_agreement`: share of greedy answers equal to those of the evaluation (`judged`).
     """
-    base = load_base(snapshot)
-    tuned = _answer_logits(PeftModel.from_pretrained(base, str(adapter)), task.heldout)
-    del base
+    tuned_model = load_base(adapter) if is_full(adapter) else PeftModel.from_pretrained(load_base(snapshot), str(adapter))
+    tuned = _answer_logits(tuned_model, task.heldout)
+    del tuned_model
     model = load_base(merged)
     ours = _answer_logits(model, task.heldout)
     agree = torch.cat([left.argmax(-1) == right.argmax(-1) for left, right in zip(tuned, ours, strict=True)]).float()

@@ -19,6 +19,8 @@ from ft_assets.job import Report
 WRITING = ".writing"
 FILES = "whole.json"
 KEPT = 2
+# What torch.save and safetensors say where the operating system says ENOSPC.
+FULL = ("No space left", "PytorchStreamWriter failed", "inline_container.cc", "iostream error")
 
 
 class WholeCheckpoints(Trainer):
@@ -71,7 +73,7 @@ def disk_is_full(error: BaseException) -> bool:
     """Return whether a write failed for want of space: safetensors and torch.save raise errors of their own for it."""
     chain: BaseException | None = error
     while chain is not None:
-        if getattr(chain, "errno", None) == errno.ENOSPC or "No space left" in str(chain) or "PytorchStreamWriter failed" in str(chain):
+        if getattr(chain, "errno", None) == errno.ENOSPC or any(words in str(chain) for words in FULL):
             return True
         chain = chain.__cause__ or chain.__context__
     return False

@@ -25,17 +25,19 @@ from ft_assets.models.loading import compute_dtype, load_tokenizer
 from ft_assets.training.adapter import is_finite, save_trained, trained_adapter
 from ft_assets.training.callbacks import Progress, device_memory_gb
 from ft_assets.training.checkpoints import WholeCheckpoints
+from ft_assets.training.dropout import without_dropout
 from ft_assets.training.length_order import LengthOrder
 from ft_assets.training.options import trainer_options, trl_config
 from ft_assets.training.pairs import PairCollator, SharedPrompts, row_length
 from ft_assets.training.reference import (
+    ROUNDING_A_TOKEN,
     Reference,
     data_version,
+    half_precision,
     prove_reference,
     read_reference,
     reference_key,
     score_reference,
-    without_dropout,
     write_reference,
 )
 from ft_assets.training.run import train_to_the_end
@@ -93,19 +95,24 @@ class PairTrainer(WholeCheckpoints, DPOTrainer):
         return (scores * (place <= both)).sum(1) + self.ld_alpha * (scores * (place > both)).sum(1)
 
     def settle(self) -> bool:
-        """Score the first pairs both ways; share prompts only if a token's log-probability is the same. Returns `shares`."""
-        if self.shares:
-            few = [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in self.pairs[:2]]
-            batch = self._prepare_inputs(self.data_collator(few))
-            with without_dropout(self.model), torch.no_grad(), self.accelerator.autocast():
-                try:
-                    difference = (self.token_scores(batch, True) - self.token_scores(batch, False)).abs()
-                except (RuntimeError, ValueError, TypeError, KeyError):  # a model that takes no such mask
-                    self.shares = False
-                    return False
-            scored = difference[batch["completion_mask"][:, 1:] == 1]
-            exact = compute_dtype() == torch.float32 and not self.args.bf16
-            self.shares = bool(scored.mean() <= (1e-4 if exact else 0.05))
+        """Score the first pairs as TRL does, with the prompt shared, and shared with the two answers in the other order.
+        Share prompts only if all three agree; a model that does not heed the mask or the positions sees one answer in the
+        other. Returns `shares`."""
+        if not self.shares:
+            return False
+        few = [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in self.pairs[:4]]
+        turned = [{**pair, "chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]} for pair in few]
+        batch, other = (self._prepare_inputs(self.data_collator(rows)) for rows in (few, turned))
+        with without_dropout(self.model), torch.no_grad(), self.accelerator.autocast():
+            theirs = self.token_scores(batch, False)
+            try:
+                ours, again = self.token_scores(batch, True), self.token_scores(other, True)
+            except (RuntimeError, ValueError, TypeError, KeyError):  # a model that takes no such mask
+                self.shares = False
+                return False
+        scored = batch["completion_mask"][:, 1:] == 1
+        off = [float((ours - scores).abs()[scored].mean()) for scores in (theirs, torch.cat(again.chunk(2)[::-1]))]
+        self.shares = max(off) <= (1e-5 if not half_precision(self) else ROUNDING_A_TOKEN)
         return self.shares
 
 

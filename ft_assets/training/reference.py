@@ -8,8 +8,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,12 @@ import torch
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError
 from ft_assets.training.checkpoints import disk_is_full, full_disk
+from ft_assets.training.dropout import without_dropout
 from ft_assets.training.pairs import row_length
 
 TOLERANCE = 1e-3  # nats
-ROUNDING = 0.5  # nats over an answer: in bf16 a row's logits change with the batch that it is in, by some 0.01 a token
+ROUNDING = 0.5  # nats over an answer: in bf16 a row's logits change with the batch that it is in
+ROUNDING_A_TOKEN = 0.02  # nats, on average
 CODE = "1"
 
 
@@ -107,23 +107,6 @@ def scores(trainer: Any, pairs: list[dict[str, Any]]) -> list[tuple[float, float
     return list(zip(summed[: len(pairs)], summed[len(pairs) :], strict=True))
 
 
-@contextmanager
-def without_dropout(model: Any) -> Iterator[None]:
-    """Context without dropout and in training mode: a CPU's inference mode would spoil NF4 weights for training for good."""
-    active = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
-    training = model.training
-    model.train()
-    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    for module in dropouts:
-        module.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        for module in dropouts:
-            module.train(module in active)
-
-
 def prove_reference(trainer: Any, pairs: list[dict[str, Any]], reference: Reference, count: int = 2) -> tuple[float, float]:
     """Return the largest |policy - reference| in nats over the first batches, and TRL's sigmoid loss of the first steps.
 
@@ -137,7 +120,7 @@ def prove_reference(trainer: Any, pairs: list[dict[str, Any]], reference: Refere
         for row, policy in zip(rows, scores(trainer, [pairs[row] for row in rows]), strict=True):
             largest = max(largest, *(abs(mine - kept) for mine, kept in zip(policy, reference.values[row], strict=True)))
     loss = _first_loss(trainer, count) if trainer.loss_types == ["sigmoid"] and not trainer.use_weighting else math.log(2)
-    room = trainer.beta * (ROUNDING if trainer.args.bf16 or trainer.args.fp16 or _half(trainer.model) else TOLERANCE)
+    room = trainer.beta * (ROUNDING if half_precision(trainer) else TOLERANCE)
     if not largest <= TOLERANCE or not abs(loss - math.log(2)) <= room:
         raise TrainingError(
             "dpo: reference",
@@ -160,5 +143,7 @@ def _first_loss(trainer: Any, count: int) -> float:
     return max((loss / weight for loss in losses), key=lambda loss: abs(loss - math.log(2)))
 
 
-def _half(model: Any) -> bool:
-    return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters())
+def half_precision(trainer: Any) -> bool:
+    """Return whether anything is computed in 16 bits."""
+    kinds = (torch.bfloat16, torch.float16)
+    return trainer.args.bf16 or trainer.args.fp16 or any(parameter.dtype in kinds for parameter in trainer.model.parameters())
