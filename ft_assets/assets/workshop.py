@@ -152,8 +152,8 @@ class Live:
         if training and message["time"] - self.last < OBSERVE_EVERY_SECONDS and numbers["step"] not in (1, numbers["steps"]):
             return
         self.context.log.info(_line(message["message"], numbers))
-        if training:
-            self.last = message["time"]
+        if training or message["message"] == "validation":
+            self.last = message["time"] if training else self.last
             metadata = {f"live/{key}": float(value) for key, value in numbers.items()}
             self.context.log_event(dg.AssetObservation(self.context.asset_key, partition=self.partition, metadata=metadata))
 

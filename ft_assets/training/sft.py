@@ -22,20 +22,19 @@ from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import copy_trained, is_finite, largest_update, new_adapter, save_trained, trainable_share
 from ft_assets.training.callbacks import Progress, device_memory_gb
-from ft_assets.training.checkpoints import WholeCheckpoints
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
 from ft_assets.training.options import trainer_options, trl_config
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.trackers import keep_events
-from ft_assets.training.validation import Validation
+from ft_assets.training.validation import LogsValidation, Validation
 
 
-class ResumingSFTTrainer(WholeCheckpoints, SFTTrainer):
+class ResumingSFTTrainer(LogsValidation, SFTTrainer):
     """SFTTrainer whose checkpoints are whole."""
 
 
-class ResumingCpuSFTTrainer(WholeCheckpoints, CpuSFTTrainer):
+class ResumingCpuSFTTrainer(LogsValidation, CpuSFTTrainer):
     """The same with the loss that pays on a CPU."""
 
 

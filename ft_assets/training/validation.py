@@ -13,9 +13,17 @@ from transformers import TrainerCallback
 from ft_assets.config import SftSettings
 from ft_assets.evaluation.losses import answer_losses
 from ft_assets.job import Report
-from ft_assets.training.checkpoints import disk_is_full, full_disk, publish_folder
+from ft_assets.training.checkpoints import WholeCheckpoints, disk_is_full, full_disk, publish_folder
 
 Save = Callable[[Any, Path], None]
+
+
+class LogsValidation(WholeCheckpoints):
+    """Mixin before a TRL trainer: whole checkpoints, and trackers (report_to) get the validation loss with the step it was taken after."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        taken = [entry for entry in self.state.log_history[-2:] if "validation_loss" in entry and entry["step"] == self.state.global_step]
+        super().log({**logs, **({"eval_loss": taken[0]["validation_loss"]} if taken else {})}, start_time)
 
 
 class Validation(TrainerCallback):
