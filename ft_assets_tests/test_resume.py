@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.errors import ArtifactError, TrainingError
+from ft_assets.launchers.local import LocalLauncher
 from ft_assets.training import checkpoints as checkpoints_module
 from ft_assets.training.callbacks import Progress
 from ft_assets.training.checkpoints import damage, last_whole
 from ft_assets_tests.kill_points import run
+from ft_assets_tests.launching import process_groups, training_job
 from ft_assets_tests.training import dpo, same, sft, silent
 
 STEPS = 15  # 18 rows, 4 a step, 3 epochs
@@ -250,3 +253,34 @@ def test_loss_that_rises_a_little_goes_on() -> None:
         state.global_step = step
         progress.on_log(None, state, None, {"loss": 2.0 + 0.5 * (step % 2) + 0.01 * step})
     assert len(progress.curve) == 59
+
+
+def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later(finished: Path, tmp_path: Path) -> None:
+    """The real launcher and the real step, as a cancelled run of the UI ends them: by an interrupt of the launching process."""
+    job, asked = training_job(finished, tmp_path, micro_batch=2, num_train_epochs=40, save_steps=1000), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
+
+    def cancel(line: Any) -> None:
+        if line["message"] == "train" and not asked:
+            assert process_groups(job.work)
+            asked.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        LocalLauncher().run(job, cancel)
+    assert time.monotonic() - asked[0] < 30
+    assert not process_groups(job.work)
+    assert not list(job.output.iterdir())
+    whole = last_whole(job.checkpoints, silent)
+    assert whole is not None
+    seen: list[Any] = []
+
+    def once(line: Any) -> None:
+        seen.append(line)
+        if line["message"] == "train":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        LocalLauncher().run(job.model_copy(update={"work": tmp_path / "again"}), once)
+    resumed = next(line for line in seen if line["message"] == "resumed")
+    assert resumed["step"] == int(whole.name.removeprefix("checkpoint-"))

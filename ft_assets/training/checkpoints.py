@@ -144,5 +144,5 @@ def last_whole(home: Path, report: Report) -> Path | None:
         if wrong is None:
             return checkpoint
         report(f"{checkpoint.name} is not resumed from: {wrong}", step=step_of(checkpoint))
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # of several ranks each comes here
     return None

@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerState
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.training.checkpoints import last_whole, step_of
+from ft_assets.training.distributed import world_size
 from ft_assets.training.interrupt import Interrupt
 
 Build = Callable[[int, list[TrainerCallback]], Any]  # (micro-batch, callbacks) -> a trainer on the same model
@@ -66,12 +67,12 @@ def train_to_the_end(build: Build, micro_batch: int, effective_batch: int, check
         except torch.OutOfMemoryError as error:
             said = str(error).split("\n")[0].partition(". ")[0]
             error.__traceback__ = None  # its frames hold the activations
-        if micro_batch == 1 or midway.inside:
+        if micro_batch == 1 or midway.inside or world_size() > 1:  # other ranks wait in the middle of this step
             raise TrainingError(
                 f"{key}: step {trainer.state.global_step + 1}",
-                f"{'the optimizer' if midway.inside else 'one row at a time'} does not fit into memory ({said})",
+                f"{_what(midway.inside, micro_batch)} does not fit into memory ({said})",
                 "room for it",
-                "set gradient_checkpointing: true, lora.method: qlora, or lower chat.max_length or lora.r",
+                f"lower {key}.micro_batch or chat.max_length, set gradient_checkpointing: true, or lora.method: qlora",
             )
         times, micro_batch = times + 1, max(size for size in range(1, micro_batch // 2 + 1) if effective_batch % size == 0)
         _keep(trainer, step_of(checkpoint))
@@ -84,6 +85,12 @@ def train_to_the_end(build: Build, micro_batch: int, effective_batch: int, check
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _what(in_the_optimizer: bool, micro_batch: int) -> str:
+    if in_the_optimizer:
+        return "the optimizer"
+    return "one row at a time" if micro_batch == 1 else f"a micro-batch of {micro_batch} on {world_size()} ranks"
 
 
 def _train(trainer: Any, checkpoint: Path | None) -> None:

@@ -84,7 +84,7 @@ class Validation(TrainerCallback):
         if not self.rows or not (due or last):
             return
         self._take(model, state)
-        if self.sft.keep == "best" and self.best and self.best["step"] == state.global_step and not last:
+        if args.should_save and self.sft.keep == "best" and self.best and self.best["step"] == state.global_step and not last:
             self._put_aside(model, state.global_step)
         if self._enough() and not last:
             self.stopped_early = True
@@ -94,7 +94,7 @@ class Validation(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop the weights that were the best before: no checkpoint leads back to them any more."""
-        for old in self.folder.glob("best-*"):
+        for old in self.folder.glob("best-*") if args.should_save else ():
             if self.best is None or old.name != f"best-{self.best['step']}":
                 shutil.rmtree(old, ignore_errors=True)
 
