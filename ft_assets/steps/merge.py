@@ -36,6 +36,7 @@ def step(job: Job, report: Report) -> StepResult:
     base = _judged(job, "base", heldout)
     bases: list[MergeBase] = ["original", "dequantized"] if job.settings["method"] == "qlora" else ["original"]
     folders: dict[MergeBase, Path] = {name: job.output if name == "original" else job.work / name for name in bases}
+    job.work.mkdir(parents=True, exist_ok=True)
     merged: dict[MergeBase, dict[str, Any]] = {}
     proofs: dict[MergeBase, Proof] = {}
     for name, folder in folders.items():
