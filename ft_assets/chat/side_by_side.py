@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ft_assets.artifacts import ArtifactStore
+from ft_assets.artifacts import ArtifactStore, verify_files
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import Project
 from ft_assets.data.tables import read_table
@@ -18,6 +18,7 @@ class SideBySide:
     def __init__(self, project: Project, name: str, system: str | None) -> None:
         store = ArtifactStore(project.store_path)
         merged, split = store.need("merged_model", name), store.need("heldout_split", name)
+        verify_files(merged)  # what answers is the file that was proven
         self.settings = project.recipe(name).evaluation
         self.system = system if system is not None else _usual_system(split.path)
         self.models: list[tuple[str, Any, Renderer]] = []

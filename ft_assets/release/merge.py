@@ -120,15 +120,17 @@ def _write_file(source: TensorFile, target: Path, header: bytes, moved: Moved, u
     writing = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         os.truncate(writing, len(header) + sum(entry.bytes for entry, _, _ in moved))
+        os.posix_fadvise(reading, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
         os.pwrite(writing, header, 0)
         touched = [item for item in moved if item[2] in updates.changes or item[0].name in rounded]
         kept = [item for item in moved if item not in touched]
         with ThreadPoolExecutor(max(1, min(MOST_THREADS, os.cpu_count() or 1))) as pool:
-            work = [pool.submit(copy_range, reading, writing, begin, end, to) for begin, end, to in _runs(kept)]
-            work += [
-                pool.submit(_write_tensor, reading, writing, entry, to, updates.changes.get(name), entry.name in rounded)
+            tasks = [(begin, (copy_range, reading, writing, begin, end, to)) for begin, end, to in _runs(kept)]
+            tasks += [
+                (entry.begin, (_write_tensor, reading, writing, entry, to, updates.changes.get(name), entry.name in rounded))
                 for entry, to, name in touched
             ]
+            work = [pool.submit(*task) for _, task in sorted(tasks, key=lambda pair: pair[0])]  # in the order of the disk
             try:
                 for done in work:
                     done.result()
