@@ -5,6 +5,7 @@ a folder of llama.cpp, whose own converter then does it. No converter on PyPI co
 `gguf` package that overwrites this one.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -188,11 +189,15 @@ def llama3_factors(config: dict[str, Any]) -> np.ndarray:
 def _by_llama_cpp(folder: Path, output: Path, kind: str, llama_cpp: Path) -> dict[str, Any]:
     script = llama_cpp / "convert_hf_to_gguf.py"
     if not script.is_file():
-        raise ReleaseError("release.llama_cpp", f"there is no {script}", "a folder of llama.cpp", "correct the path; it is relative to finetune.yaml")
+        raise ReleaseError(
+            "release.llama_cpp", f"there is no {script}", "a folder of llama.cpp", "correct the path; it is relative to finetune.yaml"
+        )
     command = [sys.executable, str(script), str(folder), "--outtype", kind, "--outfile", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not output.is_file():
-        raise ReleaseError("release.llama_cpp", f"its converter failed: {_last(done.stderr)}", "a GGUF file", f"try it by hand: {' '.join(command)}")
+        raise ReleaseError(
+            "release.llama_cpp", f"its converter failed: {_last(done.stderr)}", "a GGUF file", f"try it by hand: {' '.join(command)}"
+        )
     return {"tensors": None, "bytes": output.stat().st_size, "writer": "llama.cpp", "notes": []}
 
 
@@ -200,10 +205,12 @@ def quantize_q4_k_m(source: Path, output: Path, llama_cpp: Path | None) -> dict[
     """Quantize a GGUF file to Q4_K_M with llama.cpp's llama-quantize. Raises ReleaseError where that is not to be found."""
     places = [llama_cpp / place for place in ("llama-quantize", "build/bin/llama-quantize")] if llama_cpp else []
     tool = next((str(place) for place in places if place.is_file()), None) or shutil.which("llama-quantize")
+    if tool is None and importlib.util.find_spec("llama_cpp"):
+        return _quantize_by_binding(source, output)
     if tool is None:
         raise ReleaseError(
             "release.forms: gguf-q4_k_m",
-            "llama-quantize is not on PATH",
+            "llama-quantize is not on PATH, and llama-cpp-python is not installed",
             "llama.cpp's tools: Q4_K_M is theirs, nothing else writes it",
             "install llama.cpp, or set release.llama_cpp to its folder; or use gguf-q8_0",
         )
@@ -211,6 +218,17 @@ def quantize_q4_k_m(source: Path, output: Path, llama_cpp: Path | None) -> dict[
     if done.returncode or not output.is_file():
         raise ReleaseError("release.forms: gguf-q4_k_m", f"llama-quantize failed: {_last(done.stderr)}", "a GGUF file", "see its message")
     return {"tensors": None, "bytes": output.stat().st_size, "writer": "llama-quantize", "notes": []}
+
+
+def _quantize_by_binding(source: Path, output: Path) -> dict[str, Any]:
+    import llama_cpp  # pyright: ignore[reportMissingImports]  # llama-cpp-python, where the user installed it
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
+    if code or not output.is_file():
+        raise ReleaseError("release.forms: gguf-q4_k_m", f"llama-cpp-python's quantization ended with {code}", "a GGUF file", "see its log")
+    return {"tensors": None, "bytes": output.stat().st_size, "writer": "llama-cpp-python", "notes": []}
 
 
 def _last(text: str) -> str:

@@ -80,8 +80,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int, stops: list
     for stop, add in zip(stops, (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(stop)
     writer.add_chat_template(tokenizer.chat_template)
-    lost = [f"stop token {tokenizer.convert_ids_to_tokens(stop)} is not carried over: GGUF has places for three" for stop in stops[3:]]
-    return lost
+    return [f"stop token {tokenizer.convert_ids_to_tokens(stop)} is not carried over: GGUF has places for three" for stop in stops[3:]]
 
 
 def _tokens(tokenizer: Any, vocabulary: int) -> tuple[list[str], list[int]]:
