@@ -67,13 +67,6 @@ def test_wrongly_ordered_query_rows_are_noticed(taught_model: Path, tmp_path: Pa
     assert readers.agreement(expected, readers.by_transformers_gguf(tmp_path / "bad.gguf", ASKED, 8)) < 0.9
 
 
-@pytest.mark.skipif(not readers.importlib.util.find_spec("llama_cpp"), reason="llama-cpp-python has no wheels: an optional reader")
-def test_llama_cpp_answers_alike(gguf: dict[str, Path], taught_model: Path) -> None:
-    found = readers.by_llama_cpp(gguf["f16"], ASKED, 8)
-    assert found is not None
-    assert readers.agreement(readers.by_merged(taught_model, ASKED, 8), found) >= 0.9
-
-
 def test_llama_3_frequencies_are_those_of_transformers() -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -39,7 +39,7 @@ def by_transformers_gguf(file: Path, asked: Sequence[Messages], most: int) -> li
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     settings: Any = GgufConfig(dequantize=True, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, quantization_config=settings, dtype=compute_dtype())
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, quantization_config=settings, dtype=compute_dtype())
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return answers(model, tokenizer, frozenset(gguf_stops(file)), asked, most)
 
