@@ -12,6 +12,7 @@ from ft_assets.assets.champion import champion_assets  # noqa: E402
 from ft_assets.assets.dataset import dataset_assets  # noqa: E402
 from ft_assets.assets.evaluation import evaluation_assets  # noqa: E402
 from ft_assets.assets.export import export_assets  # noqa: E402
+from ft_assets.assets.hub import hub_assets  # noqa: E402
 from ft_assets.assets.leaderboard import leaderboard_asset  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
@@ -32,7 +33,17 @@ def build(project: Project) -> dg.Definitions:
     exported, exported_checks = export_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
     definitions = dg.Definitions(
-        assets=[*data.ASSETS, *prepared, *trained, *judged, *merged, *released, *exported, leaderboard_asset()],
+        assets=[
+            *data.ASSETS,
+            *prepared,
+            *trained,
+            *judged,
+            *merged,
+            *released,
+            *exported,
+            *hub_assets(base_models, project.release.push),
+            leaderboard_asset(),
+        ],
         asset_checks=[*data.CHECKS, *prepared_checks, *trained_checks, *judged_checks, *merged_checks, *released_checks, *exported_checks],
         jobs=jobs,
         schedules=schedules,

@@ -1,7 +1,9 @@
 """What people do with a released model: read its card, rank it, chat with it, and ask it over HTTP."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -157,9 +159,8 @@ def test_served_model_answers_an_http_client_on_this_machine_only(finished: Path
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["message"]["content"].strip() == "yes"
     finally:
-        from ft_assets.launcher import stop_group
-
-        stop_group(server)
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def test_serve_refuses_without_a_release_or_a_server(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

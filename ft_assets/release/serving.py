@@ -12,15 +12,16 @@ from ft_assets.errors import ReleaseError
 
 LOOPBACK = "127.0.0.1"
 Engine = Literal["vllm", "transformers"]
+ENGINES: tuple[Engine, ...] = ("vllm", "transformers")
 NEEDED = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn", "openai")}
 
 
 def choose_engine(wanted: str | None) -> Engine:
     """Return the engine asked for, else vLLM if it is installed, else transformers. Raises ReleaseError if it is not there."""
-    names: list[Engine] = ["vllm", "transformers"]
-    if wanted is not None and wanted not in names:
-        raise ReleaseError(f"--engine {wanted}", "is not known", " or ".join(names), "leave it out: the one that is installed is taken")
-    for name in names if wanted is None else [name for name in names if name == wanted]:
+    names = [name for name in ENGINES if wanted in (None, name)]
+    if not names:
+        raise ReleaseError(f"--engine {wanted}", "is not known", " or ".join(ENGINES), "leave it out: the one that is installed is taken")
+    for name in names:
         if all(importlib.util.find_spec(module) for module in NEEDED[name]):
             return name
     missing = [module for module in NEEDED["vllm" if wanted == "vllm" else "transformers"] if not importlib.util.find_spec(module)]
