@@ -32,7 +32,7 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
         name, project, store = context.partition_key, workshop.project, workshop.store
         with user_errors():
             where = f"export[{name}]"
-            _, champion = need_champion(store, name, where)
+            released, champion = need_champion(store, name, where)
             base = by_content(store, "base_model", name, champion.manifest["inputs"]["base_model"])
             if base is None:
                 raise ReleaseError(where, "the champion's base is not in the store any more", "its base_model", "restore it from a backup")
@@ -50,6 +50,7 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
                 context,
                 settings=settings,
                 inputs={
+                    "release#champion": (released, "champion"),
                     "champion": (champion, None),
                     "base_model": (base, None),
                     "heldout_split#heldout": (split, "heldout"),

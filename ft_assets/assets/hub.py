@@ -25,9 +25,14 @@ def hub_assets(base_models: dg.PartitionsDefinition, push: PushSettings | None) 
         """The champion in a hub repository, private by default. Pushed once for each champion; the token is HF_TOKEN's."""
         name = context.partition_key
         with user_errors():
-            _, champion = need_champion(workshop.store, name, f"hub_model[{name}]")
+            released, champion = need_champion(workshop.store, name, f"hub_model[{name}]")
             chosen = {"repo": push.repo.replace("{base_model}", name), "private": push.private}
-            artifact, reused = workshop.materialize(context, settings={"push": chosen}, inputs={"champion": (champion, None)}, step="push")
+            artifact, reused = workshop.materialize(
+                context,
+                settings={"push": chosen},
+                inputs={"release#champion": (released, "champion"), "champion": (champion, None)},
+                step="push",
+            )
         return result(artifact, reused)
 
     return [hub_model]

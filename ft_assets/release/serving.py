@@ -18,7 +18,7 @@ NEEDED = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn", "openai")}
 
 def choose_engine(wanted: str | None) -> Engine:
     """Return the engine asked for, else vLLM if it is installed, else transformers. Raises ReleaseError if it is not there."""
-    names = [name for name in ENGINES if wanted in (None, name)]
+    names: list[Engine] = [name for name in ENGINES if wanted is None or name == wanted]
     if not names:
         raise ReleaseError(f"--engine {wanted}", "is not known", " or ".join(ENGINES), "leave it out: the one that is installed is taken")
     for name in names:
