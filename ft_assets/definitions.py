@@ -11,6 +11,8 @@ from ft_assets.assets import data  # noqa: E402
 from ft_assets.assets.champion import champion_assets  # noqa: E402
 from ft_assets.assets.dataset import dataset_assets  # noqa: E402
 from ft_assets.assets.evaluation import evaluation_assets  # noqa: E402
+from ft_assets.assets.export import export_assets  # noqa: E402
+from ft_assets.assets.hub import hub_assets  # noqa: E402
 from ft_assets.assets.leaderboard import leaderboard_asset  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
@@ -28,10 +30,21 @@ def build(project: Project) -> dg.Definitions:
     judged, judged_checks = evaluation_assets(base_models)
     merged, merged_checks = release_assets(base_models)
     released, released_checks = champion_assets(base_models)
+    exported, exported_checks = export_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
     definitions = dg.Definitions(
-        assets=[*data.ASSETS, *prepared, *trained, *judged, *merged, *released, leaderboard_asset()],
-        asset_checks=[*data.CHECKS, *prepared_checks, *trained_checks, *judged_checks, *merged_checks, *released_checks],
+        assets=[
+            *data.ASSETS,
+            *prepared,
+            *trained,
+            *judged,
+            *merged,
+            *released,
+            *exported,
+            *hub_assets(base_models, project.release.push),
+            leaderboard_asset(),
+        ],
+        asset_checks=[*data.CHECKS, *prepared_checks, *trained_checks, *judged_checks, *merged_checks, *released_checks, *exported_checks],
         jobs=jobs,
         schedules=schedules,
         sensors=sensors,

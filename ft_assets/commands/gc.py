@@ -73,14 +73,15 @@ def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version
     it is the newest. Without this, a report (which reads the few-shot part of raw_dataset) would keep every raw_dataset.
     """
     assets = {other.asset for other in found}
-    wanted: dict[tuple[str | None, str | None], list[tuple[str | None, str]]] = defaultdict(list)
+    wanted: dict[tuple[str, str | None], list[tuple[str | None, str]]] = defaultdict(list)
     for name, data_version in version.artifact.manifest["inputs"].items():
         whole, _, part = name.partition("#")
         asset, _, partition = whole.removesuffix("]").partition("[")
         # An input may have a name of its own (merged_model's `adapter`): then any asset that has this content.
-        wanted[asset if asset in assets else None, partition or None].append((part or None, data_version))
+        wanted[asset, partition or None].append((part or None, data_version))
     needed = []
-    for (asset, partition), parts in wanted.items():
+    for (name, partition), parts in wanted.items():
+        asset = name if name in assets else None
         near = (partition,) if partition else (None, version.partition)
         matching = [
             other

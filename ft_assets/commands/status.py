@@ -143,6 +143,7 @@ KEYS: dict[str, Callable[[Metrics], str]] = {
     "eval_report": _verdict,
     "merged_model": lambda metrics: f"top-1 agreement {metrics['top1_agreement']:.4f}",
     "release": lambda metrics: f"{metrics['decision']}: merged_model {metrics['champion'][:8]}",
+    "export": lambda metrics: f"forms: {metrics['forms']}",
     "leaderboard": lambda metrics: f"{metrics['judged']} of {metrics['base_models']} judged",
 }
 

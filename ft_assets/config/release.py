@@ -10,7 +10,9 @@ Form = Literal["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "nf4", "awq", "adapter"]
 
 
 class PushSettings(Section):
-    repo: str = Field(description="Hub repository, owner/name. The token comes from HF_TOKEN in the environment, nowhere else.")
+    repo: str = Field(
+        description="Hub repository, owner/name; {base_model} stands for the partition. The token is HF_TOKEN of the environment."
+    )
     private: bool = True
 
 
