@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ft_assets.artifacts import ArtifactStore
+from ft_assets.artifacts import open_store
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import Project
 from ft_assets.data.tables import read_table
@@ -16,7 +16,7 @@ class SideBySide:
     """Two loaded models that keep no history: each message is answered on its own."""
 
     def __init__(self, project: Project, name: str, system: str | None) -> None:
-        store = ArtifactStore(project.store_path)
+        store = open_store(project)
         merged, split = store.need("merged_model", name), store.need("heldout_split", name)
         self.settings = project.recipe(name).evaluation
         self.system = system if system is not None else _usual_system(split.path)
