@@ -74,6 +74,17 @@ class ReleaseError(FtError):
     """A model cannot be released, rolled back, exported, served or pushed."""
 
 
+class InfrastructureFault(Exception):
+    """Not the user's error and not the step's: a machine, a cluster or the network failed, and trying again may help."""
+
+
+class StoreUnreachable(InfrastructureFault):
+    """The object store does not answer."""
+
+    def __init__(self, where: str, found: str) -> None:
+        super().__init__(f"{where}: the store does not answer ({found})")
+
+
 def nearest(word: str, known: Iterable[str], otherwise: str = "remove it, or see the README") -> str:
     """Return the fix for a name that is not known: the one it is close to, if there is one."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -18,7 +18,7 @@ from ft_assets.launchers import Launcher
 def training_job(finished: Path, folder: Path, step: str = "sft", **changes: Any) -> Job:
     """Return the SFT or DPO job of the finished project, four rows at once, with its work in `folder`."""
     store, recipe = ArtifactStore(finished / ".ft/store"), load_project(finished / "finetune.yaml").recipe("tiny")
-    settings = {**getattr(recipe, step).model_dump(mode="json"), "micro_batch": 4, "num_train_epochs": 1, **changes}
+    settings = {**getattr(recipe, step).model_dump(mode="json"), "micro_batch": 4, "num_train_epochs": 1, "learning_rate": 1e-3, **changes}
     made = ("base_model", "heldout_split", *(["lora_adapter"] if step == "dpo" else []))
     (folder / "output").mkdir(parents=True)
     return Job(
@@ -35,17 +35,22 @@ def trained(launcher: Launcher, job: Job) -> tuple[list[dict[str, Any]], list[di
     return lines, json.loads((job.output / "info/curve.json").read_text()), result.metrics
 
 
-def require_same_training(job: Job, other: Job, loss: float = 2e-3, weights: float = 2e-3) -> None:
-    """Compare step by step what one process and several made of the same rows: losses, then the adapters."""
+def require_same_training(job: Job, other: Job) -> None:
+    """Compare step by step what one process and several made of the same rows: losses and gradients, then the adapters.
+
+    The last step of an epoch is apart: where its rows do not fill all ranks, Accelerate repeats some.
+    """
     from safetensors.numpy import load_file
 
-    curves = [json.loads((made.output / "info/curve.json").read_text()) for made in (job, other)]
-    assert [entry["step"] for entry in curves[0]] == [entry["step"] for entry in curves[1]]
-    assert [entry["loss"] for entry in curves[0]] == pytest.approx([entry["loss"] for entry in curves[1]], abs=loss)
-    one, several = (load_file(made.output / "adapter_model.safetensors") for made in (job, other))
-    assert one.keys() == several.keys()
-    for name in one:
-        assert abs(one[name] - several[name]).max() < weights, name
+    one, several = (json.loads((made.output / "info/curve.json").read_text()) for made in (job, other))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in several]
+    for name, within in (("loss", 2e-3), ("grad_norm", 1e-2)):
+        assert [entry[name] for entry in one[:-1]] == pytest.approx([entry[name] for entry in several[:-1]], rel=within)
+    assert one[-1]["loss"] == pytest.approx(several[-1]["loss"], rel=1e-2)
+    first, second = (load_file(made.output / "adapter_model.safetensors") for made in (job, other))
+    assert first.keys() == second.keys()
+    moved = max(abs(tensor).max() for name, tensor in first.items() if "lora_B" in name)
+    assert max(abs(first[name] - second[name]).max() for name in first) < 0.2 * moved
 
 
 def process_groups(work: Path) -> set[int]:

@@ -215,7 +215,7 @@ def publish(
 
 
 def going(store: ArtifactStore, keep: int = 2) -> list[Removal]:
-    return removals(store.root, keep)[0]
+    return removals(store, keep)[0]
 
 
 def names(store: ArtifactStore, keep: int = 2) -> set[str]:
@@ -310,7 +310,7 @@ def test_gc_removes_old_staging_and_its_own_interrupted_work(tmp_path: Path) -> 
     for name in (".tmp-999999999-old", f".tmp-{os.getpid()}-mine"):
         age(home / name, 30)
     assert names(store) == {".tmp-999999999-old", ".trash-x"}
-    assert all(remove(removal) for removal in going(store))
+    assert all(remove(store, removal) for removal in going(store))
     assert sorted(path.name for path in home.iterdir()) == [f".tmp-{os.getpid()}-mine", ".tmp-999999999-new", "CURRENT", "a-0"]
 
 
@@ -328,7 +328,7 @@ def test_gc_does_not_remove_what_became_current_meanwhile(tmp_path: Path) -> Non
     made = [publish(store, "a", content=str(index), hours=90 - index) for index in range(3)]
     (removal,) = going(store)
     store.make_current(made[0], "tiny")
-    assert not remove(removal)
+    assert not remove(store, removal)
     assert store.need("a", "tiny").path == made[0].path
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import ConfigError
-from ft_assets.launchers import InfrastructureFault, LocalLauncher
+from ft_assets.launchers import LocalLauncher, StepLost
 from ft_assets.launchers.accelerate import AccelerateLauncher
 from ft_assets_tests.launching import process_groups, require_same_training, trained, training_job, wait_until
 
@@ -42,7 +42,7 @@ def test_rank_that_is_killed_takes_the_others_with_it(finished: Path, tmp_path: 
             killed.extend(sorted(process_groups(job.work)))
             os.kill(killed[-1], signal.SIGKILL)
 
-    with pytest.raises(InfrastructureFault, match="killed by signal 9"):
+    with pytest.raises(StepLost, match="killed by signal 9"):
         TWO.run(job, kill)
     assert len(killed) == 2
     wait_until(lambda: not process_groups(job.work))

@@ -15,9 +15,9 @@ from typing import Any
 
 import dagster as dg
 
-from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint
+from ft_assets.artifacts import Artifact, fingerprint, open_store
 from ft_assets.config import Project
-from ft_assets.errors import FtError
+from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.job import Job, StepResult
 from ft_assets.launchers import StepFailed, make_launcher
 
@@ -72,7 +72,7 @@ class Workshop:
 
     def __init__(self, project: Project) -> None:
         self.project = project
-        self.store = ArtifactStore(project.store_path)
+        self.store = open_store(project)
         self.launcher = make_launcher(project.launcher)
 
     def materialize(
@@ -183,7 +183,10 @@ def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeR
 
 
 class user_errors:
-    """Context that turns the user's errors into Dagster failures that are not retried and show one screen of text."""
+    """Context that turns the user's errors into Dagster failures that are not retried and show one screen of text.
+
+    Only a fault of the infrastructure is tried again, as often as `launcher.retries` says, each time after twice the wait.
+    """
 
     def __enter__(self) -> None:
         return None
@@ -193,7 +196,23 @@ class user_errors:
             raise dg.Failure(
                 description=str(error), metadata={key: value for key, value in error.to_dict().items() if value}, allow_retries=False
             ) from None
+        if isinstance(error, InfrastructureFault):
+            _again(error)
         if isinstance(error, StepFailed):
             raise dg.Failure(
-                description=str(error), metadata={"output": dg.MetadataValue.md(f"```\n{error.tail}\n```"), "exit_code": error.code}
+                description=str(error),
+                metadata={"output": dg.MetadataValue.md(f"```\n{error.tail}\n```"), "exit_code": error.code},
+                allow_retries=False,
             ) from None
+        if isinstance(error, InfrastructureFault):
+            raise dg.Failure(description=str(error), allow_retries=False) from None
+
+
+def _again(error: InfrastructureFault) -> None:
+    """Ask Dagster for another try of the asset that runs here, if there is one left. Raises dg.RetryRequested."""
+    context = dg.OpExecutionContext.get()
+    settings, tried = context.resources.workshop.project.launcher, context.retry_number
+    if tried < settings.retries:
+        wait = settings.retry_seconds * 2**tried
+        context.log.warning(f"not the step's fault; try {tried + 2} of {settings.retries + 1} follows in {wait:.0f} s: {error}")
+        raise dg.RetryRequested(max_retries=settings.retries, seconds_to_wait=wait) from error

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ft_assets.artifacts import ArtifactStore, verify_files
+from ft_assets.artifacts import ArtifactStore, open_store, verify_files
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import Project
 from ft_assets.data.tables import read_table
@@ -35,7 +35,7 @@ class SideBySide:
     """The loaded models, which keep no history: each message is answered on its own."""
 
     def __init__(self, project: Project, name: str, system: str | None) -> None:
-        store = ArtifactStore(project.store_path)
+        store = open_store(project)
         asked = contenders(store, name)
         self.settings = project.recipe(name).evaluation
         self.system = system if system is not None else _usual_system(store.need("heldout_split", name).path)

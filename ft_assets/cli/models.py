@@ -17,10 +17,10 @@ def report(
     page: Annotated[bool, typer.Option("--page", help="Print the path of the HTML page instead.")] = False,
 ) -> None:
     """Print the evaluation report, or where its HTML page lies."""
-    from ft_assets.artifacts import ArtifactStore
+    from ft_assets.artifacts import open_store
 
     project = load_project()
-    store = ArtifactStore(project.store_path)
+    store = open_store(project)
     for name in chosen(project, [base] if base else None):
         folder = store.need("eval_report", name).path
         print(folder / "info" / "report.html" if page else (folder / "report.md").read_text())

@@ -37,10 +37,11 @@ def gc(
     apply: Annotated[bool, typer.Option("--apply", help="Delete; without it, only say what would go.")] = False,
 ) -> None:
     """Remove old versions and leftovers from the store. What is current, and what it was made from, always stays."""
+    from ft_assets.artifacts import open_store
     from ft_assets.commands.gc import removals, remove, table
 
-    root = load_project().store_path
-    going, unreadable = removals(root, keep)
+    store = open_store(load_project())
+    going, unreadable = removals(store, keep)
     print(table(going))
     for path in unreadable:
         print(f"left alone: {path}: its manifest cannot be read", file=sys.stderr)
@@ -50,7 +51,7 @@ def gc(
     failed = False
     for removal in going:
         try:
-            if not remove(removal):
+            if not remove(store, removal):
                 print(f"left alone: {removal.what}: in use meanwhile", file=sys.stderr)
         except OSError as error:
             failed = True

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
@@ -55,7 +55,8 @@ class Recipe(Section):
 class Project(Section):
     """finetune.yaml, whole."""
 
-    store: str = ".ft/store"
+    store: str = Field(default=".ft/store", description="A folder, or s3://bucket/prefix, gs://bucket/prefix.")
+    store_cache: str = Field(default=".ft/cache", description="Where copies of what lies in an object store are kept.")
     data: DataSettings
     base_models: dict[str, BaseModelSettings] = Field(min_length=1)
     chat: ChatSettings = ChatSettings()
@@ -75,8 +76,26 @@ class Project(Section):
         return (self.root / relative).resolve() if not Path(relative).is_absolute() else Path(relative)
 
     @property
+    def store_url(self) -> str | None:
+        """Where the artifacts lie if that is an object store, else None."""
+        return self.store.replace("gcs://", "gs://", 1) if "://" in self.store and not self.store.startswith("file://") else None
+
+    @property
     def store_path(self) -> Path:
-        return self.path(self.store)
+        """The folder of this machine that holds the artifacts: all of them, or copies of an object store's."""
+        if self.store_url:
+            return self.path(self.store_cache) / hashlib.sha256(self.store_url.encode()).hexdigest()[:12]
+        return self.path(self.store.removeprefix("file://"))
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        protocol, separator, rest = value.partition("://")
+        if separator and protocol not in ("s3", "gs", "gcs", "file"):
+            raise ValueError(f"{protocol}:// is not a store; a folder, s3://, gs:// or file:// is")
+        if separator and protocol != "file" and ("@" in rest.partition("/")[0] or not rest.partition("/")[0]):
+            raise ValueError("give bucket and prefix only; credentials come from the environment")
+        return value
 
     def base_model(self, name: str) -> BaseModelSettings:
         """Return the settings of one base model. Raises ConfigError naming the known ones."""

@@ -10,9 +10,8 @@ import sys
 from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import ConfigError
 from ft_assets.job import Job
+from ft_assets.launchers.base import TRAINING_STEPS
 from ft_assets.launchers.local import LocalLauncher, free_port
-
-TRAINING_STEPS = frozenset({"sft", "dpo"})
 
 
 class AccelerateLauncher(LocalLauncher):

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ft_assets.errors import FtError
+from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.job import Job, StepResult
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 TAIL_LINES = 30
+TRAINING_STEPS = frozenset({"sft", "dpo"})  # these can run as several ranks
+HEAVY_STEPS = TRAINING_STEPS | {"evaluate", "merge"}  # these want a GPU: a cluster's launcher sends them to it
+TEMPORARY = 75  # sysexits.h: a helper process of ours says with it that the cluster failed
 
 # Sent from outside: the OOM killer, a shutdown, a scheduler that takes the node back, a disk or memory that went away. SEGV, ABRT
 # and ILL are not among them: a program that crashes by itself does it again.
@@ -30,7 +33,7 @@ class Launcher(Protocol):
     def run(self, job: Job, on_progress: OnProgress) -> StepResult:
         """Return the step's result; the files are in `job.output`.
 
-        Raises the step's own FtError, StepFailed if it ended without a result, or InfrastructureFault if that was not its
+        Raises the step's own FtError, StepFailed if it ended without a result, or StepLost if that was not its
         doing. When interrupted, nothing of the step goes on.
         """
         ...
@@ -45,15 +48,15 @@ class StepFailed(Exception):
         super().__init__(f"step {step} {how}; the last lines of its output:\n{tail}")
 
 
-class InfrastructureFault(StepFailed):
+class StepLost(StepFailed, InfrastructureFault):
     """The machine, the cluster or the network failed, not the step: the same job may succeed when it is tried again."""
 
 
 def failed(step: str, code: int, tail: str, how: str = "") -> StepFailed:
     """Return the error of a step that ended with this code: a negative one is a signal, above 128 a shell's word for one."""
     number = -code if code < 0 else code - 128
-    outside = number in {int(known) for known in FROM_OUTSIDE} or HARDWARE.search(tail) is not None
-    return (InfrastructureFault if outside else StepFailed)(step, code, tail, how)
+    outside = code == TEMPORARY or number in {int(known) for known in FROM_OUTSIDE} or HARDWARE.search(tail) is not None
+    return (StepLost if outside else StepFailed)(step, code, tail, how)
 
 
 def prepare(job: Job) -> Path:
@@ -67,7 +70,7 @@ def prepare(job: Job) -> Path:
 
 
 def outcome(job: Job, code: int, how: str = "") -> StepResult:
-    """Return what the step left in its work folder. Raises its FtError, StepFailed or InfrastructureFault."""
+    """Return what the step left in its work folder. Raises its FtError, StepFailed or StepLost."""
     if code == 0 and job.result_file.exists():
         result = json.loads(job.result_file.read_text())
         return StepResult(result["metrics"], result["parts"])

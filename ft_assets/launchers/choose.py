@@ -1,6 +1,6 @@
 """`launcher:` of finetune.yaml -> the launcher. Each is imported when it is chosen: their libraries are optional."""
 
-from ft_assets.config.launcher import AccelerateSettings, AnyLauncher, KubernetesSettings, RaySettings, SlurmSettings
+from ft_assets.config.launcher import AccelerateSettings, AnyLauncher, RaySettings
 from ft_assets.launchers.base import Launcher
 from ft_assets.launchers.local import LocalLauncher
 
@@ -15,12 +15,4 @@ def make_launcher(settings: AnyLauncher) -> Launcher:
         from ft_assets.launchers.ray import RayLauncher
 
         return RayLauncher(settings)
-    if isinstance(settings, KubernetesSettings):
-        from ft_assets.launchers.kubernetes import KubernetesLauncher
-
-        return KubernetesLauncher(settings)
-    if isinstance(settings, SlurmSettings):
-        from ft_assets.launchers.slurm import SlurmLauncher
-
-        return SlurmLauncher(settings)
     return LocalLauncher()

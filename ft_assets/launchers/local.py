@@ -34,7 +34,7 @@ class LocalLauncher:
         return [{}]
 
     def run(self, job: Job, on_progress: OnProgress) -> StepResult:
-        """Run the job to its end. Raises the step's own FtError, StepFailed or InfrastructureFault; stops all on interrupt."""
+        """Run the job to its end. Raises the step's own FtError, StepFailed or StepLost; stops all on interrupt."""
         job_file = prepare(job)
         read_end, write_end = os.pipe()  # the lifeline: a child ends when our end closes, also if we are killed
         environment = {**os.environ, "FT_LIFELINE_FD": str(read_end), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}

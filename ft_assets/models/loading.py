@@ -33,12 +33,15 @@ def context_length(snapshot: Path) -> int | None:
 def compute_dtype() -> Any:
     """Return bfloat16 on a GPU, and on a CPU only where a probe says that it is not slower than float32.
 
-    Without AVX512-BF16 or AMX, bf16 matrix products are some 20 times slower than fp32.
+    Without AVX512-BF16 or AMX, bf16 matrix products are some 20 times slower than fp32. Several ranks on CPUs take float32: a probe
+    is a timing, and could tell each of them another.
     """
     import torch
 
     if torch.cuda.is_available():
         return torch.bfloat16
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return torch.float32
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)

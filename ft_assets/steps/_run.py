@@ -21,7 +21,7 @@ def main(step: Step) -> None:
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m ft_assets.steps.{Path(sys.argv[0]).stem} job.json")
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
-    _watch_lifeline()
+    watch_lifeline()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # A shell script's `dagster dev &` leaves SIGINT ignored in all its children: the launcher's first word would be lost.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,7 +66,7 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _watch_lifeline() -> None:
+def watch_lifeline() -> None:
     """End this process when the launcher's end of the pipe closes: no orphan keeps the GPU."""
     if (descriptor := os.environ.get("FT_LIFELINE_FD")) is None:
         return
