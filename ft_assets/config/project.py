@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from ft_assets.config.automation import AlertSettings, FreshnessSettings, ScheduleSettings
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
@@ -35,11 +36,6 @@ class BaseModelSettings(Section):
         return self
 
 
-class ScheduleSettings(Section):
-    cron: str = Field(description='When to retrain, e.g. "0 3 * * 1".')
-    timezone: str = "UTC"
-
-
 class Recipe(Section):
     """What one base model resolves to: the defaults with its own overrides."""
 
@@ -63,6 +59,8 @@ class Project(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     schedule: ScheduleSettings | None = None
+    freshness: FreshnessSettings | None = None
+    alerts: AlertSettings = AlertSettings()
     launcher: Literal["local"] = "local"
 
     root: Path = Field(default=Path(), exclude=True)
