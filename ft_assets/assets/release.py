@@ -8,7 +8,7 @@ import dagster as dg
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.evaluation import TRAINED, judged, numbers
-from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, library_versions, result, user_errors
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, library_versions, result, tag_run, user_errors
 from ft_assets.evaluation.gate import require_pass
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.evaluation.verdict import decide
@@ -65,6 +65,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 libraries="infer",
                 space=size + 100_000_000,
             )
+        tag_run(context, version=artifact.fingerprint)
         card = (artifact.path / "README.md").read_text().split("---", 2)[-1]
         return result(artifact, reused, model_card=dg.MetadataValue.md(card))
 
