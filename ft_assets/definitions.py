@@ -14,10 +14,11 @@ from ft_assets.assets.evaluation import evaluation_assets  # noqa: E402
 from ft_assets.assets.export import export_assets  # noqa: E402
 from ft_assets.assets.hub import hub_assets  # noqa: E402
 from ft_assets.assets.leaderboard import leaderboard_asset  # noqa: E402
+from ft_assets.assets.plan_job import what_would_run  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
 from ft_assets.assets.workshop import Workshop  # noqa: E402
-from ft_assets.automation import automated, automation  # noqa: E402
+from ft_assets.automation import automated, automation, freshness  # noqa: E402
 from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.console import console  # noqa: E402
 
@@ -32,6 +33,7 @@ def build(project: Project) -> dg.Definitions:
     released, released_checks = champion_assets(base_models)
     exported, exported_checks = export_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
+    jobs.append(what_would_run(project, build))
     definitions = dg.Definitions(
         assets=[
             *data.ASSETS,
@@ -54,7 +56,11 @@ def build(project: Project) -> dg.Definitions:
         executor=dg.in_process_executor,
     )
     conditions = automated(definitions.resolve_all_asset_specs())
-    return definitions.map_asset_specs(func=lambda spec: spec.replace_attributes(automation_condition=conditions.get(spec.key)))
+    return definitions.map_asset_specs(
+        func=lambda spec: spec.replace_attributes(
+            automation_condition=conditions.get(spec.key), freshness_policy=freshness(project.freshness, spec.key)
+        )
+    )
 
 
 defs = build(load_project())

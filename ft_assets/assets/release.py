@@ -5,7 +5,7 @@ import dagster as dg
 from ft_assets.assets.card_facts import card_facts
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.evaluation import TRAINED, judged, numbers
-from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, tag_run, user_errors
 from ft_assets.evaluation.gate import require_pass
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.release.card import card_body
@@ -60,6 +60,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 libraries="infer",
                 space=size * (2 if method == "qlora" else 1) + 100_000_000,  # after QLoRA both merges are on disk for a while
             )
+        tag_run(context, version=artifact.fingerprint)
         card = card_body((artifact.path / "README.md").read_text())
         return result(artifact, reused, model_card=dg.MetadataValue.md(card))
 

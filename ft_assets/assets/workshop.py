@@ -94,6 +94,8 @@ class Workshop:
         """
         inputs = inputs or {}
         wanted = Wanted.of(context, settings, inputs, libraries)
+        if wanted.partition:
+            tag_run(context, base_model=wanted.partition)
         asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
         if (known := self.store.find(asset, partition, version)) is not None:
             self.store.make_current(known, partition)
@@ -138,6 +140,11 @@ class Workshop:
         """Return the current artifact as it is: the asset finds nothing to do. `above` are the assets that could change that."""
         context.log.info(f"kept {artifact.asset} {artifact.fingerprint[:8]}: {why}")
         return artifact, True
+
+
+def tag_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, **tags: str) -> None:
+    """Tag the run that executes, `ft/<name>`: the UI's list of runs is filtered by it."""
+    context.instance.add_run_tags(context.run.run_id, {f"ft/{name}": value for name, value in tags.items()})
 
 
 class Live:

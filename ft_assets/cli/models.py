@@ -51,11 +51,11 @@ def release(
     as_json: Annotated[bool, typer.Option("--json", help="Print an object, {base model: its release}.")] = False,
 ) -> None:
     """Say which model is released, why, and what was before. Exit code 1 if nothing is released."""
-    from ft_assets.artifacts import ArtifactStore
+    from ft_assets.artifacts import open_store
     from ft_assets.release.former import need_champion
 
     project = load_project()
-    store, found = ArtifactStore(project.store_path), dict[str, Any]()
+    store, found = open_store(project), dict[str, Any]()
     for name in chosen(project, base):
         released = store.current("release", name)
         if released is None:
@@ -79,12 +79,12 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False,
 ) -> None:
     """Say which serving forms were exported (release.forms), where they lie, and how far each agrees with the merged model."""
-    from ft_assets.artifacts import ArtifactStore
+    from ft_assets.artifacts import open_store
 
     project = load_project()
     name = base or next(iter(project.base_models))
     project.base_model(name)
-    folder = ArtifactStore(project.store_path).need("export", name).path
+    folder = open_store(project).need("export", name).path
     if as_json:
         print(json.dumps({**json.loads((folder / "export.json").read_text()), "path": str(folder)}, indent=1, ensure_ascii=False))
     else:
@@ -99,14 +99,14 @@ def serve(
     as_json: Annotated[bool, typer.Option("--json", help="Print what would be started, and start nothing.")] = False,
 ) -> None:
     """Serve the released model for a try: an OpenAI-compatible endpoint on this machine only. Refuses without a release."""
-    from ft_assets.artifacts import ArtifactStore, verify_files
+    from ft_assets.artifacts import open_store, verify_files
     from ft_assets.release.former import need_champion
     from ft_assets.release.serving import LOOPBACK, choose_engine, serve_command
 
     project = load_project()
     name = base or next(iter(project.base_models))
     project.base_model(name)
-    _, model = need_champion(ArtifactStore(project.store_path), name, "ft serve")
+    _, model = need_champion(open_store(project), name, "ft serve")
     verify_files(model)
     chosen_engine = choose_engine(engine)
     command, url = serve_command(chosen_engine, model.path, port), f"http://{LOOPBACK}:{port}/v1"

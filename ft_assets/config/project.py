@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from ft_assets.config.automation import AlertSettings, FreshnessSettings, ScheduleSettings
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
@@ -37,11 +38,6 @@ class BaseModelSettings(Section):
         return self
 
 
-class ScheduleSettings(Section):
-    cron: str = Field(description='When to retrain, e.g. "0 3 * * 1".')
-    timezone: str = "UTC"
-
-
 class Recipe(Section):
     """What one base model resolves to: the defaults with its own overrides."""
 
@@ -67,6 +63,8 @@ class Project(Section):
     gate: GateSettings = GateSettings()
     release: ReleaseSettings = ReleaseSettings()
     schedule: ScheduleSettings | None = None
+    freshness: FreshnessSettings | None = None
+    alerts: AlertSettings = AlertSettings()
     launcher: LauncherSettings = LocalSettings()
 
     root: Path = Field(default=Path(), exclude=True)

@@ -125,12 +125,14 @@ def _write_file(source: TensorFile, target: Path, header: bytes, moved: Moved, u
         touched = [item for item in moved if item[2] in updates.changes or item[0].name in rounded]
         kept = [item for item in moved if item not in touched]
         with ThreadPoolExecutor(max(1, min(MOST_THREADS, os.cpu_count() or 1))) as pool:
-            tasks = [(begin, (copy_range, reading, writing, begin, end, to)) for begin, end, to in _runs(kept)]
+            tasks: list[tuple[int, Callable[[], None]]] = [
+                (begin, partial(copy_range, reading, writing, begin, end, to)) for begin, end, to in _runs(kept)
+            ]
             tasks += [
-                (entry.begin, (_write_tensor, reading, writing, entry, to, updates.changes.get(name), entry.name in rounded))
+                (entry.begin, partial(_write_tensor, reading, writing, entry, to, updates.changes.get(name), entry.name in rounded))
                 for entry, to, name in touched
             ]
-            work = [pool.submit(*task) for _, task in sorted(tasks, key=lambda pair: pair[0])]  # in the order of the disk
+            work = [pool.submit(task) for _, task in sorted(tasks, key=lambda pair: pair[0])]  # in the order of the disk
             try:
                 for done in work:
                     done.result()

@@ -4,6 +4,7 @@ After QLoRA both merges are made, proven and scored on the held-out rows: onto t
 of them. The better is kept; of equals the original, which has not the damage of NF4 baked in.
 """
 
+import json
 import shutil
 import statistics
 from pathlib import Path
@@ -67,10 +68,8 @@ def step(job: Job, report: Report) -> StepResult:
             f"better than the base, stop rate of at least {gate.min_stop_rate}",
             "nothing was published; rounding to bf16 cost the gain: more held-out rows, or a stronger adapter",
         )
-    text = (job.inputs["eval_report"] / "report.md").read_text()
-    (job.output / "README.md").write_text(
-        model_card(job.partition or "", job.settings["source"], verdict, text, same, job.settings["recipe"], job.settings["versions"])
-    )
+    numbers = json.loads((job.inputs["eval_report"] / "report.json").read_text())
+    (job.output / "README.md").write_text(model_card(job.settings["card"], verdict, numbers, same), encoding="utf-8")
     (job.output / "verdict.json").write_text(to_json(verdict))
     return StepResult(
         {
