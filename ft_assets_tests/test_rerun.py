@@ -18,7 +18,17 @@ from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import materialize
 
 UNPARTITIONED = ("raw_dataset", "raw_preferences", "leaderboard")
-BELOW_DATA = ["chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]
+BELOW_DATA = [
+    "chat_dataset",
+    "heldout_split",
+    "lora_adapter",
+    "dpo_adapter",
+    "eval_report",
+    "merged_model",
+    "release",
+    "export",
+    "leaderboard",
+]
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -67,12 +77,12 @@ def few_shot(folder: Path) -> None:
 
 MATRIX: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("one train row", one_train_row, ["raw_dataset", *BELOW_DATA]),
-    ("one preference pair", one_pair, ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
-    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "leaderboard"]),
+    ("one preference pair", one_pair, ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
+    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "export", "leaderboard"]),
     ("a few-shot example", few_shot, ["raw_dataset", "eval_report", "merged_model", "leaderboard"]),
-    ("an evaluation setting", lambda folder: edit(folder, evaluation={"max_new_tokens": 6}), ["recipe", "eval_report", "merged_model", "leaderboard"]),
-    ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
-    ("beta", lambda folder: edit(folder, dpo={"beta": 0.2}), ["recipe", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
+    ("an evaluation setting", lambda folder: edit(folder, evaluation={"max_new_tokens": 6}), ["recipe", "eval_report", "merged_model", "export", "leaderboard"]),
+    ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
+    ("beta", lambda folder: edit(folder, dpo={"beta": 0.2}), ["recipe", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
     ("order, names, times, comments", order_names_times_and_comments, ["raw_dataset"]),
     ("nothing", lambda folder: None, []),
 ]  # fmt: skip
@@ -101,7 +111,7 @@ def test_only_what_changed_runs_again_and_the_plan_says_so(copy: Path, change: C
     edit(copy, gate={"override": "the matrix is about what runs"})
     assert materialize(copy).success
     before = made(copy)
-    assert len(before) == 11
+    assert len(before) == 13
     change(copy)
     said = planned(copy)
     assert made(copy) == before  # planning makes nothing
