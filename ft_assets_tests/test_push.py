@@ -21,14 +21,15 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         chunked = self.headers.get("Transfer-Encoding") == "chunked"
         body = self._chunks() if chunked else self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        here = f"http://127.0.0.1:{self.server.server_port}/me/tiny"  # type: ignore[attr-defined]
         self.server.seen.append((self.path, self.headers.get("Authorization"), body))  # type: ignore[attr-defined]
         if self.path == "/api/repos/create":
-            self._say({"url": "http://hub/me/tiny", "id": "me/tiny"})
+            self._say({"url": here, "id": "me/tiny"})
         elif "/preupload/" in self.path:
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             self._say({"files": files})
         else:
-            self._say({"commitUrl": "http://hub/me/tiny/commit/c0ffee", "commitOid": "c0ffee", "pullRequestUrl": None})
+            self._say({"commitUrl": f"{here}/commit/c0ffee", "commitOid": "c0ffee", "pullRequestUrl": None})
 
     def do_GET(self) -> None:
         self._say({"id": "me/tiny", "sha": "0" * 40, "siblings": []})

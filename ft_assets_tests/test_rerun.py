@@ -20,7 +20,17 @@ from ft_assets_tests.conftest import CHATML, conversations, edit, ft, write_json
 from ft_assets_tests.pipeline import materialize
 
 UNPARTITIONED = ("raw_dataset", "raw_preferences", "leaderboard")
-BELOW_DATA = ["chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]
+BELOW_DATA = [
+    "chat_dataset",
+    "heldout_split",
+    "lora_adapter",
+    "dpo_adapter",
+    "eval_report",
+    "merged_model",
+    "release",
+    "export",
+    "leaderboard",
+]
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -69,12 +79,12 @@ def few_shot(folder: Path) -> None:
 
 MATRIX: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("one train row", one_train_row, ["raw_dataset", *BELOW_DATA]),
-    ("one preference pair", one_pair, ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
-    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "leaderboard"]),
+    ("one preference pair", one_pair, ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
+    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "export", "leaderboard"]),
     ("a few-shot example", few_shot, ["raw_dataset", "eval_report", "merged_model", "leaderboard"]),
-    ("an evaluation setting", lambda folder: edit(folder, evaluation={"max_new_tokens": 6}), ["recipe", "eval_report", "merged_model", "leaderboard"]),
-    ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
-    ("beta", lambda folder: edit(folder, dpo={"beta": 0.2}), ["recipe", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
+    ("an evaluation setting", lambda folder: edit(folder, evaluation={"max_new_tokens": 6}), ["recipe", "eval_report", "merged_model", "export", "leaderboard"]),
+    ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
+    ("beta", lambda folder: edit(folder, dpo={"beta": 0.2}), ["recipe", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
     ("order, names, times, comments", order_names_times_and_comments, ["raw_dataset"]),
     ("nothing", lambda folder: None, []),
 ]  # fmt: skip
@@ -121,12 +131,12 @@ def ran(folder: Path, partition: str = "tiny") -> list[str]:
 @pytest.mark.parametrize(("change", "expected"), [entry[1:] for entry in MATRIX], ids=[entry[0] for entry in MATRIX])
 def test_only_what_changed_runs_again_and_the_plan_says_so(copy: Path, change: Callable[[Path], None], expected: list[str]) -> None:
     calm(copy)
-    assert len(made(copy)) == 11
+    assert len(made(copy)) == 13
     change(copy)
     assert ran(copy) == sorted(expected)
 
 
-BELOW_TRAINING = ["lora_adapter", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]
+BELOW_TRAINING = ["lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]
 OF_ONE_MODEL = {  # one after the other
     "recipe of one of two": ({"sft": {"max_steps": 3}}, ["recipe", *BELOW_TRAINING]),
     "template of one of two": ({"chat": {"chat_template": "chatml.jinja"}}, ["base_model", "recipe", *BELOW_DATA]),
@@ -158,8 +168,10 @@ def test_newer_libraries_redo_what_they_touch(copy: Path, monkeypatch: pytest.Mo
     # The installed libraries stay as they are: another version of one is only claimed.
     monkeypatch.setattr(workshop, "library_versions", lambda kind: {**real(kind), **({"peft": "99"} if "peft" in real(kind) else {})})
     said = planned(copy)
-    assert [name for name, action in said.items() if action == RUNS] == ["lora_adapter", "dpo_adapter", "eval_report", "merged_model"]
-    assert set(ran(copy)) - {"leaderboard"} == {"lora_adapter", "dpo_adapter", "eval_report", "merged_model"}
+    runs = [name for name, action in said.items() if action == RUNS and name not in ("release", "export")]
+    assert runs == ["lora_adapter", "dpo_adapter", "eval_report", "merged_model"]
+    # The champion is scored again by the newer libraries; what is exported did not change.
+    assert set(ran(copy)) - {"leaderboard", "release", "export"} == {"lora_adapter", "dpo_adapter", "eval_report", "merged_model"}
 
 
 def test_new_code_of_a_step_redoes_that_step_and_nothing_below_if_its_content_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,3 +116,8 @@ def _shortened(value: Any) -> Any:
     if isinstance(value, list):
         return [_shortened(item) for item in value]
     return _shareable(value) if isinstance(value, str) else value
+
+
+def card_body(card: str) -> str:
+    """Return a card without its front matter, for a page that shows markdown."""
+    return card.split("\n---\n", 1)[-1].lstrip()

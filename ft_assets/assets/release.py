@@ -2,13 +2,12 @@
 
 import dagster as dg
 
-from ft_assets.assets.card_facts import card_facts
+from ft_assets.assets.card_facts import card_body, card_facts
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.evaluation import TRAINED, judged, numbers
 from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, tag_run, user_errors
 from ft_assets.evaluation.gate import require_pass
 from ft_assets.evaluation.sources import read_schema
-from ft_assets.release.card import card_body
 
 
 def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:

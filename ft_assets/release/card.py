@@ -195,8 +195,3 @@ def _table(rows: Table) -> list[str]:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     return [line(rows[0]), "|" + "---|" * len(rows[0]), *[line(row) for row in rows[1:]]]
-
-
-def card_body(card: str) -> str:
-    """Return a card without its front matter, for a page that shows markdown."""
-    return card.split("\n---\n", 1)[-1].lstrip()
