@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -29,6 +30,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()  # what a test before left in this process
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "test",
@@ -122,8 +124,11 @@ def test_gc_removes_old_versions_from_the_bucket_and_keeps_the_current(machine: 
 
 
 def test_user_is_told_what_the_store_wants(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ObjectStore("s3://elsewhere/team", tmp_path / "one")
     with pytest.raises(ArtifactError, match="no such bucket"):
-        publish(ObjectStore("s3://elsewhere/team", tmp_path / "one"), "weights", "v1")
+        missing.require_space(1, "a test")  # what is asked before the work begins
+    with pytest.raises(ArtifactError, match="no such bucket"):
+        publish(missing, "weights", "v1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreUnreachable, match="does not answer"):
         ObjectStore("s3://models/team", tmp_path / "two").find("a", "tiny", "v1")

@@ -45,6 +45,12 @@ class ObjectStore(ArtifactStore):
     def _key(self, asset: str, partition: str | None, *names: str) -> str:
         return "/".join((self._place.path.rstrip("/"), asset, partition or UNPARTITIONED, *names))
 
+    def require_space(self, needed: int, what: str) -> None:
+        """Raise ArtifactError if the cache's disk is too full, or the bucket cannot be written: before hours of work, not after."""
+        super().require_space(needed, what)
+        with self._reached(self.url):
+            self._files.pipe_file(f"{self._place.path.rstrip('/')}/.writable", b"")
+
     def find(self, asset: str, partition: str | None, version: str) -> Artifact | None:
         """Return the version if it was sent whole. Sends it first if it was made here and only waits for that."""
         text = self._read_text(self._key(asset, partition, version, MANIFEST))
@@ -96,7 +102,7 @@ class ObjectStore(ArtifactStore):
                 return
         except (FileNotFoundError, ValueError):
             pass
-        self.require_space(sum(entry["bytes"] for entry in manifest["files"].values()) + 10_000_000, f"a copy of {manifest['asset']}")
+        super().require_space(sum(entry["bytes"] for entry in manifest["files"].values()) + 10_000_000, f"a copy of {manifest['asset']}")
         with self.staging(manifest["asset"], manifest["partition"]) as staged:
             for name, entry in manifest["files"].items():
                 target = staged / name
@@ -161,7 +167,11 @@ class ObjectStore(ArtifactStore):
         """Tell what an error of the store's client means: the user's to correct, or a fault that may pass."""
         try:
             yield
-        except (ArtifactError, StoreUnreachable, FileNotFoundError):
+        except (ArtifactError, StoreUnreachable):
+            raise
+        except FileNotFoundError as error:  # of an object, which its reader expects, or of the whole bucket
+            if "bucket" in str(error).lower():
+                raise ArtifactError(where, "there is no such bucket", "a bucket that exists", "create it, or correct store:") from None
             raise
         except ImportError as error:
             raise ArtifactError(where, f"cannot be read ({error})", "the extra `remote`", 'pip install "ft_assets[remote]"') from None
@@ -172,8 +182,6 @@ class ObjectStore(ArtifactStore):
                 raise ArtifactError(
                     where, f"the store refuses: {error}", "credentials in the environment, with rights to read and write", "set them"
                 ) from None
-            if "NoSuchBucket" in (code, str(error)) or "bucket does not exist" in str(error).lower():
-                raise ArtifactError(where, "there is no such bucket", "a bucket that exists", "create it, or correct store:") from None
             raise StoreUnreachable(where, f"{type(error).__name__}: {error}") from error
 
 
