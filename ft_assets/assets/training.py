@@ -28,11 +28,11 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="2",
+        code_version="3",
         pool=GPU_POOL,
     )
     def lora_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
-        """SFT adapter: LoRA (or QLoRA) trained on the assistant's answers only."""
+        """SFT adapter: LoRA (or QLoRA, by the memory plan) trained on the assistant's answers only."""
         store, name = workshop.store, context.partition_key
         with user_errors():
             chosen = workshop.project.recipe(name)
@@ -44,6 +44,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                     **{f"heldout_split#{part}": (store.need("heldout_split", name), part) for part in ("train", "validation")},
                 },
                 step="sft",
+                step_settings={"memory_limit_gb": workshop.project.memory_limit_gb},
                 libraries="train",
                 space=500_000_000,
             )
@@ -66,7 +67,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="2",
+        code_version="3",
         pool=GPU_POOL,
     )
     def dpo_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -83,6 +84,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                     "heldout_split#preferences": (store.need("heldout_split", name), "preferences"),
                 },
                 step="dpo",
+                step_settings={"memory_limit_gb": workshop.project.memory_limit_gb},
                 libraries="train",
                 space=500_000_000,
             )

@@ -8,7 +8,9 @@ from ft_assets.config.section import Section
 
 
 class LoraSettings(Section):
-    method: Literal["lora", "qlora"] = "lora"
+    method: Literal["auto", "lora", "qlora"] = Field(
+        default="auto", description="auto: lora where the 16-bit base fits with room, else qlora (NF4); always lora on a CPU."
+    )
     r: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
@@ -24,17 +26,23 @@ class TrainSettings(Section):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = Field(default=0.03, ge=0, description="Below 1 a share of all steps.")
     effective_batch: int = Field(default=16, ge=1, description="Conversations (or pairs) an optimizer step.")
-    micro_batch: int = Field(default=4, ge=1, description="Of these, how many at once; the rest is accumulated.")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="Of these, how many at once; the rest is accumulated. None: as the memory plan allows."
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    gradient_checkpointing: bool | None = Field(default=None, description="None: on for a GPU, off on a CPU.")
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="None: on a GPU for the layers that need it by the memory plan, off on a CPU."
+    )
     save_steps: int = Field(default=50, ge=1, description="Optimizer steps between checkpoints.")
     seed: int = 42
     trainer: dict[str, Any] = Field(default={}, description="Any other option of TRL's config, by its own name.")
 
 
 class SftSettings(TrainSettings):
-    pass
+    packing: bool | Literal["auto"] = Field(
+        default="auto", description="Conversations of a micro-batch in one row without padding, each on its own. auto: where it pays."
+    )
 
 
 class DpoSettings(TrainSettings):

@@ -15,12 +15,15 @@ def step(job: Job, report: Report) -> StepResult:
     if not pairs:
         for name in ("adapter_config.json", "adapter_model.safetensors", "trained_groups.json"):
             shutil.copy2(sft_adapter / name, job.output / name)
+        (job.output / "info").mkdir()
+        shutil.copy2(sft_adapter / "info/plan.json", job.output / "info/plan.json")
         return StepResult({"pairs": 0, "note": "no preference data: this is the SFT adapter"})
     from ft_assets.training.adapter import save_groups
     from ft_assets.training.dpo import train_dpo
 
     used = pairs[: dpo.max_pairs]
-    metrics = train_dpo(job.inputs["base_model"], sft_adapter, used, lora, dpo, job.checkpoints, job.output, report)
+    limit = job.settings.get("memory_limit_gb")
+    metrics = train_dpo(job.inputs["base_model"], sft_adapter, used, lora, dpo, job.checkpoints, job.output, report, limit)
     save_groups(used, job.output, before=sft_adapter)
     return StepResult({**metrics, "pairs_left_out": len(pairs) - len(used)})
 

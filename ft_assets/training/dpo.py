@@ -24,6 +24,7 @@ from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import is_finite, save_adapter, trained_adapter
 from ft_assets.training.callbacks import Progress, device_memory_gb
 from ft_assets.training.options import trainer_options
+from ft_assets.training.setup import checkpoint_layers, chosen_method, memory_facts, plan_dpo, save_choice, this_machine
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -82,12 +83,17 @@ def train_dpo(
     checkpoints: Path,
     output: Path,
     report: Report,
+    memory_limit_gb: float | None = None,
 ) -> dict[str, Any]:
     """Train from the SFT adapter and save one adapter (SFT + DPO) to `output`. Returns metrics; raises TrainingError."""
     set_seed(dpo.seed)
     tokenizer = load_tokenizer(snapshot)
-    options = trainer_options(dpo, "dpo", checkpoints, DPOConfig)
+    lora = chosen_method(sft_adapter, lora)
+    plan = plan_dpo(snapshot, lora, dpo, pairs, this_machine(memory_limit_gb))
+    report("plan", **plan.facts())
+    options = trainer_options(dpo.model_copy(update={"micro_batch": plan.micro_batch}), "dpo", checkpoints, DPOConfig)
     model = trained_adapter(snapshot, lora, sft_adapter)
+    checkpoint_layers(model.get_base_model(), plan)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     dataset = Dataset.from_list([{**{name: row[name] for name in columns}, "length": _length(row)} for row in pairs])
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs)
@@ -119,6 +125,7 @@ def train_dpo(
     save_adapter(trainer.model, output)
     (output / "info").mkdir(exist_ok=True)
     (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
+    save_choice(plan, output)
     first, last = progress.curve[0], progress.curve[-1]
     if not resumed and dpo.loss_type == "sigmoid" and lora.lora_dropout == 0 and abs(first["loss"] - math.log(2)) > 0.02:
         raise TrainingError(
@@ -136,6 +143,8 @@ def train_dpo(
         "reward_accuracy": last.get("reward_accuracies", 0.0),
         "reward_margin": last.get("reward_margins", 0.0),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
+        **plan.facts(),
+        **memory_facts(plan),
         "resumed_from_step": int(resumed.rsplit("-", 1)[-1]) if resumed else 0,
     }
 

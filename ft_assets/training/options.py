@@ -24,7 +24,6 @@ def trainer_options(settings: TrainSettings, key: str, checkpoints: Path, kind: 
                 nearest(name, sorted(known), "see TRL's documentation"),
             )
     on_gpu = torch.cuda.is_available()
-    checkpointing = settings.gradient_checkpointing if settings.gradient_checkpointing is not None else on_gpu
     options: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "num_train_epochs": settings.num_train_epochs,
@@ -36,12 +35,13 @@ def trainer_options(settings: TrainSettings, key: str, checkpoints: Path, kind: 
         "gradient_accumulation_steps": accumulation(settings, key),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": False,  # setup.py turns it on for the layers that need it
         "bf16": compute_dtype() == torch.bfloat16,
         "use_cpu": not on_gpu,
         "seed": settings.seed,
         "data_seed": settings.seed,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show the mean of earlier losses instead of nan
         "save_strategy": "steps",
         "save_steps": settings.save_steps,
         "save_total_limit": 2,

@@ -23,7 +23,27 @@ from ft_assets.training.adapter import is_finite, largest_update, new_adapter, s
 from ft_assets.training.callbacks import Progress, Validation, device_memory_gb
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
+from ft_assets.training.flops import mfu_percent
 from ft_assets.training.options import trainer_options
+from ft_assets.training.setup import (
+    WholeSteps,
+    autocast_is_idle,
+    full_precision_adapter,
+    make_ready,
+    memory_facts,
+    plan_sft,
+    save_choice,
+    this_machine,
+)
+from ft_assets.training.shape import snapshot_shape
+
+
+class StepSFTTrainer(WholeSteps, SFTTrainer):
+    """SFTTrainer that takes whole steps."""
+
+
+class StepCpuSFTTrainer(WholeSteps, CpuSFTTrainer):
+    """The same with the loss that pays on a CPU."""
 
 
 def labels(row: dict[str, Any]) -> list[int]:
@@ -40,39 +60,51 @@ def train_sft(
     checkpoints: Path,
     output: Path,
     report: Report,
+    memory_limit_gb: float | None = None,
 ) -> dict[str, Any]:
     """Train and save the adapter to `output`; resume from `checkpoints` if one is there.
 
     Returns metrics: loss of the first and last steps, tokens/s over all trained tokens, peak memory in GB, trainable
-    parameters. Raises TrainingError if nothing was learnt or the loss is not finite.
+    parameters, the plan. Raises TrainingError if nothing was learnt or the loss is not finite, MemoryPlanError if it
+    cannot fit.
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    options = trainer_options(sft, "sft", checkpoints, SFTConfig)
+    plan = plan_sft(snapshot, lora, sft, rows, this_machine(memory_limit_gb))
+    lora = lora.model_copy(update={"method": plan.method})
     model = new_adapter(snapshot, lora)
     share = trainable_share(model)
+    ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report)
+    options = trainer_options(sft.model_copy(update={"micro_batch": ready.plan.micro_batch}), "sft", checkpoints, SFTConfig)
+    if autocast_is_idle(model, ready):
+        options["bf16"] = False
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
     progress = Progress(report, tokens / len(rows) * sft.effective_batch)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    watch = Validation(watched, sft.micro_batch, tokenizer.pad_token_id, report)
+    watch = Validation(watched, min(8, sft.effective_batch), tokenizer.pad_token_id, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
-    kind = CpuSFTTrainer if not torch.cuda.is_available() and world_size() == 1 else SFTTrainer  # it goes round DDP
+    kind = StepCpuSFTTrainer if not torch.cuda.is_available() and world_size() == 1 else StepSFTTrainer  # it goes round DDP
     trainer = kind(
         model=model,
-        args=SFTConfig(**{"max_length": None, "train_sampling_strategy": "random", **options}),
+        args=SFTConfig(**{"max_length": None, **options}),
         train_dataset=dataset,
+        data_collator=ready.collator,
         processing_class=tokenizer,
         callbacks=[progress, watch],
     )
+    trainer.packed = ready.plan.packed
+    full_precision_adapter(trainer.model)
     resumed = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     begun = time.perf_counter()
     trainer.train(resume_from_checkpoint=resumed)
     seconds = time.perf_counter() - begun
     if not is_finite(trainer.model):
         raise TrainingError("sft", "the adapter holds values that are not finite", "finite weights", "lower sft.learning_rate")
-    return _save(trainer.model, progress, watch, output) | {
+    saved = _save(trainer.model, progress, watch, output)
+    save_choice(ready.plan, output)
+    return saved | {
         **share,
         "train_rows": len(rows),
         "train_tokens": tokens,
@@ -81,8 +113,18 @@ def train_sft(
         "seconds": round(seconds, 1),
         "tokens_per_s": progress.curve[-1].get("tokens_per_s", 0.0),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
+        **ready.facts,
+        **memory_facts(ready.plan),
+        **_mfu(snapshot, progress),
         "resumed_from_step": int(resumed.rsplit("-", 1)[-1]) if resumed else 0,
     }
+
+
+def _mfu(snapshot: Path, progress: Progress) -> dict[str, float]:
+    if not torch.cuda.is_available():
+        return {}
+    share = mfu_percent(progress.curve[-1].get("tokens_per_s", 0.0), snapshot_shape(snapshot), torch.cuda.get_device_name())
+    return {"mfu_percent": share} if share is not None else {}
 
 
 def _save(model: Any, progress: Progress, watch: Validation, output: Path) -> dict[str, Any]:
