@@ -33,7 +33,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         pool=GPU_POOL,
     )
     def lora_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
-        """SFT: an adapter (LoRA, QLoRA, …) or all weights, trained on the assistant's answers only."""
+        """SFT: an adapter (LoRA, QLoRA by the memory plan, …) or all weights, trained on the assistant's answers only."""
         store, name = workshop.store, context.partition_key
         with user_errors():
             chosen = workshop.project.recipe(name)
@@ -45,7 +45,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                     **{f"heldout_split#{part}": (store.need("heldout_split", name), part) for part in ("train", "validation")},
                 },
                 step="sft",
-                step_settings={"sft": chosen.sft.model_dump(mode="json")},
+                step_settings={"sft": chosen.sft.model_dump(mode="json"), "memory_limit_gb": workshop.project.memory_limit_gb},
                 libraries="train",
                 space=500_000_000,
             )
@@ -95,7 +95,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                     "heldout_split#preferences": (store.need("heldout_split", name), "preferences"),
                 },
                 step="dpo",
-                step_settings={"dpo": chosen.dpo.model_dump(mode="json")},
+                step_settings={"dpo": chosen.dpo.model_dump(mode="json"), "memory_limit_gb": workshop.project.memory_limit_gb},
                 libraries="train",
                 space=500_000_000,
             )

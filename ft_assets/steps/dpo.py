@@ -1,5 +1,7 @@
 """Step: train DPO on top of the SFT adapter; without preference data the SFT adapter is passed on as it is."""
 
+import shutil
+
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.tables import read_table
 from ft_assets.job import Job, Report, StepResult
@@ -15,9 +17,12 @@ def step(job: Job, report: Report) -> StepResult:
     sft_adapter = job.inputs["lora_adapter"]
     if not pairs:
         copy_trained(sft_adapter, job.output)
+        (job.output / "info").mkdir(exist_ok=True)
+        shutil.copy2(sft_adapter / "info/plan.json", job.output / "info/plan.json")
         return StepResult({"pairs": 0, "note": "no preference data: this is the SFT adapter"})
     used = pairs[: dpo.max_pairs]
-    metrics = train_dpo(job.inputs["base_model"], sft_adapter, used, lora, dpo, job.checkpoints, job.output, report)
+    limit = job.settings.get("memory_limit_gb")
+    metrics = train_dpo(job.inputs["base_model"], sft_adapter, used, lora, dpo, job.checkpoints, job.output, report, limit)
     save_groups(used, job.output, before=sft_adapter)
     return StepResult({**metrics, "pairs_left_out": len(pairs) - len(used)})
 

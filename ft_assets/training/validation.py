@@ -109,7 +109,7 @@ class Validation(TrainerCallback):
 
     def _take(self, model: Any, state: Any) -> None:
         training = model.training
-        losses, _ = answer_losses(model, self.rows, self.sft.micro_batch, self.pad)
+        losses, _ = answer_losses(model, self.rows, min(8, self.sft.effective_batch), self.pad)
         model.train(training)
         entry = {"epoch": round(float(state.epoch or 0.0), 3), "step": state.global_step}
         entry["validation_loss"] = round(sum(losses) / len(losses), 4)
