@@ -13,18 +13,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.errors import ArtifactError, TrainingError
+from ft_assets.job import Job
 from ft_assets.launchers.local import LocalLauncher
 from ft_assets.training import checkpoints as checkpoints_module
 from ft_assets.training.callbacks import Progress
 from ft_assets.training.checkpoints import damage, last_whole
 from ft_assets_tests.kill_points import run
-from ft_assets_tests.launching import process_groups, training_job
-from ft_assets_tests.training import dpo, same, sft, silent
+from ft_assets_tests.launching import process_groups
+from ft_assets_tests.training import LORA, SFT, dpo, make_rows, same, sft, silent
 
 STEPS = 15  # 18 rows, 4 a step, 3 epochs
 
@@ -255,9 +258,18 @@ def test_loss_that_rises_a_little_goes_on() -> None:
     assert len(progress.curve) == 59
 
 
-def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later(finished: Path, tmp_path: Path) -> None:
+def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later(tiny_model: Path, tmp_path: Path) -> None:
     """The real launcher and the real step, as a cancelled run of the UI ends them: by an interrupt of the launching process."""
-    job, asked = training_job(finished, tmp_path, micro_batch=2, num_train_epochs=40, save_steps=1000), []
+    (tmp_path / "split").mkdir()
+    (tmp_path / "output").mkdir()
+    for name, rows in (("train", make_rows(18)), ("validation", make_rows(4, seed=9))):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "split" / f"{name}.parquet")
+    job = Job(
+        step="sft", asset="test", partition="tiny", fingerprint="0", output=tmp_path / "output", checkpoints=tmp_path / "checkpoints",
+        work=tmp_path / "work", settings={"lora": LORA, "sft": {**SFT, "num_train_epochs": 400, "save_steps": 10_000}},
+        inputs={"base_model": tiny_model, "heldout_split": tmp_path / "split"},
+    )  # fmt: skip
+    asked: list[float] = []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
 
     def cancel(line: Any) -> None:

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +30,17 @@ def context_length(snapshot: Path) -> int | None:
 
 @functools.cache
 def compute_dtype() -> Any:
-    """Return bfloat16 on a GPU, and on a CPU only where a probe says that it is not slower than float32.
+    """Return bfloat16 on a GPU, and on a CPU with AVX512-BF16 or AMX; else float32.
 
-    Without AVX512-BF16 or AMX, bf16 matrix products are some 20 times slower than fp32. Several ranks on CPUs take float32: a probe
-    is a timing, and could tell each of them another.
+    Without them bf16 matrix products are some 20 times slower than fp32. What the CPU can do is asked, not measured: on a
+    busy machine a measurement chose otherwise in the next process, and a resumed run ended with other weights.
     """
     import torch
 
     if torch.cuda.is_available():
         return torch.bfloat16
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        _ = left @ right
-        begun = time.perf_counter()
-        for _ in range(5):
-            _ = left @ right
-        seconds[dtype] = time.perf_counter() - begun
-    return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+    able = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if any(ask() for ask in able if ask) else torch.float32
 
 
 def load_base(snapshot: Path, quantized: bool = False, dtype: Any = None) -> Any:
