@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ft_assets.artifacts import ArtifactStore
@@ -29,13 +30,25 @@ def job(copy: Path, tmp_path: Path) -> Job:
     """The job of the merge that was made, told that its adapter comes from QLoRA and that the loss decides."""
     path = next((copy / ".ft/store/.work/jobs").glob("merged_model-*/job.json"))
     job = Job.model_validate_json(path.read_text())
+    shutil.copytree(artifact(copy, "base_model"), tmp_path / "base")
+    coarsen(tmp_path / "base")
     inputs = {
-        "base_model": artifact(copy, "base_model"), "eval_report": artifact(copy, "eval_report"),
+        "base_model": tmp_path / "base", "eval_report": artifact(copy, "eval_report"),
         "heldout_split": artifact(copy, "heldout_split"), "adapter": artifact(copy, "lora_adapter"),
     }  # fmt: skip
     (tmp_path / "output").mkdir()
     settings = {**job.settings, "method": "qlora", "evaluation": {**job.settings["evaluation"], "metric": "loss"}}
     return job.model_copy(update={"inputs": inputs, "settings": settings, "output": tmp_path / "output", "work": tmp_path / "work"})
+
+
+def coarsen(base: Path) -> None:
+    """Put an outlier into each block of 64 weights, so that NF4's steps are coarse: the two bases then differ by more than chance."""
+    names = quantized_tensors(base)
+    weights = load_file(base / "model.safetensors")
+    for name, weight in weights.items():
+        if name in names:
+            weight[:, ::64] = 0.3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
 
 
 def train(job: Job, target: Path, against_nf4: bool) -> Job:
