@@ -15,12 +15,17 @@ from ft_assets.config import load_project
 def report(
     base: Annotated[str | None, typer.Option("--base", help="Base model; all by default.")] = None,
     page: Annotated[bool, typer.Option("--page", help="Print the path of the HTML page instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object, {base model: its report}.")] = False,
 ) -> None:
     """Print the evaluation report, or where its HTML page lies."""
     from ft_assets.artifacts import open_store
 
     project = load_project()
     store = open_store(project)
+    if as_json:
+        folders = {name: store.need("eval_report", name).path for name in chosen(project, [base] if base else None)}
+        print(json.dumps({name: json.loads((folder / "report.json").read_text()) for name, folder in folders.items()}, indent=1))
+        return
     for name in chosen(project, [base] if base else None):
         folder = store.need("eval_report", name).path
         print(folder / "info" / "report.html" if page else (folder / "report.md").read_text())
