@@ -62,6 +62,10 @@ class TrainingError(FtError):
     """Training cannot start, diverged, or failed one of its proofs."""
 
 
+class MemoryPlanError(FtError):
+    """The model and its settings do not fit into the memory there is."""
+
+
 class EvaluationError(FtError):
     """A score cannot be computed; it is never replaced by a guess."""
 

@@ -36,7 +36,7 @@ def card_facts(workshop: Workshop, name: str, used: Mapping[str, Artifact], vers
         "data_note": _left_out(raw, split),
         "hub_datasets": _hub_datasets(project),
         "has_system_turn": bool(first) and first[0]["messages"][0]["role"] == "system",
-        "method": recipe.lora.method,
+        "method": adapter_method(store, name, recipe.lora.method),
         "max_new_tokens": recipe.evaluation.max_new_tokens,
         "recipe": recipe.model_dump(mode="json"),
         "training": training,
@@ -121,3 +121,9 @@ def _shortened(value: Any) -> Any:
 def card_body(card: str) -> str:
     """Return a card without its front matter, for a page that shows markdown."""
     return card.split("\n---\n", 1)[-1].lstrip()
+
+
+def adapter_method(store: Any, name: str, otherwise: str) -> str:
+    """Return how the adapter was trained: what the memory plan chose, where it was asked."""
+    adapter = store.current("lora_adapter", name)
+    return str(adapter.metrics.get("method", otherwise)) if adapter else otherwise

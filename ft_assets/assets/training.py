@@ -29,7 +29,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="3",
+        code_version="4",
         pool=GPU_POOL,
     )
     def lora_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -45,7 +45,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                     **{f"heldout_split#{part}": (store.need("heldout_split", name), part) for part in ("train", "validation")},
                 },
                 step="sft",
-                step_settings={"sft": chosen.sft.model_dump(mode="json")},
+                step_settings={"sft": chosen.sft.model_dump(mode="json"), "memory_limit_gb": workshop.project.memory_limit_gb},
                 libraries="train",
                 space=500_000_000,
             )
@@ -78,7 +78,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="3",
+        code_version="4",
         pool=GPU_POOL,
     )
     def dpo_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -95,7 +95,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                     "heldout_split#preferences": (store.need("heldout_split", name), "preferences"),
                 },
                 step="dpo",
-                step_settings={"dpo": chosen.dpo.model_dump(mode="json")},
+                step_settings={"dpo": chosen.dpo.model_dump(mode="json"), "memory_limit_gb": workshop.project.memory_limit_gb},
                 libraries="train",
                 space=500_000_000,
             )

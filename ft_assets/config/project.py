@@ -66,6 +66,7 @@ class Project(Section):
     freshness: FreshnessSettings | None = None
     alerts: AlertSettings = AlertSettings()
     launcher: LauncherSettings = LocalSettings()
+    memory_limit_gb: float | None = Field(default=None, gt=0, description="Most that training may take of a GPU. None: what is free.")
 
     root: Path = Field(default=Path(), exclude=True)
 

@@ -18,8 +18,10 @@ ASIDE = {"save_steps", "report_to"}
 
 
 class LoraSettings(Section):
-    method: Literal["lora", "qlora", "full"] = Field(
-        default="lora", description="full: all weights are trained; the rest of lora: is unused."
+    method: Literal["auto", "lora", "qlora", "full"] = Field(
+        default="auto",
+        description="auto: lora where the 16-bit base fits with room, else qlora (NF4); always lora on a CPU. "
+        "full: all weights are trained; the rest of lora: is unused.",
     )
     r: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32, gt=0)
@@ -53,10 +55,14 @@ class TrainSettings(Section):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = Field(default=0.03, ge=0, description="Below 1 a share of all steps.")
     effective_batch: int = Field(default=16, ge=1, description="Conversations (or pairs) an optimizer step.")
-    micro_batch: int = Field(default=4, ge=1, description="Of these, how many at once; the rest is accumulated.")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="Of these, how many at once; the rest is accumulated. None: as the memory plan allows."
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    gradient_checkpointing: bool | None = Field(default=None, description="None: on for a GPU, off on a CPU.")
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="None: on a GPU for the layers that need it by the memory plan, off on a CPU."
+    )
     save_steps: int = Field(default=50, ge=1, description="Optimizer steps between checkpoints.")
     max_loss_rise: float | None = Field(
         default=3.0, gt=0, description="Stop if the mean of 10 steps is this far above the lowest one before; null: never."
@@ -73,6 +79,9 @@ class TrainSettings(Section):
 
 
 class SftSettings(TrainSettings):
+    packing: bool | Literal["auto"] = Field(
+        default="auto", description="Conversations of a micro-batch in one row without padding, each on its own. auto: where it pays."
+    )
     eval_steps: int | None = Field(default=None, ge=1, description="Steps between validation losses; None: after each epoch.")
     keep: Literal["best", "last"] = Field(default="best", description="Which weights: of the lowest validation loss, or of the last step.")
     early_stopping: EarlyStopping | None = None

@@ -18,6 +18,7 @@ def world_size() -> int:
 def accumulation(settings: TrainSettings, key: str) -> int:
     """Return the gradient accumulation steps of each rank. Raises ConfigError unless the effective batch divides evenly."""
     ranks = world_size()
+    assert settings.micro_batch is not None, "the memory plan sets it"
     at_once = settings.micro_batch * ranks
     if settings.effective_batch % at_once:
         over = f" x {ranks} ranks" if ranks > 1 else ""

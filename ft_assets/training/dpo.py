@@ -41,6 +41,7 @@ from ft_assets.training.reference import (
     write_reference,
 )
 from ft_assets.training.run import train_to_the_end
+from ft_assets.training.setup import checkpoint_layers, chosen_method, memory_facts, plan_dpo, save_choice, this_machine
 from ft_assets.training.trackers import keep_events
 
 
@@ -125,13 +126,19 @@ def train_dpo(
     checkpoints: Path,
     output: Path,
     report: Report,
+    memory_limit_gb: float | None = None,
 ) -> dict[str, Any]:
     """Train from the SFT policy and save one adapter (SFT + DPO), or all weights, to `output`. Returns metrics; raises
     TrainingError. The reference's log-probabilities are kept beside `checkpoints`, by what they depend on."""
     set_seed(dpo.seed)
     tokenizer = load_tokenizer(snapshot)
+    lora = chosen_method(sft_adapter, lora)
+    plan = plan_dpo(snapshot, lora, dpo, pairs, this_machine(memory_limit_gb))
+    dpo = dpo.model_copy(update={"micro_batch": plan.micro_batch})
+    report("plan", **plan.facts())
     trl_config(DPOConfig, _options(dpo, checkpoints, lora), "dpo")  # before weights load
     model = trained_adapter(snapshot, lora, sft_adapter)
+    checkpoint_layers(model.get_base_model() if isinstance(model, PeftModel) else model, plan)
     rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in pairs]
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     progress = Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise)
@@ -153,7 +160,7 @@ def train_dpo(
         return trainer
 
     begun = time.perf_counter()
-    run = train_to_the_end(build, dpo.micro_batch, dpo.effective_batch, checkpoints, report, "dpo")
+    run = train_to_the_end(build, plan.micro_batch, dpo.effective_batch, checkpoints, report, "dpo")
     seconds = time.perf_counter() - begun
     trainer = run.trainer
     progress.restore(trainer.state)
@@ -163,6 +170,7 @@ def train_dpo(
     (output / "info").mkdir(exist_ok=True)
     (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
     keep_events(checkpoints, output)
+    save_choice(plan, output)
     first, last = progress.curve[0], progress.curve[-1]
     return {
         "pairs": len(pairs),
@@ -176,6 +184,8 @@ def train_dpo(
         "reward_accuracy": last.get("reward_accuracies", 0.0),
         "reward_margin": last.get("reward_margins", 0.0),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
+        **plan.facts(),
+        **memory_facts(plan),
         **run.facts(),
     }
 
@@ -215,6 +225,7 @@ def _prepare(
     key = reference_key(data_version(snapshot), data_version(sft_adapter), lora, rows, how)
     file = checkpoints.parent / f"reference-{key}" / "log_probabilities.json"
     kept = read_reference(file, len(rows))
+    assert dpo.micro_batch is not None, "the plan has set it"
     reference: Reference = kept or score_reference(trainer, rows, dpo.micro_batch)
     if kept is None:
         write_reference(file, reference)

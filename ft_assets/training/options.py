@@ -18,7 +18,6 @@ def trainer_options(settings: TrainSettings, key: str, checkpoints: Path, kind: 
     """Return keyword arguments of TRL's config class `kind`. Raises ConfigError for an option that cannot be set."""
     check_trainer(settings, key, {field.name for field in dataclasses.fields(kind)})
     on_gpu = torch.cuda.is_available()
-    checkpointing = settings.gradient_checkpointing if settings.gradient_checkpointing is not None else on_gpu
     options: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "num_train_epochs": settings.num_train_epochs,
@@ -30,7 +29,7 @@ def trainer_options(settings: TrainSettings, key: str, checkpoints: Path, kind: 
         "gradient_accumulation_steps": accumulation(settings, key),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": False,  # setup.py turns it on for the layers that need it
         "bf16": compute_dtype() == torch.bfloat16,
         "use_cpu": not on_gpu,
         "seed": settings.seed,

@@ -24,17 +24,29 @@ from ft_assets.training.adapter import copy_trained, is_finite, largest_update, 
 from ft_assets.training.callbacks import Progress, device_memory_gb
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
+from ft_assets.training.flops import mfu_percent
 from ft_assets.training.options import trainer_options, trl_config
 from ft_assets.training.run import train_to_the_end
+from ft_assets.training.setup import (
+    WholeSteps,
+    autocast_is_idle,
+    full_precision_adapter,
+    make_ready,
+    memory_facts,
+    plan_sft,
+    save_choice,
+    this_machine,
+)
+from ft_assets.training.shape import snapshot_shape
 from ft_assets.training.trackers import keep_events
 from ft_assets.training.validation import LogsValidation, Validation
 
 
-class ResumingSFTTrainer(LogsValidation, SFTTrainer):
-    """SFTTrainer whose checkpoints are whole."""
+class ResumingSFTTrainer(LogsValidation, WholeSteps, SFTTrainer):
+    """SFTTrainer whose checkpoints are whole, and so are its steps."""
 
 
-class ResumingCpuSFTTrainer(LogsValidation, CpuSFTTrainer):
+class ResumingCpuSFTTrainer(LogsValidation, WholeSteps, CpuSFTTrainer):
     """The same with the loss that pays on a CPU."""
 
 
@@ -52,47 +64,60 @@ def train_sft(
     checkpoints: Path,
     output: Path,
     report: Report,
+    memory_limit_gb: float | None = None,
 ) -> dict[str, Any]:
     """Train and save the adapter to `output`; resume from `checkpoints` if one is there.
 
     Returns metrics: loss of the first and last steps, tokens/s over all trained tokens, peak memory in GB, trainable
-    parameters. Raises TrainingError if nothing was learnt or the loss is not finite.
+    parameters, the plan. Raises TrainingError if nothing was learnt or the loss is not finite, MemoryPlanError if it
+    cannot fit.
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
+    plan = plan_sft(snapshot, lora, sft, rows, this_machine(memory_limit_gb))
+    lora, sft = lora.model_copy(update={"method": plan.method}), sft.model_copy(update={"micro_batch": plan.micro_batch})
     trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
     model = new_adapter(snapshot, lora)
     share = trainable_share(model)
+    ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report)
+    idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
     progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    watch = Validation(watched, sft, tokenizer.pad_token_id, checkpoints, save_trained, report)
+    few = sft.model_copy(update={"micro_batch": min(8, plan.micro_batch)})  # padded, and with all logits
+    watch = Validation(watched, few, tokenizer.pad_token_id, checkpoints, save_trained, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
     alone_on_cpu = not torch.cuda.is_available() and world_size() == 1  # the loss for a CPU goes round DDP
     kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
         settings = sft.model_copy(update={"micro_batch": micro_batch})
-        options = {"max_length": None, "train_sampling_strategy": "random", **trainer_options(settings, "sft", checkpoints, SFTConfig)}
-        return kind(
+        options = {"max_length": None, **trainer_options(settings, "sft", checkpoints, SFTConfig), **idle}
+        trainer = kind(
             model=model,
             args=SFTConfig(**options),
             train_dataset=dataset,
+            data_collator=ready.collator,
             processing_class=tokenizer,
             callbacks=[progress, watch, *callbacks],
         )
+        trainer.packed = ready.plan.packed
+        full_precision_adapter(model)
+        return trainer
 
     begun = time.perf_counter()
-    run = train_to_the_end(build, sft.micro_batch, sft.effective_batch, checkpoints, report, "sft")
+    run = train_to_the_end(build, plan.micro_batch, sft.effective_batch, checkpoints, report, "sft")
     seconds = time.perf_counter() - begun
     trainer = run.trainer
     progress.restore(trainer.state)
     watch.restore(trainer.state)
     if not is_finite(trainer.model):
         raise TrainingError("sft", "the adapter holds values that are not finite", "finite weights", "lower sft.learning_rate")
-    return _save(trainer.model, snapshot, progress, watch, checkpoints, output) | {
+    saved = _save(trainer.model, snapshot, progress, watch, checkpoints, output)
+    save_choice(ready.plan, output)
+    return saved | {
         **share,
         "train_rows": len(rows),
         "train_tokens": tokens,
@@ -101,8 +126,19 @@ def train_sft(
         "seconds": round(seconds, 1),
         "tokens_per_s": progress.curve[-1].get("tokens_per_s", 0.0),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
+        **ready.facts,
+        **memory_facts(ready.plan),
+        **_mfu(snapshot, lora, progress),
         **run.facts(),
     }
+
+
+def _mfu(snapshot: Path, lora: LoraSettings, progress: Progress) -> dict[str, float]:
+    if not torch.cuda.is_available():
+        return {}
+    speed, gpu = progress.curve[-1].get("tokens_per_s", 0.0), torch.cuda.get_device_name()
+    share = mfu_percent(speed, snapshot_shape(snapshot), gpu, lora.method == "full")
+    return {"mfu_percent": share} if share is not None else {}
 
 
 def _save(model: Any, snapshot: Path, progress: Progress, watch: Validation, checkpoints: Path, output: Path) -> dict[str, Any]:
