@@ -33,7 +33,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             assert report is not None
             adapter = used[f"{'dpo' if verdict['candidate'] == 'dpo' else 'lora'}_adapter"]
             size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
-            method = adapter.metrics.get("method") or adapter.manifest["settings"]["lora"]["method"]  # the plan chose
+            method = adapter.metrics.get("method", adapter.manifest["settings"]["lora"]["method"])  # auto: what the plan took
             artifact, reused = workshop.materialize(
                 context,
                 settings={

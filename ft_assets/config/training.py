@@ -20,7 +20,8 @@ ASIDE = {"save_steps", "report_to"}
 class LoraSettings(Section):
     method: Literal["auto", "lora", "qlora", "full"] = Field(
         default="auto",
-        description="auto: lora where the 16-bit base fits with room, else qlora (NF4), always lora on a CPU; full: all weights are trained, the rest of lora: is unused.",
+        description="auto: lora where the 16-bit base fits with room, else qlora (NF4); always lora on a CPU. "
+        "full: all weights are trained; the rest of lora: is unused.",
     )
     r: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32, gt=0)

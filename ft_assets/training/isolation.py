@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ft_assets.errors import TrainingError
+from ft_assets.models.loading import compute_dtype
 
 MOST_LEAK = 1e-3  # of the movement of the changed document itself; a document that is seen moves its neighbour by 0.1 and more
 MOST_TOKENS = 512  # of one document of the probe
@@ -37,7 +38,7 @@ def _logits(model: Any, documents: list[list[int]], collator: Any) -> torch.Tens
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
         hidden = base.get_decoder()(**batch, use_cache=False).last_hidden_state[0]
         logits = base.get_output_embeddings()(hidden).float()
     torch.random.set_rng_state(state)

@@ -48,6 +48,8 @@ def _simple(module: Any) -> bool:
     base = module.base_layer if isinstance(module, LoraLayer) else module
     if isinstance(module, LoraLayer) and (module.lora_variant or any(module.use_dora.values()) or any(module.lora_bias.values())):
         return False
+    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+        return False  # trained whole: lora.modules_to_save
     return type(base) is torch.nn.Linear or type(base).__name__ == "Linear4bit"
 
 

@@ -42,11 +42,11 @@ from ft_assets.training.trackers import keep_events
 from ft_assets.training.validation import LogsValidation, Validation
 
 
-class StepSFTTrainer(WholeSteps, LogsValidation, SFTTrainer):
-    """SFTTrainer that takes whole steps and whose checkpoints are whole."""
+class ResumingSFTTrainer(LogsValidation, WholeSteps, SFTTrainer):
+    """SFTTrainer whose checkpoints are whole, and so are its steps."""
 
 
-class StepCpuSFTTrainer(WholeSteps, LogsValidation, CpuSFTTrainer):
+class ResumingCpuSFTTrainer(LogsValidation, WholeSteps, CpuSFTTrainer):
     """The same with the loss that pays on a CPU."""
 
 
@@ -80,34 +80,35 @@ def train_sft(
     model = new_adapter(snapshot, lora)
     share = trainable_share(model)
     ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report)
+    idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
     progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    watch = Validation(watched, sft, tokenizer.pad_token_id, checkpoints, save_trained, report)
+    few = sft.model_copy(update={"micro_batch": min(8, plan.micro_batch)})  # padded, and with all logits
+    watch = Validation(watched, few, tokenizer.pad_token_id, checkpoints, save_trained, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
     alone_on_cpu = not torch.cuda.is_available() and world_size() == 1  # the loss for a CPU goes round DDP
-    kind = StepCpuSFTTrainer if alone_on_cpu else StepSFTTrainer
+    kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
-        options = trainer_options(sft.model_copy(update={"micro_batch": micro_batch}), "sft", checkpoints, SFTConfig)
-        if autocast_is_idle(model, ready):
-            options["bf16"] = False
+        settings = sft.model_copy(update={"micro_batch": micro_batch})
+        options = {"max_length": None, **trainer_options(settings, "sft", checkpoints, SFTConfig), **idle}
         trainer = kind(
             model=model,
-            args=SFTConfig(**{"max_length": None, **options}),
+            args=SFTConfig(**options),
             train_dataset=dataset,
             data_collator=ready.collator,
             processing_class=tokenizer,
             callbacks=[progress, watch, *callbacks],
         )
         trainer.packed = ready.plan.packed
-        full_precision_adapter(trainer.model)
+        full_precision_adapter(model)
         return trainer
 
     begun = time.perf_counter()
-    run = train_to_the_end(build, ready.plan.micro_batch, sft.effective_batch, checkpoints, report, "sft")
+    run = train_to_the_end(build, plan.micro_batch, sft.effective_batch, checkpoints, report, "sft")
     seconds = time.perf_counter() - begun
     trainer = run.trainer
     progress.restore(trainer.state)
@@ -127,15 +128,16 @@ def train_sft(
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **ready.facts,
         **memory_facts(ready.plan),
-        **_mfu(snapshot, progress),
+        **_mfu(snapshot, lora, progress),
         **run.facts(),
     }
 
 
-def _mfu(snapshot: Path, progress: Progress) -> dict[str, float]:
+def _mfu(snapshot: Path, lora: LoraSettings, progress: Progress) -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
-    share = mfu_percent(progress.curve[-1].get("tokens_per_s", 0.0), snapshot_shape(snapshot), torch.cuda.get_device_name())
+    speed, gpu = progress.curve[-1].get("tokens_per_s", 0.0), torch.cuda.get_device_name()
+    share = mfu_percent(speed, snapshot_shape(snapshot), gpu, lora.method == "full")
     return {"mfu_percent": share} if share is not None else {}
 
 
