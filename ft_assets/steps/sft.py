@@ -12,8 +12,7 @@ def step(job: Job, report: Report) -> StepResult:
     rows = read_table(job.inputs["heldout_split"] / "train.parquet")
     validation = read_table(job.inputs["heldout_split"] / "validation.parquet")
     lora, sft = LoraSettings.model_validate(job.settings["lora"]), SftSettings.model_validate(job.settings["sft"])
-    limit = job.settings.get("memory_limit_gb")
-    metrics = train_sft(job.inputs["base_model"], rows, validation, lora, sft, job.checkpoints, job.output, report, limit)
+    metrics = train_sft(job.inputs["base_model"], rows, validation, lora, sft, job.checkpoints, job.output, report)
     save_groups(rows, job.output)
     return StepResult(metrics)
 
