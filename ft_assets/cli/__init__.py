@@ -2,15 +2,13 @@
 
 import sys
 
-from ft_assets.cli.app import app
 from ft_assets.errors import FtError
-
-__all__ = ["app", "main"]
 
 
 def main() -> None:
     """Entry point: a user's error is shown as one screen of text."""
     from ft_assets.cli import graph, models, project  # noqa: F401  (each adds its commands)
+    from ft_assets.cli.app import app  # not at module level: it would hide the module of that name
 
     try:
         app()
