@@ -160,3 +160,11 @@ def test_plan_in_a_terminal_names_the_reason_and_the_time(copy: Path) -> None:
 def test_plan_of_a_new_project_runs_everything(project: Path) -> None:
     assert set(planned(project).values()) == {RUNS}
     assert not (project / ".ft/store/raw_dataset").exists()
+
+
+def test_plan_says_what_it_refuses_in_one_line_and_shows_no_trace(project: Path) -> None:
+    (project / "data/train.jsonl").unlink()
+    done = ft(project, "plan")
+    assert "raw_dataset      refused" in done.stdout
+    assert "no data file matches" in done.stdout
+    assert done.stderr == ""

@@ -107,6 +107,13 @@ def _paths(before: Any, now: Any, prefix: str = "") -> list[str]:
     return [f"{prefix} {shown[0]} → {shown[1]}" if shown[0] != shown[1] else prefix]
 
 
+def _silent(_: dg.InitLoggerContext) -> logging.Logger:
+    logger = logging.getLogger("ft.plan.silent")
+    logger.handlers = [logging.NullHandler()]  # without a handler Python's last resort prints errors, with their traces
+    logger.propagate = False
+    return logger
+
+
 def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition: str | None) -> list[Step]:
     """Return a step for each asset of `keys`, in the graph's order."""
     planner, definitions = Planner(project), build(project)
@@ -116,7 +123,7 @@ def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition:
         resources={"workshop": planner},
         executor=dg.in_process_executor,
         jobs=[dg.define_asset_job("plan", selection=selection)],
-        loggers={"console": dg.LoggerDefinition(lambda _: logging.getLogger("ft.plan.silent"))},  # a step that is not made is no news
+        loggers={"console": dg.LoggerDefinition(_silent)},  # a step that is not made is no news
     ).resolve_job_def("plan")
     with dg.DagsterInstance.ephemeral() as instance:
         quiet = {"loggers": {"console": {}}}
