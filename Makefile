@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready
 
-.PHONY: help setup demo ui chat test lint types check clean
+.PHONY: help setup demo ui chat browser test lint types check clean
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -27,7 +27,13 @@ ui: $(READY)  ## Open the Dagster UI on what the demo filled: http://127.0.0.1:3
 chat: $(READY)  ## Talk to the base and the merged model side by side
 	.venv/bin/ft chat
 
-test: $(READY) lint types  ## Lint, types and all tests
+browser:  ## Install the browser that the tests drive: Debian's Chromium
+	@test -x /usr/bin/chromium || { \
+	  if [ "$$(id -u)" = 0 ]; then SUDO=; elif command -v sudo >/dev/null; then SUDO=sudo; else \
+	    echo "the browser tests need /usr/bin/chromium: apt-get install chromium, as root" >&2; exit 1; fi; \
+	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
+
+test: $(READY) browser lint types  ## Lint, types and all tests
 	.venv/bin/python -m pytest -q
 
 lint: $(READY)

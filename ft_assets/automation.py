@@ -1,18 +1,22 @@
 """What runs without a person, all of it off by default: a sensor that reports changed data files, one that reruns what is
-stale, and the retraining schedule."""
+stale, the retraining schedule, and the alerts."""
 
+import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import dagster as dg
 
+from ft_assets.alerts import alert_sensors
 from ft_assets.assets.data import CONVERSATIONS, data_content, data_files
-from ft_assets.config import Project
-from ft_assets.errors import FtError
+from ft_assets.config import FreshnessSettings, Project, ScheduleSettings
+from ft_assets.errors import ConfigError, FtError
 
 KEYS = (*CONVERSATIONS, "preferences")
+PROVEN = {dg.AssetKey("eval_report"), dg.AssetKey("merged_model")}  # what goes stale for a user when nothing retrains
+AFTER_PEOPLE = {"dagster/priority": "-1"}  # runs that nobody waits for stand behind those that somebody started
 
 
 def stale(ancestors: Iterable[dg.AssetKey]) -> dg.AutomationCondition:
@@ -43,6 +47,14 @@ def automated(specs: Iterable[dg.AssetSpec]) -> Mapping[dg.AssetKey, dg.Automati
 
     partitioned = {key for key, spec in known.items() if spec.partitions_def is not None}
     return {key: stale(above(key) & partitioned if key in partitioned else ()) for key in known if key != data_files.key}
+
+
+def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.FreshnessPolicy | None:
+    """Return when a report or a merged model is overdue; a run that reuses it counts, for it has looked that nothing changed."""
+    if settings is None or key not in PROVEN:
+        return None
+    warn, fail = (datetime.timedelta(hours=hours) for hours in (settings.warn_after_hours, settings.fail_after_hours))
+    return dg.FreshnessPolicy.time_window(fail_window=fail, warn_window=warn)
 
 
 def content_version(project: Project) -> str:
@@ -82,30 +94,35 @@ def automation(
         partitions_def=base_models,
         description="Everything of one base model; steps whose inputs did not change are reused.",
     )
-    schedules = []
-    if project.schedule is not None:
-
-        @dg.schedule(
-            job=retrain,
-            cron_schedule=project.schedule.cron,
-            execution_timezone=project.schedule.timezone,
-            name="retrain_schedule",
-            description="Retrains every base model whose data or recipe changed; releases only behind a PASS.",
-        )
-        def retrain_schedule(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest]:
-            return [
-                dg.RunRequest(
-                    run_key=f"{context.scheduled_execution_time.isoformat()}-{name}", partition_key=name, tags={"ft/base_model": name}
-                )
-                for name in project.base_models
-            ]
-
-        schedules.append(retrain_schedule)
+    schedules = [_schedule(project, project.schedule, retrain)] if project.schedule else []
     rerun = dg.AutomationConditionSensorDefinition(
         "rerun_stale",
         target=dg.AssetSelection.all(),
         minimum_interval_seconds=30,
-        run_tags={"ft/started_by": "rerun_stale"},
+        run_tags={"ft/started_by": "rerun_stale", **AFTER_PEOPLE},
         description="Reruns each asset whose inputs changed in content, partition by partition, one step of the graph at a time.",
     )
-    return schedules, [data_files_sensor, rerun], [retrain]
+    return schedules, [data_files_sensor, rerun, *alert_sensors(project.alerts)], [retrain]
+
+
+def _schedule(project: Project, settings: ScheduleSettings, job: Any) -> dg.ScheduleDefinition:
+    """Return the schedule: a run a base model at each tick. Raises ConfigError for a time that cannot be."""
+
+    def requests(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
+        tags = {"ft/started_by": "retrain_schedule", **AFTER_PEOPLE}
+        at = context.scheduled_execution_time.isoformat()
+        for name in project.base_models:
+            yield dg.RunRequest(run_key=f"{at}-{name}", partition_key=name, tags={"ft/base_model": name, **tags})
+
+    try:
+        return dg.ScheduleDefinition(
+            job=job,
+            cron_schedule=settings.cron,
+            execution_timezone=settings.timezone,
+            name="retrain_schedule",
+            description="Retrains every base model whose data or recipe changed; releases only behind a PASS.",
+            execution_fn=requests,
+        )
+    except dg.DagsterInvalidDefinitionError as error:
+        found, expected = str(error).splitlines()[0], 'a cron expression such as "0 3 * * 1" and a time zone such as Europe/Berlin'
+        raise ConfigError("finetune.yaml: schedule", found, expected, "correct it") from None

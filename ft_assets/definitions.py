@@ -8,12 +8,17 @@ warnings.filterwarnings("ignore", category=dg.PreviewWarning)  # partitioned ass
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from ft_assets.assets import data  # noqa: E402
+from ft_assets.assets.champion import champion_assets  # noqa: E402
 from ft_assets.assets.dataset import dataset_assets  # noqa: E402
 from ft_assets.assets.evaluation import evaluation_assets  # noqa: E402
+from ft_assets.assets.export import export_assets  # noqa: E402
+from ft_assets.assets.hub import hub_assets  # noqa: E402
+from ft_assets.assets.leaderboard import leaderboard_asset  # noqa: E402
+from ft_assets.assets.plan_job import what_would_run  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
 from ft_assets.assets.workshop import Workshop  # noqa: E402
-from ft_assets.automation import automated, automation  # noqa: E402
+from ft_assets.automation import automated, automation, freshness  # noqa: E402
 from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.console import console  # noqa: E402
 
@@ -24,11 +29,24 @@ def build(project: Project) -> dg.Definitions:
     prepared, prepared_checks = dataset_assets(base_models)
     trained, trained_checks = training_assets(base_models)
     judged, judged_checks = evaluation_assets(base_models)
-    released, released_checks = release_assets(base_models)
+    merged, merged_checks = release_assets(base_models)
+    released, released_checks = champion_assets(base_models)
+    exported, exported_checks = export_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
+    jobs.append(what_would_run(project, build))
     definitions = dg.Definitions(
-        assets=[*data.ASSETS, *prepared, *trained, *judged, *released],
-        asset_checks=[*data.CHECKS, *prepared_checks, *trained_checks, *judged_checks, *released_checks],
+        assets=[
+            *data.ASSETS,
+            *prepared,
+            *trained,
+            *judged,
+            *merged,
+            *released,
+            *exported,
+            *hub_assets(base_models, project.release.push),
+            leaderboard_asset(),
+        ],
+        asset_checks=[*data.CHECKS, *prepared_checks, *trained_checks, *judged_checks, *merged_checks, *released_checks, *exported_checks],
         jobs=jobs,
         schedules=schedules,
         sensors=sensors,
@@ -38,7 +56,11 @@ def build(project: Project) -> dg.Definitions:
         executor=dg.in_process_executor,
     )
     conditions = automated(definitions.resolve_all_asset_specs())
-    return definitions.map_asset_specs(func=lambda spec: spec.replace_attributes(automation_condition=conditions.get(spec.key)))
+    return definitions.map_asset_specs(
+        func=lambda spec: spec.replace_attributes(
+            automation_condition=conditions.get(spec.key), freshness_policy=freshness(project.freshness, spec.key)
+        )
+    )
 
 
 defs = build(load_project())

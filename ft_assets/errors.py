@@ -62,12 +62,31 @@ class TrainingError(FtError):
     """Training cannot start, diverged, or failed one of its proofs."""
 
 
+class MemoryPlanError(FtError):
+    """The model and its settings do not fit into the memory there is."""
+
+
 class EvaluationError(FtError):
     """A score cannot be computed; it is never replaced by a guess."""
 
 
 class VerdictError(FtError):
     """No PASS verdict exists for exactly these versions."""
+
+
+class ReleaseError(FtError):
+    """A model cannot be released, rolled back, exported, served or pushed."""
+
+
+class InfrastructureFault(Exception):
+    """Not the user's error and not the step's: a machine, a cluster or the network failed, and trying again may help."""
+
+
+class StoreUnreachable(InfrastructureFault):
+    """The object store does not answer."""
+
+    def __init__(self, where: str, found: str) -> None:
+        super().__init__(f"{where}: the store does not answer ({found})")
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str = "remove it, or see the README") -> str:

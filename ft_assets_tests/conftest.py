@@ -71,10 +71,16 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random 2-layer Llama, its tokenizer and template: made in a second."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny_model(folder)
+    return folder
+
+
+def make_tiny_model(folder: Path) -> None:
+    """Write the tiny model to a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -86,7 +92,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def conversations(count: int, answer: Callable[[int], str], start: int = 0) -> list[dict[str, Any]]:

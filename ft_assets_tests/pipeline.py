@@ -27,8 +27,11 @@ class InProcessLauncher:
         return step(job, lambda message, **numbers: on_progress({"time": time.time(), "message": message, **numbers}))
 
 
-def materialize(folder: Path, assets: str = "*", partition: str = "tiny") -> dg.ExecuteInProcessResult:
-    """Materialize a selection (as `ft run --asset` takes it) of a project's assets; failures are in the result, not raised."""
+def materialize(
+    folder: Path, assets: str = "*", partition: str = "tiny", config: dict[str, Any] | None = None
+) -> dg.ExecuteInProcessResult:
+    """Materialize a selection (as `ft run --asset` takes it) of a project's assets; failures are in the result, not raised.
+    `config` is what the launchpad would hold, {asset: its fields}."""
     from ft_assets.definitions import build
 
     definitions = build(load_project(folder / "finetune.yaml"))
@@ -41,7 +44,7 @@ def materialize(folder: Path, assets: str = "*", partition: str = "tiny") -> dg.
             partition_key=partition,
             asset_selection=select(definitions, assets),
             raise_on_error=False,
-            run_config={"loggers": {"console": {}}},
+            run_config={"loggers": {"console": {}}, "ops": {name: {"config": fields} for name, fields in (config or {}).items()}},
         )
 
 

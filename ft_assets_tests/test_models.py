@@ -1,9 +1,7 @@
-"""Rendering, generation, merge: the parts that a quiet mistake would hide in, against slow and plain references."""
+"""Rendering and generation: the parts that a quiet mistake would hide in, against slow and plain references."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,60 +65,3 @@ def test_batched_answers_with_a_shared_prefix_equal_answers_one_by_one(tiny_mode
     alone = [generate(model, tokenizer, [prompt], stops, 12, 1)[0] for prompt in prompts]
     assert [dataclasses.astuple(answer) for answer in together] == [dataclasses.astuple(answer) for answer in alone]
     assert len({answer.text for answer in together}) > 1  # else the prompts would not matter
-
-
-def adapter_of(tiny_model: Path, folder: Path, **settings: Any) -> Path:
-    """Save an adapter whose B is random, so that merging it changes every target."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
-    model = get_peft_model(
-        base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings)
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_merged_weights_equal_those_of_peft(tiny_model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from ft_assets.release.merge import merge
-
-    snapshot = tmp_path / "snapshot"
-    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(snapshot)
-    adapter = adapter_of(snapshot, tmp_path / "adapter", **settings)
-    output = tmp_path / "merged"
-    output.mkdir()
-    assert merge(snapshot, adapter, output)["merged_modules"] == 14  # 7 linear layers in each of 2 blocks
-    merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict()
-    base = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    exact = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
-    changed = 0
-    for name, tensor in exact.items():
-        assert torch.allclose(merged[name], tensor, rtol=2**-7, atol=1e-4), name  # one rounding to bf16's 8 bits
-        changed += bool((tensor != before[name]).any())
-    assert changed == 14
-
-
-def test_merge_into_another_base_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from ft_assets.errors import ModelError
-    from ft_assets.release.merge import merge
-
-    adapter = adapter_of(tiny_model, tmp_path / "adapter")
-    config = json.loads((tiny_model / "config.json").read_text()) | {"num_hidden_layers": 1}
-    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path / "other")
-    (tmp_path / "merged").mkdir()
-    with pytest.raises(ModelError, match="7 modules have no weight in the base"):
-        merge(tmp_path / "other", adapter, tmp_path / "merged")

@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 import yaml
 
@@ -14,11 +16,21 @@ from ft_assets.assets import workshop
 from ft_assets.assets.plan import MAYBE, RUNS, plan
 from ft_assets.config import load_project
 from ft_assets.definitions import build
-from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+from ft_assets_tests.conftest import CHATML, conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import materialize
 
 UNPARTITIONED = ("raw_dataset", "raw_preferences", "leaderboard")
-BELOW_DATA = ["chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]
+BELOW_DATA = [
+    "chat_dataset",
+    "heldout_split",
+    "lora_adapter",
+    "dpo_adapter",
+    "eval_report",
+    "merged_model",
+    "release",
+    "export",
+    "leaderboard",
+]
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -67,72 +79,118 @@ def few_shot(folder: Path) -> None:
 
 MATRIX: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("one train row", one_train_row, ["raw_dataset", *BELOW_DATA]),
-    ("one preference pair", one_pair, ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
-    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "leaderboard"]),
+    ("one preference pair", one_pair, ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
+    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "export", "leaderboard"]),
     ("a few-shot example", few_shot, ["raw_dataset", "eval_report", "merged_model", "leaderboard"]),
-    ("an evaluation setting", lambda folder: edit(folder, evaluation={"max_new_tokens": 6}), ["recipe", "eval_report", "merged_model", "leaderboard"]),
-    ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
-    ("beta", lambda folder: edit(folder, dpo={"beta": 0.2}), ["recipe", "dpo_adapter", "eval_report", "merged_model", "leaderboard"]),
+    ("an evaluation setting", lambda folder: edit(folder, evaluation={"max_new_tokens": 6}), ["recipe", "eval_report", "merged_model", "export", "leaderboard"]),
+    ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
+    ("beta", lambda folder: edit(folder, dpo={"beta": 0.2}), ["recipe", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
     ("order, names, times, comments", order_names_times_and_comments, ["raw_dataset"]),
     ("nothing", lambda folder: None, []),
 ]  # fmt: skip
 
 
 def made(folder: Path) -> dict[str, float]:
-    """Return when the current version of each asset was made."""
+    """Return when the current version of each asset of each base model was made."""
     store = ArtifactStore(folder / ".ft/store")
+    names = list(load_project(folder / "finetune.yaml").base_models)
     times = {}
     for home in sorted((folder / ".ft/store").iterdir()):
-        artifact = store.current(home.name, None if home.name in UNPARTITIONED else "tiny")
-        if artifact is not None:
-            times[home.name] = artifact.manifest["finished"]
+        for partition in (None,) if home.name in UNPARTITIONED else names:
+            artifact = store.current(home.name, partition)
+            if artifact is not None:
+                times[home.name if partition in (None, "tiny") else f"{home.name}[{partition}]"] = artifact.manifest["finished"]
     return times
 
 
-def planned(folder: Path) -> dict[str, str]:
+def planned(folder: Path, partition: str = "tiny") -> dict[str, str]:
     project = load_project(folder / "finetune.yaml")
     graph = build(project).resolve_asset_graph()
-    return {step.asset: step.action for step in plan(project, build, list(graph.materializable_asset_keys), "tiny")}
+    return {step.asset: step.action for step in plan(project, build, list(graph.materializable_asset_keys), partition)}
+
+
+def calm(folder: Path) -> None:
+    """Let every verdict through: a tiny random model does not learn its task with every order of rows; what runs is asked here."""
+    edit(folder, gate={"override": "the matrix is about what runs"})
+    assert materialize(folder).success
+
+
+def ran(folder: Path, partition: str = "tiny") -> list[str]:
+    """Run the whole graph of one base model; return what was made, not reused. The plan made before must have said it."""
+    before, said = made(folder), planned(folder, partition)
+    assert made(folder) == before  # planning makes nothing
+    result = materialize(folder, partition=partition)
+    assert result.success
+    after = made(folder)
+    new = sorted(name.partition("[")[0] for name in after if after[name] != before.get(name))
+    assert {name for name, action in said.items() if action == RUNS} <= set(new)
+    assert set(new) <= {name for name, action in said.items() if action in (RUNS, MAYBE)}
+    return new
 
 
 @pytest.mark.parametrize(("change", "expected"), [entry[1:] for entry in MATRIX], ids=[entry[0] for entry in MATRIX])
 def test_only_what_changed_runs_again_and_the_plan_says_so(copy: Path, change: Callable[[Path], None], expected: list[str]) -> None:
-    # A tiny random model does not learn its task with every order of rows; what runs is asked here, not how well.
-    edit(copy, gate={"override": "the matrix is about what runs"})
-    assert materialize(copy).success
-    before = made(copy)
-    assert len(before) == 11
+    calm(copy)
+    assert len(made(copy)) == 13
     change(copy)
-    said = planned(copy)
-    assert made(copy) == before  # planning makes nothing
-    result = materialize(copy)
-    assert result.success
-    after = made(copy)
-    assert sorted(name for name in after if after[name] != before[name]) == sorted(expected)
-    assert {name for name, action in said.items() if action == RUNS} <= set(expected)
-    assert set(expected) <= {name for name, action in said.items() if action in (RUNS, MAYBE)}
+    assert ran(copy) == sorted(expected)
 
 
-def test_change_of_one_base_models_recipe_touches_that_one_only(copy: Path) -> None:
-    settings = yaml.safe_load((copy / "finetune.yaml").read_text())
-    model = settings["base_models"]["tiny"]
-    edit(copy, base_models={"tiny": model, "other": {**model, "sft": {"num_train_epochs": 1}}})
-    before = made(copy)
-    assert set(planned(copy).values()) == {"reused", RUNS}  # the leaderboard has a new line
-    materialize(copy, "recipe", "other")
-    materialize(copy, "*", "tiny")
-    after = made(copy)
-    assert [name for name in after if after[name] != before.get(name)] == ["leaderboard"]
+BELOW_TRAINING = ["lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]
+OF_ONE_MODEL = {  # one after the other
+    "recipe of one of two": ({"sft": {"max_steps": 3}}, ["recipe", *BELOW_TRAINING]),
+    "template of one of two": ({"chat": {"chat_template": "chatml.jinja"}}, ["base_model", "recipe", *BELOW_DATA]),
+}
+
+
+def test_recipe_or_template_of_one_base_model_reruns_that_one_only(copy: Path) -> None:
+    calm(copy)
+    model = yaml.safe_load((copy / "finetune.yaml").read_text())["base_models"]["tiny"]
+    (copy / "chatml.jinja").write_text(
+        CHATML.replace("'\n' + message['content']", "'\n\n' + message['content']").replace("assistant\n'", "assistant\n\n'")
+    )
+    other = {**model, "sft": {"max_steps": 2}}
+    edit(copy, base_models={"tiny": model, "other": other})
+    assert materialize(copy, partition="other").success
+    for change, expected in OF_ONE_MODEL.values():
+        other |= change
+        edit(copy, base_models={"tiny": model, "other": other})
+        before = made(copy)
+        assert ran(copy, "other") == sorted(expected)
+        changed = {name for name, when in made(copy).items() if when != before[name]}
+        assert {name for name in changed if "[" not in name} <= {"leaderboard"}
+        assert ran(copy, "tiny") == []
 
 
 def test_newer_libraries_redo_what_they_touch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm(copy)
     real = workshop.library_versions
+    # The installed libraries stay as they are: another version of one is only claimed.
     monkeypatch.setattr(workshop, "library_versions", lambda kind: {**real(kind), **({"peft": "99"} if "peft" in real(kind) else {})})
     said = planned(copy)
-    assert [name for name, action in said.items() if action == RUNS] == ["lora_adapter", "dpo_adapter", "eval_report", "merged_model"]
+    runs = [name for name, action in said.items() if action == RUNS and name not in ("release", "export")]
+    assert runs == ["lora_adapter", "dpo_adapter", "eval_report", "merged_model"]
+    # The champion is scored again by the newer libraries; what is exported did not change.
+    assert set(ran(copy)) - {"leaderboard", "release", "export"} == {"lora_adapter", "dpo_adapter", "eval_report", "merged_model"}
 
 
-def test_new_code_of_a_step_redoes_that_step(copy: Path) -> None:
+def test_new_code_of_a_step_redoes_that_step_and_nothing_below_if_its_content_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm(copy)
+    monkeypatch.setattr("ft_assets.definitions.build", lambda project: newer(build(project), "eval_report"))
+    before = made(copy)
+    assert materialize(copy).success
+    after = made(copy)
+    assert sorted(name for name in after if after[name] != before[name]) == ["eval_report"]
+
+
+def newer(definitions: dg.Definitions, asset: str) -> dg.Definitions:
+    """Return the definitions with a code version of one asset that no run has seen."""
+    return definitions.map_asset_specs(
+        func=lambda spec: spec.replace_attributes(code_version="changed") if spec.key == dg.AssetKey(asset) else spec
+    )
+
+
+def test_plan_names_new_code_of_a_step(copy: Path) -> None:
     store = ArtifactStore(copy / ".ft/store")
     manifest = store.need("dpo_adapter", "tiny").path / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "code_version": "0"}))
@@ -144,6 +202,20 @@ def test_new_code_of_a_step_redoes_that_step(copy: Path) -> None:
     assert [name for name, step in steps.items() if step.action == RUNS] == ["dpo_adapter"]
     assert "its code changed (version 0 → " in steps["dpo_adapter"].why[0]
     assert steps["eval_report"].why == ["after dpo_adapter"]
+
+
+def test_documentation_holds_the_matrix() -> None:
+    lines = {}
+    for line in (Path(__file__).parent.parent / "docs/reruns.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and cells[1].isdigit():
+            lines[cells[0]] = (int(cells[1]), re.findall(r"`(\w+)`", cells[2]))
+    for name, expected in {
+        **{name: steps for name, _, steps in MATRIX},
+        **{name: found[1] for name, found in OF_ONE_MODEL.items()},
+    }.items():
+        assert lines[name][0] == len(expected), name
+        assert sorted(lines[name][1]) == sorted(expected), name
 
 
 def test_plan_in_a_terminal_names_the_reason_and_the_time(copy: Path) -> None:

@@ -7,7 +7,7 @@ import dagster as dg
 
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS
-from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, tag_run, user_errors
 from ft_assets.config import settings_version
 from ft_assets.evaluation.gate import bound_versions, require_lineage
 from ft_assets.evaluation.sources import own_metric_version, read_schema
@@ -105,6 +105,7 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
         """Fail on FAIL and on INCONCLUSIVE."""
         report = _report(workshop, context.partition_key)
         verdict = decide(report, workshop.project.gate)
+        tag_run(context, verdict=verdict["status"], base_model=context.partition_key)
         blocking = ERROR if workshop.project.gate.override is None else WARN
         return dg.AssetCheckResult(
             passed=verdict["status"] == PASS,

@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.artifacts import Artifact
+from ft_assets.assets.forecast import forecast
 from ft_assets.assets.workshop import Inputs, Wanted, Workshop
 from ft_assets.config import Project
 from ft_assets.console import cause
@@ -22,7 +23,8 @@ Build = Callable[[Project], dg.Definitions]
 
 @dataclass(frozen=True)
 class Step:
-    """What would happen to one asset. `seconds` and `memory_gb`: as the last time, None if it never ran."""
+    """What would happen to one asset. `seconds` and `memory_gb`: as the last time, None if it never ran.
+    `predicted_gb`: by the memory plan, None where it needs what is not made yet, or there is no GPU."""
 
     asset: str
     partition: str | None
@@ -30,6 +32,7 @@ class Step:
     why: list[str]
     seconds: float | None = None
     memory_gb: float | None = None
+    predicted_gb: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,10 +67,21 @@ class Planner(Workshop):
         shown = known or current
         seconds = round(shown.manifest["finished"] - shown.manifest["started"], 1) if shown else None
         memory = shown.metrics.get("peak_train_memory_gb") if shown else None
-        self.steps[wanted.asset] = Step(wanted.asset, wanted.partition, action, why, seconds, memory)
+        predicted, refused = forecast(self.project, self.store, wanted.asset, wanted.partition) if action != REUSED else (None, None)
+        self.steps[wanted.asset] = Step(
+            wanted.asset, wanted.partition, action, why + ([refused] if refused else []), seconds, memory, predicted
+        )
         if shown is None:
             raise dg.Failure(description=NOT_YET)
         return shown, True
+
+    def keep(self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str) -> tuple[Artifact, bool]:
+        """Note that nothing is to do, unless what lies above would change."""
+        moving = sorted(name for name in above if name in self.steps and self.steps[name].action in (RUNS, MAYBE))
+        partition = artifact.manifest["partition"]
+        action, reason = (MAYBE, [f"after {', '.join(moving)}"]) if moving else (REUSED, [])
+        self.steps[artifact.asset] = Step(artifact.asset, partition, action, reason)
+        return artifact, True
 
 
 NOT_YET = "would be made for the first time"
@@ -146,7 +160,10 @@ def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition:
 def table(steps: Sequence[Step]) -> str:
     """Return the steps as text, and what is known of the time that they take."""
     wide = max(len(step.asset) for step in steps)
-    lines = [f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}  {'; '.join(step.why)}".rstrip() for step in steps]
+    lines = [
+        f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}{_predicted(step, steps)}  {'; '.join(step.why)}".rstrip()
+        for step in steps
+    ]
     working = [step for step in steps if step.action in (RUNS, MAYBE)]
     known = [step.seconds for step in working if step.seconds is not None]
     if working:
@@ -162,3 +179,9 @@ def table(steps: Sequence[Step]) -> str:
 
 def _took(step: Step) -> str:
     return "–" if step.seconds is None else f"{step.seconds:.0f} s"
+
+
+def _predicted(step: Step, steps: Sequence[Step]) -> str:
+    if all(other.predicted_gb is None for other in steps):
+        return ""
+    return f"  {'' if step.predicted_gb is None else f'{step.predicted_gb:.1f} GB':>8}"

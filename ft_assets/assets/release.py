@@ -1,22 +1,17 @@
-"""Assets that release: merged_model and its checks, leaderboard."""
-
-import json
-from pathlib import Path
+"""The asset that merges, merged_model, and its checks."""
 
 import dagster as dg
 
-from ft_assets.artifacts import Artifact
+from ft_assets.assets.card_facts import card_body, card_facts
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.evaluation import TRAINED, judged, numbers
-from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, library_versions, result, user_errors
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, tag_run, user_errors
 from ft_assets.evaluation.gate import require_pass
 from ft_assets.evaluation.sources import read_schema
-from ft_assets.evaluation.verdict import decide
-from ft_assets.job import StepResult
 
 
 def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
-    """Return the assets and checks; all but the leaderboard are partitioned by base model."""
+    """Return the asset and its checks, partitioned by base model."""
     eval_report = dg.AssetKey("eval_report")
 
     @dg.asset(
@@ -25,7 +20,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="4",
+        code_version="5",
         pool=GPU_POOL,
     )
     def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -37,13 +32,14 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
             assert report is not None
             adapter = used[f"{'dpo' if verdict['candidate'] == 'dpo' else 'lora'}_adapter"]
-            settings = project.base_model(name)
             size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
+            method = adapter.metrics.get("method", adapter.manifest["settings"]["lora"]["method"])  # auto: what the plan took
             artifact, reused = workshop.materialize(
                 context,
                 settings={
                     "candidate": verdict["candidate"],
                     "override": verdict.get("override"),
+                    "method": method,
                     "gate": project.gate.model_dump(mode="json", include={"min_top1_agreement", "confidence", "min_stop_rate", "metrics"}),
                 },
                 inputs={
@@ -58,14 +54,13 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                     "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
                     "schema": read_schema(project, project.recipe(name).evaluation),
                     "root": str(project.root),
-                    "source": str(settings.hub or settings.gguf or settings.folder),
-                    "recipe": project.recipe(name).model_dump(mode="json"),
-                    "versions": {**versions, **library_versions("train")},
+                    "card": card_facts(workshop, name, used, versions),
                 },
                 libraries="infer",
-                space=size + 100_000_000,
+                space=size * (2 if method == "qlora" else 1) + 100_000_000,  # after QLoRA both merges are on disk for a while
             )
-        card = (artifact.path / "README.md").read_text().split("---", 2)[-1]
+        tag_run(context, version=artifact.fingerprint)
+        card = card_body((artifact.path / "README.md").read_text())
         return result(artifact, reused, model_card=dg.MetadataValue.md(card))
 
     @dg.asset_check(
@@ -77,11 +72,19 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
     def merge_is_equivalent(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail below gate.min_top1_agreement, or if tokenizer or template differ."""
         metrics, least = workshop.store.need("merged_model", context.partition_key).metrics, workshop.project.gate.min_top1_agreement
-        passed = metrics["top1_agreement"] >= least and metrics["same_tokenizer_and_template"]
+        whole = metrics["modules_proven"] == metrics["adapter_modules"] and metrics["same_tokenizer_and_template"]
+        onto = {"original": "the original weights", "dequantized": "the weights NF4 makes of the base"}.get(metrics.get("merge_base", ""))
+        metric = workshop.project.recipe(context.partition_key).evaluation.metric
+        both = {name: metrics.get(f"merged_onto_{name}_{metric}") for name in ("original", "dequantized")}
+        chosen = (
+            f"; merged onto {onto}: {metric} {both['original']:.3f} onto the original, {both['dequantized']:.3f} onto NF4's"
+            if None not in both.values()
+            else ""
+        )
         return dg.AssetCheckResult(
-            passed=bool(passed),
-            description=f"top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows, greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats",
-            metadata={name: metrics[name] for name in ("top1_agreement", "greedy_agreement", "kl_mean")},
+            passed=bool(metrics["top1_agreement"] >= least and whole),
+            description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows, greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",
+            metadata={name: metrics[name] for name in ("top1_agreement", "greedy_agreement", "kl_mean", "logit_difference_max")},
         )
 
     @dg.asset_check(
@@ -102,56 +105,4 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             metadata=numbers(gain),
         )
 
-    @dg.asset(deps=[eval_report, merged_model], group_name="release", owners=OWNERS, kinds={"table"}, code_version="1")
-    def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
-        """One table over all base models on the same held-out rows; a base model without a report is shown as such."""
-        reports = {name: workshop.store.current("eval_report", name) for name in workshop.project.base_models}
-        lines = _table(workshop, reports)
-
-        def make(output: Path) -> StepResult:
-            (output / "leaderboard.md").write_text("\n".join(lines) + "\n")
-            return StepResult({"base_models": len(reports), "judged": sum(report is not None for report in reports.values())})
-
-        with user_errors():
-            known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
-            artifact, reused = workshop.materialize(
-                context, settings={"base_models": sorted(reports), "table": lines}, inputs=known, make=make
-            )
-        return result(artifact, reused, leaderboard=dg.MetadataValue.md((artifact.path / "leaderboard.md").read_text()))
-
-    return [merged_model, leaderboard], [merge_is_equivalent, file_is_better_than_base]
-
-
-def _table(workshop: Workshop, reports: dict[str, Artifact | None]) -> list[str]:
-    lines = [
-        "| base model | verdict | merged | base | few-shot | SFT | DPO | general loss | held-out rows | trained in s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    rows = []
-    for name, artifact in reports.items():
-        if artifact is None:
-            rows.append((-1.0, f"| {name} | not judged | – | – | – | – | – | – | – | – |"))
-            continue
-        report = json.loads((artifact.path / "report.json").read_text())
-        verdict, metric = decide(report, workshop.project.gate), report["metric"]
-        cells = [
-            f"{report['scores'][candidate][metric]:.3f}" if candidate in report["scores"] else "–"
-            for candidate in ("base", "few_shot", "sft", "dpo")
-        ]
-        best = verdict["speaker"]
-        seconds = sum(
-            (
-                trained.metrics.get("seconds", 0.0)
-                for asset in ("lora_adapter", "dpo_adapter")
-                if (trained := workshop.store.current(asset, name))
-            ),
-            0.0,
-        )
-        loss = f"{-report['retention']['comparisons'][best]['base']['loss']['mean']:+.3f}" if report["retention"] else "–"
-        rows.append(
-            (
-                report["scores"][best][metric],
-                f"| {name} | {verdict['status']} | {verdict['candidate'] or '–'} | {' | '.join(cells)} | {loss} | {report['heldout_rows']} | {seconds:.0f} |",
-            )
-        )
-    return lines + [line for _, line in sorted(rows, key=lambda row: -row[0])]
+    return [merged_model], [merge_is_equivalent, file_is_better_than_base]

@@ -7,6 +7,7 @@ import dagster as dg
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.workshop import GPU_POOL, WARN, Workshop, result, user_errors
+from ft_assets.evaluation.curves import overfitting
 from ft_assets.evaluation.plots import curve_plot, data_uri, read_curve
 
 
@@ -28,22 +29,23 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="2",
+        code_version="4",
         pool=GPU_POOL,
     )
     def lora_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
-        """SFT adapter: LoRA (or QLoRA) trained on the assistant's answers only."""
+        """SFT: an adapter (LoRA, QLoRA by the memory plan, …) or all weights, trained on the assistant's answers only."""
         store, name = workshop.store, context.partition_key
         with user_errors():
             chosen = workshop.project.recipe(name)
             artifact, reused = workshop.materialize(
                 context,
-                settings={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.model_dump(mode="json")},
+                settings={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.decisive()},
                 inputs={
                     "base_model": (store.need("base_model", name), None),
                     **{f"heldout_split#{part}": (store.need("heldout_split", name), part) for part in ("train", "validation")},
                 },
                 step="sft",
+                step_settings={"sft": chosen.sft.model_dump(mode="json"), "memory_limit_gb": workshop.project.memory_limit_gb},
                 libraries="train",
                 space=500_000_000,
             )
@@ -57,8 +59,18 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         return dg.AssetCheckResult(
             passed=passed,
             severity=WARN,
-            description=f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}, largest |B| {metrics['largest_update']:.2g}",
+            description=f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}, largest update {metrics['largest_update']:.2g}",
         )
+
+    @dg.asset_check(
+        asset=lora_adapter, partitions_def=base_models, description="The validation loss fell as long as the training loss did."
+    )
+    def no_overfitting(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Warn if the curves part: training loss still falling, validation loss above its lowest."""
+        artifact = workshop.store.need("lora_adapter", context.partition_key)
+        rise, text = overfitting(read_curve(artifact.path, "curve"), read_curve(artifact.path, "validation"))
+        kept = f"; kept: step {artifact.metrics['kept_step']}, {artifact.metrics['kept_why']}" if "kept_step" in artifact.metrics else ""
+        return dg.AssetCheckResult(passed=rise is None, severity=WARN, description=text + kept)
 
     @dg.asset(
         partitions_def=base_models,
@@ -66,7 +78,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="2",
+        code_version="4",
         pool=GPU_POOL,
     )
     def dpo_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -76,13 +88,14 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
             chosen = workshop.project.recipe(name)
             artifact, reused = workshop.materialize(
                 context,
-                settings={"lora": chosen.lora.model_dump(mode="json"), "dpo": chosen.dpo.model_dump(mode="json")},
+                settings={"lora": chosen.lora.model_dump(mode="json"), "dpo": chosen.dpo.decisive()},
                 inputs={
                     "base_model": (store.need("base_model", name), None),
                     "lora_adapter": (store.need("lora_adapter", name), None),
                     "heldout_split#preferences": (store.need("heldout_split", name), "preferences"),
                 },
                 step="dpo",
+                step_settings={"dpo": chosen.dpo.model_dump(mode="json"), "memory_limit_gb": workshop.project.memory_limit_gb},
                 libraries="train",
                 space=500_000_000,
             )
@@ -104,4 +117,4 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
             description=f"largest difference before the first step: {metrics['reference_difference']:.2g} nats",
         )
 
-    return [lora_adapter, dpo_adapter], [something_was_learnt, reference_is_the_sft_policy]
+    return [lora_adapter, dpo_adapter], [something_was_learnt, no_overfitting, reference_is_the_sft_policy]

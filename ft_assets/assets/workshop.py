@@ -8,18 +8,18 @@ import importlib.util
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint
+from ft_assets.artifacts import Artifact, fingerprint, open_store
 from ft_assets.config import Project
-from ft_assets.errors import FtError
+from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.job import Job, StepResult
-from ft_assets.launcher import LocalLauncher, StepFailed
+from ft_assets.launchers import StepFailed, make_launcher
 
 Inputs = Mapping[str, tuple[Artifact, str | None]]  # name -> artifact and the part of it that is read
 Make = Callable[[Path], StepResult]
@@ -72,8 +72,8 @@ class Workshop:
 
     def __init__(self, project: Project) -> None:
         self.project = project
-        self.store = ArtifactStore(project.store_path)
-        self.launcher = LocalLauncher()
+        self.store = open_store(project)
+        self.launcher = make_launcher(project.launcher)
 
     def materialize(
         self,
@@ -94,6 +94,8 @@ class Workshop:
         """
         inputs = inputs or {}
         wanted = Wanted.of(context, settings, inputs, libraries)
+        if wanted.partition:
+            tag_run(context, base_model=wanted.partition)
         asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
         if (known := self.store.find(asset, partition, version)) is not None:
             self.store.make_current(known, partition)
@@ -134,6 +136,16 @@ class Workshop:
         shutil.rmtree(self.store.checkpoints(asset, partition, version), ignore_errors=True)
         return published, False
 
+    def keep(self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str) -> tuple[Artifact, bool]:
+        """Return the current artifact as it is: the asset finds nothing to do. `above` are the assets that could change that."""
+        context.log.info(f"kept {artifact.asset} {artifact.fingerprint[:8]}: {why}")
+        return artifact, True
+
+
+def tag_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, **tags: str) -> None:
+    """Tag the run that executes, `ft/<name>`: the UI's list of runs is filtered by it."""
+    context.instance.add_run_tags(context.run.run_id, {f"ft/{name}": value for name, value in tags.items()})
+
 
 class Live:
     """Shows a step's progress while it runs: a line in the log, and observations that the UI plots as `live/…`."""
@@ -147,8 +159,8 @@ class Live:
         if training and message["time"] - self.last < OBSERVE_EVERY_SECONDS and numbers["step"] not in (1, numbers["steps"]):
             return
         self.context.log.info(_line(message["message"], numbers))
-        if training:
-            self.last = message["time"]
+        if training or message["message"] == "validation":
+            self.last = message["time"] if training else self.last
             metadata = {f"live/{key}": float(value) for key, value in numbers.items()}
             self.context.log_event(dg.AssetObservation(self.context.asset_key, partition=self.partition, metadata=metadata))
 
@@ -178,7 +190,10 @@ def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeR
 
 
 class user_errors:
-    """Context that turns the user's errors into Dagster failures that are not retried and show one screen of text."""
+    """Context that turns the user's errors into Dagster failures that are not retried and show one screen of text.
+
+    Only a fault of the infrastructure is tried again, as often as `launcher.retries` says, each time after twice the wait.
+    """
 
     def __enter__(self) -> None:
         return None
@@ -188,7 +203,23 @@ class user_errors:
             raise dg.Failure(
                 description=str(error), metadata={key: value for key, value in error.to_dict().items() if value}, allow_retries=False
             ) from None
+        if isinstance(error, InfrastructureFault):
+            _again(error)
         if isinstance(error, StepFailed):
             raise dg.Failure(
-                description=str(error), metadata={"output": dg.MetadataValue.md(f"```\n{error.tail}\n```"), "exit_code": error.code}
+                description=str(error),
+                metadata={"output": dg.MetadataValue.md(f"```\n{error.tail}\n```"), "exit_code": error.code},
+                allow_retries=False,
             ) from None
+        if isinstance(error, InfrastructureFault):
+            raise dg.Failure(description=str(error), allow_retries=False) from None
+
+
+def _again(error: InfrastructureFault) -> None:
+    """Ask Dagster for another try of the asset that runs here, if there is one left. Raises dg.RetryRequested."""
+    context = dg.OpExecutionContext.get()
+    settings, tried = context.resources.workshop.project.launcher, context.retry_number
+    if tried < settings.retries:
+        wait = settings.retry_seconds * 2**tried
+        context.log.warning(f"not the step's fault; try {tried + 2} of {settings.retries + 1} follows in {wait:.0f} s: {error}")
+        raise dg.RetryRequested(max_retries=settings.retries, seconds_to_wait=wait) from error

@@ -35,22 +35,28 @@ def init(
 def gc(
     keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions of each asset stay.")] = 2,
     apply: Annotated[bool, typer.Option("--apply", help="Delete; without it, only say what would go.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects: what goes, or would go.")] = False,
 ) -> None:
     """Remove old versions and leftovers from the store. What is current, and what it was made from, always stays."""
+    from ft_assets.artifacts import open_store
     from ft_assets.commands.gc import removals, remove, table
 
-    root = load_project().store_path
-    going, unreadable = removals(root, keep)
-    print(table(going))
+    store = open_store(load_project())
+    going, unreadable = removals(store, keep)
+    if as_json:
+        print(json.dumps([{"path": str(one.path), "what": one.what, "why": one.why, "bytes": one.bytes} for one in going], indent=1))
+    else:
+        print(table(going))
     for path in unreadable:
         print(f"left alone: {path}: its manifest cannot be read", file=sys.stderr)
     if not apply:
-        print("nothing was deleted yet: ft gc --apply does it" if going else "", end="\n" if going else "")
+        if going and not as_json:
+            print("nothing was deleted yet: ft gc --apply does it")
         return
     failed = False
     for removal in going:
         try:
-            if not remove(removal):
+            if not remove(store, removal):
                 print(f"left alone: {removal.what}: in use meanwhile", file=sys.stderr)
         except OSError as error:
             failed = True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ft_assets.artifacts import ArtifactStore
+from ft_assets.artifacts import open_store
 from ft_assets.commands.checkup import Check, fail, first_line, ok, warn, within
 from ft_assets.commands.store_view import in_bytes, size
 from ft_assets.config import BaseModelSettings, Project
@@ -87,7 +87,7 @@ def _cached(hub: str, revision: str | None, file: str = "config.json") -> Path |
 
 def _folders(name: str, settings: BaseModelSettings, project: Project) -> list[Path]:
     """Return the folders in which a model card or a tokenizer may lie: the snapshot's, the source's."""
-    made = ArtifactStore(project.store_path).current("base_model", name)
+    made = open_store(project).current("base_model", name)
     folders = [made.path] if made else []
     if settings.folder:
         folders.append(project.root / settings.folder)

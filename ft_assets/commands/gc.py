@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.commands.leftovers import TRASH, leftovers, running_inputs
-from ft_assets.commands.store_view import Version, columns, current_name, in_bytes, in_utc, size, versions
+from ft_assets.commands.store_view import Version, columns, in_bytes, in_utc, size, versions
 
 YOUNG_SECONDS = 3600
 
@@ -29,34 +30,42 @@ class Removal:
     why: str
     made: float
     bytes: int
-    is_version: bool
+    artifact: Artifact | None  # the version; None for what a step left behind
 
 
-def removals(root: Path, keep: int, now: float | None = None) -> tuple[list[Removal], list[Path]]:
-    """Return what can go, oldest first, and the folders that are left alone because their manifest cannot be read."""
+def removals(store: ArtifactStore, keep: int, now: float | None = None) -> tuple[list[Removal], list[str]]:
+    """Return what can go, oldest first, and the places that are left alone because their manifest cannot be read."""
     now = time.time() if now is None else now
-    found, unreadable = versions(root)
-    kept = kept_versions(found, keep, now, running_inputs(root, now))
+    found, unreadable = versions(store)
+    kept = kept_versions(store, found, keep, now, running_inputs(store.root, now))
     going = [
-        Removal(version.path, f"{version.where} {version.path.name[:8]}", "an older version", version.made, size(version.path), True)
+        Removal(
+            version.path,
+            f"{version.where} {version.path.name[:8]}",
+            "an older version",
+            version.made,
+            store.bytes_of(version.artifact),
+            version.artifact,
+        )
         for version in found
         if version.path not in kept
     ]
-    going += [Removal(old.path, old.what, old.why, old.touched, size(old.path), False) for old in leftovers(root, now)]
-    return sorted(going, key=lambda removal: (not removal.is_version, removal.made, str(removal.path))), unreadable
+    going += [Removal(old.path, old.what, old.why, old.touched, size(old.path), None) for old in leftovers(store.root, now)]
+    return sorted(going, key=lambda removal: (removal.artifact is None, removal.made, str(removal.path))), unreadable
 
 
-def kept_versions(found: list[Version], keep: int, now: float, in_use: Iterable[Path] = ()) -> set[Path]:
+def kept_versions(store: ArtifactStore, found: list[Version], keep: int, now: float, in_use: Iterable[Path] = ()) -> set[Path]:
     """Return the folders of the versions that stay."""
     homes: dict[Path, list[Version]] = defaultdict(list)
     for version in sorted(found, key=lambda version: version.made, reverse=True):
         homes[version.home].append(version)
+    current = {home: store.current_name(its[0].asset, its[0].partition) for home, its in homes.items()}
     used = {path.resolve() for path in in_use}
     waiting = [
         version
         for home, its in homes.items()
         for index, version in enumerate(its)
-        if index < keep or version.path.name == current_name(home) or now - version.made < YOUNG_SECONDS or version.path.resolve() in used
+        if index < keep or version.path.name == current[home] or now - version.made < YOUNG_SECONDS or version.path.resolve() in used
     ]
     kept = {version.path: version for version in waiting}
     while waiting:
@@ -73,14 +82,15 @@ def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version
     it is the newest. Without this, a report (which reads the few-shot part of raw_dataset) would keep every raw_dataset.
     """
     assets = {other.asset for other in found}
-    wanted: dict[tuple[str | None, str | None], list[tuple[str | None, str]]] = defaultdict(list)
+    wanted: dict[tuple[str, str | None], list[tuple[str | None, str]]] = defaultdict(list)
     for name, data_version in version.artifact.manifest["inputs"].items():
         whole, _, part = name.partition("#")
         asset, _, partition = whole.removesuffix("]").partition("[")
         # An input may have a name of its own (merged_model's `adapter`): then any asset that has this content.
-        wanted[asset if asset in assets else None, partition or None].append((part or None, data_version))
+        wanted[asset, partition or None].append((part or None, data_version))
     needed = []
-    for (asset, partition), parts in wanted.items():
+    for (name, partition), parts in wanted.items():
+        asset = name if name in assets else None
         near = (partition,) if partition else (None, version.partition)
         matching = [
             other
@@ -100,18 +110,14 @@ def _has(version: Version, part: str | None, content: str) -> bool:
     return (manifest["data_version"] if part is None else manifest["parts"].get(part)) == content
 
 
-def remove(removal: Removal) -> bool:
+def remove(store: ArtifactStore, removal: Removal) -> bool:
     """Delete it; return False if it became current meanwhile, or another one deletes it. Raises OSError if it cannot be deleted."""
-    home, name = removal.path.parent, removal.path.name
-    if removal.is_version and current_name(home) == name:
-        return False
-    trash = home / f"{TRASH}{uuid.uuid4().hex}"
+    if removal.artifact is not None:
+        return store.remove(removal.artifact)
+    trash = removal.path.parent / f"{TRASH}{uuid.uuid4().hex}"
     try:
         os.rename(removal.path, trash)
     except FileNotFoundError:
-        return False
-    if removal.is_version and current_name(home) == name:  # a run went back to it between the two steps
-        os.rename(trash, removal.path)
         return False
     shutil.rmtree(trash)
     return True

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.artifacts import Artifact, ArtifactStore, open_store
 from ft_assets.commands.store_view import columns, free_bytes, in_bytes, in_utc, size, versions
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError
@@ -53,12 +53,12 @@ class Status:
 
 def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
     """Return what lies in the store. `assets` are the graph's, each with whether it is partitioned by base model, in its order."""
-    store = ArtifactStore(project.store_path)
-    found, _ = versions(store.root)
+    store = open_store(project)
+    found, _ = versions(store)
     known = {(asset, partition) for asset, partitioned in assets for partition in (project.base_models if partitioned else [None])}
     return Status(
-        store=str(store.root),
-        bytes=size(store.root),
+        store=project.store_url or str(store.root),
+        bytes=sum(store.bytes_of(version.artifact) for version in found) if project.store_url else size(store.root),
         free_bytes=free_bytes(store.root),
         versions=len(found),
         unpartitioned=[_line(store, asset, None) for asset, partitioned in assets if not partitioned],
@@ -142,6 +142,8 @@ KEYS: dict[str, Callable[[Metrics], str]] = {
     "dpo_adapter": _dpo,
     "eval_report": _verdict,
     "merged_model": lambda metrics: f"top-1 agreement {metrics['top1_agreement']:.4f}",
+    "release": lambda metrics: f"{metrics['decision']}: merged_model {metrics['champion'][:8]}",
+    "export": lambda metrics: f"forms: {metrics['forms']}",
     "leaderboard": lambda metrics: f"{metrics['judged']} of {metrics['base_models']} judged",
 }
 

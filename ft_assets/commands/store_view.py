@@ -1,15 +1,12 @@
-"""The artifact store as files: which versions lie in it, how large they are. Nothing is changed here."""
+"""The artifact store for a person: which versions lie in it, how large they are. Nothing is changed here."""
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ft_assets.artifacts import Artifact
+from ft_assets.artifacts import Artifact, ArtifactStore
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,7 @@ class Version:
 
     @property
     def path(self) -> Path:
-        return self.artifact.path
+        return self.artifact.folder
 
     @property
     def home(self) -> Path:
@@ -44,37 +41,10 @@ class Version:
         return f"{self.asset}[{self.partition}]" if self.partition else self.asset
 
 
-def versions(root: Path) -> tuple[list[Version], list[Path]]:
-    """Return the versions below the store, and the folders whose manifest cannot be read: nobody knows what they are."""
-    found, unreadable = list[Version](), list[Path]()
-    for folder in _manifests(root):
-        try:
-            manifest: Any = json.loads((folder / "manifest.json").read_text())
-            version = Version(Artifact(folder, manifest))
-            _ = version.asset, version.partition, version.made, version.artifact.data_version, manifest["inputs"], manifest["parts"]
-        except (OSError, ValueError, KeyError, TypeError):
-            unreadable.append(folder)
-            continue
-        found.append(version)
-    return found, unreadable
-
-
-def _manifests(root: Path) -> Iterator[Path]:
-    """Yield the folders that hold a manifest, not those inside of them. Names with a dot are work and leftovers."""
-    for place, folders, files in os.walk(root):
-        if "manifest.json" in files:
-            folders.clear()
-            yield Path(place)
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-
-
-def current_name(home: Path) -> str | None:
-    """Return the fingerprint that readers of this asset and partition get, or None."""
-    try:
-        return (home / "CURRENT").read_text().strip()
-    except (OSError, ValueError):
-        return None
+def versions(store: ArtifactStore) -> tuple[list[Version], list[str]]:
+    """Return the versions of the store, and the places whose manifest cannot be read: nobody knows what they are."""
+    found, unreadable = store.versions()
+    return [Version(artifact) for artifact in found], unreadable
 
 
 def size(path: Path) -> int:

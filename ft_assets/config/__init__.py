@@ -1,32 +1,42 @@
 """finetune.yaml -> frozen models, one module a section. Not here: anything that reads data or weights."""
 
+from ft_assets.config.automation import AlertSettings, EmailSettings, FreshnessSettings, ScheduleSettings, SlackSettings, WebhookSettings
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings, StratifySettings
 from ft_assets.config.evaluation import LOWER_IS_BETTER, EvaluationSettings, GateSettings, JudgeSettings
 from ft_assets.config.loading import CONFIG_NAME, find_config, load_project
-from ft_assets.config.project import BaseModelSettings, Project, Recipe, ScheduleSettings, settings_version
+from ft_assets.config.project import BaseModelSettings, Project, Recipe, settings_version
+from ft_assets.config.release import Form, PushSettings, ReleaseSettings
 from ft_assets.config.section import Section, Share
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings, TrainSettings
 
 __all__ = [
     "CONFIG_NAME",
     "LOWER_IS_BETTER",
+    "AlertSettings",
     "BaseModelSettings",
     "ChatSettings",
     "DataSettings",
     "DpoSettings",
+    "EmailSettings",
     "EvaluationSettings",
+    "Form",
+    "FreshnessSettings",
     "GateSettings",
     "JudgeSettings",
     "LoraSettings",
     "Project",
+    "PushSettings",
     "Recipe",
+    "ReleaseSettings",
     "ScheduleSettings",
     "Section",
     "SftSettings",
     "Share",
+    "SlackSettings",
     "StratifySettings",
     "TrainSettings",
+    "WebhookSettings",
     "find_config",
     "load_project",
     "settings_version",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.evaluation import EvaluationSettings
+from ft_assets.config.launcher import KINDS
 from ft_assets.config.project import Project
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
@@ -88,6 +89,14 @@ def _validated(path: Path, kind: type[Section], data: dict[str, Any], prefix: tu
 def _config_error(path: Path, kind: type[BaseModel], error: ValidationError, prefix: tuple[str, ...]) -> ConfigError:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
+    if location[0] == "launcher" and len(location) > 1:  # pydantic names the chosen kind in the path; the file has no such key
+        if location[1] not in KINDS:
+            location[1:] = []
+        else:
+            kind, prefix, location = KINDS[location[1]], (*prefix, "launcher"), location[2:]
+    if first["type"].startswith("union_tag"):
+        found = first.get("ctx", {}).get("tag", "no kind")
+        return ConfigError(f"{path}: launcher.kind", f"{found!r}", f"one of {', '.join(KINDS)}", nearest(str(found), KINDS))
     key_path = ".".join((*prefix, *location)) or "the file"
     more = len(error.errors()) - 1
     tail = f" (and {more} more)" if more else ""

@@ -3,13 +3,16 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
+from ft_assets.config.automation import AlertSettings, FreshnessSettings, ScheduleSettings
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
+from ft_assets.config.launcher import LauncherSettings, LocalSettings
+from ft_assets.config.release import ReleaseSettings
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
@@ -35,11 +38,6 @@ class BaseModelSettings(Section):
         return self
 
 
-class ScheduleSettings(Section):
-    cron: str = Field(description='When to retrain, e.g. "0 3 * * 1".')
-    timezone: str = "UTC"
-
-
 class Recipe(Section):
     """What one base model resolves to: the defaults with its own overrides."""
 
@@ -53,7 +51,8 @@ class Recipe(Section):
 class Project(Section):
     """finetune.yaml, whole."""
 
-    store: str = ".ft/store"
+    store: str = Field(default=".ft/store", description="A folder, or s3://bucket/prefix, gs://bucket/prefix.")
+    store_cache: str = Field(default=".ft/cache", description="Where copies of what lies in an object store are kept.")
     data: DataSettings
     base_models: dict[str, BaseModelSettings] = Field(min_length=1)
     chat: ChatSettings = ChatSettings()
@@ -62,8 +61,12 @@ class Project(Section):
     dpo: DpoSettings = DpoSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
+    release: ReleaseSettings = ReleaseSettings()
     schedule: ScheduleSettings | None = None
-    launcher: Literal["local"] = "local"
+    freshness: FreshnessSettings | None = None
+    alerts: AlertSettings = AlertSettings()
+    launcher: LauncherSettings = LocalSettings()
+    memory_limit_gb: float | None = Field(default=None, gt=0, description="Most that training may take of a GPU. None: what is free.")
 
     root: Path = Field(default=Path(), exclude=True)
 
@@ -72,8 +75,26 @@ class Project(Section):
         return (self.root / relative).resolve() if not Path(relative).is_absolute() else Path(relative)
 
     @property
+    def store_url(self) -> str | None:
+        """Where the artifacts lie if that is an object store, else None."""
+        return self.store.replace("gcs://", "gs://", 1) if "://" in self.store and not self.store.startswith("file://") else None
+
+    @property
     def store_path(self) -> Path:
-        return self.path(self.store)
+        """The folder of this machine that holds the artifacts: all of them, or copies of an object store's."""
+        if self.store_url:
+            return self.path(self.store_cache) / hashlib.sha256(self.store_url.encode()).hexdigest()[:12]
+        return self.path(self.store.removeprefix("file://"))
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        protocol, separator, rest = value.partition("://")
+        if separator and protocol not in ("s3", "gs", "gcs", "file"):
+            raise ValueError(f"{protocol}:// is not a store; a folder, s3://, gs:// or file:// is")
+        if separator and protocol != "file" and ("@" in rest.partition("/")[0] or not rest.partition("/")[0]):
+            raise ValueError("give bucket and prefix only; credentials come from the environment")
+        return value
 
     def base_model(self, name: str) -> BaseModelSettings:
         """Return the settings of one base model. Raises ConfigError naming the known ones."""

@@ -2,19 +2,50 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ft_assets.config.section import Section
+from ft_assets.errors import nearest
+
+# TRL 1.16's DPOTrainer; a test compares them with what it takes.
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+REPORT_TO = ("tensorboard", "wandb", "mlflow", "trackio")
+# What decides when and where something is written, and nothing of what is trained: no part of a fingerprint.
+ASIDE = {"save_steps", "report_to"}
 
 
 class LoraSettings(Section):
-    method: Literal["lora", "qlora"] = "lora"
+    method: Literal["auto", "lora", "qlora", "full"] = Field(
+        default="auto",
+        description="auto: lora where the 16-bit base fits with room, else qlora (NF4); always lora on a CPU. "
+        "full: all weights are trained; the rest of lora: is unused.",
+    )
     r: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["attention-qv", "attention", "all-linear"] | list[str] = "attention"
     use_rslora: bool = False
     use_dora: bool = False
+    modules_to_save: list[str] = Field(default=[], description="Modules that are trained whole beside the adapter, e.g. embed_tokens.")
+    trainable_token_indices: list[str] = Field(default=[], description="Tokens whose embeddings are trained, by their text.")
+
+    @model_validator(mode="after")
+    def _adapter_only(self) -> "LoraSettings":
+        if self.method == "full":
+            given = [name for name in ("use_rslora", "use_dora", "modules_to_save", "trainable_token_indices") if getattr(self, name)]
+            if given:
+                raise ValueError(f"method full trains all weights; {', '.join(given)} only has a meaning with an adapter")
+        return self
+
+
+class EarlyStopping(Section):
+    """Stop when the validation loss has not fallen by `min_delta` nats a token in `patience` measurements."""
+
+    patience: int = Field(default=2, ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
 
 
 class TrainSettings(Section):
@@ -24,17 +55,36 @@ class TrainSettings(Section):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = Field(default=0.03, ge=0, description="Below 1 a share of all steps.")
     effective_batch: int = Field(default=16, ge=1, description="Conversations (or pairs) an optimizer step.")
-    micro_batch: int = Field(default=4, ge=1, description="Of these, how many at once; the rest is accumulated.")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="Of these, how many at once; the rest is accumulated. None: as the memory plan allows."
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    gradient_checkpointing: bool | None = Field(default=None, description="None: on for a GPU, off on a CPU.")
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="None: on a GPU for the layers that need it by the memory plan, off on a CPU."
+    )
     save_steps: int = Field(default=50, ge=1, description="Optimizer steps between checkpoints.")
+    max_loss_rise: float | None = Field(
+        default=3.0, gt=0, description="Stop if the mean of 10 steps is this far above the lowest one before; null: never."
+    )
     seed: int = 42
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default=[], description="Trackers; they take their keys from the environment."
+    )
     trainer: dict[str, Any] = Field(default={}, description="Any other option of TRL's config, by its own name.")
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that decide what is trained, as plain data."""
+        return self.model_dump(mode="json", exclude=ASIDE)
 
 
 class SftSettings(TrainSettings):
-    pass
+    packing: bool | Literal["auto"] = Field(
+        default="auto", description="Conversations of a micro-batch in one row without padding, each on its own. auto: where it pays."
+    )
+    eval_steps: int | None = Field(default=None, ge=1, description="Steps between validation losses; None: after each epoch.")
+    keep: Literal["best", "last"] = Field(default="best", description="Which weights: of the lowest validation loss, or of the last step.")
+    early_stopping: EarlyStopping | None = None
 
 
 class DpoSettings(TrainSettings):
@@ -44,3 +94,12 @@ class DpoSettings(TrainSettings):
     beta: float = Field(default=0.1, gt=0)
     loss_type: str | list[str] = "sigmoid"
     max_pairs: int | None = Field(default=None, ge=1, description="Use only the first n pairs by id (a time budget).")
+    share_prompts: bool = Field(default=True, description="Compute the prompt of a pair once; off: as TRL does, for each answer.")
+
+    @field_validator("loss_type")
+    @classmethod
+    def _known(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            if name not in DPO_LOSSES:
+                raise ValueError(f"{name!r} is no loss of TRL's; {nearest(name, DPO_LOSSES, ', '.join(DPO_LOSSES))}")
+        return value

@@ -77,7 +77,7 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
     renderer = Renderer(tokenizer, stops)
     model = load_candidates(snapshot, adapters)
     scored = Scored()
-    scored.proofs["adapters"] = prove_adapters_act(model, adapters, _prompts(renderer, task.heldout[:1])[0])
+    scored.proofs["adapters"] = prove_adapters_act(model, snapshot, adapters, _prompts(renderer, task.heldout[:1])[0])
     scored.proofs["template_mismatches"] = template_mismatches(renderer, [*task.heldout, *task.train])
     scorer = Scorer(model, tokenizer, stops, task)
     prompted = [{**row, "messages": few_shot_prompt(row["messages"], task.few_shot_system, task.few_shot)} for row in task.heldout]
@@ -151,6 +151,10 @@ class Scorer:
         self.renderer = Renderer(tokenizer, stops)
         self.refusal = refusal_pattern(task.settings.refusals)
         self.own = load_function(task.settings.python, task.root) if task.settings.python else None
+
+    def tokenized(self, rows: Rows) -> Rows:
+        """Return rows whose tokens may be another tokenizer's, with this one's."""
+        return _tokenized(self.renderer, rows)
 
     def losses(self, rows: Rows) -> tuple[list[float], list[float]]:
         """Return (nats a token, token accuracy) of the reference answers."""

@@ -110,3 +110,19 @@ def length_plot(histogram: Mapping[str, Any], max_length: int) -> bytes:
     axes.set_ylabel("conversations")
     axes.legend(fontsize=8, frameon=False)
     return _png(figure)
+
+
+def leaderboard_plot(ranked: list[dict[str, Any]]) -> bytes:
+    """Return a PNG: each base model before and after, with intervals; entries as evaluation/leaderboard.py has them."""
+    figure, axes = _axes(1.0 + 0.55 * len(ranked))
+    for place, entry in enumerate(ranked):
+        for key, interval, offset, color in (("base", "base_interval", 0.2, COLORS["base"]), ("score", "interval", -0.2, COLORS["sft"])):
+            low, high = entry[interval]
+            error = [[entry[key] - low], [high - entry[key]]]
+            label = ("base" if key == "base" else "fine-tuned") if place == 0 else None
+            axes.barh(place + offset, entry[key], 0.36, xerr=error, color=color, capsize=3, label=label)
+    axes.set_yticks(range(len(ranked)), [f"{entry['name']}\n{entry['verdict']}" for entry in ranked], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{ranked[0]['metric']} on {ranked[0]['heldout_rows']} held-out rows")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)
+    return _png(figure)

@@ -13,13 +13,17 @@ from safetensors import safe_open
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.full_weights import FullWeights, prove_weights_act
 from ft_assets.models.loading import load_base
-from ft_assets.training.adapter import TRAINED_GROUPS
+from ft_assets.training.adapter import TRAINED_GROUPS, is_full
 
 
 def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
-    """Return the base with all adapters loaded. Raises EvaluationError if one does not fit the base."""
+    """Return the base with all adapters loaded (or, of fully trained weights, FullWeights). Raises EvaluationError if one
+    does not fit the base."""
     base = load_base(snapshot)
+    if any(is_full(path) for path in adapters.values()):  # one method trains all candidates of a base model
+        return FullWeights(base, snapshot, adapters)
     model: Any = None
     for name, path in adapters.items():
         try:
@@ -35,7 +39,7 @@ def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
 
 
 @torch.inference_mode()
-def prove_adapters_act(model: Any, adapters: dict[str, Path], probe: list[int]) -> dict[str, dict[str, float]]:
+def prove_adapters_act(model: Any, snapshot: Path, adapters: dict[str, Path], probe: list[int]) -> dict[str, dict[str, float]]:
     """Return, for each adapter, its targets, the smallest ‖ΔW‖ among them (Frobenius) and the largest change of a logit
     after the probe prompt. Raises EvaluationError "not applied" unless every target has an update and logits change."""
     ids = torch.tensor([probe], device=model.device)
@@ -43,6 +47,9 @@ def prove_adapters_act(model: Any, adapters: dict[str, Path], probe: list[int]) 
         before = model(input_ids=ids, logits_to_keep=1).logits.float()
     proofs = {}
     for name, path in adapters.items():
+        if is_full(path):
+            proofs[name] = prove_weights_act(model, name, path, snapshot, before, ids)
+            continue
         norms = [
             layer.scaling[name] * update_norm(layer.lora_A[name].weight, layer.lora_B[name].weight)
             for layer in model.modules()

@@ -2,7 +2,7 @@
 
 import functools
 import json
-import time
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +30,30 @@ def context_length(snapshot: Path) -> int | None:
 
 @functools.cache
 def compute_dtype() -> Any:
-    """Return bfloat16 on a GPU, and on a CPU only where a probe says that it is not slower than float32.
+    """Return bfloat16 on a GPU, and on a CPU with AVX512-BF16 or AMX; else float32.
 
-    Without AVX512-BF16 or AMX, bf16 matrix products are some 20 times slower than fp32.
+    Without them bf16 matrix products are some 20 times slower than fp32. What the CPU can do is asked, not measured: on a
+    busy machine a measurement chose otherwise in the next process, and a resumed run ended with other weights.
     """
     import torch
 
     if torch.cuda.is_available():
         return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        _ = left @ right
-        begun = time.perf_counter()
-        for _ in range(5):
-            _ = left @ right
-        seconds[dtype] = time.perf_counter() - begun
-    return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+    able = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if any(ask() for ask in able if ask) else torch.float32
 
 
-def load_base(snapshot: Path, quantized: bool = False) -> Any:
-    """Return the base in the compute dtype on the GPU if there is one; NF4 with double quantization if `quantized`."""
+def load_base(snapshot: Path, quantized: bool = False, dtype: Any = None) -> Any:
+    """Return the base on the GPU if there is one, in `dtype` (else the compute dtype); NF4 with double quantization if
+    `quantized`."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    kwargs: dict[str, Any] = {"dtype": compute_dtype(), "local_files_only": True, "attn_implementation": "sdpa"}
+    kwargs: dict[str, Any] = {"dtype": dtype or compute_dtype(), "local_files_only": True, "attn_implementation": "sdpa"}
     if torch.cuda.is_available():
-        kwargs["device_map"] = {"": 0}
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     if quantized:
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype()

@@ -42,6 +42,14 @@ def locate_gguf(name: str, gguf: str, root: Path) -> Path:
 def locate_folder(name: str, folder: str, root: Path) -> Path:
     """Return the folder. Raises ModelError if it is not a model."""
     path = root / folder
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ModelError(
+            f"base_models.{name}.folder",
+            f"{path} is an adapter, not a model",
+            "a folder with config.json, safetensors and a tokenizer",
+            f"name the model that it was trained on{f' ({base})' if base else ''}, or merge it into that model first",
+        )
     if not (path / "config.json").is_file():
         raise ModelError(
             f"base_models.{name}.folder",
@@ -50,6 +58,26 @@ def locate_folder(name: str, folder: str, root: Path) -> Path:
             "correct the path; it is relative to finetune.yaml",
         )
     return path
+
+
+def require_unquantized(where: str, folder: Path) -> None:
+    """Raise ModelError if a model's weights are stored quantized: an adapter's update is smaller than their step."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    settings = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    if settings:
+        _refuse_quantized(where, settings)
+
+
+def _refuse_quantized(where: str, settings: Any) -> None:
+    given = settings if isinstance(settings, dict) else settings.to_dict()
+    bits = 4 if given.get("load_in_4bit") or given.get("_load_in_4bit") else 8 if given.get("load_in_8bit") else given.get("bits")
+    raise ModelError(
+        where,
+        f"its weights are stored {f'in {bits} bits' if bits else 'quantized'} ({given.get('quant_method', 'unknown')})",
+        "16- or 32-bit weights: merged into quantized ones the update would be rounded away",
+        "name the original model; lora: {method: qlora} quantizes it for training",
+    )
 
 
 def resolve_revision(name: str, hub: str, revision: str | None) -> str:
@@ -102,6 +130,8 @@ def write_snapshot(
     hf_logging.disable_progress_bar()
     place, kwargs = _place(name, settings, root, identity)
     trust = settings.trust_remote_code
+    if settings.folder:
+        require_unquantized(f"base_models.{name}.folder", Path(place))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, **kwargs)
         model_kwargs: dict[str, Any] = dict(kwargs)
@@ -117,6 +147,8 @@ def write_snapshot(
             "a causal language model that transformers reads",
             "check the source; models with own code need trust_remote_code: true",
         ) from error
+    if not settings.gguf and getattr(model.config, "quantization_config", None):
+        _refuse_quantized(f"base_models.{name}", model.config.quantization_config)
     replaced = settle_template(name, tokenizer, template, chat or ChatSettings())
     _settle_stop_tokens(model, tokenizer)
     if hasattr(model.config, "quantization_config"):

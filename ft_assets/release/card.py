@@ -1,48 +1,197 @@
-"""The model card: what the merged model is made of, how good it is, and its limits."""
+"""The model card: what the merged model is made of, how good it is, what was not measured, and how to make it again.
 
-import json
+A pure function of plain data; `CardFacts` comes from assets/card_facts.py. The front matter is written by huggingface_hub's
+own class, so that the hub reads it. Nothing is guessed: a base that states no licence has none here.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
+from ft_assets.evaluation.markdown import retention_table, score_table, step_table
+from ft_assets.evaluation.plots import LABELS
 
-def model_card(
-    partition: str,
-    source: dict[str, Any],
-    verdict: dict[str, Any],
-    report_markdown: str,
-    equivalence: dict[str, Any],
-    recipe: dict[str, Any],
-    versions: dict[str, str],
-) -> str:
-    """Return README.md of the merged model."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [fine-tuned, lora, merged]",
-        "---",
-        f"# {partition}, fine-tuned",
-        "",
-        f"Merged from **{verdict['candidate']}** on the base `{source}`. The base's licence applies.",
-        "",
-        f"Verdict: **{verdict['status']}**. " + "; ".join(verdict["reasons"]) + ".",
+CardFacts = Mapping[str, Any]
+Table = list[list[str]]
+
+
+def model_card(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
+    """Return README.md of the merged model.
+
+    facts: what assets/card_facts.py collects. verdict, report: verdict.json and report.json of the evaluation. equivalence:
+    how far the merged file is from base + adapter, as the merge step measured it.
+    """
+    sections = [
+        _opening(facts, verdict, report),
+        _use(facts),
+        _results(report),
+        _general(report),
+        _limits(facts, verdict, report),
+        _data(facts),
+        _training(facts, verdict),
+        _merge(equivalence),
+        _again(facts),
     ]
+    body = "\n\n".join(section for section in sections if section)
+    return f"---\n{_front_matter(facts, verdict, report)}\n---\n\n{body}\n"
+
+
+def _front_matter(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    license_ = facts["license"]
+    candidate, metric = verdict["candidate"], report["metric"]
+    heldout = next(row for row in facts["data"] if row["name"] == "held-out")
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type="private",
+        dataset_name=f"held-out rows {heldout['fingerprint']}",
+        metric_type=metric,
+        metric_name=f"{metric} on {report['heldout_rows']} held-out rows (base {report['scores']['base'][metric]:.4f})",
+        metric_value=round(report["scores"][candidate][metric], 4),
+    )
+    data = ModelCardData(
+        base_model=facts["base"]["hub"] or license_["derived_from"],
+        license=license_["license"] or "unknown",
+        license_name=license_["name"],
+        license_link=license_["link"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["fine-tuned", facts["method"], *(["dpo"] if candidate == "dpo" else []), "merged", f"verdict-{verdict['status'].lower()}"],
+        datasets=facts["hub_datasets"] or None,
+        model_name=facts["partition"],
+        eval_results=[result],
+        data_fingerprints={row["name"]: row["fingerprint"] for row in facts["data"]},
+    )
+    return data.to_yaml()
+
+
+def _opening(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    base, license_ = facts["base"], facts["license"]
+    lines = [f"# {facts['partition']}, fine-tuned", ""]
+    lines += [f"`{base['source']}` with its {LABELS[verdict['candidate']]} merged in: {base['parameters']:,} parameters in bf16.", ""]
+    lines += [f"**Verdict: {verdict['status']}** on {report['heldout_rows']} held-out rows.", ""]
+    lines += [f"- {reason}" for reason in verdict["reasons"]]
     if "override" in verdict:
-        lines += ["", f"> **Released without a PASS.** Reason given in gate.override: {verdict['override']}"]
-    lines += ["", "## Merged model against base + adapter", "", "| measure | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value} |" for name, value in equivalence.items()]
-    lines += ["", "## Evaluation", "", report_markdown.replace("\n# ", "\n### ").replace("\n## ", "\n### ").lstrip("# ")]
-    lines += [
-        "",
-        "## Recipe",
-        "",
-        "```json",
-        json.dumps(recipe, indent=1),
-        "```",
-        "",
-        "## Versions",
-        "",
-        "```json",
-        json.dumps(versions, indent=1),
-        "```",
-        "",
+        lines += ["", f"> **Released without a PASS.** Reason given in `gate.override`: {verdict['override']}"]
+    revision = f"revision `{base['revision']}`" if base["revision"] else f"content `{base['fingerprint']}`"
+    derived = f", made from `{license_['derived_from']}`" if license_["derived_from"] else ""
+    table = [
+        ["", ""],
+        ["base model", f"`{base['source']}`, {revision}{derived}"],
+        ["architecture", f"{base['architecture']}, {base['layers']} layers, context {base['context'] or 'not stated'}"],
+        ["licence", _license(license_)],
     ]
+    return "\n".join([*lines, "", *_table(table)])
+
+
+def _license(license_: Mapping[str, Any]) -> str:
+    if license_["license"] is None:
+        why = f" ({license_['stated_in']})" if license_["stated_in"] else ""
+        return f"unknown: see the base; its metadata states none{why}"
+    more = " ".join(part for part in (license_["name"], license_["link"]) if part)
+    return f"`{license_['license']}`{f' {more}' if more else ''}, passed on from the base (stated in {license_['stated_in']})"
+
+
+def _use(facts: CardFacts) -> str:
+    return f"""## Use
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", "path/to/this/folder", dtype="bfloat16")
+messages = [{{"role": "user", "content": "…"}}]
+print(chat(messages, max_new_tokens={facts["max_new_tokens"]}, do_sample=False)[0]["generated_text"][-1]["content"])
+```
+
+It was trained and judged with the chat template in this folder, with greedy decoding{_system(facts)}. The base's template, its stop tokens
+and its tokenizer are unchanged."""
+
+
+def _system(facts: CardFacts) -> str:
+    return ", and with the system turn that its data has" if facts["has_system_turn"] else ""
+
+
+def _results(report: Mapping[str, Any]) -> str:
+    lines = [f"## Results on {report['heldout_rows']} held-out rows", "", *_table(score_table(report))]
+    percent = f"{report['confidence']:.0%}".replace("%", " %")
+    lines += ["", f"Intervals are {percent} bootstrap intervals. Paired, row by row:", "", *_table(step_table(report))]
     return "\n".join(lines)
+
+
+def _general(report: Mapping[str, Any]) -> str:
+    general = report["retention"]
+    if general is None:
+        return ""
+    title = f"## General prompts: {general['rows']}, of which {general['answered']} were answered"
+    return "\n".join([title, "", *_table(retention_table(report))])
+
+
+def _limits(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    lines = ["Better than its base *on these rows, by this metric* is the claim; good enough for you is yours to judge."]
+    lines.append(f"Answers were capped at {facts['max_new_tokens']} tokens and decoded greedily; sampling was not measured.")
+    if report["retention"] is None:
+        lines.append("**What it forgot was not measured**: there were no general prompts.")
+    if not report["harness"]["scores"]:
+        lines.append("No public benchmark was run.")
+    if "few_shot" not in report["scores"]:
+        lines.append("It was not compared with a few-shot prompt to the base.")
+    lines.append("Safety, bias, and languages or topics that the held-out rows do not have were not measured.")
+    lines.append("Quantized forms of it (GGUF, NF4) answer somewhat differently; their agreement stands beside them.")
+    entry = report["comparisons"][verdict["candidate"]]["base"][report["metric"]]
+    if entry["detectable"]:
+        lines.append(f"{entry['n']} rows find a difference of {entry['detectable']:.3f} four times in five; a smaller one can go unseen.")
+    return "\n".join(["## Limits", "", *[f"- {line}" for line in lines]])
+
+
+def _data(facts: CardFacts) -> str:
+    table = [["data", "rows", "fingerprint"]]
+    table += [[row["name"], f"{row['rows']:,}" if row["rows"] is not None else "–", f"`{row['fingerprint']}`"] for row in facts["data"]]
+    note = "A fingerprint is the hash of the rows' content: order, file names and doubles do not count."
+    return "\n".join(["## Data", "", *_table(table), "", *([facts["data_note"], ""] if facts["data_note"] else []), note])
+
+
+def _training(facts: CardFacts, verdict: Mapping[str, Any]) -> str:
+    stages = ("lora", "sft", "dpo") if verdict["candidate"] == "dpo" else ("lora", "sft")
+    rows = [["setting", "value"]]
+    for stage in stages:
+        rows += [[f"`{stage}.{name}`", f"`{value}`"] for name, value in facts["recipe"][stage].items() if value not in (None, {}, [])]
+    did = [["", ""], *[[name, str(value)] for name, value in facts["training"].items()]]
+    return "\n".join(["## Training", "", *_table(did), "", *_table(rows)])
+
+
+def _merge(equivalence: Mapping[str, Any]) -> str:
+    lines = ["## The file against base + adapter", "", "Read from disk after the merge, on the same held-out prompts.", ""]
+    rows = [["measure", "value"]]
+    for name, value in equivalence.items():
+        rows.append([name.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)])
+    return "\n".join([*lines, *_table(rows)])
+
+
+def _again(facts: CardFacts) -> str:
+    versions = " ".join(f"{name}=={version}" for name, version in facts["versions"].items())
+    return f"""## How to make it again
+
+With the data above beside this `finetune.yaml` (what is not named has its default):
+
+```yaml
+{facts["yaml"].rstrip()}
+```
+
+```bash
+ft run --base {facts["partition"]}
+```
+
+Versions: Python {facts["python"]}, {versions}.
+
+Judged were exactly these versions: {_bound(facts["bound_to"])}."""
+
+
+def _bound(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} `{version}`" for name, version in versions.items())
+
+
+def _table(rows: Table) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [line(rows[0]), "|" + "---|" * len(rows[0]), *[line(row) for row in rows[1:]]]

@@ -1,96 +1,236 @@
-"""Merge a LoRA adapter into its base, tensor by tensor from disk: W + s·BA in fp32, rounded once to the base's dtype.
+"""Merge an adapter into its base from disk to disk: W + s·BA in fp32, rounded once to the base's dtype.
 
-`s` is lora_alpha / r, or lora_alpha / √r with rsLoRA. Never the whole model in memory, and never into a 4-bit base: the
-update is smaller than an NF4 step and would be rounded away. Adapters with more than A and B (DoRA, modules_to_save,
-trained tokens) are merged by PEFT instead.
+Each output file has its base file's header; bytes that no update touches are copied inside the kernel, the rest goes
+through memory in blocks of rows. Nothing is ever merged into a 4-bit base: the update is smaller than an NF4 step and
+would be rounded away. After QLoRA the base may be the original weights or what NF4 makes of them (`nf4.py`).
 """
 
+import contextlib
 import json
-import math
+import os
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from ft_assets.errors import ModelError
+from ft_assets.errors import ArtifactError, ModelError
+from ft_assets.models.source import require_unquantized
+from ft_assets.release.nf4 import quantized_tensors, round_trip
+from ft_assets.release.tensor_files import (
+    DTYPES,
+    FLOATING,
+    INDEX,
+    Entry,
+    TensorFile,
+    blocks,
+    copy_range,
+    entries_of,
+    read_folder,
+    read_rows,
+    write_at,
+)
+from ft_assets.release.updates import EMBEDDING, Update, Updates, read_updates
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+MergeBase = Literal["original", "dequantized"]
+BLOCK_BYTES = 1 << 22  # of the base's dtype; a block and its fp32 copies stay in the cache
+MOST_THREADS = 8
+NOT_OF_THE_MODEL = {"manifest.json", "facts.json", INDEX}
 
 
-def merge(snapshot: Path, adapter: Path, output: Path) -> dict[str, Any]:
-    """Write the merged model to `output` and return {"merged_modules", "bytes", "method"}. Raises ModelError."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    for path in snapshot.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in ("manifest.json", "facts.json"):
+def merge(snapshot: Path, adapter: Path, output: Path, base: MergeBase = "original") -> dict[str, Any]:
+    """Write the merged model into the empty folder `output`. Returns {"merged_modules", "merged_tensors", "bytes", "method"}.
+
+    An `adapter` without adapter_config.json is the trained weights themselves (full fine-tuning): they are copied, once
+    their names, shapes and dtypes are found to be the base's. Raises ModelError, and ArtifactError if the disk is too small.
+    """
+    require_unquantized(str(snapshot), snapshot)
+    files = read_folder(snapshot)
+    require_space(output, sum(file.size for file in files))
+    for path in sorted(snapshot.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in NOT_OF_THE_MODEL:
             shutil.copy2(path, output / path.name)
-    plain = not (config.get("use_dora") or config.get("modules_to_save") or config.get("trainable_token_indices"))
-    if not plain:
-        return _merge_by_peft(snapshot, adapter, output)
-    updates = _read_updates(adapter, config)
-    done: set[str] = set()
-    for shard in sorted(snapshot.glob("*.safetensors")):
-        _merge_shard(shard, output / shard.name, updates, done)
-    missing = sorted(set(updates) - done)
-    if missing:
-        raise ModelError(
-            str(adapter),
-            f"{len(missing)} modules have no weight in the base, e.g. {missing[0]}",
-            f"an adapter of {snapshot}",
-            "merge it into the base it was trained on",
+    if not (adapter / "adapter_config.json").exists():
+        return _copy_full(files, adapter, output)
+    tied = bool(json.loads((snapshot / "config.json").read_text()).get("tie_word_embeddings", False)) or _head_is_absent(files)
+    updates = read_updates(adapter, entries_of(files), tied)
+    rounded = quantized_tensors(snapshot) if base == "dequantized" else frozenset[str]()
+    plan = _plan(files, updates, output)
+    with _one_thread_each():
+        for source, target, header, moved in plan:
+            _write_file(source, target, header, moved, updates, rounded)
+    _write_index(snapshot, output, plan)
+    if updates.untie:
+        _untie(output / "config.json")
+    return {
+        "merged_modules": len(updates.changes),
+        "merged_tensors": sum(len(moved) for *_, moved in plan),
+        "bytes": sum(target.stat().st_size for _, target, _, _ in plan),
+        "method": "streaming",
+    }
+
+
+def require_space(output: Path, needed: int) -> None:
+    """Raise ArtifactError if fewer than `needed` bytes are free where `output` lies."""
+    free = shutil.disk_usage(output).free
+    if free < needed + 50_000_000:
+        raise ArtifactError(
+            str(output),
+            f"{free / 1e9:.2f} GB free",
+            f"{needed / 1e9:.2f} GB for the merged weights",
+            "free some space, or set store: to another disk",
         )
-    return {"merged_modules": len(done), "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")), "method": "streaming"}
 
 
-def _read_updates(adapter: Path, config: dict[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    rank, alpha = config["r"], config["lora_alpha"]
-    updates: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        names = list(file.keys())
-        for name in names:
-            if not name.endswith("lora_A.weight"):
-                continue
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            low, high = file.get_tensor(name), file.get_tensor(name.replace("lora_A", "lora_B"))
-            pattern_rank = next((value for key, value in (config.get("rank_pattern") or {}).items() if module.endswith(key)), rank)
-            scale = alpha / math.sqrt(pattern_rank) if config.get("use_rslora") else alpha / pattern_rank
-            updates[f"{module}.weight"] = (low, high, scale)
-    if 2 * len(updates) != len(names):
+def _head_is_absent(files: list[TensorFile]) -> bool:
+    names = entries_of(files)
+    return any(EMBEDDING.search(name) for name in names) and not any(name.endswith("lm_head.weight") for name in names)
+
+
+Moved = list[tuple[Entry, int, str]]  # (tensor of the base, offset in the new file, its name there)
+
+
+def _plan(files: list[TensorFile], updates: Updates, output: Path) -> list[tuple[TensorFile, Path, bytes, Moved]]:
+    """Return what goes where. A head that parts from its embedding is appended to the embedding's file."""
+    plan = []
+    for file in files:
+        moved: Moved = [(entry, entry.begin, name) for name, entry in file.entries.items()]
+        header = file.header
+        embedding = next((entry for name, entry in file.entries.items() if EMBEDDING.search(name)), None)
+        if updates.untie and embedding is not None:
+            end = sum(entry.bytes for entry in file.entries.values())
+            described = {
+                name: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [entry.begin - len(header), entry.end - len(header)]}
+                for name, entry in file.entries.items()
+            }
+            described["lm_head.weight"] = {"dtype": embedding.dtype, "shape": embedding.shape, "data_offsets": [end, end + embedding.bytes]}
+            text = json.dumps({"__metadata__": dict(file.metadata), **described}).encode()
+            text += b" " * (-len(text) % 8)
+            header = len(text).to_bytes(8, "little") + text
+            shift = len(header) - len(file.header)
+            moved = [(entry, offset + shift, name) for entry, offset, name in moved] + [(embedding, len(header) + end, "lm_head.weight")]
+        plan.append((file, output / file.path.name, header, moved))
+    return plan
+
+
+def _write_file(source: TensorFile, target: Path, header: bytes, moved: Moved, updates: Updates, rounded: frozenset[str]) -> None:
+    reading = os.open(source.path, os.O_RDONLY)
+    writing = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.truncate(writing, len(header) + sum(entry.bytes for entry, _, _ in moved))
+        os.posix_fadvise(reading, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
+        os.pwrite(writing, header, 0)
+        touched = [item for item in moved if item[2] in updates.changes or item[0].name in rounded]
+        kept = [item for item in moved if item not in touched]
+        with ThreadPoolExecutor(max(1, min(MOST_THREADS, os.cpu_count() or 1))) as pool:
+            tasks: list[tuple[int, Callable[[], None]]] = [
+                (begin, partial(copy_range, reading, writing, begin, end, to)) for begin, end, to in _runs(kept)
+            ]
+            tasks += [
+                (entry.begin, partial(_write_tensor, reading, writing, entry, to, updates.changes.get(name), entry.name in rounded))
+                for entry, to, name in touched
+            ]
+            work = [pool.submit(task) for _, task in sorted(tasks, key=lambda pair: pair[0])]  # in the order of the disk
+            try:
+                for done in work:
+                    done.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _runs(kept: Moved) -> Iterator[tuple[int, int, int]]:
+    """Yield (begin, end, to) of neighbouring tensors as one range."""
+    run: tuple[int, int, int] | None = None
+    for entry, to, _ in kept:
+        if run is not None and entry.begin == run[1] and to == run[2] + run[1] - run[0]:
+            run = (run[0], entry.end, run[2])
+            continue
+        if run is not None:
+            yield run
+        run = (entry.begin, entry.end, to)
+    if run is not None:
+        yield run
+
+
+def _write_tensor(reading: int, writing: int, entry: Entry, to: int, update: Update | None, rounded: bool) -> None:
+    where = f"{entry.file.name}: {entry.name}"
+    if entry.dtype not in FLOATING:
         raise ModelError(
-            str(adapter),
-            f"holds {len(names)} tensors, {2 * len(updates)} of them A and B",
-            "only A and B",
-            "report it: this kind of adapter is not merged by streaming",
+            where, f"its dtype is {entry.dtype}", "16- or 32-bit weights", "give the base in bf16: nothing is merged into quantized weights"
         )
-    return updates
+    apply = update.load() if update is not None else None
+    whole = round_trip(read_rows(reading, entry, 0, entry.rows)) if rounded else None
+    for first, last in blocks(entry, BLOCK_BYTES):
+        rows = whole[first:last] if whole is not None else read_rows(reading, entry, first, last)
+        try:
+            merged = apply(rows.float(), first) if apply is not None else rows
+        except (RuntimeError, IndexError) as error:
+            raise ModelError(
+                where, f"the adapter's part does not fit {entry.shape} ({error})", "an adapter of this base", "train it again"
+            ) from None
+        if merged.shape != rows.shape:
+            raise ModelError(
+                where, f"the adapter's part makes {tuple(merged.shape)} of {tuple(rows.shape)}", "the base's shape", "train it again"
+            )
+        merged = merged.to(DTYPES[entry.dtype])
+        if not torch.isfinite(merged).all():
+            raise ModelError(where, "the merged weight is not finite", "finite weights", "train the adapter again")
+        write_at(writing, merged, to + first * entry.row_bytes)
 
 
-def _merge_shard(source: Path, target: Path, updates: dict[str, tuple[torch.Tensor, torch.Tensor, float]], done: set[str]) -> None:
-    tensors = {}
-    with safe_open(source, framework="pt") as file:
-        metadata = file.metadata()
-        for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-            weight = file.get_tensor(name)
-            if name in updates:
-                low, high, scale = updates[name]
-                weight = torch.addmm(weight.float(), high.float(), low.float(), alpha=scale).to(weight.dtype)
-                if not torch.isfinite(weight).all():
-                    raise ModelError(
-                        f"{source.name}: {name}", "the merged weight is not finite", "finite weights", "train the adapter again"
-                    )
-                done.add(name)
-            tensors[name] = weight
-    save_file(tensors, target, metadata=metadata)
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Context in which torch uses one thread a tensor: tensors are merged side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _merge_by_peft(snapshot: Path, adapter: Path, output: Path) -> dict[str, Any]:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def _write_index(snapshot: Path, output: Path, plan: list[tuple[TensorFile, Path, bytes, Moved]]) -> None:
+    if not (snapshot / INDEX).exists():
+        return
+    index = json.loads((snapshot / INDEX).read_text())
+    index["weight_map"] = {name: target.name for _, target, _, moved in plan for _, _, name in moved}
+    index.setdefault("metadata", {})["total_size"] = sum(entry.bytes for *_, moved in plan for entry, _, _ in moved)
+    (output / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    base = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.bfloat16, local_files_only=True)
-    model = PeftModel.from_pretrained(base, str(adapter))
-    modules = sum("lora_A" in name and name.endswith("default") for name, _ in model.named_modules())
-    model.merge_and_unload(safe_merge=True).save_pretrained(output)
-    return {"merged_modules": modules, "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")), "method": "peft"}
+
+def _untie(path: Path) -> None:
+    config = json.loads(path.read_text())
+    for section in (config, config.get("text_config")):
+        if section is not None:
+            section["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy_full(files: list[TensorFile], trained: Path, output: Path) -> dict[str, Any]:
+    """Copy fully trained weights, if they are this base's in name, shape and dtype."""
+    ours = read_folder(trained)
+    base, new = entries_of(files), entries_of(ours)
+    other = sorted(
+        name
+        for name in {*base, *new}
+        if name not in base or name not in new or (base[name].shape, base[name].dtype) != (new[name].shape, new[name].dtype)
+    )
+    if other:
+        raise ModelError(
+            str(trained),
+            f"{len(other)} tensors are not the base's in name, shape or dtype, e.g. {other[0]}",
+            "weights trained from this base",
+            "train again",
+        )
+    for file in ours:
+        shutil.copyfile(file.path, output / file.path.name)
+    if (trained / INDEX).exists():
+        shutil.copyfile(trained / INDEX, output / INDEX)
+    return {"merged_modules": len(new), "merged_tensors": len(new), "bytes": sum(file.size for file in ours), "method": "copy"}

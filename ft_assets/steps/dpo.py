@@ -9,18 +9,22 @@ from ft_assets.steps._run import main
 
 
 def step(job: Job, report: Report) -> StepResult:
+    from ft_assets.training.adapter import copy_trained, save_groups
+    from ft_assets.training.dpo import train_dpo
+    from ft_assets.training.setup import CHOICE, chosen_method
+
     pairs = read_table(job.inputs["heldout_split"] / "preferences.parquet")
     lora, dpo = LoraSettings.model_validate(job.settings["lora"]), DpoSettings.model_validate(job.settings["dpo"])
     sft_adapter = job.inputs["lora_adapter"]
     if not pairs:
-        for name in ("adapter_config.json", "adapter_model.safetensors", "trained_groups.json"):
-            shutil.copy2(sft_adapter / name, job.output / name)
-        return StepResult({"pairs": 0, "note": "no preference data: this is the SFT adapter"})
-    from ft_assets.training.adapter import save_groups
-    from ft_assets.training.dpo import train_dpo
-
+        copy_trained(sft_adapter, job.output)
+        (job.output / "info").mkdir()
+        shutil.copy2(sft_adapter / CHOICE, job.output / CHOICE)
+        method = chosen_method(sft_adapter, lora).method
+        return StepResult({"pairs": 0, "note": "no preference data: this is the SFT adapter", "method": method})
     used = pairs[: dpo.max_pairs]
-    metrics = train_dpo(job.inputs["base_model"], sft_adapter, used, lora, dpo, job.checkpoints, job.output, report)
+    limit = job.settings.get("memory_limit_gb")
+    metrics = train_dpo(job.inputs["base_model"], sft_adapter, used, lora, dpo, job.checkpoints, job.output, report, limit)
     save_groups(used, job.output, before=sft_adapter)
     return StepResult({**metrics, "pairs_left_out": len(pairs) - len(used)})
 

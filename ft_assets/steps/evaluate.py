@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.evaluation.candidates import Rows, Scored, Task, score
+from ft_assets.evaluation.curves import up_to_kept
 from ft_assets.evaluation.diagnosis import diagnose, diversity
 from ft_assets.evaluation.html import html
 from ft_assets.evaluation.markdown import changes, markdown
@@ -62,7 +63,7 @@ def _evidence(job: Job, scored: Scored, train: Rows, settings: EvaluationSetting
     return {
         "train": diversity(train),
         "train_loss": {name: statistics.fmean(losses) for name, losses in scored.train_loss.items()},
-        "validation": read_curve(job.inputs["lora_adapter"], "validation"),
+        "validation": up_to_kept(read_curve(job.inputs["lora_adapter"], "validation")),
         "vocabulary": facts["vocabulary"],
         "general_stop_rate": statistics.fmean(general) if general else None,
         "labels": len(settings.labels),

@@ -12,7 +12,8 @@ def step(job: Job, report: Report) -> StepResult:
     rows = read_table(job.inputs["heldout_split"] / "train.parquet")
     validation = read_table(job.inputs["heldout_split"] / "validation.parquet")
     lora, sft = LoraSettings.model_validate(job.settings["lora"]), SftSettings.model_validate(job.settings["sft"])
-    metrics = train_sft(job.inputs["base_model"], rows, validation, lora, sft, job.checkpoints, job.output, report)
+    limit = job.settings.get("memory_limit_gb")
+    metrics = train_sft(job.inputs["base_model"], rows, validation, lora, sft, job.checkpoints, job.output, report, limit)
     save_groups(rows, job.output)
     return StepResult(metrics)
 

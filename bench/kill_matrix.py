@@ -1,0 +1,99 @@
+"""Kill training at each point, run it again, compare the result with that of a run that nobody disturbed: bit for bit.
+
+    python bench/kill_matrix.py [sft] [dpo] [full]
+
+Real child processes, SIGKILL at a patched call (nothing sleeps), dropout on, a tiny random Llama on the CPU. `full` is SFT
+of all weights. Prints a table; exit code 1 if a line is not as it should be.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets_tests.conftest import make_tiny_model
+from ft_assets_tests.kill_points import run
+from ft_assets_tests.training import same, sft
+
+# point, at which of its calls
+COMMON = [
+    ("load", 1),
+    ("before the first step", 1),
+    ("mid-accumulation", 1),
+    ("mid-accumulation", 7),
+    ("optimizer step", 1),
+    ("optimizer step", 4),
+    ("checkpoint: weights written", 1),
+    ("checkpoint: optimizer written", 2),
+    ("checkpoint: before its rename", 2),
+    ("checkpoint: after its rename", 2),
+    ("between epochs", 1),
+    ("final save", 1),
+    ("manifest", 1),
+    ("publish: before its rename", 1),
+    ("before CURRENT", 1),
+]
+SFT = [("forward pass", 1), ("validation", 1), ("validation", 3), ("best weights: before their rename", 1), *COMMON]
+DPO = [("forward pass of a pair", 1), ("reference written", 1), *COMMON]
+
+
+def line(kind: str, point: str, call: int, told: dict[str, Any], whole: Path, home: Path) -> tuple[str, bool]:
+    folder = home / f"{kind}-{point}-{call}".replace(" ", "-").replace(":", "")
+    folder.mkdir()
+    (folder / "work.json").write_text(json.dumps(told))
+    killed = run(point, call, folder)
+    store = ArtifactStore(folder / "store")
+    visible = store.current(told["kind"], "tiny") is not None
+    ended = run("none", 0, folder)
+    done = store.current(told["kind"], "tiny")
+    equal = done is not None and same(done.path, whole)
+    good = killed == -9 and not visible and ended == 0 and equal
+    facts = done.metrics if done else {}
+    cells = [
+        kind,
+        f"{point} ({call})",
+        killed,
+        "nothing" if not visible else "something",
+        facts.get("resumed_from_step", "-"),
+        facts.get("steps", "-"),
+    ]
+    return " | ".join(map(str, ["", *cells, "equal" if equal else "DIFFERENT", ""])).strip(), good
+
+
+def main() -> int:
+    wanted, home = sys.argv[1:] or ["sft", "dpo", "full"], Path(tempfile.mkdtemp())
+    base = home / "base"
+    make_tiny_model(base)
+    sft(base, home / "adapter")
+    tolds: dict[str, dict[str, Any]] = {
+        "sft": {"kind": "sft", "base": str(base)},
+        "dpo": {
+            "kind": "dpo", "base": str(base), "adapter": str(home / "adapter/output"), "settings": {"trainer": {"disable_dropout": False}},
+        },
+        "full": {"kind": "sft", "base": str(base), "lora": {"method": "full"}, "settings": {"learning_rate": 1e-3}},
+    }  # fmt: skip
+    print(
+        "| what | killed at (which call) | exit | published then | resumed from step | steps | result |\n|---|---|---:|---|---:|---:|---|"
+    )
+    fine = True
+    for name in wanted:
+        whole = home / f"{name}-whole"
+        whole.mkdir()
+        (whole / "work.json").write_text(json.dumps(tolds[name]))
+        if run("none", 0, whole) != 0:
+            raise SystemExit((whole / "log-0.txt").read_text()[-2000:])
+        undisturbed = ArtifactStore(whole / "store").need(tolds[name]["kind"], "tiny").path
+        for point, call in DPO if name == "dpo" else SFT:
+            text, good = line(name, point, call, tolds[name], undisturbed, home)
+            fine &= good
+            print(text if good else f"{text} <- WRONG", flush=True)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

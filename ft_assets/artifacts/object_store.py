@@ -1,0 +1,196 @@
+"""The store on an object file system (s3://, gs://), with a local cache: steps and readers work on local files.
+
+An object store renames nothing. So a version's files are written first, under a name that no other writer uses, and its
+manifest, which says where they are, last: it is the commit mark, and half an upload is nothing. CURRENT is one object,
+replaced whole. What is read is fetched once, by fingerprint, and checked against the manifest's sha256. What was made but
+could not be sent waits in the cache, and is sent when it is asked for again. Credentials come from the environment.
+"""
+
+import functools
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ft_assets.artifacts.manifest import Artifact, file_sha256, to_text
+from ft_assets.artifacts.store import MANIFEST, TRASH, UNPARTITIONED, ArtifactStore, checked, fsync_tree
+from ft_assets.errors import ArtifactError, StoreUnreachable
+
+WAITING = ".waiting-"  # made, but not yet sent
+REFUSED = frozenset({"403", "401", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "Forbidden"})
+
+
+class ObjectStore(ArtifactStore):
+    """An ArtifactStore whose versions lie at `url`; `root` is the cache of this machine."""
+
+    def __init__(self, url: str, cache: Path) -> None:
+        super().__init__(cache)
+        self.url = url.rstrip("/")
+
+    @functools.cached_property
+    def _place(self) -> Any:
+        from upath import UPath
+
+        with self._reached(self.url):
+            return UPath(self.url, use_listings_cache=False, skip_instance_cache=True)  # another process, or run, may have written
+
+    @functools.cached_property
+    def _files(self) -> Any:
+        return self._place.fs
+
+    def _key(self, asset: str, partition: str | None, *names: str) -> str:
+        return "/".join((self._place.path.rstrip("/"), asset, partition or UNPARTITIONED, *names))
+
+    def require_space(self, needed: int, what: str) -> None:
+        """Raise ArtifactError if the cache's disk is too full, or the bucket cannot be written: before hours of work, not after."""
+        super().require_space(needed, what)
+        with self._reached(self.url):
+            self._files.pipe_file(f"{self._place.path.rstrip('/')}/.writable", b"")
+
+    def find(self, asset: str, partition: str | None, version: str) -> Artifact | None:
+        """Return the version if it was sent whole. Sends it first if it was made here and only waits for that."""
+        text = self._read_text(self._key(asset, partition, version, MANIFEST))
+        if text is None:
+            waiting = self._home(asset, partition) / f"{WAITING}{version}"
+            return self._send(waiting) if waiting.is_dir() else None
+        try:
+            return self._artifact(checked(text))
+        except (ValueError, KeyError, TypeError) as error:
+            where = f"{self.url}/{asset}/{partition or UNPARTITIONED}/{version}"
+            raise ArtifactError(f"{where}/{MANIFEST}", f"is not a manifest ({error})", "a manifest", f"delete {where}") from None
+
+    def current_name(self, asset: str, partition: str | None) -> str | None:
+        text = self._read_text(self._key(asset, partition, "CURRENT"))
+        return text.strip() if text else None
+
+    def make_current(self, artifact: Artifact, partition: str | None) -> None:
+        with self._reached(self.url):
+            self._files.pipe_file(self._key(artifact.asset, partition, "CURRENT"), f"{artifact.fingerprint}\n".encode())
+
+    def _commit(self, staged: Path, manifest: dict[str, Any]) -> Artifact:
+        manifest["place"] = f"files-{uuid.uuid4().hex[:12]}"  # two machines that make the same version do not mix their files
+        (staged / MANIFEST).write_text(to_text(manifest))
+        fsync_tree(staged)
+        waiting = staged.parent / f"{WAITING}{manifest['fingerprint']}"
+        shutil.rmtree(waiting, ignore_errors=True)
+        os.rename(staged, waiting)
+        return self._send(waiting)
+
+    def _send(self, waiting: Path) -> Artifact:
+        manifest = checked((waiting / MANIFEST).read_text())
+        home = (manifest["asset"], manifest["partition"], manifest["fingerprint"])
+        with self._reached(self.url):
+            for name in manifest["files"]:
+                self._files.put_file(str(waiting / name), self._key(*home, manifest["place"], name))
+            self._files.pipe_file(self._key(*home, MANIFEST), to_text(manifest).encode())
+        artifact = self._artifact(manifest)
+        _replace(waiting, artifact.folder)
+        return artifact
+
+    def _artifact(self, manifest: dict[str, Any]) -> Artifact:
+        folder = self._home(manifest["asset"], manifest["partition"]) / manifest["fingerprint"]
+        return Artifact(folder, manifest, functools.partial(self._fetch, folder, manifest))
+
+    def _fetch(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Make the cache hold this version. Raises ArtifactError naming an object that is not what was published."""
+        try:
+            if json.loads((folder / MANIFEST).read_text()) == manifest:
+                return
+        except (FileNotFoundError, ValueError):
+            pass
+        super().require_space(sum(entry["bytes"] for entry in manifest["files"].values()) + 10_000_000, f"a copy of {manifest['asset']}")
+        with self.staging(manifest["asset"], manifest["partition"]) as staged:
+            for name, entry in manifest["files"].items():
+                target = staged / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._fetch_file(manifest, name, entry["sha256"], target)
+            (staged / MANIFEST).write_text(to_text(manifest))
+            fsync_tree(staged)
+            _replace(staged, folder)
+
+    def _fetch_file(self, manifest: dict[str, Any], name: str, digest: str, target: Path) -> None:
+        key = self._key(manifest["asset"], manifest["partition"], manifest["fingerprint"], manifest["place"], name)
+        where = f"{self._place.protocol}://{key}"
+        fix = f"delete {where.rpartition('/' + manifest['place'])[0]} and materialize {manifest['asset']} again"
+        with self._reached(where):
+            try:
+                self._files.get_file(key, str(target))
+            except FileNotFoundError:
+                raise ArtifactError(where, "is missing", "the file of the manifest", fix) from None
+        if file_sha256(target) != digest:
+            raise ArtifactError(where, "was changed after it was published", f"sha256 {digest[:12]}…", fix)
+
+    def _read_text(self, key: str) -> str | None:
+        with self._reached(f"{self.url}: {key}"):
+            try:
+                return self._files.cat_file(key).decode()
+            except FileNotFoundError:
+                return None
+
+    def versions(self) -> tuple[list[Artifact], list[str]]:
+        with self._reached(self.url):
+            keys = sorted(self._files.glob("/".join((self._place.path.rstrip("/"), "*", "*", "*", MANIFEST))))
+        found, unreadable = list[Artifact](), list[str]()
+        for key in keys:
+            try:
+                found.append(self._artifact(checked(self._read_text(key) or "")))
+            except (ValueError, KeyError, TypeError):
+                unreadable.append(key)
+        return found, unreadable
+
+    def bytes_of(self, artifact: Artifact) -> int:
+        return sum(entry["bytes"] for entry in artifact.manifest["files"].values())
+
+    def remove(self, artifact: Artifact) -> bool:
+        """Delete a version: its manifest first, so that nobody finds half of it; then its files, and the copy here."""
+        asset, partition, version = artifact.asset, artifact.partition, artifact.fingerprint
+        if self.current_name(asset, partition) == version:
+            return False
+        with self._reached(self.url):
+            try:
+                self._files.rm_file(self._key(asset, partition, version, MANIFEST))
+                if self.current_name(asset, partition) == version:  # a run went back to it between the two steps
+                    self._files.pipe_file(self._key(asset, partition, version, MANIFEST), to_text(artifact.manifest).encode())
+                    return False
+                self._files.rm(self._key(asset, partition, version), recursive=True)
+            except FileNotFoundError:
+                return False
+        shutil.rmtree(artifact.folder, ignore_errors=True)
+        return True
+
+    @contextmanager
+    def _reached(self, where: str) -> Iterator[None]:
+        """Tell what an error of the store's client means: the user's to correct, or a fault that may pass."""
+        try:
+            yield
+        except (ArtifactError, StoreUnreachable):
+            raise
+        except FileNotFoundError as error:  # of an object, which its reader expects, or of the whole bucket
+            if "bucket" in str(error).lower():
+                raise ArtifactError(where, "there is no such bucket", "a bucket that exists", "create it, or correct store:") from None
+            raise
+        except ImportError as error:
+            raise ArtifactError(where, f"cannot be read ({error})", "the extra `remote`", 'pip install "ft_assets[remote]"') from None
+        except Exception as error:  # each client has errors of its own, without a common root
+            response: Any = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else str(getattr(error, "code", ""))
+            if isinstance(error, PermissionError) or code in REFUSED or "credential" in str(error).lower():
+                raise ArtifactError(
+                    where, f"the store refuses: {error}", "credentials in the environment, with rights to read and write", "set them"
+                ) from None
+            raise StoreUnreachable(where, f"{type(error).__name__}: {error}") from error
+
+
+def _replace(made: Path, folder: Path) -> None:
+    """Put a folder in another's place; a reader finds the old or the new one whole."""
+    if folder.exists():
+        trash = folder.parent / f"{TRASH}{uuid.uuid4().hex}"
+        os.rename(folder, trash)
+        os.rename(made, folder)
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        os.rename(made, folder)

@@ -1,0 +1,129 @@
+"""What the model card says besides the evaluation: where base and data come from, the recipe, and how to make it again."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ft_assets.artifacts import Artifact
+from ft_assets.assets.workshop import Workshop, library_versions
+from ft_assets.config import Project
+from ft_assets.data.tables import read_table
+
+NO_LICENSE = {"license": None, "name": None, "link": None, "stated_in": None, "derived_from": None}
+TRAINED = ("train_rows", "train_tokens", "supervised_tokens", "pairs", "steps", "seconds", "tokens_per_s", "peak_train_memory_gb")
+
+
+def card_facts(workshop: Workshop, name: str, used: Mapping[str, Artifact], versions: Mapping[str, str]) -> dict[str, Any]:
+    """Return plain data for release/card.py; `used` are the judged artifacts, `versions` what the verdict is bound to."""
+    project, store = workshop.project, workshop.store
+    recipe = project.recipe(name)
+    base, raw, split = used["base_model"], store.need("raw_dataset", None), used["heldout_split"]
+    first = read_table(split.path / "heldout.parquet", limit=1)
+    training: dict[str, Any] = {}
+    for stage, asset in (("SFT", "lora_adapter"), ("DPO", "dpo_adapter")):
+        metrics = used[asset].metrics
+        training |= {f"{stage} {key.replace('_', ' ')}": metrics[key] for key in TRAINED if key in metrics}
+    return {
+        "partition": name,
+        "base": _base(project, name, base),
+        "license": _license(base),
+        "data": _data(raw, split, store.current("raw_preferences", None)),
+        "data_note": _left_out(raw, split),
+        "hub_datasets": _hub_datasets(project),
+        "has_system_turn": bool(first) and first[0]["messages"][0]["role"] == "system",
+        "method": adapter_method(store, name, recipe.lora.method),
+        "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "recipe": recipe.model_dump(mode="json"),
+        "training": training,
+        "yaml": excerpt(project, name),
+        "python": platform.python_version(),
+        "versions": {"ft_assets": importlib.metadata.version("ft_assets"), **library_versions("train")},
+        "bound_to": dict(versions),
+    }
+
+
+def _base(project: Project, name: str, base: Artifact) -> dict[str, Any]:
+    settings, identity = project.base_model(name), base.manifest["settings"].get("identity", {})
+    return {
+        "source": settings.hub or _shareable(settings.gguf or settings.folder or ""),
+        "hub": settings.hub,
+        "revision": identity.get("commit"),
+        "fingerprint": base.data_version,
+        **{key: base.metrics[key] for key in ("architecture", "parameters", "layers", "context")},
+    }
+
+
+def _shareable(place: str) -> str:
+    """Return a path for a public page: of an absolute one only its last part, the rest is this machine's."""
+    return Path(place).name if Path(place).is_absolute() else place
+
+
+def _license(base: Artifact) -> dict[str, Any]:
+    path = base.path / "info" / "license.json"
+    return json.loads(path.read_text()) if path.exists() else NO_LICENSE
+
+
+def _data(raw: Artifact, split: Artifact, preferences: Artifact | None) -> list[dict[str, Any]]:
+    sides = (
+        ("train", "train", "train_rows"),
+        ("validation", "validation", "validation_rows"),
+        ("preference pairs", "preferences", "preference_pairs"),
+        ("held-out", "heldout", "heldout_rows"),
+        ("general prompts", "retention", "retention_rows"),
+    )
+    rows = [{"name": name, "rows": split.metrics.get(key), "fingerprint": split.part_version(part)} for name, part, key in sides]
+    rows.append(
+        {"name": "raw conversations", "rows": raw.metrics.get("conversations_rows"), "fingerprint": raw.part_version("conversations")}
+    )
+    if preferences is not None:
+        rows.append({"name": "raw preferences", "rows": None, "fingerprint": preferences.data_version})
+    return [row for row in rows if row["rows"] != 0]
+
+
+def _left_out(raw: Artifact, split: Artifact) -> str:
+    counts = {
+        "rejected as invalid": raw.metrics.get("rejected", 0),
+        "trained rows left out because they are nearly a held-out or general prompt": split.metrics.get("near_duplicates_removed", 0),
+    }
+    return "; ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def _hub_datasets(project: Project) -> list[str]:
+    given = [place for value in project.data.model_dump(mode="json").values() if isinstance(value, list) for place in value]
+    found = [str(place).removeprefix("hf://datasets/") for place in given if str(place).startswith("hf://datasets/")]
+    return sorted({"/".join(place.partition("@")[0].split("/")[:2]) for place in found})
+
+
+def excerpt(project: Project, name: str) -> str:
+    """Return the finetune.yaml of this base model alone, as far as it was set; paths of this machine shortened."""
+    written = project.model_dump(mode="json", exclude_unset=True, exclude={"base_models", "store", "schedule", "launcher", "release"})
+    base = project.base_model(name).model_dump(mode="json", exclude_unset=True)
+    for key in ("folder", "gguf"):
+        if key in base:
+            base[key] = _shareable(base[key])
+    data = {"data": _shortened(written.pop("data")), "base_models": {name: base}, **written}
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shortened(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shortened(item) for item in value]
+    return _shareable(value) if isinstance(value, str) else value
+
+
+def card_body(card: str) -> str:
+    """Return a card without its front matter, for a page that shows markdown."""
+    return card.split("\n---\n", 1)[-1].lstrip()
+
+
+def adapter_method(store: Any, name: str, otherwise: str) -> str:
+    """Return how the adapter was trained: what the memory plan chose, where it was asked."""
+    adapter = store.current("lora_adapter", name)
+    return str(adapter.metrics.get("method", otherwise)) if adapter else otherwise

@@ -1,0 +1,248 @@
+"""The asset `release`: champion and challenger. Promotion and rollback are one materialization each, and leave a history."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from ft_assets.artifacts import Artifact, verify_files
+from ft_assets.assets.data import OWNERS
+from ft_assets.assets.evaluation import TRAINED, judged, numbers
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
+from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
+from ft_assets.evaluation.gate import require_pass
+from ft_assets.evaluation.sources import read_schema
+from ft_assets.job import StepResult
+from ft_assets.release import champion as rules
+from ft_assets.release.former import adapter_of, find_model, need_champion, need_model
+
+ABOVE = ("eval_report", "merged_model")
+RULE = ("rule", "margin")
+GATE = ("confidence", "metrics", "min_heldout_rows")
+
+
+class ReleaseConfig(dg.Config):
+    """The launchpad's fields: both empty in a usual run, which promotes by rule."""
+
+    rollback_to: str | None = None  # `previous`, or the fingerprint of a former champion's merged_model
+    reason: str = ""  # why; recorded
+
+
+def champion_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
+    """Return the asset `release` and its checks, partitioned by base model."""
+
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[*TRAINED, *(dg.AssetKey(name) for name in ABOVE)],
+        group_name="release",
+        owners=OWNERS,
+        kinds={"huggingface"},
+        code_version="1",
+        pool=GPU_POOL,
+    )
+    def release(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop], config: ReleaseConfig) -> dg.MaterializeResult:
+        """The champion: today's merged model replaces it if it beats the base and is not worse than it on today's held-out rows.
+
+        To roll back, materialize this asset alone with `rollback_to: previous` and a `reason` in the launchpad.
+        """
+        with user_errors():
+            artifact, reused = _roll_back(context, workshop, config) if config.rollback_to else _release(context, workshop)
+            _, merged = need_champion(workshop.store, context.partition_key, f"release[{context.partition_key}]")
+        text = (artifact.path / "release.md").read_text()
+        return result(artifact, reused, serve=dg.MetadataValue.path(str(merged.path)), history=dg.MetadataValue.md(text))
+
+    @dg.asset_check(
+        asset=release,
+        blocking=True,
+        partitions_def=base_models,
+        description="The released model beats its base on today's held-out rows.",
+    )
+    def champion_beats_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Fail if it does not; warn if it was not measured on today's rows (a rollback), or was released by override."""
+        return _beats_base(workshop, context.partition_key)
+
+    @dg.asset_check(
+        asset=release,
+        blocking=True,
+        partitions_def=base_models,
+        description="Every file of the released model is the one that was proven, byte for byte.",
+    )
+    def released_files_are_whole(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Fail naming the first file that is missing or was changed."""
+        name = context.partition_key
+        try:
+            _, merged = need_champion(workshop.store, name, f"release[{name}]")
+            verify_files(merged)
+        except (ReleaseError, ArtifactError) as error:
+            return dg.AssetCheckResult(passed=False, severity=ERROR, description=str(error))
+        files = merged.manifest["files"]
+        size = sum(entry["bytes"] for entry in files.values())
+        return dg.AssetCheckResult(passed=True, description=f"{len(files)} files, {size / 1e9:.2f} GB, all as they were published")
+
+    @dg.asset_check(asset=release, partitions_def=base_models, description="Today's merged model is the released one.")
+    def challenger_was_promoted(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Warn, with the reason, if the champion was kept or rolled back to."""
+        name = context.partition_key
+        released, merged = workshop.store.need("release", name), workshop.store.need("merged_model", name)
+        state = rules.state_of(released)
+        assert state.champion is not None
+        last = state.history[-1]
+        same = rules.identity(merged) == state.champion["identity"]
+        text = f"{last['decision']}: {'; '.join(last['reasons'])}"
+        return dg.AssetCheckResult(passed=same, severity=WARN, description=text)
+
+    return [release], [champion_beats_base, released_files_are_whole, challenger_was_promoted]
+
+
+def _release(context: dg.AssetExecutionContext, workshop: Workshop) -> tuple[Artifact, bool]:
+    name, project, store = context.partition_key, workshop.project, workshop.store
+    where = f"release[{name}]"
+    used, versions = judged(workshop, "release", name)
+    report = store.current("eval_report", name)
+    require_pass(report, versions, project.gate, where)
+    assert report is not None
+    merged = store.need("merged_model", name)
+    _require_made_from(merged, report, where)
+    current = store.current("release", name)
+    state, challenger = rules.state_of(current), rules.describe(merged)
+    settings = {
+        "release": project.release.model_dump(mode="json", include=set(RULE)),
+        "gate": project.gate.model_dump(mode="json", include=set(GATE)),
+        "evaluation": versions["evaluation"],
+    }
+    inputs: dict[str, tuple[Artifact, str | None]] = {"merged_model": (merged, None)}
+    if state.champion is None:
+        return workshop.materialize(
+            context, settings={**settings, "sequence": 1}, inputs=inputs, make=lambda output: _first(output, merged, challenger, context)
+        )
+    assert current is not None
+    if challenger["identity"] == state.champion["identity"]:
+        return workshop.keep(context, current, ABOVE, "today's merged model is the champion")
+    if challenger["identity"] in state.withdrawn:
+        return workshop.keep(context, current, ABOVE, f"it was rolled back: {state.withdrawn[challenger['identity']]}")
+    champion = need_model(store, name, state.champion, where)
+    adapter = adapter_of(store, name, champion)
+    inputs |= {
+        "champion": (champion, None),
+        "base_model": (used["base_model"], None),
+        "eval_report": (report, None),
+        "heldout_split#heldout": (used["heldout_split"], "heldout"),
+        **({"champion_adapter": (adapter, None)} if adapter else {}),
+        **_former(store, name, state),
+    }
+    asked = rules.question(settings, {key: artifact.part_version(part) for key, (artifact, part) in inputs.items()})
+    # The same question has the same fingerprint; the answer to an older one is not found again, for its history is older.
+    sequence = state.sequence if state.question == asked else state.sequence + 1
+    before = state if sequence > state.sequence else rules.State()
+    return workshop.materialize(
+        context,
+        settings={**settings, "sequence": sequence},
+        inputs=inputs,
+        step="release",
+        step_settings={
+            "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
+            "schema": read_schema(project, project.recipe(name).evaluation),
+            "root": str(project.root),
+            "state": vars(before),
+            "challenger": challenger,
+            "question": asked,
+            **_stamp(context),
+        },
+        libraries="infer",
+    )
+
+
+def _stamp(context: dg.AssetExecutionContext) -> dict[str, str]:
+    return {"at": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"), "run_id": context.run_id}
+
+
+def _former(store: Any, name: str, state: rules.State) -> dict[str, tuple[Artifact, str | None]]:
+    """Return the champion before, as an input: what a release is made from is kept by `ft gc`, so that it can be rolled back to."""
+    previous = find_model(store, name, state.previous) if state.previous else None
+    return {"previous_champion": (previous, None)} if previous else {}
+
+
+def _require_made_from(merged: Artifact, report: Artifact, where: str) -> None:
+    if merged.manifest["inputs"]["eval_report"] != report.data_version:
+        raise VerdictError(
+            where,
+            "merged_model was made from another eval_report than the current one",
+            "the merged model of today's verdict",
+            "materialize merged_model again",
+        )
+
+
+def _first(output: Path, merged: Artifact, challenger: rules.Model, context: dg.AssetExecutionContext) -> StepResult:
+    verify_files(merged)
+    decision = rules.Decision(rules.PROMOTED, ["the first release: there is no champion to compare with, and it beats the base"])
+    rules.write_release(output, rules.State(), decision, challenger, challenger, _stamp(context))
+    return StepResult({**_metrics(decision, challenger, 1), **_gain(merged), "measured_today": True}, {"champion": challenger["identity"]})
+
+
+def _metrics(decision: rules.Decision, champion: rules.Model, sequence: int) -> dict[str, Any]:
+    return {
+        "decision": decision.status,
+        "reason": "; ".join(decision.reasons),
+        "champion": champion["merged_model"],
+        "sequence": sequence,
+    }
+
+
+def _gain(merged: Artifact) -> dict[str, Any]:
+    """Return what the merge measured of the file itself against the base."""
+    metrics = merged.metrics
+    return {
+        "champion_gain_mean": metrics["merged_gain"],
+        "champion_gain_low": metrics["merged_gain_low"],
+        "champion_gain_high": metrics["merged_gain_high"],
+        "champion_beats_base": metrics["merged_beats_base"],
+    }
+
+
+def _roll_back(context: dg.AssetExecutionContext, workshop: Workshop, config: ReleaseConfig) -> tuple[Artifact, bool]:
+    name, store = context.partition_key, workshop.store
+    where, state = f"release[{name}]", rules.state_of(store.current("release", name))
+    if not config.reason.strip():
+        raise ReleaseError(
+            where, "a rollback without a reason", "reason: a sentence; it is recorded", "fill in both fields of the launchpad"
+        )
+    target = rules.rollback_target(state, config.rollback_to or "", where)
+    champion = need_model(store, name, target, where)
+    assert state.champion is not None
+    left = need_model(store, name, state.champion, where) if find_model(store, name, state.champion) else None
+    withdrawn = {key: why for key, why in state.withdrawn.items() if key != target["identity"]}
+    withdrawn[state.champion["identity"]] = config.reason
+
+    def make(output: Path) -> StepResult:
+        verify_files(champion)
+        decision = rules.Decision(rules.ROLLED_BACK, [config.reason])
+        rules.write_release(output, state, decision, target, state.champion or {}, {**_stamp(context), "withdrawn": withdrawn})
+        metrics = {**_metrics(decision, target, state.sequence + 1), **_gain(champion), "measured_today": False}
+        return StepResult(metrics, {"champion": target["identity"]})
+
+    settings = {"rollback_to": target["identity"], "reason": config.reason, "sequence": state.sequence + 1}
+    inputs: dict[str, tuple[Artifact, str | None]] = {"champion": (champion, None)}
+    return workshop.materialize(
+        context, settings=settings, inputs=inputs | ({"previous_champion": (left, None)} if left else {}), make=make
+    )
+
+
+def _beats_base(workshop: Workshop, name: str) -> dg.AssetCheckResult:
+    released, merged = workshop.store.need("release", name), workshop.store.current("merged_model", name)
+    champion = rules.state_of(released).champion
+    assert champion is not None
+    metrics = dict(released.metrics)
+    today = merged is not None and rules.identity(merged) == champion["identity"]
+    if today and merged is not None:  # made again for today's rows, with the same weights
+        metrics |= _gain(merged)
+    measured = today or metrics["measured_today"]
+    gain = {key: metrics[f"champion_gain_{key}"] for key in ("mean", "low", "high")}
+    passed = bool(metrics["champion_beats_base"]) and measured
+    text = f"{workshop.project.recipe(name).evaluation.metric} {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    if not measured:
+        text += "; measured when it was merged, not on today's rows: it was rolled back to"
+    if champion["override"]:
+        text += f"; released by override: {champion['override']}"
+    lenient = not measured or champion["override"]
+    return dg.AssetCheckResult(passed=passed, severity=WARN if lenient else ERROR, description=text, metadata=numbers(gain))

@@ -1,0 +1,110 @@
+"""The asset `export`: the champion in the forms that serve it, each asked what the merged model was asked."""
+
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+from typing import Any
+
+import dagster as dg
+
+from ft_assets.assets.card_facts import NO_LICENSE
+from ft_assets.assets.data import OWNERS
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
+from ft_assets.errors import ReleaseError
+from ft_assets.release.former import adapter_of, by_content, need_champion
+
+
+def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
+    """Return the asset and its checks, partitioned by base model."""
+
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[dg.AssetKey("release"), dg.AssetKey("heldout_split"), dg.AssetKey("base_model")],
+        group_name="release",
+        owners=OWNERS,
+        kinds={"gguf"},
+        code_version="1",
+        pool=GPU_POOL,
+    )
+    def export(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
+        """Serving forms of the champion: GGUF with an Ollama Modelfile, NF4, the adapter alone; each answers as it should."""
+        name, project, store = context.partition_key, workshop.project, workshop.store
+        with user_errors():
+            where = f"export[{name}]"
+            released, champion = need_champion(store, name, where)
+            base = by_content(store, "base_model", name, champion.manifest["inputs"]["base_model"])
+            if base is None:
+                raise ReleaseError(where, "the champion's base is not in the store any more", "its base_model", "restore it from a backup")
+            adapter, split = adapter_of(store, name, champion), store.need("heldout_split", name)
+            license_ = base.path / "info" / "license.json"
+            llama_cpp = project.release.llama_cpp
+            settings = {
+                "forms": project.release.forms,
+                "smoke_rows": project.release.smoke_rows,
+                "max_new_tokens": project.recipe(name).evaluation.max_new_tokens,
+                "tools": _tools(),
+            }
+            size = sum(entry["bytes"] for entry in champion.manifest["files"].values())
+            artifact, reused = workshop.materialize(
+                context,
+                settings=settings,
+                inputs={
+                    "release#champion": (released, "champion"),
+                    "champion": (champion, None),
+                    "base_model": (base, None),
+                    "heldout_split#heldout": (split, "heldout"),
+                    **({"champion_adapter": (adapter, None)} if adapter else {}),
+                },
+                step="export",
+                step_settings={
+                    "facts": {
+                        "name": name,
+                        "license": (json.loads(license_.read_text()) if license_.exists() else NO_LICENSE)["license"],
+                        "llama_cpp": str(project.path(llama_cpp)) if llama_cpp else None,
+                        "base": project.base_model(name).hub or str(base.path),
+                    }
+                },
+                libraries="infer",
+                space=size * max(1, len(project.release.forms or [1])) + 100_000_000,
+            )
+        return result(artifact, reused, forms_and_how_to_serve_them=dg.MetadataValue.md((artifact.path / "README.md").read_text()))
+
+    @dg.asset_check(
+        asset=export,
+        blocking=True,
+        partitions_def=base_models,
+        description="Each exported form answers held-out prompts as the merged model does.",
+    )
+    def forms_answer_alike(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Fail below release.min_form_agreement or if template, stop tokens or tokens were lost; warn of a form that was refused."""
+        document = json.loads((workshop.store.need("export", context.partition_key).path / "export.json").read_text())
+        return verdict_on_forms(document, workshop.project.release.min_form_agreement)
+
+    return [export], [forms_answer_alike]
+
+
+def verdict_on_forms(document: dict[str, Any], least: float) -> dg.AssetCheckResult:
+    """Return the check's result for an export.json."""
+    made = [entry for entry in document["forms"] if not entry["refused"]]
+    refused = [f"{entry['form']} refused: {entry['refused']}" for entry in document["forms"] if entry["refused"]]
+    bad = [
+        f"{entry['form']} by {reader}: {share:.2f} of {document['asked']} greedy answers equal the merged model's, at least {least}"
+        for entry in made
+        for reader, share in entry["agreement"].items()
+        if share < least
+    ]
+    bad += [f"{entry['form']}: {name} not carried over" for entry in made for name, good in entry["carried_over"].items() if not good]
+    good = [f"{entry['form']} {', '.join(f'{reader} {share:.2f}' for reader, share in entry['agreement'].items())}" for entry in made]
+    nothing = [f"nothing exported: {document['skipped']}"] if document["skipped"] else []
+    return dg.AssetCheckResult(
+        passed=not bad and not refused,
+        severity=ERROR if bad else WARN,
+        description="; ".join(bad or [*refused, *good, *nothing]) or "no forms asked for",
+    )
+
+
+def _tools() -> dict[str, str | None]:
+    """Return what decides whether Q4_K_M can be made and whether llama.cpp reads along."""
+    binding = importlib.metadata.version("llama-cpp-python") if importlib.util.find_spec("llama_cpp") else None
+    return {"llama-quantize": shutil.which("llama-quantize"), "llama-cpp-python": binding}

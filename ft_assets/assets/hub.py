@@ -1,0 +1,38 @@
+"""The asset `hub_model`: the champion on the hub. It is in the graph only if `release.push` names a repository."""
+
+import dagster as dg
+
+from ft_assets.assets.data import OWNERS
+from ft_assets.assets.workshop import Workshop, result, user_errors
+from ft_assets.config import PushSettings
+from ft_assets.release.former import need_champion
+
+
+def hub_assets(base_models: dg.PartitionsDefinition, push: PushSettings | None) -> list[dg.AssetsDefinition]:
+    """Return the asset, partitioned by base model; none without a repository."""
+    if push is None:
+        return []
+
+    @dg.asset(
+        partitions_def=base_models,
+        deps=[dg.AssetKey("release")],
+        group_name="release",
+        owners=OWNERS,
+        kinds={"huggingface"},
+        code_version="1",
+    )
+    def hub_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
+        """The champion in a hub repository, private by default. Pushed once for each champion; the token is HF_TOKEN's."""
+        name = context.partition_key
+        with user_errors():
+            released, champion = need_champion(workshop.store, name, f"hub_model[{name}]")
+            chosen = {"repo": push.repo.replace("{base_model}", name), "private": push.private}
+            artifact, reused = workshop.materialize(
+                context,
+                settings={"push": chosen},
+                inputs={"release#champion": (released, "champion"), "champion": (champion, None)},
+                step="push",
+            )
+        return result(artifact, reused)
+
+    return [hub_model]

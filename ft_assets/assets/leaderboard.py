@@ -1,0 +1,115 @@
+"""The leaderboard: one table and one picture over all base models on the same held-out rows.
+
+A base model that failed neither blocks nor hides the others: it stands in the table with its reason.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow.parquet as pq
+
+from ft_assets.artifacts import Artifact
+from ft_assets.assets.data import OWNERS
+from ft_assets.assets.workshop import Workshop, result, user_errors
+from ft_assets.errors import FtError
+from ft_assets.evaluation.leaderboard import Entry, failed_entry, judged_entry, rank, table
+from ft_assets.evaluation.plots import data_uri, leaderboard_plot
+from ft_assets.job import Job, StepResult
+
+CHAIN = ("base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter", "eval_report")
+
+
+def leaderboard_asset() -> dg.AssetsDefinition:
+    """Return the asset; it is not partitioned."""
+
+    @dg.asset(
+        deps=[dg.AssetKey(name) for name in ("eval_report", "merged_model", "release")],
+        group_name="release",
+        owners=OWNERS,
+        kinds={"table"},
+        code_version="2",
+    )
+    def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
+        """All base models on the same held-out rows: score, gain, what was forgotten, memory, time and size; failures with their reason."""
+        entries = [entry_of(workshop, name) for name in workshop.project.base_models]
+        ranked = rank(entries)
+
+        def make(output: Path) -> StepResult:
+            (output / "leaderboard.json").write_text(json.dumps(ranked, indent=1, ensure_ascii=False))
+            (output / "leaderboard.md").write_text(table(ranked))
+            (output / "info").mkdir()
+            drawn = [entry for entry in ranked if entry["rank"]]
+            (output / "info" / "picture.txt").write_text(data_uri(leaderboard_plot(drawn)) if drawn else "")
+            best = drawn[0]["name"] if drawn else None
+            return StepResult({"base_models": len(ranked), "judged": sum(bool(entry["verdict"]) for entry in ranked), "best": best})
+
+        with user_errors():
+            reports = {name: workshop.store.current("eval_report", name) for name in workshop.project.base_models}
+            known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
+            artifact, reused = workshop.materialize(context, settings={"entries": ranked}, inputs=known, make=make)
+        picture = (artifact.path / "info" / "picture.txt").read_text()
+        text = (artifact.path / "leaderboard.md").read_text()
+        shown = f"![leaderboard]({picture})\n\n{text}" if picture else text
+        return result(artifact, reused, leaderboard=dg.MetadataValue.md(shown))
+
+    return leaderboard
+
+
+def entry_of(workshop: Workshop, name: str) -> Entry:
+    """Return what the store knows of a base model."""
+    store = workshop.store
+    report = store.current("eval_report", name)
+    if report is None:
+        return failed_entry(name, why_not_judged(workshop, name))
+    try:
+        numbers = json.loads((report.path / "report.json").read_text())
+        rows = pq.read_table(report.path / "rows.parquet", columns=["candidate", "id"]).to_pylist()
+    except (OSError, ValueError) as error:
+        return failed_entry(name, f"its eval_report cannot be read ({type(error).__name__}): make it again")
+    ids = [row["id"] for row in rows if row["candidate"] == "base"]
+    return judged_entry(name, numbers, workshop.project.gate, ids, _costs(workshop, name, report), _serves(workshop, name))
+
+
+def _costs(workshop: Workshop, name: str, report: Artifact) -> dict[str, Any]:
+    store = workshop.store
+    trained = [store.current(asset, name) for asset in ("lora_adapter", "dpo_adapter")]
+    metrics = [artifact.metrics for artifact in trained if artifact is not None]
+    merged = store.current("merged_model", name) or store.current("base_model", name)
+    memory = [entry["peak_train_memory_gb"] for entry in metrics if entry.get("peak_train_memory_gb")]
+    weights = [entry["bytes"] for file, entry in merged.manifest["files"].items() if file.endswith(".safetensors")] if merged else []
+    return {
+        "memory_gb": max(memory, default=None),
+        "gpu_seconds": round(sum(entry.get("seconds") or 0.0 for entry in metrics) + (report.metrics.get("seconds") or 0.0), 1),
+        "train_tokens_per_s": metrics[0].get("tokens_per_s") if metrics else None,
+        "answer_tokens_per_s": report.metrics.get("tokens_per_s"),
+        "bytes": sum(weights) or None,
+    }
+
+
+def _serves(workshop: Workshop, name: str) -> str:
+    released = workshop.store.current("release", name)
+    if released is not None:
+        return f"`{released.metrics['champion'][:8]}`"
+    return "merged, not released" if workshop.store.current("merged_model", name) else "–"
+
+
+def why_not_judged(workshop: Workshop, name: str) -> str:
+    """Return how far a base model came, and the last error that a step of it left."""
+    store = workshop.store
+    missing = next(asset for asset in CHAIN if asset == CHAIN[-1] or store.current(asset, name) is None)
+    error = _last_error(workshop, name, missing)
+    return f"{missing} has not been made" + (f" ({error})" if error else "")
+
+
+def _last_error(workshop: Workshop, name: str, asset: str) -> str | None:
+    """Return what the newest failed step of this asset and base model said, in one line."""
+    found = []
+    for file in (workshop.store.root / ".work" / "jobs").glob(f"{asset}-*/error.json"):
+        try:
+            if Job.model_validate_json((file.parent / "job.json").read_text()).partition == name:
+                found.append((file.stat().st_mtime, str(FtError.from_dict(json.loads(file.read_text()))).splitlines()[0]))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(found)[1] if found else None

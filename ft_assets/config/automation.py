@@ -1,0 +1,48 @@
+"""`schedule:`, `freshness:` and `alerts:` of finetune.yaml: what happens without a person. None of it decides the content of anything."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from ft_assets.config.section import Section
+
+# Only the name: the value is in the environment of webserver and daemon, and nowhere else.
+Variable = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$")]
+
+
+class ScheduleSettings(Section):
+    cron: str = Field(description='When to retrain, e.g. "0 3 * * 1".')
+    timezone: str = "UTC"
+
+
+class FreshnessSettings(Section):
+    warn_after_hours: float = Field(default=24 * 7, gt=0, description="A report or merged model older than this is shown as ageing.")
+    fail_after_hours: float = Field(default=24 * 14, gt=0, description="Older than this: as overdue.")
+
+
+class WebhookSettings(Section):
+    url_env: Variable = Field(description="Name of the environment variable that holds the URL (which is a secret with most services).")
+
+
+class SlackSettings(Section):
+    token_env: Variable = Field(description="Name of the environment variable that holds the bot token.")
+    channel: str = Field(description='E.g. "#models".')
+
+
+class EmailSettings(Section):
+    password_env: Variable = Field(description="Name of the environment variable that holds the SMTP password.")
+    sender: str
+    to: list[str] = Field(min_length=1)
+    smtp_host: str
+    smtp_port: int | None = None
+    smtp_type: Literal["SSL", "STARTTLS"] = "SSL"
+    smtp_user: str | None = Field(default=None, description="By default the sender.")
+
+
+class AlertSettings(Section):
+    """Who is told of a failed run or verdict."""
+
+    ui_url: str | None = Field(default=None, description="Where the UI is reached, for links, e.g. https://graph.example.org.")
+    webhook: WebhookSettings | None = None
+    slack: SlackSettings | None = None
+    email: EmailSettings | None = None

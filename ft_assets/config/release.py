@@ -1,0 +1,32 @@
+"""`release:` of finetune.yaml: when a challenger replaces the champion, which forms are made to serve it, where it is pushed."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ft_assets.config.section import Section
+
+Form = Literal["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "nf4", "awq", "adapter"]
+
+
+class PushSettings(Section):
+    repo: str = Field(
+        description="Hub repository, owner/name; {base_model} stands for the partition. The token is HF_TOKEN of the environment."
+    )
+    private: bool = True
+
+
+class ReleaseSettings(Section):
+    rule: Literal["not_worse", "better"] = Field(
+        default="not_worse", description="Against the champion, paired: not worse by more than `margin`, or proven better."
+    )
+    margin: float = Field(default=0.05, ge=0, description="How far below the champion the interval may reach, in evaluation.metric.")
+    forms: list[Form] | None = Field(
+        default=None, description="Serving forms to export. Default: gguf-q8_0 where the architecture can be written, else none."
+    )
+    smoke_rows: int = Field(default=16, ge=1, description="Held-out prompts that each exported form answers.")
+    min_form_agreement: float = Field(
+        default=0.5, ge=0, le=1, description="Share of greedy answers that must equal the merged model's, of each form."
+    )
+    llama_cpp: str | None = Field(default=None, description="Folder of llama.cpp with convert_hf_to_gguf.py and llama-quantize.")
+    push: PushSettings | None = None

@@ -1,0 +1,46 @@
+"""Training on all GPUs of this machine: one process a GPU, which Hugging Face Accelerate joins to DDP or FSDP.
+
+The environment of each process is what `accelerate launch` would set; the processes are ours (see local.py). Steps that
+do not train run in one process.
+"""
+
+import os
+import sys
+
+from ft_assets.config.launcher import AccelerateSettings
+from ft_assets.errors import ConfigError
+from ft_assets.job import Job
+from ft_assets.launchers.base import TRAINING_STEPS
+from ft_assets.launchers.local import LocalLauncher, free_port
+
+
+class AccelerateLauncher(LocalLauncher):
+    """Runs training steps as `processes` ranks, by default one for each GPU."""
+
+    def __init__(self, settings: AccelerateSettings) -> None:
+        self.settings = settings
+
+    def ranks(self, job: Job) -> list[dict[str, str]]:
+        count = self._count()
+        if job.step not in TRAINING_STEPS or count == 1:
+            return [{}]
+        common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        if not gpu_count():  # gloo asks for the address of the host's name, which need not resolve
+            common |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")}
+            common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
+        return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+    def _count(self) -> int:
+        gpus = gpu_count()
+        count = self.settings.processes or gpus or 1
+        if gpus and count > gpus:
+            raise ConfigError("launcher.processes", str(count), f"at most the {gpus} GPUs of this machine", "lower it, or leave it out")
+        return count
+
+
+def gpu_count() -> int:
+    """Return how many GPUs this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else NVIDIA's device files."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        names = [name for name in visible.split(",") if name.strip()]
+        return len(names[: names.index("-1")] if "-1" in names else names)
+    return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]) if os.path.isdir("/dev") else 0  # noqa: PTH112, PTH208

@@ -1,0 +1,105 @@
+"""A step as child processes of this machine: one, or a group of ranks that train together and end together.
+
+Why not the stock Pipes client: its messages arrive only at the end. Why not `accelerate launch` or torchrun around the
+ranks: they start each rank in a session of its own without our lifeline, so that a killed launcher leaves them training.
+Here each rank holds the lifeline itself, and the first that fails takes the others with it.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ft_assets.job import Job, StepResult
+from ft_assets.launchers.base import OnProgress, ProgressReader, outcome, prepare
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = (20.0, 5.0)  # after INT (time for a checkpoint), after TERM
+LAST_WORDS_SECONDS = 5.0  # a rank that failed waits for nobody, but the others may be about to say why
+
+
+class LocalLauncher:
+    """Runs a step as `python -m ft_assets.steps.<step> job.json` and streams its progress."""
+
+    def command(self, job_file: Path, job: Job) -> list[str]:
+        return [sys.executable, "-m", f"ft_assets.steps.{job.step}", str(job_file)]
+
+    def ranks(self, job: Job) -> list[dict[str, str]]:
+        """Return what each process gets in its environment besides; one process a rank."""
+        return [{}]
+
+    def run(self, job: Job, on_progress: OnProgress) -> StepResult:
+        """Run the job to its end. Raises the step's own FtError, StepFailed or StepLost; stops all on interrupt."""
+        job_file = prepare(job)
+        read_end, write_end = os.pipe()  # the lifeline: a child ends when our end closes, also if we are killed
+        environment = {**os.environ, "FT_LIFELINE_FD": str(read_end), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            with job.log_file.open("wb") as log:
+                for rank in self.ranks(job):
+                    processes.append(_start(self.command(job_file, job), {**environment, **rank}, read_end, log.fileno()))
+            os.close(read_end)
+            code = _follow(processes, ProgressReader(job, on_progress))
+        finally:
+            stop(processes)
+            os.close(write_end)
+        return outcome(job, code)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], lifeline: int, log: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        pass_fds=(lifeline,),
+        start_new_session=True,
+    )
+
+
+def _follow(processes: Sequence[subprocess.Popen[bytes]], progress: ProgressReader) -> int:
+    """Pass progress on until all ended or one failed. Returns 0, or the code that says most: a signal before an exit code."""
+    failed_at: float | None = None
+    while True:
+        codes = [process.poll() for process in processes]
+        progress()
+        if all(code is not None for code in codes) or (failed_at and time.monotonic() - failed_at > LAST_WORDS_SECONDS):
+            break
+        if failed_at is None and any(codes):
+            failed_at = time.monotonic()
+        time.sleep(POLL_SECONDS)
+    return min((code for code in codes if code), default=0)
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Stop processes that lead a group each, with all their children: INT (checkpoint), TERM, KILL."""
+    for signum, grace in zip((signal.SIGINT, signal.SIGTERM), GRACE_SECONDS, strict=True):
+        alive = [process for process in processes if process.poll() is None]
+        for process in alive:
+            _signal(process, signum)
+        deadline = time.monotonic() + grace
+        for process in alive:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        if process.poll() is None or process.returncode:  # of a step that failed, children may still be there
+            _signal(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], signum: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signum)
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,55 @@
+"""Find the artifacts of a released model again: the champion of months ago is a version in the store like any other."""
+
+from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.errors import ReleaseError
+from ft_assets.release.champion import Model, state_of
+
+
+def find_model(store: ArtifactStore, partition: str, model: Model) -> Artifact | None:
+    """Return the merged model that a release names: by fingerprint, else another version with the same content."""
+    found = store.find("merged_model", partition, model["merged_model"])
+    return found or by_content(store, "merged_model", partition, model["data_version"])
+
+
+def by_content(store: ArtifactStore, asset: str, partition: str, data_version: str) -> Artifact | None:
+    """Return a version of an asset with this content, or None."""
+    for folder in sorted((store.root / asset / partition).glob("[!.]*/manifest.json")):
+        artifact = store.find(asset, partition, folder.parent.name)
+        if artifact is not None and artifact.data_version == data_version:
+            return artifact
+    return None
+
+
+def need_champion(store: ArtifactStore, partition: str, where: str) -> tuple[Artifact, Artifact]:
+    """Return (the release, the merged model that it releases). Raises ReleaseError if nothing is released or it is gone."""
+    release = store.current("release", partition)
+    if release is None:
+        raise ReleaseError(
+            where,
+            "nothing is released: no model of this base has passed the gate and been promoted",
+            "a release",
+            f"ft run --base {partition}; if it stops, ft report says why",
+        )
+    champion = state_of(release).champion
+    assert champion is not None, "a release has a champion"
+    return release, need_model(store, partition, champion, where)
+
+
+def need_model(store: ArtifactStore, partition: str, model: Model, where: str) -> Artifact:
+    """Return a released merged model. Raises ReleaseError if the store has it no more."""
+    found = find_model(store, partition, model)
+    if found is None:
+        raise ReleaseError(
+            where,
+            f"the merged model {model['merged_model']} is not in the store any more",
+            "its folder below merged_model/",
+            "restore it from a backup, or roll back to another champion",
+        )
+    return found
+
+
+def adapter_of(store: ArtifactStore, partition: str, merged: Artifact) -> Artifact | None:
+    """Return the adapter that a merged model was made from, None if the store has it no more."""
+    version = merged.manifest["inputs"]["adapter"]
+    found = (by_content(store, asset, partition, version) for asset in ("lora_adapter", "dpo_adapter"))
+    return next((artifact for artifact in found if artifact is not None), None)

@@ -1,0 +1,96 @@
+"""The forms in which a released model is served, each in a folder of its own, with the line that serves it.
+
+A form that cannot be made here is refused with the reason; nothing is left out silently.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ft_assets.errors import ReleaseError
+from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.release.export_gguf import quantize_q4_k_m, write_gguf
+
+GGUF = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m")
+
+
+def make_form(form: str, merged: Path, base: Path, adapter: Path | None, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write a form to `output` and return what there is to say of it. Raises ReleaseError where it cannot be made.
+
+    facts: {"name", "license", "llama_cpp", "base"}: the partition, the licence identifier or None, a folder or None, and what
+    the base is called.
+    """
+    output.mkdir(parents=True)
+    if form in GGUF:
+        return _gguf(form, merged, output, facts)
+    if form == "nf4":
+        return _nf4(merged, output)
+    if form == "adapter":
+        return _adapter(base, adapter, output, facts)
+    raise ReleaseError(
+        f"release.forms: {form}",
+        "no kept library writes AWQ beside these versions: llmcompressor wants an older transformers, autoawq is no longer maintained",
+        "a form that can be made and tested here",
+        "use nf4 or a GGUF form; or run llmcompressor on the merged model in an environment of its own",
+    )
+
+
+def _gguf(form: str, merged: Path, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    file = output / f"{facts['name']}-{form.removeprefix('gguf-').upper()}.gguf"
+    llama_cpp = Path(facts["llama_cpp"]) if facts["llama_cpp"] else None
+    if form == "gguf-q4_k_m":
+        whole = output / ".f16.gguf"
+        write_gguf(merged, whole, "f16", facts["name"], facts["license"], llama_cpp)
+        try:
+            made = quantize_q4_k_m(whole, file, llama_cpp)
+        finally:
+            whole.unlink()
+    else:
+        made = write_gguf(merged, file, form.removeprefix("gguf-"), facts["name"], facts["license"], llama_cpp)
+    (output / "Modelfile").write_text(modelfile(file.name, merged))
+    return {**made, "file": file.name, "serve": [f"ollama create {facts['name']} -f Modelfile", f"llama-server -m {file.name} --jinja"]}
+
+
+def modelfile(gguf: str, merged: Path) -> str:
+    """Return an Ollama Modelfile. No TEMPLATE: Ollama's is a Go template, and a Jinja template that is translated by hand is
+    the classic way to make a good model talk nonsense; without one Ollama reads the template in the GGUF file."""
+    tokenizer = load_tokenizer(merged)
+    stops = [tokenizer.convert_ids_to_tokens(stop) for stop in sorted(stop_ids(merged))]
+    return "\n".join(
+        [
+            f"FROM ./{gguf}",
+            "# No TEMPLATE: Ollama uses the chat template inside the GGUF file, which is the one that was proven.",
+            "PARAMETER temperature 0",
+            *[f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops],
+            "",
+        ]
+    )
+
+
+def _nf4(merged: Path, output: Path) -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ReleaseError("release.forms: nf4", "bitsandbytes is not installed", "bitsandbytes", "pip install bitsandbytes")
+    model = load_base(merged, quantized=True)
+    model.save_pretrained(output)  # before any forward pass: on some CPUs that repacks the weights for good
+    for path in merged.iterdir():
+        if path.is_file() and path.name.startswith(("tokenizer", "chat_template", "generation_config", "special_tokens", "README")):
+            shutil.copy2(path, output / path.name)
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    return {"bytes": size, "writer": "bitsandbytes", "notes": [], "serve": [f"vllm serve {output.name}  # NF4 is read as it is"]}
+
+
+def _adapter(base: Path, adapter: Path | None, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    if adapter is None or not (adapter / "adapter_config.json").is_file():
+        raise ReleaseError(
+            "release.forms: adapter", "the adapter of this model is not in the store", "a LoRA adapter", "materialize lora_adapter again"
+        )
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy2(adapter / name, output / name)
+    config = json.loads((output / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = facts["base"]
+    (output / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    line = f"vllm serve {facts['base']} --enable-lora --max-lora-rank {config['r']} --lora-modules {facts['name']}=./adapter"
+    note = "on the original base: its chat template must be the one that was trained with"
+    return {"bytes": (output / "adapter_model.safetensors").stat().st_size, "writer": "peft", "notes": [note], "serve": [line]}

@@ -1,0 +1,23 @@
+"""Step: push the champion to the hub."""
+
+import json
+
+from ft_assets.artifacts import Artifact, verify_files
+from ft_assets.job import Job, Report, StepResult
+from ft_assets.release.push import push
+from ft_assets.steps._run import main
+
+
+def step(job: Job, report: Report) -> StepResult:
+    folder = job.inputs["champion"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    verify_files(Artifact(folder, manifest))
+    repo, private = job.settings["push"]["repo"], job.settings["push"]["private"]
+    commit = push(folder, repo, private, f"merged_model {manifest['fingerprint']}")
+    report("pushed", repo=repo, commit=commit)
+    (job.output / "push.json").write_text(json.dumps({"repo": repo, "private": private, "commit": commit}, indent=1))
+    return StepResult({"repo": repo, "private": private, "commit": commit, "merged_model": manifest["fingerprint"]})
+
+
+if __name__ == "__main__":
+    main(step)

@@ -1,0 +1,104 @@
+"""Step: score champion and challenger, read from disk, on today's held-out rows, and decide which one is released."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ft_assets.artifacts import Artifact, verify_files
+from ft_assets.config import EvaluationSettings, GateSettings, ReleaseSettings
+from ft_assets.data.tables import read_table
+from ft_assets.errors import ReleaseError
+from ft_assets.evaluation.candidates import Rows, Scorer, Task
+from ft_assets.evaluation.references import with_references
+from ft_assets.evaluation.report import compare_columns, score_columns
+from ft_assets.evaluation.verdict import beats
+from ft_assets.job import Job, Report, StepResult
+from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.release.champion import PROMOTED, State, decide_release, write_release
+from ft_assets.steps._run import main
+from ft_assets.training.adapter import TRAINED_GROUPS
+
+
+def step(job: Job, report: Report) -> StepResult:
+    settings = EvaluationSettings.model_validate(job.settings["evaluation"])
+    gate, rule = GateSettings.model_validate(job.settings["gate"]), ReleaseSettings.model_validate(job.settings["release"])
+    before, metric = State(**job.settings["state"]), settings.metric
+    for name in ("merged_model", "champion"):
+        manifest = json.loads((job.inputs[name] / "manifest.json").read_text())
+        verify_files(Artifact(job.inputs[name], manifest))
+    heldout = with_references(load_tokenizer(job.inputs["base_model"]), read_table(job.inputs["heldout_split"] / "heldout.parquet"))
+    rows = unseen(heldout, job.inputs.get("champion_adapter"))
+    if len(rows) < gate.min_heldout_rows:
+        raise ReleaseError(
+            f"release[{job.partition}]",
+            f"the champion was trained on {len(heldout) - len(rows)} of today's {len(heldout)} held-out rows; {len(rows)} are left",
+            f"at least {gate.min_heldout_rows} rows that neither model has seen (gate.min_heldout_rows)",
+            "add held-out rows, or set the split back to what it was",
+        )
+    base = judged_rows(job.inputs["eval_report"], "base", rows)
+    task = Task(rows, [], [], [], None, settings, job.settings["schema"], Path(job.settings["root"]))
+    scored = {name: _score(job.inputs[path], task, base) for name, path in (("champion", "champion"), ("challenger", "merged_model"))}
+    for name, its in scored.items():
+        report(name, **{metric: round(statistics.fmean(row[metric] for row in its), 4)})
+
+    def compare(one: Rows, other: Rows) -> dict[str, Any]:
+        measured = {name: values for name, values in score_columns(one).items() if name in settings.metric_names()}
+        return compare_columns(measured, score_columns(other), gate.confidence, settings.seed)
+
+    against, today = compare(scored["challenger"], scored["champion"]), compare(scored["champion"], base)[metric]
+    decision = decide_release(against, today, metric, gate, rule)
+    challenger, old = job.settings["challenger"], before.champion
+    assert old is not None, "the step compares with a champion"
+    champion = challenger if decision.status == PROMOTED else old
+    serving = compare(scored["challenger"], base)[metric] if decision.status == PROMOTED else today
+    numbers = {
+        "rows": len(rows),
+        "rows_the_champion_was_trained_on": len(heldout) - len(rows),
+        "scores": {name: statistics.fmean(row[metric] for row in its) for name, its in scored.items()},
+        "challenger_against_champion": against[metric],
+        "champion_against_base": today,
+    }
+    stamp = {key: job.settings[key] for key in ("at", "run_id", "question")}
+    write_release(job.output, before, decision, champion, challenger, {**stamp, "comparison": numbers})
+    return StepResult(
+        {
+            "decision": decision.status,
+            "reason": "; ".join(decision.reasons),
+            "champion": champion["merged_model"],
+            "sequence": before.sequence + 1,
+            "heldout_rows": len(rows),
+            "rows_left_out": len(heldout) - len(rows),
+            **{f"{name}_{metric}": round(value, 4) for name, value in numbers["scores"].items()},
+            **{f"champion_gain_{key}": round(serving[key], 4) for key in ("mean", "low", "high")},
+            "champion_beats_base": beats(serving, gate.confidence),
+            "measured_today": True,
+        },
+        {"champion": champion["identity"]},
+    )
+
+
+def unseen(rows: Rows, adapter: Path | None) -> Rows:
+    """Return the rows that a former champion's adapter was not trained on: a changed split may have moved them."""
+    listed = adapter / TRAINED_GROUPS if adapter else None
+    seen = set(json.loads(listed.read_text())) if listed and listed.is_file() else set()
+    return [row for row in rows if row["group"] not in seen]
+
+
+def judged_rows(report: Path, candidate: str, rows: Rows) -> Rows:
+    """Return the evaluation's scored rows of one candidate, in the order of `rows`."""
+    table = pq.read_table(report / "rows.parquet", filters=[("candidate", "=", candidate)])
+    found = {row["id"]: row for row in table.to_pylist()}
+    return [found[row["id"]] for row in rows]
+
+
+def _score(folder: Path, task: Task, base: Rows) -> Rows:
+    """Return a merged model's own scored rows, with its own tokenizer and template."""
+    scorer = Scorer(load_base(folder), load_tokenizer(folder), stop_ids(folder), task)
+    return scorer.heldout(scorer.tokenized(task.heldout), base)
+
+
+if __name__ == "__main__":
+    main(step)

@@ -1,0 +1,148 @@
+"""Whole checkpoints or none: written beside, fsynced, renamed; read only if every file has the size it was written with.
+
+Not here: when one is written (`save_steps`), and what is done with it (`run.py`).
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer import Trainer
+
+from ft_assets.errors import ArtifactError, TrainingError
+from ft_assets.job import Report
+
+WRITING = ".writing"
+FILES = "whole.json"
+KEPT = 2
+# What torch.save and safetensors say where the operating system says ENOSPC.
+FULL = ("No space left", "PytorchStreamWriter failed", "inline_container.cc", "iostream error")
+
+
+class WholeCheckpoints(Trainer):
+    """Mixin before a TRL trainer: a checkpoint appears under its name when all of it is on the disk.
+
+    Raises TrainingError instead of writing weights that are not finite, ArtifactError when the disk is full; what was
+    written before stays.
+    """
+
+    _writing = False
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: ours stands on the merged model."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / WRITING) if self._writing else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        unsound = [name for name, weight in model.named_parameters() if weight.requires_grad and not torch.isfinite(weight).all()]
+        if unsound:
+            raise TrainingError(
+                f"step {self.state.global_step}",
+                f"{len(unsound)} trained weights are not finite, e.g. {unsound[0]}",
+                "finite weights",
+                "lower learning_rate or max_grad_norm; the checkpoint before it is kept",
+            )
+        home = Path(super()._get_output_dir(trial))
+        staged = home / WRITING / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(home / WRITING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_folder(staged, home / staged.name)
+                rotate(home)
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            shutil.rmtree(home / WRITING, ignore_errors=True)
+            raise full_disk(home, f"the checkpoint of step {self.state.global_step}") from error
+        finally:
+            self._writing = False
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Return whether a write failed for want of space: safetensors and torch.save raise errors of their own for it."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if getattr(chain, "errno", None) == errno.ENOSPC or any(words in str(chain) for words in FULL):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def full_disk(folder: Path, what: str) -> ArtifactError:
+    return ArtifactError(
+        str(folder),
+        f"the disk is full: {what} could not be written",
+        "free space",
+        "free some space, or set store: to another disk; a rerun continues from the checkpoint before it",
+    )
+
+
+def publish_folder(staged: Path, final: Path) -> None:
+    """List the files of a staged folder with their sizes, bring all of it to the disk, and give it its name in one rename."""
+    sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
+    (staged / FILES).write_text(json.dumps(sizes, indent=0))
+    for path in [*staged.rglob("*"), staged]:
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)  # of a try before, found damaged
+    os.rename(staged, final)
+    _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rotate(home: Path) -> None:
+    """Delete all checkpoints but the newest two: the one before is there if the newest is damaged later."""
+    for old in _by_step(home)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _by_step(home: Path) -> list[Path]:
+    found = [path for path in home.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the optimizer steps that a checkpoint holds; 0 for none."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None if it is whole."""
+    try:
+        sizes = json.loads((checkpoint / FILES).read_text())
+    except (OSError, ValueError):
+        return "it was not written to its end"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def last_whole(home: Path, report: Report) -> Path | None:
+    """Return the newest whole checkpoint, or None. One that is not whole is reported and deleted."""
+    for checkpoint in reversed(_by_step(home)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint
+        report(f"{checkpoint.name} is not resumed from: {wrong}", step=step_of(checkpoint))
+        shutil.rmtree(checkpoint, ignore_errors=True)  # of several ranks each comes here
+    return None

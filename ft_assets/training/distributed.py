@@ -1,0 +1,31 @@
+"""Training as one of several ranks: what the launcher says of them, and how the effective batch is divided.
+
+The environment is that of `accelerate launch`, torchrun and Ray Train; without it there is one rank. The effective batch is
+what is trained on, wherever that is: micro-batch × accumulation × ranks.
+"""
+
+import os
+
+from ft_assets.config import TrainSettings
+from ft_assets.errors import ConfigError
+
+
+def world_size() -> int:
+    """Return the number of ranks that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation(settings: TrainSettings, key: str) -> int:
+    """Return the gradient accumulation steps of each rank. Raises ConfigError unless the effective batch divides evenly."""
+    ranks = world_size()
+    assert settings.micro_batch is not None, "the memory plan sets it"
+    at_once = settings.micro_batch * ranks
+    if settings.effective_batch % at_once:
+        over = f" x {ranks} ranks" if ranks > 1 else ""
+        raise ConfigError(
+            f"{key}.effective_batch",
+            str(settings.effective_batch),
+            f"a multiple of {key}.micro_batch ({settings.micro_batch}){over}",
+            "change one of them" if ranks == 1 else f"lower {key}.micro_batch, or take fewer ranks",
+        )
+    return settings.effective_batch // at_once

@@ -1,0 +1,24 @@
+"""Score with the model in training, but without dropout."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Context without dropout and in training mode: a CPU's inference mode would spoil NF4 weights for training for good."""
+    active = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    training = model.training
+    model.train()
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in dropouts:
+        module.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for module in dropouts:
+            module.train(module in active)

@@ -1,0 +1,109 @@
+"""How much memory training takes, computed before weights are loaded: a formula over the model's shape. No torch.
+
+What is counted, in bytes: weights (2 a parameter in bf16; NF4 with double quantization: half a byte, one byte of scale for 64
+parameters, and 4 bytes for 256 scales: Dettmers et al. 2023), the adapter (fp32 weights, gradients and two moments: 16 a
+parameter), what each layer keeps for its backward pass, what is alive only for a moment, and the head. docs/training.md holds
+the table of predicted and measured peaks.
+"""
+
+from dataclasses import dataclass
+
+from ft_assets.training.shape import PRESETS, Shape
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+PLAIN_SCALES = 4 / 64  # linears.py keeps the scales dequantized
+CONTEXT_BYTES = 0.55e9  # CUDA's context and cuBLAS' workspaces: outside what torch's allocator counts
+HEAD_TILE = 4096 * 32768  # TRL's fused head: positions x vocabulary at once
+SLACK = 1.03  # what the allocator reserves and cannot use
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the peak depends on besides the shape.
+
+    `tokens`: of the largest micro-batch, padding included. `kept_layers`: how many layers keep their activations; the others
+    keep their input and are computed again. `trained`: adapter parameters (0: all weights are trained). `bytes`: of a number
+    (2: bf16, 4: fp32). `fused`: linears of training/linears.py. `liger`: its kernels for norms and SwiGLU.
+    """
+
+    tokens: int
+    kept_layers: int
+    trained: int
+    targets: tuple[str, ...]
+    quantized: bool = False
+    full: bool = False
+    bytes: int = 2
+    dropout: bool = False
+    fused: bool = True
+    liger: bool = True
+    reference: bool = False  # DPO: a second, frozen adapter
+
+    @classmethod
+    def of(cls, shape: Shape, r: int, targets: str | list[str], **given: object) -> "Setup":
+        """Return a setup whose trained parameters follow from rank and targets."""
+        names = PRESETS[targets] if isinstance(targets, str) else tuple(targets)
+        return cls(trained=shape.adapter_parameters(r, targets), targets=tuple(names), **given)  # type: ignore[arg-type]
+
+
+def predict(shape: Shape, setup: Setup) -> dict[str, float]:
+    """Return the parts of the peak in bytes, and `total`, which is what torch's allocator reserves."""
+    kept = setup.kept_layers * layer_bytes(shape, setup)
+    inputs = (shape.layers - setup.kept_layers) * shape.hidden * setup.bytes
+    again = layer_bytes(shape, setup) if setup.kept_layers < shape.layers else 0.0
+    parts = {
+        "weights": weight_bytes(shape, setup),
+        "adapter": 16.0 * setup.trained + (4.0 * setup.trained if setup.reference else 0.0),
+        "activations": setup.tokens * (kept + inputs),
+        "recomputed_layer": setup.tokens * again,
+        "temporary": max(_temporary(shape, setup), _head(shape, setup)),
+        "ends": setup.tokens * shape.hidden * setup.bytes * 3,  # embeddings, last norm, their gradient
+    }
+    return {**parts, "total": SLACK * sum(parts.values())}
+
+
+def weight_bytes(shape: Shape, setup: Setup) -> float:
+    """Return what the weights take; trained whole, also their fp32 gradients and two moments."""
+    if setup.full:
+        return 16.0 * shape.parameters
+    linear = (NF4_BYTES + (PLAIN_SCALES if setup.fused else 0)) if setup.quantized else setup.bytes
+    return linear * shape.linear_parameters + setup.bytes * shape.other_parameters
+
+
+def layer_bytes(shape: Shape, setup: Setup) -> float:
+    """Return what one layer keeps for its backward pass, a token.
+
+    The residual before both norms, the normed input where a target reads it, q, k, v and the attention's output, gate and
+    up, and SwiGLU's product where down is a target. A frozen matrix keeps nothing.
+    """
+    wide, unit = shape.intermediate, setup.bytes
+    targets = set(setup.targets)
+    inputs = {
+        "attention": (shape.hidden, {"q_proj", "k_proj", "v_proj"}),
+        "output": (shape.query, {"o_proj"}),
+        "mlp": (shape.hidden, {"gate_proj", "up_proj"}),
+        "down": (wide, {"down_proj"}),
+    }
+    numbers = 2 * shape.hidden + 2 * shape.query + 2 * shape.keys + 2 * wide
+    extra = 4.0 * shape.heads  # the kernel's log-sum-exp, fp32
+    for name, (size, readers) in inputs.items():
+        used = len(readers & targets) if not setup.full else len(readers)
+        if used and name != "output":  # the attention keeps o's input already
+            numbers += size
+        if used and not setup.fused and not setup.full:
+            extra += used * size * ((unit + 1.0) if setup.dropout else 0.0)  # its own dropped copy and mask a target
+    if not setup.liger:
+        extra += 2 * 4.0 * shape.hidden  # the norms' fp32 copies
+        numbers += wide  # silu(gate)
+    return numbers * unit + extra
+
+
+def _temporary(shape: Shape, setup: Setup) -> float:
+    """Return what the widest moment of a layer's backward pass holds: SwiGLU's gradients, and matrices dequantized."""
+    numbers = (2 if setup.liger else 4) * shape.intermediate + 2 * shape.hidden
+    matrix = shape.hidden * shape.intermediate * setup.bytes if setup.quantized else 0
+    return setup.tokens * numbers * setup.bytes + 2 * matrix
+
+
+def _head(shape: Shape, setup: Setup) -> float:
+    tile = min(HEAD_TILE, setup.tokens * shape.vocabulary)
+    return tile * 4.0 + tile * setup.bytes + setup.tokens * shape.hidden * (setup.bytes + 4.0)

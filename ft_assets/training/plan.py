@@ -1,0 +1,181 @@
+"""The memory plan of a training: LoRA or QLoRA, how large a micro-batch, how many layers keep their activations. No torch.
+
+Of all ways that fit it takes the one whose step is estimated to be the fastest, at the effective batch that is set. What is
+set by hand (lora.method, micro_batch, gradient_checkpointing) is kept; if nothing fits it refuses and says what would.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ft_assets.config import LoraSettings, TrainSettings
+from ft_assets.errors import ConfigError, MemoryPlanError
+from ft_assets.training.batches import largest_micro_batch
+from ft_assets.training.distributed import accumulation, world_size
+from ft_assets.training.flops import flops_per_token
+from ft_assets.training.memory import CONTEXT_BYTES, Setup, predict
+from ft_assets.training.shape import Shape
+
+MARGIN = 0.95  # of the memory there is: what the formula may be wrong by
+RECOMPUTE = 0.30  # of a step: the forward pass of all layers once more
+EFFICIENCY = 0.55  # of the GPU's datasheet peak, measured at 16k tokens
+USUAL_PEAK = 150e12  # FLOP/s where the GPU is not in the table
+HOST_SECONDS = {True: 0.0095, False: 0.006}  # a layer and micro-batch: what Python and the launches take (NF4; 16 bit)
+PREFER_LORA = 1.1  # a 16-bit base is taken if its step is at most this much slower than NF4's best
+CPU_TOKENS = 2048  # more at once is slower there: caches
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it trains. `memory`: bytes this process may take in all; `bytes`: of a number (2 where bf16 is fast)."""
+
+    gpu: bool
+    memory: float
+    bytes: int = 2
+    liger: bool = False
+    peak: float | None = None  # FLOP/s of the GPU's datasheet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, and the peak that it is predicted to take (bytes of torch's allocator; on a CPU of the numbers)."""
+
+    method: str
+    packed: bool
+    micro_batch: int
+    largest: int
+    kept_layers: int
+    layers: int
+    predicted: float
+    memory: float
+
+    @property
+    def checkpointed(self) -> bool:
+        return self.kept_layers < self.layers
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is said of it in the log and the metrics."""
+        return {
+            "method": self.method,
+            "packed": self.packed,
+            "micro_batch": self.micro_batch,
+            "largest_micro_batch_tokens": self.largest,
+            "checkpointed_layers": self.layers - self.kept_layers,
+            "predicted_memory_gb": round(self.predicted / 1e9, 3),
+            "memory_limit_gb": round(self.memory / 1e9, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows' lengths in tokens. `answers`: sequences a row makes (a preference pair: 2). `plain`: trained with PEFT's own
+    layers and without liger, as DPO is."""
+
+    lengths: Sequence[int]
+    packed: bool
+    answers: int = 1
+    reference: bool = False
+    plain: bool = False
+
+
+def make_plan(shape: Shape, lora: LoraSettings, settings: TrainSettings, data: Data, machine: Machine, key: str = "sft") -> Plan:
+    """Return the plan. Raises MemoryPlanError if nothing fits, ConfigError if micro_batch does not divide effective_batch."""
+    sizes = list(_micro_batches(settings, data, key))
+    methods = [lora.method] if lora.method != "auto" else (["lora", "qlora"] if machine.gpu else ["lora"])
+    best: dict[str, tuple[Plan, float]] = {}
+    for method in methods:
+        ways = [
+            _plan(shape, setup, method, micro, largest, data, machine)
+            for micro, largest in sizes
+            for setup in _setups(shape, lora, settings, data, machine, method, largest)
+        ]
+        fitting = [(plan, cost) for plan, cost in ways if plan.predicted + _outside(machine) <= MARGIN * machine.memory]
+        if fitting:
+            best[method] = min(fitting, key=lambda pair: pair[1])
+    if len(best) == 2:
+        return best["lora" if best["lora"][1] <= PREFER_LORA * best["qlora"][1] else "qlora"][0]
+    if best:
+        return next(iter(best.values()))[0]
+    raise _refusal(shape, lora, settings, data, machine, sizes, key)
+
+
+def _outside(machine: Machine) -> float:
+    return CONTEXT_BYTES if machine.gpu else 0.0
+
+
+def _micro_batches(settings: TrainSettings, data: Data, key: str) -> Iterator[tuple[int, int]]:
+    """Yield (rows a micro-batch, tokens of the largest): the divisors of the effective batch, or the one that is set."""
+    batch, ranks = settings.effective_batch, world_size()
+    if settings.micro_batch:
+        accumulation(settings, key)
+    wanted = [settings.micro_batch] if settings.micro_batch else [rows for rows in range(1, batch + 1) if batch % (rows * ranks) == 0]
+    if not wanted:
+        raise ConfigError(f"{key}.effective_batch", str(batch), f"a multiple of {ranks} ranks", "change it, or take other ranks")
+    by_steps = -(-settings.max_steps * batch // len(data.lengths))
+    epochs = max(1, by_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs))
+    for rows in wanted:
+        largest = largest_micro_batch(data.lengths, batch, batch // rows, settings.seed, epochs, data.packed)
+        yield rows, largest * data.answers
+
+
+def _setups(
+    shape: Shape, lora: LoraSettings, settings: TrainSettings, data: Data, machine: Machine, method: str, tokens: int
+) -> Iterator[Setup]:
+    base = Setup.of(
+        shape, lora.r, lora.target_modules, tokens=tokens, kept_layers=shape.layers, quantized=method == "qlora", bytes=machine.bytes,
+        dropout=lora.lora_dropout > 0, fused=not (lora.use_dora or data.plain), liger=machine.liger and not data.plain, reference=data.reference, full=method == "full",
+    )  # fmt: skip
+    if method == "full":
+        base = dataclasses.replace(base, trained=0)
+    if settings.gradient_checkpointing is None and machine.gpu:
+        kept = range(shape.layers + 1)
+    else:
+        kept = range(1) if settings.gradient_checkpointing else range(shape.layers, shape.layers + 1)
+    for layers in kept:
+        yield dataclasses.replace(base, kept_layers=layers)
+
+
+def _plan(shape: Shape, setup: Setup, method: str, micro: int, largest: int, data: Data, machine: Machine) -> tuple[Plan, float]:
+    """Return a plan and the estimated time of a token, in seconds (on a CPU in an arbitrary unit)."""
+    predicted = predict(shape, setup)["total"]
+    plan = Plan(method, data.packed, micro, largest, setup.kept_layers, shape.layers, predicted, machine.memory)
+    again = (shape.layers - setup.kept_layers) / shape.layers
+    if not machine.gpu:
+        return plan, 1 + RECOMPUTE * again + (20 + max(0, largest - CPU_TOKENS)) / largest
+    tokens = min(largest, micro * data.answers * sum(data.lengths) / len(data.lengths)) if data.packed else largest
+    compute = tokens * flops_per_token(shape) * (1 + RECOMPUTE * again) / (EFFICIENCY * (machine.peak or USUAL_PEAK))
+    host = shape.layers * HOST_SECONDS[setup.quantized] * (1 + again / 3)
+    return plan, (max(compute, host) + 0.1 * min(compute, host)) / tokens
+
+
+def _refusal(
+    shape: Shape, lora: LoraSettings, settings: TrainSettings, data: Data, machine: Machine, sizes: list[tuple[int, int]], key: str
+) -> MemoryPlanError:
+    """Return the error: what the least would take, and what would fit."""
+    least = min(largest for _, largest in sizes)
+    method = "qlora" if lora.method == "auto" and machine.gpu else lora.method if lora.method != "auto" else "lora"
+
+    def needs(method: str, tokens: int, targets: str | list[str] = lora.target_modules, checkpointing: bool = True) -> float:
+        changed = settings.model_copy(update={"gradient_checkpointing": checkpointing})
+        narrow = lora.model_copy(update={"target_modules": targets})
+        setup = next(_setups(shape, narrow, changed, data, machine, method, tokens))
+        return (predict(shape, setup)["total"] + _outside(machine)) / MARGIN
+
+    asked = settings.gradient_checkpointing is not False
+    ways = {
+        "sft.gradient_checkpointing: null (only what does not fit is computed again)": needs(method, least) if not asked else None,
+        f"{key}.micro_batch: 1": needs(method, max(data.lengths) * data.answers) if settings.micro_batch not in (None, 1) else None,
+        "lora.method: qlora": needs("qlora", least) if machine.gpu and method == "lora" else None,
+        "chat.max_length: 512": needs(method, 512 * data.answers) if max(data.lengths) > 512 else None,
+        "lora.target_modules: attention-qv": needs(method, least, "attention-qv"),
+    }
+    fits = [f"{way} ({need / 1e9:.1f} GB)" for way, need in ways.items() if need is not None and need <= machine.memory]
+    fix = "any of: " + "; ".join(fits) if fits else "a smaller base model, or a GPU with more memory"
+    return MemoryPlanError(
+        key,
+        f"training {shape.parameters / 1e9:.2f}B parameters takes {needs(method, least, checkpointing=asked) / 1e9:.1f} GB at least ({method})",
+        f"at most the {machine.memory / 1e9:.1f} GB that are free",
+        fix,
+    )

@@ -1,0 +1,201 @@
+"""Carry a memory plan out: what this machine is, the loaded model made ready, and the trainer that takes whole steps."""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ft_assets.config import DpoSettings, LoraSettings, SftSettings
+from ft_assets.errors import TrainingError
+from ft_assets.job import Report
+from ft_assets.models.loading import compute_dtype
+from ft_assets.training.attention import kernel_fits, register
+from ft_assets.training.batches import StepBatches
+from ft_assets.training.distributed import world_size
+from ft_assets.training.flops import peak_flops
+from ft_assets.training.isolation import prove_isolation
+from ft_assets.training.linears import fuse_linears
+from ft_assets.training.memory import CONTEXT_BYTES
+from ft_assets.training.plan import Data, Machine, Plan, make_plan
+from ft_assets.training.shape import Shape, snapshot_shape
+
+
+def this_machine(memory_limit_gb: float | None = None) -> Machine:
+    """Return this machine's memory. A limit is made hard: torch's allocator then refuses to take more of the GPU."""
+    limit = memory_limit_gb * 1e9 if memory_limit_gb else None
+    if not torch.cuda.is_available():
+        return Machine(False, min(filter(None, (_available(), limit))), compute_dtype().itemsize)
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # micro-batches differ in length: no holes
+    free, total = torch.cuda.mem_get_info()
+    if limit and limit < free:
+        torch.cuda.set_per_process_memory_fraction((limit - CONTEXT_BYTES) / total)
+    # mem_get_info counts this process' context as taken already
+    memory = min(filter(None, (free + CONTEXT_BYTES, limit)))
+    return Machine(True, memory, 2, importlib.util.find_spec("liger_kernel") is not None, peak_flops(torch.cuda.get_device_name()))
+
+
+def _available() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 8e9)
+
+
+def plan_sft(snapshot: Path, lora: LoraSettings, sft: SftSettings, rows: Sequence[dict[str, Any]], machine: Machine) -> Plan:
+    """Return the plan of a supervised training. Raises MemoryPlanError if it cannot fit."""
+    return plan_rows(snapshot_shape(snapshot), lora, sft, [len(row["input_ids"]) for row in rows], machine)
+
+
+def plan_dpo(snapshot: Path, lora: LoraSettings, dpo: DpoSettings, pairs: Sequence[dict[str, Any]], machine: Machine) -> Plan:
+    """Return the plan of a DPO: padded pairs, and a frozen copy of the adapter as reference."""
+    lengths = [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
+    return make_plan(snapshot_shape(snapshot), lora, dpo, Data(lengths, False, answers=2, reference=True, plain=True), machine, "dpo")
+
+
+CHOICE = "info/plan.json"
+
+
+def save_choice(plan: Plan, output: Path) -> None:
+    """Write what the plan chose into the adapter's folder: later steps read the method from there and do not choose again."""
+    (output / "info").mkdir(exist_ok=True)
+    (output / CHOICE).write_text(json.dumps(plan.facts()))
+
+
+def chosen_method(adapter: Path, lora: LoraSettings) -> LoraSettings:
+    """Return the settings with the method that an adapter was trained with, where it was left to the plan."""
+    if lora.method != "auto":
+        return lora
+    path = adapter / CHOICE
+    return lora.model_copy(update={"method": json.loads(path.read_text())["method"] if path.is_file() else "lora"})
+
+
+def plan_rows(shape: Shape, lora: LoraSettings, sft: SftSettings, lengths: Sequence[int], machine: Machine) -> Plan:
+    """Return the plan for rows of these lengths; packed where that is set, or where it pays."""
+    packed = sft.packing if isinstance(sft.packing, bool) else not machine.gpu or _kernel(shape)
+    return make_plan(shape, lora, sft, Data(lengths, packed), machine)
+
+
+def _kernel(shape: Shape) -> bool:
+    return kernel_fits(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, shape.head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """The plan that is carried out (packing may have been refused), the collator, and what was measured of the isolation."""
+
+    plan: Plan
+    collator: Any
+    facts: dict[str, Any]
+
+
+def make_ready(model: Any, plan: Plan, sft: SftSettings, rows: Sequence[dict[str, Any]], pad: int, report: Report) -> Ready:
+    """Give the model its attention, fused linears, kernels and checkpointing; prove that packed documents are apart.
+
+    `rows`: input_ids and labels. Raises TrainingError if sft.packing is true and the proof fails; with auto it is said,
+    and the same micro-batches are padded.
+    """
+    facts: dict[str, Any] = {}
+    if hasattr(model, "get_base_model"):
+        facts["fused_linears"] = fuse_linears(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    facts["liger"] = apply_liger(base)
+    collator = DataCollatorForLanguageModeling(pad_token_id=pad, padding_free=plan.packed)
+    if plan.packed:
+        try:
+            base.set_attn_implementation(register())
+            facts["packing_leak"] = prove_isolation(model, rows, collator)
+        except TrainingError as error:
+            if sft.packing is True:
+                raise
+            report(f"packing is off: {error.found}")
+            base.set_attn_implementation("sdpa")
+            plan = dataclasses.replace(plan, packed=False)
+            collator = DataCollatorForLanguageModeling(pad_token_id=pad)
+    checkpoint_layers(base, plan)
+    report("plan", **plan.facts(), **facts)
+    return Ready(plan, collator, {**plan.facts(), **facts})
+
+
+def apply_liger(base: Any) -> bool:
+    """Use liger's kernels for norms, SwiGLU and rotary embeddings where they are installed and know the architecture."""
+    if base.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return False
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
+
+    if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    # TRL's fused head stays: liger's would replace the forward that it has patched.
+    _apply_liger_kernel_to_instance(base, cross_entropy=False, fused_linear_cross_entropy=False)
+    return True
+
+
+def checkpoint_layers(base: Any, plan: Plan) -> None:
+    """Let the layers after the first `kept_layers` compute their activations again in the backward pass."""
+    if not plan.checkpointed:
+        return
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    layers = base.get_decoder().layers
+    for layer in layers[: plan.kept_layers]:
+        layer.gradient_checkpointing = False
+
+
+class WholeSteps:
+    """Mixin of a trainer: its batches are those of StepBatches, so that packing changes no step's rows."""
+
+    packed = False
+
+    def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Return the summed loss of the supervised tokens over their number in the whole step, as TRL does, but on a GPU
+        without its entropy and accuracy: each reads a number back and lets the GPU run dry in every micro-batch."""
+        own = self.args.loss_type == "nll" and self.label_smoother is None and not return_outputs and num_items_in_batch is not None
+        if not own or self.aux_loss_enabled or inputs["input_ids"].device.type != "cuda":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+        loss = -outputs.log_probs.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: transformers would walk over all parameters in every micro-batch; flops.py counts."""
+        return 0
+
+    def get_train_dataloader(self: Any) -> Any:
+        if world_size() > 1:  # accelerate deals batches out to ranks, which must be of one size for that
+            return super().get_train_dataloader()  # type: ignore[misc]
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=StepBatches(lengths, batch, self.args.gradient_accumulation_steps, self.args.seed, self.packed),  # type: ignore[arg-type]
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+
+def autocast_is_idle(model: Any, ready: Ready) -> bool:
+    """Return whether autocast would only cost time: a bf16 base on a GPU whose fp32 parameters all lie in fused linears,
+    which cast them themselves."""
+    if not torch.cuda.is_available() or not ready.facts.get("fused_linears") or compute_dtype() != torch.bfloat16:
+        return False
+    return all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def full_precision_adapter(model: Any) -> None:
+    """Make the trained parameters fp32: TRL makes them bf16 on an NF4 base, which is too coarse for small updates."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def memory_facts(plan: Plan) -> dict[str, float]:
+    """Return the measured peak of the GPU beside the predicted one; nothing on a CPU, where the process holds much else."""
+    if not torch.cuda.is_available():
+        return {}
+    measured = torch.cuda.max_memory_reserved()
+    return {"memory_error_percent": round(100 * (plan.predicted / measured - 1), 1)}

@@ -1,0 +1,135 @@
+"""The loss of the validation slice while it trains: which weights are kept, and when it is enough.
+
+The validation slice is cut from the training rows. The held-out rows, which the verdict is about, are never used here.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ft_assets.config import SftSettings
+from ft_assets.evaluation.losses import answer_losses
+from ft_assets.job import Report
+from ft_assets.training.checkpoints import WholeCheckpoints, disk_is_full, full_disk, publish_folder
+
+Save = Callable[[Any, Path], None]
+
+
+class LogsValidation(WholeCheckpoints):
+    """Mixin before a TRL trainer: whole checkpoints, and trackers (report_to) get the validation loss with the step it was taken after."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        taken = [entry for entry in self.state.log_history[-2:] if "validation_loss" in entry and entry["step"] == self.state.global_step]
+        super().log({**logs, **({"eval_loss": taken[0]["validation_loss"]} if taken else {})}, start_time)
+
+
+class Validation(TrainerCallback):
+    """Takes the validation loss before the first step, after each epoch (or every `eval_steps`) and after the last step.
+
+    `losses` holds {"epoch", "step", "validation_loss"} in nats a token; a resumed run keeps them. With `keep: best` the
+    weights of the lowest lie in `<folder>/best-<step>` until they are taken.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], sft: SftSettings, pad: int, folder: Path, save: Save, report: Report) -> None:
+        self.rows, self.sft, self.pad, self.folder, self.save, self.report = rows, sft, pad, folder, save, report
+        self.losses: list[dict[str, float]] = []
+        self.stopped_early = False
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The measurement with the lowest loss after the first step (the first of equals), or None without rows."""
+        trained = [entry for entry in self.losses if entry["step"] > 0]
+        return min(trained, key=lambda entry: entry["validation_loss"], default=None)
+
+    def weights(self) -> Path | None:
+        """Return where the best weights lie; None if they are those of the last step, or the last are to be kept."""
+        if self.sft.keep == "last" or self.best is None or self.best["step"] == self.losses[-1]["step"]:
+            return None
+        return self.folder / f"best-{self.best['step']}"
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Return the measurements, the one of the kept weights marked."""
+        kept = self.losses[-1] if self.sft.keep == "last" and self.losses else self.best
+        return [{**entry, "kept": True} if entry is kept else entry for entry in self.losses]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was kept and why, for the metrics."""
+        if self.best is None:
+            return {"kept_why": "the last step: no validation loss was measured"}
+        kept = self.best if self.sft.keep == "best" else self.losses[-1]
+        return {
+            "kept_step": kept["step"],
+            "kept_why": "the lowest validation loss" if self.sft.keep == "best" else "sft.keep is last",
+            "validation_loss": kept["validation_loss"],
+            "stopped_early": self.stopped_early,
+        }
+
+    def restore(self, state: Any) -> None:
+        """Take over the measurements of a resumed run."""
+        self.losses = [entry for entry in state.log_history if "validation_loss" in entry]
+        self.stopped_early = self._enough()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.restore(state)
+        if self.rows and not self.losses:
+            self._take(model, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # Before the step's checkpoint is written, so that a resume after it has this measurement.
+        last = state.global_step >= state.max_steps
+        due = state.global_step % self.sft.eval_steps == 0 if self.sft.eval_steps else float(state.epoch).is_integer()
+        if not self.rows or not (due or last):
+            return
+        self._take(model, state)
+        if args.should_save and self.sft.keep == "best" and self.best and self.best["step"] == state.global_step and not last:
+            self._put_aside(model, state.global_step)
+        if self._enough() and not last:
+            self.stopped_early = True
+            state.max_steps = state.global_step  # a resume from this step's checkpoint knows that it was the last
+            control.should_training_stop = control.should_save = True
+            self.report("stopped early", step=state.global_step, best_step=self.best["step"] if self.best else 0)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the weights that were the best before: no checkpoint leads back to them any more."""
+        for old in self.folder.glob("best-*") if args.should_save else ():
+            if self.best is None or old.name != f"best-{self.best['step']}":
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _enough(self) -> bool:
+        """Return whether the loss has not fallen by `min_delta` in the last `patience` measurements."""
+        rule = self.sft.early_stopping
+        if rule is None or len(self.losses) <= rule.patience:
+            return False
+        before, since = self.losses[: -rule.patience], self.losses[-rule.patience :]
+        fell = min(_loss(before)) - min(_loss(since))
+        return fell <= 0 or fell < rule.min_delta
+
+    def _take(self, model: Any, state: Any) -> None:
+        training = model.training
+        losses, _ = answer_losses(model, self.rows, min(8, self.sft.effective_batch), self.pad)
+        model.train(training)
+        entry = {"epoch": round(float(state.epoch or 0.0), 3), "step": state.global_step}
+        entry["validation_loss"] = round(sum(losses) / len(losses), 4)
+        self.losses.append(entry)
+        state.log_history.append(entry)
+        self.report("validation", **entry)
+
+    def _put_aside(self, model: Any, step: int) -> None:
+        staged = self.folder / f".best-{step}"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        try:
+            self.save(model, staged)
+            publish_folder(staged, self.folder / f"best-{step}")
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            shutil.rmtree(staged, ignore_errors=True)
+            raise full_disk(self.folder, f"the best weights so far (step {step})") from error
+
+
+def _loss(entries: list[dict[str, float]]) -> list[float]:
+    return [entry["validation_loss"] for entry in entries]

@@ -1,0 +1,216 @@
+"""What a person does in the UI, in a real browser against a real webserver and daemon: one server and one story for all tests here.
+
+FT_SCREENSHOTS names a folder for a picture of each step. Chromium is Debian's (`make browser`).
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from ft_assets_tests.conftest import edit
+from ft_assets_tests.test_ui import Server
+
+CHROMIUM = "/usr/bin/chromium"
+# Without the last four the browser itself calls home while the test runs.
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps",
+]  # fmt: skip
+SECONDS = 240  # until something must have happened: a tick of the daemon is 30 s, a busy machine doubles all
+ASSET = "{ assetNodes { assetKey { path } isPartitioned all: staleStatus one: staleStatus(partition: %s) } }"
+RUNS = (
+    "query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) { ... on Runs { results { runId status tags { key value } } } } }"
+)
+STOP = "mutation($run: String!) { terminateRun(runId: $run, terminatePolicy: MARK_AS_CANCELED_IMMEDIATELY) { __typename } }"
+
+
+class Person:
+    """A browser on the UI of a project."""
+
+    def __init__(self, page: Page, server: Server, folder: Path) -> None:
+        self.page, self.server, self.folder = page, server, folder
+        self.url = f"http://127.0.0.1:{server.port}"
+
+    def ask(self, query: str, **variables: Any) -> Any:
+        answer = self.server.client.post("/graphql", json={"query": query, "variables": variables}).json()
+        assert "errors" not in answer, answer
+        return answer["data"]
+
+    def open(self, path: str) -> None:
+        self.page.goto(self.url + path)
+
+    def shot(self, name: str) -> None:
+        if folder := os.environ.get("FT_SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.wait_for_timeout(1500)  # what fades in has faded in
+            self.page.screenshot(path=Path(folder) / f"{name}.png")
+
+    def runs(self, **tags: str) -> list[dict[str, Any]]:
+        found = self.ask(RUNS, tags=[{"key": key, "value": value} for key, value in tags.items()])
+        return found["runsOrError"]["results"]
+
+    def materialize(self, asset: str, base_model: str, meanwhile: Callable[[str], None] = lambda run: None) -> str:
+        """Materialize one partition from the asset's page; return the status with which its run ended."""
+        before = {run["runId"] for run in self.runs()}
+        self.open(f"/assets/{asset}")
+        self.page.get_by_role("button", name="Materialize…").click()
+        dialog = self.page.get_by_role("dialog")
+        dialog.get_by_text("Custom", exact=True).click()
+        dialog.locator("[class*=tagSelectorContainer]").click()
+        self.page.get_by_role("menuitem", name=re.compile("^Select all")).wait_for()
+        for item in self.page.get_by_role("menuitem").all():
+            name = item.inner_text().split()[0]
+            if name != "Select" and item.get_by_role("checkbox").is_checked() != (name == base_model):
+                item.click()
+        dialog.get_by_text(f"Launch runs to materialize {asset}").click()  # closes the list
+        self.shot(f"materialize_{asset}")
+        self.page.get_by_role("button", name=re.compile("^Launch")).last.click()
+        run = wait(lambda: next((run["runId"] for run in self.runs() if run["runId"] not in before), None), f"a run of {asset}")
+        meanwhile(run)
+        return self.ended(run)
+
+    def ended(self, run: str) -> str:
+        def status() -> str | None:
+            now = next(found["status"] for found in self.runs() if found["runId"] == run)
+            return now if now in ("SUCCESS", "FAILURE", "CANCELED") else None
+
+        return wait(status, f"the end of run {run}")
+
+    def stale(self) -> set[str]:
+        """Return the assets that Dagster says are out of date; of the partitioned ones, those of `tiny`."""
+        nodes = self.ask(ASSET % json.dumps("tiny"))["assetNodes"]
+        return {node["assetKey"]["path"][0] for node in nodes if (node["one"] if node["isPartitioned"] else node["all"]) == "STALE"}
+
+    def switch(self, name: str) -> None:
+        """Click the switch in the row of a sensor or schedule."""
+        self.open("/automation")
+        self.page.get_by_text(name, exact=True).first.wait_for()
+        self.page.wait_for_timeout(1500)  # rows move while others arrive
+        box = self.page.get_by_text(name, exact=True).first.bounding_box()
+        assert box is not None
+        switches = self.page.locator("label[class*=formatSwitch]").all()
+        min(switches, key=lambda found: abs((found.bounding_box() or {"y": 1e9})["y"] - box["y"])).click()
+        self.page.wait_for_timeout(1500)
+
+    def materialize_unsynced(self) -> None:
+        before = {run["runId"] for run in self.runs()}
+        self.open("/asset-groups/")
+        everything = self.page.get_by_role("button", name=re.compile("Materialize all"))
+        everything.wait_for(timeout=SECONDS * 1000)
+        everything.locator("xpath=following::button[1]").click()
+        self.page.get_by_text(re.compile("Materialize unsynced")).first.click()
+        self.page.wait_for_timeout(2000)
+        self.shot("materialize_unsynced")
+        confirm = self.page.get_by_role("dialog").get_by_role("button", name=re.compile(r"^(Materialize|Launch)"))
+        if confirm.count():
+            confirm.last.click()
+        run = wait(lambda: next((run["runId"] for run in self.runs() if run["runId"] not in before), None), "a run")
+        assert self.ended(run) == "SUCCESS"
+
+
+def wait(look: Callable[[], Any], what: str) -> Any:
+    """Return the first true value of `look`."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        if found := look():
+            return found
+        time.sleep(1)
+    raise AssertionError(f"waited {SECONDS} s for {what}")
+
+
+@pytest.fixture(scope="module")
+def person(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Person]:
+    """A finished project whose training now learns next to nothing (the planted bad adapter), a second base model, and a schedule."""
+    folder = tmp_path_factory.mktemp("ui") / "project"
+    shutil.copytree(finished, folder)
+    import yaml
+
+    model = yaml.safe_load((folder / "finetune.yaml").read_text())["base_models"]["tiny"]
+    little = {"learning_rate": 1e-4, "max_steps": 2}  # an adapter that changes nothing at all would not even be scored
+    edit(folder, sft=little, dpo=little, base_models={"tiny": model, "second": model}, schedule={"cron": "* * * * *"})
+    assert Path(CHROMIUM).exists(), f"{CHROMIUM} is not there: make browser installs it"
+    server = Server(folder)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, headless=True)
+        page = browser.new_page(viewport={"width": 1500, "height": 900})
+        page.set_default_timeout(60_000)
+        someone = Person(page, server, folder)
+        someone.switch("data_files_sensor")
+        yield someone
+        browser.close()
+    server.stop()
+
+
+def test_one_partition_is_materialized_and_its_progress_watched(person: Person) -> None:
+    def watch(run: str) -> None:
+        person.open(f"/runs/{run}")
+        person.page.get_by_text(re.compile(r"tokens/s")).first.wait_for(timeout=SECONDS * 1000)
+        person.shot("progress")
+
+    assert person.materialize("lora_adapter", "tiny", watch) == "SUCCESS"
+    assert person.runs(**{"dagster/partition": "tiny", "ft/base_model": "tiny"})[0]["status"] == "SUCCESS"
+    assert not (person.folder / ".ft/store/lora_adapter/second").exists()  # the other one was left alone
+
+
+def test_bad_adapter_fails_its_check_and_the_merge_refuses(person: Person) -> None:
+    assert person.materialize("dpo_adapter", "tiny") == "SUCCESS"
+    merged = person.folder / ".ft/store/merged_model/tiny/CURRENT"
+    before = merged.read_text()
+    assert person.materialize("eval_report", "tiny") == "FAILURE"
+    person.open("/assets/eval_report?view=checks")
+    person.page.get_by_text("better_than_base").first.click()
+    person.page.get_by_text(re.compile("^(FAIL|INCONCLUSIVE): ")).first.wait_for()
+    person.shot("failed_check")
+    judged = person.runs(**{"dagster/partition": "tiny"})[0]
+    assert {tag["key"]: tag["value"] for tag in judged["tags"]}["ft/verdict"] in ("FAIL", "INCONCLUSIVE")
+
+    def refusal(run: str) -> None:
+        person.open(f"/runs/{run}")
+        person.page.get_by_text(re.compile("the verdict is (FAIL|INCONCLUSIVE)")).first.wait_for(timeout=SECONDS * 1000)
+        person.shot("refused_merge")
+
+    assert person.materialize("merged_model", "tiny", refusal) == "FAILURE"
+    assert merged.read_text() == before
+
+
+def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(person: Person) -> None:
+    def reported() -> int:
+        return len(person.ask('{ assetNodeOrError(assetKey: {path: ["data_files"]}) { ... on AssetNode { assetMaterializations { runId } } } }')["assetNodeOrError"]["assetMaterializations"])  # fmt: skip
+
+    wait(reported, "the first report of the data files")
+    person.materialize_unsynced()  # the graph was made before the sensor first looked
+    before = person.stale()
+    assert not before & {"raw_dataset", "raw_preferences", "chat_dataset", "heldout_split"}
+    seen = reported()
+    with (person.folder / "data/pairs.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "what is the new winter bread 1", "chosen": "yes", "rejected": "no no"}) + "\n")
+    wait(lambda: reported() > seen, "the report of the changed file")
+    assert person.stale() - before == {"raw_dataset", "raw_preferences"}
+    person.open("/asset-groups/")
+    person.page.wait_for_timeout(2000)
+    person.shot("stale")
+    person.materialize_unsynced()
+    assert person.stale() - before == {"chat_dataset"}  # the conversations were read again and are the same
+    assert person.materialize("chat_dataset", "tiny") == "SUCCESS"
+    assert person.stale() - before == {"heldout_split"}
+
+
+def test_schedule_is_switched_on_and_ticks(person: Person) -> None:
+    person.switch("retrain_schedule")
+    person.shot("automation")
+    runs = wait(lambda: person.runs(**{"dagster/schedule_name": "retrain_schedule"}), "a tick of the schedule")
+    person.open("/locations/ft_assets.definitions/schedules/retrain_schedule")
+    person.page.get_by_text(re.compile("Requested|Success|run")).first.wait_for()
+    person.shot("tick")
+    person.switch("retrain_schedule")  # off again
+    assert {tag["value"] for run in runs for tag in run["tags"] if tag["key"] == "ft/base_model"} == {"tiny", "second"}
+    for run in runs:
+        person.ask(STOP, run=run["runId"])

@@ -1,0 +1,94 @@
+"""Where a step or a publication is killed, and how: SIGKILL at a patched call, in a child process. Nothing sleeps.
+
+`python -m ft_assets_tests.kill_points POINT CALL FOLDER`: run the work that `FOLDER/work.json` describes, with SIGKILL at the
+CALL-th time that POINT is passed; POINT `none` runs to the end.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# point -> (module, dotted attribute, whether it is killed before or after the call)
+POINTS: dict[str, tuple[str, str, str]] = {
+    "load": ("ft_assets.training.adapter", "load_base", "before"),
+    "before the first step": ("transformers.trainer", "Trainer._inner_training_loop", "before"),
+    "forward pass": ("trl.trainer.sft_trainer", "SFTTrainer.training_step", "before"),
+    "forward pass of a pair": ("trl.trainer.dpo_trainer", "DPOTrainer.training_step", "before"),
+    "mid-accumulation": ("accelerate.accelerator", "Accelerator.backward", "after"),
+    "optimizer step": ("torch.optim.adamw", "AdamW.step", "after"),
+    "checkpoint: weights written": ("transformers.trainer", "Trainer.save_model", "after"),
+    "checkpoint: optimizer written": ("transformers.trainer", "Trainer._save_optimizer_and_scheduler", "after"),
+    "checkpoint: before its rename": ("ft_assets.training.checkpoints", "publish_folder", "before"),
+    "checkpoint: after its rename": ("ft_assets.training.checkpoints", "rotate", "before"),
+    "validation": ("ft_assets.training.validation", "answer_losses", "before"),
+    "best weights: before their rename": ("ft_assets.training.validation", "publish_folder", "before"),
+    "between epochs": ("transformers.trainer_callback", "CallbackHandler.on_epoch_end", "after"),
+    "reference written": ("ft_assets.training.dpo", "write_reference", "after"),
+    "final save": ("ft_assets.training.{kind}", "keep_events", "before"),
+    "manifest": ("ft_assets.artifacts", "file_sha256", "before"),
+    "publish: before its rename": ("ft_assets.artifacts", "_fsync_tree", "after"),
+    "before CURRENT": ("ft_assets.artifacts", "ArtifactStore.make_current", "before"),
+}
+
+
+def arm(point: str, call: int, kind: str) -> None:
+    """Patch the call of a point so that this process dies there."""
+    if point == "none":
+        return
+    module, path, when = POINTS[point]
+    holder: Any = importlib.import_module(module.format(kind=kind))
+    *parents, name = path.split(".")
+    for parent in parents:
+        holder = getattr(holder, parent)
+    real, seen = getattr(holder, name), 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == call and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if seen == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(holder, name, dying)
+
+
+def work(folder: Path) -> None:
+    """Train and publish what `work.json` describes, as the graph does: a version, a staging folder, its checkpoints."""
+    from ft_assets.artifacts import ArtifactStore
+    from ft_assets_tests import training
+
+    told = json.loads((folder / "work.json").read_text())
+    store, kind, version = ArtifactStore(folder / "store"), told["kind"], "v" * 20
+    if (known := store.find(kind, "tiny", version)) is not None:  # as the workshop does
+        store.make_current(known, "tiny")
+        return
+    train: Callable[..., dict[str, Any]] = getattr(training, f"{kind}_into")
+    with store.staging(kind, "tiny") as staged:
+        metrics = train(told, store.checkpoints(kind, "tiny", version), staged)
+        store.publish(
+            staged, asset=kind, partition="tiny", version=version, code_version="1", settings={}, inputs={}, environment={}, metrics=metrics,
+            started=0.0,
+        )  # fmt: skip
+
+
+def run(point: str, call: int, folder: Path) -> int:
+    """Run the work in a child process; return its exit code (-9: killed)."""
+    command = [sys.executable, "-m", "ft_assets_tests.kill_points", point, str(call), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    (folder / f"log-{len(list(folder.glob('log-*')))}.txt").write_text(done.stdout + done.stderr)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    told = json.loads((Path(sys.argv[3]) / "work.json").read_text())
+    arm(sys.argv[1], int(sys.argv[2]), told["kind"])
+    work(Path(sys.argv[3]))

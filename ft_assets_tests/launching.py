@@ -1,0 +1,77 @@
+"""Jobs for the tests of launchers: the finished project's own training steps, and what two runs of one have in common."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.config import load_project
+from ft_assets.job import Job
+from ft_assets.launchers import Launcher
+
+
+def training_job(finished: Path, folder: Path, step: str = "sft", **changes: Any) -> Job:
+    """Return the SFT or DPO job of the finished project, four rows at once, with its work in `folder`."""
+    store, recipe = ArtifactStore(finished / ".ft/store"), load_project(finished / "finetune.yaml").recipe("tiny")
+    settings = {**getattr(recipe, step).model_dump(mode="json"), "micro_batch": 4, "num_train_epochs": 1, "learning_rate": 1e-3, **changes}
+    made = ("base_model", "heldout_split", *(["lora_adapter"] if step == "dpo" else []))
+    (folder / "output").mkdir(parents=True)
+    return Job(
+        step=step, asset="test", partition="tiny", fingerprint="0", output=folder / "output", checkpoints=folder / "checkpoints",
+        work=folder / "work", settings={"lora": recipe.lora.model_dump(mode="json"), step: settings},
+        inputs={name: store.need(name, "tiny").path for name in made},
+    )  # fmt: skip
+
+
+def trained(launcher: Launcher, job: Job) -> tuple[list[dict[str, Any]], list[dict[str, float]], Mapping[str, Any]]:
+    """Run it; return the progress lines, the loss curve and the metrics."""
+    lines: list[dict[str, Any]] = []
+    result = launcher.run(job, lambda line: lines.append(dict(line)))
+    return lines, json.loads((job.output / "info/curve.json").read_text()), result.metrics
+
+
+def require_same_training(job: Job, other: Job) -> None:
+    """Compare step by step what one process and several made of the same rows: losses and gradients, then the adapters.
+
+    The last step of an epoch is apart: where its rows do not fill all ranks, Accelerate repeats some.
+    """
+    from safetensors.numpy import load_file
+
+    one, several = (json.loads((made.output / "info/curve.json").read_text()) for made in (job, other))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in several]
+    for name, within in (("loss", 2e-3), ("grad_norm", 1e-2)):
+        assert [entry[name] for entry in one[:-1]] == pytest.approx([entry[name] for entry in several[:-1]], rel=within)
+    assert one[-1]["loss"] == pytest.approx(several[-1]["loss"], rel=1e-2)
+    first, second = (load_file(made.output / "adapter_model.safetensors") for made in (job, other))
+    assert first.keys() == second.keys()
+    # As a whole, not number by number: Adam's step is a gradient's sign, and a gradient near zero may have either.
+    apart, moved = (sum(float((one**2).sum()) for one in sides) ** 0.5 for sides in (
+        [first[name] - second[name] for name in first if "lora_B" in name], [first[name] for name in first if "lora_B" in name]
+    ))  # fmt: skip
+    assert apart < 0.2 * moved
+
+
+def process_groups(work: Path) -> set[int]:
+    """Return the processes of this machine whose command line names the job."""
+    named, found = os.fsencode(str(work / "job.json")), set[int]()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if named in file.read_bytes():
+                found.add(int(file.parent.name))
+        except OSError:
+            continue
+    return found - {os.getpid()}
+
+
+def wait_until(condition: Any, seconds: float = 90) -> None:
+    """Wait for a condition that another process brings about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.1)

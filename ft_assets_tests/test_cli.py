@@ -1,0 +1,59 @@
+"""Each command as a shell meets it: help, JSON on stdout and nothing else, exit codes, completion."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ft_assets_tests.conftest import ft
+
+COMMANDS = ["init", "plan", "run", "status", "report", "chat", "release", "export", "serve", "gc", "doctor", "ui"]
+JSON = [["plan"], ["status"], ["report"], ["gc"], ["doctor"], ["release"], ["export"]]
+
+
+def complete(words: str) -> list[str]:
+    """Return what bash would offer after these words."""
+    environment = {**os.environ, "_FT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    script = "import sys; sys.argv = ['ft']; from ft_assets.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60).stdout.split()
+
+
+def test_shell_completes_commands_and_options() -> None:
+    assert set(complete("ft ")) >= set(COMMANDS)
+    assert complete("ft docto") == ["doctor"]
+    assert "--read-only" in complete("ft ui --")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself_and_refuses_what_it_does_not_know(tmp_path: Path, command: str) -> None:
+    from typer.testing import CliRunner
+
+    from ft_assets.cli import app, graph, models, project  # noqa: F401
+
+    shown = CliRunner().invoke(app, [command, "--help"])
+    assert shown.exit_code == 0
+    assert "Usage:" in shown.output
+    assert CliRunner().invoke(app, [command, "--no-such-option"]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", JSON, ids=lambda words: words[0])
+def test_facts_are_json_on_stdout_alone(finished: Path, command: list[str]) -> None:
+    done = ft(finished, *command, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    if command == ["report"]:
+        assert set(said["tiny"]["scores"]) == {"base", "few_shot", "sft", "dpo"}
+    if command == ["plan"]:
+        assert {step["action"] for step in said} == {"reused"}
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "status", "report", "gc"])
+def test_without_a_project_the_users_error_is_shown_and_the_code_is_2(tmp_path: Path, command: str) -> None:
+    done = ft(tmp_path, command)
+    assert done.returncode == 2
+    assert "no finetune.yaml here or above" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

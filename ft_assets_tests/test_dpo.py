@@ -1,0 +1,212 @@
+"""DPO: TRL's losses from rows that share their prompt, the reference's proof, and its log-probabilities kept by version."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl.trainer.dpo_config import DPOConfig
+
+from ft_assets.config import LoraSettings
+from ft_assets.config.training import DPO_LOSSES
+from ft_assets.errors import ConfigError, TrainingError
+from ft_assets.models import loading
+from ft_assets.models.loading import load_tokenizer
+from ft_assets.training import dpo as module
+from ft_assets.training.adapter import trained_adapter
+from ft_assets.training.dpo import PairTrainer
+from ft_assets.training.length_order import LengthOrder
+from ft_assets.training.pairs import branch_mask, row_length
+from ft_assets_tests.training import LORA, dpo, make_pairs, sft
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    sft(tiny_model, folder, num_train_epochs=6, learning_rate=0.02)
+    return folder / "output"
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32, so that equal means equal."""
+    for place in (loading, module):
+        monkeypatch.setattr(place, "compute_dtype", lambda: torch.float32)
+
+
+def trainer(base: Path, adapter: Path, folder: Path, shares: bool, **options: Any) -> PairTrainer:
+    """A trainer on the SFT adapter whose reference is a little off, so that no loss is trivial."""
+    chance = random.Random(3)
+    pairs = [{**pair, "ref_chosen_logps": -20 - chance.random(), "ref_rejected_logps": -40 + chance.random()} for pair in make_pairs(6)]
+    pairs = [{name: value for name, value in pair.items() if name not in ("id", "group")} for pair in pairs]
+    settings = LoraSettings.model_validate({**LORA, "lora_dropout": 0.0})
+    args = DPOConfig(
+        output_dir=str(folder), max_length=None, remove_unused_columns=False, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+        per_device_train_batch_size=6, label_smoothing=0.1, **options,
+    )  # fmt: skip
+    return PairTrainer(
+        model=trained_adapter(base, settings, adapter), args=args, pairs=pairs, tokenizer=load_tokenizer(base), shares=shares
+    )
+
+
+def loss_and_gradient(the_trainer: PairTrainer) -> tuple[float, torch.Tensor]:
+    batch = next(iter(the_trainer.get_train_dataloader()))
+    the_trainer.model.zero_grad()
+    loss = the_trainer.compute_loss(the_trainer.model, batch)
+    loss.backward()
+    parts = [value.grad.flatten() for value in the_trainer.model.parameters() if value.requires_grad and value.grad is not None]
+    return loss.item(), torch.cat(parts)
+
+
+@pytest.mark.usefixtures("exact")
+def test_every_loss_of_trl_is_the_same_with_the_prompt_scored_once(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    ours, theirs = (trainer(tiny_model, adapter, tmp_path, shares) for shares in (True, False))
+    for name in DPO_LOSSES:
+        for one in (ours, theirs):
+            one.loss_types = [name]
+        (loss, gradient), (expected, wanted) = loss_and_gradient(ours), loss_and_gradient(theirs)
+        assert loss == pytest.approx(expected, abs=1e-5, rel=1e-5), name
+        assert torch.nn.functional.cosine_similarity(gradient, wanted, 0) > 0.9999, name
+        assert wanted.norm() > 0, name
+    metrics = [one._metrics["train"] for one in (ours, theirs)]
+    for name in ("rewards/margins", "logps/chosen", "entropy", "mean_token_accuracy", "logits/rejected"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], abs=1e-4), name
+
+
+@pytest.mark.usefixtures("exact")
+def test_every_combination_of_trl_options_is_the_same(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    for options in (
+        {"ld_alpha": 0.5},
+        {"f_divergence_type": "js_divergence"},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    ):
+        results = [loss_and_gradient(trainer(tiny_model, adapter, tmp_path, shares, **options))[0] for shares in (True, False)]
+        assert results[0] == pytest.approx(results[1], abs=1e-5)
+
+
+def test_the_known_losses_are_those_trl_takes() -> None:
+    import inspect
+
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert {name for name in DPO_LOSSES if f'loss_type == "{name}"' in source} == set(DPO_LOSSES)
+    assert source.count('loss_type == "') == len(DPO_LOSSES)
+
+
+def test_a_branch_sees_the_prompt_and_itself() -> None:
+    segments = torch.tensor([[0, 1, 1, 2, 2, 3]])
+    seen = branch_mask(segments, torch.tensor([[0, 1, 2, 1, 2, 0]]))[0, 0]
+    assert [row.nonzero().flatten().tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4], [5]]
+    windowed = branch_mask(segments, torch.tensor([[0, 1, 2, 1, 2, 0]]), window=2)[0, 0]
+    assert windowed[2].nonzero().flatten().tolist() == [1, 2]
+    assert windowed[4].nonzero().flatten().tolist() == [3, 4]
+
+
+def test_model_that_cannot_share_a_prompt_is_asked_as_trl_does(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected: a mask that shows a branch the other one, as a model that ignores it would."""
+    from ft_assets.training import pairs
+
+    monkeypatch.setattr(
+        pairs, "branch_mask", lambda segments, *_: torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()[None, None]
+    )
+    assert dpo(tiny_model, adapter, tmp_path)["prompts_shared"] is False
+
+
+def test_reference_is_proven_and_the_first_loss_is_ln_2(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    metrics = dpo(tiny_model, adapter, tmp_path, trainer={"disable_dropout": False})  # the proof needs no dropout-free training
+    assert metrics["reference_difference"] <= 1e-3
+    assert metrics["reference_loss"] == pytest.approx(math.log(2), abs=0.01)
+    assert metrics["prompts_shared"] is True
+
+
+def test_base_as_the_reference_fails_the_proof(tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.score_reference
+
+    def of_the_base(the_trainer: Any, *rest: Any) -> Any:
+        with the_trainer.model.disable_adapter():
+            return real(the_trainer, *rest)
+
+    monkeypatch.setattr(module, "score_reference", of_the_base)
+    with pytest.raises(TrainingError, match="policy and reference differ by"):
+        dpo(tiny_model, adapter, tmp_path)
+    assert not list((tmp_path / "output").iterdir())
+
+
+def test_reference_of_another_policy_fails_the_proof_even_if_it_was_kept(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    dpo(tiny_model, adapter, tmp_path)
+    file = next(tmp_path.glob("reference-*/*.json"))
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "values": [[chosen + 0.01, rejected] for chosen, rejected in kept["values"]]}))
+    with pytest.raises(TrainingError, match="reference"):
+        dpo(tiny_model, adapter, tmp_path)
+
+
+def test_reference_is_computed_once_for_all_betas(tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = [], module.score_reference
+    monkeypatch.setattr(module, "score_reference", lambda *args: calls.append(1) or real(*args))
+    for folder, changes in (("one", {}), ("two", {"beta": 0.3, "learning_rate": 2e-3, "loss_type": "ipo"})):
+        (tmp_path / folder / "output").mkdir(parents=True)
+        module.train_dpo(
+            tiny_model, adapter, make_pairs(6), LoraSettings.model_validate(LORA), settings(**changes), tmp_path / "work" / folder,
+            tmp_path / folder / "output", lambda *_, **__: None,
+        )  # fmt: skip
+    assert len(calls) == 1
+    module.train_dpo(
+        tiny_model, adapter, make_pairs(7), LoraSettings.model_validate(LORA), settings(), tmp_path / "work/three", tmp_path / "one/output",
+        lambda *_, **__: None,
+    )  # fmt: skip
+    assert len(calls) == 2  # other pairs
+
+
+def settings(**changes: Any) -> Any:
+    from ft_assets.config import DpoSettings
+    from ft_assets_tests.training import DPO
+
+    return DpoSettings.model_validate({**DPO, **changes})
+
+
+def test_no_second_copy_of_any_weight(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    one = trainer(tiny_model, adapter, tmp_path, True)
+    assert one.ref_model is None
+    assert list(one.model.peft_config) == ["default"]
+    assert not [name for name, _ in one.model.named_parameters() if ".ref." in name]
+
+
+def test_padding_is_never_in_the_loss_even_where_it_is_the_end_of_turn(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    one = trainer(tiny_model, adapter, tmp_path, True)
+    one.data_collator.pad_token_id = 2  # <|im_end|>
+    batch = one.data_collator(one.pairs)
+    answers = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in one.pairs)
+    assert int(batch["completion_mask"].sum()) == answers
+    assert int((batch["shared_labels"] != -100).sum()) == answers
+    assert int((batch["shared_labels"] == 2).sum()) == 2 * len(one.pairs)  # the end of each answer, and nothing else
+
+
+def test_order_puts_like_lengths_together_and_is_the_same_in_every_process() -> None:
+    lengths = [row_length(pair) for pair in make_pairs(50)]
+    order = LengthOrder(lengths, 8, 1)
+    first = list(order)
+    assert sorted(first) == list(range(50))
+    torch.rand(5)
+    assert first == list(LengthOrder(lengths, 8, 1))
+    order.set_epoch(1)
+    assert list(order) != first
+    steps = [[lengths[row] for row in first[begin : begin + 8]] for begin in range(0, 50, 8)]
+    assert sum(max(step) * len(step) for step in steps) / sum(lengths) < 1.1
+    assert len(steps[-1]) == 2  # the step that is not full is the last
+
+
+def test_loss_that_does_not_exist_is_named_with_its_nearest(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'sigmoid'"):
+        settings(loss_type="sigmoyd")
+
+
+def test_value_that_trl_refuses_is_the_users_error(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dpo\.trainer"):
+        dpo(tiny_model, adapter, tmp_path, trainer={"f_divergence_type": "no such", "optim": "no_such_optimizer"})

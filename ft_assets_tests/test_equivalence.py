@@ -1,0 +1,260 @@
+"""The merged model against base + adapter, from disk: what is right passes, and each thing that can go wrong is caught by its name."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.config import EvaluationSettings, GateSettings
+from ft_assets.data.tables import read_table
+from ft_assets.errors import ArtifactError, ModelError, VerdictError
+from ft_assets.evaluation.candidates import Task
+from ft_assets.evaluation.references import with_references
+from ft_assets.models.loading import load_tokenizer
+from ft_assets.release import verify
+from ft_assets.release.merge import merge
+from ft_assets.release.verify import Proof, prove
+from ft_assets.steps.merge import require_same
+from ft_assets_tests.conftest import edit
+from ft_assets_tests.pipeline import artifact, materialize
+
+MODULE = "model.layers.1.self_attn.q_proj"
+
+
+@dataclass
+class Bench:
+    """A base, an adapter of the finished project, and what its held-out rows ask."""
+
+    base: Path
+    adapter: Path
+    task: Task
+    scratch: Path
+
+    def merge(self, name: str = "merged", base: Path | None = None, adapter: Path | None = None) -> Path:
+        folder = self.scratch / name
+        folder.mkdir()
+        merge(base or self.base, adapter or self.adapter, folder)
+        return folder
+
+    def prove(self, merged: Path) -> Proof:
+        rows = self.task.heldout
+        blank = [{"answer": ""} for _ in rows]
+        return prove(self.base, self.adapter, merged, self.task, blank, blank, self.scratch)
+
+    def faults(self, merged: Path) -> str:
+        proof = self.prove(merged)
+        with pytest.raises(VerdictError, match="is not what was proven"):
+            require_same(proof, GateSettings(), "merged_model[tiny]")
+        return "\n".join(proof.faults) or f"top-1 agreement {proof.numbers['top1_agreement']}"
+
+
+@pytest.fixture
+def bench(finished: Path, tmp_path: Path) -> Bench:
+    base, split = artifact(finished, "base_model"), artifact(finished, "heldout_split")
+    rows = with_references(load_tokenizer(base), read_table(split / "heldout.parquet"))[:12]
+    return Bench(base, artifact(finished, "dpo_adapter"), Task(rows, [], [], [], None, EvaluationSettings(max_new_tokens=4)), tmp_path)
+
+
+def changed(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor], name: str = "model.safetensors") -> None:
+    weights = load_file(folder / name)
+    save_file({key: change(key, tensor) for key, tensor in weights.items()}, folder / name, metadata={"format": "pt"})
+
+
+def altered(bench: Bench, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor], file: str, source: Path) -> Path:
+    shutil.copytree(source, target)
+    changed(target, change, file)
+    return target
+
+
+def test_the_right_merge_is_proven(bench: Bench) -> None:
+    proof = bench.prove(bench.merge())
+    require_same(proof, GateSettings(), "")
+    numbers = proof.numbers
+    assert proof.faults == []
+    assert numbers["modules_proven"] == numbers["adapter_modules"] == 14
+    assert numbers["top1_agreement"] == 1
+    assert 0 <= numbers["kl_mean"] < 1e-3
+    assert 0 < numbers["logit_difference_mean"] < numbers["logit_difference_max"] < 0.2
+    assert 0.9 < numbers["largest_error_in_roundings"] <= 1.02  # it is rounded, once
+    assert len(proof.rows) == numbers["compared_rows"] == 12
+
+
+def test_numbers_do_not_depend_on_the_pieces_they_are_computed_in(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = bench.merge()
+    whole = bench.prove(merged).numbers
+    monkeypatch.setattr(verify, "POSITIONS", 1)
+    assert bench.prove(merged).numbers == pytest.approx(whole, rel=1e-5)
+
+
+def test_rows_beyond_the_scratch_space_are_counted_as_not_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = bench.task.heldout[0]
+    monkeypatch.setattr(verify, "LOGITS_BYTES", 3 * 4 * 400 * sum(row["supervised"]))
+    numbers = bench.prove(bench.merge()).numbers
+    assert 1 <= numbers["compared_rows"] < numbers["heldout_rows"] == 12
+    assert not list(bench.scratch.glob("*.f32"))
+
+
+def dropped(bench: Bench) -> Path:
+    adapter = altered(
+        bench, bench.scratch / "dropped", lambda key, value: value * (MODULE not in key), "adapter_model.safetensors", bench.adapter
+    )
+    return bench.merge(adapter=adapter)
+
+
+def doubled(bench: Bench) -> Path:
+    adapter = bench.scratch / "doubled"
+    shutil.copytree(bench.adapter, adapter)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    return bench.merge(adapter=adapter)
+
+
+def other_revision(bench: Bench) -> Path:
+    base = altered(
+        bench, bench.scratch / "revision", lambda key, value: value * 1.01 if "norm" in key else value, "model.safetensors", bench.base
+    )
+    return bench.merge(base=base)
+
+
+def swapped_template(bench: Bench) -> Path:
+    merged = bench.merge()
+    path = merged / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>Assistant"))
+    return merged
+
+
+def template_of_equal_text(bench: Bench) -> Path:
+    """A comment only: other bytes, the same effect. Still not the file that was proven."""
+    merged = bench.merge()
+    path = merged / "chat_template.jinja"
+    path.write_text("{# served by us #}" + path.read_text())
+    return merged
+
+
+def zeroed_shard(bench: Bench) -> Path:
+    merged = bench.merge()
+    changed(merged, lambda key, value: value * 0 if "layers.0" in key else value)
+    return merged
+
+
+def one_nan(bench: Bench) -> Path:
+    merged = bench.merge()
+
+    def spoil(key: str, value: torch.Tensor) -> torch.Tensor:
+        if key == "model.embed_tokens.weight":
+            value[3, 5] = float("nan")
+        return value
+
+    changed(merged, spoil)
+    return merged
+
+
+def other_stop(bench: Bench) -> Path:
+    merged = bench.merge()
+    path = merged / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 0}))
+    return merged
+
+
+def a_tensor_less(bench: Bench) -> Path:
+    merged = bench.merge()
+    weights = load_file(merged / "model.safetensors")
+    del weights[f"{MODULE}.weight"]
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    return merged
+
+
+def other_width(bench: Bench) -> Path:
+    merged = bench.merge()
+    path = merged / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+    return merged
+
+
+NEGATIVE_CONTROLS = {
+    "one module dropped": (dropped, f"{MODULE}.weight: differs from base + adapter by .* (it holds 0.00 of the adapter's update)"),
+    "scale doubled": (doubled, "q_proj.weight: differs from base + adapter by .* (it holds 2.00 of the adapter's update)"),
+    "wrong base revision": (other_revision, "norm.weight: differs from the base's, though the adapter does not change it"),
+    "swapped template": (swapped_template, "chat template: 12 of 12 held-out rows become other tokens than those that were judged"),
+    "template with a comment": (template_of_equal_text, "chat template: is not the base's"),
+    "a zeroed shard": (zeroed_shard, "input_layernorm.weight: differs from the base's, .* (it is all zeros)"),
+    "one NaN": (one_nan, "model.embed_tokens.weight: is not finite"),
+    "another stop token": (other_stop, "generation config: stops at [0], the base at"),
+    "a tensor less": (a_tensor_less, f"{MODULE}.weight: is missing"),
+    "another config": (other_width, "config: ['rms_norm_eps'] differ"),
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVE_CONTROLS)
+def test_negative_control_is_caught_by_name(bench: Bench, name: str) -> None:
+    import re
+
+    make, said = NEGATIVE_CONTROLS[name]
+    pattern = ".*".join(re.escape(part) for part in said.split(".*"))
+    assert re.search(pattern, bench.faults(make(bench)))
+
+
+def test_truncated_file_is_caught_by_name(bench: Bench) -> None:
+    merged = bench.merge()
+    with (merged / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 100)
+    with pytest.raises(ModelError, match=r"merged/model\.safetensors: is truncated"):
+        bench.prove(merged)
+
+
+def test_answers_alone_would_not_have_caught_a_dropped_module(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why the weights are audited: on easy rows a model that lacks one module still says the same words."""
+    merged = dropped(bench)
+    real = verify.audit
+
+    def blind(*args: Any) -> Any:
+        result = real(*args)
+        result.faults = []
+        return result
+
+    monkeypatch.setattr(verify, "audit", blind)
+    numbers = bench.prove(merged).numbers
+    assert numbers["top1_agreement"] > 0.9
+    assert numbers["kl_mean"] > 0
+
+
+def test_a_published_file_that_is_damaged_later_does_not_answer(copy: Path) -> None:
+    from ft_assets.chat.side_by_side import SideBySide
+    from ft_assets.config import load_project
+
+    path = artifact(copy, "merged_model") / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: was changed after it was published"):
+        SideBySide(load_project(copy / "finetune.yaml"), "tiny", None)
+
+
+def test_dpo_on_sft_is_one_adapter(bench: Bench, finished: Path) -> None:
+    """The DPO adapter holds SFT + DPO: it alone, merged, is the policy; the SFT adapter is not to be added to it."""
+    sft = load_file(artifact(finished, "lora_adapter") / "adapter_model.safetensors")
+    dpo = load_file(bench.adapter / "adapter_model.safetensors")
+    assert sft.keys() == dpo.keys()
+    step = {key: (dpo[key] - sft[key]).norm() / sft[key].norm() for key in sft}
+    assert all(0 < value < 0.2 for value in step.values())  # it went on from the SFT weights, a little
+    merged = bench.merge()
+    assert bench.prove(merged).numbers["top1_agreement"] == 1
+    twice = bench.merge("twice", base=bench.merge("sft", adapter=artifact(finished, "lora_adapter")))
+    assert "of the adapter's update" in bench.faults(twice)
+
+
+def test_graph_proves_what_dora_trained(copy: Path) -> None:
+    edit(copy, lora={"use_dora": True, "target_modules": ["q_proj", "up_proj"]})
+    assert materialize(copy).success
+    metrics = ArtifactStore(copy / ".ft/store").need("merged_model", "tiny").metrics
+    assert metrics["modules_proven"] == metrics["adapter_modules"] == 4
+    assert metrics["method"] == "streaming"

@@ -1,0 +1,117 @@
+"""What is tried again: faults of the infrastructure, as often as `launcher.retries` says; never a step's own failure, a user's error or a verdict.
+
+The launcher here starts nothing: it raises what the real ones raise (their own tests bring it about with real processes).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+
+from ft_assets.config import load_project
+from ft_assets.errors import ConfigError, DataError, StoreUnreachable
+from ft_assets.job import Job, StepResult
+from ft_assets.launchers import StepFailed, StepLost
+from ft_assets.launchers.base import TEMPORARY, failed
+from ft_assets_tests.pipeline import InProcessLauncher, failure
+
+LOST = StepLost("base_model", -9, "Killed")
+ELSE = StepFailed("base_model", 1, "Traceback")
+
+
+class Failing(InProcessLauncher):
+    """Raises what it is given, one a try, then runs the step."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors: Iterator[Exception] = iter(errors)
+        self.tries = 0
+
+    def run(self, job: Job, on_progress: Any) -> StepResult:
+        self.tries += 1
+        for error in self.errors:
+            raise error
+        return super().run(job, on_progress)
+
+
+def base_model(folder: Path, launcher: Failing) -> dg.ExecuteInProcessResult:
+    """Materialize base_model of a project that waits no time between tries."""
+    from ft_assets.definitions import build
+
+    settings = yaml.safe_load((folder / "finetune.yaml").read_text())
+    (folder / "finetune.yaml").write_text(yaml.safe_dump({**settings, "launcher": {"kind": "local", "retries": 2, "retry_seconds": 0}}))
+    definitions = build(load_project(folder / "finetune.yaml"))
+    resources: Any = definitions.resources
+    resources["workshop"].launcher = launcher
+    with dg.DagsterInstance.ephemeral() as instance:
+        return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=instance, partition_key="tiny", asset_selection=[dg.AssetKey("base_model")], raise_on_error=False,
+            run_config={"loggers": {"console": {}}},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [LOST, StoreUnreachable("s3://models", "timeout")])
+def test_fault_of_the_infrastructure_is_tried_again(project: Path, fault: Exception) -> None:
+    launcher = Failing(fault, fault)
+    result = base_model(project, launcher)
+    assert result.success, failure(result)
+    assert launcher.tries == 3
+
+
+def test_fault_that_stays_is_told_after_the_last_try(project: Path) -> None:
+    launcher = Failing(LOST, LOST, LOST, LOST)
+    result = base_model(project, launcher)
+    assert not result.success
+    assert launcher.tries == 3
+    assert "killed by signal 9" in failure(result)
+
+
+@pytest.mark.parametrize("error", [ELSE, DataError("row 3", "no answer")])
+def test_step_that_fails_by_itself_is_tried_once(project: Path, error: Exception) -> None:
+    launcher = Failing(error)
+    assert str(error) in failure(base_model(project, launcher))
+    assert launcher.tries == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "tail", "lost"),
+    [
+        (-9, "", True),  # the OOM killer
+        (137, "", True),  # the same, as a container's runtime says it
+        (143, "", True),  # a node that shuts down
+        (TEMPORARY, "", True),
+        (1, "RuntimeError: CUDA error: uncorrectable ECC error encountered", True),
+        (1, "torch.OutOfMemoryError: CUDA out of memory", False),
+        (-11, "", False),  # a crash of its own: it would crash again
+        (-6, "", False),
+        (1, "ValueError", False),
+    ],
+)
+def test_what_counts_as_a_fault_of_the_infrastructure(code: int, tail: str, lost: bool) -> None:
+    assert isinstance(failed("sft", code, tail), StepLost) is lost
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        ("raj", r"launcher.kind: 'raj'[\s\S]*local, accelerate, ray[\s\S]*did you mean 'ray'"),
+        ({"kind": "ray", "worker": 2}, r"launcher.worker: is not a known key[\s\S]*did you mean 'workers'"),
+        ({"kind": "accelerate", "processes": 0}, r"launcher.processes: 0"),
+        ({"workers": 2}, r"launcher.kind: 'no kind'"),
+    ],
+)
+def test_launcher_that_cannot_be_is_told_with_its_key(project: Path, launcher: Any, said: str) -> None:
+    settings = yaml.safe_load((project / "finetune.yaml").read_text())
+    (project / "finetune.yaml").write_text(yaml.safe_dump({**settings, "launcher": launcher}))
+    with pytest.raises(ConfigError, match=said):
+        load_project(project / "finetune.yaml")
+
+
+def test_launcher_by_its_name_alone_has_its_defaults(project: Path) -> None:
+    settings = yaml.safe_load((project / "finetune.yaml").read_text())
+    (project / "finetune.yaml").write_text(yaml.safe_dump({**settings, "launcher": "ray"}))
+    assert load_project(project / "finetune.yaml").launcher.model_dump(include={"kind", "address", "retries"}) == {
+        "kind": "ray", "address": "auto", "retries": 2,
+    }  # fmt: skip

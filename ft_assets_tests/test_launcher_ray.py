@@ -1,0 +1,98 @@
+"""A real Ray cluster of this machine, two worker processes on its CPUs (gloo)."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ft_assets.config.launcher import RaySettings
+from ft_assets.errors import ConfigError
+from ft_assets.launchers import LocalLauncher, StepLost
+from ft_assets.launchers.local import free_port
+from ft_assets.launchers.ray import RayLauncher
+from ft_assets_tests.launching import process_groups, require_same_training, trained, training_job, wait_until
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head node with two CPUs, a process group of its own; yields its address."""
+    port = free_port()
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--num-gpus=0",
+         "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"],
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    yield f"127.0.0.1:{port}"
+    os.killpg(head.pid, signal.SIGKILL)  # the cluster of this test, all of it
+    head.wait()
+
+
+def launcher(cluster: str) -> RayLauncher:
+    return RayLauncher(RaySettings(kind="ray", address=cluster, workers=2, use_gpu=False))
+
+
+def workers() -> set[int]:
+    """Return the processes that are training workers of Ray on this machine."""
+    found = set[int]()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"ray::" in (text := file.read_bytes()) and b"RayTrainWorker" in text:
+                found.add(int(file.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_two_workers_train_what_one_process_trains(finished: Path, tmp_path: Path, cluster: str) -> None:
+    alone, together = training_job(finished, tmp_path / "1"), training_job(finished, tmp_path / "2")
+    trained(LocalLauncher(), alone)
+    lines, curve, metrics = trained(launcher(cluster), together)
+    require_same_training(alone, together)
+    assert metrics["steps"] == len(curve) > 1
+    assert [line["step"] for line in lines if line["message"] == "train"] == [entry["step"] for entry in curve]
+
+
+def test_users_error_arrives_as_it_was_raised(finished: Path, tmp_path: Path, cluster: str) -> None:
+    with pytest.raises(ConfigError, match=r"sft.effective_batch: 8[\s\S]*micro_batch \(8\) x 2 ranks"):
+        launcher(cluster).run(training_job(finished, tmp_path, micro_batch=8), lambda _: None)
+
+
+def test_lost_worker_is_a_fault_and_interrupt_stops_the_rest(finished: Path, tmp_path: Path, cluster: str) -> None:
+    job, killed = training_job(finished, tmp_path / "1", num_train_epochs=500), set[int]()
+
+    def kill(line: object) -> None:
+        if not killed and isinstance(line, dict) and line["message"] == "train":
+            killed.update(workers())
+            os.kill(min(killed), signal.SIGKILL)
+
+    with pytest.raises(StepLost):
+        launcher(cluster).run(job, kill)
+    assert len(killed) == 2
+    wait_until(lambda: not workers())
+
+    job = training_job(finished, tmp_path / "2", num_train_epochs=500)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt() -> None:
+        wait_until(lambda: job.progress_file.exists() and '"train"' in job.progress_file.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        launcher(cluster).run(job, lambda _: None)
+    thread.join()
+    assert not process_groups(job.work)
+    wait_until(lambda: not workers())
+
+
+def test_cluster_that_does_not_answer_is_a_fault(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(StepLost, match="does not answer"):
+        RayLauncher(RaySettings(kind="ray", address=f"127.0.0.1:{free_port()}", use_gpu=False)).run(
+            training_job(finished, tmp_path), lambda _: None
+        )

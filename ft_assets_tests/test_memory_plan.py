@@ -1,0 +1,137 @@
+"""The memory plan: the formula against real models, what it chooses, what it keeps and how it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from ft_assets.assets.forecast import forecast
+from ft_assets.config import DpoSettings, LoraSettings, SftSettings, load_project
+from ft_assets.errors import ConfigError, MemoryPlanError
+from ft_assets.training.adapter import new_adapter, trainable_share
+from ft_assets.training.flops import mfu_percent, peak_flops
+from ft_assets.training.memory import Setup, predict
+from ft_assets.training.plan import Data, Machine, make_plan
+from ft_assets.training.shape import shape_of, snapshot_shape
+
+LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}  # fmt: skip
+SHAPE = shape_of(LLAMA_8B)
+DATA = Data([200] * 400, packed=True)
+
+
+def plan(memory_gb: float, method: str = "auto", data: Data = DATA, lora: dict[str, Any] | None = None, **settings: Any) -> Any:
+    machine = Machine(True, memory_gb * 1e9, 2, True, 989e12)
+    return make_plan(SHAPE, LoraSettings(method=method, **(lora or {})), SftSettings(**{"effective_batch": 80, **settings}), data, machine)
+
+
+def test_parameters_are_those_of_the_model(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    counted = snapshot_shape(tiny_model)
+    assert counted.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert counted == shape_of(json.loads((tiny_model / "config.json").read_text()))
+    assert SHAPE.parameters == 8_030_261_248  # Llama 3 8B's model card
+
+
+@pytest.mark.parametrize("targets", ["attention-qv", "attention", "all-linear", ["o_proj", "down_proj"]])
+def test_adapter_parameters_are_those_that_peft_trains(tiny_model: Path, targets: Any) -> None:
+    lora = LoraSettings(method="lora", r=3, target_modules=targets)
+    assert (
+        snapshot_shape(tiny_model).adapter_parameters(3, targets) == trainable_share(new_adapter(tiny_model, lora))["trainable_parameters"]
+    )
+
+
+# bench/gpu_training.py --memory on an H100 80GB: largest micro-batch in tokens, layers that keep their activations, GB reserved.
+MEASURED = [
+    ({"quantized": True}, "attention", 881, 32, 9.72),
+    ({"quantized": True}, "attention", 4191, 0, 9.51),
+    ({"quantized": True}, "attention", 16715, 0, 15.46),
+    ({"quantized": True}, "all-linear", 4191, 0, 10.06),
+    ({"quantized": True}, "attention", 9737, 11, 21.55),
+    ({"quantized": True}, "attention", 19449, 32, 72.40),
+    ({}, "attention", 2115, 32, 23.52),
+    ({}, "attention", 10802, 32, 52.50),
+]
+
+
+@pytest.mark.parametrize(("kind", "targets", "tokens", "kept", "reserved"), MEASURED)
+def test_the_formula_is_within_15_percent_of_what_a_gpu_took(kind: Any, targets: str, tokens: int, kept: int, reserved: float) -> None:
+    setup = Setup.of(SHAPE, 16, targets, tokens=tokens, kept_layers=kept, dropout=True, **kind)
+    assert predict(SHAPE, setup)["total"] / 1e9 == pytest.approx(reserved, rel=0.15)
+
+
+@pytest.mark.parametrize("memory", [10, 16, 24, 48, 80, 141])
+def test_what_is_planned_fits_and_keeps_the_effective_batch(memory: float) -> None:
+    found = plan(memory)
+    assert found.predicted < memory * 1e9
+    assert 80 % found.micro_batch == 0
+
+
+def test_more_memory_is_never_slower_and_16_bit_is_taken_where_it_has_room() -> None:
+    assert plan(12).method == "qlora"
+    assert plan(80).method == "lora"
+    checkpointed = [plan(memory, "qlora").layers - plan(memory, "qlora").kept_layers for memory in (16, 80)]
+    assert checkpointed[0] > checkpointed[1] == 0
+
+
+def test_what_is_set_by_hand_is_kept() -> None:
+    found = plan(80, "qlora", micro_batch=10, gradient_checkpointing=True)
+    assert (found.method, found.micro_batch, found.kept_layers) == ("qlora", 10, 0)
+    assert plan(80, "lora", gradient_checkpointing=False).kept_layers == 32
+    with pytest.raises(ConfigError, match=r"a multiple of sft\.micro_batch"):
+        plan(80, micro_batch=7)
+
+
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(MemoryPlanError) as refused:
+        plan(12, "lora")
+    assert "lora.method: qlora" in refused.value.fix
+    with pytest.raises(MemoryPlanError) as refused:
+        plan(9.5, data=Data([8000] * 400, packed=True))
+    assert "chat.max_length: 512" in refused.value.fix
+    with pytest.raises(MemoryPlanError) as refused:
+        plan(4)
+    assert refused.value.fix == "a smaller base model, or a GPU with more memory"
+
+
+def test_on_a_cpu_nothing_is_quantized_or_computed_again() -> None:
+    tiny = shape_of({**LLAMA_8B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 400})
+    found = make_plan(tiny, LoraSettings(), SftSettings(), DATA, Machine(False, 8e9, 4))
+    assert (found.method, found.checkpointed) == ("lora", False)
+
+
+def test_dpo_counts_both_answers_and_padding() -> None:
+    machine = Machine(True, 40e9, 2, True, 989e12)
+    pairs = Data([100, 300] * 50, packed=False, answers=2, reference=True, plain=True)
+    found = make_plan(SHAPE, LoraSettings(method="qlora"), DpoSettings(micro_batch=2), pairs, machine, "dpo")
+    assert found.largest == 2 * 2 * 300
+
+
+def test_mfu_is_useful_work_over_the_datasheets_peak() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("Some card") is None
+    assert mfu_percent(16374, SHAPE, "NVIDIA H100 80GB HBM3") == pytest.approx(49.7, abs=0.1)
+
+
+def test_ft_plan_predicts_the_memory_of_a_training(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # There is no GPU here: a script answers in nvidia-smi's place.
+    from ft_assets.artifacts import ArtifactStore
+
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 22500'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    project = load_project(copy / "finetune.yaml")
+    store = ArtifactStore(project.store_path)
+    predicted, refused = forecast(project, store, "lora_adapter", "tiny")
+    assert predicted is not None and 0 <= predicted < 1 and refused is None
+    assert forecast(project, store, "dpo_adapter", "tiny")[0] is not None
+    assert forecast(project, store, "raw_dataset", None) == (None, None)
+    small = project.model_copy(update={"memory_limit_gb": 0.1})
+    assert "GB at least" in str(forecast(small, store, "lora_adapter", "tiny")[1])

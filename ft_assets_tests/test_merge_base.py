@@ -1,0 +1,148 @@
+"""After QLoRA: which weights the adapter is merged onto is measured, and what wins is kept."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.data.tables import read_table
+from ft_assets.errors import ModelError
+from ft_assets.job import Job
+from ft_assets.models.loading import load_base
+from ft_assets.models.source import locate_folder, require_unquantized
+from ft_assets.release.merge import merge
+from ft_assets.release.nf4 import quantized_tensors, round_trip, simulate
+from ft_assets.release.tensor_files import entries_of, read_folder, read_tensor
+from ft_assets.steps.merge import better_base, step
+from ft_assets_tests.conftest import edit
+from ft_assets_tests.pipeline import artifact, checks, materialize
+
+
+@pytest.fixture
+def job(copy: Path, tmp_path: Path) -> Job:
+    """The job of the merge that was made, told that its adapter comes from QLoRA and that the loss decides."""
+    path = next((copy / ".ft/store/.work/jobs").glob("merged_model-*/job.json"))
+    job = Job.model_validate_json(path.read_text())
+    shutil.copytree(artifact(copy, "base_model"), tmp_path / "base")
+    coarsen(tmp_path / "base")
+    inputs = {
+        "base_model": tmp_path / "base", "eval_report": artifact(copy, "eval_report"),
+        "heldout_split": artifact(copy, "heldout_split"), "adapter": artifact(copy, "lora_adapter"),
+    }  # fmt: skip
+    (tmp_path / "output").mkdir()
+    settings = {**job.settings, "method": "qlora", "evaluation": {**job.settings["evaluation"], "metric": "loss"}}
+    return job.model_copy(update={"inputs": inputs, "settings": settings, "output": tmp_path / "output", "work": tmp_path / "work"})
+
+
+def coarsen(base: Path) -> None:
+    """Put an outlier into each block of 64 weights, so that NF4's steps are coarse: the two bases then differ by more than chance."""
+    names = quantized_tensors(base)
+    weights = load_file(base / "model.safetensors")
+    for name, weight in weights.items():
+        if name in names:
+            weight[:, ::64] = 0.3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def train(job: Job, target: Path, against_nf4: bool) -> Job:
+    """Train an adapter for some seconds against the base as it is, or as NF4 leaves it; return the job with it."""
+    base = load_base(job.inputs["base_model"]).float()
+    if against_nf4:
+        simulate(base)
+    torch.manual_seed(0)
+    model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    rows = read_table(job.inputs["heldout_split"] / "train.parquet")
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=5e-3)
+    for index in range(160):
+        row = rows[index % len(rows)]
+        ids = torch.tensor([row["input_ids"]])
+        labels = ids.masked_fill(~torch.tensor([row["supervised"]]), -100)
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(target)
+    return job.model_copy(update={"inputs": {**job.inputs, "adapter": target}})
+
+
+def quiet(*_: Any, **__: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize("winner", ["original", "dequantized"])
+def test_the_base_that_the_adapter_was_trained_against_wins(job: Job, tmp_path: Path, winner: str) -> None:
+    job = train(job, tmp_path / "adapter", winner == "dequantized")
+    metrics = step(job, quiet).metrics
+    loss = {name: metrics[f"merged_onto_{name}_loss"] for name in ("original", "dequantized")}
+    assert metrics["merge_base"] == winner == min(loss, key=loss.__getitem__)
+    assert metrics["merged_loss"] == pytest.approx(loss[winner], abs=1e-5)
+    assert f"| merge_base | {winner} |" in (job.output / "README.md").read_text()
+    assert not (job.work / "dequantized").exists()
+    # What was published is the winner's merge, to the byte.
+    again = tmp_path / "again"
+    again.mkdir()
+    merge(job.inputs["base_model"], job.inputs["adapter"], again, winner)  # type: ignore[arg-type]
+    assert (again / "model.safetensors").read_bytes() == (job.output / "model.safetensors").read_bytes()
+    assert load_base(job.output).config.architectures == ["LlamaForCausalLM"]
+
+
+def test_of_equals_the_original_weights_are_taken() -> None:
+    assert better_base({"dequantized": 0.5, "original": 0.5}, "exact") == "original"
+    assert better_base({"original": 0.5, "dequantized": 0.6}, "exact") == "dequantized"
+    assert better_base({"original": 0.5, "dequantized": 0.6}, "loss") == "original"
+
+
+def test_qlora_runs_through_the_graph_and_says_what_it_was_merged_onto(copy: Path) -> None:
+    """What it is worth is not asked here (the gate is overridden): NF4 leaves little of a random model of this size."""
+    edit(copy, lora={"method": "qlora"}, data={"preferences": []}, gate={"override": "a test of the merge"})
+    result = materialize(copy)
+    merged = ArtifactStore(copy / ".ft/store").need("merged_model", "tiny")
+    assert merged.metrics["merge_base"] in ("original", "dequantized")
+    said = str(checks(result)["merge_is_equivalent"].description)
+    assert "merged onto the" in said
+    assert "14 of 14 modules proven" in said
+    assert "quantization_config" not in json.loads((merged.path / "config.json").read_text())
+
+
+def test_round_trip_is_what_a_model_loaded_in_nf4_computes_with(copy: Path) -> None:
+    snapshot = artifact(copy, "base_model")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    loaded = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.bfloat16, quantization_config=settings)
+    packed = {f"{name}.weight": module.weight for name, module in loaded.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert set(packed) == quantized_tensors(snapshot)
+    from bitsandbytes.functional import dequantize_4bit
+
+    tensors, differences = entries_of(read_folder(snapshot)), 0
+    for name, weight in packed.items():
+        original = read_tensor(tensors[name])
+        ours = round_trip(original)
+        assert torch.equal(ours, dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)), name
+        differences += int((ours != original).sum())
+    assert differences > 10_000
+
+
+def test_a_quantized_base_is_refused_where_it_is_named_and_where_it_is_merged_into(copy: Path, tmp_path: Path) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(artifact(copy, "base_model"), quantization_config=settings).save_pretrained(tmp_path / "nf4")
+    with pytest.raises(ModelError, match=r"stored in 4 bits \(bitsandbytes\)"):
+        require_unquantized("base_models.x.folder", tmp_path / "nf4")
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ModelError, match=r"the update would be rounded away"):
+        merge(tmp_path / "nf4", artifact(copy, "lora_adapter"), tmp_path / "merged")
+    for path in artifact(copy, "base_model").glob("*token*"):
+        shutil.copy2(path, tmp_path / "nf4" / path.name)
+    edit(copy, base_models={"tiny": {"folder": str(tmp_path / "nf4")}})
+    from ft_assets_tests.pipeline import failure
+
+    assert "base_models.tiny.folder: its weights are stored in 4 bits (bitsandbytes)" in failure(materialize(copy, "base_model"))
+
+
+def test_an_adapter_given_as_a_base_is_refused_by_name(copy: Path) -> None:
+    with pytest.raises(ModelError, match="is an adapter, not a model"):
+        locate_folder("x", str(artifact(copy, "lora_adapter")), copy)

@@ -1,0 +1,165 @@
+"""The store on S3 (moto's server): other machines reuse what one made, half an upload is nothing, damage is named."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+import yaml
+from moto.server import ThreadedMotoServer
+
+from ft_assets.artifacts import ArtifactStore, ObjectStore, open_store
+from ft_assets.commands.gc import removals, remove
+from ft_assets.commands.status import status
+from ft_assets.config import load_project
+from ft_assets.errors import ArtifactError, ConfigError, StoreUnreachable
+from ft_assets_tests.conftest import ft
+from ft_assets_tests.pipeline import failure, materialize
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A bucket of an S3 server of its own; yields boto3's client."""
+    import boto3
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()  # what a test before left in this process
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="models")
+    yield client
+    server.stop()
+
+
+def keys(client: Any) -> list[str]:
+    return sorted(entry["Key"] for entry in client.list_objects_v2(Bucket="models").get("Contents", []))
+
+
+def publish(store: ArtifactStore, content: str, version: str) -> Any:
+    with store.staging("a", "tiny") as staged:
+        (staged / "sub").mkdir()
+        (staged / "sub/file").write_text(content)
+        return store.publish(
+            staged, asset="a", partition="tiny", version=version, code_version="1", settings={}, inputs={}, environment={},
+            metrics={"n": 1}, started=0.0,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def machine(bucket: Any, tmp_path: Path) -> Callable[[str], ObjectStore]:
+    return lambda name: ObjectStore("s3://models/team", tmp_path / name)
+
+
+def test_what_one_machine_made_another_reads(machine: Callable[[str], ObjectStore]) -> None:
+    made = publish(machine("one"), "weights", "v1")
+    other = machine("two")
+    read = other.need("a", "tiny")
+    assert (read.data_version, read.metrics) == (made.data_version, {"n": 1})
+    assert not other.root.exists()  # numbers alone fetch nothing
+    assert (read.path / "sub/file").read_text() == "weights"
+    publish(other, "better", "v2")
+    assert machine("one").need("a", "tiny").fingerprint == "v2"
+    assert machine("one").find("a", "tiny", "v1") is not None
+
+
+def test_half_an_upload_is_invisible_and_is_sent_when_it_is_asked_for_again(
+    machine: Callable[[str], ObjectStore], bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = machine("one")
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionResetError("the network is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one._files, "pipe_file", broken)  # the files arrive, the manifest does not
+        with pytest.raises(StoreUnreachable, match="the network is gone"):
+            publish(one, "weights", "v1")
+    assert [key.rpartition("/")[2] for key in keys(bucket)] == ["file"]
+    assert machine("two").find("a", "tiny", "v1") is None
+    assert machine("two").current("a", "tiny") is None
+    again = machine("one").find("a", "tiny", "v1")
+    assert again is not None
+    assert (again.path / "sub/file").read_text() == "weights"
+    found = machine("two").find("a", "tiny", "v1")
+    assert found is not None
+    assert (found.path / "sub/file").read_text() == "weights"
+
+
+def test_damaged_and_missing_objects_are_refused_by_name(machine: Callable[[str], ObjectStore], bucket: Any) -> None:
+    publish(machine("one"), "weights", "v1")
+    key = next(key for key in keys(bucket) if key.endswith("sub/file"))
+    bucket.put_object(Bucket="models", Key=key, Body=b"garbage")
+    two = machine("two")
+    with pytest.raises(ArtifactError, match=r"s3://models/team/a/tiny/v1/.*sub/file: was changed after it was published"):
+        _ = two.need("a", "tiny").path
+    assert not list((two.root / "a/tiny").iterdir())
+    bucket.delete_object(Bucket="models", Key=key)
+    with pytest.raises(ArtifactError, match=r"sub/file: is missing"):
+        _ = two.need("a", "tiny").path
+
+
+def test_gc_removes_old_versions_from_the_bucket_and_keeps_the_current(machine: Callable[[str], ObjectStore], bucket: Any) -> None:
+    store = machine("one")
+    for index in range(4):
+        publish(store, str(index), f"v{index}")
+    late = store.need("a", "tiny").manifest["finished"] + 5 * HOUR
+    going, unreadable = removals(store, 1, now=late)
+    assert ([removal.path.name for removal in going], unreadable) == (["v0", "v1", "v2"], [])
+    assert all(remove(store, removal) for removal in going)
+    assert {key.split("/")[3] for key in keys(bucket)} == {"v3", "CURRENT"}
+    assert sorted(path.name for path in (store.root / "a/tiny").iterdir()) == ["v3"]
+
+
+def test_user_is_told_what_the_store_wants(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ObjectStore("s3://elsewhere/team", tmp_path / "one")
+    with pytest.raises(ArtifactError, match="no such bucket"):
+        missing.require_space(1, "a test")  # what is asked before the work begins
+    with pytest.raises(ArtifactError, match="no such bucket"):
+        publish(missing, "weights", "v1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreUnreachable, match="does not answer"):
+        ObjectStore("s3://models/team", tmp_path / "two").find("a", "tiny", "v1")
+
+
+def test_store_that_is_none_is_refused(project: Path) -> None:
+    for store, said in (("ftp://host/x", "is not a store"), ("s3://key:secret@bucket/x", "credentials come from the environment")):
+        settings = yaml.safe_load((project / "finetune.yaml").read_text())
+        (project / "finetune.yaml").write_text(yaml.safe_dump({**settings, "store": store}))
+        with pytest.raises(ConfigError, match=said):
+            load_project(project / "finetune.yaml")
+
+
+def test_graph_on_a_bucket_is_reused_whole_by_a_second_machine(project: Path, tmp_path: Path, bucket: Any) -> None:
+    settings = yaml.safe_load((project / "finetune.yaml").read_text())
+    (project / "finetune.yaml").write_text(yaml.safe_dump({**settings, "store": "s3://models/team"}))
+    second = tmp_path / "second"
+    shutil.copytree(project, second)
+    done = materialize(project)
+    assert done.success, failure(done)
+    made = {key for key in keys(bucket) if key.endswith("manifest.json")}
+    assert len(made) == 11
+    again = materialize(second)  # a cache of its own, empty
+    assert again.success, failure(again)
+    reused = [event.materialization.metadata["reused"].value for event in again.all_events if event.is_step_materialization]
+    assert reused == [True] * 11
+    assert {key for key in keys(bucket) if key.endswith("manifest.json")} == made
+    found = status(load_project(second / "finetune.yaml"), [("raw_dataset", False), ("merged_model", True)])
+    assert (found.store, found.versions) == ("s3://models/team", 11)
+    said = ft(second, "report")
+    assert said.returncode == 0, said.stderr
+    assert "held-out" in said.stdout
+    assert json.loads(ft(second, "plan", "--json").stdout)
+    assert open_store(load_project(second / "finetune.yaml")).need("merged_model", "tiny").path.is_relative_to(second / ".ft/cache")

@@ -1,0 +1,160 @@
+"""Champion and challenger: promotion by rule, rollback, and what is refused, in a project whose graph ran."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.commands.gc import removals, remove
+from ft_assets.config import GateSettings, ReleaseSettings
+from ft_assets.release.champion import KEPT, PROMOTED, State, decide_release, state_of
+from ft_assets_tests.conftest import edit
+from ft_assets_tests.pipeline import artifact, checks, failure, materialize
+
+UP_TO_RELEASE = "recipe,lora_adapter,dpo_adapter,eval_report,merged_model,release"
+ROLL_BACK = {"release": {"rollback_to": "previous", "reason": "customers complained"}}
+
+
+def state(folder: Path) -> State:
+    return state_of(ArtifactStore(folder / ".ft/store").need("release", "tiny"))
+
+
+def champion(folder: Path) -> str:
+    found = state(folder).champion
+    assert found is not None
+    return found["merged_model"]
+
+
+def difference(mean: float, low: float, high: float, p: float, wins: int = 9, losses: int = 5) -> dict[str, Any]:
+    return {"mean": mean, "low": low, "high": high, "p": p, "wins": wins, "losses": losses, "n": 64, "rows_needed": 400}
+
+
+GOOD = difference(0.4, 0.3, 0.5, 0.0001)
+RULES = [
+    ("better", difference(0.2, 0.1, 0.3, 0.001), GOOD, {}, PROMOTED, "is better than the champion"),
+    ("worse", difference(-0.2, -0.3, -0.1, 0.001), GOOD, {}, KEPT, "is worse than the champion"),
+    ("cannot tell", difference(0.01, -0.1, 0.12, 0.8), GOOD, {}, KEPT, "may be worse than the champion by more than 0.05"),
+    ("not worse by the margin", difference(0.01, -0.04, 0.06, 0.8), GOOD, {}, PROMOTED, "not worse than the champion by 0.05"),
+    ("a wider margin", difference(0.01, -0.1, 0.12, 0.8), GOOD, {"margin": 0.2}, PROMOTED, "not worse than the champion by 0.2"),
+    ("must be better", difference(0.01, -0.04, 0.06, 0.8), GOOD, {"rule": "better"}, KEPT, "not proven better"),
+    ("all rows equal", difference(0.0, 0.0, 0.0, 1.0, 0, 0), GOOD, {"margin": 0.0}, PROMOTED, "not worse"),
+    ("the champion fell behind the base", difference(0.01, -0.1, 0.12, 0.8), difference(0.0, -0.1, 0.1, 1.0), {}, PROMOTED, "no longer beats"),
+    ("worse than a champion that fell behind", difference(-0.2, -0.3, -0.1, 0.001), difference(0.0, -0.1, 0.1, 1.0), {}, KEPT, "is worse"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("against", "today", "rule", "status", "says"), [case[1:] for case in RULES], ids=[case[0] for case in RULES])
+def test_rule(against: dict, today: dict, rule: dict, status: str, says: str) -> None:
+    decision = decide_release({"exact": against}, today, "exact", GateSettings(), ReleaseSettings(**rule))
+    assert decision.status == status
+    assert says in decision.reasons[0]
+
+
+def test_margin_of_the_gate_holds_against_the_champion_too() -> None:
+    gate = GateSettings(metrics={"exact": "better", "chrf": 0.1})
+    against = {"exact": difference(0.2, 0.1, 0.3, 0.001), "chrf": difference(-0.05, -0.2, 0.1, 0.4)}
+    decision = decide_release(against, GOOD, "exact", gate, ReleaseSettings())
+    assert decision.status == KEPT
+    assert "worse than the champion by more than 0.1: chrf" in decision.reasons[0]
+
+
+def test_first_release_has_no_champion_to_beat_and_a_rerun_does_nothing(copy: Path) -> None:
+    first = artifact(copy, "release")
+    only = state(copy)
+    assert [line["decision"] for line in only.history] == [PROMOTED]
+    assert only.previous is None
+    assert champion(copy) == artifact(copy, "merged_model").name
+    result = materialize(copy, "release")
+    assert result.success, failure(result)
+    assert artifact(copy, "release") == first
+    assert all(check.passed for check in checks(result).values())
+
+
+def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> None:
+    first = champion(copy)
+    edit(copy, sft={"learning_rate": 0.021})
+    result = materialize(copy, UP_TO_RELEASE)
+    assert result.success, failure(result)
+    second = artifact(copy, "merged_model").name
+    after = state(copy)
+    assert second != first
+    comparison = after.history[-1]["comparison"]
+    assert comparison["rows"] == 32  # the champion answered today's rows again, and so did the challenger
+    assert set(comparison["scores"]) == {"champion", "challenger"}
+    expected = PROMOTED if comparison["challenger_against_champion"]["mean"] >= 0 else KEPT
+    assert [line["decision"] for line in after.history] == [PROMOTED, expected] == [PROMOTED, PROMOTED]
+    assert champion(copy) == second
+
+    # ft gc with nothing kept but the newest leaves what a rollback needs
+    going, _ = removals(copy / ".ft/store", 1, now=time.time() + 7 * 24 * 3600)
+    assert going
+    for removal in going:
+        remove(removal)
+    store = ArtifactStore(copy / ".ft/store")
+    assert store.find("merged_model", "tiny", first) is not None
+    assert len(state(copy).history) == 2
+
+    refused = materialize(copy, "release", config={"release": {"rollback_to": "previous"}})
+    assert "a rollback without a reason" in failure(refused)
+    refused = materialize(copy, "release", config={"release": {"rollback_to": "ffff", "reason": "x"}})
+    assert f"there are: {first}" in failure(refused)
+    assert champion(copy) == second
+
+    rolled = materialize(copy, "release", config=ROLL_BACK)
+    assert rolled.success, failure(rolled)
+    assert champion(copy) == first
+    assert state(copy).history[-1]["decision"] == "ROLLED BACK"
+    assert "not on today's rows" in checks(rolled)["champion_beats_base"].description
+    assert not checks(rolled)["challenger_was_promoted"].passed
+
+    back = artifact(copy, "release")
+    again = materialize(copy, UP_TO_RELEASE)  # the schedule, a week later
+    assert again.success, failure(again)
+    assert artifact(copy, "release") == back
+    assert champion(copy) == first
+    assert "customers complained" in checks(again)["challenger_was_promoted"].description
+
+    forward = materialize(copy, "release", config={"release": {"rollback_to": second[:8], "reason": "it was not the model"}})
+    assert forward.success, failure(forward)
+    assert champion(copy) == second
+    assert state(copy).withdrawn == {state(copy).previous["identity"]: "it was not the model"}  # type: ignore[index]
+
+
+def test_release_alone_is_refused_without_a_pass_for_these_versions(copy: Path) -> None:
+    edit(copy, evaluation={"max_new_tokens": 1})
+    materialize(copy, "eval_report")
+    before = champion(copy)
+    result = materialize(copy, "release")
+    assert not result.success
+    assert "the verdict is FAIL" in failure(result)
+    assert champion(copy) == before
+
+
+def test_merged_model_of_another_report_is_not_released(copy: Path) -> None:
+    edit(copy, evaluation={"max_new_tokens": 7})
+    assert materialize(copy, "eval_report").success
+    assert "was made from another eval_report" in failure(materialize(copy, "release"))
+
+
+def test_damaged_file_of_the_champion_is_found_and_never_released(copy: Path) -> None:
+    weights = artifact(copy, "merged_model") / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    found = checks(materialize(copy, "release"))["released_files_are_whole"]
+    assert not found.passed
+    assert "model.safetensors: was changed after it was published" in str(found.description)
+    shutil.rmtree(copy / ".ft/store/release")
+    assert "model.safetensors: was changed" in failure(materialize(copy, "release"))
+
+
+def test_lost_champion_is_an_error_that_says_so(copy: Path) -> None:
+    document = artifact(copy, "release") / "release.json"
+    text = json.loads(document.read_text())
+    text["champion"] |= {"merged_model": "gone", "data_version": "gone", "identity": "gone"}
+    document.write_text(json.dumps(text))
+    assert "the merged model gone is not in the store any more" in failure(materialize(copy, "release"))

