@@ -82,7 +82,7 @@ def test_the_base_that_the_adapter_was_trained_against_wins(job: Job, tmp_path: 
     loss = {name: metrics[f"merged_onto_{name}_loss"] for name in ("original", "dequantized")}
     assert metrics["merge_base"] == winner == min(loss, key=loss.__getitem__)
     assert metrics["merged_loss"] == pytest.approx(loss[winner], abs=1e-5)
-    assert f"| merge_base | {winner} |" in (job.output / "README.md").read_text()
+    assert f"merge base | {winner}" in (job.output / "README.md").read_text()
     assert not (job.work / "dequantized").exists()
     # What was published is the winner's merge, to the byte.
     again = tmp_path / "again"
