@@ -36,7 +36,7 @@ from ft_assets.release.tensor_files import (
 from ft_assets.release.updates import EMBEDDING, Update, Updates, read_updates
 
 MergeBase = Literal["original", "dequantized"]
-BLOCK_BYTES = 1 << 22  # of the base's dtype; a block and its fp32 copies stay in the cache
+BLOCK_BYTES = 1 << 19  # of the base's dtype: its fp32 copies stay in the cache, and malloc reuses them instead of mapping fresh pages
 MOST_THREADS = 8
 NOT_OF_THE_MODEL = {"manifest.json", "facts.json", INDEX}
 
