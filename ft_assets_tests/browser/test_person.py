@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 from ft_assets_tests.conftest import edit
 from ft_assets_tests.test_ui import Server
 
 CHROMIUM = "/usr/bin/chromium"
+TOKEN = "hf_planted-token-that-must-not-be-shown"
 # Without the last four the browser itself calls home while the test runs.
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps",
 ]  # fmt: skip
 SECONDS = 240  # until something must have happened: a tick of the daemon is 30 s, a busy machine doubles all
-ASSET = "{ assetNodes { assetKey { path } isPartitioned all: staleStatus one: staleStatus(partition: %s) } }"
+NODES = "query($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) { assetKey { path } isPartitioned staleStatus%s } }"
 RUNS = (
     "query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) { ... on Runs { results { runId status tags { key value } } } } }"
 )
@@ -38,13 +39,17 @@ class Person:
     def __init__(self, page: Page, server: Server, folder: Path) -> None:
         self.page, self.server, self.folder = page, server, folder
         self.url = f"http://127.0.0.1:{server.port}"
+        self.seen: list[str] = []  # every page as it was left, and every answer
 
     def ask(self, query: str, **variables: Any) -> Any:
-        answer = self.server.client.post("/graphql", json={"query": query, "variables": variables}).json()
+        response = self.server.client.post("/graphql", json={"query": query, "variables": variables})
+        self.seen.append(response.text)
+        answer = response.json()
         assert "errors" not in answer, answer
         return answer["data"]
 
     def open(self, path: str) -> None:
+        self.seen.append(self.page.content())
         self.page.goto(self.url + path)
 
     def shot(self, name: str) -> None:
@@ -86,34 +91,45 @@ class Person:
 
     def stale(self) -> set[str]:
         """Return the assets that Dagster says are out of date; of the partitioned ones, those of `tiny`."""
-        nodes = self.ask(ASSET % json.dumps("tiny"))["assetNodes"]
-        return {node["assetKey"]["path"][0] for node in nodes if (node["one"] if node["isPartitioned"] else node["all"]) == "STALE"}
+        nodes = self.ask(NODES % "")["assetNodes"]
+        partitioned = [node["assetKey"] for node in nodes if node["isPartitioned"]]
+        nodes = [node for node in nodes if not node["isPartitioned"]]
+        nodes += self.ask(NODES % '(partition: "tiny")', keys=[{"path": key["path"]} for key in partitioned])["assetNodes"]
+        return {node["assetKey"]["path"][0] for node in nodes if node["staleStatus"] == "STALE"}
 
     def switch(self, name: str) -> None:
         """Click the switch in the row of a sensor or schedule."""
         self.open("/automation")
         self.page.get_by_text(name, exact=True).first.wait_for()
         self.page.wait_for_timeout(1500)  # rows move while others arrive
-        box = self.page.get_by_text(name, exact=True).first.bounding_box()
-        assert box is not None
-        switches = self.page.locator("label[class*=formatSwitch]").all()
-        min(switches, key=lambda found: abs((found.bounding_box() or {"y": 1e9})["y"] - box["y"])).click()
+        self.near(self.page.get_by_text(name, exact=True), self.page.locator("label[class*=formatSwitch]")).click()
         self.page.wait_for_timeout(1500)
 
-    def materialize_unsynced(self) -> None:
+    def materialize_unsynced(self, wanted: set[str]) -> None:
+        """Materialize these of what the lineage offers as unsynced; it offers what was never made (the other base model's) too."""
         before = {run["runId"] for run in self.runs()}
         self.open("/asset-groups/")
         everything = self.page.get_by_role("button", name=re.compile("Materialize all"))
         everything.wait_for(timeout=SECONDS * 1000)
         everything.locator("xpath=following::button[1]").click()
-        self.page.get_by_text(re.compile("Materialize unsynced")).first.click()
-        self.page.wait_for_timeout(2000)
+        self.page.get_by_text("Materialize unsynced", exact=True).click()
+        dialog = self.page.get_by_role("dialog").filter(has_text="Materialize unsynced assets")
+        dialog.get_by_role("button", name=re.compile(r"^Materialize \d+")).wait_for()
+        self.page.wait_for_timeout(1000)
+        self.near(dialog.get_by_text("Asset Name"), dialog.locator("label")).click()  # none
+        for asset in sorted(wanted):
+            self.near(dialog.get_by_text(asset, exact=True), dialog.locator("label")).click()
         self.shot("materialize_unsynced")
-        confirm = self.page.get_by_role("dialog").get_by_role("button", name=re.compile(r"^(Materialize|Launch)"))
-        if confirm.count():
-            confirm.last.click()
+        dialog.get_by_role("button", name=f"Materialize {len(wanted)} assets").click()
         run = wait(lambda: next((run["runId"] for run in self.runs() if run["runId"] not in before), None), "a run")
         assert self.ended(run) == "SUCCESS"
+
+    def near(self, text: Locator, candidates: Locator) -> Locator:
+        """Return the candidate in the row of a text."""
+        text.first.wait_for()
+        box = text.first.bounding_box()
+        assert box is not None
+        return min(candidates.all(), key=lambda found: abs((found.bounding_box() or {"y": 1e9})["y"] - box["y"]))
 
 
 def wait(look: Callable[[], Any], what: str) -> Any:
@@ -137,7 +153,9 @@ def person(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     little = {"learning_rate": 1e-4, "max_steps": 2}  # an adapter that changes nothing at all would not even be scored
     edit(folder, sft=little, dpo=little, base_models={"tiny": model, "second": model}, schedule={"cron": "* * * * *"})
     assert Path(CHROMIUM).exists(), f"{CHROMIUM} is not there: make browser installs it"
-    server = Server(folder)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_TOKEN", TOKEN)
+        server = Server(folder)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, headless=True)
         page = browser.new_page(viewport={"width": 1500, "height": 900})
@@ -186,18 +204,19 @@ def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(pe
         return len(person.ask('{ assetNodeOrError(assetKey: {path: ["data_files"]}) { ... on AssetNode { assetMaterializations { runId } } } }')["assetNodeOrError"]["assetMaterializations"])  # fmt: skip
 
     wait(reported, "the first report of the data files")
-    person.materialize_unsynced()  # the graph was made before the sensor first looked
+    raw = {"raw_dataset", "raw_preferences"}
+    person.materialize_unsynced(raw)  # the graph was made before the sensor first looked
     before = person.stale()
-    assert not before & {"raw_dataset", "raw_preferences", "chat_dataset", "heldout_split"}
+    assert not before & {*raw, "chat_dataset", "heldout_split"}
     seen = reported()
     with (person.folder / "data/pairs.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "what is the new winter bread 1", "chosen": "yes", "rejected": "no no"}) + "\n")
     wait(lambda: reported() > seen, "the report of the changed file")
-    assert person.stale() - before == {"raw_dataset", "raw_preferences"}
+    assert person.stale() - before == raw
     person.open("/asset-groups/")
     person.page.wait_for_timeout(2000)
     person.shot("stale")
-    person.materialize_unsynced()
+    person.materialize_unsynced(raw)
     assert person.stale() - before == {"chat_dataset"}  # the conversations were read again and are the same
     assert person.materialize("chat_dataset", "tiny") == "SUCCESS"
     assert person.stale() - before == {"heldout_split"}
@@ -206,7 +225,8 @@ def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(pe
 def test_schedule_is_switched_on_and_ticks(person: Person) -> None:
     person.switch("retrain_schedule")
     person.shot("automation")
-    runs = wait(lambda: person.runs(**{"dagster/schedule_name": "retrain_schedule"}), "a tick of the schedule")
+    scheduled = {"dagster/schedule_name": "retrain_schedule"}
+    runs = wait(lambda: (found := person.runs(**scheduled)) and len(found) > 1 and found, "a tick of the schedule")
     person.open("/locations/ft_assets.definitions/schedules/retrain_schedule")
     person.page.get_by_text(re.compile("Requested|Success|run")).first.wait_for()
     person.shot("tick")
@@ -214,3 +234,15 @@ def test_schedule_is_switched_on_and_ticks(person: Person) -> None:
     assert {tag["value"] for run in runs for tag in run["tags"] if tag["key"] == "ft/base_model"} == {"tiny", "second"}
     for run in runs:
         person.ask(STOP, run=run["runId"])
+
+
+def test_token_of_the_environment_was_shown_on_no_page_and_written_nowhere(person: Person) -> None:
+    person.open("/deployment/config")  # the instance's configuration, and what it inherits
+    person.page.get_by_text("run_monitoring").first.wait_for()
+    person.open("/")
+    everything = "{ runsOrError { ... on Runs { results { runConfigYaml tags { value } eventConnection { events { ... on MessageEvent { message } } } } } } instance { info } }"
+    person.ask(everything)
+    assert len(person.seen) > 10
+    assert not [text[:100] for text in person.seen if TOKEN in text]
+    written = [path for path in person.folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert written == []
