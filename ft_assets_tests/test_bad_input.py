@@ -153,7 +153,7 @@ def test_trainer_option_that_trl_does_not_know(project: Path) -> None:
     edit(project, sft={"trainer": {"warmup_ratio": 0.1}})
     done = ft(project, "run", "--asset", "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter")
     assert done.returncode == 1
-    assert "sft.trainer.warmup_ratio: is not an option of SFTConfig" in done.stderr
+    assert "sft.trainer.warmup_ratio: is not an option of TRL's config" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -31,7 +31,8 @@ def test_shell_completes_commands_and_options() -> None:
 def test_each_command_explains_itself_and_refuses_what_it_does_not_know(tmp_path: Path, command: str) -> None:
     from typer.testing import CliRunner
 
-    from ft_assets.cli import app, graph, models, project  # noqa: F401
+    from ft_assets.cli import graph, models, project  # noqa: F401
+    from ft_assets.cli.app import app
 
     shown = CliRunner().invoke(app, [command, "--help"])
     assert shown.exit_code == 0

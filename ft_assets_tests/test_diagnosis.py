@@ -51,7 +51,7 @@ def test_narrow_data_is_named(healthy: Callable[..., Path]) -> None:
 
 
 def test_overfit_is_named(healthy: Callable[..., Path]) -> None:
-    folder = healthy(sft={"num_train_epochs": 25})
+    folder = healthy(sft={"num_train_epochs": 25, "keep": "last"})
     chance = random.Random(0)
     write_jsonl(folder / "data/train.jsonl", conversations(120, lambda _: chance.choice(WORDS)))  # nothing to learn but by heart
     materialize(folder, UP_TO_REPORT)

@@ -150,14 +150,14 @@ def test_graph_on_a_bucket_is_reused_whole_by_a_second_machine(project: Path, tm
     done = materialize(project)
     assert done.success, failure(done)
     made = {key for key in keys(bucket) if key.endswith("manifest.json")}
-    assert len(made) == 11
+    assert len(made) == 13
     again = materialize(second)  # a cache of its own, empty
     assert again.success, failure(again)
     reused = [event.materialization.metadata["reused"].value for event in again.all_events if event.is_step_materialization]
-    assert reused == [True] * 11
+    assert reused == [True] * 13
     assert {key for key in keys(bucket) if key.endswith("manifest.json")} == made
     found = status(load_project(second / "finetune.yaml"), [("raw_dataset", False), ("merged_model", True)])
-    assert (found.store, found.versions) == ("s3://models/team", 11)
+    assert (found.store, found.versions) == ("s3://models/team", 13)
     said = ft(second, "report")
     assert said.returncode == 0, said.stderr
     assert "held-out" in said.stdout

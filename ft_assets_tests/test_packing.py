@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.training.attention import NAME, register
-from ft_assets.training.batches import StepBatches, largest_micro_batch
+from ft_assets.training.batches import StepBatches, largest_micro_batch, steps
 from ft_assets.training.cpu_loss import supervised_loss
 from ft_assets.training.isolation import leak, prove_isolation
 from ft_assets.training.linears import fuse_linears
@@ -170,6 +170,23 @@ def test_every_row_is_trained_once_an_epoch_in_the_steps_of_its_batch(packed: bo
     assert {frozenset(row for group in orders[0][:accumulation] for row in group)} == {
         frozenset(row for group in list(StepBatches(lengths, batch, 1, 5, packed))[:1] for row in group)
     }
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("count", "batch", "accumulation", "ranks"), [(50, 8, 2, 2), (33, 16, 2, 4), (34, 16, 1, 3), (64, 16, 2, 8)])
+def test_ranks_share_each_steps_rows(packed: bool, count: int, batch: int, accumulation: int, ranks: int) -> None:
+    """`accumulation` of each rank; a step of fewer rows than ranks (33: the last has one) is the only one that repeats rows."""
+    lengths = [len(row["input_ids"]) for row in rows(count)]
+    shares = [list(StepBatches(lengths, batch, accumulation, 5, packed, rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(share) == len(StepBatches(lengths, batch, accumulation, 5, packed, 0, ranks)) for share in shares)
+    assert all(group for share in shares for group in share)
+    full = count // batch
+    for number, expected in enumerate(steps(count, batch, 5, 0)):
+        mine = [group for share in shares for group in share[number * accumulation : (number + 1) * accumulation]]
+        found = sorted(row for group in mine for row in group)
+        assert set(found) == set(expected)
+        assert number >= full or found == sorted(expected)
 
 
 def test_packed_micro_batches_are_balanced() -> None:

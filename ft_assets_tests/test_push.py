@@ -71,7 +71,7 @@ def test_champion_is_pushed_privately_and_the_token_is_nowhere(copy: Path, hub: 
     assert done.returncode == 0, done.stderr + done.stdout
     assert read(copy, "hub_model", "push.json") == {"repo": "me/tiny", "private": True, "commit": "c0ffee"}
     create, commit = hub.seen[0], hub.seen[-1]
-    assert json.loads(create[2])["private"] is True
+    assert json.loads(create[2])["visibility"] == "private"
     assert create[1] == f"Bearer {TOKEN}"
     lines = [json.loads(line) for line in commit[2].splitlines()]
     pushed = {line["value"]["path"] for line in lines if line["key"] == "file"}

@@ -36,7 +36,7 @@ def test_ft_command_works(finished: Path, command: str) -> None:
     if arguments[0] == "report":
         assert ("report.html" if "--page" in arguments else "PASS") in done.stdout
     if arguments[0] == "chat":
-        assert "merged: yes" in done.stdout
+        assert "champion: yes" in done.stdout
 
 
 def test_all_commands_are_of_a_tested_kind() -> None:

@@ -90,11 +90,11 @@ def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> N
     assert champion(copy) == second
 
     # ft gc with nothing kept but the newest leaves what a rollback needs
-    going, _ = removals(copy / ".ft/store", 1, now=time.time() + 7 * 24 * 3600)
+    store = ArtifactStore(copy / ".ft/store")
+    going, _ = removals(store, 1, now=time.time() + 7 * 24 * 3600)
     assert going
     for removal in going:
-        remove(removal)
-    store = ArtifactStore(copy / ".ft/store")
+        remove(store, removal)
     assert store.find("merged_model", "tiny", first) is not None
     assert len(state(copy).history) == 2
 

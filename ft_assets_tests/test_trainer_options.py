@@ -48,7 +48,7 @@ def test_every_refused_name_is_an_option_of_trl() -> None:
 
 
 def test_other_options_reach_trl() -> None:
-    options = trainer_options(SftSettings(trainer={"adam_beta2": 0.98, "neftune_noise_alpha": 5.0}), "sft", Path("/nowhere"), SFTConfig)
+    options = trainer_options(SftSettings(micro_batch=4, trainer={"adam_beta2": 0.98, "neftune_noise_alpha": 5.0}), "sft", Path("/nowhere"), SFTConfig)
     config = SFTConfig(**options)
     assert (config.adam_beta2, config.neftune_noise_alpha) == (0.98, 5.0)
 
@@ -56,7 +56,7 @@ def test_other_options_reach_trl() -> None:
 def test_missing_tracker_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trackers.PACKAGES, "mlflow", "no_such_package")
     with pytest.raises(ConfigError, match=r"sft\.report_to: mlflow: its package is not installed[\s\S]*pip install no_such_package"):
-        trainer_options(SftSettings(report_to=["mlflow"]), "sft", Path("/nowhere"), SFTConfig)
+        trainer_options(SftSettings(micro_batch=4, report_to=["mlflow"]), "sft", Path("/nowhere"), SFTConfig)
 
 
 def test_tensorboard_gets_the_curve_and_it_is_kept(tiny_model: Path, tmp_path: Path) -> None:

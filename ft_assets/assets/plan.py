@@ -151,7 +151,8 @@ def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition:
         if name in planner.steps:
             steps[name] = planner.steps[name]
         elif above:  # not reached, or refused with the artifacts of today
-            steps[name] = Step(name, partition, MAYBE if name in refused else RUNS, [f"after {', '.join(above)}"])
+            there = name in refused or planner.store.current(name, partition if graph.get(key).is_partitioned else None) is not None
+            steps[name] = Step(name, partition, MAYBE if there else RUNS, [f"after {', '.join(above)}"])
         else:
             steps[name] = Step(name, partition, REFUSED, [refused.get(name, "")])
     return list(steps.values())

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ft_assets.config.launcher import RaySettings
 from ft_assets.errors import ArtifactError, ConfigError, FtError
@@ -23,6 +23,7 @@ from ft_assets.steps._run import execute, watch_lifeline
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 END: tuple[str, None] = ("end", None)
+CONNECT_SECONDS = 10.0
 
 
 def work(config: dict[str, Any]) -> None:
@@ -82,18 +83,33 @@ def run(job: Job, settings: RaySettings) -> int:
 
 
 def _connect(ray: Any, settings: RaySettings, runtime: dict[str, Any]) -> None:
+    if settings.address != "auto":
+        _require_answer(settings.address)
     try:
         ray.init(address=settings.address, runtime_env=runtime, log_to_driver=True)
     except ConnectionError as error:
         if settings.address != "auto":
-            print(f"the Ray cluster at {settings.address} does not answer: {error}", file=sys.stderr)
-            sys.exit(TEMPORARY)
+            _no_answer(settings.address, error)
         raise ConfigError(
             "launcher.address: auto",
             "no Ray cluster runs on this machine",
             "a cluster",
             "start one (ray start --head), or name its address",
         ) from None
+
+
+def _require_answer(address: str) -> None:
+    """End as a fault if nobody listens there: Ray itself asks for minutes before it says so."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        _no_answer(address, error)
+
+
+def _no_answer(address: str, error: Exception) -> NoReturn:
+    print(f"the Ray cluster at {address} does not answer: {error}", file=sys.stderr)
+    sys.exit(TEMPORARY)
 
 
 def _listen(queue: Any, report: ProgressFile) -> None:

@@ -5,6 +5,7 @@ cut (padded or packed, in how many micro-batches) changes neither the step's row
 supervised tokens of the whole step, its loss.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,24 @@ class StepBatches:
     """A batch sampler: yields the micro-batches of each step, as lists of row indices.
 
     Packed: `accumulation` micro-batches of nearly equal tokens. Padded: at most `ceil(effective_batch / accumulation)`
-    rows of similar length each, so that little is padded.
+    rows of similar length each, so that little is padded. Of several ranks each yields its share of every step, as many
+    micro-batches as the others; where a step has fewer rows than ranks, some rows are repeated.
     """
 
-    def __init__(self, lengths: Sequence[int], effective_batch: int, accumulation: int, seed: int, packed: bool) -> None:
+    def __init__(
+        self, lengths: Sequence[int], effective_batch: int, accumulation: int, seed: int, packed: bool, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.lengths, self.effective_batch, self.accumulation = lengths, effective_batch, min(accumulation, effective_batch)
-        self.seed, self.packed, self.epoch = seed, packed, 0
+        self.seed, self.packed, self.epoch, self.rank, self.ranks = seed, packed, 0, rank, ranks
 
     @property
     def sampler(self) -> "StepBatches":
         """Return itself: accelerate looks for `set_epoch` there when it has wrapped the sampler to skip batches."""
+        return self
+
+    @property
+    def batch_sampler(self) -> "StepBatches":
+        """Return itself: transformers looks for `set_epoch` there when accelerate has not wrapped the sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -32,7 +41,7 @@ class StepBatches:
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.effective_batch)
-        return full * len(self._cut(range(self.effective_batch))) + (len(self._cut(range(rest))) if rest else 0)
+        return full * self._number(self.effective_batch) + (self._number(rest) if rest else 0)
 
     def __iter__(self) -> Iterator[list[int]]:
         for rows in steps(len(self.lengths), self.effective_batch, self.seed, self.epoch):
@@ -41,13 +50,24 @@ class StepBatches:
     def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
         """Return one step's rows in micro-batches, the longest rows first."""
         longest_first = sorted(rows, key=lambda row: (-self.lengths[row], row))
-        if not self.packed:
-            return self._cut(longest_first)
-        return balanced(longest_first, self.lengths, min(self.accumulation, len(rows)))
+        if len(longest_first) < self.ranks:
+            longest_first = (longest_first * self.ranks)[: self.ranks]
+        if self.packed:
+            return balanced(longest_first, self.lengths, self._number(len(longest_first)) * self.ranks)[self.rank :: self.ranks]
+        return self._cut(longest_first)[self.rank :: self.ranks]
+
+    def _number(self, rows: int) -> int:
+        """Return how many micro-batches each rank makes of a step of so many rows."""
+        if self.packed:
+            return max(1, min(self.accumulation, rows // self.ranks))
+        size = math.ceil(self.effective_batch / (self.accumulation * self.ranks))
+        return max(1, math.ceil(rows / (size * self.ranks)))
 
     def _cut(self, rows: Sequence[int]) -> list[list[int]]:
-        if self.packed:
-            return [[] for _ in range(min(self.accumulation, len(rows)))]  # only their number is asked for
+        if self.ranks > 1:  # every rank must get a row in each of its micro-batches
+            pieces = self._number(len(rows)) * self.ranks
+            edges = [len(rows) * piece // pieces for piece in range(pieces + 1)]
+            return [list(rows[begin:end]) for begin, end in itertools.pairwise(edges)]
         size = math.ceil(self.effective_batch / self.accumulation)
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 

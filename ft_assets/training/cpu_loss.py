@@ -27,12 +27,18 @@ class CpuSFTTrainer(SFTTrainer):
         if self.agrees is None:
             # Without dropout and without touching the random state: a resumed run compares anew, on another batch.
             with torch.no_grad(), torch.random.fork_rng(devices=[]), without_dropout(self.model):
-                ours = supervised_loss(self.model, inputs, num_items_in_batch)
+                ours = self._supervised(inputs, num_items_in_batch)
                 theirs = super().compute_loss(model, dict(inputs), False, num_items_in_batch)
             self.agrees = bool((ours - theirs).abs() <= TOLERANCE * theirs.abs())
             if not self.agrees:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return supervised_loss(self.model, inputs, num_items_in_batch)
+        return self._supervised(inputs, num_items_in_batch)
+
+    def _supervised(self, inputs: Any, num_items: Any) -> torch.Tensor:
+        """Return the loss. What is trained besides an adapter (lora.modules_to_save) is fp32 and meets a bf16 base: only then is autocast needed."""
+        mixed = any(parameter.requires_grad and "lora_" not in name for name, parameter in self.model.named_parameters())
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.args.bf16) and mixed):
+            return supervised_loss(self.model, inputs, num_items)
 
 
 def supervised_loss(model: Any, inputs: Any, num_items: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from ft_assets.errors import TrainingError
 from ft_assets.models.loading import compute_dtype
+from ft_assets.training.dropout import without_dropout
 
 MOST_LEAK = 1e-3  # of the movement of the changed document itself; a document that is seen moves its neighbour by 0.1 and more
 MOST_TOKENS = 512  # of one document of the probe
@@ -16,15 +17,16 @@ def leak(model: Any, rows: Sequence[dict[str, Any]], collator: Any) -> float:
     """Return how far the neighbours' logits move when every token of the middle one of three packed documents is changed,
     as a share of how far the changed document's own logits move.
 
-    The model stays in its mode (in training mode both passes draw the same dropout): an evaluating pass would repack a
-    CPU's NF4 weights for good. `rows` need `input_ids`; three of them are taken.
+    In training mode without dropout: an evaluating pass would repack a CPU's NF4 weights for good. `rows` need `input_ids`;
+    three of them are taken.
     """
     if len(rows) < 2:
         return 0.0  # nothing to be packed with
     chosen = [list(rows[index % len(rows)]["input_ids"])[:MOST_TOKENS] for index in range(3)]
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     changed = [chosen[0], [(token + 1 + place) % vocabulary for place, token in enumerate(chosen[1])], chosen[2]]
-    before, after = (_logits(model, documents, collator) for documents in (chosen, changed))
+    with without_dropout(model):
+        before, after = (_logits(model, documents, collator) for documents in (chosen, changed))
     moved = (before - after).abs().amax(-1)
     begin, end = len(chosen[0]), len(chosen[0]) + len(chosen[1])
     own, others = moved[begin:end].max(), torch.cat([moved[:begin], moved[end:]]).max()
@@ -32,16 +34,13 @@ def leak(model: Any, rows: Sequence[dict[str, Any]], collator: Any) -> float:
 
 
 def _logits(model: Any, documents: list[list[int]], collator: Any) -> torch.Tensor:
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     batch = collator([{"input_ids": ids, "labels": ids} for ids in documents])
     batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items() if key != "labels"}
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
         hidden = base.get_decoder()(**batch, use_cache=False).last_hidden_state[0]
         logits = base.get_output_embeddings()(hidden).float()
-    torch.random.set_rng_state(state)
     return logits
 
 

@@ -164,18 +164,20 @@ class WholeSteps:
         return 0
 
     def get_train_dataloader(self: Any) -> Any:
-        if world_size() > 1:  # accelerate deals batches out to ranks, which must be of one size for that
-            return super().get_train_dataloader()  # type: ignore[misc]
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        lengths, ranks = [len(ids) for ids in self.train_dataset["input_ids"]], world_size()
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * ranks
+        sampler = StepBatches(
+            lengths, batch, self.args.gradient_accumulation_steps, self.args.seed, self.packed, self.args.process_index, ranks
+        )
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=StepBatches(lengths, batch, self.args.gradient_accumulation_steps, self.args.seed, self.packed),  # type: ignore[arg-type]
+            batch_sampler=sampler,  # type: ignore[arg-type]
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
+        # Of several ranks each has its share already: Accelerate would deal the batches out once more.
+        return self.accelerator.prepare(loader) if ranks == 1 else loader
 
 
 def autocast_is_idle(model: Any, ready: Ready) -> bool:
