@@ -80,7 +80,8 @@ def few_shot(folder: Path) -> None:
 MATRIX: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("one train row", one_train_row, ["raw_dataset", *BELOW_DATA]),
     ("one preference pair", one_pair, ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
-    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "export", "leaderboard"]),
+    # `release` runs because the changed row makes SFT the candidate instead of DPO: another model is merged.
+    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "release", "export", "leaderboard"]),
     ("a few-shot example", few_shot, ["raw_dataset", "eval_report", "merged_model", "leaderboard"]),
     ("an evaluation setting", lambda folder: edit(folder, evaluation={"max_new_tokens": 6}), ["recipe", "eval_report", "merged_model", "export", "leaderboard"]),
     ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),

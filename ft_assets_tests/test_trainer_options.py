@@ -48,7 +48,9 @@ def test_every_refused_name_is_an_option_of_trl() -> None:
 
 
 def test_other_options_reach_trl() -> None:
-    options = trainer_options(SftSettings(micro_batch=4, trainer={"adam_beta2": 0.98, "neftune_noise_alpha": 5.0}), "sft", Path("/nowhere"), SFTConfig)
+    options = trainer_options(
+        SftSettings(micro_batch=4, trainer={"adam_beta2": 0.98, "neftune_noise_alpha": 5.0}), "sft", Path("/nowhere"), SFTConfig
+    )
     config = SFTConfig(**options)
     assert (config.adam_beta2, config.neftune_noise_alpha) == (0.98, 5.0)
 

@@ -29,7 +29,9 @@ class AccelerateSettings(Retries):
 class RaySettings(Retries):
     kind: Literal["ray"]
     address: str = Field(
-        default="auto", pattern=r"^(auto|(ray://)?[^:/ ]+:[0-9]+)$", description="auto: the cluster that this machine is part of; else host:6379."
+        default="auto",
+        pattern=r"^(auto|(ray://)?[^:/ ]+:[0-9]+)$",
+        description="auto: the cluster that this machine is part of; else host:6379.",
     )
     workers: int = Field(default=1, ge=1, description="Ranks of a training step.")
     use_gpu: bool = Field(default=True, description="One GPU a worker.")
