@@ -36,7 +36,8 @@ class CpuSFTTrainer(SFTTrainer):
 
     def _supervised(self, inputs: Any, num_items: Any) -> torch.Tensor:
         """Return the loss. What is trained besides an adapter (lora.modules_to_save) is fp32 and meets a bf16 base: only then is autocast needed."""
-        mixed = any(parameter.requires_grad and "lora_" not in name for name, parameter in self.model.named_parameters())
+        model: Any = self.model
+        mixed = any(parameter.requires_grad and "lora_" not in name for name, parameter in model.named_parameters())
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.args.bf16) and mixed):
             return supervised_loss(self.model, inputs, num_items)
 

@@ -40,8 +40,7 @@ def _logits(model: Any, documents: list[list[int]], collator: Any) -> torch.Tens
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
         hidden = base.get_decoder()(**batch, use_cache=False).last_hidden_state[0]
-        logits = base.get_output_embeddings()(hidden).float()
-    return logits
+        return base.get_output_embeddings()(hidden).float()
 
 
 def prove_isolation(model: Any, rows: Sequence[dict[str, Any]], collator: Any) -> float:
