@@ -10,6 +10,7 @@ variants: TRL (random batches, reference in every step) · ours, reference compu
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -74,6 +75,10 @@ def make_adapter(base: Path, folder: Path) -> None:
             torch.nn.init.normal_(weight, std=0.005)
     folder.mkdir()
     save_trained(model, folder)
+    del model, weight
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the variants run in processes of their own and need the room
 
 
 def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -106,6 +111,7 @@ def plain_trl(base: Path, adapter: Path, rows: list[dict[str, Any]], settings: D
             return dataset
 
     options = {"max_length": None, "beta": 0.1, **trainer_options(settings, "dpo", home / "trl", DPOConfig), "save_strategy": "no"}
+    options["gradient_checkpointing"] = torch.cuda.is_available()  # TRL's own default; an 8B model at these lengths needs it
     trainer = Tokenized(
         model=trained_adapter(base, LORA, adapter),
         args=DPOConfig(**options),
@@ -159,6 +165,8 @@ def main() -> None:
         base.mkdir()
         make_base(base)
     make_adapter(base, home / "adapter")
+    for folder in (base, home / "adapter"):  # as in the store: without a manifest all weights would be hashed, in the timed part
+        (folder / "manifest.json").write_text(json.dumps({"data_version": folder.name}))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; {given.pairs} pairs, prompt ~{given.prompt}, answers ~{given.answer}, {given.micro} of {given.effective} at once\n")
     print("| variant | tokens/s | against TRL | peak GB | loss first, last |\n|---|---:|---:|---:|---|")
