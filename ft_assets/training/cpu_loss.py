@@ -11,6 +11,7 @@ import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ft_assets.training.dropout import without_dropout
+from ft_assets.training.precision import autocast_if_mixed
 
 TOLERANCE = 0.01  # relative; bf16 autocast rounds the two paths differently
 
@@ -19,6 +20,7 @@ class CpuSFTTrainer(SFTTrainer):
     """SFTTrainer whose nll loss skips the head where nothing is supervised."""
 
     agrees: bool | None = None
+    precision: Any = None  # set with `agrees`, on the first batch: dtypes are final only then
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         loss_type = getattr(self.args, "loss_type", None)
@@ -27,19 +29,15 @@ class CpuSFTTrainer(SFTTrainer):
         if self.agrees is None:
             # Without dropout and without touching the random state: a resumed run compares anew, on another batch.
             with torch.no_grad(), torch.random.fork_rng(devices=[]), without_dropout(self.model):
-                ours = self._supervised(inputs, num_items_in_batch)
+                self.precision = autocast_if_mixed(self.model)
+                with self.precision:
+                    ours = supervised_loss(self.model, inputs, num_items_in_batch)
                 theirs = super().compute_loss(model, dict(inputs), False, num_items_in_batch)
             self.agrees = bool((ours - theirs).abs() <= TOLERANCE * theirs.abs())
             if not self.agrees:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self._supervised(inputs, num_items_in_batch)
-
-    def _supervised(self, inputs: Any, num_items: Any) -> torch.Tensor:
-        """Return the loss. What is trained besides an adapter (lora.modules_to_save) is fp32 and meets a bf16 base: only then is autocast needed."""
-        model: Any = self.model
-        mixed = any(parameter.requires_grad and "lora_" not in name for name, parameter in model.named_parameters())
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.args.bf16) and mixed):
-            return supervised_loss(self.model, inputs, num_items)
+        with self.precision:
+            return supervised_loss(self.model, inputs, num_items_in_batch)
 
 
 def supervised_loss(model: Any, inputs: Any, num_items: Any) -> torch.Tensor:

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from ft_assets.config import SftSettings
 from ft_assets.evaluation.losses import answer_losses
 from ft_assets.job import Report
-from ft_assets.models.loading import compute_dtype
 from ft_assets.training.checkpoints import WholeCheckpoints, disk_is_full, full_disk, publish_folder
+from ft_assets.training.precision import autocast_if_mixed
 
 Save = Callable[[Any, Path], None]
 
@@ -111,8 +110,7 @@ class Validation(TrainerCallback):
 
     def _take(self, model: Any, state: Any) -> None:
         training = model.training
-        # What is trained besides an adapter is fp32 (lora.modules_to_save) and meets the base's bf16, as it does in a step.
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
+        with autocast_if_mixed(model):
             losses, _ = answer_losses(model, self.rows, min(8, self.sft.effective_batch), self.pad)
         model.train(training)
         entry = {"epoch": round(float(state.epoch or 0.0), 3), "step": state.global_step}
