@@ -60,15 +60,18 @@ class StepBatches:
         """Return how many micro-batches each rank makes of a step of so many rows."""
         if self.packed:
             return max(1, min(self.accumulation, rows // self.ranks))
-        size = math.ceil(self.effective_batch / (self.accumulation * self.ranks))
-        return max(1, math.ceil(rows / (size * self.ranks)))
+        return math.ceil(rows / (self._most_rows() * self.ranks))
+
+    def _most_rows(self) -> int:
+        """Return how many rows a padded micro-batch has at most."""
+        return math.ceil(self.effective_batch / (self.accumulation * self.ranks))
 
     def _cut(self, rows: Sequence[int]) -> list[list[int]]:
         if self.ranks > 1:  # every rank must get a row in each of its micro-batches
             pieces = self._number(len(rows)) * self.ranks
             edges = [len(rows) * piece // pieces for piece in range(pieces + 1)]
             return [list(rows[begin:end]) for begin, end in itertools.pairwise(edges)]
-        size = math.ceil(self.effective_batch / self.accumulation)
+        size = self._most_rows()
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 

@@ -100,7 +100,8 @@ class SharedPrompts:
 
 def score_rows(model: Any, ids: Any, positions: Any, segments: Any, labels: Any) -> dict[str, Any]:
     """Return TRL's per-token outputs for the labels of shared rows, each (B, S), zero where the label is -100."""
-    config = getattr(model, "module", model).config.get_text_config()  # several ranks: inside DDP
+    inner = getattr(model, "module", model)  # several ranks: inside DDP
+    config = inner.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     mask: Any = branch_mask(segments, positions)
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -109,7 +110,7 @@ def score_rows(model: Any, ids: Any, positions: Any, segments: Any, labels: Any)
     elif window is not None and getattr(config, "use_sliding_window", True):
         mask = branch_mask(segments, positions, window)
     asked = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    if ids.is_cuda or hasattr(model, "module"):  # TRL's head scores the supervised positions only on a GPU; DDP must see the whole pass
+    if ids.is_cuda or inner is not model:  # TRL's head scores the supervised positions only on a GPU; DDP must see the whole pass
         outputs = model(**asked, shift_labels=labels, fused_lm_head=True)
         return {name: getattr(outputs, name) for name in OUTPUTS}
     return _head_on_cpu(model, asked, labels)

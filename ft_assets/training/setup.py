@@ -165,10 +165,9 @@ class WholeSteps:
 
     def get_train_dataloader(self: Any) -> Any:
         lengths, ranks = [len(ids) for ids in self.train_dataset["input_ids"]], world_size()
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * ranks
-        sampler = StepBatches(
-            lengths, batch, self.args.gradient_accumulation_steps, self.args.seed, self.packed, self.args.process_index, ranks
-        )
+        accumulated = self.args.gradient_accumulation_steps
+        batch = self.args.per_device_train_batch_size * accumulated * ranks
+        sampler = StepBatches(lengths, batch, accumulated, self.args.seed, self.packed, self.args.process_index, ranks)
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]
