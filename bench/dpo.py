@@ -160,13 +160,17 @@ def main() -> None:
         print("RESULT " + json.dumps(measure(given.variant, given.base, given.home, given)))
         return
     home = Path(tempfile.mkdtemp())
-    base = given.base or home / "base"
+    base = home / "base"
+    base.mkdir()
     if given.base is None:
-        base.mkdir()
         make_base(base)
+    else:  # linked, so that nothing is written into somebody's folder
+        for file in given.base.iterdir():
+            (base / file.name).symlink_to(file.resolve())
     make_adapter(base, home / "adapter")
     for folder in (base, home / "adapter"):  # as in the store: without a manifest all weights would be hashed, in the timed part
-        (folder / "manifest.json").write_text(json.dumps({"data_version": folder.name}))
+        if not (folder / "manifest.json").exists():
+            (folder / "manifest.json").write_text(json.dumps({"data_version": folder.name}))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; {given.pairs} pairs, prompt ~{given.prompt}, answers ~{given.answer}, {given.micro} of {given.effective} at once\n")
     print("| variant | tokens/s | against TRL | peak GB | loss first, last |\n|---|---:|---:|---:|---|")
