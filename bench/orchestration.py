@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
-from ft_assets.launcher import LocalLauncher
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import load_project
 from ft_assets.job import Job
+from ft_assets.launchers.local import LocalLauncher
 
 STEPS = 7
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,6 +226,17 @@ def test_answers_alone_would_not_have_caught_a_dropped_module(bench: Bench, monk
     numbers = bench.prove(merged).numbers
     assert numbers["top1_agreement"] > 0.9
     assert numbers["kl_mean"] > 0
+
+
+def test_two_tokens_that_bf16_cannot_tell_apart_are_a_tie_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a logit of 20 bf16 steps are 0.125 wide. Four positions: the same token, a tie, a real difference, a tie of fp32 no more."""
+    theirs = torch.tensor([[20.0, 1.0], [20.0, 19.875], [20.0, 19.0], [20.0, 19.75]])
+    ours = torch.tensor([[20.0, 1.0], [19.875, 20.0], [19.0, 20.0], [19.75, 20.0]])
+    monkeypatch.setattr(verify, "answer_logits", lambda model, row: ours)
+    for dtype, ties in ((torch.bfloat16, 1), (torch.float32, 0)):
+        theirs.numpy().tofile(tmp_path / "logits")
+        numbers = verify.compare_logits(SimpleNamespace(dtype=dtype), [{}], tmp_path / "logits")
+        assert (numbers["top1_ties"], numbers["top1_agreement"], numbers["compared_tokens"]) == (ties, (1 + ties) / 4, 4)
 
 
 def test_a_published_file_that_is_damaged_later_does_not_answer(copy: Path) -> None:

@@ -20,7 +20,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="5",
+        code_version="6",
         pool=GPU_POOL,
     )
     def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -83,8 +83,10 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         )
         return dg.AssetCheckResult(
             passed=bool(metrics["top1_agreement"] >= least and whole),
-            description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows, greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",
-            metadata={name: metrics[name] for name in ("top1_agreement", "greedy_agreement", "kl_mean", "logit_difference_max")},
+            description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows ({metrics['top1_ties']} of {metrics['compared_tokens']} tokens are ties), greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",
+            metadata={
+                name: metrics[name] for name in ("top1_agreement", "top1_ties", "greedy_agreement", "kl_mean", "logit_difference_max")
+            },
         )
 
     @dg.asset_check(

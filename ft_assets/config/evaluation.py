@@ -92,7 +92,7 @@ class GateSettings(Section):
         description="Nats a token that DPO may lose against SFT on general prompts without being better on held-out ones.",
     )
     min_heldout_rows: int = Field(default=20, ge=1)
-    min_top1_agreement: float = Field(default=0.99, ge=0, le=1, description="Merged model against base + adapter.")
+    min_top1_agreement: float = Field(default=0.99, ge=0, le=1, description="Merged model against base + adapter; a tie agrees.")
     override: str | None = Field(default=None, description="A written reason: merge without a PASS. It is recorded.")
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ def prove(
 ) -> Proof:
     """Compare a merged model on disk with base + adapter (`base`: which base it was merged onto), and score it on held-out rows.
 
-    top1_agreement: share of the answers' positions with the same most likely token; kl_mean: KL(adapter || merged) in nats a
+    top1_agreement: share of the answers' positions with the same most likely token, or a tie of two; kl_mean: KL(adapter || merged) in nats a
     position; greedy_agreement: share of greedy answers equal to those of the evaluation (`judged`). Raises ModelError if the
     merged files cannot be read.
     """
@@ -122,14 +122,23 @@ def write_logits(model: Any, rows: Rows, path: Path) -> Rows:
 
 
 def compare_logits(model: Any, rows: Rows, path: Path) -> dict[str, float]:
-    """Compare a model's logits with those in the file, one row's in memory at a time."""
-    agree, kl, difference, largest, positions, count = 0, 0.0, 0.0, 0.0, 0, 0
+    """Compare a model's logits with those in the file, one row's in memory at a time.
+
+    A position counts for top-1 agreement if the most likely token is the same, or if the file's logits hold the two tokens for
+    equal as far as `model.dtype` can tell them apart: bf16 logits of 16 to 32 lie 0.125 apart, and which of two that
+    round alike comes first is chance. `top1_ties` counts these.
+    """
+    rounding = torch.finfo(model.dtype).eps
+    agree, tied, kl, difference, largest, positions, count = 0, 0, 0.0, 0.0, 0.0, 0, 0
     with path.open("rb") as file:
         for row in rows:
             ours = answer_logits(model, row)
             theirs = torch.from_numpy(np.fromfile(file, dtype=np.float32, count=ours.numel())).reshape(ours.shape)
             for left, right in zip(theirs.split(POSITIONS), ours.split(POSITIONS), strict=True):
-                agree += int((left.argmax(-1) == right.argmax(-1)).sum())
+                first, second = (logits.argmax(-1, keepdim=True) for logits in (left, right))
+                top, chosen = left.gather(-1, first), left.gather(-1, second)
+                tied += int(((first != second) & (top - chosen <= rounding * top.abs())).sum())
+                agree += int((first == second).sum())
                 before, after = (logits.double().log_softmax(-1) for logits in (left, right))  # a small KL cancels in fp32
                 kl += float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
                 apart = (left - right).abs()
@@ -137,7 +146,8 @@ def compare_logits(model: Any, rows: Rows, path: Path) -> dict[str, float]:
                 largest = max(largest, float(apart.max()))
                 positions, count = positions + len(left), count + left.numel()
     return {
-        "top1_agreement": agree / positions,
+        "top1_agreement": (agree + tied) / positions,
+        "top1_ties": tied,
         "kl_mean": kl / positions,
         "logit_difference_mean": difference / count,
         "logit_difference_max": largest,
