@@ -34,7 +34,8 @@ browser:  ## Install the browser that the tests drive: Debian's Chromium
 	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 
 test: $(READY) browser lint types  ## Lint, types and all tests
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	# One thread a worker: two workers of two threads each on two cores wait for each other most of the time.
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	.venv/bin/ruff check .

@@ -31,9 +31,9 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "between epochs": ("transformers.trainer_callback", "CallbackHandler.on_epoch_end", "after"),
     "reference written": ("ft_assets.training.dpo", "write_reference", "after"),
     "final save": ("ft_assets.training.{kind}", "keep_events", "before"),
-    "manifest": ("ft_assets.artifacts", "file_sha256", "before"),
-    "publish: before its rename": ("ft_assets.artifacts", "_fsync_tree", "after"),
-    "before CURRENT": ("ft_assets.artifacts", "ArtifactStore.make_current", "before"),
+    "manifest": ("ft_assets.artifacts.manifest", "file_sha256", "before"),
+    "publish: before its rename": ("ft_assets.artifacts.store", "fsync_tree", "after"),
+    "before CURRENT": ("ft_assets.artifacts.store", "ArtifactStore.make_current", "before"),
 }
 
 
