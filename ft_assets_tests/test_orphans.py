@@ -31,7 +31,7 @@ from ft_assets.runs.process import TAG, RunProcess
 from ft_assets_tests.test_launcher_local import gone
 
 DEPLOY = Path(__file__).parent.parent / "deploy/dagster.yaml"
-MONITORING = {"poll_interval_seconds": 1, "free_slots_after_run_end_seconds": 3}
+MONITORING = {"poll_interval_seconds": 1, "free_slots_after_run_end_seconds": 2}
 LOCATION = """
 import os
 from pathlib import Path
@@ -226,42 +226,42 @@ def test_run_that_was_lost_with_its_daemon_starts_again_from_its_checkpoint_and_
     until(lambda: not services.slots())
 
 
-def test_run_outlives_its_daemon_and_ends_as_if_nothing_had_been(services: Services) -> None:
+def test_run_outlives_its_daemon_and_a_cancel_then_frees_the_gpu(services: Services) -> None:
     run = services.launch()
-    step, *_ = services.step(run)
+    step, child, _ = services.step(run)
     process = services.worker(run)
-    services.kill_daemon()
-    services.start_daemon()
-    looks = "Checking run " + run
-    log = services.folder / "dagster._daemon.log"
+    services.kill_daemon()  # the run's process is nobody's child any more
+    log, looks = services.folder / "dagster._daemon.log", f"Checking run {run}"
     seen = log.read_text().count(looks)
+    services.start_daemon()
     until(lambda: log.read_text().count(looks) >= seen + 2)
     assert services.status(run) == dg.DagsterRunStatus.STARTED
-    services.finish(run)
     assert services.worker(run) == process
-    assert services.step(run)[0] == step
-    assert services.run(run).tags.get("dagster/auto_retry_run_id") is None
-
-
-def test_killed_process_is_told_at_once_and_a_cancel_frees_the_gpu(services: Services) -> None:
-    lost = services.launch()
-    services.step(lost)
-    os.kill(services.worker(lost).pid, signal.SIGKILL)
-    until(lambda: services.status(lost) == dg.DagsterRunStatus.FAILURE)
-    assert "was killed by signal 9" in services.said(lost)
-    run = services.retry(lost)
-    step, child, _ = services.step(run)
-    services.kill_daemon()  # the process that is to be stopped is nobody's child any more
-    services.start_daemon()
     begun = time.monotonic()
     assert services.ask(CANCEL, id=run)["terminateRun"]["__typename"] == "TerminateRunSuccess"
-    until(lambda: services.run(run).is_finished, 30)
     assert gone(step, 30)
     assert gone(child, 30)
-    until(lambda: not services.slots(), 30)
+    until(lambda: services.run(run).is_finished and not services.slots(), 30)
     assert time.monotonic() - begun < 30
     assert services.status(run) == dg.DagsterRunStatus.CANCELED, services.said(run)
     assert services.run(run).tags.get("dagster/auto_retry_run_id") is None
+
+
+def test_killed_process_is_told_at_once_and_an_interrupt_of_everything_loses_nothing(services: Services) -> None:
+    killed = services.launch()
+    services.step(killed)
+    os.kill(services.worker(killed).pid, signal.SIGKILL)
+    until(lambda: services.status(killed) == dg.DagsterRunStatus.FAILURE)
+    assert "was killed by signal 9" in services.said(killed)
+    interrupted = services.retry(killed)
+    *_, before = services.step(interrupted)
+    os.killpg(services.daemon.pid, signal.SIGINT)  # Ctrl-C at its terminal
+    until(lambda: services.status(interrupted) == dg.DagsterRunStatus.FAILURE)
+    services.daemon.wait(30)
+    services.start_daemon()
+    last = services.retry(interrupted)
+    assert services.step(last)[2] > before
+    services.finish(last)
 
 
 @dg.op
@@ -289,9 +289,9 @@ def reloaded(instance: dg.DagsterInstance, run: dg.DagsterRun) -> dg.DagsterRun:
     return found
 
 
-@pytest.fixture
-def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    with instance_in(tmp_path / "home", start_timeout_seconds=1) as made:
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dg.DagsterInstance]:
+    with instance_in(tmp_path_factory.mktemp("instance") / "home", start_timeout_seconds=1) as made:
         yield made
 
 
