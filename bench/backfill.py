@@ -28,6 +28,7 @@ from ft_assets_tests.conftest import SETTINGS, conversations, tiny_tokenizer, wr
 
 LIMIT = 2
 HOME = "concurrency: {pools: {default_limit: 2, granularity: op}, runs: {max_concurrent_runs: 4}}\ntelemetry: {enabled: false}\n"
+HOME += "run_launcher: {module: ft_assets.runs, class: ProcessRunLauncher}\n"
 HOME += "run_monitoring: {enabled: true, start_timeout_seconds: 120, poll_interval_seconds: 10, free_slots_after_run_end_seconds: 10}\n"
 HOME += "run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false}\n"
 IN_PROCESS = """

@@ -31,7 +31,10 @@ def dagster_home(project: Project) -> Path:
             "nux: {enabled: false}  # no sign-up dialog over the UI\n"
             "# Pool gpu: one training or evaluation at a time, over all runs. Two GPUs: dagster instance concurrency set gpu 2\n"
             "concurrency: {pools: {default_limit: 1, granularity: op}}\n"
-            "run_monitoring: {enabled: true, free_slots_after_run_end_seconds: 300}\n"
+            "# A run whose process died is marked failed, gives its place in the pool back and is started again, from its last checkpoint.\n"
+            "run_launcher: {module: ft_assets.runs, class: ProcessRunLauncher}\n"
+            "run_monitoring: {enabled: true, poll_interval_seconds: 30, free_slots_after_run_end_seconds: 40}\n"
+            "run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false}\n"
         )
     return home
 

@@ -1,0 +1,107 @@
+"""A run as a process of its own, which outlives the code server and the daemon that started it and can be found again.
+
+Dagster's default launcher makes it a child of the code server and says nothing of its health: when the server is killed or
+the machine restarts, such a run stays "started" for ever and keeps its place in the pool. Here run monitoring is told the
+truth, marks a dead run failed, frees its place, and Dagster's run retries start it again.
+"""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster._core.instance import InstanceRef
+from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
+from dagster._grpc.types import ExecuteRunArgs
+from dagster._serdes import ConfigurableClass, ConfigurableClassData, serialize_value
+
+from ft_assets.runs.process import RunProcess
+
+
+class ProcessRunLauncher(RunLauncher, ConfigurableClass):
+    """Starts `ft_assets.runs.worker` on the machine of the daemon, with the Python of the code location."""
+
+    def __init__(self, inst_data: ConfigurableClassData | None = None) -> None:
+        self._inst_data = inst_data
+        super().__init__()
+
+    @property
+    def inst_data(self) -> ConfigurableClassData | None:
+        return self._inst_data
+
+    @classmethod
+    def config_type(cls) -> Mapping[str, Any]:
+        return {}
+
+    @classmethod
+    def from_config_value(cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]) -> "ProcessRunLauncher":
+        return cls(inst_data)
+
+    def launch_run(self, context: LaunchRunContext) -> None:
+        """Start the run's process. Raises ValueError for a run that was made without a code location, OSError if nothing can be started."""
+        run, origin, instance = context.dagster_run, context.job_code_origin, self._instance
+        if origin is None:
+            raise ValueError(f"run {run.run_id} does not say which code it is of")
+        given = serialize_value(ExecuteRunArgs(job_origin=origin, run_id=run.run_id, instance_ref=instance.get_ref()))
+        # In the daemon's session: what stops the daemon at a terminal or in systemd interrupts its runs too, and they write a checkpoint.
+        process = subprocess.Popen(
+            [origin.repository_origin.executable_path or sys.executable, "-m", "ft_assets.runs.worker", given], stdin=subprocess.DEVNULL
+        )
+        instance.report_engine_event(f"Started process {process.pid} for the run.", run, cls=type(self))
+        threading.Thread(target=_bury, args=(process, instance.get_ref(), run.run_id), daemon=True, name=f"run-{run.run_id[:8]}").start()
+
+    def terminate(self, run_id: str) -> bool:
+        """Ask the run's process to stop; it stops its step, which writes a checkpoint. Returns False if that is not possible from here."""
+        instance = self._instance
+        run = instance.get_run_by_id(run_id)
+        if run is None or run.is_finished:
+            return False
+        instance.report_run_canceling(run)
+        process = RunProcess.of(run_id, run.tags)
+        if process is None:  # it has not begun, and will read that it must not; if it never does, run monitoring ends the run
+            return run.status == DagsterRunStatus.STARTING
+        if not process.here:
+            instance.report_engine_event(f"The run is {process}: it can be stopped there only.", run, cls=type(self))
+            return False
+        if not process.terminate():
+            _end(instance, run_id, f"{process} had ended already")
+        return True
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        return True
+
+    def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
+        """Return FAILED only if the run's process has certainly ended. Run monitoring marks failed all that is not RUNNING, also
+        UNKNOWN: a run that cannot be seen from here (another machine's, or one of `ft run`) must not be started a second time."""
+        process = RunProcess.of(run.run_id, run.tags)
+        if process is None:
+            return CheckRunHealthResult(WorkerStatus.RUNNING, "its process was not started by this launcher")
+        if not process.here:
+            return CheckRunHealthResult(WorkerStatus.RUNNING, f"{process}: not seen from here")
+        if process.alive:
+            return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=str(process))
+        return CheckRunHealthResult(WorkerStatus.FAILED, f"{process} has ended without a word", run_worker_id=str(process))
+
+
+def _bury(process: subprocess.Popen[bytes], ref: InstanceRef, run_id: str) -> None:
+    """Wait for a run's process. One that ended before its run did is told at once, run monitoring would take its interval; also one that
+    could not begin, which run monitoring would give its whole time to start."""
+    code = process.wait()
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    with DagsterInstance.from_ref(ref) as instance:
+        _end(instance, run_id, f"process {process.pid} of the run {how}")
+
+
+def _end(instance: DagsterInstance, run_id: str, why: str) -> None:
+    """End a run whose process has ended, if it has not ended itself. Its place in the pool is freed by run monitoring a while later:
+    what a killed process leaves has 30 seconds to write a checkpoint and holds the GPU so long."""
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.is_finished:
+        return
+    if run.status == DagsterRunStatus.CANCELING:
+        instance.report_run_canceled(run, why)
+    else:
+        instance.report_run_failed(run, why)
