@@ -27,6 +27,7 @@ from dagster._daemon.monitoring.run_monitoring import monitor_starting_run
 
 from ft_assets.config import load_project
 from ft_assets.runs import ProcessRunLauncher
+from ft_assets.runs.own import end_dead_runs
 from ft_assets.runs.process import TAG, RunProcess
 from ft_assets_tests.test_launcher_local import gone
 
@@ -335,6 +336,32 @@ def test_cancel_of_a_dead_run_ends_it_and_hits_no_other_process(instance: dg.Dag
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
+
+
+def test_the_next_ft_run_ends_what_a_killed_one_left_and_frees_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with instance_in(tmp_path / "home") as instance:
+        dead, _ = started(instance, started=1)
+        alive, _ = started(instance)
+        slots = instance.event_log_storage
+        slots.initialize_concurrency_limit_to_default("gpu")
+        assert slots.claim_concurrency_slot("gpu", dead.run_id, "step").is_claimed
+        waited: list[float] = []
+        monkeypatch.setattr("ft_assets.runs.own.time.sleep", waited.append)
+        assert end_dead_runs(instance) == [dead.run_id]
+        assert (reloaded(instance, dead).status, reloaded(instance, alive).status) == (
+            dg.DagsterRunStatus.FAILURE,
+            dg.DagsterRunStatus.STARTED,
+        )
+        assert slots.get_concurrency_info("gpu").active_slot_count == 0
+        assert end_dead_runs(instance) == []
+        assert waited == []  # it said nothing yet: it has no step
+        dead, _ = started(instance, started=1)
+        instance.report_engine_event("a step trains", dead)
+        assert end_dead_runs(instance) == [dead.run_id]
+        assert 0 < waited[0] <= 40
+        assert "was killed just now" in capsys.readouterr().err
 
 
 def test_run_that_its_daemon_was_about_to_start_is_tried_again(instance: dg.DagsterInstance) -> None:

@@ -25,21 +25,26 @@ def run(
 
     from ft_assets.console import failures
     from ft_assets.definitions import defs
+    from ft_assets.runs.own import end_dead_runs, new_run
 
     instance = dg.DagsterInstance.get()
+    for run_id in end_dead_runs(instance):
+        print(f"run {run_id[:8]} was killed; a training goes on from its last checkpoint", file=sys.stderr)
     job = defs.resolve_implicit_global_asset_job_def()
     keys = select(defs, asset)
     partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)
     failed = []
     for name in names if partitioned else [None]:
         print(f"\n{name or 'unpartitioned'}", file=sys.stderr)
+        run_id, tags = new_run()
         outcome = job.execute_in_process(
+            run_id=run_id,
             instance=instance,
             partition_key=name,
             asset_selection=keys,
             raise_on_error=False,
             run_config={"loggers": {"console": {}}},
-            tags={"ft/base_model": name} if name else None,
+            tags={**tags, **({"ft/base_model": name} if name else {})},
         )
         if not outcome.success:
             failed.append(name or asset)
