@@ -77,7 +77,7 @@ def train_sft(
     plan = plan_sft(snapshot, lora, sft, rows, this_machine(memory_limit_gb))
     lora, sft = lora.model_copy(update={"method": plan.method}), sft.model_copy(update={"micro_batch": plan.micro_batch})
     trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
-    model = new_adapter(snapshot, lora)
+    model = new_adapter(snapshot, lora, plan.shards)
     share = trainable_share(model)
     ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report)
     idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
