@@ -42,6 +42,7 @@ from ft_assets.training.reference import (
 )
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.setup import checkpoint_layers, chosen_method, memory_facts, plan_dpo, save_choice, this_machine
+from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
 
 
@@ -186,6 +187,7 @@ def train_dpo(
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **plan.facts(),
         **memory_facts(plan),
+        **held_weights(trainer.model),
         **run.facts(),
     }
 

@@ -38,6 +38,7 @@ from ft_assets.training.setup import (
     this_machine,
 )
 from ft_assets.training.shape import snapshot_shape
+from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
 from ft_assets.training.validation import LogsValidation, Validation
 
@@ -128,6 +129,7 @@ def train_sft(
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **ready.facts,
         **memory_facts(ready.plan),
+        **held_weights(trainer.model),
         **_mfu(snapshot, lora, progress),
         **run.facts(),
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 
 def shard_base(model: Any, ranks: int) -> None:
@@ -38,7 +39,7 @@ def shard_base(model: Any, ranks: int) -> None:
 def _place_rest(model: Any, device: torch.device) -> None:
     for module in model.modules():
         for weight in module.parameters(recurse=False):
-            if not hasattr(weight, "device_mesh"):
+            if not isinstance(weight, DTensor):
                 weight.data = weight.data.to(device)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -47,3 +48,11 @@ def _place_rest(model: Any, device: torch.device) -> None:
 def is_sharded(model: Any) -> bool:
     """Return whether a model's base is divided among ranks."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def held_weights(model: Any) -> dict[str, float]:
+    """Return, for the metrics, what the weights take on this rank in GB where the base is divided; else nothing."""
+    if not is_sharded(model):
+        return {}
+    held = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
+    return {"held_weights_gb": round(sum(part.numel() * part.element_size() for part in held) / 1e9, 6)}
