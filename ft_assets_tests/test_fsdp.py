@@ -168,15 +168,9 @@ def test_predicted_memory_is_a_share_of_the_layers_and_what_every_rank_holds() -
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
-def test_method_whose_base_cannot_be_divided_is_refused(
-    inputs: dict[str, Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ft_assets.steps.sft import step
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("FT_SHARDING", "fsdp")
+def test_method_whose_base_cannot_be_divided_is_refused(method: str) -> None:
     with pytest.raises(ConfigError, match=rf"launcher.sharding: fsdp: lora.method: {method}[\s\S]*set lora.method: lora"):
-        step(make_job(inputs, tmp_path, lora={"method": method}), silent)
+        planned(800, sharding="fsdp", method=method)
 
 
 def test_one_process_has_nobody_to_divide_with(inputs: dict[str, Path], tmp_path: Path) -> None:
