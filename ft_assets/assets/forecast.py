@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import Project
+from ft_assets.config.launcher import AccelerateSettings, AnyLauncher, RaySettings
 from ft_assets.errors import MemoryPlanError
+from ft_assets.launchers.accelerate import ranks_of
 from ft_assets.training.flops import peak_flops
 from ft_assets.training.plan import Data, Machine, make_plan
 from ft_assets.training.shape import snapshot_shape
@@ -37,7 +39,7 @@ def forecast(project: Project, store: ArtifactStore, asset: str, partition: str 
             recipe.lora,
             recipe.dpo if pairs else recipe.sft,
             data,
-            Machine(True, memory, 2, True, peak_flops(name)),
+            Machine(True, memory, 2, True, peak_flops(name), *_ranks(project.launcher)),
             key,
         )
     except MemoryPlanError as error:
@@ -55,6 +57,13 @@ def _lengths(path: Path, key: str) -> list[int]:
         prompt + max(chosen, rejected)
         for prompt, chosen, rejected in zip(of("prompt_ids"), of("chosen_ids"), of("rejected_ids"), strict=True)
     ]
+
+
+def _ranks(launcher: AnyLauncher) -> tuple[int, str]:
+    """Return how many ranks a training has, and whether they may divide the base."""
+    if isinstance(launcher, AccelerateSettings):
+        return ranks_of(launcher), launcher.sharding
+    return (launcher.workers if isinstance(launcher, RaySettings) else 1), "ddp"
 
 
 def _gpu() -> tuple[str, float] | None:

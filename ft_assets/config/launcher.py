@@ -24,6 +24,11 @@ class LocalSettings(Retries):
 class AccelerateSettings(Retries):
     kind: Literal["accelerate"]
     processes: int | None = Field(default=None, ge=1, description="Ranks; by default one a GPU of this machine.")
+    sharding: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto",
+        description="ddp: each rank holds the whole base; fsdp: the ranks divide the base's layers among them; "
+        "auto: fsdp only where the memory plan finds that one GPU does not hold it.",
+    )
 
 
 class RaySettings(Retries):

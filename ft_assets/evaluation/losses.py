@@ -10,7 +10,7 @@ from ft_assets.evaluation.generation import prefill, repeated, shared_prefix
 Row = dict[str, Any]  # {"input_ids": tokens, "supervised": which of them are the answer and its end of turn}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: it is asked in the middle of a training, and FSDP trains on with what it has gathered here
 def answer_losses(model: Any, rows: list[Row], batch_size: int, pad: int) -> tuple[list[float], list[float]]:
     """Return, for each tokenized row, (mean cross-entropy of its supervised tokens in nats a token, share of them that
     were the most likely token)."""

@@ -1,7 +1,7 @@
-"""Training on all GPUs of this machine: one process a GPU, which Hugging Face Accelerate joins to DDP or FSDP.
+"""Training on all GPUs of this machine: one process a GPU, joined by DDP; what one GPU does not hold is divided by FSDP.
 
-The environment of each process is what `accelerate launch` would set; the processes are ours (see local.py). Steps that
-do not train run in one process.
+The environment of each process is what `accelerate launch` would set, and FT_SHARDING; the processes are ours (see
+local.py). Steps that do not train run in one process.
 """
 
 import os
@@ -21,21 +21,30 @@ class AccelerateLauncher(LocalLauncher):
         self.settings = settings
 
     def ranks(self, job: Job) -> list[dict[str, str]]:
-        count = self._count()
-        if job.step not in TRAINING_STEPS or count == 1:
+        if job.step not in TRAINING_STEPS:
             return [{}]
-        common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        count = ranks_of(self.settings)
+        if count == 1:
+            return [{}]
+        common = {"FT_SHARDING": self.settings.sharding}
+        common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         if not gpu_count():  # gloo asks for the address of the host's name, which need not resolve
             common |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")}
             common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
         return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
-    def _count(self) -> int:
-        gpus = gpu_count()
-        count = self.settings.processes or gpus or 1
-        if gpus and count > gpus:
-            raise ConfigError("launcher.processes", str(count), f"at most the {gpus} GPUs of this machine", "lower it, or leave it out")
-        return count
+
+def ranks_of(settings: AccelerateSettings) -> int:
+    """Return how many ranks train. Raises ConfigError for more than there are GPUs, and for one that shall divide the base."""
+    gpus = gpu_count()
+    count = settings.processes or gpus or 1
+    if gpus and count > gpus:
+        raise ConfigError("launcher.processes", str(count), f"at most the {gpus} GPUs of this machine", "lower it, or leave it out")
+    if count == 1 and settings.sharding == "fsdp":
+        raise ConfigError(
+            "launcher.sharding: fsdp", "one process", "at least 2 to divide the base among", "set processes, or sharding: auto"
+        )
+    return count
 
 
 def gpu_count() -> int:

@@ -43,16 +43,16 @@ def compute_dtype() -> Any:
     return torch.bfloat16 if any(ask() for ask in able if ask) else torch.float32
 
 
-def load_base(snapshot: Path, quantized: bool = False, dtype: Any = None) -> Any:
-    """Return the base on the GPU if there is one, in `dtype` (else the compute dtype); NF4 with double quantization if
-    `quantized`."""
+def load_base(snapshot: Path, quantized: bool = False, dtype: Any = None, on_cpu: bool = False) -> Any:
+    """Return the base on the GPU if there is one and it shall not stay on the CPU, in `dtype` (else the compute dtype); NF4
+    with double quantization if `quantized`."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     kwargs: dict[str, Any] = {"dtype": dtype or compute_dtype(), "local_files_only": True, "attn_implementation": "sdpa"}
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     if quantized:
         kwargs["quantization_config"] = BitsAndBytesConfig(

@@ -13,18 +13,20 @@ from safetensors import safe_open
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError, nearest
 from ft_assets.models.loading import load_base, load_tokenizer, target_modules
+from ft_assets.training.sharding import shard_base
 
 TRAINED_GROUPS = "trained_groups.json"
 
 
-def new_adapter(snapshot: Path, settings: LoraSettings) -> Any:
+def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
     """Return the base with a fresh adapter: A random, B zero, so that it starts as the base (Hu et al. 2021, 4.1).
 
-    With method full: the base with trainable fp32 weights; AdamW's steps are smaller than bf16 can hold.
+    With method full: the base with trainable fp32 weights; AdamW's steps are smaller than bf16 can hold. `shards`: over how
+    many ranks the base is divided (sharding.py).
     """
     if settings.method == "full":
         return load_base(snapshot, dtype=torch.float32)
-    base = load_base(snapshot, quantized=settings.method == "qlora")
+    base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
@@ -37,7 +39,10 @@ def new_adapter(snapshot: Path, settings: LoraSettings) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)
+    model = get_peft_model(base, config)
+    if shards > 1:
+        shard_base(model, shards)
+    return model
 
 
 def token_ids(snapshot: Path, tokens: list[str]) -> list[int]:
@@ -61,12 +66,17 @@ def _known_modules(model: Any, names: list[str]) -> list[str]:
     return names
 
 
-def trained_adapter(snapshot: Path, settings: LoraSettings, adapter: Path) -> Any:
-    """Return the base with a trained adapter that goes on training, named `default` as TRL needs it; or the trained weights."""
+def trained_adapter(snapshot: Path, settings: LoraSettings, adapter: Path, shards: int = 1) -> Any:
+    """Return the base with a trained adapter that goes on training, named `default` as TRL needs it; or the trained weights.
+    `shards`: over how many ranks the base is divided."""
     if is_full(adapter):
         return load_base(adapter, dtype=torch.float32)
-    base = load_base(snapshot, quantized=settings.method == "qlora")
-    return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+    base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
+    if shards == 1:
+        return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True, torch_device="cpu")
+    shard_base(model, shards)
+    return model
 
 
 def is_full(adapter: Path) -> bool:

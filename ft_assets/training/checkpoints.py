@@ -15,6 +15,7 @@ from transformers.trainer import Trainer
 
 from ft_assets.errors import ArtifactError, TrainingError
 from ft_assets.job import Report
+from ft_assets.training.sharding import is_sharded
 
 WRITING = ".writing"
 FILES = "whole.json"
@@ -31,6 +32,11 @@ class WholeCheckpoints(Trainer):
     """
 
     _writing = False
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Leave a divided base where it lies: its weights cannot be moved."""
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: ours stands on the merged model."""

@@ -42,6 +42,7 @@ from ft_assets.training.reference import (
 )
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.setup import checkpoint_layers, chosen_method, memory_facts, plan_dpo, save_choice, this_machine
+from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
 
 
@@ -137,7 +138,7 @@ def train_dpo(
     dpo = dpo.model_copy(update={"micro_batch": plan.micro_batch})
     report("plan", **plan.facts())
     trl_config(DPOConfig, _options(dpo, checkpoints, lora), "dpo")  # before weights load
-    model = trained_adapter(snapshot, lora, sft_adapter)
+    model = trained_adapter(snapshot, lora, sft_adapter, plan.shards)
     checkpoint_layers(model.get_base_model() if isinstance(model, PeftModel) else model, plan)
     rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in pairs]
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
@@ -186,6 +187,7 @@ def train_dpo(
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **plan.facts(),
         **memory_facts(plan),
+        **held_weights(trainer.model),
         **run.facts(),
     }
 
@@ -225,6 +227,7 @@ def _prepare(
     key = reference_key(data_version(snapshot), data_version(sft_adapter), lora, rows, how)
     file = checkpoints.parent / f"reference-{key}" / "log_probabilities.json"
     kept = read_reference(file, len(rows))
+    trainer.accelerator.wait_for_everyone()  # before one writes it: ranks that divide the base must all score, or none
     assert dpo.micro_batch is not None, "the plan has set it"
     reference: Reference = kept or score_reference(trainer, rows, dpo.micro_batch)
     if kept is None:

@@ -14,6 +14,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 PLAIN_SCALES = 4 / 64  # linears.py keeps the scales dequantized
 CONTEXT_BYTES = 0.55e9  # CUDA's context and cuBLAS' workspaces: outside what torch's allocator counts
 HEAD_TILE = 4096 * 32768  # TRL's fused head: positions x vocabulary at once
+GATHERED_LAYERS = 3  # of a divided base: the layer that computes, and the next one as it arrives and as it is laid out
 SLACK = 1.03  # what the allocator reserves and cannot use
 
 
@@ -23,7 +24,8 @@ class Setup:
 
     `tokens`: of the largest micro-batch, padding included. `kept_layers`: how many layers keep their activations; the others
     keep their input and are computed again. `trained`: adapter parameters (0: all weights are trained). `bytes`: of a number
-    (2: bf16, 4: fp32). `fused`: linears of training/linears.py. `liger`: its kernels for norms and SwiGLU.
+    (2: bf16, 4: fp32). `fused`: linears of training/linears.py. `liger`: its kernels for norms and SwiGLU. `shards`: over how
+    many ranks the weights of the layers are divided; what is outside of them, and the adapter, every rank holds.
     """
 
     tokens: int
@@ -37,6 +39,7 @@ class Setup:
     fused: bool = True
     liger: bool = True
     reference: bool = False  # DPO: a second, frozen adapter
+    shards: int = 1
 
     @classmethod
     def of(cls, shape: Shape, r: int, targets: str | list[str], **given: object) -> "Setup":
@@ -52,6 +55,7 @@ def predict(shape: Shape, setup: Setup) -> dict[str, float]:
     again = layer_bytes(shape, setup) if setup.kept_layers < shape.layers else 0.0
     parts = {
         "weights": weight_bytes(shape, setup),
+        "gathered_layers": gathered_bytes(shape, setup),
         "adapter": 16.0 * setup.trained + (4.0 * setup.trained if setup.reference else 0.0),
         "activations": setup.tokens * (kept + inputs),
         "recomputed_layer": setup.tokens * again,
@@ -66,7 +70,14 @@ def weight_bytes(shape: Shape, setup: Setup) -> float:
     if setup.full:
         return 16.0 * shape.parameters
     linear = (NF4_BYTES + (PLAIN_SCALES if setup.fused else 0)) if setup.quantized else setup.bytes
-    return linear * shape.linear_parameters + setup.bytes * shape.other_parameters
+    return linear * shape.linear_parameters / setup.shards + setup.bytes * shape.other_parameters
+
+
+def gathered_bytes(shape: Shape, setup: Setup) -> float:
+    """Return what the layers take that are whole for the moment, where the weights are divided."""
+    if setup.shards == 1:
+        return 0.0
+    return min(GATHERED_LAYERS, shape.layers) * setup.bytes * shape.linear_parameters / shape.layers
 
 
 def layer_bytes(shape: Shape, setup: Setup) -> float:

@@ -19,6 +19,7 @@ from ft_assets.errors import TrainingError
 from ft_assets.training.checkpoints import disk_is_full, full_disk
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.pairs import row_length
+from ft_assets.training.sharding import is_sharded
 
 TOLERANCE = 1e-3  # nats
 ROUNDING = 0.5  # nats over an answer: in bf16 a row's logits change with the batch that it is in
@@ -79,7 +80,8 @@ def write_reference(file: Path, reference: Reference) -> None:
 
 
 def score_reference(trainer: Any, pairs: list[dict[str, Any]], batch: int) -> Reference:
-    """Return the log-probabilities of all pairs under the untrained policy; half as many at once when memory runs out."""
+    """Return the log-probabilities of all pairs under the untrained policy; half as many at once when memory runs out,
+    unless ranks divide the base: they must make the same passes."""
     while True:
         try:
             scored = [
@@ -87,7 +89,7 @@ def score_reference(trainer: Any, pairs: list[dict[str, Any]], batch: int) -> Re
             ]
             return Reference(batch, [value for _, value in sorted(scored)])
         except torch.OutOfMemoryError:
-            if batch == 1:
+            if batch == 1 or is_sharded(trainer.model):  # other ranks wait in the middle of this pass
                 raise
             batch //= 2
             torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -27,17 +28,28 @@ from ft_assets.training.shape import Shape, snapshot_shape
 
 
 def this_machine(memory_limit_gb: float | None = None) -> Machine:
-    """Return this machine's memory. A limit is made hard: torch's allocator then refuses to take more of the GPU."""
+    """Return this machine's memory; of several ranks, joined here, the least that one has, so that all make the same plan. A
+    limit is made hard: torch's allocator then refuses to take more of the GPU."""
     limit = memory_limit_gb * 1e9 if memory_limit_gb else None
+    state = PartialState(cpu=not torch.cuda.is_available()) if world_size() > 1 else None  # also chooses this rank's GPU
     if not torch.cuda.is_available():
-        return Machine(False, min(filter(None, (_available(), limit))), compute_dtype().itemsize)
+        return Machine(False, _least(min(filter(None, (_available(), limit))), state), compute_dtype().itemsize)
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # micro-batches differ in length: no holes
     free, total = torch.cuda.mem_get_info()
     if limit and limit < free:
         torch.cuda.set_per_process_memory_fraction((limit - CONTEXT_BYTES) / total)
     # mem_get_info counts this process' context as taken already
-    memory = min(filter(None, (free + CONTEXT_BYTES, limit)))
+    memory = _least(min(filter(None, (free + CONTEXT_BYTES, limit))), state)
     return Machine(True, memory, 2, importlib.util.find_spec("liger_kernel") is not None, peak_flops(torch.cuda.get_device_name()))
+
+
+def _least(memory: float, state: PartialState | None) -> float:
+    """Return the smallest of all ranks' numbers. Every rank must ask."""
+    if state is None:
+        return memory
+    least = torch.tensor(memory, dtype=torch.float64, device=state.device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return float(least)
 
 
 def _available() -> float:

@@ -38,6 +38,7 @@ from ft_assets.training.setup import (
     this_machine,
 )
 from ft_assets.training.shape import snapshot_shape
+from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
 from ft_assets.training.validation import LogsValidation, Validation
 
@@ -77,7 +78,7 @@ def train_sft(
     plan = plan_sft(snapshot, lora, sft, rows, this_machine(memory_limit_gb))
     lora, sft = lora.model_copy(update={"method": plan.method}), sft.model_copy(update={"micro_batch": plan.micro_batch})
     trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
-    model = new_adapter(snapshot, lora)
+    model = new_adapter(snapshot, lora, plan.shards)
     share = trainable_share(model)
     ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report)
     idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
@@ -128,6 +129,7 @@ def train_sft(
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **ready.facts,
         **memory_facts(ready.plan),
+        **held_weights(trainer.model),
         **_mfu(snapshot, lora, progress),
         **run.facts(),
     }
