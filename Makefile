@@ -35,7 +35,7 @@ browser:  ## Install the browser that the tests drive: Debian's Chromium
 
 test: $(READY) browser lint types  ## Lint, types and all tests
 	# One thread a worker: two workers of two threads each on two cores wait for each other most of the time.
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 lint: $(READY)
 	.venv/bin/ruff check .
