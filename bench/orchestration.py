@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -54,6 +55,7 @@ def empty_job(folder: Path) -> None:
     EmptyStep().run(job, lambda message: None)
 
 
+QUIET: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 nothing = dg.Definitions(chain(lambda folder: None), jobs=[dg.define_asset_job("chain")])
 children = dg.Definitions(chain(empty_job), jobs=[dg.define_asset_job("chain")])
 
@@ -80,14 +82,16 @@ def command(arguments: list[str], cwd: Path) -> Callable[[], object]:
 def multiprocess() -> None:
     with (
         dg.instance_for_test() as instance,
-        dg.execute_job(dg.reconstructable(nothing_job), instance, run_config={"execution": {"config": {"multiprocess": {}}}}) as done,
+        dg.execute_job(
+            dg.reconstructable(nothing_job), instance, run_config={**QUIET, "execution": {"config": {"multiprocess": {}}}}
+        ) as done,
     ):
         assert done.success
 
 
 def in_process(definitions: dg.Definitions) -> None:
     with dg.instance_for_test() as instance:
-        assert definitions.resolve_job_def("chain").execute_in_process(instance=instance).success
+        assert definitions.resolve_job_def("chain").execute_in_process(QUIET, instance=instance).success
 
 
 def made_in(folder: Path) -> float:

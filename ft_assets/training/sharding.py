@@ -8,6 +8,7 @@ those of any other training. Not here: when it is done (plan.py).
 import os
 from typing import Any
 
+import accelerate.accelerator
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -34,6 +35,8 @@ def shard_base(model: Any, ranks: int) -> None:
     _place_rest(model, device)
     # DDP averages gradients and copies the first rank's numbers: of what is trained only.
     model._ddp_params_and_buffers_to_ignore = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    # On GPUs Accelerate refuses to wrap a model with any DTensor in DDP, also where DDP ignores each of them.
+    accelerate.accelerator.model_has_dtensor = lambda _: False
 
 
 def _place_rest(model: Any, device: torch.device) -> None:
