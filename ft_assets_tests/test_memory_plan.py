@@ -1,5 +1,6 @@
 """The memory plan: the formula against real models, what it chooses, what it keeps and how it refuses."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ MEASURED = [
 def test_the_formula_is_within_15_percent_of_what_a_gpu_took(kind: Any, targets: str, tokens: int, kept: int, reserved: float) -> None:
     setup = Setup.of(SHAPE, 16, targets, tokens=tokens, kept_layers=kept, dropout=True, **kind)
     assert predict(SHAPE, setup)["total"] / 1e9 == pytest.approx(reserved, rel=0.15)
+
+
+@pytest.mark.parametrize(("tokens", "kept", "reserved"), [(4629, 0, 24.44), (18471, 16, 47.55)])
+def test_full_fine_tuning_counts_what_autocast_copies(tokens: int, kept: int, reserved: float) -> None:
+    """Measured as above, 1B Llama shape. Without the copies the formula is 10 % and 6 % too low: more than the plan's margin."""
+    shape = shape_of({**LLAMA_8B, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True})  # fmt: skip
+    setup = dataclasses.replace(Setup.of(shape, 16, "attention", tokens=tokens, kept_layers=kept, full=True), trained=0)
+    assert predict(shape, setup)["total"] / 1e9 == pytest.approx(reserved, rel=0.03)
 
 
 @pytest.mark.parametrize("memory", [10, 16, 24, 48, 80, 141])

@@ -30,7 +30,9 @@ from ft_assets.training.length_order import LengthOrder
 from ft_assets.training.options import trainer_options, trl_config
 from ft_assets.training.pairs import PairCollator, SharedPrompts, row_length
 from ft_assets.training.reference import (
+    EXACT_A_TOKEN,
     ROUNDING_A_TOKEN,
+    TIMES_NOISE,
     Reference,
     data_version,
     half_precision,
@@ -54,6 +56,7 @@ class PairTrainer(WholeCheckpoints, DPOTrainer):
 
     def __init__(self, *, model: Any, args: DPOConfig, pairs: list[dict[str, Any]], tokenizer: Any, shares: bool, **kwargs: Any) -> None:
         self.shares, self.pairs = shares, pairs
+        self.sharing: dict[str, float] = {}  # what `settle` measured
         rows = [{"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, **pair} for pair in pairs]
         multiple: Any = args.pad_to_multiple_of
         collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple)
@@ -96,26 +99,39 @@ class PairTrainer(WholeCheckpoints, DPOTrainer):
         place = mask.cumsum(1)
         return (scores * (place <= both)).sum(1) + self.ld_alpha * (scores * (place > both)).sum(1)
 
+    def answer_scores(self, pairs: list[dict[str, Any]], shares: bool) -> list[torch.Tensor]:
+        """Return the log-probabilities of each answer's tokens: of the chosen ones, then of the rejected ones."""
+        batch = self._prepare_inputs(self.data_collator([{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in pairs]))
+        scored = batch["completion_mask"][:, 1:] == 1
+        return [row[places] for row, places in zip(self.token_scores(batch, shares), scored, strict=True)]
+
     def settle(self) -> bool:
         """Score the first pairs as TRL does, with the prompt shared, and shared with the two answers in the other order.
         Share prompts only if all three agree; a model that does not heed the mask or the positions sees one answer in the
-        other. Returns `shares`."""
+        other. How far rounding may take them apart is measured: by the same pairs, each scored alone. Returns `shares`."""
         if not self.shares:
             return False
-        few = [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in self.pairs[:4]]
+        few = self.pairs[:4]
         turned = [{**pair, "chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]} for pair in few]
-        batch, other = (self._prepare_inputs(self.data_collator(rows)) for rows in (few, turned))
         with without_dropout(self.model), torch.no_grad(), self.accelerator.autocast():
-            theirs = self.token_scores(batch, False)
+            theirs = self.answer_scores(few, False)
+            alone = [self.answer_scores([pair], False) for pair in few]
             try:
-                ours, again = self.token_scores(batch, True), self.token_scores(other, True)
+                ours, again = self.answer_scores(few, True), self.answer_scores(turned, True)
             except (RuntimeError, ValueError, TypeError, KeyError):  # a model that takes no such mask
                 self.shares = False
                 return False
-        scored = batch["completion_mask"][:, 1:] == 1
-        off = [float((ours - scores).abs()[scored].mean()) for scores in (theirs, torch.cat(again.chunk(2)[::-1]))]
-        self.shares = max(off) <= (1e-5 if not half_precision(self) else ROUNDING_A_TOKEN)
+        noise = _apart(theirs, [answers[side] for side in (0, 1) for answers in alone])
+        difference = max(_apart(ours, theirs), _apart(ours, again[len(few) :] + again[: len(few)]))
+        least = ROUNDING_A_TOKEN if half_precision(self) else EXACT_A_TOKEN
+        self.shares = difference <= max(least, TIMES_NOISE * noise)
+        self.sharing = {"sharing_difference": round(difference, 6), "sharing_noise": round(noise, 6)}
         return self.shares
+
+
+def _apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Return the mean difference of the tokens' log-probabilities in nats."""
+    return float((torch.cat(one) - torch.cat(other)).abs().mean())
 
 
 def train_dpo(
@@ -241,6 +257,7 @@ def _prepare(
         "reference_loss": round(loss, 5),
         "reference_reused": kept is not None,
         "prompts_shared": shares,
+        **trainer.sharing,
     }
     report("reference proven", pairs=len(rows), **facts)
     return facts

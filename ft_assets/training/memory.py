@@ -66,9 +66,9 @@ def predict(shape: Shape, setup: Setup) -> dict[str, float]:
 
 
 def weight_bytes(shape: Shape, setup: Setup) -> float:
-    """Return what the weights take; trained whole, also their fp32 gradients and two moments."""
+    """Return what the weights take; trained whole, also their fp32 gradients and two moments, and autocast's 16-bit copies."""
     if setup.full:
-        return 16.0 * shape.parameters
+        return (16.0 + (setup.bytes if setup.bytes < 4 else 0)) * shape.parameters
     linear = (NF4_BYTES + (PLAIN_SCALES if setup.fused else 0)) if setup.quantized else setup.bytes
     return linear * shape.linear_parameters / setup.shards + setup.bytes * shape.other_parameters
 

@@ -23,7 +23,9 @@ from ft_assets.training.sharding import is_sharded
 
 TOLERANCE = 1e-3  # nats
 ROUNDING = 0.5  # nats over an answer: in bf16 a row's logits change with the batch that it is in
-ROUNDING_A_TOKEN = 0.02  # nats, on average
+EXACT_A_TOKEN = 1e-5  # nats, on average, in fp32
+ROUNDING_A_TOKEN = 0.02  # in 16 bits
+TIMES_NOISE = 2.0  # or so many times what a token's score moves with the batch that it is in
 CODE = "1"
 
 
