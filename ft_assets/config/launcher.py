@@ -39,7 +39,38 @@ class RaySettings(Retries):
     ship_code: bool = Field(default=True, description="Send this package to the nodes; false: it is installed there.")
 
 
-AnyLauncher = LocalSettings | AccelerateSettings | RaySettings
+class ClusterSettings(Retries):
+    """What clusters with a queue have in common."""
+
+    poll_seconds: float = Field(default=10.0, gt=0, description="How often the cluster is asked for the state of a job.")
+    patience_seconds: float = Field(default=600.0, gt=0, description="A cluster that does not answer for so long is a fault.")
+    silence_seconds: float = Field(
+        default=120.0, gt=0, description="A job that hears nothing of its run for so long ends its step, e.g. when the run was killed."
+    )
+    settle_seconds: float = Field(default=60.0, ge=0, description="How late the shared disk may show a file that a node wrote.")
+
+
+class SlurmSettings(ClusterSettings):
+    kind: Literal["slurm"]
+    partition: str | None = Field(default=None, description="By default the cluster's.")
+    account: str | None = Field(default=None, description="By default the user's.")
+    time: str | None = Field(default=None, description="The limit of a job as sbatch takes it, e.g. 12:00:00; by default the partition's.")
+    nodes: int = Field(default=1, ge=1, description="Nodes of a training step; other steps take one.")
+    gpus: int = Field(default=1, ge=0, description="GPUs of each node; 0 trains on CPUs with gloo.")
+    gres: str | None = Field(default=None, description="A typed request in the place of gpus, e.g. gpu:a100:4.")
+    tasks_per_node: int | None = Field(default=None, ge=1, description="Ranks of a training step on each node; by default one a GPU.")
+    sbatch: dict[str, str | int | float | bool] = Field(
+        default={}, description="More options of sbatch by their long names, e.g. {mem: 64G, cpus-per-task: 8, exclusive: true}."
+    )
+    python: str | None = Field(default=None, description="The interpreter on the nodes; by default the path of the one that runs here.")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Return the ranks of a training step on each node."""
+        return self.tasks_per_node or self.gpus or 1
+
+
+AnyLauncher = LocalSettings | AccelerateSettings | RaySettings | SlurmSettings
 
 
 def _named(value: Any) -> Any:
@@ -51,5 +82,6 @@ KINDS: dict[str, type[Retries]] = {
     "local": LocalSettings,
     "accelerate": AccelerateSettings,
     "ray": RaySettings,
+    "slurm": SlurmSettings,
 }
 LauncherSettings = Annotated[AnyLauncher, Field(discriminator="kind"), BeforeValidator(_named)]
