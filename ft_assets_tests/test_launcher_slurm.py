@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ft_assets.commands.launcher_check import launcher_check
 from ft_assets.config.launcher import SlurmSettings
 from ft_assets.errors import ConfigError
 from ft_assets.launchers import LocalLauncher, StepLost
@@ -27,7 +28,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def launcher(**options: Any) -> SlurmLauncher:
-    return SlurmLauncher(SlurmSettings(**{"kind": "slurm", "gpus": 0, "poll_seconds": 0.3, "silence_seconds": 3, **options}))
+    return SlurmLauncher(SlurmSettings(**{"kind": "slurm", "gpus": 0, "poll_seconds": 0.3, "silence_seconds": 5, **options}))
 
 
 def queue() -> list[str]:
@@ -49,7 +50,8 @@ def test_jobs_train_what_one_process_trains(finished: Path, tmp_path: Path, clus
 
 def test_users_error_arrives_as_it_was_raised(finished: Path, tmp_path: Path, cluster: None) -> None:
     with pytest.raises(ConfigError, match=r"sft.effective_batch: 8"):
-        launcher().run(training_job(finished, tmp_path, micro_batch=3), lambda _: None)
+        few = {"export": "PATH,PYTHONPATH,HF_HUB_OFFLINE,SLURM_CONF"}
+        launcher(sbatch=few).run(training_job(finished, tmp_path, micro_batch=3), lambda _: None)
 
 
 def test_killed_rank_is_a_fault_and_takes_the_other_with_it(finished: Path, tmp_path: Path, cluster: None) -> None:
@@ -129,8 +131,8 @@ def test_what_slurm_refuses_is_told_with_its_key(finished: Path, tmp_path: Path,
         ({"partition": "gpu"}, r"launcher\.partition: gpu"),
         ({"gpus": 1}, r"launcher\.gpus: 1"),
         ({"time": "soon"}, r"launcher\.time: soon"),
-        ({"nodes": 9}, r"launcher\.nodes: 9[\s\S]*can never start"),
-        ({"time": "2:00:00"}, r"launcher\.time: 2:00:00[\s\S]*can never start"),
+        ({"nodes": 9}, r"launcher\.partition: the job can never start[\s\S]*'nodes': 9"),
+        ({"time": "2:00:00"}, r"can never start[\s\S]*'time': '2:00:00'"),
         ({"sbatch": {"fast": True}}, r"launcher\.sbatch"),
     ):
         with pytest.raises(ConfigError, match=key):
@@ -138,7 +140,14 @@ def test_what_slurm_refuses_is_told_with_its_key(finished: Path, tmp_path: Path,
     assert not queue()
 
 
-def test_light_steps_stay_and_one_task_judges(finished: Path, tmp_path: Path) -> None:
+def test_doctor_asks_whether_the_cluster_answers(tmp_path: Path, cluster: None) -> None:
+    check = launcher_check(SlurmSettings(kind="slurm"), tmp_path)
+    assert (check.state, check.found) == ("ok", "slurm answers: partitions main")
+    with pytest.raises(ConfigError, match=r"launcher\.partition: gpu"):
+        launcher_check(SlurmSettings(kind="slurm", partition="gpu"), tmp_path)
+
+
+def test_one_task_judges_and_options_of_sbatch_win(finished: Path, tmp_path: Path) -> None:
     several = SlurmLauncher(SlurmSettings(kind="slurm", nodes=4, gpus=8, sbatch={"mem": "64G", "exclusive": True, "no-requeue": False}))
     job = training_job(finished, tmp_path)
     options = several.options(job)

@@ -54,6 +54,10 @@ class ClusterLauncher(ABC):
     def close(self, name: str, job: Job) -> None:
         """End the job if it has not ended, keep its last words, remove it. Returns when nothing of it runs; raises NoAnswer."""
 
+    @abstractmethod
+    def greet(self) -> str:
+        """Return a few words about the cluster. Raises ConfigError for what it does not offer, NoAnswer."""
+
     def run(self, job: Job, on_progress: OnProgress) -> StepResult:
         """Run the job to its end. Raises the step's own FtError, ConfigError, StepFailed or StepLost; stops all on interrupt."""
         if job.step not in HEAVY_STEPS:

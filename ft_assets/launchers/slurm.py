@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from ft_assets.config.launcher import SlurmSettings
-from ft_assets.errors import ConfigError
+from ft_assets.errors import ConfigError, nearest
 from ft_assets.job import Job
 from ft_assets.launchers.base import TEMPORARY, TRAINING_STEPS
 from ft_assets.launchers.cluster import ClusterLauncher, NoAnswer, Seen, unique_name
@@ -19,12 +19,13 @@ from ft_assets.launchers.cluster import ClusterLauncher, NoAnswer, Seen, unique_
 ANSWER_SECONDS = 60.0
 CLOSE_SECONDS = 60.0  # Slurm kills what has not ended KillWait (30) seconds after TERM
 
-# The port is looked for on the first node, where rank 0 will listen. srun does not take cpus-per-task from its job.
+# Arguments: python, job file, silence. The port is looked for on the first node, where rank 0 will listen. srun does not take
+# cpus-per-task from its job, and with `sbatch --export` would pass on no more than that names.
 SCRIPT = """#!/bin/sh
-MASTER_PORT="$("$FT_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" || exit
+MASTER_PORT="$("$1" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" || exit
 export MASTER_PORT
-exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\
-  "$FT_PYTHON" -m ft_assets.launchers.node "$1" "$2"
+exec srun --kill-on-bad-exit=1 --export=ALL ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\
+  "$1" -m ft_assets.launchers.node "$2" "$3"
 """
 
 SILENT = re.compile(r"Unable to contact slurm controller|timed out|Connection refused|Communication connection failure|try again", re.I)
@@ -40,7 +41,7 @@ REFUSED = (
 )
 # A job that waits for this waits for ever, where a cluster does not refuse it at once -> the key that asked for it.
 NEVER = {
-    "PartitionConfig": "nodes",
+    "PartitionConfig": "partition",  # it allows fewer nodes or less time
     "PartitionTimeLimit": "time",
     "AccountNotAllowed": "account",
     "InvalidAccount": "account",
@@ -65,9 +66,8 @@ class SlurmLauncher(ClusterLauncher):
     def submit(self, job: Job, job_file: Path) -> str:
         script = job.work / "slurm.sh"
         script.write_text(SCRIPT)
-        python = self.settings.python or sys.executable
-        arguments = [str(script), str(job_file), str(self.settings.silence_seconds)]
-        done = _tool(["env", f"FT_PYTHON={python}", "sbatch", "--parsable", *self.options(job), *arguments])
+        arguments = [str(script), self.settings.python or sys.executable, str(job_file), str(self.settings.silence_seconds)]
+        done = _tool(["sbatch", "--parsable", *self.options(job), *arguments])
         if done.returncode:
             said = done.stderr.strip() or f"sbatch ended with exit code {done.returncode}"
             if SILENT.search(said):
@@ -103,6 +103,15 @@ class SlurmLauncher(ClusterLauncher):
             _tool(["scancel", name])
         while _state(name)[0] in WAITING | RUNNING and time.monotonic() < deadline:
             time.sleep(min(1.0, self.settings.poll_seconds))
+
+    def greet(self) -> str:
+        done = _tool(["sinfo", "--noheader", "--format=%R"])
+        if done.returncode:
+            raise NoAnswer(done.stderr.strip())
+        known = sorted(set(done.stdout.split()))
+        if (wanted := self.settings.partition) and not set(wanted.split(",")) <= set(known):
+            raise ConfigError(f"launcher.partition: {wanted}", "is not known to the cluster", ", ".join(known), nearest(wanted, known))
+        return f"partitions {', '.join(known)}"
 
 
 def seen(state: str, reason: str, code: int, settings: SlurmSettings) -> Seen:
@@ -153,7 +162,7 @@ def _code(code: str, signal: str) -> int:
 
 def _tool(command: list[str]) -> "subprocess.CompletedProcess[str]":
     """Run a tool of Slurm. Raises ConfigError if it is not installed, NoAnswer if it hangs."""
-    name = next(word for word in command if word != "env" and "=" not in word)
+    name = command[0]
     if shutil.which(name) is None:
         raise ConfigError(
             "launcher: slurm",
@@ -176,4 +185,5 @@ def _refused(said: str, settings: SlurmSettings) -> ConfigError:
 def _unfit(key: str | None, found: str, settings: SlurmSettings) -> ConfigError:
     value = getattr(settings, key) if key else None
     where = "launcher: slurm" if key is None else f"launcher.{key}" + ("" if value is None else f": {value}")
-    return ConfigError(where, found, "what this cluster offers", "sinfo and sacctmgr show it")
+    asked = {name: value for name in ("partition", "nodes", "time", "gpus") if (value := getattr(settings, name)) is not None}
+    return ConfigError(where, found, f"what this cluster offers; asked for: {asked}", "sinfo and sacctmgr show it")
