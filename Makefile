@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready
 
-.PHONY: help setup demo ui chat browser test lint types check clean
+.PHONY: help setup demo ui chat browser slurm test lint types check clean
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -33,7 +33,13 @@ browser:  ## Install the browser that the tests drive: Debian's Chromium
 	    echo "the browser tests need /usr/bin/chromium: apt-get install chromium, as root" >&2; exit 1; fi; \
 	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 
-test: $(READY) browser lint types  ## Lint, types and all tests
+slurm:  ## Install the cluster that the tests submit to: Debian's Slurm
+	@test -x /usr/sbin/slurmctld -a -x /usr/sbin/slurmd || { \
+	  if [ "$$(id -u)" = 0 ]; then SUDO=; elif command -v sudo >/dev/null; then SUDO=sudo; else \
+	    echo "without Slurm its tests are skipped: apt-get install slurmctld slurmd slurm-client munge, as root" >&2; exit 0; fi; \
+	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; }
+
+test: $(READY) browser slurm lint types  ## Lint, types and all tests
 	# One thread a worker: two workers of two threads each on two cores wait for each other most of the time.
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 

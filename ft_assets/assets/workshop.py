@@ -73,7 +73,7 @@ class Workshop:
     def __init__(self, project: Project) -> None:
         self.project = project
         self.store = open_store(project)
-        self.launcher = make_launcher(project.launcher)
+        self.launcher = make_launcher(project.launcher, project.root)
 
     def materialize(
         self,

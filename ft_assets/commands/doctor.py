@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ft_assets.commands import base_checks, machine
 from ft_assets.commands.checkup import FAIL, Check, fail, guarded, ok, warn
+from ft_assets.commands.launcher_check import launcher_check
 from ft_assets.commands.store_view import in_bytes
 from ft_assets.config import CONFIG_NAME, DataSettings, Project, find_config, load_project
 from ft_assets.data.formats import resolve_files
@@ -23,7 +24,7 @@ def examine() -> list[Check]:
     quantized = any(project.recipe(name).lora.method == "qlora" for name in project.base_models)
     checks += guarded("bitsandbytes", partial(machine.bitsandbytes, quantized))
     checks += guarded("disk", partial(machine.disk, project.store_path))
-    checks += [config, *_data(project)]
+    checks += [config, *guarded("launcher", lambda: [launcher_check(project.launcher, project.root)]), *_data(project)]
     for name, settings in project.base_models.items():
         looks: dict[str, Callable[[], Iterable[Check]]] = {
             "source": partial(base_checks.source, name, settings, project.root),

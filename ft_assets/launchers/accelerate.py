@@ -28,9 +28,7 @@ class AccelerateLauncher(LocalLauncher):
             return [{}]
         common = {"FT_SHARDING": self.settings.sharding}
         common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        if not gpu_count():  # gloo asks for the address of the host's name, which need not resolve
-            common |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")}
-            common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
+        common |= on_one_machine(count)
         return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
@@ -45,6 +43,16 @@ def ranks_of(settings: AccelerateSettings) -> int:
             "launcher.sharding: fsdp", "one process", "at least 2 to divide the base among", "set processes, or sharding: auto"
         )
     return count
+
+
+def on_one_machine(count: int) -> dict[str, str]:
+    """Return what ranks that share a machine without GPUs need: the loopback interface, and their share of its cores."""
+    if gpu_count():
+        return {}
+    return {  # gloo asks for the address of the host's name, which need not resolve
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+    }
 
 
 def gpu_count() -> int:

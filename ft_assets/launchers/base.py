@@ -1,8 +1,10 @@
 """The contract of a launcher, and how it tells a step's own failure from a fault of what the step ran on."""
 
+import contextlib
 import json
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,6 +79,13 @@ def outcome(job: Job, code: int, how: str = "") -> StepResult:
     if job.error_file.exists():
         raise FtError.from_dict(json.loads(job.error_file.read_text()))
     raise failed(job.step, code, tail(job.log_file), how)
+
+
+def save_error(job: Job, error: FtError) -> None:
+    """Leave a user's error in the work folder, as a step does; of several only the first stays."""
+    print(error, file=sys.stderr)
+    with contextlib.suppress(FileExistsError), job.error_file.open("x") as file:
+        json.dump(error.to_dict(), file)
 
 
 class ProgressReader:

@@ -1,12 +1,14 @@
 """`launcher:` of finetune.yaml -> the launcher. Each is imported when it is chosen: their libraries are optional."""
 
-from ft_assets.config.launcher import AccelerateSettings, AnyLauncher, RaySettings
+from pathlib import Path
+
+from ft_assets.config.launcher import AccelerateSettings, AnyLauncher, KubernetesSettings, RaySettings, SlurmSettings
 from ft_assets.launchers.base import Launcher
 from ft_assets.launchers.local import LocalLauncher
 
 
-def make_launcher(settings: AnyLauncher) -> Launcher:
-    """Return the launcher that finetune.yaml asks for. Raises ConfigError if its library is not installed."""
+def make_launcher(settings: AnyLauncher, root: Path = Path()) -> Launcher:
+    """Return the launcher that finetune.yaml, which lies in `root`, asks for. Raises ConfigError if its library or tool is not installed."""
     if isinstance(settings, AccelerateSettings):
         from ft_assets.launchers.accelerate import AccelerateLauncher
 
@@ -15,4 +17,12 @@ def make_launcher(settings: AnyLauncher) -> Launcher:
         from ft_assets.launchers.ray import RayLauncher
 
         return RayLauncher(settings)
+    if isinstance(settings, SlurmSettings):
+        from ft_assets.launchers.slurm import SlurmLauncher
+
+        return SlurmLauncher(settings)
+    if isinstance(settings, KubernetesSettings):
+        from ft_assets.launchers.kubernetes import KubernetesLauncher
+
+        return KubernetesLauncher(settings, root)
     return LocalLauncher()

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ft_assets.job import Job, StepResult
@@ -37,38 +37,44 @@ class LocalLauncher:
         """Run the job to its end. Raises the step's own FtError, StepFailed or StepLost; stops all on interrupt."""
         job_file = prepare(job)
         read_end, write_end = os.pipe()  # the lifeline: a child ends when our end closes, also if we are killed
-        environment = {**os.environ, "FT_LIFELINE_FD": str(read_end), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = step_environment(read_end)
         processes: list[subprocess.Popen[bytes]] = []
         try:
             with job.log_file.open("wb") as log:
                 for rank in self.ranks(job):
-                    processes.append(_start(self.command(job_file, job), {**environment, **rank}, read_end, log.fileno()))
+                    processes.append(start(self.command(job_file, job), {**environment, **rank}, read_end, log.fileno()))
             os.close(read_end)
-            code = _follow(processes, ProgressReader(job, on_progress))
+            code = follow(processes, ProgressReader(job, on_progress))
         finally:
             stop(processes)
             os.close(write_end)
         return outcome(job, code)
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str], lifeline: int, log: int) -> subprocess.Popen[bytes]:
+def step_environment(lifeline: int) -> dict[str, str]:
+    """Return the environment of a step's process: ours, and which descriptor is the lifeline."""
+    return {**os.environ, "FT_LIFELINE_FD": str(lifeline), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], lifeline: int, log: int | None) -> subprocess.Popen[bytes]:
+    """Start a process that leads a group and holds the lifeline; `log` gets its output, None leaves it where ours goes."""
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
-        stderr=subprocess.STDOUT,
+        stderr=None if log is None else subprocess.STDOUT,
         env=environment,
         pass_fds=(lifeline,),
         start_new_session=True,
     )
 
 
-def _follow(processes: Sequence[subprocess.Popen[bytes]], progress: ProgressReader) -> int:
-    """Pass progress on until all ended or one failed. Returns 0, or the code that says most: a signal before an exit code."""
+def follow(processes: Sequence[subprocess.Popen[bytes]], meanwhile: Callable[[], None]) -> int:
+    """Do `meanwhile` until all ended or one failed. Returns 0, or the code that says most: a signal before an exit code."""
     failed_at: float | None = None
     while True:
         codes = [process.poll() for process in processes]
-        progress()
+        meanwhile()
         if all(code is not None for code in codes) or (failed_at and time.monotonic() - failed_at > LAST_WORDS_SECONDS):
             break
         if failed_at is None and any(codes):
