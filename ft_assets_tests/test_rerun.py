@@ -236,9 +236,13 @@ def test_plan_of_a_new_project_runs_everything(project: Path) -> None:
     assert not (project / ".ft/store/raw_dataset").exists()
 
 
-def test_plan_says_what_it_refuses_in_one_line_and_shows_no_trace(project: Path) -> None:
+def test_plan_says_what_it_refuses_and_what_is_then_not_reached(project: Path) -> None:
     (project / "data/train.jsonl").unlink()
     done = ft(project, "plan")
     assert "raw_dataset      refused" in done.stdout
     assert "no data file matches" in done.stdout
+    assert done.returncode == 1
+    assert re.search(r"raw_preferences +runs", done.stdout)
+    assert re.search(r"lora_adapter +not reached .*after heldout_split", done.stdout)
+    assert "1 refused; 9 below would not be reached" in done.stdout
     assert done.stderr == ""

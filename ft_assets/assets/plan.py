@@ -17,7 +17,7 @@ from ft_assets.assets.workshop import Inputs, Wanted, Workshop
 from ft_assets.config import Project
 from ft_assets.console import cause
 
-RUNS, MAYBE, REUSED, REFUSED = "runs", "runs if that changes", "reused", "refused"
+RUNS, MAYBE, REUSED, REFUSED, STOPPED = "runs", "runs if that changes", "reused", "refused", "not reached"
 Build = Callable[[Project], dg.Definitions]
 
 
@@ -146,9 +146,13 @@ def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition:
     graph, steps = definitions.resolve_asset_graph(), dict[str, Step]()
     for key in (key for level in graph.toposorted_asset_keys_by_level for key in sorted(level) if key in keys):
         name = key.to_user_string()
-        above = sorted(parent.to_user_string() for parent in graph.get(key).parent_keys)
-        above = [parent for parent in above if parent in steps and steps[parent].action in (RUNS, MAYBE)]
-        if name in planner.steps:
+        parents = sorted(parent.to_user_string() for parent in graph.get(key).parent_keys)
+        parents = [parent for parent in parents if parent in steps]
+        above = [parent for parent in parents if steps[parent].action in (RUNS, MAYBE)]
+        stopped = [parent for parent in parents if steps[parent].action in (REFUSED, STOPPED)]
+        if stopped and name not in planner.steps:
+            steps[name] = Step(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
+        elif name in planner.steps:
             steps[name] = planner.steps[name]
         elif above:  # not reached, or refused with the artifacts of today
             there = name in refused or planner.store.current(name, partition if graph.get(key).is_partitioned else None) is not None
@@ -165,6 +169,8 @@ def table(steps: Sequence[Step]) -> str:
         f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}{_predicted(step, steps)}  {'; '.join(step.why)}".rstrip()
         for step in steps
     ]
+    refused = sum(step.action == REFUSED for step in steps)
+    stopped = sum(step.action == STOPPED for step in steps)
     working = [step for step in steps if step.action in (RUNS, MAYBE)]
     known = [step.seconds for step in working if step.seconds is not None]
     if working:
@@ -173,8 +179,10 @@ def table(steps: Sequence[Step]) -> str:
             f"  {len(working)} of {len(steps)} steps{time}"
             + (f" ({len(working) - len(known)} never ran)" if len(known) < len(working) else "")
         )
-    else:
+    elif not refused:
         lines.append("  nothing to do")
+    if refused:
+        lines.append(f"  {refused} refused; {stopped} below would not be reached")
     return "\n".join(lines)
 
 

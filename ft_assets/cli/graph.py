@@ -63,12 +63,12 @@ def plan_run(
     asset: Annotated[str, typer.Option("--asset", help="Assets or selections by commas, as in ft run.")] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
-    """Say what `ft run` would do and why, and how long it took the last time. Makes nothing."""
+    """Say what `ft run` would do and why, and how long it took the last time. Makes nothing. Exit code 1 if a step would be refused."""
     project = graph_project()
     names = chosen(project, base)
     dagster_home(project)
     quiet()
-    from ft_assets.assets.plan import plan, table
+    from ft_assets.assets.plan import REFUSED, plan, table
     from ft_assets.definitions import build
 
     keys = select(build(project), asset)
@@ -77,6 +77,8 @@ def plan_run(
         print(json.dumps([step.to_dict() for found in steps.values() for step in found], indent=1))
     else:
         print("\n\n".join(f"{name}\n{table(found)}" for name, found in steps.items()))
+    if any(step.action == REFUSED for found in steps.values() for step in found):
+        raise typer.Exit(1)
 
 
 @app.command()
