@@ -25,6 +25,7 @@ import yaml
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets_tests.conftest import SETTINGS, conversations, tiny_tokenizer, write_jsonl
+from ft_assets_tests.launching import stop_services
 
 LIMIT = 2
 HOME = "concurrency: {pools: {default_limit: 2, granularity: op}, runs: {max_concurrent_runs: 4}}\ntelemetry: {enabled: false}\n"
@@ -123,13 +124,7 @@ class Services:
         return sorted(defs.resolve_asset_graph().materializable_asset_keys)
 
     def stop(self) -> None:
-        for process in (self.daemon, self.web):
-            process.send_signal(signal.SIGINT)
-        for process in (self.daemon, self.web):
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        stop_services(self.daemon, self.web)
 
 
 def main() -> None:

@@ -1,9 +1,14 @@
 """Jobs for the tests of launchers: the finished project's own training steps, and what two runs of one have in common."""
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +59,50 @@ def require_same_training(job: Job, other: Job) -> None:
         [first[name] - second[name] for name in first if "lora_B" in name], [first[name] for name in first if "lora_B" in name]
     ))  # fmt: skip
     assert apart < 0.2 * moved
+
+
+def training(job: Job) -> bool:
+    """Return whether a job has told of an optimizer step."""
+    return job.progress_file.exists() and '"train"' in job.progress_file.read_text()
+
+
+@contextlib.contextmanager
+def interrupted(when: Callable[[], object]) -> Iterator[None]:
+    """Send this process an INT as soon as `when` returns; what runs in the block must end with KeyboardInterrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
+
+    def interrupt() -> None:
+        when()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    thread.join()
+
+
+def launched_elsewhere(launcher: str, module: str, job: Job, folder: Path) -> "subprocess.Popen[bytes]":
+    """Run a job in a process that may be killed, by the launcher that an expression makes of names of a test module."""
+    (folder / "given.json").write_text(job.model_dump_json())
+    code = f"""
+from pathlib import Path
+from ft_assets.job import Job
+from {module} import *
+{launcher}.run(Job.model_validate_json(Path({str(folder / "given.json")!r}).read_text()), lambda _: None)
+"""
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def stop_services(*services: "subprocess.Popen[bytes]") -> None:
+    """End Dagster's webserver and daemon as a person does; what has not ended after 30 seconds is killed."""
+    for process in services:
+        process.send_signal(signal.SIGINT)
+    for process in services:
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def process_groups(work: Path) -> set[int]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import ConfigError
 from ft_assets.launchers import LocalLauncher, StepLost
 from ft_assets.launchers.accelerate import AccelerateLauncher
-from ft_assets_tests.launching import process_groups, require_same_training, trained, training_job, wait_until
+from ft_assets_tests.launching import interrupted, process_groups, require_same_training, trained, training, training_job, wait_until
 
 TWO = AccelerateLauncher(AccelerateSettings(kind="accelerate", processes=2))
 
@@ -50,18 +49,13 @@ def test_rank_that_is_killed_takes_the_others_with_it(finished: Path, tmp_path: 
 
 def test_interrupt_stops_all_ranks(finished: Path, tmp_path: Path) -> None:
     job = training_job(finished, tmp_path, num_train_epochs=500)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     ranks: list[int] = []
 
-    def interrupt() -> None:
-        wait_until(lambda: job.progress_file.exists() and '"train"' in job.progress_file.read_text())
+    def both_train() -> None:
+        wait_until(lambda: training(job))
         ranks.extend(process_groups(job.work))
-        os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(both_train):
         TWO.run(job, lambda _: None)
-    thread.join()
     assert len(ranks) == 2
     assert not process_groups(job.work)

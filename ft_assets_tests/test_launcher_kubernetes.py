@@ -4,10 +4,7 @@ Real: the client, the schema that manifests are checked against, the process tha
 What a node does when its run fails or dies is the same under Slurm, and tried there with a real cluster.
 """
 
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from ft_assets.launchers.kubernetes_manifest import manifest
 from ft_assets.launchers.kubernetes_states import job_seen, pod_seen
 from ft_assets.launchers.local import free_port
 from ft_assets_tests.kubernetes_api import VERSION, WAITING_FOR_NODE, Cluster, kubeconfig, kubernetes_api
-from ft_assets_tests.launching import process_groups, require_same_training, trained, training_job, wait_until
+from ft_assets_tests.launching import interrupted, process_groups, require_same_training, trained, training, training_job, wait_until
 
 
 @pytest.fixture
@@ -62,17 +59,8 @@ def test_pod_of_two_ranks_trains_what_one_process_trains(finished: Path, tmp_pat
 
 def test_interrupt_leaves_a_checkpoint_and_no_process(finished: Path, tmp_path: Path, cluster: Cluster) -> None:
     job = training_job(finished, tmp_path / "job", num_train_epochs=500)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt() -> None:
-        wait_until(lambda: job.progress_file.exists() and '"train"' in job.progress_file.read_text())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(lambda: wait_until(lambda: training(job))):
         launcher(tmp_path).run(job, lambda _: None)
-    thread.join()
     assert not cluster.jobs
     assert not process_groups(job.work)
     assert list(job.checkpoints.glob("checkpoint-*"))

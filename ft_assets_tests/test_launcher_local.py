@@ -2,9 +2,7 @@
 
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from ft_assets.job import Job
 from ft_assets.launchers import LocalLauncher, StepFailed
+from ft_assets_tests.launching import interrupted, launched_elsewhere
 
 STEP = """
 import os, subprocess, sys, time
@@ -86,28 +85,14 @@ def test_crash_is_told_with_its_exit_code_and_last_lines(tmp_path: Path) -> None
 
 def test_interrupt_stops_the_step_and_its_children(tmp_path: Path) -> None:
     pids: list[int] = []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
-
-    def interrupt() -> None:
-        pids.extend(wait_for(tmp_path / "work/pids"))
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(lambda: pids.extend(wait_for(tmp_path / "work/pids"))):
         ScriptLauncher().run(job(tmp_path, "wait"), lambda _: None)
-    thread.join()
     assert all(gone(pid) for pid in pids)
 
 
 def test_step_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     the_job = job(tmp_path, "wait")
-    (tmp_path / "given.json").write_text(the_job.model_dump_json())
-    parent = subprocess.Popen(
-        [sys.executable, "-c",
-         "import sys; from pathlib import Path; from ft_assets.job import Job; from ft_assets_tests.test_launcher_local import ScriptLauncher;"
-         f"ScriptLauncher().run(Job.model_validate_json(Path({str(tmp_path / 'given.json')!r}).read_text()), lambda _: None)"],
-    )  # fmt: skip
+    parent = launched_elsewhere("ScriptLauncher()", __name__, the_job, tmp_path)
     step, child = wait_for(tmp_path / "work/pids")
     parent.kill()
     parent.wait()

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ft_assets.errors import ConfigError
 from ft_assets.launchers import LocalLauncher, StepLost
 from ft_assets.launchers.local import free_port
 from ft_assets.launchers.ray import RayLauncher
-from ft_assets_tests.launching import process_groups, require_same_training, trained, training_job, wait_until
+from ft_assets_tests.launching import interrupted, process_groups, require_same_training, trained, training, training_job, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +75,8 @@ def test_lost_worker_is_a_fault_and_interrupt_stops_the_rest(finished: Path, tmp
     wait_until(lambda: not workers())
 
     job = training_job(finished, tmp_path / "2", num_train_epochs=500)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt() -> None:
-        wait_until(lambda: job.progress_file.exists() and '"train"' in job.progress_file.read_text())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(lambda: wait_until(lambda: training(job))):
         launcher(cluster).run(job, lambda _: None)
-    thread.join()
     assert not process_groups(job.work)
     wait_until(lambda: not workers())
 

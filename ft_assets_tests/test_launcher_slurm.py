@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,16 @@ from ft_assets.errors import ConfigError
 from ft_assets.launchers import LocalLauncher, StepLost
 from ft_assets.launchers.base import failed
 from ft_assets.launchers.slurm import SlurmLauncher, seen
-from ft_assets_tests.launching import process_groups, require_same_training, trained, training_job, wait_until
+from ft_assets_tests.launching import (
+    interrupted,
+    launched_elsewhere,
+    process_groups,
+    require_same_training,
+    trained,
+    training,
+    training_job,
+    wait_until,
+)
 from ft_assets_tests.slurm_cluster import slurm_cluster
 
 
@@ -70,17 +77,8 @@ def test_killed_rank_is_a_fault_and_takes_the_other_with_it(finished: Path, tmp_
 
 def test_interrupt_leaves_a_checkpoint_and_no_process(finished: Path, tmp_path: Path, cluster: None) -> None:
     job = training_job(finished, tmp_path, num_train_epochs=500)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt() -> None:
-        wait_until(lambda: job.progress_file.exists() and '"train"' in job.progress_file.read_text())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(lambda: wait_until(lambda: training(job))):
         launcher().run(job, lambda _: None)
-    thread.join()
     assert not queue()
     assert not process_groups(job.work)
     assert list(job.checkpoints.glob("checkpoint-*"))
@@ -102,13 +100,8 @@ def test_queued_job_says_why_and_is_cancelled_with_its_run(finished: Path, tmp_p
 
 def test_job_ends_by_itself_when_its_launcher_is_killed(finished: Path, tmp_path: Path, cluster: None) -> None:
     job = training_job(finished, tmp_path, num_train_epochs=500)
-    (tmp_path / "given.json").write_text(job.model_dump_json())
-    parent = subprocess.Popen(
-        [sys.executable, "-c",
-         "from pathlib import Path; from ft_assets.job import Job; from ft_assets_tests.test_launcher_slurm import launcher;"
-         f"launcher().run(Job.model_validate_json(Path({str(tmp_path / 'given.json')!r}).read_text()), lambda _: None)"],
-    )  # fmt: skip
-    wait_until(lambda: job.progress_file.exists() and '"train"' in job.progress_file.read_text())
+    parent = launched_elsewhere("launcher()", __name__, job, tmp_path)
+    wait_until(lambda: training(job))
     parent.kill()
     parent.wait()
     assert queue()

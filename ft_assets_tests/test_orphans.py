@@ -29,6 +29,7 @@ from ft_assets.config import load_project
 from ft_assets.runs import ProcessRunLauncher
 from ft_assets.runs.own import end_dead_runs
 from ft_assets.runs.process import TAG, RunProcess
+from ft_assets_tests.launching import stop_services
 from ft_assets_tests.test_launcher_local import gone
 
 DEPLOY = Path(__file__).parent.parent / "deploy/dagster.yaml"
@@ -190,13 +191,7 @@ class Services:
         return set(self.instance.event_log_storage.get_concurrency_info("gpu").active_run_ids)
 
     def stop(self) -> None:
-        for process in (self.daemon, self.web):
-            process.send_signal(signal.SIGINT)
-        for process in (self.daemon, self.web):
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        stop_services(self.daemon, self.web)
         self.instance.dispose()
 
 
