@@ -146,14 +146,13 @@ def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition:
     graph, steps = definitions.resolve_asset_graph(), dict[str, Step]()
     for key in (key for level in graph.toposorted_asset_keys_by_level for key in sorted(level) if key in keys):
         name = key.to_user_string()
-        parents = sorted(parent.to_user_string() for parent in graph.get(key).parent_keys)
-        parents = [parent for parent in parents if parent in steps]
+        parents = sorted({parent.to_user_string() for parent in graph.get(key).parent_keys} & steps.keys())
         above = [parent for parent in parents if steps[parent].action in (RUNS, MAYBE)]
         stopped = [parent for parent in parents if steps[parent].action in (REFUSED, STOPPED)]
-        if stopped and name not in planner.steps:
-            steps[name] = Step(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
-        elif name in planner.steps:
+        if name in planner.steps:
             steps[name] = planner.steps[name]
+        elif stopped:
+            steps[name] = Step(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
         elif above:  # not reached, or refused with the artifacts of today
             there = name in refused or planner.store.current(name, partition if graph.get(key).is_partitioned else None) is not None
             steps[name] = Step(name, partition, MAYBE if there else RUNS, [f"after {', '.join(above)}"])

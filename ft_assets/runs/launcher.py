@@ -66,7 +66,7 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
             instance.report_engine_event(f"The run is {process}: it can be stopped there only.", run, cls=type(self))
             return False
         if not process.terminate():
-            _end(instance, run_id, f"{process} had ended already")
+            end_run(instance, run_id, f"{process} had ended already")
         return True
 
     @property
@@ -92,10 +92,10 @@ def _bury(process: subprocess.Popen[bytes], ref: InstanceRef, run_id: str) -> No
     code = process.wait()
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     with DagsterInstance.from_ref(ref) as instance:
-        _end(instance, run_id, f"process {process.pid} of the run {how}")
+        end_run(instance, run_id, f"process {process.pid} of the run {how}")
 
 
-def _end(instance: DagsterInstance, run_id: str, why: str) -> None:
+def end_run(instance: DagsterInstance, run_id: str, why: str) -> None:
     """End a run whose process has ended, if it has not ended itself. Its place in the pool is freed by run monitoring a while later:
     what a killed process leaves has 30 seconds to write a checkpoint and holds the GPU so long."""
     run = instance.get_run_by_id(run_id)

@@ -8,6 +8,7 @@ import time
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster._core.utils import make_new_run_id
 
+from ft_assets.runs.launcher import end_run
 from ft_assets.runs.process import TAG, RunProcess
 
 LAST_CHECKPOINT_SECONDS = 40.0  # a step whose run died has 30 seconds for a checkpoint, and holds the GPU so long
@@ -35,7 +36,7 @@ def end_dead_runs(instance: DagsterInstance) -> list[str]:
         if wait > 0:
             print(f"run {run.run_id[:8]} was killed just now: waiting {wait:.0f} s for the checkpoint of its step", file=sys.stderr)
             time.sleep(wait)
-        instance.report_run_failed(run, f"{process} has ended without a word")
+        end_run(instance, run.run_id, f"{process} has ended without a word")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         ended.append(run.run_id)
     return ended
