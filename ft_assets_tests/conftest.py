@@ -54,6 +54,11 @@ WORDS = [
 ]
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a case by its argument where the value is bytes: a compressed file has the time in it, and workers must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def tiny_tokenizer() -> Any:
     """Return a byte-level BPE tokenizer with ChatML markers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
