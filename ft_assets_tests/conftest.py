@@ -144,12 +144,12 @@ def project(tmp_path: Path, make_project: Callable[[Path], Path]) -> Path:
     return make_project(tmp_path / "project")
 
 
-def edit(folder: Path, **sections: dict[str, Any]) -> None:
-    """Change keys of a project's finetune.yaml."""
+def edit(folder: Path, **sections: Any) -> None:
+    """Change keys of a project's finetune.yaml: those of a section that are given, or one at the top level."""
     path = folder / "finetune.yaml"
     settings = yaml.safe_load(path.read_text())
     for section, values in sections.items():
-        settings[section] = {**settings.get(section, {}), **values}
+        settings[section] = {**settings.get(section, {}), **values} if isinstance(values, dict) else values
     path.write_text(yaml.safe_dump(settings))
 
 

@@ -8,14 +8,20 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.assets import forecast as forecast_module
 from ft_assets.assets.forecast import forecast
+from ft_assets.assets.plan import REFUSED, REUSED, STOPPED
+from ft_assets.assets.plan import plan as plan_run
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings, load_project
+from ft_assets.definitions import build
 from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.training.adapter import new_adapter, trainable_share
 from ft_assets.training.flops import mfu_percent, peak_flops
 from ft_assets.training.memory import Setup, predict
 from ft_assets.training.plan import Data, Machine, make_plan
 from ft_assets.training.shape import shape_of, snapshot_shape
+from ft_assets_tests.conftest import edit
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -129,8 +135,6 @@ def test_mfu_is_useful_work_over_the_datasheets_peak() -> None:
 
 def test_ft_plan_predicts_the_memory_of_a_training(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # There is no GPU here: a script answers in nvidia-smi's place.
-    from ft_assets.artifacts import ArtifactStore
-
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 22500'\n")
@@ -144,3 +148,39 @@ def test_ft_plan_predicts_the_memory_of_a_training(copy: Path, tmp_path: Path, m
     assert forecast(project, store, "raw_dataset", None) == (None, None)
     small = project.model_copy(update={"memory_limit_gb": 0.1})
     assert "GB at least" in str(forecast(small, store, "lora_adapter", "tiny")[1])
+    done = plan_run(small, build, list(build(small).resolve_asset_graph().materializable_asset_keys), "tiny")
+    assert {step.asset: step.action for step in done}["lora_adapter"] == REUSED  # what is there needs no memory
+    changed = small.model_copy(update={"sft": small.sft.model_copy(update={"learning_rate": 0.5})})
+    steps = {
+        step.asset: step for step in plan_run(changed, build, list(build(changed).resolve_asset_graph().materializable_asset_keys), "tiny")
+    }
+    assert steps["lora_adapter"].action == REFUSED and "GB at least" in steps["lora_adapter"].why[0]
+    assert {steps[name].action for name in ("dpo_adapter", "eval_report", "merged_model")} == {STOPPED}
+
+
+CLUSTERS: list[tuple[dict[str, Any], int]] = [
+    ({"kind": "ray", "workers": 2}, 2),
+    ({"kind": "slurm", "nodes": 2, "gpus": 2}, 4),
+    ({"kind": "slurm", "gres": "gpu:a100:2", "tasks_per_node": 2}, 2),
+    ({"kind": "kubernetes", "image": "x", "gpus": 4}, 4),
+]
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), CLUSTERS, ids=["ray", "slurm", "slurm by gres", "kubernetes"])
+def test_plan_for_a_cluster_counts_its_ranks_and_takes_the_memory_that_is_stated(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, launcher: dict[str, Any], ranks: int
+) -> None:
+    machines = list[Machine]()
+    real = forecast_module.make_plan
+    monkeypatch.setattr(forecast_module, "make_plan", lambda *args: machines.append(args[4]) or real(*args))
+    edit(copy, launcher=launcher)
+    store = ArtifactStore(load_project(copy / "finetune.yaml").store_path)
+    assert forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny") == (None, None)  # nobody knows its GPUs
+    edit(copy, memory_limit_gb=24, sft={"effective_batch": 16, "micro_batch": None})
+    predicted, refused = forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny")
+    assert predicted is not None and refused is None
+    assert [(machine.ranks, machine.memory) for machine in machines] == [(ranks, 24e9)]
+    edit(copy, sft={"effective_batch": 7})
+    assert forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny")[1] == (
+        f"sft.effective_batch: 7; expected a multiple of {ranks} ranks"
+    )

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,13 @@ def order_names_times_and_comments(folder: Path) -> None:
     path.write_text("# a comment\n" + path.read_text().replace("data/train.jsonl", "data/other name.jsonl"))
 
 
+def copied_base(folder: Path) -> None:
+    """Copy the base's files to another folder; they get new times too."""
+    model = yaml.safe_load((folder / "finetune.yaml").read_text())["base_models"]["tiny"]
+    shutil.copytree(folder / model["folder"], folder / "copied", copy_function=shutil.copyfile)
+    edit(folder, base_models={"tiny": {**model, "folder": "copied"}})
+
+
 def few_shot(folder: Path) -> None:
     write_jsonl(folder / "data/few_shot.jsonl", conversations(3, lambda _: "yes", start=3000))
 
@@ -87,6 +95,7 @@ MATRIX: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
     ("beta", lambda folder: edit(folder, dpo={"beta": 0.2}), ["recipe", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
     ("order, names, times, comments", order_names_times_and_comments, ["raw_dataset"]),
+    ("the base's files copied elsewhere", copied_base, ["base_model"]),
     ("nothing", lambda folder: None, []),
 ]  # fmt: skip
 

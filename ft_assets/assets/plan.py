@@ -24,7 +24,7 @@ Build = Callable[[Project], dg.Definitions]
 @dataclass(frozen=True)
 class Step:
     """What would happen to one asset. `seconds` and `memory_gb`: as the last time, None if it never ran.
-    `predicted_gb`: by the memory plan, None where it needs what is not made yet, or there is no GPU."""
+    `predicted_gb`: by the memory plan, None where it needs what is not made yet, or nobody knows what GPU there will be."""
 
     asset: str
     partition: str | None
@@ -68,9 +68,9 @@ class Planner(Workshop):
         seconds = round(shown.manifest["finished"] - shown.manifest["started"], 1) if shown else None
         memory = shown.metrics.get("peak_train_memory_gb") if shown else None
         predicted, refused = forecast(self.project, self.store, wanted.asset, wanted.partition) if action != REUSED else (None, None)
-        self.steps[wanted.asset] = Step(
-            wanted.asset, wanted.partition, action, why + ([refused] if refused else []), seconds, memory, predicted
-        )
+        if refused:
+            action, why = REFUSED, [refused]
+        self.steps[wanted.asset] = Step(wanted.asset, wanted.partition, action, why, seconds, memory, predicted)
         if shown is None:
             raise dg.Failure(description=NOT_YET)
         return shown, True
@@ -149,10 +149,10 @@ def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition:
         parents = sorted({parent.to_user_string() for parent in graph.get(key).parent_keys} & steps.keys())
         above = [parent for parent in parents if steps[parent].action in (RUNS, MAYBE)]
         stopped = [parent for parent in parents if steps[parent].action in (REFUSED, STOPPED)]
-        if name in planner.steps:
-            steps[name] = planner.steps[name]
-        elif stopped:
+        if stopped:
             steps[name] = Step(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
+        elif name in planner.steps:
+            steps[name] = planner.steps[name]
         elif above:  # not reached, or refused with the artifacts of today
             there = name in refused or planner.store.current(name, partition if graph.get(key).is_partitioned else None) is not None
             steps[name] = Step(name, partition, MAYBE if there else RUNS, [f"after {', '.join(above)}"])

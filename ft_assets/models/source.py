@@ -157,7 +157,8 @@ def write_snapshot(
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     facts = architecture(model, tokenizer)
-    (output / "facts.json").write_text(json.dumps({"identity": identity, "replaced_template": replaced, **facts}, indent=1, default=str))
+    # No word of where it came from (that stands in the manifest): the same weights copied elsewhere train nothing again.
+    (output / "facts.json").write_text(json.dumps({"replaced_template": replaced, **facts}, indent=1, default=str))
     return facts
 
 
