@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -96,6 +97,18 @@ def test_half_an_upload_is_invisible_and_is_sent_when_it_is_asked_for_again(
     found = machine("two").find("a", "tiny", "v1")
     assert found is not None
     assert (found.path / "sub/file").read_text() == "weights"
+
+
+def test_two_runs_that_make_the_same_version_at_once_both_end_with_it(machine: Callable[[str], ObjectStore]) -> None:
+    def make(number: int) -> str:
+        store = machine("one")  # one cache: two runs of one machine
+        artifact = publish(store, "weights", f"v{number // 2}")
+        return (artifact.path / "sub/file").read_text() + (store.need("a", "tiny").path / "sub/file").read_text()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(make, range(20))) == {"weightsweights"}
+    left = {path.name for path in (machine("one").root / "a/tiny").iterdir()}
+    assert left == {f"v{number}" for number in range(10)}
 
 
 def test_damaged_and_missing_objects_are_refused_by_name(machine: Callable[[str], ObjectStore], bucket: Any) -> None:

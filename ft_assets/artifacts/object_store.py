@@ -6,6 +6,7 @@ replaced whole. What is read is fetched once, by fingerprint, and checked agains
 could not be sent waits in the cache, and is sent when it is asked for again. Credentials come from the environment.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.artifacts.manifest import Artifact, file_sha256, to_text
-from ft_assets.artifacts.store import MANIFEST, TRASH, UNPARTITIONED, ArtifactStore, checked, fsync_tree
+from ft_assets.artifacts.store import MANIFEST, UNPARTITIONED, ArtifactStore, checked, fsync_tree, replace
 from ft_assets.errors import ArtifactError, StoreUnreachable
 
 WAITING = ".waiting-"  # made, but not yet sent
@@ -55,8 +56,8 @@ class ObjectStore(ArtifactStore):
         """Return the version if it was sent whole. Sends it first if it was made here and only waits for that."""
         text = self._read_text(self._key(asset, partition, version, MANIFEST))
         if text is None:
-            waiting = self._home(asset, partition) / f"{WAITING}{version}"
-            return self._send(waiting) if waiting.is_dir() else None
+            waiting = next(self._home(asset, partition).glob(f"{WAITING}{version}-*"), None)
+            return self._send(waiting, (asset, partition, version)) if waiting else None
         try:
             return self._artifact(checked(text))
         except (ValueError, KeyError, TypeError) as error:
@@ -75,20 +76,29 @@ class ObjectStore(ArtifactStore):
         manifest["place"] = f"files-{uuid.uuid4().hex[:12]}"  # two machines that make the same version do not mix their files
         (staged / MANIFEST).write_text(to_text(manifest))
         fsync_tree(staged)
-        waiting = staged.parent / f"{WAITING}{manifest['fingerprint']}"
-        shutil.rmtree(waiting, ignore_errors=True)
+        waiting = staged.parent / f"{WAITING}{manifest['fingerprint']}-{manifest['place']}"
         os.rename(staged, waiting)
-        return self._send(waiting)
+        return self._send(waiting, (manifest["asset"], manifest["partition"], manifest["fingerprint"]))
 
-    def _send(self, waiting: Path) -> Artifact:
-        manifest = checked((waiting / MANIFEST).read_text())
-        home = (manifest["asset"], manifest["partition"], manifest["fingerprint"])
+    def _send(self, waiting: Path, home: tuple[str, str | None, str]) -> Artifact:
+        """Send what waits. Of two processes that do so at once (of the same folder, or of the same version) both end well."""
+        try:
+            manifest = checked((waiting / MANIFEST).read_text())
+            with self._reached(self.url):
+                for name in manifest["files"]:
+                    self._files.put_file(str(waiting / name), self._key(*home, manifest["place"], name))
+        except FileNotFoundError:  # another one has sent it, and moved it to where it is read
+            if (text := self._read_text(self._key(*home, MANIFEST))) is None:
+                raise
+            return self._artifact(checked(text))
         with self._reached(self.url):
-            for name in manifest["files"]:
-                self._files.put_file(str(waiting / name), self._key(*home, manifest["place"], name))
             self._files.pipe_file(self._key(*home, MANIFEST), to_text(manifest).encode())
         artifact = self._artifact(manifest)
-        _replace(waiting, artifact.folder)
+        if _holds(artifact.folder, manifest):  # somebody may be reading it
+            shutil.rmtree(waiting, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                replace(waiting, artifact.folder)
         return artifact
 
     def _artifact(self, manifest: dict[str, Any]) -> Artifact:
@@ -97,11 +107,8 @@ class ObjectStore(ArtifactStore):
 
     def _fetch(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Make the cache hold this version. Raises ArtifactError naming an object that is not what was published."""
-        try:
-            if json.loads((folder / MANIFEST).read_text()) == manifest:
-                return
-        except (FileNotFoundError, ValueError):
-            pass
+        if _holds(folder, manifest):
+            return
         super().require_space(sum(entry["bytes"] for entry in manifest["files"].values()) + 10_000_000, f"a copy of {manifest['asset']}")
         with self.staging(manifest["asset"], manifest["partition"]) as staged:
             for name, entry in manifest["files"].items():
@@ -110,7 +117,7 @@ class ObjectStore(ArtifactStore):
                 self._fetch_file(manifest, name, entry["sha256"], target)
             (staged / MANIFEST).write_text(to_text(manifest))
             fsync_tree(staged)
-            _replace(staged, folder)
+            replace(staged, folder)
 
     def _fetch_file(self, manifest: dict[str, Any], name: str, digest: str, target: Path) -> None:
         key = self._key(manifest["asset"], manifest["partition"], manifest["fingerprint"], manifest["place"], name)
@@ -185,12 +192,9 @@ class ObjectStore(ArtifactStore):
             raise StoreUnreachable(where, f"{type(error).__name__}: {error}") from error
 
 
-def _replace(made: Path, folder: Path) -> None:
-    """Put a folder in another's place; a reader finds the old or the new one whole."""
-    if folder.exists():
-        trash = folder.parent / f"{TRASH}{uuid.uuid4().hex}"
-        os.rename(folder, trash)
-        os.rename(made, folder)
-        shutil.rmtree(trash, ignore_errors=True)
-    else:
-        os.rename(made, folder)
+def _holds(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether the folder is a whole copy of a version's files."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())["files"] == manifest["files"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False

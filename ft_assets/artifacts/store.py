@@ -27,6 +27,7 @@ class ArtifactStore:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+        self._assumed: dict[tuple[str, str | None], str] = {}
 
     def _home(self, asset: str, partition: str | None) -> Path:
         return self.root / asset / (partition or UNPARTITIONED)
@@ -37,7 +38,7 @@ class ArtifactStore:
 
     def current(self, asset: str, partition: str | None) -> Artifact | None:
         """Return the version that CURRENT names, or None."""
-        name = self.current_name(asset, partition)
+        name = self._assumed.get((asset, partition)) or self.current_name(asset, partition)
         return self.find(asset, partition, name) if name else None
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
@@ -69,6 +70,10 @@ class ArtifactStore:
         pointer = home / f".CURRENT-{uuid.uuid4().hex}"
         pointer.write_text(artifact.fingerprint + "\n")
         os.replace(pointer, home / "CURRENT")
+
+    def assume(self, artifact: Artifact, partition: str | None) -> None:
+        """Read as if this version were current: what a plan does that looks ahead. Nothing is written, and nobody else sees it."""
+        self._assumed[artifact.asset, partition] = artifact.fingerprint
 
     def checkpoints(self, asset: str, partition: str | None, version: str) -> Path:
         """Return where a step may keep checkpoints: by fingerprint, so that only the same version ever resumes."""
@@ -118,7 +123,10 @@ class ArtifactStore:
         parts: Mapping[str, str] | None = None,
         started: float,
     ) -> Artifact:
-        """Write the manifest, make it whole and durable, and make it CURRENT. Returns the published artifact."""
+        """Write the manifest, make it whole and durable, and make it CURRENT. Returns the published artifact.
+
+        If another run has published the same version meanwhile, that one stays: somebody may be reading it.
+        """
         manifest = make_manifest(
             staged,
             asset=asset,
@@ -140,9 +148,14 @@ class ArtifactStore:
         (staged / MANIFEST).write_text(to_text(manifest))
         fsync_tree(staged)
         final = self._home(manifest["asset"], manifest["partition"]) / manifest["fingerprint"]
-        if final.exists():
-            shutil.rmtree(final)  # forced rerun of the same version
-        os.rename(staged, final)
+        try:
+            os.rename(staged, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if (known := self._read(final)) is not None:
+                return known
+            replace(staged, final)  # what lies there has no manifest: it was damaged
         fsync(final.parent)
         return Artifact(final, manifest)
 
@@ -178,6 +191,17 @@ class ArtifactStore:
             return False
         shutil.rmtree(trash)
         return True
+
+
+def replace(made: Path, folder: Path) -> None:
+    """Put a folder in another's place, or where nothing is; a reader finds the old or the new one whole."""
+    if folder.exists():
+        trash = folder.parent / f"{TRASH}{uuid.uuid4().hex}"
+        os.rename(folder, trash)
+        os.rename(made, folder)
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        os.rename(made, folder)
 
 
 def checked(text: str) -> dict[str, Any]:
