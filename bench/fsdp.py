@@ -24,7 +24,8 @@ from gpu_training import LLAMA_8B, WARM, documents, snapshot
 from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import FtError
 from ft_assets.job import Job
-from ft_assets.launchers.accelerate import AccelerateLauncher, gpu_count
+from ft_assets.launchers.accelerate import AccelerateLauncher
+from ft_assets.launchers.devices import visible_gpus
 
 
 def write_weights(shape: dict[str, Any], folder: Path) -> None:
@@ -83,7 +84,7 @@ def main() -> None:
              "kv-heads": "num_key_value_heads", "vocabulary": "vocab_size"}  # fmt: skip
     for name, key in shape.items():
         parser.add_argument(f"--{name}", dest=key, type=int, default=LLAMA_8B[key])
-    parser.add_argument("--ranks", type=int, default=gpu_count() or 2)
+    parser.add_argument("--ranks", type=int, default=len(visible_gpus()) or 2)
     parser.add_argument("--effective", type=int, default=64, help="conversations of about 210 tokens an optimizer step")
     parser.add_argument("--micro", type=int, help="of these, at once on a rank; by default as the memory plan finds for each way")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="by default as the memory plan finds")

@@ -8,6 +8,8 @@ from typing import Any
 
 import dagster as dg
 
+INTERRUPTED = "DagsterExecutionInterruptedError"
+
 
 class RunFormatter(logging.Formatter):
     """Formats the events of a run; returns "" for those that say nothing to a person."""
@@ -50,6 +52,8 @@ class RunFormatter(logging.Formatter):
             return f"    {mark} {data.check_name}: {data.description or ''}"
         if kind == "STEP_FAILURE":
             return f"✗ {event.step_key} failed"
+        if kind == "ENGINE_EVENT" and (event.message or "").startswith("Step blocked by limit"):  # said once; then it is "still blocked"
+            return f"  {event.step_key:<16} waits: another run holds the pool {event.message.rpartition(' ')[2]}"
         return ""
 
 
@@ -63,6 +67,12 @@ def failures(events: Iterable[Any]) -> list[str]:
     return [(error.cause or error).message.strip() for error in outside] or [
         event.message or "the run failed" for event in events if event.event_type_value == "PIPELINE_FAILURE"
     ]
+
+
+def interrupted(events: Iterable[Any]) -> bool:
+    """Return whether a run ended because somebody interrupted its process: Dagster makes a failure of that."""
+    errors = [getattr(event.event_specific_data, "error", None) for event in events if event.is_failure]
+    return any(link.cls_name == INTERRUPTED for error in errors if error for link in (error, error.cause) if link)
 
 
 def cause(event: Any) -> str:

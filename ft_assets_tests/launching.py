@@ -67,13 +67,17 @@ def training(job: Job) -> bool:
 
 
 @contextlib.contextmanager
-def interrupted(when: Callable[[], object]) -> Iterator[None]:
-    """Send this process an INT as soon as `when` returns; what runs in the block must end with KeyboardInterrupt."""
+def interrupted(when: Callable[[], object], again: bool = False) -> Iterator[None]:
+    """Send this process an INT as soon as `when` returns; what runs in the block must end with KeyboardInterrupt. `again`: another one
+    while it stops its processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
 
     def interrupt() -> None:
         when()
         os.kill(os.getpid(), signal.SIGINT)
+        if again:
+            wait_until(lambda: signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+            os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()

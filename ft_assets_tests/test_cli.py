@@ -1,14 +1,19 @@
 """Each command as a shell meets it: help, JSON on stdout and nothing else, exit codes, completion."""
 
 import json
+import logging
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
-from ft_assets_tests.conftest import ft
+from ft_assets_tests.conftest import edit, ft
 
 COMMANDS = ["init", "plan", "run", "status", "report", "chat", "release", "export", "serve", "gc", "doctor", "ui"]
 JSON = [["plan"], ["status"], ["report"], ["gc"], ["doctor"], ["release"], ["export"]]
@@ -58,3 +63,67 @@ def test_without_a_project_the_users_error_is_shown_and_the_code_is_2(tmp_path: 
     assert "no finetune.yaml here or above" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_selection_with_nothing_to_make_is_refused_and_is_not_the_whole_graph(project: Path, command: str) -> None:
+    done = ft(project, command, "--asset", "data_files")
+    assert done.returncode == 2
+    assert "--asset data_files: selects data_files: there is nothing to make" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project / ".ft/store").exists()
+
+
+def test_interrupt_ends_the_command_and_not_only_the_base_model_of_now(project: Path) -> None:
+    model = yaml.safe_load((project / "finetune.yaml").read_text())["base_models"]["tiny"]
+    edit(project, base_models={"tiny": model, "tiny-too": model})
+    command = [sys.executable, "-m", "ft_assets.cli", "run"]
+    code = f"import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); os.execv({sys.executable!r}, {command!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=project, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "raw_dataset" in line and not any("interrupted" in text for text in lines):
+            process.send_signal(signal.SIGINT)
+            break
+    said = "".join([*lines, process.stderr.read()])
+    assert process.wait() == 130
+    assert "interrupted: a training goes on" in said
+    assert "\ntiny-too" not in said
+    assert "Traceback" not in said
+
+
+def test_ui_makes_the_instance_before_two_services_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from ft_assets.cli import graph  # noqa: F401
+    from ft_assets.cli.app import app
+    from ft_assets.ui import services
+
+    found = []
+
+    def serve(*_: object) -> int:
+        home = project / ".ft/dagster/history"
+        with sqlite3.connect(home / "runs.db") as runs, sqlite3.connect(home / "runs/index.db") as events:
+            found.extend(db.execute("select count(*) from alembic_version").fetchone()[0] for db in (runs, events))
+        return 0
+
+    monkeypatch.setattr(services, "serve", serve)
+    monkeypatch.chdir(project)
+    for name in ("DAGSTER_HOME", "FT_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    assert CliRunner().invoke(app, ["ui"]).exit_code == 0
+    assert found == [1, 1]
+
+
+def test_run_that_waits_for_the_gpu_says_so_once() -> None:
+    from ft_assets.console import RunFormatter
+
+    def shown(message: str) -> str:
+        event = SimpleNamespace(event_type_value="ENGINE_EVENT", step_key="lora_adapter", message=message)
+        record = logging.makeLogRecord({"levelno": logging.DEBUG, "dagster_meta": {"dagster_event": event}})
+        return RunFormatter().format(record)
+
+    assert shown("Step blocked by limit for pool gpu").endswith("lora_adapter     waits: another run holds the pool gpu")
+    assert shown("Step still blocked by limit for pool gpu") == ""

@@ -55,7 +55,8 @@ def test_interrupt_stops_all_ranks(finished: Path, tmp_path: Path) -> None:
         wait_until(lambda: training(job))
         ranks.extend(process_groups(job.work))
 
-    with interrupted(both_train):
+    with interrupted(both_train, again=True):
         TWO.run(job, lambda _: None)
     assert len(ranks) == 2
+    assert list(job.checkpoints.glob("checkpoint-*"))  # the second word cut nothing short
     assert not process_groups(job.work)

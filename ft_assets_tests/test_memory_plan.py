@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.assets import forecast as forecast_module
-from ft_assets.assets.forecast import forecast
+from ft_assets.assets.forecast import Forecast, forecast
 from ft_assets.assets.plan import REFUSED, REUSED, STOPPED
 from ft_assets.assets.plan import plan as plan_run
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings, load_project
@@ -137,17 +137,20 @@ def test_ft_plan_predicts_the_memory_of_a_training(copy: Path, tmp_path: Path, m
     # There is no GPU here: a script answers in nvidia-smi's place.
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 22500'\n")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, ${FREE:-22500}, 23034'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
     project = load_project(copy / "finetune.yaml")
     store = ArtifactStore(project.store_path)
-    predicted, refused = forecast(project, store, "lora_adapter", "tiny")
-    assert predicted is not None and 0 <= predicted < 1 and refused is None
-    assert forecast(project, store, "dpo_adapter", "tiny")[0] is not None
-    assert forecast(project, store, "raw_dataset", None) == (None, None)
+    ahead = forecast(project, store, "lora_adapter", "tiny")
+    assert ahead.peak_gb is not None and 0 <= ahead.peak_gb < 1 and ahead == Forecast(ahead.peak_gb)
+    assert forecast(project, store, "dpo_adapter", "tiny").peak_gb is not None
+    assert forecast(project, store, "raw_dataset", None) == Forecast()
+    monkeypatch.setenv("FREE", "100")  # another training holds it now
+    assert forecast(project, store, "lora_adapter", "tiny").note == "only 0.1 of the GPU's 24.2 GB are free now"
+    monkeypatch.delenv("FREE")
     small = project.model_copy(update={"memory_limit_gb": 0.1})
-    assert "GB at least" in str(forecast(small, store, "lora_adapter", "tiny")[1])
+    assert "GB at least" in str(forecast(small, store, "lora_adapter", "tiny").refused)
     done = plan_run(small, build, list(build(small).resolve_asset_graph().materializable_asset_keys), "tiny")
     assert {step.asset: step.action for step in done}["lora_adapter"] == REUSED  # what is there needs no memory
     changed = small.model_copy(update={"sft": small.sft.model_copy(update={"learning_rate": 0.5})})
@@ -175,12 +178,12 @@ def test_plan_for_a_cluster_counts_its_ranks_and_takes_the_memory_that_is_stated
     monkeypatch.setattr(forecast_module, "make_plan", lambda *args: machines.append(args[4]) or real(*args))
     edit(copy, launcher=launcher)
     store = ArtifactStore(load_project(copy / "finetune.yaml").store_path)
-    assert forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny") == (None, None)  # nobody knows its GPUs
+    assert forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny") == Forecast()  # nobody knows its GPUs
     edit(copy, memory_limit_gb=24, sft={"effective_batch": 16, "micro_batch": None})
-    predicted, refused = forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny")
-    assert predicted is not None and refused is None
+    ahead = forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny")
+    assert ahead.peak_gb is not None and ahead.refused is None
     assert [(machine.ranks, machine.memory) for machine in machines] == [(ranks, 24e9)]
     edit(copy, sft={"effective_batch": 7})
-    assert forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny")[1] == (
+    assert forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny").refused == (
         f"sft.effective_batch: 7; expected a multiple of {ranks} ranks"
     )

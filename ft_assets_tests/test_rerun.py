@@ -14,7 +14,7 @@ import yaml
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.assets import workshop
-from ft_assets.assets.plan import MAYBE, RUNS, plan
+from ft_assets.assets.plan import MAYBE, REUSED, RUNS, plan
 from ft_assets.config import load_project
 from ft_assets.definitions import build
 from ft_assets_tests.conftest import CHATML, conversations, edit, ft, write_jsonl
@@ -170,6 +170,22 @@ def test_recipe_or_template_of_one_base_model_reruns_that_one_only(copy: Path) -
         changed = {name for name, when in made(copy).items() if when != before[name]}
         assert {name for name in changed if "[" not in name} <= {"leaderboard"}
         assert ran(copy, "tiny") == []
+
+
+def test_plan_follows_what_was_made_before_and_is_taken_again(copy: Path) -> None:
+    calm(copy)
+    usual = yaml.safe_load((copy / "finetune.yaml").read_text())["sft"]
+    tried = {**usual, "learning_rate": 0.03}
+    edit(copy, sft=tried)
+    assert materialize(copy, "recipe,lora_adapter").success  # a try, of which only the first steps were made
+    latest = max(made(copy).values())
+    edit(copy, sft=usual)
+    assert set(planned(copy).values()) == {REUSED}
+    assert materialize(copy).success
+    assert max(made(copy).values()) < latest  # what was made before the try is current again
+    edit(copy, sft=tried)
+    said = planned(copy)
+    assert (said["lora_adapter"], said["dpo_adapter"]) == (REUSED, RUNS)  # DPO has not seen that adapter
 
 
 def test_newer_libraries_redo_what_they_touch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,12 +122,16 @@ def test_last_step_that_is_no_end_of_an_epoch_is_not_trained_beyond(tiny_model: 
     assert same(tmp_path / "one/output", tmp_path / "two/output")
 
 
-def test_interrupt_leaves_a_checkpoint_of_the_step_and_a_retry_ends_the_same(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "by systemd and by the launcher"])
+def test_interrupt_leaves_a_checkpoint_of_the_step_and_a_retry_ends_the_same(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, times: int
+) -> None:
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt(message: str, **numbers: Any) -> None:
         if message == "train" and numbers["step"] == 5 and not list(tmp_path.glob("checkpoints/checkpoint-6")):
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         sft(tiny_model, tmp_path, interrupt, save_steps=100)

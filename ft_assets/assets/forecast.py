@@ -1,8 +1,10 @@
 """What a training would take of the GPU, before it is started: the memory plan over the rows of today, for `ft plan`. No torch."""
 
+import contextlib
 import math
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -20,41 +22,48 @@ from ft_assets.training.shape import snapshot_shape
 TRAINING = {"lora_adapter": ("train", "sft"), "dpo_adapter": ("preferences", "dpo")}
 
 
-def forecast(project: Project, store: ArtifactStore, asset: str, partition: str | None) -> tuple[float | None, str | None]:
-    """Return (predicted peak of a rank in GB, the first line of a refusal).
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted peak of a rank in GB; the first line of a refusal; what else is to know. Nothing is known of what does not
+    train, and where the GPU is not: without one here, and on a cluster unless `memory_limit_gb` says what its GPUs have."""
 
-    (None, None) for what does not train, and where nothing is known of the GPU: without one here, and on a cluster unless
-    `memory_limit_gb` says what its GPUs have.
-    """
+    peak_gb: float | None = None
+    refused: str | None = None
+    note: str | None = None
+
+
+def forecast(project: Project, store: ArtifactStore, asset: str, partition: str | None) -> Forecast:
+    """Return what the memory plan would say of a training on the GPU that it would find: the whole of it, where only another step of
+    ours holds it now (the pool makes this one wait)."""
     base, split = (store.current(name, partition) if asset in TRAINING else None for name in ("base_model", "heldout_split"))
     if base is None or split is None or partition is None:
-        return None, None
+        return Forecast()
     here = isinstance(project.launcher, LocalSettings | AccelerateSettings)
-    gpu = _gpu() if here else ("", math.inf) if project.memory_limit_gb and _on_gpus(project.launcher) else None
+    gpu = _gpu() if here else ("", math.inf, math.inf) if project.memory_limit_gb and _on_gpus(project.launcher) else None
     if gpu is None:
-        return None, None
+        return Forecast()
     part, key = TRAINING[asset]
     lengths = _lengths(split.path / f"{part}.parquet", key)
     if not lengths:
-        return None, None
-    recipe, (name, free) = project.recipe(partition), gpu
-    memory = min(free, (project.memory_limit_gb or math.inf) * 1e9)
+        return Forecast()
+    recipe, (name, free, total) = project.recipe(partition), gpu
     pairs = key == "dpo"
     data = Data(lengths, not pairs and recipe.sft.packing is not False, 2 if pairs else 1, reference=pairs, plain=pairs)
+    shape, settings = snapshot_shape(base.path), recipe.dpo if pairs else recipe.sft
+
+    def peak(memory: float) -> float:
+        memory = min(memory, (project.memory_limit_gb or math.inf) * 1e9)
+        machine = Machine(True, memory, 2, True, peak_flops(name), *_ranks(project.launcher))
+        return round(make_plan(shape, recipe.lora, settings, data, machine, key).predicted / 1e9, 1)
+
     try:
-        plan = make_plan(
-            snapshot_shape(base.path),
-            recipe.lora,
-            recipe.dpo if pairs else recipe.sft,
-            data,
-            Machine(True, memory, 2, True, peak_flops(name), *_ranks(project.launcher)),
-            key,
-        )
+        with contextlib.suppress(MemoryPlanError):
+            return Forecast(peak(free))
+        return Forecast(peak(total), note=f"only {free / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB are free now")
     except MemoryPlanError as error:
-        return None, error.found
+        return Forecast(refused=error.found)
     except ConfigError as error:
-        return None, f"{error.where}: {error.found}; expected {error.expected}"
-    return round(plan.predicted / 1e9, 1), None
+        return Forecast(refused=f"{error.where}: {error.found}; expected {error.expected}")
 
 
 def _lengths(path: Path, key: str) -> list[int]:
@@ -97,11 +106,11 @@ def _on_gpus(launcher: AnyLauncher) -> bool:
             return False
 
 
-def _gpu() -> tuple[str, float] | None:
-    """Return the first GPU's name and free memory in bytes, as nvidia-smi says; None if none answers."""
+def _gpu() -> tuple[str, float, float] | None:
+    """Return the first GPU's name, free and whole memory in bytes, as nvidia-smi says; None if none answers."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -109,5 +118,5 @@ def _gpu() -> tuple[str, float] | None:
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return None
-    name, _, free = lines[0].rpartition(",")
-    return name.strip(), float(free) * 2**20
+    name, free, total = lines[0].rsplit(",", 2)
+    return name.strip(), float(free) * 2**20, float(total) * 2**20

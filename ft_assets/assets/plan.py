@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.artifacts import Artifact
-from ft_assets.assets.forecast import forecast
+from ft_assets.assets.forecast import Forecast, forecast
 from ft_assets.assets.workshop import Inputs, Wanted, Workshop
 from ft_assets.config import Project
 from ft_assets.console import cause
@@ -63,14 +63,18 @@ class Planner(Workshop):
         elif above:
             action, why = MAYBE, [f"after {', '.join(above)}"]
         else:
-            action, why = REUSED, []
+            action, why = REUSED, [] if current == known else ["made before; taken again"]
+        if known is not None:  # what lies below reads what the run would have made current
+            self.store.assume(known, wanted.partition)
         shown = known or current
         seconds = round(shown.manifest["finished"] - shown.manifest["started"], 1) if shown else None
         memory = shown.metrics.get("peak_train_memory_gb") if shown else None
-        predicted, refused = forecast(self.project, self.store, wanted.asset, wanted.partition) if action != REUSED else (None, None)
-        if refused:
-            action, why = REFUSED, [refused]
-        self.steps[wanted.asset] = Step(wanted.asset, wanted.partition, action, why, seconds, memory, predicted)
+        ahead = forecast(self.project, self.store, wanted.asset, wanted.partition) if action != REUSED else Forecast()
+        if ahead.refused:
+            action, why = REFUSED, [ahead.refused]
+        self.steps[wanted.asset] = Step(
+            wanted.asset, wanted.partition, action, why + ([ahead.note] if ahead.note else []), seconds, memory, ahead.peak_gb
+        )
         if shown is None:
             raise dg.Failure(description=NOT_YET)
         return shown, True
@@ -165,7 +169,7 @@ def table(steps: Sequence[Step]) -> str:
     """Return the steps as text, and what is known of the time that they take."""
     wide = max(len(step.asset) for step in steps)
     lines = [
-        f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}{_predicted(step, steps)}  {'; '.join(step.why)}".rstrip()
+        f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}  {memory_of(step):>9}  {'; '.join(step.why)}".rstrip()
         for step in steps
     ]
     refused = sum(step.action == REFUSED for step in steps)
@@ -189,7 +193,8 @@ def _took(step: Step) -> str:
     return "–" if step.seconds is None else f"{step.seconds:.0f} s"
 
 
-def _predicted(step: Step, steps: Sequence[Step]) -> str:
-    if all(other.predicted_gb is None for other in steps):
-        return ""
-    return f"  {'' if step.predicted_gb is None else f'{step.predicted_gb:.1f} GB':>8}"
+def memory_of(step: Step) -> str:
+    """Return the GPU memory that a training will take by the memory plan, with a sign that it is foretold; else what it took the last time."""
+    if step.predicted_gb is not None:
+        return f"≈ {step.predicted_gb:.1f} GB"
+    return "" if step.memory_gb is None else f"{step.memory_gb:.1f} GB"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import dagster as dg
 from pydantic import Field
 
-from ft_assets.assets.plan import RUNS, Build, Step, plan
+from ft_assets.assets.plan import RUNS, Build, Step, memory_of, plan
 from ft_assets.config import Project
 
 
@@ -19,12 +19,13 @@ class PlanConfig(dg.Config):
 
 
 def markdown(steps: Sequence[Step]) -> str:
-    """Return a plan as a table: what happens to each asset, why, how long it took and how much memory it used the last time."""
+    """Return a plan as a table: what happens to each asset, why, how long it took the last time and how much memory
+    it used, or by the memory plan will (≈)."""
     lines = ["| asset | | last time | memory | why |", "|---|---|---:|---:|---|"]
     for step in steps:
         action = f"**{step.action}**" if step.action == RUNS else step.action
         took = "–" if step.seconds is None else f"{step.seconds:.0f} s"
-        memory = "–" if step.memory_gb is None else f"{step.memory_gb:.1f} GB"
+        memory = memory_of(step) or "–"
         why = "<br>".join(step.why).replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {step.asset} | {action} | {took} | {memory} | {why} |")
     return "\n".join(lines)

@@ -1,12 +1,15 @@
 """Commands on the graph: run, plan, status, ui."""
 
 import json
+import signal
 import sys
 from typing import Annotated
 
 import typer
 
 from ft_assets.cli.app import app, chosen, dagster_home, graph_project, quiet, select
+
+INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
 
 
 @app.command()
@@ -23,7 +26,7 @@ def run(
     quiet()
     import dagster as dg
 
-    from ft_assets.console import failures
+    from ft_assets.console import failures, interrupted
     from ft_assets.definitions import defs
     from ft_assets.runs.own import end_dead_runs, new_run
 
@@ -46,6 +49,9 @@ def run(
             run_config={"loggers": {"console": {}}},
             tags={**tags, **({"ft/base_model": name} if name else {})},
         )
+        if interrupted(outcome.all_events):
+            print("\ninterrupted: a training goes on from its last checkpoint at the next ft run", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED)
         if not outcome.success:
             failed.append(name or asset)
             print("\n".join(["", *failures(outcome.all_events)]), file=sys.stderr)
@@ -111,4 +117,8 @@ def ui(
 
     project = graph_project()
     dagster_home(project)
+    import dagster as dg
+
+    with dg.DagsterInstance.get():  # creates the instance's databases: webserver and daemon would both do it at once, and break them
+        pass
     raise typer.Exit(serve("ft_assets.definitions", port, host_name or [], read_only))

@@ -11,6 +11,7 @@ from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import ConfigError
 from ft_assets.job import Job
 from ft_assets.launchers.base import TRAINING_STEPS
+from ft_assets.launchers.devices import visible_gpus
 from ft_assets.launchers.local import LocalLauncher, free_port
 
 
@@ -34,7 +35,7 @@ class AccelerateLauncher(LocalLauncher):
 
 def ranks_of(settings: AccelerateSettings) -> int:
     """Return how many ranks train. Raises ConfigError for more than there are GPUs, and for one that shall divide the base."""
-    gpus = gpu_count()
+    gpus = len(visible_gpus())
     count = settings.processes or gpus or 1
     if gpus and count > gpus:
         raise ConfigError("launcher.processes", str(count), f"at most the {gpus} GPUs of this machine", "lower it, or leave it out")
@@ -47,17 +48,9 @@ def ranks_of(settings: AccelerateSettings) -> int:
 
 def on_one_machine(count: int) -> dict[str, str]:
     """Return what ranks that share a machine without GPUs need: the loopback interface, and their share of its cores."""
-    if gpu_count():
+    if visible_gpus():
         return {}
     return {  # gloo asks for the address of the host's name, which need not resolve
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
     }
-
-
-def gpu_count() -> int:
-    """Return how many GPUs this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else NVIDIA's device files."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        names = [name for name in visible.split(",") if name.strip()]
-        return len(names[: names.index("-1")] if "-1" in names else names)
-    return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]) if os.path.isdir("/dev") else 0  # noqa: PTH112, PTH208

@@ -11,12 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ft_assets.job import Job, StepResult
-from ft_assets.launchers.base import OnProgress, ProgressReader, outcome, prepare
+from ft_assets.launchers.base import HEAVY_STEPS, OnProgress, ProgressReader, outcome, prepare
+from ft_assets.launchers.devices import held_gpu
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = (20.0, 5.0)  # after INT (time for a checkpoint), after TERM
@@ -39,15 +41,19 @@ class LocalLauncher:
         read_end, write_end = os.pipe()  # the lifeline: a child ends when our end closes, also if we are killed
         environment = step_environment(read_end)
         processes: list[subprocess.Popen[bytes]] = []
-        try:
-            with job.log_file.open("wb") as log:
-                for rank in self.ranks(job):
-                    processes.append(start(self.command(job_file, job), {**environment, **rank}, read_end, log.fileno()))
-            os.close(read_end)
-            code = follow(processes, ProgressReader(job, on_progress))
-        finally:
-            stop(processes)
-            os.close(write_end)
+        ranks = self.ranks(job)
+        alone = len(ranks) == 1 and job.step in HEAVY_STEPS
+        with held_gpu() if alone else contextlib.nullcontext(({}, [])) as (gpu, kept):
+            try:
+                with job.log_file.open("wb") as log:
+                    for rank in ranks:
+                        command = self.command(job_file, job)
+                        processes.append(start(command, {**environment, **rank, **gpu}, read_end, log.fileno(), kept))
+                os.close(read_end)
+                code = follow(processes, ProgressReader(job, on_progress))
+            finally:
+                stop(processes)
+                os.close(write_end)
         return outcome(job, code)
 
 
@@ -56,15 +62,18 @@ def step_environment(lifeline: int) -> dict[str, str]:
     return {**os.environ, "FT_LIFELINE_FD": str(lifeline), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def start(command: Sequence[str], environment: Mapping[str, str], lifeline: int, log: int | None) -> subprocess.Popen[bytes]:
-    """Start a process that leads a group and holds the lifeline; `log` gets its output, None leaves it where ours goes."""
+def start(
+    command: Sequence[str], environment: Mapping[str, str], lifeline: int, log: int | None, kept: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a process that leads a group and holds the lifeline; `log` gets its output, None leaves it where ours goes. It inherits
+    the descriptors `kept`."""
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=None if log is None else subprocess.STDOUT,
         env=environment,
-        pass_fds=(lifeline,),
+        pass_fds=(lifeline, *kept),
         start_new_session=True,
     )
 
@@ -84,7 +93,25 @@ def follow(processes: Sequence[subprocess.Popen[bytes]], meanwhile: Callable[[],
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Stop processes that lead a group each, with all their children: INT (checkpoint), TERM, KILL."""
+    """Stop processes that lead a group each, with all their children: INT (checkpoint), TERM, KILL. Meanwhile we hear no INT: a second
+    one (an impatient person's, systemd's) would end us, and with us the step before its checkpoint."""
+    with _no_interrupt():
+        _stop(processes)
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for signum, grace in zip((signal.SIGINT, signal.SIGTERM), GRACE_SECONDS, strict=True):
         alive = [process for process in processes if process.poll() is None]
         for process in alive:

@@ -1,15 +1,20 @@
 """An interrupt (cancelled run, Ctrl-C, launcher gone) ends training at the end of the step, with a checkpoint.
 
-A second one ends it at once. The launcher follows an interrupt with TERM and KILL if a step takes too long.
+Another one within the time that the launcher gives for the checkpoint says nothing new: systemd sends one to each process of
+a service, and then the launcher, which got one too, sends its own. The launcher follows with TERM and KILL if a step takes too
+long.
 """
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback
+
+CHECKPOINT_SECONDS = 25.0  # somewhat more than local.py's grace after INT
 
 
 class Interrupt(TrainerCallback):
@@ -17,6 +22,7 @@ class Interrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self.first = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:
@@ -34,9 +40,10 @@ class Interrupt(TrainerCallback):
             return
 
         def handle(*_: Any) -> None:
-            if self.asked:
+            if self.asked and time.monotonic() - self.first > CHECKPOINT_SECONDS:
                 raise KeyboardInterrupt
-            self.asked = True
+            if not self.asked:
+                self.asked, self.first = True, time.monotonic()
 
         before = signal.signal(signal.SIGINT, handle)
         try:
