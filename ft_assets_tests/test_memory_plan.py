@@ -137,7 +137,7 @@ def test_ft_plan_predicts_the_memory_of_a_training(copy: Path, tmp_path: Path, m
     # There is no GPU here: a script answers in nvidia-smi's place.
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, ${FREE:-22500}, 23034'\n")
+    tool.write_text('#!/bin/sh\necho "NVIDIA L4, ${FREE:-22500}, 23034"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
     project = load_project(copy / "finetune.yaml")
