@@ -43,7 +43,15 @@ from ft_assets.training.reference import (
     write_reference,
 )
 from ft_assets.training.run import train_to_the_end
-from ft_assets.training.setup import checkpoint_layers, chosen_method, memory_facts, plan_dpo, save_choice, this_machine
+from ft_assets.training.setup import (
+    checkpoint_layers,
+    chosen_method,
+    full_precision_adapter,
+    memory_facts,
+    plan_dpo,
+    save_choice,
+    this_machine,
+)
 from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
 
@@ -59,12 +67,14 @@ class PairTrainer(WholeCheckpoints, DPOTrainer):
         self.sharing: dict[str, float] = {}  # what `settle` measured
         rows = [{"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, **pair} for pair in pairs]
         multiple: Any = args.pad_to_multiple_of
+        exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
         collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple)
         super().__init__(
             model=model, args=args, data_collator=collator, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **kwargs
         )
         if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:  # TRL's copy of the adapter is not needed
             self.model.delete_adapter("ref")
+        full_precision_adapter(model, exact)  # before the reference is scored, and before there is an optimizer
         self.precompute_ref_logps = True
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

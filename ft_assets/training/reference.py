@@ -26,7 +26,7 @@ ROUNDING = 0.5  # nats over an answer: in bf16 a row's logits change with the ba
 EXACT_A_TOKEN = 1e-5  # nats, on average, in fp32
 ROUNDING_A_TOKEN = 0.02  # in 16 bits
 TIMES_NOISE = 2.0  # or so many times what a token's score moves with the batch that it is in
-CODE = "1"
+CODE = "2"  # 2: from the adapter in fp32 also on an NF4 base
 
 
 def reference_key(base: str, adapter: str, lora: LoraSettings, pairs: list[dict[str, Any]], how: dict[str, Any]) -> str:

@@ -199,11 +199,16 @@ def autocast_is_idle(model: Any, ready: Ready) -> bool:
     return all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def full_precision_adapter(model: Any) -> None:
-    """Make the trained parameters fp32: TRL makes them bf16 on an NF4 base, which is too coarse for small updates."""
-    for parameter in model.parameters():
+def full_precision_adapter(model: Any, exact: dict[str, torch.Tensor] | None = None) -> None:
+    """Make the trained parameters fp32: TRL makes them bf16 on an NF4 base, which is too coarse for small updates.
+
+    `exact`: the numbers by name that a trained adapter had before TRL's trainer took it; those that were rounded come back.
+    """
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            now = parameter.data
+            before = exact[name] if exact and name in exact else now
+            parameter.data = (now if before.dtype == now.dtype else before.to(now.device)).float()
 
 
 def memory_facts(plan: Plan) -> dict[str, float]:
