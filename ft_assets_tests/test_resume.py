@@ -19,12 +19,16 @@ import pytest
 import torch
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.errors import ArtifactError, TrainingError
+from ft_assets.config import LoraSettings, SftSettings
+from ft_assets.errors import ArtifactError, MemoryPlanError, TrainingError
 from ft_assets.job import Job
 from ft_assets.launchers.local import LocalLauncher
 from ft_assets.training import checkpoints as checkpoints_module
 from ft_assets.training.callbacks import Progress
 from ft_assets.training.checkpoints import damage, last_whole
+from ft_assets.training.memory import CONTEXT_BYTES
+from ft_assets.training.plan import MARGIN, Machine
+from ft_assets.training.setup import plan_sft
 from ft_assets_tests.kill_points import run
 from ft_assets_tests.launching import process_groups
 from ft_assets_tests.training import LORA, SFT, dpo, make_rows, same, sft, silent
@@ -138,6 +142,44 @@ def test_interrupt_leaves_a_checkpoint_of_the_step_and_a_retry_ends_the_same(tin
     assert same(tmp_path / "output", undisturbed / "output")
 
 
+@pytest.mark.parametrize(("first", "then"), [("qlora", "lora"), ("lora", "qlora")])
+def test_auto_stays_what_it_was_when_its_checkpoints_were_begun(
+    first: str, then: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected: the memory of a GPU on which `auto` is `first`, and in the retry of one on which it would be `then`."""
+    pytest.importorskip("bitsandbytes")
+    from ft_assets.training import sft as module
+
+    settings = {"packing": False, "gradient_checkpointing": False}
+    sft(tiny_model, tmp_path / "whole", lora={"method": first}, **settings)
+
+    def machine(method: str) -> Machine:
+        needs = {}
+        for name in ("lora", "qlora"):
+            kind, plain = LoraSettings.model_validate({**LORA, "method": name}), SftSettings.model_validate({**SFT, **settings})
+            needs[name] = plan_sft(tiny_model, kind, plain, make_rows(18), Machine(True, 1e12)).predicted + CONTEXT_BYTES
+        assert needs["qlora"] < needs["lora"]
+        return Machine(True, (2 * needs["lora"] if method == "lora" else sum(needs.values()) / 2) / MARGIN)
+
+    monkeypatch.setattr(module, "this_machine", lambda _: machine(first))
+    assert sft(tiny_model, tmp_path, **settings)["method"] == first
+    (tmp_path / "checkpoints/checkpoint-15/whole.json").unlink()
+    shutil.rmtree(tmp_path / "output")
+    monkeypatch.setattr(module, "this_machine", lambda _: machine(then))
+    heard = Heard()
+    if then == "lora":
+        metrics = sft(tiny_model, tmp_path, heard, **settings)
+        assert (metrics["method"], metrics["resumed_from_step"]) == (first, 14)
+        assert heard.of("lora.method: auto stays qlora")
+        assert same(tmp_path / "output", tmp_path / "whole/output")
+        return
+    with pytest.raises(MemoryPlanError, match=r"auto was lora when the checkpoints[\s\S]*name another lora.method[\s\S]*or delete"):
+        sft(tiny_model, tmp_path, heard, **settings)
+    assert last_whole(tmp_path / "checkpoints", silent)  # nothing was thrown away
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert sft(tiny_model, tmp_path, heard, **settings)["method"] == then
+
+
 def test_full_disk_keeps_the_checkpoint_before(
     tiny_model: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +194,7 @@ def test_full_disk_keeps_the_checkpoint_before(
     monkeypatch.setattr(checkpoints_module.Trainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(ArtifactError, match=r"the disk is full: the checkpoint of step 4"):
         sft(tiny_model, tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name != "best-0"] == ["checkpoint-2"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
     assert damage(tmp_path / "checkpoints/checkpoint-2") is None
     assert sft(tiny_model, tmp_path)["resumed_from_step"] == 2
     assert same(tmp_path / "output", undisturbed / "output")

@@ -25,6 +25,7 @@ from ft_assets.models.loading import compute_dtype, load_tokenizer
 from ft_assets.training.adapter import is_finite, save_trained, trained_adapter
 from ft_assets.training.callbacks import Progress, device_memory_gb
 from ft_assets.training.checkpoints import WholeCheckpoints
+from ft_assets.training.choice import chosen_method, save_choice
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.length_order import LengthOrder
 from ft_assets.training.options import trainer_options, trl_config
@@ -45,11 +46,9 @@ from ft_assets.training.reference import (
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.setup import (
     checkpoint_layers,
-    chosen_method,
     full_precision_adapter,
     memory_facts,
     plan_dpo,
-    save_choice,
     this_machine,
 )
 from ft_assets.training.sharding import held_weights

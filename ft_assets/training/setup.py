@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,23 +65,6 @@ def plan_dpo(snapshot: Path, lora: LoraSettings, dpo: DpoSettings, pairs: Sequen
     """Return the plan of a DPO: padded pairs, and a frozen copy of the adapter as reference."""
     lengths = [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
     return make_plan(snapshot_shape(snapshot), lora, dpo, Data(lengths, False, answers=2, reference=True, plain=True), machine, "dpo")
-
-
-CHOICE = "info/plan.json"
-
-
-def save_choice(plan: Plan, output: Path) -> None:
-    """Write what the plan chose into the adapter's folder: later steps read the method from there and do not choose again."""
-    (output / "info").mkdir(exist_ok=True)
-    (output / CHOICE).write_text(json.dumps(plan.facts()))
-
-
-def chosen_method(adapter: Path, lora: LoraSettings) -> LoraSettings:
-    """Return the settings with the method that an adapter was trained with, where it was left to the plan."""
-    if lora.method != "auto":
-        return lora
-    path = adapter / CHOICE
-    return lora.model_copy(update={"method": json.loads(path.read_text())["method"] if path.is_file() else "lora"})
 
 
 def plan_rows(shape: Shape, lora: LoraSettings, sft: SftSettings, lengths: Sequence[int], machine: Machine) -> Plan:

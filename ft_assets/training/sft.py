@@ -22,6 +22,7 @@ from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import copy_trained, is_finite, largest_update, new_adapter, save_trained, trainable_share
 from ft_assets.training.callbacks import Progress, device_memory_gb
+from ft_assets.training.choice import plan_once, save_choice
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
 from ft_assets.training.flops import mfu_percent
@@ -34,7 +35,6 @@ from ft_assets.training.setup import (
     make_ready,
     memory_facts,
     plan_sft,
-    save_choice,
     this_machine,
 )
 from ft_assets.training.shape import snapshot_shape
@@ -75,7 +75,8 @@ def train_sft(
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    plan = plan_sft(snapshot, lora, sft, rows, this_machine(memory_limit_gb))
+    machine = this_machine(memory_limit_gb)
+    plan = plan_once(lora, checkpoints, lambda lora: plan_sft(snapshot, lora, sft, rows, machine), report)
     lora, sft = lora.model_copy(update={"method": plan.method}), sft.model_copy(update={"micro_batch": plan.micro_batch})
     trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
     model = new_adapter(snapshot, lora, plan.shards)
