@@ -1,13 +1,14 @@
 """`trainer:` lets nothing through that the proofs, the resume or the records rely on; `report_to` really reports."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from ft_assets.config import DpoSettings, SftSettings
+from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError
 from ft_assets.training import trackers
 from ft_assets.training.options import trainer_options
@@ -53,6 +54,22 @@ def test_other_options_reach_trl() -> None:
     )
     config = SFTConfig(**options)
     assert (config.adam_beta2, config.neftune_noise_alpha) == (0.98, 5.0)
+
+
+def test_optimizer_without_its_package_is_the_users_error_before_weights_load(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    for file in tiny_model.iterdir():
+        if "safetensors" not in file.name:
+            shutil.copy(file, tmp_path / "base")
+    header = (tiny_model / "model.safetensors").read_bytes()
+    (tmp_path / "base/model.safetensors").write_bytes(header[: 8 + int.from_bytes(header[:8], "little")])  # no weights: they could not load
+    with pytest.raises(ConfigError, match=r"sft\.trainer\.optim: [\s\S]*galore"):
+        sft(tmp_path / "base", tmp_path, trainer={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]})
+
+
+def test_adapter_on_the_head_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="lm_head would never be trained"):
+        LoraSettings(target_modules=["q_proj", "lm_head"])
 
 
 def test_missing_tracker_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:

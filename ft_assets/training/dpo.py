@@ -28,7 +28,7 @@ from ft_assets.training.checkpoints import WholeCheckpoints
 from ft_assets.training.choice import chosen_method, save_choice
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.length_order import LengthOrder
-from ft_assets.training.options import trainer_options, trl_config
+from ft_assets.training.options import ToldOptions, told, trainer_options, trl_config
 from ft_assets.training.pairs import PairCollator, SharedPrompts, row_length
 from ft_assets.training.reference import (
     EXACT_A_TOKEN,
@@ -55,14 +55,17 @@ from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
 
 
-class PairTrainer(WholeCheckpoints, DPOTrainer):
+class PairTrainer(WholeCheckpoints, ToldOptions, DPOTrainer):
     """DPOTrainer for rows that have prompt_ids, chosen_ids and rejected_ids, and the reference's log-probabilities.
 
-    `shares`: whether a pair's prompt is computed once; found false if the model cannot be asked so (see `settle`).
+    `shares`: whether a pair's prompt is computed once; found false if the model cannot be asked so (see `settle`), or if the
+    loss needs what only TRL's own pass gives: WPO's weights, or the load of a mixture's experts.
     """
 
+    key = "dpo"
+
     def __init__(self, *, model: Any, args: DPOConfig, pairs: list[dict[str, Any]], tokenizer: Any, shares: bool, **kwargs: Any) -> None:
-        self.shares, self.pairs = shares, pairs
+        self.pairs = pairs
         self.sharing: dict[str, float] = {}  # what `settle` measured
         rows = [{"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, **pair} for pair in pairs]
         multiple: Any = args.pad_to_multiple_of
@@ -75,6 +78,7 @@ class PairTrainer(WholeCheckpoints, DPOTrainer):
             self.model.delete_adapter("ref")
         full_precision_adapter(model, exact)  # before the reference is scored, and before there is an optimizer
         self.precompute_ref_logps = True
+        self.shares = shares and not (self.use_weighting or self.aux_loss_enabled)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # tokenized and proven before
@@ -172,14 +176,15 @@ def train_dpo(
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PairTrainer:
         options = _options(dpo.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
-        trainer = PairTrainer(
-            model=model,
-            args=DPOConfig(**options),
-            pairs=rows,
-            tokenizer=tokenizer,
-            shares=proofs.get("prompts_shared", dpo.share_prompts),
-            callbacks=[progress, *callbacks],
-        )
+        with told("dpo"):
+            trainer = PairTrainer(
+                model=model,
+                args=DPOConfig(**options),
+                pairs=rows,
+                tokenizer=tokenizer,
+                shares=proofs.get("prompts_shared", dpo.share_prompts),
+                callbacks=[progress, *callbacks],
+            )
         if not proofs:
             proofs.update(_prepare(trainer, snapshot, sft_adapter, rows, lora, dpo, checkpoints, report))
         trainer.train_dataset = Dataset.from_list(rows)

@@ -123,7 +123,8 @@ def prove_reference(trainer: Any, pairs: list[dict[str, Any]], reference: Refere
     for rows in batches(pairs, reference.batch)[:count]:
         for row, policy in zip(rows, scores(trainer, [pairs[row] for row in rows]), strict=True):
             largest = max(largest, *(abs(mine - kept) for mine, kept in zip(policy, reference.values[row], strict=True)))
-    loss = _first_loss(trainer, count) if trainer.loss_types == ["sigmoid"] and not trainer.use_weighting else math.log(2)
+    alone = trainer.loss_types == ["sigmoid"] and not (trainer.use_weighting or trainer.aux_loss_enabled)
+    loss = _first_loss(trainer, count) if alone else math.log(2)
     room = trainer.beta * (ROUNDING if half_precision(trainer) else TOLERANCE)
     if not largest <= TOLERANCE or not abs(loss - math.log(2)) <= room:
         raise TrainingError(

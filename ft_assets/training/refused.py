@@ -30,6 +30,9 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "a model leaves the graph only behind its verdict": (
         "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
     ),
+    "conversations are packed by sft.packing, in the micro-batches that the memory plan chose": (
+        "padding_free", "packing_strategy", "eval_packing",
+    ),
     "the device is found, not set": ("use_cpu", "local_rank"),
 }  # fmt: skip
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}

@@ -26,7 +26,7 @@ from ft_assets.training.choice import plan_once, save_choice
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
 from ft_assets.training.flops import mfu_percent
-from ft_assets.training.options import trainer_options, trl_config
+from ft_assets.training.options import ToldOptions, told, trainer_options, trl_config
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.setup import (
     WholeSteps,
@@ -43,12 +43,16 @@ from ft_assets.training.trackers import keep_events
 from ft_assets.training.validation import LogsValidation, Validation
 
 
-class ResumingSFTTrainer(LogsValidation, WholeSteps, SFTTrainer):
+class ResumingSFTTrainer(LogsValidation, WholeSteps, ToldOptions, SFTTrainer):
     """SFTTrainer whose checkpoints are whole, and so are its steps."""
 
+    key = "sft"
 
-class ResumingCpuSFTTrainer(LogsValidation, WholeSteps, CpuSFTTrainer):
+
+class ResumingCpuSFTTrainer(LogsValidation, WholeSteps, ToldOptions, CpuSFTTrainer):
     """The same with the loss that pays on a CPU."""
+
+    key = "sft"
 
 
 def labels(row: dict[str, Any]) -> list[int]:
@@ -97,14 +101,15 @@ def train_sft(
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
         settings = sft.model_copy(update={"micro_batch": micro_batch})
         options = {"max_length": None, **trainer_options(settings, "sft", checkpoints, SFTConfig), **idle}
-        trainer = kind(
-            model=model,
-            args=SFTConfig(**options),
-            train_dataset=dataset,
-            data_collator=ready.collator,
-            processing_class=tokenizer,
-            callbacks=[progress, watch, *callbacks],
-        )
+        with told("sft"):
+            trainer = kind(
+                model=model,
+                args=SFTConfig(**options),
+                train_dataset=dataset,
+                data_collator=ready.collator,
+                processing_class=tokenizer,
+                callbacks=[progress, watch, *callbacks],
+            )
         trainer.packed = ready.plan.packed
         full_precision_adapter(model)
         return trainer
