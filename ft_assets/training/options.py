@@ -76,9 +76,13 @@ def _refusal(where: str, error: Exception) -> ConfigError:
 
 
 class ToldOptions:
-    """Mixin before a TRL trainer: an optimizer or schedule that cannot be made is an error of `<key>.trainer`."""
+    """Mixin before a TRL trainer: a loader, optimizer or schedule that cannot be made is an error of `<key>.trainer`."""
 
     key = ""
+
+    def get_train_dataloader(self) -> Any:
+        with told(self.key):
+            return super().get_train_dataloader()  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         with told(self.key):

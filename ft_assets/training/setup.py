@@ -168,6 +168,9 @@ class WholeSteps:
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         # Of several ranks each has its share already: Accelerate would deal the batches out once more.
         return self.accelerator.prepare(loader) if ranks == 1 else loader

@@ -43,13 +43,13 @@ from ft_assets.training.trackers import keep_events
 from ft_assets.training.validation import LogsValidation, Validation
 
 
-class ResumingSFTTrainer(LogsValidation, WholeSteps, ToldOptions, SFTTrainer):
+class ResumingSFTTrainer(LogsValidation, ToldOptions, WholeSteps, SFTTrainer):
     """SFTTrainer whose checkpoints are whole, and so are its steps."""
 
     key = "sft"
 
 
-class ResumingCpuSFTTrainer(LogsValidation, WholeSteps, ToldOptions, CpuSFTTrainer):
+class ResumingCpuSFTTrainer(LogsValidation, ToldOptions, WholeSteps, CpuSFTTrainer):
     """The same with the loss that pays on a CPU."""
 
     key = "sft"
