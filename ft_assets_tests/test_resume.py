@@ -26,6 +26,7 @@ from ft_assets.launchers.local import LocalLauncher
 from ft_assets.training import checkpoints as checkpoints_module
 from ft_assets.training.callbacks import Progress
 from ft_assets.training.checkpoints import damage, last_whole
+from ft_assets.training.linears import groups
 from ft_assets.training.memory import CONTEXT_BYTES
 from ft_assets.training.plan import MARGIN, Machine
 from ft_assets.training.setup import plan_sft
@@ -225,6 +226,70 @@ def test_memory_that_runs_out_halves_the_micro_batch_at_the_same_effective_batch
     losses = [[entry["loss"] for entry in curve] for curve in curves]
     assert losses[0] == pytest.approx(losses[1], abs=0.02)  # the same rows in every step; bf16 rounds otherwise
     assert len(losses[0]) == STEPS
+
+
+def test_memory_that_runs_out_within_a_layer_leaves_no_activations_to_the_retry(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected in step 3 between gate_proj and up_proj, whose outputs are computed together."""
+    from ft_assets.training import sft as module
+
+    real, held = module.ResumingCpuSFTTrainer.training_step, []
+
+    def short(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def watched(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        activation = self.model.get_base_model().get_decoder().layers[1].mlp.act_fn
+        if self.state.global_step == 2 and not held:
+            activation.forward = short
+            try:
+                return real(self, model, inputs, *rest)
+            finally:
+                del activation.forward
+                held.append(len(holding(self.model)))
+        if len(held) == 1:
+            held.append(len(holding(self.model)))
+        return real(self, model, inputs, *rest)
+
+    monkeypatch.setattr(module.ResumingCpuSFTTrainer, "training_step", watched)
+    assert sft(tiny_model, tmp_path, num_train_epochs=1)["out_of_memory"] == 1
+    assert held == [1, 0]  # when it ran out, and when the smaller micro-batch begins
+
+
+def holding(model: Any) -> list[Any]:
+    return [group for group in groups(model) if group._outputs or group._input is not None]
+
+
+def test_memory_that_runs_out_in_dpo_halves_the_micro_batch_and_keeps_the_reference(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected: more than one pair does not fit from step 3 on."""
+    from ft_assets.training import dpo as module
+
+    real, scored = module.PairTrainer.training_step, []
+
+    def small(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        if self.state.global_step >= 2 and len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, model, inputs, *rest)
+
+    score = module.score_reference
+    monkeypatch.setattr(module, "score_reference", lambda *args: scored.append(1) or score(*args))
+    monkeypatch.setattr(module.PairTrainer, "training_step", small)
+    heard, adapter = Heard(), undisturbed / "output"
+    metrics = dpo(tiny_model, adapter, tmp_path, heard, micro_batch=4, learning_rate=1e-2)
+    assert (metrics["micro_batch"], metrics["out_of_memory"], metrics["steps"]) == (1, 2, 6)
+    assert [numbers["micro_batch"] for numbers in heard.of("out of memory")] == [2, 1]
+    assert [numbers["step"] for numbers in heard.of("resumed")] == [2, 2]
+    assert (len(scored), len(heard.of("reference proven"))) == (1, 1)  # once, of the policy before its first step
+    monkeypatch.undo()
+    dpo(tiny_model, adapter, tmp_path / "whole", micro_batch=4, learning_rate=1e-2)
+    curves = [json.loads((path / "output/info/curve.json").read_text()) for path in (tmp_path, tmp_path / "whole")]
+    for name in ("loss", "reward_margins"):
+        numbers = [[entry[name] for entry in curve] for curve in curves]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.03), name  # the same pairs in every step; bf16 rounds otherwise
+    assert curves[1][-1]["reward_margins"] > 0.3  # the pairs are learnt: equal numbers mean something
 
 
 def test_memory_for_not_even_one_row_is_the_users_error(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
