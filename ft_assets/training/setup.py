@@ -142,12 +142,13 @@ class WholeSteps:
     """Mixin of a trainer: its batches are those of StepBatches, so that packing changes no step's rows."""
 
     packed = False
+    quiet_on: tuple[str, ...] = ("cuda",)  # kinds of devices where nothing is read back while a step is computed
 
     def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the summed loss of the supervised tokens over their number in the whole step, as TRL does, but on a GPU
         without its entropy and accuracy: each reads a number back and lets the GPU run dry in every micro-batch."""
         own = self.args.loss_type == "nll" and self.label_smoother is None and not return_outputs and num_items_in_batch is not None
-        if not own or self.aux_loss_enabled or inputs["input_ids"].device.type != "cuda":
+        if not own or self.aux_loss_enabled or inputs["input_ids"].device.type not in self.quiet_on:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
         loss = -outputs.log_probs.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
