@@ -82,9 +82,40 @@ def test_every_combination_of_trl_options_is_the_same(tiny_model: Path, adapter:
         {"ld_alpha": 0.5},
         {"f_divergence_type": "js_divergence"},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        {"use_weighting": True},
     ):
         results = [loss_and_gradient(trainer(tiny_model, adapter, tmp_path, shares, **options))[0] for shares in (True, False)]
         assert results[0] == pytest.approx(results[1], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts whose routing has a loss of its own."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder, tokenizer = tmp_path_factory.mktemp("mixture"), load_tokenizer(tiny_model)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02, max_position_embeddings=256, eos_token_id=2, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_experts_are_trained_with_their_own_loss_by_sft_and_dpo(mixture: Path, tmp_path: Path) -> None:
+    lora = {"target_modules": "attention"}
+    for name, coefficient in (("with", None), ("without", 0.0)):
+        told = {"router_aux_loss_coef": coefficient}
+        sft(mixture, tmp_path / name, lora=lora, num_train_epochs=1, trainer=told)
+        metrics = dpo(mixture, tmp_path / name / "output", tmp_path / name / "dpo", lora=lora, num_train_epochs=1, trainer=told)
+        assert metrics["prompts_shared"] is (name == "without")
+        assert metrics["reference_difference"] <= 1e-3
+    for part in ("output", "dpo/output"):
+        first, plain = (json.loads((tmp_path / name / part / "info/curve.json").read_text())[0]["loss"] for name in ("with", "without"))
+        assert 0.02 < first - plain < 0.2, part  # four experts, two of them at a time, evenly: 2 * 0.02
 
 
 def test_the_known_losses_are_those_trl_takes() -> None:
@@ -230,3 +261,30 @@ def test_loss_that_does_not_exist_is_named_with_its_nearest(tiny_model: Path) ->
 def test_value_that_trl_refuses_is_the_users_error(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"dpo\.trainer"):
         dpo(tiny_model, adapter, tmp_path, trainer={"f_divergence_type": "no such", "optim": "no_such_optimizer"})
+
+
+def test_loss_of_another_trainer_is_said_to_be_one() -> None:
+    for name, words in (("kto_pair", "KTO, another trainer"), ("orpo", "ORPO"), ("simpo", "SimPO, a loss of the CPO trainer")):
+        with pytest.raises(ValueError, match=f"{name}' is not a loss of DPO but {words}") as caught:
+            settings(loss_type=["sigmoid", name])
+        assert "did you mean" not in str(caught.value)
+
+
+def test_exo_pair_without_its_label_smoothing_is_refused_at_once() -> None:
+    for loss in ("exo_pair", ["sigmoid", "exo_pair"]):
+        with pytest.raises(ValueError, match=r"set dpo\.trainer\.label_smoothing"):
+            settings(loss_type=loss)
+    settings(loss_type="exo_pair", trainer={"label_smoothing": 1e-3})
+
+
+def test_what_only_trls_trainer_refuses_is_the_users_error_too(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dpo\.trainer: WPO-style weighting is not implemented for 'aot'"):
+        dpo(tiny_model, adapter, tmp_path, loss_type="aot", trainer={"use_weighting": True})
+    with pytest.raises(ConfigError, match=r"dpo\.trainer: [\s\S]*min_lr"):
+        dpo(tiny_model, adapter, tmp_path, lr_scheduler_type="cosine_with_min_lr")
+
+
+def test_pairs_are_weighted_as_wpo_does(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    metrics = dpo(tiny_model, adapter, tmp_path, trainer={"use_weighting": True})
+    assert metrics["prompts_shared"] is False  # its weights come from TRL's own pass
+    assert metrics["reference_difference"] <= 1e-3

@@ -77,6 +77,7 @@ def test_every_kind_of_adapter_trains_and_goes_on_with_dpo(
     assert after["reference_difference"] <= 1e-3
     names = set(weights(tmp_path / "sft/output"))
     assert set(weights(tmp_path / "dpo/output")) == names
+    assert {tensor.dtype for tensor in weights(tmp_path / "dpo/output").values()} == {torch.float32}
     assert not same(tmp_path / "sft/output", tmp_path / "dpo/output")
     if "modules_to_save" in lora:
         assert any("embed_tokens.weight" in name for name in names)
@@ -121,6 +122,21 @@ def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(tin
     assert metrics["kept_why"] == "the last step: no validation loss was measured"
     assert metrics["trainable_percent"] < 100 * 8192 / 120512  # a 4-bit weight counts its numbers
     assert after["reference_difference"] <= 1e-3
+
+
+def test_dpo_on_an_nf4_base_trains_the_sft_adapter_as_it_is_in_fp32(tiny_model: Path, tmp_path: Path) -> None:
+    """bf16 has no number between 0.1 and 0.1005: at DPO's learning rate almost nothing would move."""
+    pytest.importorskip("bitsandbytes")
+    lora, rate, steps = {"method": "qlora"}, 5e-6, 6
+    sft(tiny_model, tmp_path / "sft", lora=lora, num_train_epochs=1)
+    metrics = dpo(tiny_model, tmp_path / "sft/output", tmp_path / "dpo", lora=lora, learning_rate=rate, lr_scheduler_type="constant")
+    assert (metrics["steps"], metrics["method"]) == (steps, "qlora")
+    before, after = weights(tmp_path / "sft/output"), weights(tmp_path / "dpo/output")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    for kind in ("lora_A", "lora_B"):
+        moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before if kind in name])
+        assert float((moved > 0).float().mean()) > 0.9, kind
+        assert float(moved.max()) < 2 * steps * rate, kind  # it starts from the adapter itself, not from that rounded to bf16
 
 
 def test_full_weights_resume_and_dpo_starts_from_them(tiny_model: Path, tmp_path: Path) -> None:

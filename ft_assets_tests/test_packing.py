@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
@@ -20,6 +20,7 @@ from ft_assets.training.cpu_loss import supervised_loss
 from ft_assets.training.isolation import leak, prove_isolation
 from ft_assets.training.linears import fuse_linears
 from ft_assets.training.sft import train_sft
+from ft_assets_tests.training import sft
 
 
 def rows(count: int, longest: int = 40, seed: int = 0) -> list[dict[str, Any]]:
@@ -54,6 +55,38 @@ def loss_and_gradient(model: Any, batches: list[list[dict[str, Any]]], packed: b
         loss.backward()
         total += loss.item()
     return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_of_a_gpu_is_trls_own(packing: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every micro-batch of a real training, with the divisor that it has there. Injected: a CPU is taken for a GPU."""
+    from ft_assets.training import sft as module
+
+    real, theirs = module.ResumingSFTTrainer.compute_loss, SFTTrainer.compute_loss
+    calls: list[int] = []
+
+    def compared(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        expected = theirs(self, model, dict(inputs), False, num_items_in_batch)
+        wanted = torch.autograd.grad(expected, weights)
+        with monkeypatch.context() as patched:
+            patched.setattr(SFTTrainer, "compute_loss", lambda *_: pytest.fail("TRL's loss was taken"))
+            ours = real(self, model, inputs, return_outputs, num_items_in_batch)
+        found = torch.autograd.grad(ours, weights, retain_graph=True)
+        assert num_items_in_batch > (inputs["labels"][:, 1:] != -100).sum()  # of the whole step, not of this micro-batch
+        assert ours.item() == pytest.approx(expected.item(), rel=1e-4)
+        assert (
+            torch.nn.functional.cosine_similarity(*(torch.cat([part.flatten() for part in parts]) for parts in (found, wanted)), 0) > 0.999
+        )
+        assert all(torch.allclose(one, other, rtol=0.02, atol=1e-4) for one, other in zip(found, wanted, strict=True))
+        calls.append(1)
+        return ours
+
+    monkeypatch.setattr(module, "ResumingCpuSFTTrainer", module.ResumingSFTTrainer)
+    monkeypatch.setattr(module.ResumingSFTTrainer, "quiet_on", ("cpu",))
+    monkeypatch.setattr(module.ResumingSFTTrainer, "compute_loss", compared)
+    sft(tiny_model, tmp_path, num_train_epochs=1, rows=16, lora={"lora_dropout": 0.0}, packing=packing)
+    assert len(calls) == 8  # 16 rows, two at once
 
 
 @pytest.mark.parametrize("window", [None, 8], ids=["causal", "sliding window"])

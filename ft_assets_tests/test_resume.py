@@ -19,12 +19,17 @@ import pytest
 import torch
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.errors import ArtifactError, TrainingError
+from ft_assets.config import LoraSettings, SftSettings
+from ft_assets.errors import ArtifactError, MemoryPlanError, TrainingError
 from ft_assets.job import Job
 from ft_assets.launchers.local import LocalLauncher
 from ft_assets.training import checkpoints as checkpoints_module
 from ft_assets.training.callbacks import Progress
 from ft_assets.training.checkpoints import damage, last_whole
+from ft_assets.training.linears import groups
+from ft_assets.training.memory import CONTEXT_BYTES
+from ft_assets.training.plan import MARGIN, Machine
+from ft_assets.training.setup import plan_sft
 from ft_assets_tests.kill_points import run
 from ft_assets_tests.launching import process_groups
 from ft_assets_tests.training import LORA, SFT, dpo, make_rows, same, sft, silent
@@ -142,6 +147,44 @@ def test_interrupt_leaves_a_checkpoint_of_the_step_and_a_retry_ends_the_same(
     assert same(tmp_path / "output", undisturbed / "output")
 
 
+@pytest.mark.parametrize(("first", "then"), [("qlora", "lora"), ("lora", "qlora")])
+def test_auto_stays_what_it_was_when_its_checkpoints_were_begun(
+    first: str, then: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected: the memory of a GPU on which `auto` is `first`, and in the retry of one on which it would be `then`."""
+    pytest.importorskip("bitsandbytes")
+    from ft_assets.training import sft as module
+
+    settings = {"packing": False, "gradient_checkpointing": False}
+    sft(tiny_model, tmp_path / "whole", lora={"method": first}, **settings)
+
+    def machine(method: str) -> Machine:
+        needs = {}
+        for name in ("lora", "qlora"):
+            kind, plain = LoraSettings.model_validate({**LORA, "method": name}), SftSettings.model_validate({**SFT, **settings})
+            needs[name] = plan_sft(tiny_model, kind, plain, make_rows(18), Machine(True, 1e12)).predicted + CONTEXT_BYTES
+        assert needs["qlora"] < needs["lora"]
+        return Machine(True, (2 * needs["lora"] if method == "lora" else sum(needs.values()) / 2) / MARGIN)
+
+    monkeypatch.setattr(module, "this_machine", lambda _: machine(first))
+    assert sft(tiny_model, tmp_path, **settings)["method"] == first
+    (tmp_path / "checkpoints/checkpoint-15/whole.json").unlink()
+    shutil.rmtree(tmp_path / "output")
+    monkeypatch.setattr(module, "this_machine", lambda _: machine(then))
+    heard = Heard()
+    if then == "lora":
+        metrics = sft(tiny_model, tmp_path, heard, **settings)
+        assert (metrics["method"], metrics["resumed_from_step"]) == (first, 14)
+        assert heard.of("lora.method: auto stays qlora")
+        assert same(tmp_path / "output", tmp_path / "whole/output")
+        return
+    with pytest.raises(MemoryPlanError, match=r"auto was lora when the checkpoints[\s\S]*name another lora.method[\s\S]*or delete"):
+        sft(tiny_model, tmp_path, heard, **settings)
+    assert last_whole(tmp_path / "checkpoints", silent)  # nothing was thrown away
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert sft(tiny_model, tmp_path, heard, **settings)["method"] == then
+
+
 def test_full_disk_keeps_the_checkpoint_before(
     tiny_model: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +199,7 @@ def test_full_disk_keeps_the_checkpoint_before(
     monkeypatch.setattr(checkpoints_module.Trainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(ArtifactError, match=r"the disk is full: the checkpoint of step 4"):
         sft(tiny_model, tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name != "best-0"] == ["checkpoint-2"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
     assert damage(tmp_path / "checkpoints/checkpoint-2") is None
     assert sft(tiny_model, tmp_path)["resumed_from_step"] == 2
     assert same(tmp_path / "output", undisturbed / "output")
@@ -187,6 +230,70 @@ def test_memory_that_runs_out_halves_the_micro_batch_at_the_same_effective_batch
     losses = [[entry["loss"] for entry in curve] for curve in curves]
     assert losses[0] == pytest.approx(losses[1], abs=0.02)  # the same rows in every step; bf16 rounds otherwise
     assert len(losses[0]) == STEPS
+
+
+def test_memory_that_runs_out_within_a_layer_leaves_no_activations_to_the_retry(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected in step 3 between gate_proj and up_proj, whose outputs are computed together."""
+    from ft_assets.training import sft as module
+
+    real, held = module.ResumingCpuSFTTrainer.training_step, []
+
+    def short(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def watched(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        activation = self.model.get_base_model().get_decoder().layers[1].mlp.act_fn
+        if self.state.global_step == 2 and not held:
+            activation.forward = short
+            try:
+                return real(self, model, inputs, *rest)
+            finally:
+                del activation.forward
+                held.append(len(holding(self.model)))
+        if len(held) == 1:
+            held.append(len(holding(self.model)))
+        return real(self, model, inputs, *rest)
+
+    monkeypatch.setattr(module.ResumingCpuSFTTrainer, "training_step", watched)
+    assert sft(tiny_model, tmp_path, num_train_epochs=1)["out_of_memory"] == 1
+    assert held == [1, 0]  # when it ran out, and when the smaller micro-batch begins
+
+
+def holding(model: Any) -> list[Any]:
+    return [group for group in groups(model) if group._outputs or group._input is not None]
+
+
+def test_memory_that_runs_out_in_dpo_halves_the_micro_batch_and_keeps_the_reference(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected: more than one pair does not fit from step 3 on."""
+    from ft_assets.training import dpo as module
+
+    real, scored = module.PairTrainer.training_step, []
+
+    def small(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        if self.state.global_step >= 2 and len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, model, inputs, *rest)
+
+    score = module.score_reference
+    monkeypatch.setattr(module, "score_reference", lambda *args: scored.append(1) or score(*args))
+    monkeypatch.setattr(module.PairTrainer, "training_step", small)
+    heard, adapter = Heard(), undisturbed / "output"
+    metrics = dpo(tiny_model, adapter, tmp_path, heard, micro_batch=4, learning_rate=1e-2)
+    assert (metrics["micro_batch"], metrics["out_of_memory"], metrics["steps"]) == (1, 2, 6)
+    assert [numbers["micro_batch"] for numbers in heard.of("out of memory")] == [2, 1]
+    assert [numbers["step"] for numbers in heard.of("resumed")] == [2, 2]
+    assert (len(scored), len(heard.of("reference proven"))) == (1, 1)  # once, of the policy before its first step
+    monkeypatch.undo()
+    dpo(tiny_model, adapter, tmp_path / "whole", micro_batch=4, learning_rate=1e-2)
+    curves = [json.loads((path / "output/info/curve.json").read_text()) for path in (tmp_path, tmp_path / "whole")]
+    for name in ("loss", "reward_margins"):
+        numbers = [[entry[name] for entry in curve] for curve in curves]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.03), name  # the same pairs in every step; bf16 rounds otherwise
+    assert curves[1][-1]["reward_margins"] > 0.3  # the pairs are learnt: equal numbers mean something
 
 
 def test_memory_for_not_even_one_row_is_the_users_error(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

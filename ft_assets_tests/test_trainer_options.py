@@ -1,20 +1,22 @@
 """`trainer:` lets nothing through that the proofs, the resume or the records rely on; `report_to` really reports."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from ft_assets.config import DpoSettings, SftSettings
+from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError
 from ft_assets.training import trackers
 from ft_assets.training.options import trainer_options
-from ft_assets.training.refused import REFUSED
+from ft_assets.training.refused import REFUSED, check_trainer
 from ft_assets_tests.conftest import edit
 from ft_assets_tests.pipeline import artifact, materialize
-from ft_assets_tests.training import sft
+from ft_assets_tests.training import same, sft
 
 
 def said(trainer: dict, settings: type = SftSettings, kind: type = SFTConfig) -> str:
@@ -41,10 +43,57 @@ def test_unknown_option_is_refused_with_the_nearest() -> None:
 
 
 def test_every_refused_name_is_an_option_of_trl() -> None:
-    import dataclasses
-
     known = {field.name for kind in (SFTConfig, DPOConfig) for field in dataclasses.fields(kind)}
     assert set(REFUSED) <= known
+
+
+# What is left to the user reaches TRL and does something there. A new option of TRL's belongs here or to the refused ones.
+REACH = {
+    "accelerator_config", "activation_offloading", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "dataloader_multiprocessing_context",
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "disable_tqdm", "fp16", "include_num_input_tokens_seen",
+    "liger_kernel_config", "log_level", "log_level_replica", "log_on_each_node", "lr_scheduler_kwargs", "neftune_noise_alpha", "optim",
+    "optim_args", "optim_target_modules", "project", "router_aux_loss_coef", "run_name", "skip_memory_metrics", "tf32", "torch_compile",
+    "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "use_liger_kernel",
+}  # fmt: skip
+REACH_SFT = {"average_tokens_across_devices", "label_smoothing_factor", "loss_type"}
+REACH_DPO = {
+    "disable_dropout", "discopop_tau", "f_alpha_divergence_coef", "f_divergence_type", "label_smoothing", "ld_alpha", "loss_weights",
+    "pad_to_multiple_of", "use_weighting",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "settings", "reach"),
+    [("sft", SFTConfig, SftSettings, REACH | REACH_SFT), ("dpo", DPOConfig, DpoSettings, REACH | REACH_DPO)],
+)
+def test_every_option_of_trl_is_refused_or_ours_or_reaches_it(key: str, kind: type, settings: type, reach: set[str]) -> None:
+    taken, refused = set(), set()
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in known:
+        try:
+            check_trainer(settings(trainer={name: None}), key, known)
+            taken.add(name)
+        except ConfigError:
+            refused.add(name)
+    assert taken == reach
+    assert taken | refused == known
+
+
+def test_options_of_the_loader_reach_it(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ft_assets.training import setup
+
+    asked, real = [], setup.DataLoader
+    monkeypatch.setattr(setup, "DataLoader", lambda *args, **more: asked.append(more) or real(*args, **more))
+    loader = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
+    sft(tiny_model, tmp_path / "one", num_train_epochs=1, trainer={**loader, "dataloader_multiprocessing_context": "fork"})
+    expected = {"num_workers": 1, "prefetch_factor": 3, "persistent_workers": True, "multiprocessing_context": "fork"}
+    assert asked[0].items() >= expected.items()
+    sft(tiny_model, tmp_path / "two", num_train_epochs=1)
+    assert same(tmp_path / "one/output", tmp_path / "two/output")
+    with pytest.raises(ConfigError, match=r"sft\.trainer: persistent_workers option needs num_workers"):
+        sft(tiny_model, tmp_path / "three", trainer={"dataloader_persistent_workers": True})
 
 
 def test_other_options_reach_trl() -> None:
@@ -53,6 +102,22 @@ def test_other_options_reach_trl() -> None:
     )
     config = SFTConfig(**options)
     assert (config.adam_beta2, config.neftune_noise_alpha) == (0.98, 5.0)
+
+
+def test_optimizer_without_its_package_is_the_users_error_before_weights_load(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    for file in tiny_model.iterdir():
+        if "safetensors" not in file.name:
+            shutil.copy(file, tmp_path / "base")
+    header = (tiny_model / "model.safetensors").read_bytes()
+    (tmp_path / "base/model.safetensors").write_bytes(header[: 8 + int.from_bytes(header[:8], "little")])  # no weights: they could not load
+    with pytest.raises(ConfigError, match=r"sft\.trainer\.optim: [\s\S]*galore"):
+        sft(tmp_path / "base", tmp_path, trainer={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]})
+
+
+def test_adapter_on_the_head_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="lm_head would never be trained"):
+        LoraSettings(target_modules=["q_proj", "lm_head"])
 
 
 def test_missing_tracker_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,12 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+# Names by which other ways to learn from preferences are known: each is a trainer of its own, or was a loss of one.
+OTHER_TRAINERS = {
+    "kto": "KTO, another trainer", "kto_pair": "KTO, another trainer", "orpo": "ORPO, another trainer", "cpo": "CPO, another trainer",
+    "simpo": "SimPO, a loss of the CPO trainer", "bco": "BCO, another trainer", "grpo": "GRPO, another trainer", "ppo": "PPO, another trainer",
+    "rloo": "RLOO, another trainer",
+}  # fmt: skip
 REPORT_TO = ("tensorboard", "wandb", "mlflow", "trackio")
 # What decides when and where something is written, and nothing of what is trained: no part of a fingerprint.
 ASIDE = {"save_steps", "report_to"}
@@ -39,6 +45,15 @@ class LoraSettings(Section):
             if given:
                 raise ValueError(f"method full trains all weights; {', '.join(given)} only has a meaning with an adapter")
         return self
+
+    @field_validator("target_modules")
+    @classmethod
+    def _no_head(cls, value: str | list[str]) -> str | list[str]:
+        if any(name.rsplit(".", 1)[-1] == "lm_head" for name in value if isinstance(value, list)):
+            raise ValueError(
+                "an adapter on lm_head would never be trained: TRL computes the loss from lm_head's own weight; remove it from the list"
+            )
+        return value
 
 
 class EarlyStopping(Section):
@@ -99,7 +114,20 @@ class DpoSettings(TrainSettings):
     @field_validator("loss_type")
     @classmethod
     def _known(cls, value: str | list[str]) -> str | list[str]:
+        known = ", ".join(DPO_LOSSES)
         for name in [value] if isinstance(value, str) else value:
+            if name in OTHER_TRAINERS:
+                raise ValueError(
+                    f"{name!r} is not a loss of DPO but {OTHER_TRAINERS[name]}, which is no step of this graph; dpo has {known}"
+                )
             if name not in DPO_LOSSES:
-                raise ValueError(f"{name!r} is no loss of TRL's; {nearest(name, DPO_LOSSES, ', '.join(DPO_LOSSES))}")
+                raise ValueError(f"{name!r} is no loss of TRL's; {nearest(name, DPO_LOSSES, known)}")
         return value
+
+    @model_validator(mode="after")
+    def _smoothed(self) -> "DpoSettings":
+        if "exo_pair" in self.loss_type and not self.trainer.get("label_smoothing"):  # a list holds it, or it is the name
+            raise ValueError(
+                "loss_type exo_pair needs a label_smoothing above 0: set dpo.trainer.label_smoothing, e.g. to 1e-3 as its paper does"
+            )
+        return self

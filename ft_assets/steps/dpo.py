@@ -10,8 +10,8 @@ from ft_assets.steps._run import main
 
 def step(job: Job, report: Report) -> StepResult:
     from ft_assets.training.adapter import copy_trained, save_groups
+    from ft_assets.training.choice import CHOICE, chosen_method
     from ft_assets.training.dpo import train_dpo
-    from ft_assets.training.setup import CHOICE, chosen_method
 
     pairs = read_table(job.inputs["heldout_split"] / "preferences.parquet")
     lora, dpo = LoraSettings.model_validate(job.settings["lora"]), DpoSettings.model_validate(job.settings["dpo"])

@@ -24,7 +24,10 @@ class CpuSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         loss_type = getattr(self.args, "loss_type", None)
-        if return_outputs or loss_type != "nll" or self.agrees is False or self.label_smoother is not None:
+        plain = (
+            loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
+        )  # a mixture's experts have a loss of their own
+        if return_outputs or not plain or self.agrees is False:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.agrees is None:
             # Without dropout and without touching the random state: a resumed run compares anew, on another batch.

@@ -25,9 +25,10 @@ from ft_assets.models.loading import compute_dtype, load_tokenizer
 from ft_assets.training.adapter import is_finite, save_trained, trained_adapter
 from ft_assets.training.callbacks import Progress, device_memory_gb
 from ft_assets.training.checkpoints import WholeCheckpoints
+from ft_assets.training.choice import chosen_method, save_choice
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.length_order import LengthOrder
-from ft_assets.training.options import trainer_options, trl_config
+from ft_assets.training.options import ToldOptions, told, trainer_options, trl_config
 from ft_assets.training.pairs import PairCollator, SharedPrompts, row_length
 from ft_assets.training.reference import (
     EXACT_A_TOKEN,
@@ -43,29 +44,41 @@ from ft_assets.training.reference import (
     write_reference,
 )
 from ft_assets.training.run import train_to_the_end
-from ft_assets.training.setup import checkpoint_layers, chosen_method, memory_facts, plan_dpo, save_choice, this_machine
+from ft_assets.training.setup import (
+    checkpoint_layers,
+    full_precision_adapter,
+    memory_facts,
+    plan_dpo,
+    this_machine,
+)
 from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
 
 
-class PairTrainer(WholeCheckpoints, DPOTrainer):
+class PairTrainer(WholeCheckpoints, ToldOptions, DPOTrainer):
     """DPOTrainer for rows that have prompt_ids, chosen_ids and rejected_ids, and the reference's log-probabilities.
 
-    `shares`: whether a pair's prompt is computed once; found false if the model cannot be asked so (see `settle`).
+    `shares`: whether a pair's prompt is computed once; found false if the model cannot be asked so (see `settle`), or if the
+    loss needs what only TRL's own pass gives: WPO's weights, or the load of a mixture's experts.
     """
 
+    key = "dpo"
+
     def __init__(self, *, model: Any, args: DPOConfig, pairs: list[dict[str, Any]], tokenizer: Any, shares: bool, **kwargs: Any) -> None:
-        self.shares, self.pairs = shares, pairs
+        self.pairs = pairs
         self.sharing: dict[str, float] = {}  # what `settle` measured
         rows = [{"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, **pair} for pair in pairs]
         multiple: Any = args.pad_to_multiple_of
+        exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
         collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple)
         super().__init__(
             model=model, args=args, data_collator=collator, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **kwargs
         )
         if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:  # TRL's copy of the adapter is not needed
             self.model.delete_adapter("ref")
+        full_precision_adapter(model, exact)  # before the reference is scored, and before there is an optimizer
         self.precompute_ref_logps = True
+        self.shares = shares and not (self.use_weighting or self.aux_loss_enabled)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # tokenized and proven before
@@ -163,14 +176,15 @@ def train_dpo(
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PairTrainer:
         options = _options(dpo.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
-        trainer = PairTrainer(
-            model=model,
-            args=DPOConfig(**options),
-            pairs=rows,
-            tokenizer=tokenizer,
-            shares=proofs.get("prompts_shared", dpo.share_prompts),
-            callbacks=[progress, *callbacks],
-        )
+        with told("dpo"):
+            trainer = PairTrainer(
+                model=model,
+                args=DPOConfig(**options),
+                pairs=rows,
+                tokenizer=tokenizer,
+                shares=proofs.get("prompts_shared", dpo.share_prompts),
+                callbacks=[progress, *callbacks],
+            )
         if not proofs:
             proofs.update(_prepare(trainer, snapshot, sft_adapter, rows, lora, dpo, checkpoints, report))
         trainer.train_dataset = Dataset.from_list(rows)

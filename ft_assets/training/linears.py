@@ -78,6 +78,17 @@ class Group:
         self._input = x if self._outputs else None
         return outputs[index]
 
+    def forget(self) -> None:
+        """Drop the outputs that a pass which broke off has left: the autograd graph, and so its activations, hangs on them."""
+        self._input, self._outputs = None, {}
+
+
+def groups(model: Any) -> list[Group]:
+    """Return the groups of a model whose linears are fused, each once; none of another model."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    found = (getattr(getattr(forward, "func", None), "__self__", None) for forward in forwards)
+    return list({id(group): group for group in found if isinstance(group, Group)}.values())
+
 
 NOT_PLAIN: Any = object()
 

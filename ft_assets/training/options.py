@@ -1,10 +1,13 @@
 """Turn our settings into TRL's options: the shared part of SFT and DPO."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import Trainer
 
 from ft_assets.config import TrainSettings
 from ft_assets.errors import ConfigError
@@ -47,8 +50,44 @@ def trainer_options(settings: TrainSettings, key: str, checkpoints: Path, kind: 
 
 
 def trl_config(kind: Any, options: dict[str, Any], key: str) -> Any:
-    """Return TRL's config. Raises ConfigError with TRL's own words where it refuses a value."""
+    """Return TRL's config. Raises ConfigError where TRL refuses a value, or where the optimizer's package is missing."""
+    with told(key):
+        config = kind(**options)
     try:
-        return kind(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}.trainer", str(error), "values that TRL takes", "change or remove them") from None
+        Trainer.get_optimizer_cls_and_kwargs(config)
+    except ImportError as error:
+        raise _refusal(f"{key}.trainer.optim", error) from None
+    except (TypeError, ValueError):  # some ask for the model: they are asked again when it is there
+        pass
+    return config
+
+
+@contextlib.contextmanager
+def told(key: str) -> Iterator[None]:
+    """Raise ConfigError, with TRL's own words, for what TRL and transformers say of options that they cannot take."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
+        raise _refusal(f"{key}.trainer", error) from error
+
+
+def _refusal(where: str, error: Exception) -> ConfigError:
+    return ConfigError(where, str(error), "values that TRL takes", "change or remove them")
+
+
+class ToldOptions:
+    """Mixin before a TRL trainer: a loader, optimizer or schedule that cannot be made is an error of `<key>.trainer`."""
+
+    key = ""
+
+    def get_train_dataloader(self) -> Any:
+        with told(self.key):
+            return super().get_train_dataloader()  # type: ignore[misc]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with told(self.key):
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with told(self.key):
+            return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]

@@ -6,12 +6,15 @@ the log-probabilities in its own layout, so that every loss and metric of TRL's 
 this way (a mask they do not take, recurrent layers) are found by comparing the first batch with TRL's own pass.
 """
 
+import contextlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from ft_assets.training.precision import autocast_if_mixed
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)
 SHARED = ("shared_ids", "shared_positions", "shared_segments", "shared_labels", "shared_places")
@@ -119,8 +122,10 @@ def score_rows(model: Any, ids: Any, positions: Any, segments: Any, labels: Any)
 def _head_on_cpu(model: Any, asked: dict[str, Any], labels: torch.Tensor) -> dict[str, torch.Tensor]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     keep = labels != -100
-    hidden = base.get_decoder()(**asked, use_cache=False).last_hidden_state[keep]
-    logits = base.get_output_embeddings()(hidden).float()
+    # The trainer's autocast is in the model's own forward, which is not called here; where scores are taken it is on already.
+    with contextlib.nullcontext() if torch.is_autocast_enabled("cpu") else autocast_if_mixed(model):
+        hidden = base.get_decoder()(**asked, use_cache=False).last_hidden_state[keep]
+        logits = base.get_output_embeddings()(hidden).float()
     logs = logits.log_softmax(-1)
     chosen = logs.gather(1, labels[keep].unsqueeze(1)).squeeze(1)
     with torch.no_grad():

@@ -1,9 +1,13 @@
-"""TRL options that `trainer:` may not set, each with the reason: the proofs, the resume or the records rely on them."""
+"""TRL options that `trainer:` may not set, each with the reason: the proofs, the resume or the records rely on
+them, or they would do nothing."""
 
 from ft_assets.config import TrainSettings
 from ft_assets.errors import ConfigError, nearest
 
-_OWN = {"gradient_accumulation_steps": "effective_batch and micro_batch", "per_device_train_batch_size": "micro_batch", "data_seed": "seed"}
+_OWN = {
+    "gradient_accumulation_steps": "effective_batch and micro_batch", "per_device_train_batch_size": "micro_batch", "data_seed": "seed",
+    "activation_checkpointing": "gradient_checkpointing",
+}  # fmt: skip
 _REASONS: dict[str, tuple[str, ...]] = {
     "checkpoints lie under the version, so that only the same version resumes": ("output_dir", "resume_from_checkpoint"),
     "a retry must find whole checkpoints with the state of optimizer, schedule and random numbers": (
@@ -11,7 +15,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "restore_callback_states_from_checkpoint", "enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model",
         "greater_is_better",
     ),
-    "a retry must see the rows in the same order": ("train_sampling_strategy", "length_column_name", "shuffle_dataset", "full_determinism"),
+    "a retry must see the rows in the same order": ("train_sampling_strategy", "length_column_name", "shuffle_dataset", "full_determinism", "dataloader_in_order"),
     "every row is trained on; what is too long was left out and counted before (chat.max_length)": (
         "max_length", "truncation_mode", "dataloader_drop_last",
     ),
@@ -23,16 +27,37 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "a loss that is not finite must be seen": ("logging_nan_inf_filter",),
     "every step is reported and kept in the curve": ("logging_steps", "logging_strategy", "logging_first_step"),
     "memory that runs out halves the micro-batch already, at the same effective batch": ("auto_find_batch_size",),
-    "validation is measured by us (sft.eval_steps), always on the validation slice": ("eval_strategy", "do_eval", "eval_on_start", "eval_delay"),
+    "validation is measured by us (sft.eval_steps), always on the validation slice": (
+        "eval_strategy", "eval_steps", "do_eval", "eval_on_start", "eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps",
+        "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics", "prediction_loss_only", "bf16_full_eval",
+        "fp16_full_eval",
+    ),
+    "a step trains, and does nothing else": ("do_train", "do_predict"),
+    "the memory plan says which layers are computed again, and how": ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    "nothing is generated while it trains": ("use_cache",),
+    "ranks are started and joined by the launcher, which also says how they divide the base (launcher.sharding)": (
+        "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "parallelism_config",
+    ),
     "the reference is the SFT policy, proven before the first step": (
-        "precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
+        "precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
     ),
     "a model leaves the graph only behind its verdict": (
         "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
     ),
+    "conversations are packed by sft.packing, in the micro-batches that the memory plan chose": (
+        "padding_free", "packing_strategy", "eval_packing",
+    ),
     "the device is found, not set": ("use_cpu", "local_rank"),
 }  # fmt: skip
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}
+# Of one step only: there they would do nothing.
+REFUSED_IN = {
+    "sft": {"pad_to_multiple_of": "micro-batches are as long as the memory plan counted them"},
+    "dpo": {
+        "label_smoothing_factor": "DPO's own option is label_smoothing",
+        "average_tokens_across_devices": "DPO's loss is a mean over pairs, not over tokens",
+    },
+}
 
 
 def check_trainer(settings: TrainSettings, key: str, known: set[str]) -> None:
@@ -41,8 +66,9 @@ def check_trainer(settings: TrainSettings, key: str, known: set[str]) -> None:
         where = f"{key}.trainer.{name}"
         if name in type(settings).model_fields or name in _OWN:
             raise ConfigError(where, "has a setting of its own", "options that have none", f"set {key}.{_OWN.get(name, name)}")
-        if name in REFUSED:
-            raise ConfigError(where, "cannot be set", "another option", f"remove it: {REFUSED[name]}")
+        reason = REFUSED.get(name) or REFUSED_IN.get(key, {}).get(name)
+        if reason:
+            raise ConfigError(where, "cannot be set", "another option", f"remove it: {reason}")
         if name not in known:
             raise ConfigError(
                 where, "is not an option of TRL's config", "TRL's own name", nearest(name, sorted(known), "see TRL's documentation")

@@ -19,6 +19,7 @@ from ft_assets.job import Report
 from ft_assets.training.checkpoints import last_whole, step_of
 from ft_assets.training.distributed import world_size
 from ft_assets.training.interrupt import Interrupt
+from ft_assets.training.linears import groups
 
 Build = Callable[[int, list[TrainerCallback]], Any]  # (micro-batch, callbacks) -> a trainer on the same model
 
@@ -67,6 +68,9 @@ def train_to_the_end(build: Build, micro_batch: int, effective_batch: int, check
         except torch.OutOfMemoryError as error:
             said = str(error).split("\n")[0].partition(". ")[0]
             error.__traceback__ = None  # its frames hold the activations
+        finally:
+            for group in groups(trainer.model):
+                group.forget()
         if micro_batch == 1 or midway.inside or world_size() > 1:  # other ranks wait in the middle of this step
             raise TrainingError(
                 f"{key}: step {trainer.state.global_step + 1}",

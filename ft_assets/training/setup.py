@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,23 +65,6 @@ def plan_dpo(snapshot: Path, lora: LoraSettings, dpo: DpoSettings, pairs: Sequen
     """Return the plan of a DPO: padded pairs, and a frozen copy of the adapter as reference."""
     lengths = [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
     return make_plan(snapshot_shape(snapshot), lora, dpo, Data(lengths, False, answers=2, reference=True, plain=True), machine, "dpo")
-
-
-CHOICE = "info/plan.json"
-
-
-def save_choice(plan: Plan, output: Path) -> None:
-    """Write what the plan chose into the adapter's folder: later steps read the method from there and do not choose again."""
-    (output / "info").mkdir(exist_ok=True)
-    (output / CHOICE).write_text(json.dumps(plan.facts()))
-
-
-def chosen_method(adapter: Path, lora: LoraSettings) -> LoraSettings:
-    """Return the settings with the method that an adapter was trained with, where it was left to the plan."""
-    if lora.method != "auto":
-        return lora
-    path = adapter / CHOICE
-    return lora.model_copy(update={"method": json.loads(path.read_text())["method"] if path.is_file() else "lora"})
 
 
 def plan_rows(shape: Shape, lora: LoraSettings, sft: SftSettings, lengths: Sequence[int], machine: Machine) -> Plan:
@@ -160,12 +142,13 @@ class WholeSteps:
     """Mixin of a trainer: its batches are those of StepBatches, so that packing changes no step's rows."""
 
     packed = False
+    quiet_on: tuple[str, ...] = ("cuda",)  # kinds of devices where nothing is read back while a step is computed
 
     def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the summed loss of the supervised tokens over their number in the whole step, as TRL does, but on a GPU
         without its entropy and accuracy: each reads a number back and lets the GPU run dry in every micro-batch."""
         own = self.args.loss_type == "nll" and self.label_smoother is None and not return_outputs and num_items_in_batch is not None
-        if not own or self.aux_loss_enabled or inputs["input_ids"].device.type != "cuda":
+        if not own or self.aux_loss_enabled or inputs["input_ids"].device.type not in self.quiet_on:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
         loss = -outputs.log_probs.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -186,6 +169,9 @@ class WholeSteps:
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         # Of several ranks each has its share already: Accelerate would deal the batches out once more.
         return self.accelerator.prepare(loader) if ranks == 1 else loader
@@ -199,11 +185,16 @@ def autocast_is_idle(model: Any, ready: Ready) -> bool:
     return all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def full_precision_adapter(model: Any) -> None:
-    """Make the trained parameters fp32: TRL makes them bf16 on an NF4 base, which is too coarse for small updates."""
-    for parameter in model.parameters():
+def full_precision_adapter(model: Any, exact: dict[str, torch.Tensor] | None = None) -> None:
+    """Make the trained parameters fp32: TRL makes them bf16 on an NF4 base, which is too coarse for small updates.
+
+    `exact`: the numbers by name that a trained adapter had before TRL's trainer took it; those that were rounded come back.
+    """
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            now = parameter.data
+            before = exact[name] if exact and name in exact else now
+            parameter.data = (now if before.dtype == now.dtype else before.to(now.device)).float()
 
 
 def memory_facts(plan: Plan) -> dict[str, float]:

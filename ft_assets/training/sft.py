@@ -22,10 +22,11 @@ from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import copy_trained, is_finite, largest_update, new_adapter, save_trained, trainable_share
 from ft_assets.training.callbacks import Progress, device_memory_gb
+from ft_assets.training.choice import plan_once, save_choice
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
 from ft_assets.training.flops import mfu_percent
-from ft_assets.training.options import trainer_options, trl_config
+from ft_assets.training.options import ToldOptions, told, trainer_options, trl_config
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.setup import (
     WholeSteps,
@@ -34,7 +35,6 @@ from ft_assets.training.setup import (
     make_ready,
     memory_facts,
     plan_sft,
-    save_choice,
     this_machine,
 )
 from ft_assets.training.shape import snapshot_shape
@@ -43,12 +43,16 @@ from ft_assets.training.trackers import keep_events
 from ft_assets.training.validation import LogsValidation, Validation
 
 
-class ResumingSFTTrainer(LogsValidation, WholeSteps, SFTTrainer):
+class ResumingSFTTrainer(LogsValidation, ToldOptions, WholeSteps, SFTTrainer):
     """SFTTrainer whose checkpoints are whole, and so are its steps."""
 
+    key = "sft"
 
-class ResumingCpuSFTTrainer(LogsValidation, WholeSteps, CpuSFTTrainer):
+
+class ResumingCpuSFTTrainer(LogsValidation, ToldOptions, WholeSteps, CpuSFTTrainer):
     """The same with the loss that pays on a CPU."""
+
+    key = "sft"
 
 
 def labels(row: dict[str, Any]) -> list[int]:
@@ -75,7 +79,8 @@ def train_sft(
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    plan = plan_sft(snapshot, lora, sft, rows, this_machine(memory_limit_gb))
+    machine = this_machine(memory_limit_gb)
+    plan = plan_once(lora, checkpoints, lambda lora: plan_sft(snapshot, lora, sft, rows, machine), report)
     lora, sft = lora.model_copy(update={"method": plan.method}), sft.model_copy(update={"micro_batch": plan.micro_batch})
     trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
     model = new_adapter(snapshot, lora, plan.shards)
@@ -96,14 +101,15 @@ def train_sft(
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
         settings = sft.model_copy(update={"micro_batch": micro_batch})
         options = {"max_length": None, **trainer_options(settings, "sft", checkpoints, SFTConfig), **idle}
-        trainer = kind(
-            model=model,
-            args=SFTConfig(**options),
-            train_dataset=dataset,
-            data_collator=ready.collator,
-            processing_class=tokenizer,
-            callbacks=[progress, watch, *callbacks],
-        )
+        with told("sft"):
+            trainer = kind(
+                model=model,
+                args=SFTConfig(**options),
+                train_dataset=dataset,
+                data_collator=ready.collator,
+                processing_class=tokenizer,
+                callbacks=[progress, watch, *callbacks],
+            )
         trainer.packed = ready.plan.packed
         full_precision_adapter(model)
         return trainer
