@@ -84,6 +84,8 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             if None not in both.values()
             else ""
         )
+        broken = {name: metrics.get(f"merged_onto_{name}_breaks_the_gate") for name in both}
+        chosen += "".join(f"; {name} breaks the gate: {why}" for name, why in broken.items() if why)
         return dg.AssetCheckResult(
             passed=bool(metrics["top1_agreement"] >= least and whole),
             description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows ({metrics['top1_ties']} of {metrics['compared_tokens']} tokens are ties), greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",

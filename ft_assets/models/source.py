@@ -12,6 +12,7 @@ from typing import Any
 from ft_assets.chat.template import DATE_KEY, bake, broken_markers, end_of_turn, reads
 from ft_assets.config import BaseModelSettings, ChatSettings
 from ft_assets.errors import ConfigError, ModelError, TemplateError
+from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 
 PACKAGE = "package://"
 ALTERNATIVES = "a local folder (folder:) or a GGUF file (gguf:) needs no hub; or set HF_HOME to a filled cache"
@@ -155,6 +156,10 @@ def write_snapshot(
         delattr(model.config, "quantization_config")
     model.config._name_or_path = ""  # a path of this machine would be no identity
     model.save_pretrained(output)
+    linears = linear_weights(model)
+    renamed = unstored(linears, output)
+    # All of them: the whole model has two sets of names. Of a part (experts, say) only an adapter can tell whether it matters.
+    refuse_renamed(f"base_models.{name}", model, renamed if len(renamed) == len(linears) else [])
     tokenizer.save_pretrained(output)
     facts = architecture(model, tokenizer)
     # No word of where it came from (that stands in the manifest): the same weights copied elsewhere train nothing again.
