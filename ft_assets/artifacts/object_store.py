@@ -138,9 +138,9 @@ class ObjectStore(ArtifactStore):
             except FileNotFoundError:
                 return None
 
-    def versions(self) -> tuple[list[Artifact], list[str]]:
+    def versions(self, *below: str) -> tuple[list[Artifact], list[str]]:
         with self._reached(self.url):
-            keys = sorted(self._files.glob("/".join((self._place.path.rstrip("/"), "*", "*", "*", MANIFEST))))
+            keys = sorted(self._files.glob("/".join((self._place.path.rstrip("/"), *below, *"***"[len(below) :], MANIFEST))))
         found, unreadable = list[Artifact](), list[str]()
         for key in keys:
             try:

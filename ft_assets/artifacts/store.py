@@ -159,10 +159,11 @@ class ArtifactStore:
         fsync(final.parent)
         return Artifact(final, manifest)
 
-    def versions(self) -> tuple[list[Artifact], list[str]]:
-        """Return all versions, and the places whose manifest cannot be read: nobody knows what they are."""
+    def versions(self, *below: str) -> tuple[list[Artifact], list[str]]:
+        """Return all versions, and the places whose manifest cannot be read: nobody knows what they are. `below`: of an asset
+        only, or of an asset's partition."""
         found, unreadable = list[Artifact](), list[str]()
-        for folder in _folders_with_manifest(self.root):
+        for folder in _folders_with_manifest(self.root.joinpath(*below)):
             try:
                 found.append(Artifact(folder, checked((folder / MANIFEST).read_text())))
             except (OSError, ValueError, KeyError, TypeError):

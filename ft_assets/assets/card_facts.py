@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import yaml
 
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.workshop import Workshop, library_versions
-from ft_assets.config import Project
+from ft_assets.config import ChatSettings, Project
+from ft_assets.data.sources import shown
 from ft_assets.data.tables import read_table
 
 NO_LICENSE = {"license": None, "name": None, "link": None, "stated_in": None, "derived_from": None}
@@ -35,6 +36,7 @@ def card_facts(workshop: Workshop, name: str, used: Mapping[str, Artifact], vers
         "data": _data(raw, split, store.current("raw_preferences", None)),
         "data_note": _left_out(raw, split),
         "hub_datasets": _hub_datasets(project),
+        "words": _words(recipe.chat, base),
         "has_system_turn": bool(first) and first[0]["messages"][0]["role"] == "system",
         "method": adapter_method(store, name, recipe.lora.method),
         "max_new_tokens": recipe.evaluation.max_new_tokens,
@@ -59,8 +61,19 @@ def _base(project: Project, name: str, base: Artifact) -> dict[str, Any]:
 
 
 def _shareable(place: str) -> str:
-    """Return a path for a public page: of an absolute one only its last part, the rest is this machine's."""
-    return Path(place).name if Path(place).is_absolute() else place
+    """Return a path or URL for a public page: of an absolute path only its last part, the rest is this machine's; of a URL
+    what is no secret."""
+    return Path(place).name if Path(place).is_absolute() else shown(place)
+
+
+def _words(chat: ChatSettings, base: Artifact) -> dict[str, Any]:
+    """Return what was given or added to the base's template, stop tokens and tokenizer."""
+    path = base.path / "info" / "settled.json"
+    return {
+        "chat_template": _shareable(chat.chat_template) if chat.chat_template else None,
+        **chat.model_dump(mode="json", include={"template_name", "template_kwargs", "system_turn"}),
+        "settled": json.loads(path.read_text()) if path.exists() else None,
+    }
 
 
 def _license(base: Artifact) -> dict[str, Any]:
@@ -100,22 +113,24 @@ def _hub_datasets(project: Project) -> list[str]:
 
 
 def excerpt(project: Project, name: str) -> str:
-    """Return the finetune.yaml of this base model alone, as far as it was set; paths of this machine shortened."""
+    """Return the finetune.yaml of this base model alone, as far as it was set: paths of this machine shortened, and of URLs
+    (data, a judge's) what is no secret."""
     written = project.model_dump(mode="json", exclude_unset=True, exclude={"base_models", "store", "schedule", "launcher", "release"})
     base = project.base_model(name).model_dump(mode="json", exclude_unset=True)
     for key in ("folder", "gguf"):
         if key in base:
             base[key] = _shareable(base[key])
-    data = {"data": _shortened(written.pop("data")), "base_models": {name: base}, **written}
+    data = {"data": _each(written.pop("data"), _shareable), **_each({"base_models": {name: base}, **written}, shown)}
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
 
-def _shortened(value: Any) -> Any:
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """Return plain data with each text changed."""
     if isinstance(value, dict):
-        return {key: _shortened(item) for key, item in value.items()}
+        return {key: _each(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [_shortened(item) for item in value]
-    return _shareable(value) if isinstance(value, str) else value
+        return [_each(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def card_body(card: str) -> str:

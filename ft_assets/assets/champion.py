@@ -9,16 +9,17 @@ import dagster as dg
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.evaluation import TRAINED, judged, numbers
-from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
+from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Wanted, Workshop, result, user_errors
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
 from ft_assets.evaluation.gate import require_pass
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.job import StepResult
 from ft_assets.release import champion as rules
-from ft_assets.release.former import adapter_of, find_model, need_champion, need_model
+from ft_assets.release.former import find_model, need_adapter, need_champion, need_model
 
 ABOVE = ("eval_report", "merged_model")
 RULE = ("rule", "margin")
+LIBRARIES = "infer"
 GATE = ("confidence", "metrics", "min_heldout_rows")
 
 
@@ -38,7 +39,7 @@ def champion_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="1",
+        code_version="2",
         pool=GPU_POOL,
     )
     def release(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop], config: ReleaseConfig) -> dg.MaterializeResult:
@@ -114,7 +115,10 @@ def _release(context: dg.AssetExecutionContext, workshop: Workshop) -> tuple[Art
     inputs: dict[str, tuple[Artifact, str | None]] = {"merged_model": (merged, None)}
     if state.champion is None:
         return workshop.materialize(
-            context, settings={**settings, "sequence": 1}, inputs=inputs, make=lambda output: _first(output, merged, challenger, context)
+            context,
+            settings={**settings, "sequence": 1},
+            inputs=inputs,
+            make=lambda output: _first(output, merged, challenger, context, project.recipe(name).evaluation.metric),
         )
     assert current is not None
     if challenger["identity"] == state.champion["identity"]:
@@ -122,19 +126,18 @@ def _release(context: dg.AssetExecutionContext, workshop: Workshop) -> tuple[Art
     if challenger["identity"] in state.withdrawn:
         return workshop.keep(context, current, ABOVE, f"it was rolled back: {state.withdrawn[challenger['identity']]}")
     champion = need_model(store, name, state.champion, where)
-    adapter = adapter_of(store, name, champion)
     inputs |= {
         "champion": (champion, None),
         "base_model": (used["base_model"], None),
         "eval_report": (report, None),
         "heldout_split#heldout": (used["heldout_split"], "heldout"),
-        **({"champion_adapter": (adapter, None)} if adapter else {}),
+        "champion_adapter": (need_adapter(store, name, champion, where), None),
         **_former(store, name, state),
     }
-    asked = rules.question(settings, {key: artifact.part_version(part) for key, (artifact, part) in inputs.items()})
-    # The same question has the same fingerprint; the answer to an older one is not found again, for its history is older.
-    sequence = state.sequence if state.question == asked else state.sequence + 1
-    before = state if sequence > state.sequence else rules.State()
+    # Asked again it is what the current decision answers, and reused. Else it is a new question: the answer to an older one is
+    # not found again, for its history is older.
+    again = Wanted.of(context, {**settings, "sequence": state.sequence}, inputs, LIBRARIES).fingerprint
+    sequence = state.sequence if again == current.fingerprint else state.sequence + 1
     return workshop.materialize(
         context,
         settings={**settings, "sequence": sequence},
@@ -144,12 +147,11 @@ def _release(context: dg.AssetExecutionContext, workshop: Workshop) -> tuple[Art
             "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
             "schema": read_schema(project, project.recipe(name).evaluation),
             "root": str(project.root),
-            "state": vars(before),
+            "state": vars(state),
             "challenger": challenger,
-            "question": asked,
             **_stamp(context),
         },
-        libraries="infer",
+        libraries=LIBRARIES,
     )
 
 
@@ -173,11 +175,18 @@ def _require_made_from(merged: Artifact, report: Artifact, where: str) -> None:
         )
 
 
-def _first(output: Path, merged: Artifact, challenger: rules.Model, context: dg.AssetExecutionContext) -> StepResult:
+def _first(output: Path, merged: Artifact, challenger: rules.Model, context: dg.AssetExecutionContext, metric: str) -> StepResult:
     verify_files(merged)
-    decision = rules.Decision(rules.PROMOTED, ["the first release: there is no champion to compare with, and it beats the base"])
+    gain = _gain(merged)
+    mean, low, high = (gain[f"champion_gain_{key}"] for key in ("mean", "low", "high"))
+    found = f"{metric} {mean:+.3f} against base [{low:+.3f}, {high:+.3f}]"
+    reasons = ["the first release: there is no champion to compare with"]
+    reasons.append(f"{'it beats the base' if gain['champion_beats_base'] else 'it is not proven better than the base'}: {found}")
+    if challenger["override"]:
+        reasons.append(f"released by override of {challenger['verdict']}: {challenger['override']}")
+    decision = rules.Decision(rules.PROMOTED, reasons)
     rules.write_release(output, rules.State(), decision, challenger, challenger, _stamp(context))
-    return StepResult({**_metrics(decision, challenger, 1), **_gain(merged), "measured_today": True}, {"champion": challenger["identity"]})
+    return StepResult({**_metrics(decision, challenger, 1), **gain, "measured_today": True}, {"champion": challenger["identity"]})
 
 
 def _metrics(decision: rules.Decision, champion: rules.Model, sequence: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _strata(strata: dict[str, dict[str, int]]) -> str:
 def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
     """Return the assets and checks, partitioned by base model."""
 
-    @dg.asset(partitions_def=base_models, group_name="model", owners=OWNERS, kinds={"huggingface"}, code_version="5")
+    @dg.asset(partitions_def=base_models, group_name="model", owners=OWNERS, kinds={"huggingface"}, code_version="6")
     def base_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """The resolved base: a bf16 snapshot with tokenizer and chat template, from a hub commit, a folder or a GGUF file."""
         project, name = workshop.project, context.partition_key

@@ -9,6 +9,8 @@ from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, t
 from ft_assets.evaluation.gate import require_pass
 from ft_assets.evaluation.sources import read_schema
 
+OF_THE_FILE = {"min_top1_agreement", "confidence", "min_stop_rate", "metrics"}  # what the gate asks of every merged file
+
 
 def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
     """Return the asset and its checks, partitioned by base model."""
@@ -20,7 +22,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="6",
+        code_version="7",
         pool=GPU_POOL,
     )
     def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -40,13 +42,14 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                     "candidate": verdict["candidate"],
                     "override": verdict.get("override"),
                     "method": method,
-                    "gate": project.gate.model_dump(mode="json", include={"min_top1_agreement", "confidence", "min_stop_rate", "metrics"}),
+                    # After QLoRA one of the two merges is no model that the report judged: the whole gate is asked about it.
+                    "gate": project.gate.model_dump(mode="json", include=None if method == "qlora" else OF_THE_FILE, exclude={"override"}),
                 },
                 inputs={
                     "base_model": (used["base_model"], None),
                     "adapter": (adapter, None),
                     "eval_report": (report, None),
-                    "heldout_split#heldout": (used["heldout_split"], "heldout"),
+                    **{f"heldout_split#{part}": (used["heldout_split"], part) for part in ("heldout", "retention")},
                 },
                 step="merge",
                 step_settings={
@@ -81,6 +84,8 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
             if None not in both.values()
             else ""
         )
+        broken = {name: metrics.get(f"merged_onto_{name}_breaks_the_gate") for name in both}
+        chosen += "".join(f"; {name} breaks the gate: {why}" for name, why in broken.items() if why)
         return dg.AssetCheckResult(
             passed=bool(metrics["top1_agreement"] >= least and whole),
             description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows ({metrics['top1_ties']} of {metrics['compared_tokens']} tokens are ties), greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",

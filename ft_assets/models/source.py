@@ -12,6 +12,7 @@ from typing import Any
 from ft_assets.chat.template import DATE_KEY, bake, broken_markers, end_of_turn, reads
 from ft_assets.config import BaseModelSettings, ChatSettings
 from ft_assets.errors import ConfigError, ModelError, TemplateError
+from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 
 PACKAGE = "package://"
 ALTERNATIVES = "a local folder (folder:) or a GGUF file (gguf:) needs no hub; or set HF_HOME to a filled cache"
@@ -150,15 +151,21 @@ def write_snapshot(
     if not settings.gguf and getattr(model.config, "quantization_config", None):
         _refuse_quantized(f"base_models.{name}", model.config.quantization_config)
     replaced = settle_template(name, tokenizer, template, chat or ChatSettings())
-    _settle_stop_tokens(model, tokenizer)
+    settled = _settle_stop_tokens(model, tokenizer)
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
     model.config._name_or_path = ""  # a path of this machine would be no identity
     model.save_pretrained(output)
+    linears = linear_weights(model)
+    renamed = unstored(linears, output)
+    # All of them: the whole model has two sets of names. Of a part (experts, say) only an adapter can tell whether it matters.
+    refuse_renamed(f"base_models.{name}", model, renamed if len(renamed) == len(linears) else [])
     tokenizer.save_pretrained(output)
     facts = architecture(model, tokenizer)
     # No word of where it came from (that stands in the manifest): the same weights copied elsewhere train nothing again.
     (output / "facts.json").write_text(json.dumps({"replaced_template": replaced, **facts}, indent=1, default=str))
+    (output / "info").mkdir(exist_ok=True)  # no part of the content, which holds the tokens themselves
+    (output / "info" / "settled.json").write_text(json.dumps(settled, indent=1))
     return facts
 
 
@@ -228,19 +235,23 @@ def require_template(name: str, tokenizer: Any) -> None:
         )
 
 
-def _settle_stop_tokens(model: Any, tokenizer: Any) -> None:
-    """Make generation stop at the tokenizer's EOS and at what its template ends an answer with; give it a pad token."""
+def _settle_stop_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Make generation stop at the tokenizer's EOS and at what its template ends an answer with; give it a pad token. Return
+    what the base did not have: {"stops_added": the tokens, "pad_added": the token or None}."""
     stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    given = stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
         stops = [*stops, tokenizer.eos_token_id]
     ending = end_of_turn(tokenizer, stops)
     if ending is not None:
         stops = [*stops, ending]
     model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
-    if tokenizer.pad_token_id is None:
+    padless = tokenizer.pad_token_id is None
+    if padless:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    added = tokenizer.convert_ids_to_tokens([token for token in stops if token not in given])
+    return {"stops_added": added, "pad_added": tokenizer.pad_token if padless else None}
 
 
 def architecture(model: Any, tokenizer: Any) -> dict[str, Any]:

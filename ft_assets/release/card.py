@@ -17,13 +17,14 @@ Table = list[list[str]]
 def model_card(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
     """Return README.md of the merged model.
 
-    facts: what assets/card_facts.py collects. verdict, report: verdict.json and report.json of the evaluation. equivalence:
-    how far the merged file is from base + adapter, as the merge step measured it.
+    facts: what assets/card_facts.py collects. verdict, report: verdict.json and report.json of the evaluation (the report with the
+    file in its adapter's place, where the evaluation judged another model: merged onto what NF4 makes of the base). equivalence:
+    how good the merged file itself is and how far from base + adapter, as the merge step measured it.
     """
     sections = [
-        _opening(facts, verdict, report),
+        _opening(facts, verdict, report, equivalence),
         _use(facts),
-        _results(report),
+        _results(verdict, report, equivalence),
         _general(report),
         _limits(facts, verdict, report),
         _data(facts),
@@ -32,10 +33,10 @@ def model_card(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str
         _again(facts),
     ]
     body = "\n\n".join(section for section in sections if section)
-    return f"---\n{_front_matter(facts, verdict, report)}\n---\n\n{body}\n"
+    return f"---\n{_front_matter(facts, verdict, report, equivalence)}\n---\n\n{body}\n"
 
 
-def _front_matter(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+def _front_matter(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     license_ = facts["license"]
@@ -46,8 +47,9 @@ def _front_matter(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[
         dataset_type="private",
         dataset_name=f"held-out rows {heldout['fingerprint']}",
         metric_type=metric,
-        metric_name=f"{metric} on {report['heldout_rows']} held-out rows (base {report['scores']['base'][metric]:.4f})",
-        metric_value=round(report["scores"][candidate][metric], 4),
+        metric_name=f"{metric} of this file on {report['heldout_rows']} held-out rows (base {report['scores']['base'][metric]:.4f}, "
+        f"adapter before the merge {equivalence[f'adapter_{metric}']:.4f})",
+        metric_value=round(equivalence[f"merged_{metric}"], 4),
     )
     data = ModelCardData(
         base_model=facts["base"]["hub"] or license_["derived_from"],
@@ -65,12 +67,16 @@ def _front_matter(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[
     return data.to_yaml()
 
 
-def _opening(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    base, license_ = facts["base"], facts["license"]
+def _opening(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
+    base, license_, metric = facts["base"], facts["license"], report["metric"]
     lines = [f"# {facts['partition']}, fine-tuned", ""]
     lines += [f"`{base['source']}` with its {LABELS[verdict['candidate']]} merged in: {base['parameters']:,} parameters in bf16.", ""]
-    lines += [f"**Verdict: {verdict['status']}** on {report['heldout_rows']} held-out rows.", ""]
+    lines += [f"**Verdict: {verdict['status']}** on {report['heldout_rows']} held-out rows, about the adapter before the merge.", ""]
     lines += [f"- {reason}" for reason in verdict["reasons"]]
+    low, high = equivalence["merged_gain_low"], equivalence["merged_gain_high"]
+    lines += ["", f"**This file itself**, asked again from disk: {metric} {equivalence[f'merged_{metric}']:.3f}, "]
+    lines[-1] += f"{equivalence['merged_gain']:+.3f} against the base [{low:+.3f}, {high:+.3f}]; "
+    lines[-1] += f"the adapter before the merge: {equivalence[f'adapter_{metric}']:.3f}."
     if "override" in verdict:
         lines += ["", f"> **Released without a PASS.** Reason given in `gate.override`: {verdict['override']}"]
     revision = f"revision `{base['revision']}`" if base["revision"] else f"content `{base['fingerprint']}`"
@@ -103,16 +109,39 @@ messages = [{{"role": "user", "content": "…"}}]
 print(chat(messages, max_new_tokens={facts["max_new_tokens"]}, do_sample=False)[0]["generated_text"][-1]["content"])
 ```
 
-It was trained and judged with the chat template in this folder, with greedy decoding{_system(facts)}. The base's template, its stop tokens
-and its tokenizer are unchanged."""
+It was trained and judged with the chat template in this folder, with greedy decoding{_system(facts)}. {_words(facts["words"])}"""
+
+
+def _words(words: Mapping[str, Any]) -> str:
+    """Return what differs from the base in template, stop tokens and tokenizer."""
+    changed = [f"the chat template is `{words['chat_template']}` of the recipe, not the base's own"] if words["chat_template"] else []
+    changed += [f"of its chat templates only `{words['template_name']}` is kept"] if words["template_name"] else []
+    changed += [f"the template has `{name}` set to `{value}`" for name, value in words["template_kwargs"].items()]
+    changed += ["the template puts the system turn into the first user turn"] if words["system_turn"] == "user" else []
+    settled = words["settled"]
+    changed += [f"generation also stops at `{token}`" for token in settled["stops_added"]] if settled else []
+    changed += [f"`{settled['pad_added']}` is the pad token, where it had none"] if settled and settled["pad_added"] else []
+    unknown = "" if settled else " Whether a stop or pad token was added to the base's was not recorded."
+    if not changed:
+        return f"The base's template, its stop tokens and its tokenizer are unchanged.{unknown}"
+    return f"Unlike in the base, {'; '.join(changed)}. Else its template, stop tokens and tokenizer are unchanged.{unknown}"
 
 
 def _system(facts: CardFacts) -> str:
     return ", and with the system turn that its data has" if facts["has_system_turn"] else ""
 
 
-def _results(report: Mapping[str, Any]) -> str:
-    lines = [f"## Results on {report['heldout_rows']} held-out rows", "", *_table(score_table(report))]
+def _results(verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
+    lines = [f"## Results on {report['heldout_rows']} held-out rows", "", *_table(score_table(report)), ""]
+    label = LABELS[verdict["candidate"]]
+    if equivalence.get("merge_base") == "dequantized":
+        lines.append(f"{label}, here and below, is this file itself: merged onto what NF4 makes of the base it is another model than the")
+        lines.append("one that the evaluation judged, which is the adapter on the 16-bit base.")
+    else:
+        lines.append(
+            f"{label}, here and below, is the adapter on the 16-bit base, as it was judged; what rounding it into this file changed"
+        )
+        lines.append("stands in the last but one section.")
     percent = f"{report['confidence']:.0%}".replace("%", " %")
     lines += ["", f"Intervals are {percent} bootstrap intervals. Paired, row by row:", "", *_table(step_table(report))]
     return "\n".join(lines)

@@ -14,11 +14,12 @@ from typing import Any
 from ft_assets.artifacts import Artifact
 from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ReleaseError
-from ft_assets.evaluation.verdict import beats, goals, said, worse
+from ft_assets.evaluation.verdict import adjusted_p, beats, goals, quality, said, worse
 
 PROMOTED, KEPT, ROLLED_BACK = "PROMOTED", "KEPT", "ROLLED BACK"
 ABOUT = ("README.md", "verdict.json", "info/")  # what is said of a model, not what answers
 Model = dict[str, Any]
+Differences = Mapping[str, Mapping[str, Any]]  # by metric, paired
 
 
 def identity(merged: Artifact) -> str:
@@ -48,7 +49,6 @@ class State:
     champion: Model | None = None
     previous: Model | None = None
     withdrawn: dict[str, str] = field(default_factory=dict)
-    question: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -58,7 +58,7 @@ def state_of(release: Artifact | None) -> State:
         return State()
     said_ = json.loads((release.path / "release.json").read_text())
     history = [json.loads(line) for line in (release.path / "history.jsonl").read_text().splitlines()]
-    return State(said_["sequence"], said_["champion"], said_["previous"], said_["withdrawn"], said_["question"], history)
+    return State(said_["sequence"], said_["champion"], said_["previous"], said_["withdrawn"], history)
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,42 @@ class Decision:
     reasons: list[str]
 
 
-def decide_release(
-    against: Mapping[str, Mapping[str, Any]], champion_today: Mapping[str, Any], metric: str, gate: GateSettings, rule: ReleaseSettings
-) -> Decision:
-    """Return whether a challenger that beats the base replaces the champion.
+def stands(against_base: Differences, metric: str, gate: GateSettings) -> tuple[bool, str]:
+    """Return whether a model is better than its base on these rows by what the gate asks of the metrics, and what was found."""
+    fails, unsure, proven = quality(against_base, metric, gate, adjusted_p({"it": against_base}, metric, gate)["it"])
+    return not fails and not unsure, "; ".join(fails or unsure or proven)
 
-    against: the challenger's paired differences to the champion by metric, on today's rows. champion_today: the champion's
-    own difference to the base in the gate metric. What cannot be told keeps the champion, unless the champion itself no
-    longer beats the base: then a challenger that is not proven worse replaces it.
+
+def decide_release(
+    against: Differences,
+    champion_today: Differences,
+    challenger_today: Differences,
+    metric: str,
+    gate: GateSettings,
+    rule: ReleaseSettings,
+    override: str | None = None,
+) -> Decision:
+    """Return whether a challenger replaces the champion.
+
+    All differences are paired, by metric, on the very same rows. against: the challenger's to the champion. champion_today,
+    challenger_today: each one's to the base. A challenger that does not beat the base on them is promoted by `override`
+    alone. What cannot be told keeps the champion, unless the champion itself no longer beats the base: then a challenger
+    that does, and is not proven worse, replaces it.
     """
+    decision = _against_champion(against, champion_today, metric, gate, rule)
+    holds, found = stands(challenger_today, metric, gate)
+    if decision.status != PROMOTED or holds:
+        return Decision(
+            decision.status, [*decision.reasons, *([f"on these rows the challenger is {found}"] if decision.status == PROMOTED else [])]
+        )
+    if override is None:
+        return Decision(KEPT, [f"the challenger does not beat the base on these rows: {found}"])
+    return Decision(PROMOTED, [*decision.reasons, f"released by override ({override}): on these rows it does not beat the base: {found}"])
+
+
+def _against_champion(
+    against: Differences, champion_today: Differences, metric: str, gate: GateSettings, rule: ReleaseSettings
+) -> Decision:
     entry = against[metric]
     text = said(metric, entry, "the champion")
     if worse(entry, gate.confidence):
@@ -89,8 +116,11 @@ def decide_release(
     ]
     if broken:
         return Decision(KEPT, broken)
-    if not beats(champion_today, gate.confidence):
-        return Decision(PROMOTED, [f"the champion no longer beats the base: {said(metric, champion_today)}; the challenger does: {text}"])
+    holds, found = stands(champion_today, metric, gate)
+    if not holds:
+        return Decision(
+            PROMOTED, [f"the champion no longer beats the base: {found}", f"the challenger is not proven worse than it: {text}"]
+        )
     if beats(entry, gate.confidence):
         return Decision(PROMOTED, [f"the challenger is better than the champion: {text}"])
     if rule.rule == "better":
@@ -99,11 +129,6 @@ def decide_release(
         return Decision(PROMOTED, [f"the challenger is not worse than the champion by {rule.margin}: {text}"])
     needed = f"; about {entry['rows_needed']} held-out rows would decide" if entry["rows_needed"] else ""
     return Decision(KEPT, [f"the challenger may be worse than the champion by more than {rule.margin}: {text}{needed}"])
-
-
-def question(*parts: Any) -> str:
-    """Return the identity of what is asked: the same models on the same rows by the same rule are not asked twice."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def rollback_target(state: State, wanted: str, where: str) -> Model:
@@ -130,7 +155,7 @@ def rollback_target(state: State, wanted: str, where: str) -> Model:
 
 
 def write_release(output: Path, before: State, decision: Decision, champion: Model, challenger: Model, extra: Mapping[str, Any]) -> None:
-    """Write release.json, history.jsonl and release.md. `extra`: question, at, run_id, comparison, …, withdrawn if it changed."""
+    """Write release.json, history.jsonl and release.md. `extra`: at, run_id, comparison, …, withdrawn if it changed."""
     changed = before.champion is not None and before.champion["identity"] != champion["identity"]
     entry = {
         "sequence": before.sequence + 1,
@@ -138,13 +163,12 @@ def write_release(output: Path, before: State, decision: Decision, champion: Mod
         "reasons": decision.reasons,
         "champion": champion,
         "challenger": challenger,
-        **{key: value for key, value in extra.items() if key not in ("withdrawn", "question")},
+        **{key: value for key, value in extra.items() if key != "withdrawn"},
     }
     document = {
         **entry,
         "previous": before.champion if changed else before.previous,
         "withdrawn": extra.get("withdrawn", before.withdrawn),
-        "question": extra.get("question", ""),
     }
     history = [*before.history, entry]
     (output / "release.json").write_text(json.dumps(document, indent=1, ensure_ascii=False))

@@ -12,12 +12,9 @@ def find_model(store: ArtifactStore, partition: str, model: Model) -> Artifact |
 
 
 def by_content(store: ArtifactStore, asset: str, partition: str, data_version: str) -> Artifact | None:
-    """Return a version of an asset with this content, or None."""
-    for folder in sorted((store.root / asset / partition).glob("[!.]*/manifest.json")):
-        artifact = store.find(asset, partition, folder.parent.name)
-        if artifact is not None and artifact.data_version == data_version:
-            return artifact
-    return None
+    """Return a version of an asset with this content, or None; of an object store also one that this machine never read."""
+    found, _ = store.versions(asset, partition)
+    return next((artifact for artifact in found if artifact.data_version == data_version), None)
 
 
 def need_champion(store: ArtifactStore, partition: str, where: str) -> tuple[Artifact, Artifact]:
@@ -44,6 +41,21 @@ def need_model(store: ArtifactStore, partition: str, model: Model, where: str) -
             f"the merged model {model['merged_model']} is not in the store any more",
             "its folder below merged_model/",
             "restore it from a backup, or roll back to another champion",
+        )
+    return found
+
+
+def need_adapter(store: ArtifactStore, partition: str, merged: Artifact, where: str) -> Artifact:
+    """Return the adapter that a champion was made from: it holds the list of the rows that it was trained on. Raises
+    ReleaseError if the store has it no more: a champion that is asked rows it was trained on looks better than it is."""
+    found = adapter_of(store, partition, merged)
+    if found is None:
+        raise ReleaseError(
+            where,
+            f"the adapter that the champion {merged.fingerprint} was made from is not in the store any more, so nobody knows "
+            "which rows it was trained on",
+            "its folder below lora_adapter/ or dpo_adapter/",
+            f"restore it from a backup; or remove release/{partition} from the store: a new history then begins with today's model",
         )
     return found
 

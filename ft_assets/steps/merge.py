@@ -1,25 +1,28 @@
 """Step: merge the proven adapter, prove from disk that the result is base + adapter, and score the file itself.
 
-After QLoRA both merges are made, proven and scored on the held-out rows: onto the original weights and onto what NF4 makes
-of them. The better is kept; of equals the original, which has not the damage of NF4 baked in.
+After QLoRA both merges are made, proven and scored on the held-out rows: onto the original weights, on which the evaluation
+judged the adapter, and onto what NF4 makes of them, which nobody has judged yet: before that one is kept the whole gate is
+asked about it. The better is kept; of equals the original, which has not the damage of NF4 baked in; never one that breaks
+the gate.
 """
 
 import json
 import shutil
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.config.evaluation import LOWER_IS_BETTER
 from ft_assets.data.tables import read_table
 from ft_assets.errors import VerdictError
 from ft_assets.evaluation.candidates import Rows, Task
+from ft_assets.evaluation.file_report import report_of_file, scored_rows
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import compare_columns, score_columns, to_json
-from ft_assets.evaluation.verdict import adjusted_p, quality
+from ft_assets.evaluation.verdict import PASS, adjusted_p, judge, quality
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.release.card import model_card
@@ -31,10 +34,12 @@ from ft_assets.steps._run import main
 def step(job: Job, report: Report) -> StepResult:
     settings, verdict = EvaluationSettings.model_validate(job.settings["evaluation"]), job.settings["verdict"]
     gate = GateSettings.model_validate(job.settings["gate"])
-    snapshot = job.inputs["base_model"]
-    heldout = with_references(load_tokenizer(snapshot), read_table(job.inputs["heldout_split"] / "heldout.parquet"))
-    task = Task(heldout, [], [], [], None, settings, job.settings["schema"], Path(job.settings["root"]))
-    base = _judged(job, "base", heldout)
+    snapshot, evaluated, candidate = job.inputs["base_model"], job.inputs["eval_report"], verdict["candidate"]
+    tokenizer, split = load_tokenizer(snapshot), job.inputs["heldout_split"]
+    heldout = with_references(tokenizer, read_table(split / "heldout.parquet"))
+    general = with_references(tokenizer, read_table(split / "retention.parquet", settings.retention_rows))
+    task = Task(heldout, general, [], [], None, settings, job.settings["schema"], Path(job.settings["root"]))
+    base, judged = (scored_rows(evaluated / "rows.parquet", name, heldout) for name in ("base", candidate))
     bases: list[MergeBase] = ["original", "dequantized"] if job.settings["method"] == "qlora" else ["original"]
     folders: dict[MergeBase, Path] = {name: job.output if name == "original" else job.work / name for name in bases}
     job.work.mkdir(parents=True, exist_ok=True)
@@ -44,41 +49,73 @@ def step(job: Job, report: Report) -> StepResult:
         folder.mkdir(parents=True, exist_ok=True)
         merged[name] = merge(snapshot, job.inputs["adapter"], folder, name)
         report("merged", modules=merged[name]["merged_modules"], **({"base": name} if len(bases) > 1 else {}))
-        proofs[name] = prove(
-            snapshot, job.inputs["adapter"], folder, task, base, _judged(job, verdict["candidate"], heldout), job.work, name
-        )
+        proofs[name] = prove(snapshot, job.inputs["adapter"], folder, task, base, judged, job.work, name)
         require_same(proofs[name], gate, f"merged_model[{job.partition}]")
         report("compared", **{key: value for key, value in proofs[name].numbers.items() if isinstance(value, float)})
     scores: dict[MergeBase, float] = {name: statistics.fmean(row[settings.metric] for row in proof.rows) for name, proof in proofs.items()}
-    chosen = better_base(scores, settings.metric)
+    standing = _standing(job, task, folders, {name: proof.rows for name, proof in proofs.items()}, better_base(scores, settings.metric))
+    if all(standing.broken.values()) and not verdict.get("override"):
+        raise VerdictError(
+            f"merged_model[{job.partition}]",
+            f"the adapter passed, the merged file does not: {_said(standing.broken)}",
+            f"better than the base, stop rate of at least {gate.min_stop_rate}"
+            + (", and all else that the gate asks" if len(bases) > 1 else ""),
+            "nothing was published; rounding to bf16 cost the gain: more held-out rows, or a stronger adapter"
+            + (" (or lora: {method: lora}, which trains on the 16-bit weights)" if len(bases) > 1 else ""),
+        )
+    sound: dict[MergeBase, float] = {name: score for name, score in scores.items() if not standing.broken[name]}
+    chosen = better_base(sound or scores, settings.metric)
     if chosen != "original":
         for path in sorted(folders[chosen].iterdir()):
             (job.output / path.name).unlink(missing_ok=True)
             shutil.move(path, job.output / path.name)
     shutil.rmtree(job.work / "dequantized", ignore_errors=True)
-    same = proofs[chosen].numbers | _gains({name: proof.rows for name, proof in proofs.items()}, base, settings, gate)[chosen]
+    numbers = json.loads((evaluated / "report.json").read_text())
+    same = proofs[chosen].numbers | standing.gains[chosen] | {f"adapter_{settings.metric}": numbers["scores"][candidate][settings.metric]}
     if len(bases) > 1:
         same |= {"merge_base": chosen, **{f"merged_onto_{name}_{settings.metric}": score for name, score in scores.items()}}
-    gain = {"mean": same["merged_gain"], "low": same["merged_gain_low"], "high": same["merged_gain_high"]}
-    if not same["merged_beats_base"] and not verdict.get("override"):
-        raise VerdictError(
-            f"merged_model[{job.partition}]",
-            f"the adapter passed, the merged file does not: {settings.metric} {gain['mean']:+.3f} against base "
-            f"[{gain['low']:+.3f}, {gain['high']:+.3f}], stop rate {same['merged_stop_rate']:.2f}",
-            f"better than the base, stop rate of at least {gate.min_stop_rate}",
-            "nothing was published; rounding to bf16 cost the gain: more held-out rows, or a stronger adapter",
-        )
-    numbers = json.loads((job.inputs["eval_report"] / "report.json").read_text())
+        same |= {f"merged_onto_{name}_breaks_the_gate": "; ".join(reasons) for name, reasons in standing.broken.items() if reasons}
+    if chosen == "dequantized" and standing.own is not None:
+        same, numbers = same | _beyond_heldout(standing.own, candidate), standing.own
+        verdict = {**verdict, "reasons": [*verdict["reasons"], *(f"this file: {reason}" for reason in standing.reasons)]}
     (job.output / "README.md").write_text(model_card(job.settings["card"], verdict, numbers, same), encoding="utf-8")
     (job.output / "verdict.json").write_text(to_json(verdict))
     return StepResult(
         {
             **merged[chosen],
             **{name: round(value, 6) if isinstance(value, float) else value for name, value in same.items()},
-            "candidate": verdict["candidate"],
+            "candidate": candidate,
             "verdict": verdict["status"],
         }
     )
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the merged files are worth by their own answers. gains: the scores; broken: why a file is not published, [] if it
+    may be. own, reasons: the report about the dequantized merge and what the gate says of it, where that had to be asked."""
+
+    gains: dict[MergeBase, dict[str, Any]]
+    broken: dict[MergeBase, list[str]]
+    own: dict[str, Any] | None = None
+    reasons: Sequence[str] = ()
+
+
+def _standing(job: Job, task: Task, folders: dict[MergeBase, Path], rows: dict[MergeBase, Rows], better: MergeBase) -> Standing:
+    """Judge the merged files. The one onto the original weights is what the evaluation judged, rounded: its held-out answers
+    must keep the gain. The other is asked everything, if it is the better one or the first is refused."""
+    gate, settings = GateSettings.model_validate(job.settings["gate"]), task.settings
+    verdict, evaluated = job.settings["verdict"], job.inputs["eval_report"]
+    gains, adjusted = _gains(rows, scored_rows(evaluated / "rows.parquet", "base", task.heldout), settings, gate)
+    broken: dict[MergeBase, list[str]] = {name: _broken(gain, settings.metric, gate) for name, gain in gains.items()}
+    broken["original"] += [] if verdict["status"] == PASS else verdict["reasons"]
+    if "dequantized" not in rows or (better == "original" and not broken["original"]):
+        return Standing(gains, broken)
+    candidate = verdict["candidate"]
+    own = report_of_file(folders["dequantized"], job.inputs["base_model"], task, rows["dequantized"], evaluated, candidate, gate)
+    found = judge(candidate, own, gate, adjusted["dequantized"])
+    broken["dequantized"] = [] if found["status"] == PASS else found["reasons"]
+    return Standing(gains, broken, own, found["reasons"])
 
 
 def better_base(scores: dict[MergeBase, float], metric: str) -> MergeBase:
@@ -101,15 +138,36 @@ def require_same(proof: Proof, gate: GateSettings, where: str) -> None:
         )
 
 
-def _judged(job: Job, candidate: str, heldout: Rows) -> Rows:
-    """Return the evaluation's scored rows of one candidate, in the order of the held-out rows."""
-    table = pq.read_table(job.inputs["eval_report"] / "rows.parquet", filters=[("candidate", "=", candidate)])
-    rows = {row["id"]: row for row in table.to_pylist()}
-    return [rows[row["id"]] for row in heldout]
+def _broken(gain: dict[str, Any], metric: str, gate: GateSettings) -> list[str]:
+    """Return why a merged file is not better than the base by its own held-out answers; [] if it is."""
+    if gain["merged_beats_base"]:
+        return []
+    low, high = gain["merged_gain_low"], gain["merged_gain_high"]
+    return [f"{metric} {gain['merged_gain']:+.3f} against base [{low:+.3f}, {high:+.3f}], stop rate {gain['merged_stop_rate']:.2f}"]
 
 
-def _gains(merged: dict[MergeBase, Rows], base: Rows, settings: EvaluationSettings, gate: GateSettings) -> dict[MergeBase, dict[str, Any]]:
-    """Return the merged files' own scores against the base's, judged as the adapter was; two merges are two chances (Holm)."""
+def _said(broken: dict[MergeBase, list[str]]) -> str:
+    if len(broken) == 1:
+        return "; ".join(broken["original"])
+    onto = {"original": "onto the original weights", "dequantized": "onto what NF4 makes of them"}
+    return "; ".join(f"{onto[name]}: {', '.join(reasons)}" for name, reasons in broken.items())
+
+
+def _beyond_heldout(own: dict[str, Any], candidate: str) -> dict[str, float]:
+    """Return what a file that the evaluation did not judge does besides answering better: habits, forgetting, the prompted base."""
+    said = {f"merged_{name}": own["scores"][candidate][name] for name in ("refused", "repetition")}
+    if own["retention"] is not None:
+        general, task = own["retention"]["comparisons"][candidate]["base"], own["retention"]["metric"]
+        said |= {"merged_retention_loss_rise": -general["loss"]["mean"], f"merged_retention_{task}_change": general[task]["mean"]}
+    if "few_shot" in own["comparisons"][candidate]:
+        said["merged_against_few_shot"] = own["comparisons"][candidate]["few_shot"][own["metric"]]["mean"]
+    return said
+
+
+def _gains(
+    merged: dict[MergeBase, Rows], base: Rows, settings: EvaluationSettings, gate: GateSettings
+) -> tuple[dict[MergeBase, dict[str, Any]], dict[str, dict[str, float]]]:
+    """Return (the merged files' own scores against the base's, judged as the adapter was; the p-values: two merges are two chances, Holm)."""
     judged = {
         name: {metric: values for metric, values in score_columns(rows).items() if metric in settings.metric_names()}
         for name, rows in merged.items()
@@ -128,7 +186,7 @@ def _gains(merged: dict[MergeBase, Rows], base: Rows, settings: EvaluationSettin
             "merged_gain_high": gain["high"],
             "merged_beats_base": not fails and not unsure and stop_rate >= gate.min_stop_rate,
         }
-    return gains
+    return gains, adjusted
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from ft_assets.errors import ReleaseError
 from ft_assets.evaluation.candidates import Rows, Scorer, Task
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import compare_columns, score_columns
-from ft_assets.evaluation.verdict import beats
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
-from ft_assets.release.champion import PROMOTED, State, decide_release, write_release
+from ft_assets.release.champion import PROMOTED, State, decide_release, stands, write_release
 from ft_assets.steps._run import main
 from ft_assets.training.adapter import TRAINED_GROUPS
 
@@ -30,7 +29,7 @@ def step(job: Job, report: Report) -> StepResult:
         manifest = json.loads((job.inputs[name] / "manifest.json").read_text())
         verify_files(Artifact(job.inputs[name], manifest))
     heldout = with_references(load_tokenizer(job.inputs["base_model"]), read_table(job.inputs["heldout_split"] / "heldout.parquet"))
-    rows = unseen(heldout, job.inputs.get("champion_adapter"))
+    rows = unseen(heldout, job.inputs["champion_adapter"], f"release[{job.partition}]")
     if len(rows) < gate.min_heldout_rows:
         raise ReleaseError(
             f"release[{job.partition}]",
@@ -48,20 +47,20 @@ def step(job: Job, report: Report) -> StepResult:
         measured = {name: values for name, values in score_columns(one).items() if name in settings.metric_names()}
         return compare_columns(measured, score_columns(other), gate.confidence, settings.seed)
 
-    against, today = compare(scored["challenger"], scored["champion"]), compare(scored["champion"], base)[metric]
-    decision = decide_release(against, today, metric, gate, rule)
+    against, today = compare(scored["challenger"], scored["champion"]), {name: compare(its, base) for name, its in scored.items()}
     challenger, old = job.settings["challenger"], before.champion
     assert old is not None, "the step compares with a champion"
+    decision = decide_release(against, today["champion"], today["challenger"], metric, gate, rule, challenger["override"])
     champion = challenger if decision.status == PROMOTED else old
-    serving = compare(scored["challenger"], base)[metric] if decision.status == PROMOTED else today
+    serving = today["challenger" if decision.status == PROMOTED else "champion"]
     numbers = {
         "rows": len(rows),
         "rows_the_champion_was_trained_on": len(heldout) - len(rows),
         "scores": {name: statistics.fmean(row[metric] for row in its) for name, its in scored.items()},
         "challenger_against_champion": against[metric],
-        "champion_against_base": today,
+        **{f"{name}_against_base": entries[metric] for name, entries in today.items()},
     }
-    stamp = {key: job.settings[key] for key in ("at", "run_id", "question")}
+    stamp = {key: job.settings[key] for key in ("at", "run_id")}
     write_release(job.output, before, decision, champion, challenger, {**stamp, "comparison": numbers})
     return StepResult(
         {
@@ -72,18 +71,27 @@ def step(job: Job, report: Report) -> StepResult:
             "heldout_rows": len(rows),
             "rows_left_out": len(heldout) - len(rows),
             **{f"{name}_{metric}": round(value, 4) for name, value in numbers["scores"].items()},
-            **{f"champion_gain_{key}": round(serving[key], 4) for key in ("mean", "low", "high")},
-            "champion_beats_base": beats(serving, gate.confidence),
+            **{f"champion_gain_{key}": round(serving[metric][key], 4) for key in ("mean", "low", "high")},
+            "champion_beats_base": stands(serving, metric, gate)[0],
             "measured_today": True,
         },
         {"champion": champion["identity"]},
     )
 
 
-def unseen(rows: Rows, adapter: Path | None) -> Rows:
-    """Return the rows that a former champion's adapter was not trained on: a changed split may have moved them."""
-    listed = adapter / TRAINED_GROUPS if adapter else None
-    seen = set(json.loads(listed.read_text())) if listed and listed.is_file() else set()
+def unseen(rows: Rows, adapter: Path, where: str) -> Rows:
+    """Return the rows that a former champion's adapter was not trained on: a changed split may have moved them. Raises
+    ReleaseError if it does not say which these were."""
+    try:
+        seen = set(json.loads((adapter / TRAINED_GROUPS).read_text()))
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise ReleaseError(
+            where,
+            f"the champion's adapter does not say which rows it was trained on ({adapter / TRAINED_GROUPS})",
+            "the list that its training wrote",
+            f"restore the file from a backup; or remove {where.replace('[', '/').rstrip(']')} from the store: a new history then begins "
+            "with today's model",
+        ) from None
     return [row for row in rows if row["group"] not in seen]
 
 

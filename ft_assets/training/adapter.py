@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError, nearest
 from ft_assets.models.loading import load_base, load_tokenizer, target_modules
+from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 from ft_assets.training.sharding import shard_base
 
 TRAINED_GROUPS = "trained_groups.json"
@@ -25,8 +27,12 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
     many ranks the base is divided (sharding.py).
     """
     if settings.method == "full":
-        return load_base(snapshot, dtype=torch.float32)
+        base = load_base(snapshot, dtype=torch.float32)
+        refuse_renamed("lora.method: full", base, unstored((name for name, _ in base.named_parameters()), snapshot))
+        return base
     base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
+    # What NF4 rounds is read from the files by name too, for the merge onto it.
+    linears = linear_weights(base) if settings.method == "qlora" else []
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
@@ -40,6 +46,8 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
+    targets = [f"{name}.weight" for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+    refuse_renamed("lora.target_modules", model.get_base_model(), unstored([*targets, *linears], snapshot))
     if shards > 1:
         shard_base(model, shards)
     return model
