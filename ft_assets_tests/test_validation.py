@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from ft_assets.errors import TrainingError
 from ft_assets.evaluation.curves import overfitting, up_to_kept
 from ft_assets.training import validation as module
-from ft_assets_tests.training import same, sft
+from ft_assets_tests.training import EOS, same, sft
 
 TURNS = [5.0, 3.0, 2.0, 2.5, 3.0, 3.5, 4.0]  # lowest after the second epoch (step 10)
 
@@ -73,13 +75,32 @@ def test_validation_every_few_steps(tiny_model: Path, tmp_path: Path) -> None:
     assert [entry["step"] for entry in curve] == [0, 4, 8, 10]
 
 
+def test_validation_takes_what_the_plan_has_room_for_and_says_where_memory_ran_out(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def full(model: Any, rows: Any, *room: Any) -> Any:
+        asked.append(room)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(module, "answer_losses", full)
+    said: list[tuple[str, dict[str, Any]]] = []
+    with pytest.raises(TrainingError, match="validation loss") as failed:
+        sft(tiny_model, tmp_path, lambda message, **numbers: said.append((message, numbers)))
+    plan = next(numbers for message, numbers in said if message == "plan")
+    assert plan["micro_batch"] == 2
+    assert asked == [(2, EOS + 1, plan["largest_micro_batch_tokens"])]  # once: a smaller micro-batch of the training is no help
+    assert "micro_batch" not in failed.value.fix
+
+
 @pytest.mark.parametrize(("losses", "patience", "delta", "enough"), [
     ([3, 2, 1], 1, 0.0, False), ([3, 2, 2], 1, 0.0, True), ([3, 2, 2.5], 2, 0.0, False), ([3, 2, 2.5, 2.1], 2, 0.0, True),
     ([3, 2, 1.95], 1, 0.1, True), ([3, 2, 1.8], 1, 0.1, False), ([3], 1, 0.0, False),
 ])  # fmt: skip
 def test_patience_and_min_delta(losses: list[float], patience: int, delta: float, enough: bool) -> None:
     rule = SimpleNamespace(early_stopping=SimpleNamespace(patience=patience, min_delta=delta))
-    watch = module.Validation([], rule, 0, Path(), lambda *_: None, lambda *_, **__: None)  # type: ignore[arg-type]
+    watch = module.Validation([], rule, None, 0, Path(), lambda *_: None, lambda *_, **__: None)  # type: ignore[arg-type]
     watch.losses = [{"step": step, "validation_loss": loss} for step, loss in enumerate(losses)]
     assert watch._enough() is enough
 

@@ -87,8 +87,7 @@ def train_sft(
     progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    few = sft.model_copy(update={"micro_batch": min(8, plan.micro_batch)})  # padded, and with all logits
-    watch = Validation(watched, few, tokenizer.pad_token_id, checkpoints, save_trained, report)
+    watch = Validation(watched, sft, ready.plan, tokenizer.pad_token_id, checkpoints, save_trained, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
     alone_on_cpu = not torch.cuda.is_available() and world_size() == 1  # the loss for a CPU goes round DDP
     kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from ft_assets.config import SftSettings
+from ft_assets.errors import TrainingError
 from ft_assets.evaluation.losses import answer_losses
 from ft_assets.job import Report
 from ft_assets.training.checkpoints import WholeCheckpoints, disk_is_full, full_disk, publish_folder
+from ft_assets.training.plan import Plan
 from ft_assets.training.precision import autocast_if_mixed
 
 Save = Callable[[Any, Path], None]
@@ -34,8 +37,10 @@ class Validation(TrainerCallback):
     weights of the lowest lie in `<folder>/best-<step>` until they are taken.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], sft: SftSettings, pad: int, folder: Path, save: Save, report: Report) -> None:
-        self.rows, self.sft, self.pad, self.folder, self.save, self.report = rows, sft, pad, folder, save, report
+    def __init__(
+        self, rows: list[dict[str, Any]], sft: SftSettings, plan: Plan, pad: int, folder: Path, save: Save, report: Report
+    ) -> None:
+        self.rows, self.sft, self.plan, self.pad, self.folder, self.save, self.report = rows, sft, plan, pad, folder, save, report
         self.losses: list[dict[str, float]] = []
         self.stopped_early = False
 
@@ -111,13 +116,27 @@ class Validation(TrainerCallback):
     def _take(self, model: Any, state: Any) -> None:
         training = model.training
         with autocast_if_mixed(model):
-            losses, _ = answer_losses(model, self.rows, min(8, self.sft.effective_batch), self.pad)
+            losses = self._losses(model)
         model.train(training)
         entry = {"epoch": round(float(state.epoch or 0.0), 3), "step": state.global_step}
         entry["validation_loss"] = round(sum(losses) / len(losses), 4)
         self.losses.append(entry)
         state.log_history.append(entry)
         self.report("validation", **entry)
+
+    def _losses(self, model: Any) -> list[float]:
+        """Return each row's loss. As many rows and tokens at once as the plan has found room for with gradients."""
+        try:
+            return answer_losses(model, self.rows, self.plan.micro_batch, self.pad, self.plan.largest)[0]
+        except torch.OutOfMemoryError as error:  # a smaller micro-batch of the training would not help
+            said = str(error).split("\n")[0].partition(". ")[0]
+            error.__traceback__ = None  # its frames hold the activations
+        raise TrainingError(
+            "sft: validation loss",
+            f"a row of the validation slice does not fit into memory ({said})",
+            "room for it",
+            "lower chat.max_length, or lora.method: qlora, or set data.validation_share: 0",
+        )
 
     def _put_aside(self, model: Any, step: int) -> None:
         staged = self.folder / f".best-{step}"
