@@ -4,6 +4,7 @@ The trainer gets `input_ids` and `labels`, so that it neither renders nor tokeni
 what is trained on. Labels are -100 outside the assistant's answers and their end of turn.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ from ft_assets.training.setup import (
     full_precision_adapter,
     make_ready,
     memory_facts,
+    plan_padded,
     plan_sft,
     save_choice,
     this_machine,
@@ -75,19 +77,22 @@ def train_sft(
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    plan = plan_sft(snapshot, lora, sft, rows, this_machine(memory_limit_gb))
+    asked, machine = sft, this_machine(memory_limit_gb)
+    plan = plan_sft(snapshot, lora, sft, rows, machine)
     lora, sft = lora.model_copy(update={"method": plan.method}), sft.model_copy(update={"micro_batch": plan.micro_batch})
     trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
     model = new_adapter(snapshot, lora, plan.shards)
     share = trainable_share(model)
-    ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report)
+    padded = functools.partial(plan_padded, plan, snapshot, lora, asked, rows, machine)
+    ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report, padded)
+    plan = ready.plan
     idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
     progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    watch = Validation(watched, sft, ready.plan, tokenizer.pad_token_id, checkpoints, save_trained, report)
+    watch = Validation(watched, sft, plan, tokenizer.pad_token_id, checkpoints, save_trained, report)
     report("loaded", rows=len(rows), tokens=tokens, **share)
     alone_on_cpu = not torch.cuda.is_available() and world_size() == 1  # the loss for a CPU goes round DDP
     kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
@@ -103,7 +108,7 @@ def train_sft(
             processing_class=tokenizer,
             callbacks=[progress, watch, *callbacks],
         )
-        trainer.packed = ready.plan.packed
+        trainer.packed = plan.packed
         full_precision_adapter(model)
         return trainer
 
@@ -116,7 +121,7 @@ def train_sft(
     if not is_finite(trainer.model):
         raise TrainingError("sft", "the adapter holds values that are not finite", "finite weights", "lower sft.learning_rate")
     saved = _save(trainer.model, snapshot, progress, watch, checkpoints, output)
-    save_choice(ready.plan, output)
+    save_choice(plan, output)
     return saved | {
         **share,
         "train_rows": len(rows),
@@ -127,7 +132,7 @@ def train_sft(
         "tokens_per_s": progress.curve[-1].get("tokens_per_s", 0.0),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **ready.facts,
-        **memory_facts(ready.plan),
+        **memory_facts(plan),
         **held_weights(trainer.model),
         **_mfu(snapshot, lora, progress),
         **run.facts(),
