@@ -78,7 +78,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         group_name="training",
         owners=OWNERS,
         kinds={"pytorch"},
-        code_version="4",
+        code_version="5",
         pool=GPU_POOL,
     )
     def dpo_adapter(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:

@@ -23,7 +23,7 @@ from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import compute_dtype, load_tokenizer
 from ft_assets.training.adapter import is_finite, save_trained, trained_adapter
-from ft_assets.training.callbacks import Progress, device_memory_gb
+from ft_assets.training.callbacks import Progress, device_memory_gb, gpu_share
 from ft_assets.training.checkpoints import WholeCheckpoints
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.length_order import LengthOrder
@@ -44,6 +44,7 @@ from ft_assets.training.reference import (
 )
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.setup import checkpoint_layers, chosen_method, memory_facts, plan_dpo, save_choice, this_machine
+from ft_assets.training.shape import snapshot_shape
 from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
 
@@ -158,8 +159,10 @@ def train_dpo(
     checkpoint_layers(model.get_base_model() if isinstance(model, PeftModel) else model, plan)
     rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in pairs]
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    progress = Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise)
     proofs: dict[str, Any] = {}
+    shared = sum(row_length(row) for row in rows) / tokens
+    share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full", lambda: shared if proofs["prompts_shared"] else 1.0)
+    progress = Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise, share_of_gpu)
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PairTrainer:
         options = _options(dpo.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
@@ -194,7 +197,7 @@ def train_dpo(
         "train_tokens": tokens,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "tokens_per_s": last.get("tokens_per_s", 0.0),
+        **progress.speed(),
         **proofs,
         "loss_first": first["loss"],
         "loss_last": last["loss"],

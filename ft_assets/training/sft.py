@@ -22,10 +22,9 @@ from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import copy_trained, is_finite, largest_update, new_adapter, save_trained, trainable_share
-from ft_assets.training.callbacks import Progress, device_memory_gb
+from ft_assets.training.callbacks import Progress, device_memory_gb, gpu_share
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
-from ft_assets.training.flops import mfu_percent
 from ft_assets.training.options import trainer_options, trl_config
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.setup import (
@@ -89,7 +88,8 @@ def train_sft(
     idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
-    progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise)
+    share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full")
+    progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise, share_of_gpu)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
     watch = Validation(watched, sft, plan, tokenizer.pad_token_id, checkpoints, save_trained, report)
@@ -129,22 +129,13 @@ def train_sft(
         "supervised_tokens": sum(sum(row["supervised"]) for row in rows),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "tokens_per_s": progress.curve[-1].get("tokens_per_s", 0.0),
+        **progress.speed(),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **ready.facts,
         **memory_facts(plan),
         **held_weights(trainer.model),
-        **_mfu(snapshot, lora, progress),
         **run.facts(),
     }
-
-
-def _mfu(snapshot: Path, lora: LoraSettings, progress: Progress) -> dict[str, float]:
-    if not torch.cuda.is_available():
-        return {}
-    speed, gpu = progress.curve[-1].get("tokens_per_s", 0.0), torch.cuda.get_device_name()
-    share = mfu_percent(speed, snapshot_shape(snapshot), gpu, lora.method == "full")
-    return {"mfu_percent": share} if share is not None else {}
 
 
 def _save(model: Any, snapshot: Path, progress: Progress, watch: Validation, checkpoints: Path, output: Path) -> dict[str, Any]:
