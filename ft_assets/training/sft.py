@@ -5,7 +5,6 @@ what is trained on. Labels are -100 outside the assistant's answers and their en
 """
 
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
-from ft_assets.training.adapter import copy_trained, is_finite, largest_update, new_adapter, save_trained, trainable_share
+from ft_assets.training.adapter import is_finite, largest_update, new_adapter, trainable_share
 from ft_assets.training.callbacks import Progress, device_memory_gb, gpu_share
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
@@ -41,7 +40,7 @@ from ft_assets.training.setup import (
 from ft_assets.training.shape import snapshot_shape
 from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
-from ft_assets.training.validation import LogsValidation, Validation
+from ft_assets.training.validation import LogsValidation, Validation, answer_loss, save_kept
 
 
 class ResumingSFTTrainer(LogsValidation, WholeSteps, SFTTrainer):
@@ -92,7 +91,8 @@ def train_sft(
     progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise, share_of_gpu)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    watch = Validation(watched, sft, plan, tokenizer.pad_token_id, checkpoints, save_trained, report)
+    unwatched = ": bitsandbytes' inference pass on a CPU would spoil the weights for training" if validation and not watched else ""
+    watch = Validation(answer_loss(watched, plan, tokenizer.pad_token_id), sft, "sft", checkpoints, report, unwatched)
     report("loaded", rows=len(rows), tokens=tokens, **share)
     alone_on_cpu = not torch.cuda.is_available() and world_size() == 1  # the loss for a CPU goes round DDP
     kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
@@ -139,19 +139,12 @@ def train_sft(
 
 
 def _save(model: Any, snapshot: Path, progress: Progress, watch: Validation, checkpoints: Path, output: Path) -> dict[str, Any]:
-    best = watch.weights()
-    if best is not None:
-        copy_trained(best, output)
-    else:
-        save_trained(model, output)
+    save_kept(model, watch, progress.curve, output)
     update = largest_update(output, snapshot)
     if update == 0.0:
         raise TrainingError(
             "sft", "every B of the adapter is still zero", "a trained adapter", "raise sft.learning_rate or the number of steps"
         )
-    (output / "info").mkdir(exist_ok=True)
-    (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
-    (output / "info" / "validation.json").write_text(json.dumps(watch.curve()))
     keep_events(checkpoints, output)
     losses = [entry["loss"] for entry in progress.curve]
     window = max(1, len(losses) // 10)
