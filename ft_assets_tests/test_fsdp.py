@@ -57,7 +57,8 @@ SETTINGS: dict[str, Any] = {
 def inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and a split as the graph makes them."""
     split = tmp_path_factory.mktemp("split")
-    for name, rows in (("train", make_rows(40)), ("validation", make_rows(4, seed=9)), ("preferences", make_pairs(16))):
+    sides = {"train": make_rows(40), "validation": make_rows(4, seed=9), "preferences": make_pairs(16)}
+    for name, rows in {**sides, "preferences_validation": make_pairs(8, seed=5)}.items():
         pq.write_table(pa.Table.from_pylist(rows), split / f"{name}.parquet")
     return {"base_model": tiny_model, "heldout_split": split}
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.assets import forecast as forecast_module
@@ -19,7 +20,7 @@ from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.training.adapter import new_adapter, trainable_share
 from ft_assets.training.flops import mfu_percent, peak_flops
 from ft_assets.training.memory import Setup, predict
-from ft_assets.training.plan import Data, Machine, make_plan
+from ft_assets.training.plan import Data, Machine, _setups, make_plan
 from ft_assets.training.shape import shape_of, snapshot_shape
 from ft_assets_tests.conftest import edit
 
@@ -50,6 +51,69 @@ def test_adapter_parameters_are_those_that_peft_trains(tiny_model: Path, targets
     assert (
         snapshot_shape(tiny_model).adapter_parameters(3, targets) == trainable_share(new_adapter(tiny_model, lora))["trainable_parameters"]
     )
+
+
+BESIDE: list[dict[str, Any]] = [
+    {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head", "embed_tokens"]}, {"modules_to_save": ["norm"]},
+    {"trainable_token_indices": ["<|im_start|>", "<|im_end|>"]}, {"use_dora": True},
+    {"use_dora": True, "modules_to_save": ["lm_head"], "trainable_token_indices": ["<|im_end|>"]},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tied_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", BESIDE, ids=lambda lora: " ".join(lora) + " " + " ".join(lora.get("modules_to_save", [])))
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_planned_parameters_are_all_that_are_trained(tiny_model: Path, tied_model: Path, lora: dict[str, Any], tied: bool) -> None:
+    snapshot, settings = tied_model if tied else tiny_model, LoraSettings(method="lora", r=3, target_modules="all-linear", **lora)
+    shape = snapshot_shape(snapshot)
+    assert shape.tied == tied
+    setup = next(_setups(shape, settings, SftSettings(), DATA, Machine(False, 8e9, 4), "lora", 64))
+    assert setup.trained == trainable_share(new_adapter(snapshot, settings))["trainable_parameters"]
+
+
+def test_modules_trained_whole_are_in_the_plan() -> None:
+    both = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    plain, more = (plan(80, "qlora", lora=lora, micro_batch=10, gradient_checkpointing=True) for lora in ({}, both))
+    whole = 2 * 128256 * 4096
+    assert more.predicted - plain.predicted == pytest.approx(1.03 * (18 * whole + 4 * whole / 2))
+    assert plan(48, "qlora", lora=both).kept_layers < plan(48, "qlora").kept_layers
+    with pytest.raises(MemoryPlanError) as refused:
+        plan(24, "qlora", lora=both)
+    assert "lora.modules_to_save: []" in refused.value.fix
+
+
+def test_token_rows_are_in_the_plan() -> None:
+    plain, rows = (
+        plan(80, "qlora", lora=lora, micro_batch=10, gradient_checkpointing=True).predicted
+        for lora in ({}, {"trainable_token_indices": ["a", "b"]})
+    )
+    assert rows - plain == pytest.approx(1.03 * (2 * 128256 * 4096 + 16 * 2 * 4096))
+
+
+@pytest.mark.parametrize("kept", [0, 8, 32])
+def test_dora_is_in_the_plan(kept: int) -> None:
+    parts = [
+        predict(SHAPE, Setup.of(SHAPE, 16, "attention", tokens=1000, kept_layers=kept, fused=False, dropout=True, dora=dora))
+        for dora in (False, True)
+    ]
+    dense = 2 * 2 * 4096 * (4096 + 1024)  # q, k, v, o in bf16: kept by a layer that keeps its activations
+    norm = 4 * 5 * 4096 * 4096  # of q in fp32
+    assert parts[0]["dora_weights"] == 0
+    assert parts[1]["dora_weights"] == min(32, kept + 1) * dense + norm
+    assert parts[1]["adapter"] - parts[0]["adapter"] == 16 * 32 * (4096 + 1024 + 1024 + 4096)
+    two_products = 1000 * kept * 2 * 2 * (4096 + 1024 + 1024 + 4096)
+    assert parts[1]["activations"] - parts[0]["activations"] == two_products
+    with pytest.raises(MemoryPlanError) as refused:
+        plan(24, "lora", lora={"use_dora": True}, micro_batch=20, gradient_checkpointing=False)
+    assert "lora.use_dora: false" in refused.value.fix
 
 
 # bench/gpu_training.py --memory on an H100 80GB: largest micro-batch in tokens, layers that keep their activations, GB reserved.

@@ -1,5 +1,6 @@
 """Packing: the same loss and gradient as one conversation at a time; every row once; a leak is found and refused."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from ft_assets.config import LoraSettings, SftSettings
-from ft_assets.errors import TrainingError
+from ft_assets.errors import MemoryPlanError, TrainingError
+from ft_assets.models.loading import compute_dtype
+from ft_assets.training import isolation
 from ft_assets.training.attention import NAME, register
 from ft_assets.training.batches import StepBatches, largest_micro_batch, steps
 from ft_assets.training.cpu_loss import supervised_loss
 from ft_assets.training.isolation import leak, prove_isolation
 from ft_assets.training.linears import fuse_linears
+from ft_assets.training.plan import Data, Machine, make_plan
 from ft_assets.training.sft import train_sft
+from ft_assets.training.shape import snapshot_shape
 from ft_assets_tests.training import sft
 
 
@@ -147,10 +152,7 @@ def test_the_probe_passes_the_real_attention_and_refuses_a_leaky_one(tiny_model:
 
 
 def test_packing_that_leaks_is_refused_or_left_out(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The kernel of this machine is right: its separation of documents is taken away by hand.
-    monkeypatch.setattr(
-        "ft_assets.training.attention._boundaries", lambda query, kwargs: (torch.tensor([0, query.shape[2]]), query.shape[2])
-    )
+    leaking(monkeypatch)
     said: list[str] = []
 
     def run(packing: Any) -> dict[str, Any]:
@@ -165,6 +167,58 @@ def test_packing_that_leaks_is_refused_or_left_out(tiny_model: Path, tmp_path: P
     metrics = run("auto")
     assert metrics["packed"] is False
     assert any("packing is off" in text for text in said)
+
+
+def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of this machine is right: its separation of documents is taken away by hand."""
+    monkeypatch.setattr(
+        "ft_assets.training.attention._boundaries", lambda query, kwargs: (torch.tensor([0, query.shape[2]]), query.shape[2])
+    )
+
+
+def test_without_packing_the_plan_is_made_anew(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaking(monkeypatch)
+    uneven = [*rows(14, 6), *rows(2, 200, seed=1)]  # 303 tokens packed are 3,168 padded
+    settings, lora, limit = SftSettings(packing="auto", effective_batch=16, max_steps=2), LoraSettings(r=2, lora_dropout=0), 0.006
+    machine, lengths = Machine(False, limit * 1e9, compute_dtype().itemsize), [len(row["input_ids"]) for row in uneven]
+    packed, padded = (make_plan(snapshot_shape(tiny_model), lora, settings, Data(lengths, kind), machine) for kind in (True, False))
+    assert packed.micro_batch > padded.micro_batch
+    plans: list[dict[str, Any]] = []
+    (tmp_path / "out").mkdir()
+    metrics = train_sft(
+        tiny_model, uneven, [], lora, settings, tmp_path / "c", tmp_path / "out",
+        lambda text, **numbers: plans.append(numbers) if text == "plan" else None, limit,
+    )  # fmt: skip
+    assert padded.facts().items() <= metrics.items()
+    assert [padded.facts().items() <= said.items() for said in plans] == [True]
+    assert json.loads((tmp_path / "out/info/plan.json").read_text()) == padded.facts()
+
+
+def test_memory_that_runs_out_in_the_probe_is_no_fault_of_the_attention(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, sizes = isolation._logits, []
+
+    def full(model: Any, documents: list[list[int]], collator: Any) -> torch.Tensor:
+        sizes.append(max(map(len, documents)))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return own(model, documents, collator)
+
+    monkeypatch.setattr(isolation, "_logits", full)
+
+    def run(name: str) -> dict[str, Any]:
+        settings = SftSettings(packing="auto", effective_batch=8, max_steps=2)
+        (tmp_path / name).mkdir()
+        lora = LoraSettings(r=2, lora_dropout=0)
+        return train_sft(tiny_model, rows(16, 200), [], lora, settings, tmp_path / f"c-{name}", tmp_path / name, lambda *_, **__: None)
+
+    most = 64
+    metrics = run("shorter")
+    assert (metrics["packed"], metrics["packing_leak"], sizes[-1]) == (True, 0.0, 64)
+    most = 8
+    with pytest.raises(MemoryPlanError, match="three documents of 16 tokens do not fit"):
+        run("none")
 
 
 def test_the_same_run_packed_and_padded_ends_in_the_same_loss(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,9 @@ from ft_assets.assets import workshop
 from ft_assets.assets.plan import MAYBE, REUSED, RUNS, plan
 from ft_assets.config import load_project
 from ft_assets.definitions import build
+from ft_assets.errors import ArtifactError
+from ft_assets.job import Job
+from ft_assets.steps.dpo import step
 from ft_assets_tests.conftest import CHATML, conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import materialize
 
@@ -144,6 +147,21 @@ def test_only_what_changed_runs_again_and_the_plan_says_so(copy: Path, change: C
     assert len(made(copy)) == 13
     change(copy)
     assert ran(copy) == sorted(expected)
+
+
+def test_split_of_an_older_version_is_made_again(copy: Path) -> None:
+    split = ArtifactStore(copy / ".ft/store").need("heldout_split", "tiny")
+    manifest = json.loads((split.path / "manifest.json").read_text())
+    assert manifest["parts"].pop("preferences_validation")
+    (split.path / "manifest.json").write_text(json.dumps(manifest))
+    (split.path / "preferences_validation.parquet").unlink()
+    assert planned(copy)["dpo_adapter"] == RUNS
+    job = Job(
+        step="dpo", asset="dpo_adapter", partition="tiny", fingerprint="0", output=copy, checkpoints=copy, work=copy,
+        settings={}, inputs={"heldout_split": split.path},
+    )  # fmt: skip
+    with pytest.raises(ArtifactError, match="materialize heldout_split again"):
+        step(job, lambda *_, **__: None)
 
 
 BELOW_TRAINING = ["lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]

@@ -11,7 +11,7 @@ from ft_assets.config import DataSettings
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.ingest import target
 from ft_assets.data.leaks import leaks
-from ft_assets.data.split import make_split
+from ft_assets.data.split import SIDES, make_split
 from ft_assets.data.tables import CONVERSATION, NEAR_DUPLICATE, TOKENIZED, TOKENIZED_PREFERENCE, read_table, write_table
 from ft_assets.errors import DataError
 
@@ -217,6 +217,27 @@ def test_doubles_within_a_side_are_counted_and_shown_and_stay(place: Workplace) 
     assert sum(counts[f"{side}_near_duplicates_within"] for side in ("train", "validation", "heldout")) == 3
     assert counts["train_rows_removed"] == 0
     assert {copy["kind"] for copy in place.copies()} == {"within"}
+
+
+def test_pairs_are_watched_by_the_same_rule_as_conversations(place: Workplace) -> None:
+    prompts = [words(number) for number in range(300)]
+    rows, pairs = [talk(prompt) for prompt in prompts], [pair(prompt) for prompt in prompts]
+    counts = place.split(rows, {"preferences": pairs}, near_duplicate=None, validation_share=0.1)
+    asked = {side: {row["group"] for row in read_table(place.out / f"{side}.parquet")} for side in SIDES}
+    assert asked["preferences_validation"] == asked["validation"]
+    assert asked["preferences"] == asked["train"]  # and none of the held-out prompts
+    assert counts["preference_validation_pairs"] == len(asked["preferences_validation"]) >= 8
+    assert counts["preference_pairs"] + counts["preference_validation_pairs"] + counts["pairs_removed"] == 300
+    assert place.leaks() == []
+    stolen = [*read_table(place.out / "preferences.parquet"), read_table(place.out / "preferences_validation.parquet")[0]]
+    write_table(place.out / "preferences.parquet", stolen, TOKENIZED_PREFERENCE)
+    assert "preferences_validation" in place.leaks()[0]
+
+
+def test_too_few_pairs_to_watch_are_trained_on(place: Workplace) -> None:
+    pairs = [pair(words(number)) for number in range(1000, 1080)]
+    counts = place.split([talk(words(number)) for number in range(50)], {"preferences": pairs}, validation_share=0.05)
+    assert (counts["preference_pairs"], counts["preference_validation_pairs"]) == (80, 0)
 
 
 def test_part_of_a_conversation_is_never_held_out_nor_lost(place: Workplace) -> None:

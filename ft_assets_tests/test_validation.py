@@ -1,16 +1,22 @@
 """The validation loss chooses the weights and ends training; the held-out rows never do."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from ft_assets.errors import TrainingError
 from ft_assets.evaluation.curves import overfitting, up_to_kept
 from ft_assets.training import validation as module
-from ft_assets_tests.training import same, sft
+from ft_assets.training.dpo import PairTrainer
+from ft_assets.training.pair_loss import PairLoss
+from ft_assets.training.reference import batches, scores
+from ft_assets_tests.training import EOS, dpo, same, sft
 
 TURNS = [5.0, 3.0, 2.0, 2.5, 3.0, 3.5, 4.0]  # lowest after the second epoch (step 10)
 
@@ -74,13 +80,136 @@ def test_validation_every_few_steps(tiny_model: Path, tmp_path: Path) -> None:
     assert [entry["step"] for entry in curve] == [0, 4, 8, 10]
 
 
+def test_validation_takes_what_the_plan_has_room_for_and_says_where_memory_ran_out(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def full(model: Any, rows: Any, *room: Any) -> Any:
+        asked.append(room)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(module, "answer_losses", full)
+    said: list[tuple[str, dict[str, Any]]] = []
+    with pytest.raises(TrainingError, match="validation loss") as failed:
+        sft(tiny_model, tmp_path, lambda message, **numbers: said.append((message, numbers)))
+    plan = next(numbers for message, numbers in said if message == "plan")
+    assert plan["micro_batch"] == 2
+    assert asked == [(2, EOS + 1, plan["largest_micro_batch_tokens"])]  # once: a smaller micro-batch of the training is no help
+    assert "micro_batch" not in failed.value.fix
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    sft(tiny_model, folder)
+    return folder / "output"
+
+
+@pytest.fixture
+def turning_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for DPO: three steps an epoch, lowest after the second (step 6)."""
+    monkeypatch.setattr(PairLoss, "__call__", lambda self, model: {"validation_loss": TURNS[self.trainer.state.global_step // 3]})
+
+
+@pytest.mark.usefixtures("turning_pairs")
+def test_dpo_keeps_the_weights_of_the_lowest_validation_loss_also_after_a_resume(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    best = dpo(tiny_model, adapter, tmp_path / "best", watched=8, num_train_epochs=4)
+    assert (best["kept_step"], best["validation_loss"], best["steps"], best["kept_why"]) == (6, 2.0, 12, "the lowest validation loss")
+    last = dpo(tiny_model, adapter, tmp_path / "last", watched=8, num_train_epochs=4, keep="last")
+    assert (last["kept_step"], last["kept_why"]) == (12, "dpo.keep is last")
+    assert not same(tmp_path / "best/output", tmp_path / "last/output")
+    curve = json.loads((tmp_path / "best/output/info/validation.json").read_text())
+    assert [(entry["step"], entry["validation_loss"], entry.get("kept")) for entry in curve] == [
+        (0, 5.0, None), (3, 3.0, None), (6, 2.0, True), (9, 2.5, None), (12, 3.0, None),
+    ]  # fmt: skip
+    shutil.copytree(tmp_path / "best/checkpoints", tmp_path / "two/checkpoints")
+    (tmp_path / "two/checkpoints/checkpoint-12/whole.json").unlink()
+    assert dpo(tiny_model, adapter, tmp_path / "two", watched=8, num_train_epochs=4)["resumed_from_step"] == 10
+    assert same(tmp_path / "best/output", tmp_path / "two/output")
+
+
+@pytest.mark.usefixtures("turning_pairs")
+def test_dpo_stops_early_also_for_a_retry(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    stop = {"watched": 8, "num_train_epochs": 6, "early_stopping": {"patience": 1}}
+    metrics = dpo(tiny_model, adapter, tmp_path / "one", **stop)
+    assert (metrics["steps"], metrics["kept_step"], metrics["stopped_early"]) == (9, 6, True)
+    shutil.copytree(tmp_path / "one/checkpoints", tmp_path / "two/checkpoints")
+    again = dpo(tiny_model, adapter, tmp_path / "two", **stop)
+    assert (again["steps"], again["resumed_from_step"], again["stopped_early"]) == (9, 9, True)
+    assert same(tmp_path / "one/output", tmp_path / "two/output")
+
+
+def test_dpo_measures_its_own_loss_and_disturbs_nothing(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = []
+    watched = dpo(
+        tiny_model, adapter, tmp_path / "watched",
+        lambda message, **numbers: said.append(numbers) if message == "validation" else None, watched=9, eval_steps=2, keep="last",
+    )  # fmt: skip
+    curve = json.loads((tmp_path / "watched/output/info/validation.json").read_text())
+    assert [entry["step"] for entry in curve] == [0, 2, 4, 6] == [entry["step"] for entry in said]
+    assert curve[0]["validation_loss"] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are the same
+    assert curve[0]["validation_margin"] == pytest.approx(0, abs=1e-2)
+    assert {name: watched[name] for name in curve[-1] if name.startswith("validation_")}.items() <= curve[-1].items()
+    assert watched["validation_pairs"] == 9
+    without = dpo(tiny_model, adapter, tmp_path / "without")
+    assert same(tmp_path / "watched/output", tmp_path / "without/output")
+    shown = [json.loads((tmp_path / f"{name}/output/info/curve.json").read_text()) for name in ("watched", "without")]
+    for name in ("loss", "reward_margins", "reward_accuracies"):
+        assert [entry[name] for entry in shown[0]] == [entry[name] for entry in shown[1]]
+    assert without["kept_why"] == "the last step: no validation loss was measured: of the pairs, fewer than 8 would be watched"
+
+
+def test_validation_loss_of_pairs_is_that_of_the_paper_over_all_of_them(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, found = PairLoss.__call__, []
+
+    def both(self: PairLoss, model: Any) -> dict[str, float]:
+        margins = []
+        for rows in batches(self.pairs, self.batch):  # the same batches, so that rounding is the same
+            few = [self.pairs[row] for row in rows]
+            for pair, (chosen, rejected) in zip(few, scores(self.trainer, few), strict=True):
+                margins.append((chosen - pair["ref_chosen_logps"]) - (rejected - pair["ref_rejected_logps"]))
+        found.append((own(self, model), margins))
+        return found[-1][0]
+
+    monkeypatch.setattr(PairLoss, "__call__", both)
+    dpo(tiny_model, adapter, tmp_path, watched=9, learning_rate=2e-2, num_train_epochs=4, beta=1.0)
+    assert len(found) == 5 and abs(found[-1][0]["validation_margin"]) > 0.1
+    for measured, margins in found:  # Rafailov et al. 2023, eq. 7, with a beta of 1
+        assert len(margins) == 9
+        assert measured["validation_margin"] == pytest.approx(sum(margins) / 9, abs=1e-4)
+        assert measured["validation_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 9)
+        assert measured["validation_loss"] == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in margins) / 9, abs=1e-4)
+
+
+def test_pairs_that_do_not_fit_at_once_are_halved(tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, sizes = PairTrainer.compute_loss, list[int]()
+
+    def full(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() and self.state.global_step:
+            sizes.append(len(inputs["input_ids"]) // 2)
+            if sizes[-1] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return own(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(PairTrainer, "compute_loss", full)
+    most = 1
+    metrics = dpo(tiny_model, adapter, tmp_path / "halved", watched=8)
+    assert (metrics["out_of_memory"], sizes[0], set(sizes[1:])) == (0, 2, {1})
+    most = 0
+    with pytest.raises(TrainingError, match="dpo: validation loss"):
+        dpo(tiny_model, adapter, tmp_path / "full", watched=8)
+
+
 @pytest.mark.parametrize(("losses", "patience", "delta", "enough"), [
     ([3, 2, 1], 1, 0.0, False), ([3, 2, 2], 1, 0.0, True), ([3, 2, 2.5], 2, 0.0, False), ([3, 2, 2.5, 2.1], 2, 0.0, True),
     ([3, 2, 1.95], 1, 0.1, True), ([3, 2, 1.8], 1, 0.1, False), ([3], 1, 0.0, False),
 ])  # fmt: skip
 def test_patience_and_min_delta(losses: list[float], patience: int, delta: float, enough: bool) -> None:
     rule = SimpleNamespace(early_stopping=SimpleNamespace(patience=patience, min_delta=delta))
-    watch = module.Validation([], rule, 0, Path(), lambda *_: None, lambda *_, **__: None)  # type: ignore[arg-type]
+    watch = module.Validation(None, rule, "sft", Path(), lambda *_, **__: None)  # type: ignore[arg-type]
     watch.losses = [{"step": step, "validation_loss": loss} for step, loss in enumerate(losses)]
     assert watch._enough() is enough
 

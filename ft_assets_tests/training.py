@@ -66,13 +66,13 @@ def sft_into(told: dict[str, Any], checkpoints: Path, output: Path, report: Any 
 
 
 def dpo_into(told: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent) -> dict[str, Any]:
-    """Train DPO as `told` ({"base", "adapter", "lora", "settings", "rows"}) and return the metrics."""
+    """Train DPO as `told` ({"base", "adapter", "lora", "settings", "rows", "watched"}) and return the metrics."""
     from ft_assets.training.dpo import train_dpo
 
     lora = LoraSettings.model_validate({**LORA, **told.get("lora", {})})
     settings = DpoSettings.model_validate({**DPO, **told.get("settings", {})})
-    pairs = make_pairs(told.get("rows", 10))
-    return train_dpo(Path(told["base"]), Path(told["adapter"]), pairs, lora, settings, checkpoints, output, report)
+    pairs, watched = make_pairs(told.get("rows", 10)), make_pairs(told.get("watched", 0), seed=5)
+    return train_dpo(Path(told["base"]), Path(told["adapter"]), pairs, lora, settings, checkpoints, output, report, None, watched)
 
 
 def sft(base: Path, folder: Path, report: Any = silent, lora: Any = None, rows: int = 18, **settings: Any) -> dict[str, Any]:
@@ -82,10 +82,12 @@ def sft(base: Path, folder: Path, report: Any = silent, lora: Any = None, rows: 
     return sft_into(told, folder / "checkpoints", folder / "output", report)
 
 
-def dpo(base: Path, adapter: Path, folder: Path, report: Any = silent, lora: Any = None, rows: int = 10, **settings: Any) -> dict[str, Any]:
+def dpo(
+    base: Path, adapter: Path, folder: Path, report: Any = silent, lora: Any = None, rows: int = 10, watched: int = 0, **settings: Any
+) -> dict[str, Any]:
     """Train DPO in `folder` and return the metrics."""
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    told = {"base": base, "adapter": adapter, "lora": lora or {}, "settings": settings, "rows": rows}
+    told = {"base": base, "adapter": adapter, "lora": lora or {}, "settings": settings, "rows": rows, "watched": watched}
     return dpo_into(told, folder / "checkpoints", folder / "output", report)
 
 

@@ -54,8 +54,9 @@ class Artifact:
         return self.manifest["metrics"]
 
     def part_version(self, part: str | None = None) -> str:
-        """Return the version of a named part of the content (e.g. `train` of a split), or of the whole."""
-        return self.data_version if part is None else self.manifest["parts"][part]
+        """Return the version of a named part of the content (e.g. `train` of a split), or of the whole; "" of a part that the
+        version of ft_assets which made it did not know."""
+        return self.data_version if part is None else self.manifest["parts"].get(part, "")
 
 
 def fingerprint(asset: str, code_version: str, settings: Any, inputs: Mapping[str, str], environment: Mapping[str, str]) -> str:

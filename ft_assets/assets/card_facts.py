@@ -86,10 +86,11 @@ def _data(raw: Artifact, split: Artifact, preferences: Artifact | None) -> list[
         ("train", "train", "train_rows"),
         ("validation", "validation", "validation_rows"),
         ("preference pairs", "preferences", "preference_pairs"),
+        ("preference pairs, validation", "preferences_validation", "preference_validation_pairs"),
         ("held-out", "heldout", "heldout_rows"),
         ("general prompts", "retention", "retention_rows"),
     )
-    rows = [{"name": name, "rows": split.metrics.get(key), "fingerprint": split.part_version(part)} for name, part, key in sides]
+    rows = [{"name": name, "rows": split.metrics.get(key, 0), "fingerprint": split.part_version(part)} for name, part, key in sides]
     rows.append(
         {"name": "raw conversations", "rows": raw.metrics.get("conversations_rows"), "fingerprint": raw.part_version("conversations")}
     )

@@ -152,7 +152,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         group_name="data",
         owners=OWNERS,
         kinds={"parquet"},
-        code_version="5",
+        code_version="6",
         metadata=schema_metadata(TOKENIZED),
     )
     def heldout_split(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:

@@ -55,7 +55,7 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
         group_name="evaluation",
         owners=OWNERS,
         kinds={"report"},
-        code_version="3",
+        code_version="4",
         pool=GPU_POOL,
     )
     def eval_report(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:

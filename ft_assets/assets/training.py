@@ -19,6 +19,13 @@ def _curve(artifact: Artifact, title: str) -> dict[str, Any]:
     return {"loss_curve": dg.MetadataValue.md(f"![loss]({data_uri(picture)})")}
 
 
+def _overfitting(artifact: Artifact) -> dg.AssetCheckResult:
+    """Return the result of a check: a warning where training loss still falls and validation loss is above its lowest."""
+    rise, text = overfitting(read_curve(artifact.path, "curve"), read_curve(artifact.path, "validation"))
+    kept = f"; kept: step {artifact.metrics['kept_step']}, {artifact.metrics['kept_why']}" if "kept_step" in artifact.metrics else ""
+    return dg.AssetCheckResult(passed=rise is None, severity=WARN, description=text + kept)
+
+
 def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
     """Return the assets and checks, partitioned by base model."""
     base_model, recipe, heldout_split = (dg.AssetKey(name) for name in ("base_model", "recipe", "heldout_split"))
@@ -67,10 +74,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
     )
     def no_overfitting(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn if the curves part: training loss still falling, validation loss above its lowest."""
-        artifact = workshop.store.need("lora_adapter", context.partition_key)
-        rise, text = overfitting(read_curve(artifact.path, "curve"), read_curve(artifact.path, "validation"))
-        kept = f"; kept: step {artifact.metrics['kept_step']}, {artifact.metrics['kept_why']}" if "kept_step" in artifact.metrics else ""
-        return dg.AssetCheckResult(passed=rise is None, severity=WARN, description=text + kept)
+        return _overfitting(workshop.store.need("lora_adapter", context.partition_key))
 
     @dg.asset(
         partitions_def=base_models,
@@ -92,7 +96,10 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                 inputs={
                     "base_model": (store.need("base_model", name), None),
                     "lora_adapter": (store.need("lora_adapter", name), None),
-                    "heldout_split#preferences": (store.need("heldout_split", name), "preferences"),
+                    **{
+                        f"heldout_split#{part}": (store.need("heldout_split", name), part)
+                        for part in ("preferences", "preferences_validation")
+                    },
                 },
                 step="dpo",
                 step_settings={"dpo": chosen.dpo.model_dump(mode="json"), "memory_limit_gb": workshop.project.memory_limit_gb},
@@ -117,4 +124,14 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
             description=f"largest difference before the first step: {metrics['reference_difference']:.2g} nats",
         )
 
-    return [lora_adapter, dpo_adapter], [something_was_learnt, no_overfitting, reference_is_the_sft_policy]
+    @dg.asset_check(
+        asset=dpo_adapter,
+        name="no_overfitting",
+        partitions_def=base_models,
+        description="The validation loss of the pairs fell as long as the training loss did.",
+    )
+    def no_overfitting_of_pairs(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+        """Warn if the curves part: training loss still falling, validation loss above its lowest."""
+        return _overfitting(workshop.store.need("dpo_adapter", context.partition_key))
+
+    return [lora_adapter, dpo_adapter], [something_was_learnt, no_overfitting, reference_is_the_sft_policy, no_overfitting_of_pairs]

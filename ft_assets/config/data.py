@@ -32,7 +32,7 @@ class DataSettings(Section):
         default=0.05,
         ge=0,
         lt=0.9,
-        description="Share of the train rows that is watched each epoch and never trained on: it shows overfitting.",
+        description="Share of the train rows (and of the pairs, where it makes 8 or more) that is watched each epoch and never trained on: it shows overfitting.",
     )
     split_salt: str = Field(default="", description="Changes which rows are held out; change it only deliberately.")
     columns: dict[Literal["train", "rehearsal", "preferences", "heldout", "retention", "few_shot"], dict[str, str]] = Field(

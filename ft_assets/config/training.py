@@ -57,7 +57,7 @@ class LoraSettings(Section):
 
 
 class EarlyStopping(Section):
-    """Stop when the validation loss has not fallen by `min_delta` nats a token in `patience` measurements."""
+    """Stop when the validation loss has not fallen by `min_delta` in `patience` measurements (SFT: nats a token; DPO: its loss)."""
 
     patience: int = Field(default=2, ge=1)
     min_delta: float = Field(default=0.0, ge=0)
@@ -82,6 +82,9 @@ class TrainSettings(Section):
     max_loss_rise: float | None = Field(
         default=3.0, gt=0, description="Stop if the mean of 10 steps is this far above the lowest one before; null: never."
     )
+    eval_steps: int | None = Field(default=None, ge=1, description="Steps between validation losses; None: after each epoch.")
+    keep: Literal["best", "last"] = Field(default="best", description="Which weights: of the lowest validation loss, or of the last step.")
+    early_stopping: EarlyStopping | None = None
     seed: int = 42
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default=[], description="Trackers; they take their keys from the environment."
@@ -97,9 +100,6 @@ class SftSettings(TrainSettings):
     packing: bool | Literal["auto"] = Field(
         default="auto", description="Conversations of a micro-batch in one row without padding, each on its own. auto: where it pays."
     )
-    eval_steps: int | None = Field(default=None, ge=1, description="Steps between validation losses; None: after each epoch.")
-    keep: Literal["best", "last"] = Field(default="best", description="Which weights: of the lowest validation loss, or of the last step.")
-    early_stopping: EarlyStopping | None = None
 
 
 class DpoSettings(TrainSettings):

@@ -14,7 +14,7 @@ from ft_assets.data.grams import GramIndex, grams
 from ft_assets.data.near import NearIndex, boilerplate, in_order, near_within
 from ft_assets.data.tables import Table
 
-TRAINED = ("train", "validation", "preferences")
+TRAINED = ("train", "validation", "preferences", "preferences_validation")
 KEPT_OUT = ("heldout", "retention")
 TEXTS = ["id", "group", "messages"]
 Rows = Sequence[dict[str, Any]] | Any  # or what has a length and is iterated as often as needed
@@ -92,6 +92,7 @@ def leaks(split: Path, targets: Path, few_shot: Path, data: DataSettings) -> tup
     found = [
         *overlaps(trained=trained, heldout=ids["heldout"], retention=ids["retention"]),
         *overlaps(train=ids["train"], validation=ids["validation"]),
+        *overlaps(preferences=ids["preferences"], preferences_validation=ids["preferences_validation"]),
         *overlaps(trained=trained, contamination=Table(targets, ["id", "group"])),
         *overlaps(few_shot=Table(few_shot, ["id", "group"]), heldout=ids["heldout"]),
     ]

@@ -21,7 +21,9 @@ from ft_assets.data.tables import NEAR_DUPLICATE, TOKENIZED, TOKENIZED_PREFERENC
 from ft_assets.errors import DataError
 
 SOURCES = ("conversations", "rehearsal", "heldout", "retention", "preferences")
-SIDES = ("train", "validation", "heldout", "retention", "preferences")
+SIDES = ("train", "validation", "heldout", "retention", "preferences", "preferences_validation")
+PAIRS = ("preferences", "preferences_validation")
+LEAST_WATCHED_PAIRS = 8  # fewer say nothing of a DPO: they are trained on
 MEMBERSHIP = ["id", "group", "stratum", "judged"]
 STRATIFIED = ("train", "validation", "heldout")
 PART = ""  # of a conversation that stands elsewhere whole: on no side, but nothing that is lost
@@ -77,6 +79,12 @@ def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> t
     copies = find_copies(trained, kept_out, data, common)
     left_out = {name: {copy["id"] for copy in copies if copy["side"] == name} for name in trained}
 
+    def watched(row: Row) -> bool:
+        return is_heldout(row["group"], data.validation_share, f"{data.split_salt}:validation")
+
+    pairs = Side(tables["preferences"], lambda row: rest(row) and row["id"] not in left_out["preferences"] and watched(row))
+    pairs_watched = len(pairs) >= LEAST_WATCHED_PAIRS
+
     def side(source: str, row: Row) -> str | None:
         if source in ("heldout", "retention"):
             return source if row["judged"] else PART
@@ -85,9 +93,8 @@ def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> t
         if not rest(row) or row["id"] in left_out[source]:
             return None if row.get("judged", True) else PART
         if source == "preferences":
-            return source
-        watched = source == "conversations" and is_heldout(row["group"], data.validation_share, f"{data.split_salt}:validation")
-        return "validation" if watched else "train"
+            return "preferences_validation" if pairs_watched and watched(row) else source
+        return "validation" if source == "conversations" and watched(row) else "train"
 
     counts, strata, versions = _write(tables, output, side)
     for name in ("train", "heldout"):
@@ -121,7 +128,7 @@ def _write(
     strata: dict[str, dict[str, int]] = {}
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(TableWriter(output / f"{name}.parquet", TOKENIZED_PREFERENCE if name == "preferences" else TOKENIZED))
+            name: stack.enter_context(TableWriter(output / f"{name}.parquet", TOKENIZED_PREFERENCE if name in PAIRS else TOKENIZED))
             for name in SIDES
         }
         for source, path in tables.items():
@@ -142,6 +149,7 @@ def _write(
         "heldout_rows": sources[("conversations", "heldout")] + sources[("heldout", "heldout")],
         "retention_rows": sources[("retention", "retention")],
         "preference_pairs": sources[("preferences", "preferences")],
+        "preference_validation_pairs": sources[("preferences", "preferences_validation")],
         "train_rows_removed": sources[("conversations", None)],
         "rehearsal_rows_removed": sources[("rehearsal", None)],
         "pairs_removed": sources[("preferences", None)],

@@ -15,8 +15,12 @@ from transformers import TrainerCallback
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.steps._run import peak_memory_gb
+from ft_assets.training.distributed import world_size
+from ft_assets.training.flops import mfu_percent
+from ft_assets.training.shape import Shape
 
 WINDOW = 10
+SPEED = ("tokens_per_s", "mfu_percent")  # kept in the checkpoint's log: a retry of a training that was done has measured none
 SHOWN = ("learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies")
 
 
@@ -25,15 +29,31 @@ def device_memory_gb() -> float:
     return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else peak_memory_gb()
 
 
+def gpu_name() -> str | None:
+    """Return the name of this process' GPU, None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def gpu_share(shape: Shape, full: bool, computed: Callable[[], float] = lambda: 1.0) -> Callable[[float], float | None]:
+    """Return what turns the tokens/s of all ranks into the percent of a GPU's peak; None where the peak is not known.
+    `computed`: the share of the counted tokens that pass through the model."""
+    gpu = gpu_name()
+    return lambda speed: mfu_percent(speed * computed() / world_size(), shape, gpu, full) if gpu else None
+
+
 class Progress(TrainerCallback):
     """Reports each step and keeps the curve. Raises TrainingError on a loss or gradient that is not finite, and on a mean
     of ten steps that is more than `max_loss_rise` above the lowest mean of ten before.
 
-    `mfu` turns tokens/s into the share of the machine's peak FLOP/s, where that is known.
+    `mfu` turns tokens/s into percent of the machine's peak FLOP/s, None where that is not known.
     """
 
     def __init__(
-        self, report: Report, tokens_per_step: float, max_loss_rise: float | None = None, mfu: Callable[[float], float] | None = None
+        self,
+        report: Report,
+        tokens_per_step: float,
+        max_loss_rise: float | None = None,
+        mfu: Callable[[float], float | None] = lambda _: None,
     ) -> None:
         self.report, self.tokens_per_step, self.max_loss_rise, self.mfu = report, tokens_per_step, max_loss_rise, mfu
         self.curve: list[dict[str, float]] = []
@@ -44,6 +64,10 @@ class Progress(TrainerCallback):
         """Take over the curve of a run that had reached its last step before."""
         if not self.curve:
             self.curve = [_entry(entry) for entry in state.log_history if "loss" in entry]
+
+    def speed(self) -> dict[str, float]:
+        """Return tokens/s and the share of the GPU's peak, for the metrics: what is known of them."""
+        return {name: self.curve[-1][name] for name in SPEED if name in self.curve[-1]}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun, self._first = time.perf_counter(), state.global_step
@@ -63,8 +87,11 @@ class Progress(TrainerCallback):
             "memory_gb": round(device_memory_gb(), 2),
             "seconds_left": round(elapsed / done * (state.max_steps - state.global_step)),
         }
-        if self.mfu:
-            numbers["mfu"] = round(self.mfu(speed), 4)
+        share = self.mfu(speed)
+        if share is not None:
+            numbers["mfu_percent"] = share
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update({name: numbers[name] for name in SPEED if name in numbers})
         self.curve.append(dict(numbers))
         self._refuse_divergence(state.global_step)
         self.report("train", **numbers)
@@ -99,4 +126,4 @@ def _entry(logs: dict[str, Any]) -> dict[str, float]:
     shown = {key.replace("rewards/", "reward_"): round(float(logs[key]), 4) for key in SHOWN if key in logs}
     if "learning_rate" in shown:
         shown["learning_rate"] = float(logs["learning_rate"])
-    return {"step": logs["step"], "loss": round(float(logs["loss"]), 4), **shown}
+    return {"step": logs["step"], "loss": round(float(logs["loss"]), 4), **shown, **{name: logs[name] for name in SPEED if name in logs}}

@@ -5,7 +5,6 @@ costs no second copy of the weights. That it is right is proven before the first
 """
 
 import importlib.metadata
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ft_assets.config import DpoSettings, LoraSettings
+from ft_assets.data.split import LEAST_WATCHED_PAIRS
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import compute_dtype, load_tokenizer
-from ft_assets.training.adapter import is_finite, save_trained, trained_adapter
-from ft_assets.training.callbacks import Progress, device_memory_gb
-from ft_assets.training.checkpoints import WholeCheckpoints
+from ft_assets.training.adapter import is_finite, trained_adapter
+from ft_assets.training.callbacks import Progress, device_memory_gb, gpu_share
 from ft_assets.training.choice import chosen_method, save_choice
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.length_order import LengthOrder
 from ft_assets.training.options import ToldOptions, told, trainer_options, trl_config
+from ft_assets.training.pair_loss import PairLoss
 from ft_assets.training.pairs import PairCollator, SharedPrompts, row_length
 from ft_assets.training.reference import (
     EXACT_A_TOKEN,
@@ -44,18 +44,16 @@ from ft_assets.training.reference import (
     write_reference,
 )
 from ft_assets.training.run import train_to_the_end
-from ft_assets.training.setup import (
-    checkpoint_layers,
-    full_precision_adapter,
-    memory_facts,
-    plan_dpo,
-    this_machine,
-)
+from ft_assets.training.setup import checkpoint_layers, full_precision_adapter, memory_facts, plan_dpo, this_machine
+from ft_assets.training.shape import snapshot_shape
 from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
+from ft_assets.training.validation import LogsValidation, Validation, save_kept
+
+ANSWERS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-class PairTrainer(WholeCheckpoints, ToldOptions, DPOTrainer):
+class PairTrainer(LogsValidation, ToldOptions, DPOTrainer):
     """DPOTrainer for rows that have prompt_ids, chosen_ids and rejected_ids, and the reference's log-probabilities.
 
     `shares`: whether a pair's prompt is computed once; found false if the model cannot be asked so (see `settle`), or if the
@@ -157,9 +155,11 @@ def train_dpo(
     output: Path,
     report: Report,
     memory_limit_gb: float | None = None,
+    validation: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train from the SFT policy and save one adapter (SFT + DPO), or all weights, to `output`. Returns metrics; raises
-    TrainingError. The reference's log-probabilities are kept beside `checkpoints`, by what they depend on."""
+    """Train from the SFT policy and save one adapter (SFT + DPO), or all weights, to `output`. `validation`: pairs that are
+    watched and not trained on. Returns metrics; raises TrainingError. The reference's log-probabilities are kept beside
+    `checkpoints`, by what they depend on."""
     set_seed(dpo.seed)
     tokenizer = load_tokenizer(snapshot)
     lora = chosen_method(sft_adapter, lora)
@@ -169,10 +169,15 @@ def train_dpo(
     trl_config(DPOConfig, _options(dpo, checkpoints, lora), "dpo")  # before weights load
     model = trained_adapter(snapshot, lora, sft_adapter, plan.shards)
     checkpoint_layers(model.get_base_model() if isinstance(model, PeftModel) else model, plan)
-    rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in pairs]
+    rows, watched = ([{name: row[name] for name in ANSWERS} for row in part] for part in (pairs, validation or []))
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    progress = Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise)
+    loss = PairLoss(watched, plan.micro_batch)
+    unwatched = f": of the pairs, fewer than {LEAST_WATCHED_PAIRS} would be watched"
+    watch = Validation(loss if watched else None, dpo, "dpo", checkpoints, report, unwatched)
     proofs: dict[str, Any] = {}
+    shared = sum(row_length(row) for row in rows) / tokens
+    share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full", lambda: shared if proofs["prompts_shared"] else 1.0)
+    progress = Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise, share_of_gpu)
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PairTrainer:
         options = _options(dpo.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
@@ -183,11 +188,12 @@ def train_dpo(
                 pairs=rows,
                 tokenizer=tokenizer,
                 shares=proofs.get("prompts_shared", dpo.share_prompts),
-                callbacks=[progress, *callbacks],
+                callbacks=[progress, watch, *callbacks],
             )
         if not proofs:
-            proofs.update(_prepare(trainer, snapshot, sft_adapter, rows, lora, dpo, checkpoints, report))
+            proofs.update(_prepare(trainer, snapshot, sft_adapter, rows, watched, lora, dpo, checkpoints, report))
         trainer.train_dataset = Dataset.from_list(rows)
+        loss.trainer = trainer
         return trainer
 
     begun = time.perf_counter()
@@ -195,25 +201,26 @@ def train_dpo(
     seconds = time.perf_counter() - begun
     trainer = run.trainer
     progress.restore(trainer.state)
+    watch.restore(trainer.state)
     if not is_finite(trainer.model):
         raise TrainingError("dpo", "the adapter holds values that are not finite", "finite weights", "lower dpo.learning_rate")
-    save_trained(trainer.model, output)
-    (output / "info").mkdir(exist_ok=True)
-    (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
+    save_kept(trainer.model, watch, progress.curve, output)
     keep_events(checkpoints, output)
     save_choice(plan, output)
     first, last = progress.curve[0], progress.curve[-1]
     return {
         "pairs": len(pairs),
+        "validation_pairs": len(watched),
         "train_tokens": tokens,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "tokens_per_s": last.get("tokens_per_s", 0.0),
+        **progress.speed(),
         **proofs,
         "loss_first": first["loss"],
         "loss_last": last["loss"],
         "reward_accuracy": last.get("reward_accuracies", 0.0),
         "reward_margin": last.get("reward_margins", 0.0),
+        **watch.facts(),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **plan.facts(),
         **memory_facts(plan),
@@ -239,12 +246,14 @@ def _prepare(
     snapshot: Path,
     sft_adapter: Path,
     rows: list[dict[str, Any]],
+    watched: list[dict[str, Any]],
     lora: LoraSettings,
     dpo: DpoSettings,
     checkpoints: Path,
     report: Report,
 ) -> dict[str, Any]:
-    """Add the reference's log-probabilities to `rows` and prove them. Returns what is said of it in the metrics."""
+    """Add the reference's log-probabilities to `rows` and `watched`, and prove the former. Returns what is said of it in the
+    metrics."""
     shares = trainer.settle()
     how = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -254,22 +263,30 @@ def _prepare(
         "ld_alpha": trainer.ld_alpha,
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
-    key = reference_key(data_version(snapshot), data_version(sft_adapter), lora, rows, how)
-    file = checkpoints.parent / f"reference-{key}" / "log_probabilities.json"
-    kept = read_reference(file, len(rows))
-    trainer.accelerator.wait_for_everyone()  # before one writes it: ranks that divide the base must all score, or none
     assert dpo.micro_batch is not None, "the plan has set it"
-    reference: Reference = kept or score_reference(trainer, rows, dpo.micro_batch)
-    if kept is None:
-        write_reference(file, reference)
-    for row, (chosen, rejected) in zip(rows, reference.values, strict=True):
-        row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen, rejected
+    versions = data_version(snapshot), data_version(sft_adapter)
+
+    def referred(pairs: list[dict[str, Any]], batch: int = dpo.micro_batch) -> tuple[Reference, bool]:
+        """Add the reference to pairs. Returns it, and whether it was kept from before."""
+        file = checkpoints.parent / f"reference-{reference_key(*versions, lora, pairs, how)}" / "log_probabilities.json"
+        kept = read_reference(file, len(pairs))
+        trainer.accelerator.wait_for_everyone()  # before one writes it: ranks that divide the base must all score, or none
+        reference = kept or score_reference(trainer, pairs, batch)
+        if kept is None:
+            write_reference(file, reference)
+        for row, (chosen, rejected) in zip(pairs, reference.values, strict=True):
+            row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen, rejected
+        return reference, kept is not None
+
+    reference, reused = referred(rows)
+    if watched:
+        referred(watched)
     trainer.train_dataset = Dataset.from_list(rows)
     difference, loss = prove_reference(trainer, rows, reference)
     facts = {
         "reference_difference": difference,
         "reference_loss": round(loss, 5),
-        "reference_reused": kept is not None,
+        "reference_reused": reused,
         "prompts_shared": shares,
         **trainer.sharing,
     }

@@ -5,24 +5,26 @@ from typing import Any
 
 import torch
 
-from ft_assets.errors import TrainingError
+from ft_assets.errors import MemoryPlanError, TrainingError
 from ft_assets.models.loading import compute_dtype
 from ft_assets.training.dropout import without_dropout
+from ft_assets.training.sharding import is_sharded
 
 MOST_LEAK = 1e-3  # of the movement of the changed document itself; a document that is seen moves its neighbour by 0.1 and more
 MOST_TOKENS = 512  # of one document of the probe
+LEAST_TOKENS = 16  # where memory runs out
 
 
-def leak(model: Any, rows: Sequence[dict[str, Any]], collator: Any) -> float:
+def leak(model: Any, rows: Sequence[dict[str, Any]], collator: Any, most_tokens: int = MOST_TOKENS) -> float:
     """Return how far the neighbours' logits move when every token of the middle one of three packed documents is changed,
     as a share of how far the changed document's own logits move.
 
     In training mode without dropout: an evaluating pass would repack a CPU's NF4 weights for good. `rows` need `input_ids`;
-    three of them are taken.
+    three of them are taken, `most_tokens` of each.
     """
     if len(rows) < 2:
         return 0.0  # nothing to be packed with
-    chosen = [list(rows[index % len(rows)]["input_ids"])[:MOST_TOKENS] for index in range(3)]
+    chosen = [list(rows[index % len(rows)]["input_ids"])[:most_tokens] for index in range(3)]
     vocabulary = model.config.get_text_config().vocab_size
     changed = [chosen[0], [(token + 1 + place) % vocabulary for place, token in enumerate(chosen[1])], chosen[2]]
     with without_dropout(model):
@@ -44,11 +46,30 @@ def _logits(model: Any, documents: list[list[int]], collator: Any) -> torch.Tens
 
 
 def prove_isolation(model: Any, rows: Sequence[dict[str, Any]], collator: Any) -> float:
-    """Return `leak`. Raises TrainingError if a document moves its neighbours, or the attention cannot run at all."""
-    try:
-        found = leak(model, rows, collator)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise TrainingError("sft.packing", f"packed attention cannot run: {error}", "documents that do not see each other", FIX) from error
+    """Return `leak`, of shorter documents where memory runs out. Raises TrainingError if a document moves its neighbours, or
+    the attention cannot run at all, MemoryPlanError if not even short documents fit."""
+    tokens = MOST_TOKENS
+    while True:
+        try:
+            found = leak(model, rows, collator, tokens)
+            break
+        except torch.OutOfMemoryError as error:  # a RuntimeError too, but it says nothing of the attention
+            said = str(error).split("\n")[0].partition(". ")[0]
+            error.__traceback__ = None  # its frames hold the logits
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise TrainingError(
+                "sft.packing", f"packed attention cannot run: {error}", "documents that do not see each other", FIX
+            ) from error
+        if tokens <= LEAST_TOKENS or is_sharded(model):  # other ranks wait in the middle of this pass
+            raise MemoryPlanError(
+                "sft: the proof that packed documents are apart",
+                f"three documents of {tokens} tokens do not fit into memory beside the weights ({said})",
+                "room for them",
+                "end what else is on this GPU, raise memory_limit_gb, or set lora.method: qlora",
+            )
+        tokens //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if not found <= MOST_LEAK:
         raise TrainingError(
             "sft.packing",

@@ -163,6 +163,7 @@ def _setups(
     base = Setup.of(
         shape, lora.r, lora.target_modules, tokens=tokens, kept_layers=shape.layers, quantized=method == "qlora", bytes=machine.bytes,
         dropout=lora.lora_dropout > 0, fused=not (lora.use_dora or data.plain), liger=machine.liger and not data.plain, reference=data.reference, full=method == "full", shards=shards,
+        dora=lora.use_dora, modules=lora.modules_to_save, tokens_alone=len(set(lora.trainable_token_indices)),
     )  # fmt: skip
     if method == "full":
         base = dataclasses.replace(base, trained=0)
@@ -195,11 +196,9 @@ def _refusal(
     """Return the error: what the least would take, and what would fit."""
     least, most_shards = min(largest for _, largest in sizes), _shards(lora, machine)[-1]
 
-    def needs(
-        method: str, tokens: int, targets: str | list[str] = lora.target_modules, checkpointing: bool = True, shards: int | None = None
-    ) -> float:
+    def needs(method: str, tokens: int, checkpointing: bool = True, shards: int | None = None, **adapter: Any) -> float:
         changed = settings.model_copy(update={"gradient_checkpointing": checkpointing})
-        narrow = lora.model_copy(update={"target_modules": targets})
+        narrow = lora.model_copy(update=adapter)
         shards = shards or (most_shards if method == DIVISIBLE else 1)
         setup = next(_setups(shape, narrow, changed, data, machine, method, tokens, shards))
         return (predict(shape, setup)["total"] + _outside(machine)) / MARGIN
@@ -217,7 +216,9 @@ def _refusal(
         if machine.gpu and machine.ranks > 1 and most_shards == 1
         else None,
         "chat.max_length: 512": needs(method, 512 * data.answers) if max(data.lengths) > 512 else None,
-        "lora.target_modules: attention-qv": needs(method, least, "attention-qv"),
+        "lora.target_modules: attention-qv": needs(method, least, target_modules="attention-qv"),
+        "lora.modules_to_save: []": needs(method, least, modules_to_save=[]) if lora.modules_to_save else None,
+        "lora.use_dora: false": needs(method, least, use_dora=False) if lora.use_dora else None,
     }
     fits = [f"{way} ({need / 1e9:.1f} GB)" for way, need in ways.items() if need is not None and need <= machine.memory]
     fix = "any of: " + "; ".join(fits) if fits else "a smaller base model, or a GPU with more memory"

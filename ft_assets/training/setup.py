@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,14 @@ def plan_sft(snapshot: Path, lora: LoraSettings, sft: SftSettings, rows: Sequenc
     return plan_rows(snapshot_shape(snapshot), lora, sft, [len(row["input_ids"]) for row in rows], machine)
 
 
+def plan_padded(plan: Plan, snapshot: Path, lora: LoraSettings, sft: SftSettings, rows: Sequence[dict[str, Any]], machine: Machine) -> Plan:
+    """Return the plan made anew without packing, for weights that are loaded as `plan` said: their method and their division
+    among ranks stay. Raises MemoryPlanError if it cannot fit."""
+    loaded = lora.model_copy(update={"method": plan.method})
+    same = dataclasses.replace(machine, sharding="fsdp" if plan.shards > 1 else "ddp")
+    return plan_sft(snapshot, loaded, sft.model_copy(update={"packing": False}), rows, same)
+
+
 def plan_dpo(snapshot: Path, lora: LoraSettings, dpo: DpoSettings, pairs: Sequence[dict[str, Any]], machine: Machine) -> Plan:
     """Return the plan of a DPO: padded pairs, and a frozen copy of the adapter as reference."""
     lengths = [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
@@ -86,11 +94,13 @@ class Ready:
     facts: dict[str, Any]
 
 
-def make_ready(model: Any, plan: Plan, sft: SftSettings, rows: Sequence[dict[str, Any]], pad: int, report: Report) -> Ready:
+def make_ready(
+    model: Any, plan: Plan, sft: SftSettings, rows: Sequence[dict[str, Any]], pad: int, report: Report, padded: Callable[[], Plan]
+) -> Ready:
     """Give the model its attention, fused linears, kernels and checkpointing; prove that packed documents are apart.
 
     `rows`: input_ids and labels. Raises TrainingError if sft.packing is true and the proof fails; with auto it is said,
-    and the same micro-batches are padded.
+    and the plan that `padded` returns is taken.
     """
     facts: dict[str, Any] = {}
     if hasattr(model, "get_base_model"):
@@ -107,7 +117,7 @@ def make_ready(model: Any, plan: Plan, sft: SftSettings, rows: Sequence[dict[str
                 raise
             report(f"packing is off: {error.found}")
             base.set_attn_implementation("sdpa")
-            plan = dataclasses.replace(plan, packed=False)
+            plan = padded()
             collator = DataCollatorForLanguageModeling(pad_token_id=pad)
     checkpoint_layers(base, plan)
     report("plan", **plan.facts(), **facts)

@@ -4,7 +4,7 @@ The trainer gets `input_ids` and `labels`, so that it neither renders nor tokeni
 what is trained on. Labels are -100 outside the assistant's answers and their end of turn.
 """
 
-import json
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
-from ft_assets.training.adapter import copy_trained, is_finite, largest_update, new_adapter, save_trained, trainable_share
-from ft_assets.training.callbacks import Progress, device_memory_gb
+from ft_assets.training.adapter import is_finite, largest_update, new_adapter, trainable_share
+from ft_assets.training.callbacks import Progress, device_memory_gb, gpu_share
 from ft_assets.training.choice import plan_once, save_choice
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
-from ft_assets.training.flops import mfu_percent
 from ft_assets.training.options import ToldOptions, told, trainer_options, trl_config
 from ft_assets.training.run import train_to_the_end
 from ft_assets.training.setup import (
@@ -34,13 +33,14 @@ from ft_assets.training.setup import (
     full_precision_adapter,
     make_ready,
     memory_facts,
+    plan_padded,
     plan_sft,
     this_machine,
 )
 from ft_assets.training.shape import snapshot_shape
 from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
-from ft_assets.training.validation import LogsValidation, Validation
+from ft_assets.training.validation import LogsValidation, Validation, answer_loss, save_kept
 
 
 class ResumingSFTTrainer(LogsValidation, ToldOptions, WholeSteps, SFTTrainer):
@@ -79,21 +79,24 @@ def train_sft(
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    machine = this_machine(memory_limit_gb)
-    plan = plan_once(lora, checkpoints, lambda lora: plan_sft(snapshot, lora, sft, rows, machine), report)
+    asked, machine = sft, this_machine(memory_limit_gb)
+    plan = plan_once(lora, checkpoints, lambda lora: plan_sft(snapshot, lora, asked, rows, machine), report)
     lora, sft = lora.model_copy(update={"method": plan.method}), sft.model_copy(update={"micro_batch": plan.micro_batch})
     trl_config(SFTConfig, {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}, "sft")  # before weights load
     model = new_adapter(snapshot, lora, plan.shards)
     share = trainable_share(model)
-    ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report)
+    padded = functools.partial(plan_padded, plan, snapshot, lora, asked, rows, machine)
+    ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report, padded)
+    plan = ready.plan
     idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows])
     tokens = sum(len(row["input_ids"]) for row in rows)
-    progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise)
+    share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full")
+    progress = Progress(report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise, share_of_gpu)
     # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
     watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    few = sft.model_copy(update={"micro_batch": min(8, plan.micro_batch)})  # padded, and with all logits
-    watch = Validation(watched, few, tokenizer.pad_token_id, checkpoints, save_trained, report)
+    unwatched = ": bitsandbytes' inference pass on a CPU would spoil the weights for training" if validation and not watched else ""
+    watch = Validation(answer_loss(watched, plan, tokenizer.pad_token_id), sft, "sft", checkpoints, report, unwatched)
     report("loaded", rows=len(rows), tokens=tokens, **share)
     alone_on_cpu = not torch.cuda.is_available() and world_size() == 1  # the loss for a CPU goes round DDP
     kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
@@ -110,7 +113,7 @@ def train_sft(
                 processing_class=tokenizer,
                 callbacks=[progress, watch, *callbacks],
             )
-        trainer.packed = ready.plan.packed
+        trainer.packed = plan.packed
         full_precision_adapter(model)
         return trainer
 
@@ -123,7 +126,7 @@ def train_sft(
     if not is_finite(trainer.model):
         raise TrainingError("sft", "the adapter holds values that are not finite", "finite weights", "lower sft.learning_rate")
     saved = _save(trainer.model, snapshot, progress, watch, checkpoints, output)
-    save_choice(ready.plan, output)
+    save_choice(plan, output)
     return saved | {
         **share,
         "train_rows": len(rows),
@@ -131,38 +134,22 @@ def train_sft(
         "supervised_tokens": sum(sum(row["supervised"]) for row in rows),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "tokens_per_s": progress.curve[-1].get("tokens_per_s", 0.0),
+        **progress.speed(),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **ready.facts,
-        **memory_facts(ready.plan),
+        **memory_facts(plan),
         **held_weights(trainer.model),
-        **_mfu(snapshot, lora, progress),
         **run.facts(),
     }
 
 
-def _mfu(snapshot: Path, lora: LoraSettings, progress: Progress) -> dict[str, float]:
-    if not torch.cuda.is_available():
-        return {}
-    speed, gpu = progress.curve[-1].get("tokens_per_s", 0.0), torch.cuda.get_device_name()
-    share = mfu_percent(speed, snapshot_shape(snapshot), gpu, lora.method == "full")
-    return {"mfu_percent": share} if share is not None else {}
-
-
 def _save(model: Any, snapshot: Path, progress: Progress, watch: Validation, checkpoints: Path, output: Path) -> dict[str, Any]:
-    best = watch.weights()
-    if best is not None:
-        copy_trained(best, output)
-    else:
-        save_trained(model, output)
+    save_kept(model, watch, progress.curve, output)
     update = largest_update(output, snapshot)
     if update == 0.0:
         raise TrainingError(
             "sft", "every B of the adapter is still zero", "a trained adapter", "raise sft.learning_rate or the number of steps"
         )
-    (output / "info").mkdir(exist_ok=True)
-    (output / "info" / "curve.json").write_text(json.dumps(progress.curve))
-    (output / "info" / "validation.json").write_text(json.dumps(watch.curve()))
     keep_events(checkpoints, output)
     losses = [entry["loss"] for entry in progress.curve]
     window = max(1, len(losses) // 10)

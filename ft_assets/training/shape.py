@@ -1,9 +1,10 @@
 """A model's shape from its config.json and the headers of its weights: what memory and arithmetic are computed from. No torch."""
 
 import json
+import math
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder. `linear_parameters`: of the layers' matrices (NF4 holds them); `other_parameters`: the rest."""
+    """Sizes of a decoder. `linear_parameters`: of the layers' matrices (NF4 holds them); `other_parameters`: the rest.
+    `tensors`: numbers of each tensor by its name, where the weights are there."""
 
     layers: int
     hidden: int
@@ -28,6 +30,7 @@ class Shape:
     tied: bool
     linear_parameters: int
     other_parameters: int
+    tensors: tuple[tuple[str, int], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def query(self) -> int:
@@ -58,11 +61,28 @@ class Shape:
             "down_proj": (self.intermediate, self.hidden),
         }
 
-    def adapter_parameters(self, r: int, targets: str | Sequence[str]) -> int:
-        """Return r (in + out) summed over all targets. A target of another name counts as a square one."""
+    def targets(self, targets: str | Sequence[str]) -> list[tuple[int, int]]:
+        """Return (in, out) of a layer's targets. One of another name counts as a square one."""
         sizes = self.linears()
-        names = PRESETS[targets] if isinstance(targets, str) else targets
-        return self.layers * r * sum(sum(sizes.get(name, (self.hidden, self.hidden))) for name in names)
+        return [sizes.get(name, (self.hidden, self.hidden)) for name in (PRESETS[targets] if isinstance(targets, str) else targets)]
+
+    def adapter_parameters(self, r: int, targets: str | Sequence[str], dora: bool = False) -> int:
+        """Return r (in + out) summed over all targets, and with DoRA a magnitude for each output."""
+        return self.layers * sum(r * (read + made) + dora * made for read, made in self.targets(targets))
+
+    def module_parameters(self, names: Sequence[str]) -> dict[str, int]:
+        """Return how many numbers PEFT copies for each of lora.modules_to_save, over all modules whose path ends so.
+
+        Tied or not, PEFT copies the embeddings and the head each for itself; a tied head is not among the tensors.
+        """
+        ends = {"embed_tokens": self.vocabulary * self.hidden, "lm_head": self.vocabulary * self.hidden}
+        known = self.tensors or tuple(
+            (f"layers.{layer}.{name}.weight", read * made) for layer in range(self.layers) for name, (read, made) in self.linears().items()
+        )
+        return {
+            name: sum(count for tensor, count in known if any(path.endswith(name) for path in _paths(tensor))) or ends.get(name, 0)
+            for name in names
+        }
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
@@ -92,17 +112,21 @@ def snapshot_shape(snapshot: Path) -> Shape:
     """Return the shape of a snapshot, its parameters counted in the headers of its safetensors files."""
     shape = shape_of(json.loads((snapshot / "config.json").read_text()))
     linear = other = 0
-    for name, sizes in _tensors(snapshot):
-        count = 1
-        for size in sizes:
-            count *= size
+    tensors = [(name, sizes, math.prod(sizes)) for name, sizes in _tensors(snapshot)]
+    for name, sizes, count in tensors:
         if len(sizes) >= 2 and ".layers." in name:
             linear += count
         else:
             other += count
     if not linear:
         return shape
-    return Shape(**{**shape.__dict__, "linear_parameters": linear, "other_parameters": other})
+    return replace(shape, linear_parameters=linear, other_parameters=other, tensors=tuple((name, count) for name, _, count in tensors))
+
+
+def _paths(tensor: str) -> Iterator[str]:
+    """Yield the paths of the modules that hold a tensor: a.b.c.weight is in a, a.b and a.b.c."""
+    parts = tensor.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
 def _tensors(snapshot: Path) -> list[tuple[str, list[int]]]:

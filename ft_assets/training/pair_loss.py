@@ -1,0 +1,66 @@
+"""The DPO loss of pairs that are watched and not trained on: TRL's own loss, with its accuracy and margin."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ft_assets.training.dropout import without_dropout
+from ft_assets.training.reference import batches
+from ft_assets.training.sharding import is_sharded
+
+MEASURED = {"validation_accuracy": "rewards/accuracies", "validation_margin": "rewards/margins"}
+
+
+class PairLoss:
+    """Measures the validation loss of pairs that hold the reference's log-probabilities, `batch` pairs at once and half as many
+    each time that memory runs out. `trainer`: the one that trains; each try of a training has its own.
+
+    A loss that compares pairs with each other (bco_pair, aot) is that of the batches, which are the same in each measurement.
+    """
+
+    def __init__(self, pairs: list[dict[str, Any]], batch: int) -> None:
+        self.pairs, self.batch = pairs, batch
+        self.trainer: Any = None
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Return {"validation_loss", "validation_accuracy" (0 to 1), "validation_margin"}: means over the pairs. Raises
+        torch.OutOfMemoryError where one pair does not fit."""
+        while True:
+            try:
+                return self._measured()
+            except torch.OutOfMemoryError:
+                if self.batch == 1 or is_sharded(model):  # other ranks wait in the middle of this pass
+                    raise
+            self.batch //= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _measured(self) -> dict[str, float]:
+        trainer, means = self.trainer, dict.fromkeys(("validation_loss", *MEASURED), 0.0)
+        # In training mode, as the reference is scored: an evaluating pass would repack a CPU's NF4 weights for good.
+        with _apart(trainer), without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
+            for rows in batches(self.pairs, self.batch):
+                trainer._metrics["train"].clear()
+                inputs = trainer._prepare_inputs(trainer.data_collator([self.pairs[row] for row in rows]))
+                found = {"validation_loss": float(trainer.compute_loss(trainer.model, inputs))}
+                found |= {name: trainer._metrics["train"][theirs][0] for name, theirs in MEASURED.items()}
+                for name, value in found.items():
+                    means[name] += value * len(rows) / len(self.pairs)
+        return means
+
+
+@contextmanager
+def _apart(trainer: Any) -> Iterator[None]:
+    """Let TRL's metrics be those of what is measured here, and put back those of the step that is under way. Every rank measures
+    all pairs, so that nothing is gathered: at the end of an epoch Accelerate would also cut what it gathers."""
+    metrics, tokens, accelerator = trainer._metrics["train"], trainer._total_train_tokens, trainer.accelerator
+    trainer._metrics["train"] = defaultdict(list)
+    accelerator.gather = accelerator.gather_for_metrics = lambda value, *_, **__: value
+    try:
+        yield
+    finally:
+        trainer._metrics["train"], trainer._total_train_tokens = metrics, tokens
+        del accelerator.gather, accelerator.gather_for_metrics
