@@ -76,7 +76,7 @@ def main() -> None:
         model.mkdir()
         write_snapshot("smollm2", settings, Path(place), source_identity("smollm2", settings, Path(place)), None, model)
         expected = readers.by_merged(model, asked, 24)
-        facts = {"name": "smollm2", "license": "apache-2.0", "llama_cpp": None, "base": "smollm2"}
+        facts = {"name": "smollm2", "license": "apache-2.0", "llama_cpp": None, "base": "smollm2", "asked": asked}
         print(f"{count} questions, 24 tokens, greedy; share of answers equal to the bf16 model's\n")
         print("| form | MB | written in s | transformers | llama.cpp | template, stops, tokens |\n|---|---|---|---|---|---|")
         said: list[str] = []

@@ -16,11 +16,13 @@ from ft_assets.errors import ReleaseError
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.release import readers
 from ft_assets.release.export_gguf import interleaved, llama3_factors, why_not, write_gguf
-from ft_assets.release.forms import make_form, modelfile
+from ft_assets.release.forms import make_form
 from ft_assets.release.gguf_tokenizer import pre_tokenizer_name
-from ft_assets_tests.conftest import edit
+from ft_assets.release.ollama import Pieces, modelfile, pieces_of
+from ft_assets_tests.conftest import CHATML, edit
 from ft_assets_tests.pipeline import artifact, checks, failure, general, materialize, read
 
+ROLES = ("system", "user", "assistant")
 ASKED = [row["messages"][:-1] for row in general(8)]
 
 
@@ -101,11 +103,69 @@ def test_unknown_pre_tokenizer_is_refused_not_guessed() -> None:
         pre_tokenizer_name({"model": {"type": "BPE", "byte_fallback": True}}, "here")
 
 
-def test_modelfile_leaves_the_template_to_the_gguf_and_stops_where_the_model_does(taught_model: Path) -> None:
-    text = modelfile("tiny.gguf", taught_model)
+def test_modelfile_writes_the_template_for_go_and_stops_where_the_model_does(gguf: dict[str, Path], taught_model: Path) -> None:
+    text, why_not = modelfile("tiny.gguf", taught_model, ASKED, readers.adds_bos(gguf["f16"]))
+    assert why_not is None
     assert text.startswith("FROM ./tiny.gguf\n")
-    assert f"PARAMETER stop {json.dumps(load_tokenizer(taught_model).eos_token)}" in text
+    assert f'PARAMETER stop "{load_tokenizer(taught_model).eos_token}"' in text
+    around = [f'"{role}" }}}}{{{{ "<|im_start|>{role}\\n" }}}}{{{{ .Content }}}}{{{{ "<|im_end|>\\n" }}}}' for role in ROLES]
+    branches = "{{ if eq .Role " + "{{ else if eq .Role ".join(around)
+    assert f'TEMPLATE """{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{{{{ "<|im_start|>assistant\\n" }}}}"""\n' in text
+
+
+def write_of(template: str) -> Any:
+    """Return a template as `pieces_of` takes it."""
+    from jinja2 import Template
+
+    compiled = Template(template, keep_trailing_newline=True)
+    return lambda messages, prompt: compiled.render(messages=messages, add_generation_prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "provable"),
+    [
+        (CHATML, ASKED, True),
+        ("{% if messages[0].role != 'system' %}<s>Be kind.</s>{% endif %}" + CHATML, ASKED, True),
+        ("{% if messages|length > 6 %}long{% endif %}" + CHATML, [[*ASKED[0], {"role": "assistant", "content": "x"}] * 4], False),
+        (CHATML, [[*ASKED[0], *ASKED[1]]], False),  # Ollama joins two turns of one role
+        (CHATML.replace("message['content']", "message['content']|upper"), ASKED, False),
+        ("{% for m in messages %}[{{ loop.index }}]{{ m.role + m.content }}{% endfor %}", ASKED, False),
+    ],
+)
+def test_template_is_written_for_ollama_only_where_it_is_proven_equal(template: str, asked: Any, provable: bool) -> None:
+    found = pieces_of(write_of(template), asked)
+    assert isinstance(found, Pieces) is provable
+    if isinstance(found, Pieces):
+        turns = [{"role": role, "content": "{{ ä }}\n"} for role in (*ROLES, "user")]
+        for messages in (turns, turns[1:], *asked):
+            assert found.render(messages) == write_of(template)(messages, True)
+
+
+def test_modelfile_of_another_template_says_that_ollama_does_not_use_it(taught_model: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(taught_model, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{% for m in messages %}[{{ loop.index }}]{{ m.role + m.content }}{% endfor %}")
+    facts = {"name": "tiny", "license": None, "llama_cpp": None, "base": "tiny", "asked": ASKED}
+    made = make_form("gguf-f16", other, other, None, tmp_path / "out", facts)
+    text = (tmp_path / "out/Modelfile").read_text()
     assert "\nTEMPLATE" not in text
+    assert "# No TEMPLATE: the model's chat template is not constant text" in text
+    assert "llama-server -m tiny-F16.gguf --jinja" in text
+    assert made["serve"] == ["llama-server -m tiny-F16.gguf --jinja"]
+    assert "not for Ollama" in made["notes"][0]
+
+
+def test_bos_is_written_by_the_template_or_by_the_file_but_not_twice(taught_model: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(taught_model, tmp_path / "other")
+    tokenizer = load_tokenizer(other)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    tokenizer.save_pretrained(other)
+    assert '{{ "<|endoftext|>" }}' in modelfile("x.gguf", other, ASKED, adds_bos=False)[0]
+    assert "<|endoftext|>" not in modelfile("x.gguf", other, ASKED, adds_bos=True)[0]
+    assert "does not say whether BOS" in str(modelfile("x.gguf", other, ASKED, adds_bos=None)[1])
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(other)
+    assert "the template writes none" in str(modelfile("x.gguf", other, ASKED, adds_bos=True)[1])
 
 
 @pytest.mark.parametrize(("form", "says"), [("awq", "llmcompressor"), ("gguf-q4_k_m", "llama-quantize"), ("adapter", "adapter of this")])
@@ -114,7 +174,7 @@ def test_form_that_cannot_be_made_is_refused_with_the_reason(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("ft_assets.release.export_gguf.importlib.util.find_spec", lambda name: None)
-    facts = {"name": "tiny", "license": None, "llama_cpp": None, "base": "tiny"}
+    facts = {"name": "tiny", "license": None, "llama_cpp": None, "base": "tiny", "asked": ASKED}
     with pytest.raises(ReleaseError, match=says):
         make_form(form, taught_model, taught_model, None, tmp_path / "out", facts)
 

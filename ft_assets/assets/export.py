@@ -24,7 +24,7 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
         group_name="release",
         owners=OWNERS,
         kinds={"gguf"},
-        code_version="1",
+        code_version="2",
         pool=GPU_POOL,
     )
     def export(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:

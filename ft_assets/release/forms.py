@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.errors import ReleaseError
-from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.models.loading import load_base
+from ft_assets.release import readers
 from ft_assets.release.export_gguf import quantize_q4_k_m, write_gguf
+from ft_assets.release.ollama import modelfile
 
 GGUF = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m")
 
@@ -19,8 +21,8 @@ GGUF = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m")
 def make_form(form: str, merged: Path, base: Path, adapter: Path | None, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write a form to `output` and return what there is to say of it. Raises ReleaseError where it cannot be made.
 
-    facts: {"name", "license", "llama_cpp", "base"}: the partition, the licence identifier or None, a folder or None, and what
-    the base is called.
+    facts: {"name", "license", "llama_cpp", "base", "asked"}: the partition, the licence identifier or None, a folder or None,
+    what the base is called, and held-out prompts.
     """
     output.mkdir(parents=True)
     if form in GGUF:
@@ -49,24 +51,12 @@ def _gguf(form: str, merged: Path, output: Path, facts: dict[str, Any]) -> dict[
             whole.unlink()
     else:
         made = write_gguf(merged, file, form.removeprefix("gguf-"), facts["name"], facts["license"], llama_cpp)
-    (output / "Modelfile").write_text(modelfile(file.name, merged))
-    return {**made, "file": file.name, "serve": [f"ollama create {facts['name']} -f Modelfile", f"llama-server -m {file.name} --jinja"]}
-
-
-def modelfile(gguf: str, merged: Path) -> str:
-    """Return an Ollama Modelfile. No TEMPLATE: Ollama's is a Go template, and a Jinja template that is translated by hand is
-    the classic way to make a good model talk nonsense; without one Ollama reads the template in the GGUF file."""
-    tokenizer = load_tokenizer(merged)
-    stops = [tokenizer.convert_ids_to_tokens(stop) for stop in sorted(stop_ids(merged))]
-    return "\n".join(
-        [
-            f"FROM ./{gguf}",
-            "# No TEMPLATE: Ollama uses the chat template inside the GGUF file, which is the one that was proven.",
-            "PARAMETER temperature 0",
-            *[f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops],
-            "",
-        ]
-    )
+    text, why_not = modelfile(file.name, merged, facts["asked"], readers.adds_bos(file))
+    (output / "Modelfile").write_text(text, encoding="utf-8")
+    by_ollama = [] if why_not else [f"ollama create {facts['name']} -f Modelfile"]
+    notes = [f"not for Ollama, which would not use its chat template: it {why_not}"] if why_not else []
+    served = [*by_ollama, f"llama-server -m {file.name} --jinja"]
+    return {**made, "file": file.name, "serve": served, "notes": [*made["notes"], *notes]}
 
 
 def _nf4(merged: Path, output: Path) -> dict[str, Any]:

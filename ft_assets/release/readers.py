@@ -82,6 +82,11 @@ def gguf_text(reader: GGUFReader, key: str) -> Any:
     return field.contents() if field is not None else None
 
 
+def adds_bos(file: Path) -> bool | None:
+    """Return whether llama.cpp puts BOS before every text of this file, None where the file does not say."""
+    return gguf_text(GGUFReader(file), "tokenizer.ggml.add_bos_token")
+
+
 def gguf_stops(file: Path) -> list[int]:
     """Return the stop tokens of a GGUF file: EOS, end of turn, end of message."""
     reader = GGUFReader(file)

@@ -47,7 +47,7 @@ def _one(
 ) -> dict[str, Any]:
     folder, most = job.output / form, job.settings["max_new_tokens"]
     try:
-        made = make_form(form, merged, base, adapter, folder, job.settings["facts"])
+        made = make_form(form, merged, base, adapter, folder, {**job.settings["facts"], "asked": asked})
     except ReleaseError as error:
         shutil.rmtree(folder, ignore_errors=True)
         report("refused", form=form)
