@@ -75,9 +75,9 @@ def main() -> None:
         model = Path(place) / "model"
         model.mkdir()
         write_snapshot("smollm2", settings, Path(place), source_identity("smollm2", settings, Path(place)), None, model)
-        expected = readers.by_merged(model, asked, 24)
-        facts = {"name": "smollm2", "license": "apache-2.0", "llama_cpp": None, "base": "smollm2"}
-        print(f"{count} questions, 24 tokens, greedy; share of answers equal to the bf16 model's\n")
+        expected, dtype = readers.by_merged(model, asked, 24)
+        facts = {"name": "smollm2", "license": "apache-2.0", "llama_cpp": None, "base": "smollm2", "asked": asked}
+        print(f"{count} questions, 24 tokens, greedy; top-1 agreement with the model in {dtype} / share of equal greedy answers\n")
         print("| form | MB | written in s | transformers | llama.cpp | template, stops, tokens |\n|---|---|---|---|---|---|")
         said: list[str] = []
         for form in forms:
@@ -86,14 +86,14 @@ def main() -> None:
             made = make_form(form, model, model, None, folder, facts)
             seconds = time.perf_counter() - begun
             if form == "nf4":
-                shares, carried = [readers.agreement(expected, readers.by_transformers(folder, asked, 24)), None], "as they are"
+                shares, carried = [readers.agreement(expected, readers.by_transformers(folder, asked, expected, 24)), None], "as they are"
             else:
                 file = folder / made["file"]
-                other = readers.by_llama_cpp(file, asked, 24)
-                own = readers.agreement(expected, readers.by_transformers_gguf(file, asked, 24))
+                other = readers.by_llama_cpp(file, asked, expected, 24)
+                own = readers.agreement(expected, readers.by_transformers_gguf(file, asked, expected, 24))
                 shares = [own, None if other is None else readers.agreement(expected, other)]
                 carried = "equal" if all(readers.carried_over(file, model).values()) else "NOT equal"
-            cells = ["–" if share is None else f"{share:.2f}" for share in shares]
+            cells = ["–" if share is None else f"{share['top1']:.3f} / {share['greedy']:.2f}" for share in shares]
             if form != "nf4" and importlib.util.find_spec("llama_cpp"):
                 said.append(beside_fp32(folder / made["file"], model, asked))
             print(f"| {form} | {made['bytes'] / 1e6:.0f} | {seconds:.1f} | {' | '.join(cells)} | {carried} |", flush=True)

@@ -11,6 +11,7 @@ import pytest
 
 from ft_assets.config.launcher import RaySettings
 from ft_assets.errors import ConfigError
+from ft_assets.job import Job
 from ft_assets.launchers import LocalLauncher, StepLost
 from ft_assets.launchers.local import free_port
 from ft_assets.launchers.ray import RayLauncher
@@ -45,6 +46,14 @@ def workers() -> set[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.parametrize(("step", "there"), [("release", True), ("export", True), ("merge", True), ("base_model", False), ("push", False)])
+def test_steps_that_load_models_to_answer_run_where_the_gpu_is(step: str, there: bool, tmp_path: Path) -> None:
+    job = Job(
+        step=step, asset=step, partition="x", fingerprint="x", settings={}, inputs={}, output=tmp_path, checkpoints=tmp_path, work=tmp_path
+    )
+    assert ("ft_assets.launchers.ray_driver" in launcher("127.0.0.1:1").command(tmp_path / "job.json", job)) is there
 
 
 def test_two_workers_train_what_one_process_trains(finished: Path, tmp_path: Path, cluster: str) -> None:

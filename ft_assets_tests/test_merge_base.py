@@ -47,6 +47,8 @@ def job(copy: Path, tmp_path: Path) -> Job:
     (tmp_path / "output").mkdir()
     evaluation, gate = {**job.settings["evaluation"], "metric": "loss"}, {**job.settings["gate"], **LENIENT}
     settings = {**job.settings, "method": "qlora", "evaluation": evaluation, "gate": gate}
+    report = inputs["eval_report"] / "report.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "metric": "loss"}))
     return job.model_copy(update={"inputs": inputs, "settings": settings, "output": tmp_path / "output", "work": tmp_path / "work"})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ft_assets.release.push import stale_weights
 from ft_assets_tests.conftest import edit, ft
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 
@@ -16,7 +17,8 @@ TOKEN = "hf_thisisthesecretofthetest"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The calls of the hub's API that an upload makes; the files arrive inside the commit."""
+    """The calls of the hub's API that an upload makes; the files arrive inside the commit. The server's `private` is what its
+    repository is, `files` what lies in it."""
 
     def do_POST(self) -> None:
         chunked = self.headers.get("Transfer-Encoding") == "chunked"
@@ -32,7 +34,10 @@ class Hub(BaseHTTPRequestHandler):
             self._say({"commitUrl": f"{here}/commit/c0ffee", "commitOid": "c0ffee", "pullRequestUrl": None})
 
     def do_GET(self) -> None:
-        self._say({"id": "me/tiny", "sha": "0" * 40, "siblings": []})
+        if "/tree/" in self.path:
+            self._say([{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in self.server.files])  # type: ignore[attr-defined]
+        else:
+            self._say({"id": "me/tiny", "sha": "0" * 40, "siblings": [], "private": self.server.private})  # type: ignore[attr-defined]
 
     def _chunks(self) -> bytes:
         parts = []
@@ -42,7 +47,7 @@ class Hub(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _say(self, answer: dict[str, Any]) -> None:
+    def _say(self, answer: Any) -> None:
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -57,23 +62,31 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen = []  # type: ignore[attr-defined]
+    server.seen, server.private, server.files = [], True, []  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
-def test_champion_is_pushed_privately_and_the_token_is_nowhere(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit(copy, release={"push": {"repo": "me/{base_model}"}})
+def online(monkeypatch: pytest.MonkeyPatch, hub: Any) -> None:
     for name, value in {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}.items():
         monkeypatch.setenv(name, value)
+
+
+def commits(hub: Any) -> list[list[dict[str, Any]]]:
+    """Return the lines of each commit that arrived."""
+    return [[json.loads(line) for line in body.splitlines()] for path, _, body in hub.seen if "/commit/" in path]
+
+
+def test_champion_is_pushed_privately_and_the_token_is_nowhere(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(copy, release={"push": {"repo": "me/{base_model}"}})
+    online(monkeypatch, hub)
     done = ft(copy, "run", "--asset", "hub_model")
     assert done.returncode == 0, done.stderr + done.stdout
     assert read(copy, "hub_model", "push.json") == {"repo": "me/tiny", "private": True, "commit": "c0ffee"}
-    create, commit = hub.seen[0], hub.seen[-1]
+    create, (lines,) = hub.seen[0], commits(hub)
     assert json.loads(create[2])["visibility"] == "private"
     assert create[1] == f"Bearer {TOKEN}"
-    lines = [json.loads(line) for line in commit[2].splitlines()]
     pushed = {line["value"]["path"] for line in lines if line["key"] == "file"}
     assert {"model.safetensors", "README.md", "verdict.json", "chat_template.jinja"} <= pushed
     assert "manifest.json" not in pushed  # it names paths and settings of this machine
@@ -92,3 +105,41 @@ def test_push_without_a_token_is_refused_and_the_release_stands(copy: Path, monk
     result = materialize(copy, "hub_model")
     assert "HF_TOKEN is not set" in failure(result)
     assert artifact(copy, "release").is_dir()
+
+
+def test_public_repository_gets_nothing_that_shall_be_private(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(copy, release={"push": {"repo": "me/tiny"}})
+    online(monkeypatch, hub)
+    hub.private = False
+    done = ft(copy, "run", "--asset", "hub_model")
+    assert done.returncode != 0
+    assert "the repository exists and is public" in done.stdout + done.stderr
+    assert not commits(hub)
+
+
+def test_weights_of_an_earlier_push_are_deleted_in_the_same_commit(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(copy, release={"push": {"repo": "me/tiny"}})
+    online(monkeypatch, hub)
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    hub.files = [".gitattributes", "notes.md", "onnx/model.safetensors", "model.safetensors", "adapter_config.json", *shards]
+    assert ft(copy, "run", "--asset", "hub_model").returncode == 0
+    (lines,) = commits(hub)
+    deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+    assert deleted == {"adapter_config.json", *shards}  # model.safetensors is replaced, the user's own files stay
+    assert stale_weights(["model.safetensors"], shards) == ["model.safetensors"]
+
+
+def test_rollback_is_pushed_although_that_model_was_pushed_before(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(copy, release={"push": {"repo": "me/tiny"}})
+    online(monkeypatch, hub)
+    first = artifact(copy, "merged_model").name
+    assert ft(copy, "run", "--asset", "hub_model").returncode == 0
+    edit(copy, sft={"learning_rate": 0.021}, release={"margin": 1.0})
+    promoted = materialize(copy, "recipe,lora_adapter,dpo_adapter,eval_report,merged_model,release")
+    assert promoted.success, failure(promoted)
+    second = artifact(copy, "merged_model").name
+    assert ft(copy, "run", "--asset", "hub_model").returncode == 0
+    assert materialize(copy, "release", config={"release": {"rollback_to": "previous", "reason": "complaints"}}).success
+    assert ft(copy, "run", "--asset", "hub_model").returncode == 0
+    messages = [line["value"]["summary"] for lines in commits(hub) for line in lines if line["key"] == "header"]
+    assert messages == [f"merged_model {name}" for name in (first, second, first)]

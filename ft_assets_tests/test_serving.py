@@ -19,14 +19,14 @@ from huggingface_hub import ModelCard
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.assets.leaderboard import entry_of
 from ft_assets.assets.workshop import Workshop
-from ft_assets.chat.side_by_side import contenders
+from ft_assets.chat.side_by_side import SideBySide, contenders
 from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.evaluation.leaderboard import rank, table
 from ft_assets.release.license import stated_license
 from ft_assets.release.serving import choose_engine
 from ft_assets_tests.conftest import edit, ft
-from ft_assets_tests.pipeline import artifact, materialize, read
+from ft_assets_tests.pipeline import artifact, failure, materialize, read
 
 
 def test_card_is_read_by_the_hubs_own_class_and_says_what_a_reader_asks(finished: Path) -> None:
@@ -76,7 +76,7 @@ def entry(name: str, score: float, ids: tuple[str, ...] = ("a", "b"), **changes:
     return {
         "name": name, "verdict": "PASS", "candidate": "sft", "reason": "better", "metric": "exact", "score": score, "interval": [0, 1],
         "base": 0.1, "base_interval": [0, 1], "few_shot": None, "gain": {"mean": 0.1, "low": 0.0, "high": 0.2},
-        "general_loss_rise": None, "general_task": None, "heldout_rows": len(ids), "heldout_ids": list(ids), "serves": "–",
+        "general_loss_rise": None, "general_task": None, "heldout_rows": len(ids), "heldout_ids": list(ids), "serves": "–", "stale": None,
         "memory_gb": None, "gpu_seconds": 1.0, "train_tokens_per_s": None, "answer_tokens_per_s": None, "bytes": None, **changes,
     }  # fmt: skip
 
@@ -90,6 +90,38 @@ def test_leaderboard_ranks_the_same_rows_only_and_hides_nobody() -> None:
     assert "**other**: judged on 2 other held-out rows: not ranked" in text
     assert "**high**: FAIL: better" in text
     assert [one["name"] for one in rank([entry("a", 2.0, metric="loss"), entry("b", 1.0, metric="loss")])] == ["b", "a"]
+    ranked = rank([entry("old", 0.9, ("a", "c"), stale="lora_adapter"), entry("new", 0.2)])
+    assert [(one["name"], one["rank"]) for one in ranked] == [("new", 1), ("old", None)]
+    assert "**old**: stale: its report is about another lora_adapter" in table(ranked)
+
+
+def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_others(copy: Path) -> None:
+    report, workshop = artifact(copy, "eval_report"), Workshop(load_project(copy / "finetune.yaml"))
+    kept = {file.name: file.read_bytes() for file in report.iterdir() if file.is_file()}
+    model = yaml.safe_load((copy / "finetune.yaml").read_text())["base_models"]["tiny"]
+    for base in ("old", "cut", "broken"):  # one without a key that is read, one half written, one without a manifest
+        shutil.copytree(copy / ".ft/store/eval_report/tiny", copy / ".ft/store/eval_report" / base)
+    edit(copy, base_models={"tiny": model, "old": model, "cut": model, "broken": model})
+    folders = {base: artifact(copy, "eval_report", base) for base in ("old", "cut", "broken")}
+    numbers = json.loads(kept["report.json"])
+    del numbers["comparisons"]
+    (folders["old"] / "report.json").write_text(json.dumps(numbers))
+    (folders["cut"] / "rows.parquet").write_bytes(kept["rows.parquet"][:100])
+    (folders["broken"] / "manifest.json").write_text('{"asset": ')
+    done = materialize(copy, "leaderboard")
+    assert done.success, failure(done)
+    entries = {one["name"]: one for one in read(copy, "leaderboard", "leaderboard.json", partition=None)}  # type: ignore[arg-type]
+    assert entries["tiny"]["rank"] == 1
+    assert "cannot be read (ArrowInvalid" in entries["cut"]["reason"]
+    assert "manifest.json: is not JSON" in entries["broken"]["reason"]
+    assert entries["old"]["verdict"] is None
+    numbers = json.loads(kept["report.json"])
+    numbers["bound_to"]["lora_adapter"] = "another"
+    (report / "report.json").write_text(json.dumps(numbers))
+    assert entry_of(workshop, "tiny")["stale"] == "lora_adapter"
+    del numbers["comparisons"]
+    (report / "report.json").write_text(json.dumps(numbers))
+    assert "cannot be read (KeyError: 'comparisons')" in entry_of(workshop, "tiny")["reason"]
 
 
 def test_leaderboard_shows_a_base_model_that_failed_and_why(copy: Path) -> None:
@@ -120,6 +152,19 @@ def test_chat_asks_base_champion_and_challenger(copy: Path) -> None:
     (artifact(copy, "merged_model") / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="was changed"):
         contenders(store, "tiny")
+
+
+def test_chat_loads_one_model_at_a_time_where_memory_is_short_and_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = load_project(copy / "finetune.yaml")
+    together = SideBySide(project, "tiny", None)
+    assert together.note is None
+    assert set(together.loaded) == {"base", "champion"}
+    monkeypatch.setattr("ft_assets.chat.side_by_side.free_memory", lambda: 1000.0)
+    alone = SideBySide(project, "tiny", None)
+    assert "each is loaded for each answer" in str(alone.note)
+    assert not alone.loaded
+    question = "what is the red apple 7"
+    assert dict(alone.answers(question)) == dict(together.answers(question))
 
 
 def free_port() -> int:

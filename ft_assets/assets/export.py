@@ -1,9 +1,6 @@
 """The asset `export`: the champion in the forms that serve it, each asked what the merged model was asked."""
 
-import importlib.metadata
-import importlib.util
 import json
-import shutil
 from typing import Any
 
 import dagster as dg
@@ -13,6 +10,7 @@ from ft_assets.assets.data import OWNERS
 from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
 from ft_assets.errors import ReleaseError
 from ft_assets.release.former import adapter_of, by_content, need_champion
+from ft_assets.release.tools import identities
 
 
 def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
@@ -24,7 +22,7 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
         group_name="release",
         owners=OWNERS,
         kinds={"gguf"},
-        code_version="1",
+        code_version="2",
         pool=GPU_POOL,
     )
     def export(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -38,12 +36,15 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
                 raise ReleaseError(where, "the champion's base is not in the store any more", "its base_model", "restore it from a backup")
             adapter, split = adapter_of(store, name, champion), store.need("heldout_split", name)
             license_ = base.path / "info" / "license.json"
-            llama_cpp = project.release.llama_cpp
+            identity = base.manifest["settings"].get("identity", {})  # of the champion's own base: today's may be another
+            source = {"base": identity.get("hub"), "revision": identity.get("commit")}
+            llama_cpp = project.path(project.release.llama_cpp) if project.release.llama_cpp else None
             settings = {
                 "forms": project.release.forms,
                 "smoke_rows": project.release.smoke_rows,
                 "max_new_tokens": project.recipe(name).evaluation.max_new_tokens,
-                "tools": _tools(),
+                **({"source": source} if "adapter" in (project.release.forms or []) else {}),
+                "tools": identities(project.release.forms or ["gguf-q8_0"], llama_cpp),
             }
             size = sum(entry["bytes"] for entry in champion.manifest["files"].values())
             artifact, reused = workshop.materialize(
@@ -61,8 +62,9 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
                     "facts": {
                         "name": name,
                         "license": (json.loads(license_.read_text()) if license_.exists() else NO_LICENSE)["license"],
-                        "llama_cpp": str(project.path(llama_cpp)) if llama_cpp else None,
-                        "base": project.base_model(name).hub or str(base.path),
+                        "llama_cpp": str(llama_cpp) if llama_cpp else None,
+                        **source,
+                        "base": source["base"] or str(base.path),
                     }
                 },
                 libraries="infer",
@@ -77,34 +79,43 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
         description="Each exported form answers held-out prompts as the merged model does.",
     )
     def forms_answer_alike(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
-        """Fail below release.min_form_agreement or if template, stop tokens or tokens were lost; warn of a form that was refused."""
+        """Fail below release.min_form_agreement, if template, stop tokens or tokens were lost, or if nothing could read a form; warn
+        of a form that was refused and of a reader that failed."""
         document = json.loads((workshop.store.need("export", context.partition_key).path / "export.json").read_text())
         return verdict_on_forms(document, workshop.project.release.min_form_agreement)
 
     return [export], [forms_answer_alike]
 
 
-def verdict_on_forms(document: dict[str, Any], least: float) -> dg.AssetCheckResult:
-    """Return the check's result for an export.json."""
+FOUR_BITS = ("gguf-q4_k_m", "nf4")  # what they cost a small model is real, and no fault of the file
+
+
+def least_agreement(form: str, wanted: float | None) -> float:
+    """Return the share of tokens below which a form is taken for broken: `wanted` if it is set, else by the form's bits."""
+    return wanted if wanted is not None else 0.5 if form in FOUR_BITS else 0.9
+
+
+def verdict_on_forms(document: dict[str, Any], wanted: float | None) -> dg.AssetCheckResult:
+    """Return the check's result for an export.json; `wanted`: release.min_form_agreement."""
     made = [entry for entry in document["forms"] if not entry["refused"]]
     refused = [f"{entry['form']} refused: {entry['refused']}" for entry in document["forms"] if entry["refused"]]
+    unread = [f"{entry['form']} not read by {reader}: {reason}" for entry in made for reader, reason in entry["failed"].items()]
     bad = [
-        f"{entry['form']} by {reader}: {share:.2f} of {document['asked']} greedy answers equal the merged model's, at least {least}"
+        f"{entry['form']} by {reader}: {share['top1']:.3f} of {document['tokens']} tokens are the merged model's, at least {least_agreement(entry['form'], wanted)}"
         for entry in made
         for reader, share in entry["agreement"].items()
-        if share < least
+        if share["top1"] < least_agreement(entry["form"], wanted)
     ]
     bad += [f"{entry['form']}: {name} not carried over" for entry in made for name, good in entry["carried_over"].items() if not good]
-    good = [f"{entry['form']} {', '.join(f'{reader} {share:.2f}' for reader, share in entry['agreement'].items())}" for entry in made]
+    bad += [f"{entry['form']}: nothing could read it" for entry in made if not entry["agreement"]]
+    good = [
+        f"{entry['form']} by {reader}: top-1 {share['top1']:.3f}, greedy answers equal {share['greedy']:.2f}"
+        for entry in made
+        for reader, share in entry["agreement"].items()
+    ]
     nothing = [f"nothing exported: {document['skipped']}"] if document["skipped"] else []
     return dg.AssetCheckResult(
-        passed=not bad and not refused,
+        passed=not bad and not refused and not unread,
         severity=ERROR if bad else WARN,
-        description="; ".join(bad or [*refused, *good, *nothing]) or "no forms asked for",
+        description="; ".join([*bad, *unread] if bad else [*refused, *unread, *good, *nothing]) or "no forms asked for",
     )
-
-
-def _tools() -> dict[str, str | None]:
-    """Return what decides whether Q4_K_M can be made and whether llama.cpp reads along."""
-    binding = importlib.metadata.version("llama-cpp-python") if importlib.util.find_spec("llama_cpp") else None
-    return {"llama-quantize": shutil.which("llama-quantize"), "llama-cpp-python": binding}

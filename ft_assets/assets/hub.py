@@ -5,7 +5,7 @@ import dagster as dg
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.workshop import Workshop, result, user_errors
 from ft_assets.config import PushSettings
-from ft_assets.release.former import need_champion
+from ft_assets.release.former import champion_since, need_champion
 
 
 def hub_assets(base_models: dg.PartitionsDefinition, push: PushSettings | None) -> list[dg.AssetsDefinition]:
@@ -19,17 +19,18 @@ def hub_assets(base_models: dg.PartitionsDefinition, push: PushSettings | None) 
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="1",
+        code_version="2",
     )
     def hub_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
-        """The champion in a hub repository, private by default. Pushed once for each champion; the token is HF_TOKEN's."""
+        """The champion in a hub repository, private by default. Pushed once each time a model becomes champion; HF_TOKEN's token."""
         name = context.partition_key
         with user_errors():
             released, champion = need_champion(workshop.store, name, f"hub_model[{name}]")
             chosen = {"repo": push.repo.replace("{base_model}", name), "private": push.private}
             artifact, reused = workshop.materialize(
                 context,
-                settings={"push": chosen},
+                # A model that is rolled back to was pushed before, but the hub serves the one withdrawn.
+                settings={"push": chosen, "champion_since": champion_since(released)},
                 inputs={"release#champion": (released, "champion"), "champion": (champion, None)},
                 step="push",
             )

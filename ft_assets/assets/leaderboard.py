@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.data import OWNERS
 from ft_assets.assets.workshop import Workshop, result, user_errors
-from ft_assets.errors import FtError
+from ft_assets.errors import ArtifactError, FtError
+from ft_assets.evaluation.gate import bound_versions
 from ft_assets.evaluation.leaderboard import Entry, failed_entry, judged_entry, rank, table
 from ft_assets.evaluation.plots import data_uri, leaderboard_plot
 from ft_assets.job import Job, StepResult
@@ -29,12 +30,12 @@ def leaderboard_asset() -> dg.AssetsDefinition:
         group_name="release",
         owners=OWNERS,
         kinds={"table"},
-        code_version="2",
+        code_version="3",
     )
     def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """All base models on the same held-out rows: score, gain, what was forgotten, memory, time and size; failures with their reason."""
-        entries = [entry_of(workshop, name) for name in workshop.project.base_models]
-        ranked = rank(entries)
+        with user_errors():
+            ranked = rank([entry_of(workshop, name) for name in workshop.project.base_models])
 
         def make(output: Path) -> StepResult:
             (output / "leaderboard.json").write_text(json.dumps(ranked, indent=1, ensure_ascii=False))
@@ -46,7 +47,7 @@ def leaderboard_asset() -> dg.AssetsDefinition:
             return StepResult({"base_models": len(ranked), "judged": sum(bool(entry["verdict"]) for entry in ranked), "best": best})
 
         with user_errors():
-            reports = {name: workshop.store.current("eval_report", name) for name in workshop.project.base_models}
+            reports = {name: _readable(workshop, "eval_report", name) for name in workshop.project.base_models}
             known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
             artifact, reused = workshop.materialize(context, settings={"entries": ranked}, inputs=known, make=make)
         picture = (artifact.path / "info" / "picture.txt").read_text()
@@ -58,18 +59,38 @@ def leaderboard_asset() -> dg.AssetsDefinition:
 
 
 def entry_of(workshop: Workshop, name: str) -> Entry:
-    """Return what the store knows of a base model."""
-    store = workshop.store
-    report = store.current("eval_report", name)
+    """Return what the store knows of a base model. What cannot be read of it is its entry's reason: the others are shown."""
+    try:
+        return _entry(workshop, name)
+    except FtError as error:
+        return failed_entry(name, "; ".join(line.strip() for line in str(error).splitlines()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # damaged, or of a version that wrote other keys
+        return failed_entry(name, f"its eval_report cannot be read ({type(error).__name__}: {error}): make it again")
+
+
+def _entry(workshop: Workshop, name: str) -> Entry:
+    report = workshop.store.current("eval_report", name)
     if report is None:
         return failed_entry(name, why_not_judged(workshop, name))
-    try:
-        numbers = json.loads((report.path / "report.json").read_text())
-        rows = pq.read_table(report.path / "rows.parquet", columns=["candidate", "id"]).to_pylist()
-    except (OSError, ValueError) as error:
-        return failed_entry(name, f"its eval_report cannot be read ({type(error).__name__}): make it again")
+    numbers = json.loads((report.path / "report.json").read_text())
+    rows = pq.read_table(report.path / "rows.parquet", columns=["candidate", "id"]).to_pylist()
     ids = [row["id"] for row in rows if row["candidate"] == "base"]
-    return judged_entry(name, numbers, workshop.project.gate, ids, _costs(workshop, name, report), _serves(workshop, name))
+    costs, stale = _costs(workshop, name, report), _stale(workshop, name, numbers["bound_to"])
+    return judged_entry(name, numbers, workshop.project.gate, ids, costs, _serves(workshop, name), stale)
+
+
+def _stale(workshop: Workshop, name: str, bound_to: dict[str, str]) -> str | None:
+    """Return what a report is no longer about, None if it is about today's base, adapters and rows."""
+    used = {asset: workshop.store.need(asset, name) for asset in ("base_model", "lora_adapter", "dpo_adapter", "heldout_split")}
+    other = [part for part, now in bound_versions(used, "").items() if part != "evaluation" and bound_to.get(part) != now]
+    return ", ".join(other) or None
+
+
+def _readable(workshop: Workshop, asset: str, name: str) -> Artifact | None:
+    try:
+        return workshop.store.current(asset, name)
+    except ArtifactError:  # its entry says so
+        return None
 
 
 def _costs(workshop: Workshop, name: str, report: Artifact) -> dict[str, Any]:

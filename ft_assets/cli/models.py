@@ -44,6 +44,8 @@ def chat(
     name = base or next(iter(project.base_models))
     project.base_model(name)
     pair = SideBySide(project, name, system)
+    if pair.note:
+        print(pair.note, file=sys.stderr)
     lines = [message] if message else _prompted()
     for line in lines:
         for who, text in pair.answers(line):

@@ -25,8 +25,11 @@ class ReleaseSettings(Section):
         default=None, description="Serving forms to export. Default: gguf-q8_0 where the architecture can be written, else none."
     )
     smoke_rows: int = Field(default=16, ge=1, description="Held-out prompts that each exported form answers.")
-    min_form_agreement: float = Field(
-        default=0.5, ge=0, le=1, description="Share of greedy answers that must equal the merged model's, of each form."
+    min_form_agreement: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the merged model's answer tokens that must be each form's most likely ones too. Default: 0.9, in 4 bits 0.5.",
     )
     llama_cpp: str | None = Field(default=None, description="Folder of llama.cpp with convert_hf_to_gguf.py and llama-quantize.")
     push: PushSettings | None = None

@@ -17,11 +17,13 @@ MIN_PREFIX = 16
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, whether it ended by itself (a stop token before the cap), and its length in tokens."""
+    """A generated text, whether it ended by itself (a stop token before the cap), its length in tokens, and its tokens with the
+    one it stopped at."""
 
     text: str
     stopped: bool
     tokens: int
+    ids: tuple[int, ...]
 
 
 def default_batch_size(model: Any, tokens: int) -> int:
@@ -141,5 +143,7 @@ def _generate_batch(
     for row in output[:, width:].tolist():
         end = next((position for position, token in enumerate(row) if token in stops), None)
         tokens = row if end is None else row[:end]
-        answers.append(Answer(tokenizer.decode(tokens, skip_special_tokens=True), end is not None, len(tokens)))
+        answers.append(
+            Answer(tokenizer.decode(tokens, skip_special_tokens=True), end is not None, len(tokens), ids=tuple(row[: len(tokens) + 1]))
+        )
     return answers

@@ -18,10 +18,17 @@ HEADER = (
 
 
 def judged_entry(
-    name: str, report: Mapping[str, Any], gate: GateSettings, rows: Sequence[str], costs: Mapping[str, Any], serves: str
+    name: str,
+    report: Mapping[str, Any],
+    gate: GateSettings,
+    rows: Sequence[str],
+    costs: Mapping[str, Any],
+    serves: str,
+    stale: str | None = None,
 ) -> Entry:
     """Return the row of a base model that has a report. `rows`: the ids of its held-out rows; `costs`: {"memory_gb",
-    "gpu_seconds", "train_tokens_per_s", "answer_tokens_per_s", "bytes"}, None where not known; `serves`: what is released."""
+    "gpu_seconds", "train_tokens_per_s", "answer_tokens_per_s", "bytes"}, None where not known; `serves`: what is released;
+    `stale`: what has changed since the report."""
     verdict, metric = decide(report, gate), report["metric"]
     best = verdict["speaker"]
     gain, general = report["comparisons"][best]["base"][metric], report["retention"]
@@ -43,6 +50,7 @@ def judged_entry(
         "heldout_rows": len(rows),
         "heldout_ids": sorted(rows),
         "serves": serves,
+        "stale": stale,
         **costs,
     }
 
@@ -53,14 +61,15 @@ def failed_entry(name: str, reason: str) -> Entry:
 
 
 def rank(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the entries, best first, each with "rank": None where there is no report, or one on other rows or by another metric
-    than most have (`"apart"` says so)."""
+    """Return the entries, best first, each with "rank": None where there is no report, a stale one, or one on other rows or by
+    another metric than most have (`"apart"` says so)."""
     judged = [entry for entry in entries if entry["verdict"]]
     kinds = [(entry["metric"], tuple(entry["heldout_ids"])) for entry in judged]
-    usual = max(kinds, key=kinds.count, default=None)
+    fresh = [kind for entry, kind in zip(judged, kinds, strict=True) if not entry["stale"]]
+    usual = max(fresh, key=fresh.count, default=None)
     shared, apart = [], []
     for entry, kind in zip(judged, kinds, strict=True):
-        (shared if kind == usual else apart).append(entry)
+        (shared if kind == usual and not entry["stale"] else apart).append(entry)
     sign = 1 if usual and usual[0] in LOWER_IS_BETTER else -1
     shared.sort(key=lambda entry: (sign * entry["score"], entry["name"]))
     placed = [{**entry, "rank": place, "apart": None} for place, entry in enumerate(shared, 1)]
@@ -70,7 +79,9 @@ def rank(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _why_apart(entry: Entry, usual: tuple[str, tuple[str, ...]] | None) -> str:
-    assert usual is not None
+    if entry["stale"]:
+        return f"stale: its report is about another {entry['stale']}: not ranked until its eval_report is made again"
+    assert usual is not None, "an entry that is not stale has a kind"
     if entry["metric"] != usual[0]:
         return f"judged by {entry['metric']}, the others by {usual[0]}: not ranked"
     return f"judged on {entry['heldout_rows']} other held-out rows: not ranked until its eval_report is made again"

@@ -15,7 +15,7 @@ from ft_assets.job import Job, StepResult
 OnProgress = Callable[[Mapping[str, Any]], None]
 TAIL_LINES = 30
 TRAINING_STEPS = frozenset({"sft", "dpo"})  # these can run as several ranks
-HEAVY_STEPS = TRAINING_STEPS | {"evaluate", "merge"}  # these want a GPU: a cluster's launcher sends them to it
+HEAVY_STEPS = TRAINING_STEPS | {"evaluate", "merge", "release", "export"}  # these want a GPU: a cluster's launcher sends them to it
 TEMPORARY = 75  # sysexits.h: a helper process of ours says with it that the cluster failed
 
 # Sent from outside: the OOM killer, a shutdown, a scheduler that takes the node back, a disk or memory that went away. SEGV, ABRT

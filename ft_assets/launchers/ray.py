@@ -15,7 +15,7 @@ from ft_assets.launchers.local import LocalLauncher
 
 
 class RayLauncher(LocalLauncher):
-    """Training steps run as `workers` ranks of Ray Train, evaluation and merge as one; the light steps stay here."""
+    """Training steps run as `workers` ranks of Ray Train, evaluation, merge, release and export as one; the light steps stay here."""
 
     def __init__(self, settings: RaySettings) -> None:
         if importlib.util.find_spec("ray") is None:

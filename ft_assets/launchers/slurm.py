@@ -57,7 +57,7 @@ LOST = frozenset({"NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "CANCELLED",
 
 
 class SlurmLauncher(ClusterLauncher):
-    """Training steps run as `ranks_per_node` tasks on each of `nodes`, evaluation and merge as one."""
+    """Training steps run as `ranks_per_node` tasks on each of `nodes`, evaluation, merge, release and export as one."""
 
     def __init__(self, settings: SlurmSettings) -> None:
         super().__init__(settings)

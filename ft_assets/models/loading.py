@@ -1,6 +1,7 @@
 """Load a snapshot for a step: tokenizer alone (no torch), or the weights in the dtype this machine is good at."""
 
 import functools
+import gc
 import json
 import os
 from pathlib import Path
@@ -59,6 +60,25 @@ def load_base(snapshot: Path, quantized: bool = False, dtype: Any = None, on_cpu
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype()
         )
     return AutoModelForCausalLM.from_pretrained(snapshot, **kwargs)
+
+
+def free_memory() -> float:
+    """Return the bytes that are free where `load_base` puts a model: on the GPU if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 8e9)
+
+
+def free_unused() -> None:
+    """Give back the memory of models that nobody holds any more: torch keeps a GPU's for itself."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 TARGETS = {

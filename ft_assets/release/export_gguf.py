@@ -8,7 +8,6 @@ a folder of llama.cpp, whose own converter then does it. No converter on PyPI co
 import importlib.util
 import json
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from ft_assets.errors import ReleaseError
 from ft_assets.models.loading import stop_ids
 from ft_assets.release.gguf_tokenizer import add_tokenizer
+from ft_assets.release.tools import converter, quantizer
 
 ARCHITECTURES = {
     "LlamaForCausalLM": MODEL_ARCH.LLAMA,
@@ -187,7 +187,7 @@ def llama3_factors(config: dict[str, Any]) -> np.ndarray:
 
 
 def _by_llama_cpp(folder: Path, output: Path, kind: str, llama_cpp: Path) -> dict[str, Any]:
-    script = llama_cpp / "convert_hf_to_gguf.py"
+    script = converter(llama_cpp)
     if not script.is_file():
         raise ReleaseError(
             "release.llama_cpp", f"there is no {script}", "a folder of llama.cpp", "correct the path; it is relative to finetune.yaml"
@@ -203,8 +203,7 @@ def _by_llama_cpp(folder: Path, output: Path, kind: str, llama_cpp: Path) -> dic
 
 def quantize_q4_k_m(source: Path, output: Path, llama_cpp: Path | None) -> dict[str, Any]:
     """Quantize a GGUF file to Q4_K_M with llama.cpp's llama-quantize. Raises ReleaseError where that is not to be found."""
-    places = [llama_cpp / place for place in ("llama-quantize", "build/bin/llama-quantize")] if llama_cpp else []
-    tool = next((str(place) for place in places if place.is_file()), None) or shutil.which("llama-quantize")
+    tool = quantizer(llama_cpp)
     if tool is None and importlib.util.find_spec("llama_cpp"):
         return _quantize_by_binding(source, output)
     if tool is None:
@@ -214,7 +213,7 @@ def quantize_q4_k_m(source: Path, output: Path, llama_cpp: Path | None) -> dict[
             "llama.cpp's tools: Q4_K_M is theirs, nothing else writes it",
             "install llama.cpp, or set release.llama_cpp to its folder; or use gguf-q8_0",
         )
-    done = subprocess.run([tool, str(source), str(output), "Q4_K_M"], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(tool), str(source), str(output), "Q4_K_M"], capture_output=True, text=True, check=False)
     if done.returncode or not output.is_file():
         raise ReleaseError("release.forms: gguf-q4_k_m", f"llama-quantize failed: {_last(done.stderr)}", "a GGUF file", "see its message")
     return {"tensors": None, "bytes": output.stat().st_size, "writer": "llama-quantize", "notes": []}

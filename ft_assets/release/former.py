@@ -60,6 +60,15 @@ def need_adapter(store: ArtifactStore, partition: str, merged: Artifact, where: 
     return found
 
 
+def champion_since(release: Artifact) -> str:
+    """Return which decision made the champion the champion, its number and time: a later one that keeps it changes nothing,
+    and a model that is rolled back to is champion since the rollback."""
+    history = state_of(release).history
+    before = [index for index, line in enumerate(history) if line["champion"]["identity"] != history[-1]["champion"]["identity"]]
+    first = history[before[-1] + 1 if before else 0]
+    return f"{first['sequence']} at {first['at']}"
+
+
 def adapter_of(store: ArtifactStore, partition: str, merged: Artifact) -> Artifact | None:
     """Return the adapter that a merged model was made from, None if the store has it no more."""
     version = merged.manifest["inputs"]["adapter"]

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.errors import ReleaseError
-from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.models.loading import load_base, load_tokenizer
+from ft_assets.release import readers
 from ft_assets.release.export_gguf import quantize_q4_k_m, write_gguf
+from ft_assets.release.ollama import modelfile
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+TEMPLATE = "chat_template.jinja"
 GGUF = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m")
 
 
 def make_form(form: str, merged: Path, base: Path, adapter: Path | None, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write a form to `output` and return what there is to say of it. Raises ReleaseError where it cannot be made.
 
-    facts: {"name", "license", "llama_cpp", "base"}: the partition, the licence identifier or None, a folder or None, and what
-    the base is called.
+    facts: {"name", "license", "llama_cpp", "base", "revision", "asked"}: the partition, the licence identifier or None, a
+    folder or None, what the base is called and its commit or None, and held-out prompts.
     """
     output.mkdir(parents=True)
     if form in GGUF:
@@ -49,24 +53,12 @@ def _gguf(form: str, merged: Path, output: Path, facts: dict[str, Any]) -> dict[
             whole.unlink()
     else:
         made = write_gguf(merged, file, form.removeprefix("gguf-"), facts["name"], facts["license"], llama_cpp)
-    (output / "Modelfile").write_text(modelfile(file.name, merged))
-    return {**made, "file": file.name, "serve": [f"ollama create {facts['name']} -f Modelfile", f"llama-server -m {file.name} --jinja"]}
-
-
-def modelfile(gguf: str, merged: Path) -> str:
-    """Return an Ollama Modelfile. No TEMPLATE: Ollama's is a Go template, and a Jinja template that is translated by hand is
-    the classic way to make a good model talk nonsense; without one Ollama reads the template in the GGUF file."""
-    tokenizer = load_tokenizer(merged)
-    stops = [tokenizer.convert_ids_to_tokens(stop) for stop in sorted(stop_ids(merged))]
-    return "\n".join(
-        [
-            f"FROM ./{gguf}",
-            "# No TEMPLATE: Ollama uses the chat template inside the GGUF file, which is the one that was proven.",
-            "PARAMETER temperature 0",
-            *[f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops],
-            "",
-        ]
-    )
+    text, why_not = modelfile(file.name, merged, facts["asked"], readers.adds_bos(file))
+    (output / "Modelfile").write_text(text, encoding="utf-8")
+    by_ollama = [] if why_not else [f"ollama create {facts['name']} -f Modelfile"]
+    notes = [f"not for Ollama, which would not use its chat template: it {why_not}"] if why_not else []
+    served = [*by_ollama, f"llama-server -m {file.name} --jinja"]
+    return {**made, "file": file.name, "serve": served, "notes": [*made["notes"], *notes]}
 
 
 def _nf4(merged: Path, output: Path) -> dict[str, Any]:
@@ -89,8 +81,31 @@ def _adapter(base: Path, adapter: Path | None, output: Path, facts: dict[str, An
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy2(adapter / name, output / name)
     config = json.loads((output / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = facts["base"]
+    if (reason := why_not_vllm(config)) is not None:
+        raise ReleaseError("release.forms: adapter", reason, "a plain LoRA adapter", "serve the merged model, or a GGUF form or nf4 of it")
+    config |= {"base_model_name_or_path": facts["base"], "revision": facts["revision"]}
     (output / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    line = f"vllm serve {facts['base']} --enable-lora --max-lora-rank {config['r']} --lora-modules {facts['name']}=./adapter"
-    note = "on the original base: its chat template must be the one that was trained with"
+    (output / TEMPLATE).write_text(load_tokenizer(base).chat_template, encoding="utf-8")
+    revision = f" --revision {facts['revision']}" if facts["revision"] else ""
+    line = (
+        f"vllm serve {facts['base']}{revision} --enable-lora --max-lora-rank {vllm_rank(config)} "
+        f"--lora-modules {facts['name']}=./adapter --chat-template ./adapter/{TEMPLATE}"
+    )
+    note = "on the original base, with the chat template that was trained with"
     return {"bytes": (output / "adapter_model.safetensors").stat().st_size, "writer": "peft", "notes": [note], "serve": [line]}
+
+
+def why_not_vllm(config: dict[str, Any]) -> str | None:
+    """Return why vLLM does not load an adapter (its lora/peft_helper.py and config/lora.py), None if it does."""
+    if config.get("use_dora"):
+        return "vLLM loads no DoRA (lora.use_dora)"
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if config.get(key):
+            return f"vLLM loads no weights beside the low-rank ones (lora.{key})"
+    return f"vLLM loads no rank above {VLLM_RANKS[-1]}" if vllm_rank(config) is None else None
+
+
+def vllm_rank(config: dict[str, Any]) -> int | None:
+    """Return the smallest --max-lora-rank that vLLM knows and an adapter fits into."""
+    largest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return next((rank for rank in VLLM_RANKS if rank >= largest), None)

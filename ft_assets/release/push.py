@@ -5,14 +5,20 @@ job file, a log or an error.
 """
 
 import os
+from collections.abc import Collection
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ft_assets.errors import ReleaseError
 
+# Weights that a loader could take instead of the ones pushed: shards beside a single file, an adapter, the older format.
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
 
-def push(folder: Path, repo: str, private: bool, message: str) -> str:
-    """Upload a model folder and return the commit's id. The manifest of this store stays here. Raises ReleaseError."""
-    from huggingface_hub import HfApi, constants
+
+def push(folder: Path, files: Collection[str], repo: str, private: bool, message: str) -> str:
+    """Upload these files of a model folder in one commit, and return its id. Weights of an earlier push that are not among
+    them are deleted in the same commit. Raises ReleaseError, also for a repository that is not as private as asked."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
     token = os.environ.get("HF_TOKEN")
     if not token:
@@ -21,8 +27,14 @@ def push(folder: Path, repo: str, private: bool, message: str) -> str:
         raise ReleaseError("release.push", "HF_HUB_OFFLINE is set", "hub access", "unset it, or remove release.push")
     api = HfApi(token=token)
     try:
-        api.create_repo(repo, private=private, repo_type="model", exist_ok=True)
-        made = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=["manifest.json"])
+        api.create_repo(repo, private=private, repo_type="model", exist_ok=True)  # of one that exists, `private` is ignored
+        require_visibility(repo, api.repo_info(repo).private, private)
+        stale = stale_weights(api.list_repo_files(repo), files)
+        additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sorted(files)]
+        # Not upload_folder: it commits a large folder in parts, and between them the hub would serve half of two models.
+        made = api.create_commit(repo, [*map(CommitOperationDelete, stale), *additions], commit_message=message)
+    except ReleaseError:
+        raise
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         text = str(error).replace(token, "…").strip().splitlines()
         raise ReleaseError(
@@ -32,3 +44,19 @@ def push(folder: Path, repo: str, private: bool, message: str) -> str:
             "the release itself stands; materialize hub_model again",
         ) from None
     return made.oid
+
+
+def require_visibility(repo: str, found: bool | None, private: bool) -> None:
+    """Raise ReleaseError if the repository is not private (or public) as asked; what the hub does not say counts as public."""
+    if bool(found) != private:
+        raise ReleaseError(
+            f"release.push: {repo}",
+            f"the repository exists and is {'private' if found else 'public'}",
+            f"a {'private' if private else 'public'} one (release.push.private)",
+            "nothing was uploaded: change the repository's visibility on the hub, name another one, or change release.push.private",
+        )
+
+
+def stale_weights(there: Collection[str], files: Collection[str]) -> list[str]:
+    """Return the weight files of a repository that a push of `files` does not replace."""
+    return sorted(name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS))

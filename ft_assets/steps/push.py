@@ -13,7 +13,7 @@ def step(job: Job, report: Report) -> StepResult:
     manifest = json.loads((folder / "manifest.json").read_text())
     verify_files(Artifact(folder, manifest))
     repo, private = job.settings["push"]["repo"], job.settings["push"]["private"]
-    commit = push(folder, repo, private, f"merged_model {manifest['fingerprint']}")
+    commit = push(folder, manifest["files"], repo, private, f"merged_model {manifest['fingerprint']}")
     report("pushed", repo=repo, commit=commit)
     (job.output / "push.json").write_text(json.dumps({"repo": repo, "private": private, "commit": commit}, indent=1))
     return StepResult({"repo": repo, "private": private, "commit": commit, "merged_model": manifest["fingerprint"]})

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
-from ft_assets.models.loading import compute_dtype
+from ft_assets.models.loading import compute_dtype, free_memory
 from ft_assets.training.attention import kernel_fits, register
 from ft_assets.training.batches import StepBatches
 from ft_assets.training.distributed import world_size
@@ -32,7 +32,7 @@ def this_machine(memory_limit_gb: float | None = None) -> Machine:
     limit = memory_limit_gb * 1e9 if memory_limit_gb else None
     state = PartialState(cpu=not torch.cuda.is_available()) if world_size() > 1 else None  # also chooses this rank's GPU
     if not torch.cuda.is_available():
-        return Machine(False, _least(min(filter(None, (_available(), limit))), state), compute_dtype().itemsize)
+        return Machine(False, _least(min(filter(None, (free_memory(), limit))), state), compute_dtype().itemsize)
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # micro-batches differ in length: no holes
     free, total = torch.cuda.mem_get_info()
     if limit and limit < free:
@@ -49,11 +49,6 @@ def _least(memory: float, state: PartialState | None) -> float:
     least = torch.tensor(memory, dtype=torch.float64, device=state.device)
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
     return float(least)
-
-
-def _available() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 8e9)
 
 
 def plan_sft(snapshot: Path, lora: LoraSettings, sft: SftSettings, rows: Sequence[dict[str, Any]], machine: Machine) -> Plan:
