@@ -27,7 +27,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "a loss that is not finite must be seen": ("logging_nan_inf_filter",),
     "every step is reported and kept in the curve": ("logging_steps", "logging_strategy", "logging_first_step"),
     "memory that runs out halves the micro-batch already, at the same effective batch": ("auto_find_batch_size",),
-    "validation is measured by us (sft.eval_steps), always on the validation slice": (
+    "validation is measured by us (eval_steps of sft or dpo), always on the validation slice": (
         "eval_strategy", "eval_steps", "do_eval", "eval_on_start", "eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps",
         "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics", "prediction_loss_only", "bf16_full_eval",
         "fp16_full_eval",
