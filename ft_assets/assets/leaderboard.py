@@ -31,6 +31,7 @@ def leaderboard_asset() -> dg.AssetsDefinition:
         kinds={"table"},
         code_version="2",
     )
+    @user_errors()
     def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """All base models on the same held-out rows: score, gain, what was forgotten, memory, time and size; failures with their reason."""
         entries = [entry_of(workshop, name) for name in workshop.project.base_models]
