@@ -1,10 +1,10 @@
-"""What runs without a person, all of it off by default: a sensor that reports changed data files, one that reruns what is
-stale, the retraining schedule, and the alerts."""
+"""What runs without a person: a sensor that reports changed data files, the retraining schedule, the alerts, all off by default; and the
+leaderboard after a failure. The sensor that reruns what is stale: `ft_assets.rerun`."""
 
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
@@ -12,41 +12,12 @@ import dagster as dg
 from ft_assets.alerts import alert_sensors
 from ft_assets.assets.data import CONVERSATIONS, data_content, data_files
 from ft_assets.config import FreshnessSettings, Project, ScheduleSettings
-from ft_assets.errors import ConfigError, FtError
+from ft_assets.errors import ConfigError, FtError, InfrastructureFault
 
 KEYS = (*CONVERSATIONS, "preferences")
 PROVEN = {dg.AssetKey("eval_report"), dg.AssetKey("merged_model")}  # what goes stale for a user when nothing retrains
+BOARD, RETRAIN = dg.AssetKey("leaderboard"), "retrain"
 AFTER_PEOPLE = {"dagster/priority": "-1"}  # runs that nobody waits for stand behind those that somebody started
-
-
-def stale(ancestors: Iterable[dg.AssetKey]) -> dg.AutomationCondition:
-    """Condition of every asset: what it is made from has other content than when it was made, and is ready.
-
-    Content, not time: `eager()` retrains when an input was made again with the same result. It waits while any of the
-    partitioned `ancestors` runs or is about to: few-shot examples and train rows come from one asset, and a report on new
-    examples and an adapter that is about to be replaced would cost an evaluation for nothing. A failed blocking check holds
-    across runs here.
-    """
-    condition: Any = dg.AutomationCondition  # its key type is invariant, which the | of its own conditions does not meet
-    moved = condition.data_version_changed() & ~condition.executed_with_root_target()
-    wanted = (condition.any_deps_match(moved) | condition.code_version_changed() | condition.newly_missing()).since_last_handled()
-    moving = condition.in_progress() | condition.will_be_requested()
-    busy = condition.any_deps_match(moving) | condition.in_progress()
-    for key in sorted(ancestors):
-        busy |= condition.asset_matches(key, moving)
-    return (wanted & ~busy & ~condition.any_deps_missing() & condition.all_deps_blocking_checks_passed()).with_label("stale and ready")
-
-
-def automated(specs: Iterable[dg.AssetSpec]) -> Mapping[dg.AssetKey, dg.AutomationCondition]:
-    """Return the condition of each asset that is made here."""
-    known = {spec.key: spec for spec in specs}
-
-    def above(key: dg.AssetKey) -> set[dg.AssetKey]:
-        parents = {dep.asset_key for dep in known[key].deps}
-        return parents.union(*(above(parent) for parent in parents))
-
-    partitioned = {key for key, spec in known.items() if spec.partitions_def is not None}
-    return {key: stale(above(key) & partitioned if key in partitioned else ()) for key in known if key != data_files.key}
 
 
 def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.FreshnessPolicy | None:
@@ -76,7 +47,7 @@ def automation(
     def data_files_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         try:
             version = content_version(project)
-        except FtError as error:
+        except (FtError, InfrastructureFault) as error:
             return dg.SkipReason(str(error))
         seen, reported = json.loads(context.cursor or '["", ""]')
         if version == reported:
@@ -89,20 +60,35 @@ def automation(
         return dg.SensorResult(asset_events=[event], cursor=json.dumps([version, version]))
 
     retrain = dg.define_asset_job(
-        "retrain",
+        RETRAIN,
         selection=dg.AssetSelection.all() - dg.AssetSelection.assets(data_files.key),
         partitions_def=base_models,
         description="Everything of one base model; steps whose inputs did not change are reused.",
     )
     schedules = [_schedule(project, project.schedule, retrain)] if project.schedule else []
-    rerun = dg.AutomationConditionSensorDefinition(
-        "rerun_stale",
-        target=dg.AssetSelection.all(),
-        minimum_interval_seconds=30,
-        run_tags={"ft/started_by": "rerun_stale", **AFTER_PEOPLE},
-        description="Reruns each asset whose inputs changed in content, partition by partition, one step of the graph at a time.",
+    board = _leaderboard_after_failure(retrain)
+    return schedules, [data_files_sensor, board, *alert_sensors(project.alerts)], [retrain]
+
+
+def _leaderboard_after_failure(job: Any) -> dg.SensorDefinition:
+    """Return the sensor that makes the leaderboard of a failed run: in that run it is skipped, for it lies below what failed, and
+    would show the verdict before. On by default: it follows only runs that somebody, or another switch, has started.
+    """
+
+    @dg.run_failure_sensor(
+        name="leaderboard_after_failure",
+        request_job=job,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Makes the leaderboard after a failed run that should have made it, so that it shows what failed.",
     )
-    return schedules, [data_files_sensor, rerun, *alert_sensors(project.alerts)], [retrain]
+    def sensor(context: dg.RunFailureSensorContext) -> dg.RunRequest | dg.SkipReason:
+        run = context.dagster_run
+        chosen = run.asset_selection or (frozenset() if run.job_name != RETRAIN else None)  # None: all that the job makes
+        if chosen is not None and (BOARD not in chosen or chosen == {BOARD}):
+            return dg.SkipReason("the run was not to make the leaderboard, or nothing else")
+        return dg.RunRequest(run_key=run.run_id, asset_selection=[BOARD], tags={"ft/started_by": "leaderboard_after_failure"})
+
+    return sensor
 
 
 def _schedule(project: Project, settings: ScheduleSettings, job: Any) -> dg.ScheduleDefinition:

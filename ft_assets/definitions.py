@@ -18,9 +18,10 @@ from ft_assets.assets.plan_job import what_would_run  # noqa: E402
 from ft_assets.assets.release import release_assets  # noqa: E402
 from ft_assets.assets.training import training_assets  # noqa: E402
 from ft_assets.assets.workshop import Workshop  # noqa: E402
-from ft_assets.automation import automated, automation, freshness  # noqa: E402
+from ft_assets.automation import automation, freshness  # noqa: E402
 from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.console import console  # noqa: E402
+from ft_assets.rerun import rerun_stale  # noqa: E402
 
 
 def build(project: Project) -> dg.Definitions:
@@ -33,6 +34,7 @@ def build(project: Project) -> dg.Definitions:
     released, released_checks = champion_assets(base_models)
     exported, exported_checks = export_assets(base_models)
     schedules, sensors, jobs = automation(project, base_models)
+    sensors.append(rerun_stale(project, build, jobs[0]))
     jobs.append(what_would_run(project, build))
     definitions = dg.Definitions(
         assets=[
@@ -55,12 +57,7 @@ def build(project: Project) -> dg.Definitions:
         # Every heavy step is a child process of the launcher already: a process a step more would only cost time.
         executor=dg.in_process_executor,
     )
-    conditions = automated(definitions.resolve_all_asset_specs())
-    return definitions.map_asset_specs(
-        func=lambda spec: spec.replace_attributes(
-            automation_condition=conditions.get(spec.key), freshness_policy=freshness(project.freshness, spec.key)
-        )
-    )
+    return definitions.map_asset_specs(func=lambda spec: spec.replace_attributes(freshness_policy=freshness(project.freshness, spec.key)))
 
 
 defs = build(load_project())

@@ -89,6 +89,25 @@ class StoreUnreachable(InfrastructureFault):
         super().__init__(f"{where}: the store does not answer ({found})")
 
 
+class SourceUnreachable(InfrastructureFault):
+    """A server that data or a base model come from does not answer, or says that it is its own fault."""
+
+    def __init__(self, where: str, found: str, fix: str) -> None:
+        super().__init__(f"{where}: {found}\n  to do:    {fix}")
+
+
+# Classes of the clients of the hub, of web servers and of object stores (httpx, requests, aiohttp, botocore), none of which is imported here.
+NO_ANSWER = {"TimeoutException", "NetworkError", "RemoteProtocolError", "Timeout", "ClientConnectionError", "ClientPayloadError", "HTTPClientError"}  # fmt: skip
+
+
+def may_pass(error: BaseException, status: object = None) -> bool:
+    """Return whether what a client raised is the network's or the server's fault: no answer, or a `status` of 5xx or 429."""
+    code = int(str(status)) if str(status).isdigit() else 0
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    silent = bool(kinds & {"TimeoutError", "ConnectionError", "gaierror", *NO_ANSWER}) and "OfflineModeIsEnabled" not in kinds
+    return code >= 500 or code == 429 or (silent and not code)
+
+
 def nearest(word: str, known: Iterable[str], otherwise: str = "remove it, or see the README") -> str:
     """Return the fix for a name that is not known: the one it is close to, if there is one."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -163,7 +163,7 @@ def test_sensors_are_off_until_switched_on(project: Path, monkeypatch: pytest.Mo
     edit(project, alerts={"webhook": {"url_env": "FT_WEBHOOK_URL"}, "slack": {"token_env": "FT_SLACK_TOKEN", "channel": "#models"}})
     sensors = {sensor.name: sensor for sensor in build(load_project(project / "finetune.yaml")).get_repository_def().sensor_defs}
     assert {"alert_webhook", "alert_slack"} <= set(sensors)
-    assert all(sensor.default_status == dg.DefaultSensorStatus.STOPPED for sensor in sensors.values())
+    assert all(sensor.default_status == dg.DefaultSensorStatus.STOPPED for name, sensor in sensors.items() if name.startswith("alert"))
 
 
 def test_a_secret_itself_is_refused_in_finetune_yaml(project: Path) -> None:

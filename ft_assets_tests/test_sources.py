@@ -12,7 +12,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from ft_assets.data.sources import resolve_files
-from ft_assets.errors import DataError
+from ft_assets.errors import DataError, ModelError, SourceUnreachable
+from ft_assets.models.source import resolve_revision
 from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import artifact, materialize
 
@@ -76,7 +77,6 @@ def test_file_of_a_web_server_is_fetched_once_and_again_when_it_changes(web: Ser
     [
         ("{web}/absent.jsonl", "there is no such file"),
         ("{web}/*.jsonl", "HTTP has no folders"),
-        ("http://127.0.0.1:9/train.jsonl", "cannot be fetched"),
         ("http://ada:secret@127.0.0.1:9/train.jsonl", "credentials in the environment"),
         ("ftp://example.org/train.jsonl", "ftp:// is not read"),
         ("hf://datasets/owner/name/train.parquet", "names no revision"),
@@ -89,6 +89,51 @@ def test_what_cannot_be_fetched_names_the_key_and_tells_no_secret(web: Server, t
     assert said in str(caught.value)
     assert "secret" not in str(caught.value)
     assert not list((tmp_path / ".ft").rglob(".part-*"))
+
+
+class Answering:
+    """A server that answers everything with one status."""
+
+    def __init__(self, status: int) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+NOBODY = "http://127.0.0.1:9"  # the discard port
+FAULTS = [(503, True), (500, True), (429, True), (None, True), (404, False), (403, False), (401, False)]
+
+
+@pytest.mark.parametrize(("status", "passes"), FAULTS)
+def test_fault_of_a_data_server_may_pass_and_a_refusal_is_the_users(tmp_path: Path, status: int | None, passes: bool) -> None:
+    url = Answering(status).url if status else NOBODY
+    with pytest.raises(SourceUnreachable if passes else DataError) as caught:
+        resolve_files(tmp_path, [f"{url}/train.jsonl?key=secret"], "data.train")
+    assert str(caught.value).startswith("finetune.yaml: data.train: ")
+    assert not passes or "cannot be fetched" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "passes"), FAULTS)
+def test_fault_of_the_hub_may_pass_and_a_refusal_is_the_users(monkeypatch: pytest.MonkeyPatch, status: int | None, passes: bool) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", Answering(status).url if status else NOBODY)
+    with pytest.raises(SourceUnreachable if passes else ModelError, match="some/model cannot be reached"):
+        resolve_revision("tiny", "some/model", None)
 
 
 def test_graph_reads_a_bucket_and_sees_a_new_object(project: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.assets.data import OWNERS
@@ -26,8 +27,10 @@ GATE = ("confidence", "metrics", "min_heldout_rows")
 class ReleaseConfig(dg.Config):
     """The launchpad's fields: both empty in a usual run, which promotes by rule."""
 
-    rollback_to: str | None = None  # `previous`, or the fingerprint of a former champion's merged_model
-    reason: str = ""  # why; recorded
+    rollback_to: str | None = Field(
+        default=None, description="`previous`, or the fingerprint of a former champion's merged_model. Empty: promote by rule."
+    )
+    reason: str = Field(default="", description="Why it is rolled back, in a sentence; recorded in the release. Needed with rollback_to.")
 
 
 def champion_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
@@ -50,8 +53,8 @@ def champion_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         with user_errors():
             artifact, reused = _roll_back(context, workshop, config) if config.rollback_to else _release(context, workshop)
             _, merged = need_champion(workshop.store, context.partition_key, f"release[{context.partition_key}]")
-        text = (artifact.path / "release.md").read_text()
-        return result(artifact, reused, serve=dg.MetadataValue.path(str(merged.path)), history=dg.MetadataValue.md(text))
+            text = (artifact.path / "release.md").read_text()
+            return result(artifact, reused, serve=dg.MetadataValue.path(str(merged.path)), history=dg.MetadataValue.md(text))
 
     @dg.asset_check(
         asset=release,
@@ -59,6 +62,7 @@ def champion_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         partitions_def=base_models,
         description="The released model beats its base on today's held-out rows.",
     )
+    @user_errors()
     def champion_beats_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if it does not; warn if it was not measured on today's rows (a rollback), or was released by override."""
         return _beats_base(workshop, context.partition_key)
@@ -69,6 +73,7 @@ def champion_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         partitions_def=base_models,
         description="Every file of the released model is the one that was proven, byte for byte.",
     )
+    @user_errors()
     def released_files_are_whole(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail naming the first file that is missing or was changed."""
         name = context.partition_key
@@ -82,6 +87,7 @@ def champion_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         return dg.AssetCheckResult(passed=True, description=f"{len(files)} files, {size / 1e9:.2f} GB, all as they were published")
 
     @dg.asset_check(asset=release, partitions_def=base_models, description="Today's merged model is the released one.")
+    @user_errors()
     def challenger_was_promoted(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn, with the reason, if the champion was kept or rolled back to."""
         name = context.partition_key

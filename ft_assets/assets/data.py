@@ -17,6 +17,7 @@ from ft_assets.data.formats import RawRow, read_rows, resolve_files
 from ft_assets.data.ingest import Ingest, target, worst
 from ft_assets.data.kto import pair_labels
 from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
+from ft_assets.errors import DataError
 from ft_assets.job import StepResult
 
 OWNERS = ["team:ml"]
@@ -42,6 +43,8 @@ CONVERSATIONS = {  # key of data: table
     "contamination": "contamination",
 }
 
+Hashes = dict[str, list[tuple[str, str]]]  # {key of data: its files, each with the hash of its content}
+
 data_files = dg.AssetSpec(
     "data_files",
     description="The files that finetune.yaml names under `data`. A sensor reports a new version when their content changes.",
@@ -60,7 +63,7 @@ def schema_metadata(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
-def data_content(project: Project, keys: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+def data_content(project: Project, keys: Sequence[str]) -> Hashes:
     """Return, for each key of `data`, its files with their hashes: what decides the rows."""
     settings = project.data.model_dump()
     return {
@@ -90,8 +93,8 @@ def _reading(project: Project) -> dict[str, Any]:
     return project.data.model_dump(mode="json", include={"columns", "format", "encoding", "stratify"})
 
 
-def _ingest(project: Project, output: Path, sources: Mapping[str, tuple[str, Any]], schema: pa.Schema) -> StepResult:
-    """Write each source, {key of data: (table, form)}, and the rejected rows of all."""
+def _ingest(project: Project, output: Path, files: Hashes, sources: Mapping[str, tuple[str, Any]], schema: pa.Schema) -> StepResult:
+    """Write each source, {key of data: (table, form)}, and the rejected rows of all. Raises DataError if `files` are no longer those."""
     metrics: dict[str, Any] = {}
     parts, first = {}, []
     stratify = project.data.stratify
@@ -106,8 +109,17 @@ def _ingest(project: Project, output: Path, sources: Mapping[str, tuple[str, Any
                 metrics |= done.metrics(name)
             parts[name] = done.version
             first += done.first
+    _require_still(project, files)
     rejected_rows = sum(value for key, value in metrics.items() if key.endswith("_rejected"))
     return StepResult({**metrics, "rejected": rejected_rows, "first_rejected": "\n".join(first[:5]) or None}, parts)
+
+
+def _require_still(project: Project, files: Hashes) -> None:
+    """Raise DataError if a file has another content than before it was read: these rows would be stored as those of the old one."""
+    for key, now in data_content(project, list(files)).items():
+        if now != files[key]:
+            name = next(name for name, _ in sorted(set(now) ^ set(files[key])))
+            raise DataError(f"finetune.yaml: data.{key}: {name}", "changed while it was read", "files that are still", "run again")
 
 
 def _sample(artifact: Artifact, name: str) -> Any:
@@ -139,18 +151,19 @@ def raw_dataset(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Wo
     project = workshop.project
     sources = {key: (name, target if key == "contamination" else conversation) for key, name in CONVERSATIONS.items()}
     with user_errors():
+        files = data_content(project, list(sources))
         artifact, reused = workshop.materialize(
             context,
-            settings={"files": data_content(project, list(sources)), **_reading(project)},
-            make=lambda output: _ingest(project, output, sources, CONVERSATION),
+            settings={"files": files, **_reading(project)},
+            make=lambda output: _ingest(project, output, files, sources, CONVERSATION),
         )
-    return result(
-        artifact,
-        reused,
-        sample=_sample(artifact, "conversations"),
-        **_rejected(artifact),
-        **{"dagster/row_count": artifact.metrics["conversations_rows"]},
-    )
+        return result(
+            artifact,
+            reused,
+            sample=_sample(artifact, "conversations"),
+            **_rejected(artifact),
+            **{"dagster/row_count": artifact.metrics["conversations_rows"]},
+        )
 
 
 @dg.asset(
@@ -160,18 +173,19 @@ def raw_preferences(context: dg.AssetExecutionContext, workshop: dg.ResourcePara
     """Validated preference triples: a prompt, the chosen answer, the rejected one. Empty if finetune.yaml names none."""
     project = workshop.project
     with user_errors():
+        files = data_content(project, ["preferences"])
         artifact, reused = workshop.materialize(
             context,
-            settings={"files": data_content(project, ["preferences"]), **_reading(project)},
-            make=lambda output: _ingest(project, output, {"preferences": ("preferences", preference)}, PREFERENCE),
+            settings={"files": files, **_reading(project)},
+            make=lambda output: _ingest(project, output, files, {"preferences": ("preferences", preference)}, PREFERENCE),
         )
-    return result(
-        artifact,
-        reused,
-        sample=_sample(artifact, "preferences"),
-        **_rejected(artifact),
-        **{"dagster/row_count": artifact.metrics["preferences_rows"]},
-    )
+        return result(
+            artifact,
+            reused,
+            sample=_sample(artifact, "preferences"),
+            **_rejected(artifact),
+            **{"dagster/row_count": artifact.metrics["preferences_rows"]},
+        )
 
 
 def _validity(workshop: Workshop, asset: str) -> dg.AssetCheckResult:
@@ -192,12 +206,14 @@ def _validity(workshop: Workshop, asset: str) -> dg.AssetCheckResult:
 
 
 @dg.asset_check(asset=raw_dataset, blocking=True, description="Every row of the data files can be used, or few enough cannot.")
+@user_errors()
 def rows_are_valid(workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
     """Fail above data.max_invalid in any source, warn if any row was left out."""
     return _validity(workshop, "raw_dataset")
 
 
 @dg.asset_check(asset=raw_preferences, blocking=True, description="Every preference pair can be used, or few enough cannot.")
+@user_errors()
 def pairs_are_valid(workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
     """Fail above data.max_invalid, warn if any pair was left out."""
     return _validity(workshop, "raw_preferences")

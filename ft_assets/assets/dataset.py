@@ -64,8 +64,8 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 libraries="text",
                 space=1_000_000_000,
             )
-        source = settings.hub or settings.gguf or settings.folder
-        return result(artifact, reused, source=str(source), commit=identity.get("commit", "–"))
+            source = settings.hub or settings.gguf or settings.folder
+            return result(artifact, reused, source=str(source), commit=identity.get("commit", "–"))
 
     @dg.asset(partitions_def=base_models, group_name="model", owners=OWNERS, kinds={"json"}, code_version="1")
     def recipe(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
@@ -79,7 +79,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 return StepResult({}, sections)
 
             artifact, reused = workshop.materialize(context, settings=resolved.model_dump(mode="json"), make=make)
-        return result(artifact, reused, recipe=dg.MetadataValue.json(resolved.model_dump(mode="json")))
+            return result(artifact, reused, recipe=dg.MetadataValue.json(resolved.model_dump(mode="json")))
 
     @dg.asset(
         partitions_def=base_models,
@@ -108,9 +108,9 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 step="chat",
                 libraries="text",
             )
-        return result(
-            artifact, reused, **_lengths(artifact, name), **{"dagster/partition_row_count": artifact.metrics["conversations_rows"]}
-        )
+            return result(
+                artifact, reused, **_lengths(artifact, name), **{"dagster/partition_row_count": artifact.metrics["conversations_rows"]}
+            )
 
     @dg.asset_check(
         asset=chat_dataset,
@@ -118,6 +118,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         partitions_def=base_models,
         description="Train context equals generation context, the mask covers the answer and its end of turn, one BOS: on every row.",
     )
+    @user_errors()
     def every_row_is_proven(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if the template could not be proven right for any row, or if base and fine-tune would answer in different modes."""
         metrics = workshop.store.need("chat_dataset", context.partition_key).metrics
@@ -135,6 +136,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         partitions_def=base_models,
         description="Few rows are longer than chat.max_length; a longer row is left out whole, never cut.",
     )
+    @user_errors()
     def few_rows_are_too_long(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail above chat.max_truncated, warn if any row is too long."""
         metrics, chat = (
@@ -169,9 +171,9 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 inputs={"chat_dataset": (chat, None), "raw_dataset#contamination": (raw, "contamination")},
                 make=lambda output: StepResult(*make_split(chat.path, targets, output, data)),
             )
-        strata = json.loads((artifact.path / "info" / "strata.json").read_text())
-        shown = {"strata": dg.MetadataValue.md(_strata(strata))} if strata else {}
-        return result(artifact, reused, **shown, **{"dagster/partition_row_count": artifact.metrics["train_rows"]})
+            strata = json.loads((artifact.path / "info" / "strata.json").read_text())
+            shown = {"strata": dg.MetadataValue.md(_strata(strata))} if strata else {}
+            return result(artifact, reused, **shown, **{"dagster/partition_row_count": artifact.metrics["train_rows"]})
 
     @dg.asset_check(
         asset=heldout_split,
@@ -179,6 +181,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         partitions_def=base_models,
         description="No prompt stands on two sides: train, preferences, held-out, retention.",
     )
+    @user_errors()
     def nothing_leaks(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail with the first offending pair of ids (train and preferences may share prompts)."""
         split, raw, data = (
@@ -194,6 +197,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         return dg.AssetCheckResult(passed=not found, description=text, metadata=counts)
 
     @dg.asset_check(asset=heldout_split, partitions_def=base_models, description="Every value of data.stratify's field has held-out rows.")
+    @user_errors()
     def strata_are_held_out(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn with the strata of which no row is held out: the verdict says nothing about them."""
         path = workshop.store.need("heldout_split", context.partition_key).path
@@ -204,6 +208,7 @@ def dataset_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         return dg.AssetCheckResult(passed=not missing, severity=WARN, description=text)
 
     @dg.asset_check(asset=heldout_split, partitions_def=base_models, description="Enough held-out rows to tell a better model from luck.")
+    @user_errors()
     def heldout_is_large_enough(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn below gate.min_heldout_rows."""
         rows, least = (

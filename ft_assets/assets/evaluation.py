@@ -84,16 +84,16 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
                 },
                 libraries="infer",
             )
-        picture = (artifact.path / "info" / "scores.txt").read_text()
-        text, since = ((artifact.path / name).read_text() for name in ("report.md", "info/changes.md"))
-        return result(
-            artifact,
-            reused,
-            report=dg.MetadataValue.md(f"![scores]({picture})\n\n{text}"),
-            since_the_previous_report=dg.MetadataValue.md(since),
-            page=dg.MetadataValue.path(str(artifact.path / "info" / "report.html")),
-            every_row=dg.MetadataValue.path(str(artifact.path / "rows.parquet")),
-        )
+            picture = (artifact.path / "info" / "scores.txt").read_text()
+            text, since = ((artifact.path / name).read_text() for name in ("report.md", "info/changes.md"))
+            return result(
+                artifact,
+                reused,
+                report=dg.MetadataValue.md(f"![scores]({picture})\n\n{text}"),
+                since_the_previous_report=dg.MetadataValue.md(since),
+                page=dg.MetadataValue.path(str(artifact.path / "info" / "report.html")),
+                every_row=dg.MetadataValue.path(str(artifact.path / "rows.parquet")),
+            )
 
     @dg.asset_check(
         asset=eval_report,
@@ -101,6 +101,7 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
         partitions_def=base_models,
         description="Held-out quality is above the base's, proven: the verdict is PASS.",
     )
+    @user_errors()
     def better_than_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail on FAIL and on INCONCLUSIVE."""
         report = _report(workshop, context.partition_key)
@@ -119,6 +120,7 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
         partitions_def=base_models,
         description="The fine-tune beats the base with a few-shot prompt; else prompting would do.",
     )
+    @user_errors()
     def better_than_prompting(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn if a prompted base is as good; fail if gate.prompting says so."""
         report, gate = _report(workshop, context.partition_key), workshop.project.gate
@@ -139,6 +141,7 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
     @dg.asset_check(
         asset=eval_report, blocking=True, partitions_def=base_models, description="The model to merge did not get worse on general prompts."
     )
+    @user_errors()
     def nothing_forgotten(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if loss or task score on the retention set fell by more than the gate's tolerance, or that cannot be told."""
         report, gate = _report(workshop, context.partition_key), workshop.project.gate
@@ -154,6 +157,7 @@ def evaluation_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Ass
         )
 
     @dg.asset_check(asset=eval_report, partitions_def=base_models, description="DPO is not worse than SFT; else SFT is merged.")
+    @user_errors()
     def dpo_does_not_hurt(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn if DPO is lower than SFT on held-out or on general prompts."""
         report = _report(workshop, context.partition_key)

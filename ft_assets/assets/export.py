@@ -70,7 +70,7 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
                 libraries="infer",
                 space=size * max(1, len(project.release.forms or [1])) + 100_000_000,
             )
-        return result(artifact, reused, forms_and_how_to_serve_them=dg.MetadataValue.md((artifact.path / "README.md").read_text()))
+            return result(artifact, reused, forms_and_how_to_serve_them=dg.MetadataValue.md((artifact.path / "README.md").read_text()))
 
     @dg.asset_check(
         asset=export,
@@ -78,6 +78,7 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
         partitions_def=base_models,
         description="Each exported form answers held-out prompts as the merged model does.",
     )
+    @user_errors()
     def forms_answer_alike(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail below release.min_form_agreement, if template, stop tokens or tokens were lost, or if nothing could read a form; warn
         of a form that was refused and of a reader that failed."""

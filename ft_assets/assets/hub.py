@@ -34,6 +34,6 @@ def hub_assets(base_models: dg.PartitionsDefinition, push: PushSettings | None) 
                 inputs={"release#champion": (released, "champion"), "champion": (champion, None)},
                 step="push",
             )
-        return result(artifact, reused)
+            return result(artifact, reused)
 
     return [hub_model]

@@ -32,6 +32,7 @@ def leaderboard_asset() -> dg.AssetsDefinition:
         kinds={"table"},
         code_version="3",
     )
+    @user_errors()
     def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
         """All base models on the same held-out rows: score, gain, what was forgotten, memory, time and size; failures with their reason."""
         with user_errors():

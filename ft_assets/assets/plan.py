@@ -6,7 +6,7 @@ step's content changes. Times and memory are those of the last time the step ran
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import dagster as dg
@@ -33,6 +33,7 @@ class Step:
     seconds: float | None = None
     memory_gb: float | None = None
     predicted_gb: float | None = None
+    version: str | None = None  # the fingerprint that it would have, made of what there is today; None if that cannot be told
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,12 +45,14 @@ class Planner(Workshop):
     def __init__(self, project: Project) -> None:
         super().__init__(project)
         self.steps: dict[str, Step] = {}
+        self.versions: dict[str, str] = {}
 
     def materialize(
         self, context: dg.AssetExecutionContext, *, settings: Any, inputs: Inputs | None = None, libraries: str | None = None, **_: Any
     ) -> tuple[Artifact, bool]:
         """Note whether the artifact would be made, and return the current one. Raises dg.Failure where there is none."""
         wanted = Wanted.of(context, settings, inputs or {}, libraries)
+        self.versions[wanted.asset] = wanted.fingerprint
         current, known = (
             self.store.current(wanted.asset, wanted.partition),
             self.store.find(wanted.asset, wanted.partition, wanted.fingerprint),
@@ -134,7 +137,8 @@ def _silent(_: dg.InitLoggerContext) -> logging.Logger:
 
 def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition: str | None) -> list[Step]:
     """Return a step for each asset of `keys`, in the graph's order."""
-    planner, definitions = Planner(project), build(project)
+    once = project.launcher.model_copy(update={"retries": 0})  # a server that does not answer is told, not waited for
+    planner, definitions = Planner(project.model_copy(update={"launcher": once})), build(project)
     selection = dg.AssetSelection.assets(*keys).without_checks()
     job = dg.Definitions(
         assets=definitions.assets,
@@ -156,7 +160,7 @@ def plan(project: Project, build: Build, keys: Sequence[dg.AssetKey], partition:
         if stopped:
             steps[name] = Step(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
         elif name in planner.steps:
-            steps[name] = planner.steps[name]
+            steps[name] = replace(planner.steps[name], version=planner.versions.get(name))
         elif above:  # not reached, or refused with the artifacts of today
             there = name in refused or planner.store.current(name, partition if graph.get(key).is_partitioned else None) is not None
             steps[name] = Step(name, partition, MAYBE if there else RUNS, [f"after {', '.join(above)}"])

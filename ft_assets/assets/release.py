@@ -62,9 +62,9 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
                 libraries="infer",
                 space=size * (2 if method == "qlora" else 1) + 100_000_000,  # after QLoRA both merges are on disk for a while
             )
-        tag_run(context, version=artifact.fingerprint)
-        card = card_body((artifact.path / "README.md").read_text())
-        return result(artifact, reused, model_card=dg.MetadataValue.md(card))
+            tag_run(context, version=artifact.fingerprint)
+            card = card_body((artifact.path / "README.md").read_text())
+            return result(artifact, reused, model_card=dg.MetadataValue.md(card))
 
     @dg.asset_check(
         asset=merged_model,
@@ -72,6 +72,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         partitions_def=base_models,
         description="The merged model, read from disk, answers as base + adapter do.",
     )
+    @user_errors()
     def merge_is_equivalent(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail below gate.min_top1_agreement, or if tokenizer or template differ."""
         metrics, least = workshop.store.need("merged_model", context.partition_key).metrics, workshop.project.gate.min_top1_agreement
@@ -100,6 +101,7 @@ def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Assets
         partitions_def=base_models,
         description="The merged file itself, answering from disk, beats the base on the held-out rows.",
     )
+    @user_errors()
     def file_is_better_than_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if rounding to bf16 cost the gain (only an override merges such a file at all)."""
         name = context.partition_key

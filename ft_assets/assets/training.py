@@ -56,9 +56,10 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                 libraries="train",
                 space=500_000_000,
             )
-        return result(artifact, reused, **_curve(artifact, "SFT loss"))
+            return result(artifact, reused, **_curve(artifact, "SFT loss"))
 
     @dg.asset_check(asset=lora_adapter, partitions_def=base_models, description="The loss fell and the adapter is not zero.")
+    @user_errors()
     def something_was_learnt(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn if the loss of the last steps is not below that of the first."""
         metrics = workshop.store.need("lora_adapter", context.partition_key).metrics
@@ -72,6 +73,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
     @dg.asset_check(
         asset=lora_adapter, partitions_def=base_models, description="The validation loss fell as long as the training loss did."
     )
+    @user_errors()
     def no_overfitting(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Warn if the curves part: training loss still falling, validation loss above its lowest."""
         return _overfitting(workshop.store.need("lora_adapter", context.partition_key))
@@ -106,7 +108,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
                 libraries="train",
                 space=500_000_000,
             )
-        return result(artifact, reused, **_curve(artifact, "DPO loss"))
+            return result(artifact, reused, **_curve(artifact, "DPO loss"))
 
     @dg.asset_check(
         asset=dpo_adapter,
@@ -114,6 +116,7 @@ def training_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.Asset
         partitions_def=base_models,
         description="Before the first step policy and reference agree: the reference is the SFT policy, not the base.",
     )
+    @user_errors()
     def reference_is_the_sft_policy(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
         """Fail if their log-probabilities differed by more than a thousandth of a nat."""
         metrics = workshop.store.need("dpo_adapter", context.partition_key).metrics

@@ -3,6 +3,7 @@
 An artifact whose fingerprint is in the store already is returned as it is ("reused"); Dagster itself never skips.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import shutil
@@ -189,8 +190,8 @@ def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeR
     )
 
 
-class user_errors:
-    """Context that turns the user's errors into Dagster failures that are not retried and show one screen of text.
+class user_errors(contextlib.ContextDecorator):
+    """Context, and decorator, that turns the user's errors into Dagster failures that are not retried and show one screen of text.
 
     Only a fault of the infrastructure is tried again, as often as `launcher.retries` says, each time after twice the wait.
     """

@@ -18,6 +18,7 @@ def run(
     asset: Annotated[
         str, typer.Option("--asset", help="Assets or selections by commas, e.g. 'eval_report,merged_model' or 'lora_adapter+'.")
     ] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects, one a base model: what came of it.")] = False,
 ) -> None:
     """Materialize assets; steps whose inputs did not change are reused."""
     project = graph_project()
@@ -26,6 +27,7 @@ def run(
     quiet()
     import dagster as dg
 
+    from ft_assets.commands.outcome import outcome_of
     from ft_assets.console import failures, interrupted
     from ft_assets.definitions import defs
     from ft_assets.runs.own import end_dead_runs, new_run
@@ -36,7 +38,7 @@ def run(
     job = defs.resolve_implicit_global_asset_job_def()
     keys = select(defs, asset)
     partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)
-    failed = []
+    failed, outcomes = [], []
     for name in names if partitioned else [None]:
         print(f"\n{name or 'unpartitioned'}", file=sys.stderr)
         run_id, tags = new_run()
@@ -55,9 +57,12 @@ def run(
         if not outcome.success:
             failed.append(name or asset)
             print("\n".join(["", *failures(outcome.all_events)]), file=sys.stderr)
+        outcomes.append(outcome_of(name, outcome))
     board = dg.AssetKey("leaderboard")
     if failed and board in keys and len(names) > 1:  # what failed must stand in it, and skipped it in its own run
         job.execute_in_process(instance=instance, asset_selection=[board], raise_on_error=False, run_config={"loggers": {"console": {}}})
+    if as_json:
+        print(json.dumps(outcomes, indent=1))
     if failed:
         print(f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)", file=sys.stderr)
         raise typer.Exit(1)

@@ -23,12 +23,14 @@ def init(
     folder: Annotated[Path, typer.Option("--dir", help="Where finetune.yaml is written.")] = Path(),
     prompt: Annotated[str | None, typer.Option(help="The column that holds the prompt, if its name is not recognised.")] = None,
     completion: Annotated[str | None, typer.Option(help="The column that holds the answer, if its name is not recognised.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object: the file, the rows' shape, what cannot be used.")] = False,
 ) -> None:
     """Write a first finetune.yaml for a data file, and say what its rows look like. Overwrites nothing."""
-    from ft_assets.commands.init import said, write_project
+    from ft_assets.commands.init import facts, said, write_project
 
     columns = {ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if theirs}
-    print(said(*write_project(data_file, base, folder, columns)))
+    written = write_project(data_file, base, folder, columns)
+    print(json.dumps(facts(*written), indent=1, ensure_ascii=False) if as_json else said(*written))
 
 
 @app.command()

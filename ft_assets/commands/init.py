@@ -110,3 +110,17 @@ def said(path: Path, found: Found, source: BaseSource) -> str:
     if source.note:
         lines.append(f"base: {source.note}")
     return "\n".join([*lines, f"wrote {path}", "next: ft doctor, then ft run"])
+
+
+def facts(path: Path, found: Found, source: BaseSource) -> dict[str, Any]:
+    """Return the same as plain data; `looked_at`: not all rows, unless `complete`."""
+    return {
+        "path": str(path),
+        "shape": str(found.shape),
+        "rows_valid": found.valid,
+        "rows_looked_at": found.looked_at,
+        "complete": found.ended and found.total <= LOOKED_AT,
+        "unusable": list(found.reasons),
+        "answers": found.answers.said(),
+        "base_model": {"name": source.name, source.kind: source.value, "note": source.note},
+    }

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from ft_assets.artifacts import file_sha256
 from ft_assets.data.endings import DATA, suffixes
-from ft_assets.errors import DataError
+from ft_assets.errors import DataError, InfrastructureFault, SourceUnreachable, may_pass
 
 CREDENTIALS = {  # of the protocols that are read: where the credentials come from
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_ENDPOINT_URL for another store than Amazon's)",
@@ -33,7 +33,8 @@ DATES = ("Last-Modified", "LastModified", "mtime", "updated")
 
 
 def resolve_files(root: Path, patterns: list[str], key: str, cache: Path | None = None) -> list[Path]:
-    """Return the files that patterns (files, folders, globs, URLs) name, sorted. Raises DataError for one that matches nothing.
+    """Return the files that patterns (files, folders, globs, URLs) name, sorted. Raises DataError for one that matches nothing,
+    SourceUnreachable for a server that does not answer.
 
     Remote files are fetched into `cache`, by default .ft/downloads. A folder means the data files in it; texts (.txt) need
     a glob.
@@ -78,7 +79,7 @@ def _fetched(url: str, where: str, cache: Path) -> list[Path]:
     try:
         files = _file_system(protocol)
         copies = [_copy(files, name, info, protocol, where, cache) for name, info in _matches(files, url, protocol)]
-    except DataError:
+    except (DataError, InfrastructureFault):
         raise
     # Each store's client has errors of its own, without a common root; what they mean is told by _problem.
     except Exception as error:
@@ -147,7 +148,7 @@ def _copy(files: Any, name: str, info: dict[str, Any], protocol: str, where: str
         files.get_file(name, str(part))
         fetched = part.stat().st_size
         if size is not None and fetched != size:
-            raise DataError(where, f"{own}: {fetched} of {size} bytes came", "the whole file", "try again")
+            raise SourceUnreachable(where, f"{own}: {fetched} of {size} bytes came", "try again")
         if version and _version(files.info(name)) != version:
             raise DataError(where, f"{own}: changed while it was fetched", "a file that is still", "try again")
         # A server that names no version: the content does, and the file is fetched each time.
@@ -175,10 +176,10 @@ def _version(info: dict[str, Any]) -> str | None:
     return f"{date} {info.get('size')}" if date else None
 
 
-def _problem(error: Exception, protocol: str, where: str) -> DataError:
+def _problem(error: Exception, protocol: str, where: str) -> DataError | SourceUnreachable:
     """Return what an error of a store's client means for the user."""
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
-        error = error.__cause__  # fsspec says the same of a server that does not answer
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # fsspec says the same of a server that does not answer, or answers with its own fault
     status = (
         getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
     )
@@ -193,6 +194,7 @@ def _problem(error: Exception, protocol: str, where: str) -> DataError:
     refused = isinstance(error, PermissionError) or status in (401, 403, "401", "403")
     if refused or kinds & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "GatedRepoError"}:
         return DataError(where, f"access is refused ({said})", "credentials that may read it", f"set {CREDENTIALS[protocol]}")
-    return DataError(
-        where, f"cannot be fetched ({said})", "a server that answers", "check the URL and the network; a local copy of the file works too"
-    )
+    fix = "check the URL and the network; a local copy of the file works too"
+    if may_pass(error, status):
+        return SourceUnreachable(where, f"cannot be fetched ({said})", f"try again later; {fix}")
+    return DataError(where, f"cannot be fetched ({said})", "a server that answers", fix)

@@ -5,6 +5,7 @@ does anywhere. What it reports and returns comes back through a queue; its files
 every node must see.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -59,7 +60,7 @@ def run(job: Job, settings: RaySettings) -> int:
         runtime["py_modules"] = [ft_assets]
     _connect(ray, settings, runtime)
     queue = Queue(actor_options={"num_cpus": 0})
-    listener = threading.Thread(target=_listen, args=(queue, ProgressFile(job.progress_file)))
+    listener = threading.Thread(target=_listen, args=(queue, ProgressFile(job.progress_file)), daemon=True)
     listener.start()
     try:
         TorchTrainer(
@@ -76,7 +77,8 @@ def run(job: Job, settings: RaySettings) -> int:
     except Exception as error:  # Ray's errors have no common root; what they mean is told by _meaning
         return _meaning(error, job)
     finally:
-        queue.put(END)
+        with contextlib.suppress(Exception):  # its actor may have died with its node; that must not hide what the run came to
+            queue.put(END)
         listener.join(10)
         ray.shutdown()
     return 0

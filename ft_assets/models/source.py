@@ -11,7 +11,7 @@ from typing import Any
 
 from ft_assets.chat.template import DATE_KEY, bake, broken_markers, end_of_turn, reads
 from ft_assets.config import BaseModelSettings, ChatSettings
-from ft_assets.errors import ConfigError, ModelError, TemplateError
+from ft_assets.errors import ConfigError, ModelError, SourceUnreachable, TemplateError, may_pass
 from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 
 PACKAGE = "package://"
@@ -82,7 +82,7 @@ def _refuse_quantized(where: str, settings: Any) -> None:
 
 
 def resolve_revision(name: str, hub: str, revision: str | None) -> str:
-    """Return the commit that a hub id and revision name today. Raises ModelError without hub access."""
+    """Return the commit that a hub id and revision name today. Raises ModelError without access, SourceUnreachable without an answer."""
     from huggingface_hub import HfApi, constants
 
     if constants.is_offline_mode():
@@ -90,9 +90,12 @@ def resolve_revision(name: str, hub: str, revision: str | None) -> str:
     try:
         commit = HfApi().model_info(hub, revision=revision, timeout=20).sha
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        said = f"{hub} cannot be reached ({type(error).__name__}: {(str(error).splitlines() or ['no more is said'])[0][:160]})"
+        if may_pass(error, getattr(getattr(error, "response", None), "status_code", None)):
+            raise SourceUnreachable(f"base_models.{name}.hub", said, f"try again later; {ALTERNATIVES}") from None
         raise ModelError(
             f"base_models.{name}.hub",
-            f"{hub} cannot be reached ({type(error).__name__}: {str(error).splitlines()[0][:160]})",
+            said,
             "hub access and, for gated models, an accepted licence and HF_TOKEN",
             ALTERNATIVES,
         ) from None
