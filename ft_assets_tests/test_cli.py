@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+from ft_assets_tests.pipeline import artifact
 
 COMMANDS = ["init", "plan", "run", "status", "report", "chat", "release", "export", "serve", "gc", "doctor", "ui"]
 JSON = [["plan"], ["status"], ["report"], ["gc"], ["doctor"], ["release"], ["export"]]
@@ -69,6 +70,15 @@ def test_run_says_what_came_of_each_base_model_as_json(copy: Path) -> None:
     (said,) = json.loads(done.stdout)
     assert not said["success"]
     assert "no data file matches" in said["failures"][0]
+
+
+def test_leaderboard_of_one_base_model_does_not_keep_the_verdict_before(copy: Path) -> None:
+    assert "| PASS |" in (artifact(copy, "leaderboard", None) / "leaderboard.md").read_text()
+    edit(copy, gate={"min_heldout_rows": 1000})
+    assert ft(copy, "run").returncode == 1
+    table = (artifact(copy, "leaderboard", None) / "leaderboard.md").read_text()
+    assert "| INCONCLUSIVE |" in table
+    assert "| PASS |" not in table
 
 
 def test_init_says_what_it_found_as_json(tmp_path: Path) -> None:

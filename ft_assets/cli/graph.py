@@ -27,6 +27,7 @@ def run(
     quiet()
     import dagster as dg
 
+    from ft_assets.artifacts import open_store
     from ft_assets.commands.outcome import outcome_of
     from ft_assets.console import failures, interrupted
     from ft_assets.definitions import defs
@@ -59,7 +60,8 @@ def run(
             print("\n".join(["", *failures(outcome.all_events)]), file=sys.stderr)
         outcomes.append(outcome_of(name, outcome))
     board = dg.AssetKey("leaderboard")
-    if failed and board in keys and len(names) > 1:  # what failed must stand in it, and skipped it in its own run
+    shown = len(names) > 1 or open_store(project).current("leaderboard", None) is not None
+    if failed and board in keys and shown:  # what failed must stand in it, and skipped it in its own run
         job.execute_in_process(instance=instance, asset_selection=[board], raise_on_error=False, run_config={"loggers": {"console": {}}})
     if as_json:
         print(json.dumps(outcomes, indent=1))
