@@ -167,6 +167,14 @@ def ft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is run in this process tells its child processes its project by the environment: not the next test's."""
+    for name in ("FT_CONFIG", "DAGSTER_HOME"):
+        monkeypatch.setenv(name, "")  # else there is nothing that would be put back
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Path]) -> Path:
     """A project whose graph ran once to the end. Shared: a test that changes data, settings or the store works on a copy."""

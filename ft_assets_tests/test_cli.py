@@ -157,8 +157,6 @@ def test_ui_makes_the_instance_before_two_services_do(project: Path, monkeypatch
 
     monkeypatch.setattr(services, "serve", serve)
     monkeypatch.chdir(project)
-    for name in ("DAGSTER_HOME", "FT_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
     assert CliRunner().invoke(app, ["ui"]).exit_code == 0
     assert found == [1, 1]
 

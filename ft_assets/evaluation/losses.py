@@ -113,7 +113,7 @@ def _last_hidden(model: Any, **inputs: Any) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     hook = _decoder(model).register_forward_hook(lambda _, __, outputs: seen.append(outputs.last_hidden_state))
     try:
-        model(**inputs, logits_to_keep=1)
+        model(**inputs, **_no_routing_loss(model), logits_to_keep=1)
     finally:
         hook.remove()
     return seen[0]
@@ -125,7 +125,12 @@ def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     outputs = BaseModelOutputWithPast(last_hidden_state=hidden[None])  # type: ignore[arg-type]
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     with _returning(_decoder(model), outputs):
-        return model(input_ids=ids, use_cache=False).logits[0]
+        return model(input_ids=ids, use_cache=False, **_no_routing_loss(model)).logits[0]
+
+
+def _no_routing_loss(model: Any) -> dict[str, bool]:
+    """A mixture of experts that trains with its routing loss would collect every router's logits for it here too."""
+    return {"output_router_logits": False} if hasattr(model.config.get_text_config(), "output_router_logits") else {}
 
 
 @contextmanager
