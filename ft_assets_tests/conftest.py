@@ -168,7 +168,7 @@ def ft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that is run in this process tells its child processes its project by the environment: not the next test's."""
     for name in ("FT_CONFIG", "DAGSTER_HOME"):
         monkeypatch.setenv(name, "")  # else there is nothing that would be put back

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ft_assets.evaluation.generation import prefill, repeated, shared_prefix
 from ft_assets.training.sharding import is_sharded
@@ -90,12 +89,13 @@ def _score_batch(model: Any, rows: list[Row], cache: Any, skip: int, pad: int) -
     mask = torch.tensor([[1] * (skip + len(tokens)) + [0] * (width - len(tokens)) for tokens, _ in chosen], device=model.device)
     keep = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in chosen], device=model.device)[:, 1:]
     past = {"past_key_values": repeated(cache, len(rows))} if cache is not None else {"use_cache": False}
-    hidden = _last_hidden(model, input_ids=ids, attention_mask=mask, **past)[:, :-1][keep]
+    hidden, kind = _last_hidden(model, input_ids=ids, attention_mask=mask, **past)
+    hidden = hidden[:, :-1][keep]
     tokens, counts = ids[:, 1:][keep], keep.sum(1).tolist()
     losses, right = [], []
     at_once = max(1, LOGITS // model.config.get_text_config().vocab_size)
     for part, wanted in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
-        logits = _logits(model, part).float()
+        logits = _logits(model, part, kind).float()
         losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
         right.append(logits.argmax(-1) == wanted)
         del logits  # else these and the next are there together
@@ -107,11 +107,11 @@ def _decoder(model: Any) -> Any:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
 
 
-def _last_hidden(model: Any, **inputs: Any) -> torch.Tensor:
-    """Return what the head would read, (rows, positions, hidden). The model itself is called, not its decoder: an autocast
-    that the trainer has put around it holds here too."""
-    seen: list[torch.Tensor] = []
-    hook = _decoder(model).register_forward_hook(lambda _, __, outputs: seen.append(outputs.last_hidden_state))
+def _last_hidden(model: Any, **inputs: Any) -> tuple[torch.Tensor, type[Any]]:
+    """Return what the head would read, (rows, positions, hidden), and in what kind of outputs the decoder hands it over. The
+    model itself is called, not its decoder: an autocast that the trainer has put around it holds here too."""
+    seen: list[tuple[torch.Tensor, type[Any]]] = []
+    hook = _decoder(model).register_forward_hook(lambda _, __, outputs: seen.append((outputs.last_hidden_state, type(outputs))))
     try:
         model(**inputs, **_no_routing_loss(model), logits_to_keep=1)
     finally:
@@ -119,10 +119,11 @@ def _last_hidden(model: Any, **inputs: Any) -> torch.Tensor:
     return seen[0]
 
 
-def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, hidden: torch.Tensor, kind: type[Any]) -> torch.Tensor:
     """Return the logits (positions, vocabulary) of hidden states (positions, hidden), with whatever the model does around
-    its head (soft-capping, scales, trained copies, autocast): it is called with a decoder that returns them."""
-    outputs = BaseModelOutputWithPast(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+    its head (soft-capping, scales, trained copies, autocast): it is called with a decoder that returns them, as its own `kind`
+    of outputs."""
+    outputs = kind(last_hidden_state=hidden[None])
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     with _returning(_decoder(model), outputs):
         return model(input_ids=ids, use_cache=False, **_no_routing_loss(model)).logits[0]
