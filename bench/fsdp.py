@@ -37,6 +37,7 @@ def write_weights(shape: dict[str, Any], folder: Path) -> None:
         model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in shape.items() if k not in ("architectures", "model_type", "torch_dtype")}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     index: dict[str, str] = {}
+    (folder / "model.safetensors").unlink()  # a header without numbers
     for file, weights in itertools.groupby(
         model.state_dict().items(), lambda pair: f"model-{pair[0].rpartition('.layers.')[2].split('.')[0]}.safetensors"
     ):

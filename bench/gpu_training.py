@@ -87,6 +87,20 @@ MEMORY: dict[str, dict[str, Any]] = {
     "1B full, whole card": {"method": "full", "shape": "1b", "steps": 9},
     "8B auto, 24 GB": {"method": "auto", "limit": 24, "steps": 9},
     "8B auto, whole card": {"method": "auto", "steps": 9},
+    "8B QLoRA DoRA, 1/20 step, no checkpointing": {"method": "qlora", "micro_batch": 4, "gradient_checkpointing": False, "use_dora": True},
+    "8B QLoRA DoRA, 1/4 step, checkpointing": {"method": "qlora", "micro_batch": 20, "gradient_checkpointing": True, "use_dora": True},
+    "8B LoRA bf16 DoRA all-linear, 1/4 step, checkpointing": {
+        "method": "lora", "micro_batch": 20, "gradient_checkpointing": True, "use_dora": True, "targets": "all-linear",
+    },
+    "8B QLoRA modules_to_save, 1/4 step, checkpointing": {
+        "method": "qlora", "micro_batch": 20, "gradient_checkpointing": True, "modules_to_save": ["embed_tokens", "lm_head"],
+    },
+    "1B LoRA bf16 modules_to_save (tied), 1/4 step": {
+        "method": "lora", "micro_batch": 20, "gradient_checkpointing": True, "modules_to_save": ["embed_tokens"], "shape": "1b",
+    },
+    "8B QLoRA trained tokens, 1/4 step, checkpointing": {
+        "method": "qlora", "micro_batch": 20, "gradient_checkpointing": True, "trainable_token_indices": ["<eos>", "<pad>"],
+    },
     "8B QLoRA padded, 1/20 step, checkpointing": {"method": "qlora", "micro_batch": 4, "gradient_checkpointing": True, "packing": False},
 }  # fmt: skip
 
@@ -103,7 +117,7 @@ def documents(rows: int, vocabulary: int) -> list[list[int]]:
 
 
 def snapshot(shape: dict[str, Any]) -> Path:
-    """Return a folder with a config and a small tokenizer, and no weights."""
+    """Return a folder with a config, a small tokenizer, and a file of weights of which only the header is written."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -113,20 +127,47 @@ def snapshot(shape: dict[str, Any]) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), pad_token="<pad>", eos_token="<eos>"
     ).save_pretrained(folder)
+    _sparse_weights(shape, folder / "model.safetensors")
     return folder
+
+
+def _sparse_weights(shape: dict[str, Any], file: Path) -> None:
+    """Name the shape's weights in bf16, as plans and guards read them; the numbers are a hole in the file."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        weights = LlamaForCausalLM(_config(shape)).state_dict()
+    if shape.get("tie_word_embeddings"):
+        del weights["lm_head.weight"]
+    header: dict[str, Any] = {}
+    end = 0
+    for name, weight in weights.items():
+        begin, end = end, end + 2 * weight.numel()
+        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
+
+
+def _config(shape: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**{k: v for k, v in shape.items() if k not in ("architectures", "model_type", "torch_dtype")})
 
 
 def random_base(shape: dict[str, Any], quantized: bool, dtype: Any = None) -> Any:
     """Return a model of a shape with random weights (bf16) on the GPU (or CPU), its layers' linears as NF4 if `quantized`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(
-            LlamaConfig(**{k: v for k, v in shape.items() if k not in ("architectures", "model_type", "torch_dtype")}),
+            _config(shape),
             attn_implementation="sdpa",
         )
     torch.set_default_dtype(torch.float32)
@@ -187,7 +228,9 @@ def ours(way: dict[str, Any], steps: int, dropout: float, shape: dict[str, Any])
         sft.largest_update = lambda *_: 1.0  # the snapshot has no weights to compare with
     chosen = {key: way[key] for key in ("micro_batch", "gradient_checkpointing", "packing") if key in way}
     settings = SftSettings(num_train_epochs=1, effective_batch=STEP_ROWS, save_steps=10_000, **chosen)
-    lora = LoraSettings(method=way["method"], r=16, lora_alpha=32, lora_dropout=dropout, target_modules=way.get("targets", "attention"))
+    more = {key: way[key] for key in ("use_dora", "modules_to_save", "trainable_token_indices") if key in way}
+    targets = way.get("targets", "attention")
+    lora = LoraSettings(method=way["method"], r=16, lora_alpha=32, lora_dropout=dropout, target_modules=targets, **more)
     stamps: list[float] = []
 
     def report(message: str, **numbers: Any) -> None:
