@@ -85,9 +85,17 @@ class Group:
 
 def groups(model: Any) -> list[Group]:
     """Return the groups of a model whose linears are fused, each once; none of another model."""
-    forwards = (module.__dict__.get("forward") for module in model.modules())
-    found = (getattr(getattr(forward, "func", None), "__self__", None) for forward in forwards)
-    return list({id(group): group for group in found if isinstance(group, Group)}.values())
+    return list({id(group): group for module in model.modules() if (group := _group_of(module))}.values())
+
+
+def adapters_are_fused(model: Any) -> bool:
+    """Return whether no adapter's layer runs PEFT's own forward."""
+    return all(_group_of(module) for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _group_of(module: Any) -> Group | None:
+    found = getattr(getattr(module.__dict__.get("forward"), "func", None), "__self__", None)
+    return found if isinstance(found, Group) else None
 
 
 NOT_PLAIN: Any = object()

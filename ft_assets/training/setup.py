@@ -20,7 +20,7 @@ from ft_assets.training.batches import StepBatches
 from ft_assets.training.distributed import world_size
 from ft_assets.training.flops import peak_flops
 from ft_assets.training.isolation import prove_isolation
-from ft_assets.training.linears import fuse_linears
+from ft_assets.training.linears import adapters_are_fused, fuse_linears
 from ft_assets.training.memory import CONTEXT_BYTES
 from ft_assets.training.plan import Data, Machine, Plan, make_plan
 from ft_assets.training.shape import Shape, snapshot_shape
@@ -184,10 +184,10 @@ class WholeSteps:
 
 def autocast_is_idle(model: Any, ready: Ready) -> bool:
     """Return whether autocast would only cost time: a bf16 base on a GPU whose fp32 parameters all lie in fused linears,
-    which cast them themselves."""
+    which cast them themselves. PEFT's own layers (DoRA) compute in fp32 without it."""
     if not torch.cuda.is_available() or not ready.facts.get("fused_linears") or compute_dtype() != torch.bfloat16:
         return False
-    return all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return adapters_are_fused(model) and all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def full_precision_adapter(model: Any, exact: dict[str, torch.Tensor] | None = None) -> None:
