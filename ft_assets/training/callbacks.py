@@ -34,11 +34,11 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def gpu_share(shape: Shape, full: bool, computed: Callable[[], float] = lambda: 1.0) -> Callable[[float], float | None]:
+def gpu_share(shape: Shape, full: bool, computed: float = 1.0) -> Callable[[float], float | None]:
     """Return what turns the tokens/s of all ranks into the percent of a GPU's peak; None where the peak is not known.
     `computed`: the share of the counted tokens that pass through the model."""
     gpu = gpu_name()
-    return lambda speed: mfu_percent(speed * computed() / world_size(), shape, gpu, full) if gpu else None
+    return lambda speed: mfu_percent(speed * computed / world_size(), shape, gpu, full) if gpu else None
 
 
 class Progress(TrainerCallback):

@@ -6,6 +6,7 @@ costs no second copy of the weights. That it is right is proven before the first
 
 import importlib.metadata
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ft_assets.training.length_order import LengthOrder
 from ft_assets.training.options import ToldOptions, told, trainer_options, trl_config
 from ft_assets.training.pair_loss import PairLoss
 from ft_assets.training.pairs import PairCollator, SharedPrompts, row_length
+from ft_assets.training.plan import Plan
 from ft_assets.training.reference import (
     EXACT_A_TOKEN,
     ROUNDING_A_TOKEN,
@@ -163,40 +165,51 @@ def train_dpo(
     set_seed(dpo.seed)
     tokenizer = load_tokenizer(snapshot)
     lora = chosen_method(sft_adapter, lora)
-    plan = plan_dpo(snapshot, lora, dpo, pairs, this_machine(memory_limit_gb))
-    dpo = dpo.model_copy(update={"micro_batch": plan.micro_batch})
+    asked, machine = dpo, this_machine(memory_limit_gb)
+    plan = plan_dpo(snapshot, lora, asked, pairs, machine, asked.share_prompts)
     report("plan", **plan.facts())
-    trl_config(DPOConfig, _options(dpo, checkpoints, lora), "dpo")  # before weights load
+
+    def options(micro_batch: int) -> dict[str, Any]:
+        return _options(asked.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
+
+    trl_config(DPOConfig, options(plan.micro_batch), "dpo")  # before weights load
     model = trained_adapter(snapshot, lora, sft_adapter, plan.shards)
-    checkpoint_layers(model.get_base_model() if isinstance(model, PeftModel) else model, plan)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    checkpoint_layers(base, plan)
     rows, watched = ([{name: row[name] for name in ANSWERS} for row in part] for part in (pairs, validation or []))
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+
+    def new_trainer(micro_batch: int, shares: bool) -> PairTrainer:
+        with told("dpo"):
+            return PairTrainer(model=model, args=DPOConfig(**options(micro_batch)), pairs=rows, tokenizer=tokenizer, shares=shares)
+
+    def padded() -> Plan:
+        apart = plan_dpo(snapshot, lora, asked, pairs, machine, shared=False)
+        checkpoint_layers(base, apart)
+        return apart
+
+    begun = time.perf_counter()
+    prepared, plan = _settled(plan, asked.share_prompts, new_trainer, padded, report)
+    shares = prepared.shares
+    dpo = asked.model_copy(update={"micro_batch": plan.micro_batch})
+    proofs = _prepare(prepared, snapshot, sft_adapter, rows, watched, lora, dpo, checkpoints, report)
+    trainers = [prepared]
+    del prepared  # a try that failed leaves its trainer behind
     loss = PairLoss(watched, plan.micro_batch)
     unwatched = f": of the pairs, fewer than {LEAST_WATCHED_PAIRS} would be watched"
     watch = Validation(loss if watched else None, dpo, "dpo", checkpoints, report, unwatched)
-    proofs: dict[str, Any] = {}
-    shared = sum(row_length(row) for row in rows) / tokens
-    share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full", lambda: shared if proofs["prompts_shared"] else 1.0)
+    computed = sum(row_length(row) for row in rows) / tokens if shares else 1.0
+    share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full", computed)
     progress = Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise, share_of_gpu)
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PairTrainer:
-        options = _options(dpo.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
-        with told("dpo"):
-            trainer = PairTrainer(
-                model=model,
-                args=DPOConfig(**options),
-                pairs=rows,
-                tokenizer=tokenizer,
-                shares=proofs.get("prompts_shared", dpo.share_prompts),
-                callbacks=[progress, watch, *callbacks],
-            )
-        if not proofs:
-            proofs.update(_prepare(trainer, snapshot, sft_adapter, rows, watched, lora, dpo, checkpoints, report))
+        trainer = trainers.pop() if trainers else new_trainer(micro_batch, shares)
+        for callback in (progress, watch, *callbacks):
+            trainer.add_callback(callback)
         trainer.train_dataset = Dataset.from_list(rows)
         loss.trainer = trainer
         return trainer
 
-    begun = time.perf_counter()
     run = train_to_the_end(build, plan.micro_batch, dpo.effective_batch, checkpoints, report, "dpo")
     seconds = time.perf_counter() - begun
     trainer = run.trainer
@@ -229,6 +242,21 @@ def train_dpo(
     }
 
 
+def _settled(
+    plan: Plan, wanted: bool, new_trainer: Callable[[int, bool], PairTrainer], padded: Callable[[], Plan], report: Report
+) -> tuple[PairTrainer, Plan]:
+    """Return the first trainer and its plan: with shared prompts where that is `wanted` and right, else as `padded` plans."""
+    trainer = new_trainer(plan.micro_batch, wanted)
+    if not wanted or trainer.settle():
+        return trainer, plan
+    report("the prompt of a pair is computed for each of its answers", **trainer.sharing)
+    sharing, plan = trainer.sharing, padded()
+    report("plan", **plan.facts())
+    trainer = new_trainer(plan.micro_batch, False)
+    trainer.sharing = sharing
+    return trainer, plan
+
+
 def _options(dpo: DpoSettings, checkpoints: Path, lora: LoraSettings) -> dict[str, Any]:
     return {
         "max_length": None,
@@ -254,12 +282,11 @@ def _prepare(
 ) -> dict[str, Any]:
     """Add the reference's log-probabilities to `rows` and `watched`, and prove the former. Returns what is said of it in the
     metrics."""
-    shares = trainer.settle()
     how = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "dtype": str(compute_dtype()),
         "micro_batch": dpo.micro_batch,
-        "shares": shares,
+        "shares": trainer.shares,
         "ld_alpha": trainer.ld_alpha,
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
@@ -287,7 +314,7 @@ def _prepare(
         "reference_difference": difference,
         "reference_loss": round(loss, 5),
         "reference_reused": reused,
-        "prompts_shared": shares,
+        "prompts_shared": trainer.shares,
         **trainer.sharing,
     }
     report("reference proven", pairs=len(rows), **facts)

@@ -22,6 +22,7 @@ from ft_assets.training.flops import peak_flops
 from ft_assets.training.isolation import prove_isolation
 from ft_assets.training.linears import adapters_are_fused, fuse_linears
 from ft_assets.training.memory import CONTEXT_BYTES
+from ft_assets.training.pairs import row_length
 from ft_assets.training.plan import Data, Machine, Plan, make_plan
 from ft_assets.training.shape import Shape, snapshot_shape
 
@@ -64,10 +65,15 @@ def plan_padded(plan: Plan, snapshot: Path, lora: LoraSettings, sft: SftSettings
     return plan_sft(snapshot, loaded, sft.model_copy(update={"packing": False}), rows, same)
 
 
-def plan_dpo(snapshot: Path, lora: LoraSettings, dpo: DpoSettings, pairs: Sequence[dict[str, Any]], machine: Machine) -> Plan:
-    """Return the plan of a DPO: padded pairs, and a frozen copy of the adapter as reference."""
-    lengths = [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
-    return make_plan(snapshot_shape(snapshot), lora, dpo, Data(lengths, False, answers=2, reference=True, plain=True), machine, "dpo")
+def plan_dpo(snapshot: Path, lora: LoraSettings, dpo: DpoSettings, pairs: Sequence[dict[str, Any]], machine: Machine, shared: bool) -> Plan:
+    """Return the plan of a DPO, and a frozen copy of the adapter as reference: padded pairs, each one row if its prompt is
+    `shared`, else two."""
+    if shared:
+        lengths = [row_length(pair) for pair in pairs]
+    else:
+        lengths = [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
+    data = Data(lengths, False, answers=1 if shared else 2, reference=True, plain=True)
+    return make_plan(snapshot_shape(snapshot), lora, dpo, data, machine, "dpo")
 
 
 def plan_rows(shape: Shape, lora: LoraSettings, sft: SftSettings, lengths: Sequence[int], machine: Machine) -> Plan:
@@ -134,11 +140,13 @@ def apply_liger(base: Any) -> bool:
 
 def checkpoint_layers(base: Any, plan: Plan) -> None:
     """Let the layers after the first `kept_layers` compute their activations again in the backward pass."""
+    layers = base.get_decoder().layers
     if not plan.checkpointed:
+        for layer in layers:  # a plan before may have wanted it
+            layer.gradient_checkpointing = False
         return
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    layers = base.get_decoder().layers
     for layer in layers[: plan.kept_layers]:
         layer.gradient_checkpointing = False
 
