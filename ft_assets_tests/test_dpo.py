@@ -146,7 +146,11 @@ def test_model_that_cannot_share_a_prompt_is_asked_as_trl_does(
     monkeypatch.setattr(
         pairs, "branch_mask", lambda segments, *_: torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()[None, None]
     )
-    assert dpo(tiny_model, adapter, tmp_path)["prompts_shared"] is False
+    metrics = dpo(tiny_model, adapter, tmp_path)
+    assert metrics["prompts_shared"] is False
+    alone = dpo(tiny_model, adapter, tmp_path / "alone", share_prompts=False)  # planned so from the beginning
+    planned = ("largest_micro_batch_tokens", "predicted_memory_gb", "micro_batch")
+    assert [metrics[name] for name in planned] == [alone[name] for name in planned]
 
 
 @pytest.mark.usefixtures("exact")

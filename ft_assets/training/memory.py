@@ -3,8 +3,7 @@
 What is counted, in bytes: weights (2 a parameter in bf16; NF4 with double quantization: half a byte, one byte of scale for 64
 parameters, and 4 bytes for 256 scales: Dettmers et al. 2023), the adapter (fp32 weights, gradients and two moments: 16 a
 parameter), what is trained beside it, what each layer keeps for its backward pass, what is alive only for a moment, and the head.
-docs/training.md holds the table of predicted and measured peaks. What lora.modules_to_save, trainable_token_indices and use_dora
-add is derived from PEFT's code, not measured.
+docs/training.md holds the table of predicted and measured peaks.
 """
 
 from collections.abc import Sequence
@@ -63,7 +62,7 @@ class Setup:
 def predict(shape: Shape, setup: Setup) -> dict[str, float]:
     """Return the parts of the peak in bytes, and `total`, which is what torch's allocator reserves."""
     kept = setup.kept_layers * layer_bytes(shape, setup)
-    inputs = (shape.layers - setup.kept_layers) * shape.hidden * setup.bytes
+    inputs = (shape.layers - setup.kept_layers) * shape.hidden * _stream(setup)
     again = layer_bytes(shape, setup) if setup.kept_layers < shape.layers else 0.0
     parts = {
         "weights": weight_bytes(shape, setup),
@@ -122,6 +121,11 @@ def _dora_weights(shape: Shape, setup: Setup) -> float:
     return layers * dense + max(4.0 * (4 * read * made + read * read) for read, made in sizes)
 
 
+def _stream(setup: Setup) -> int:
+    """Return the bytes of a number of the residual: PEFT's DoRA on an NF4 base returns fp32, on others what the base returns."""
+    return 4 if setup.dora and setup.quantized else setup.bytes
+
+
 def layer_bytes(shape: Shape, setup: Setup) -> float:
     """Return what one layer keeps for its backward pass, a token.
 
@@ -136,15 +140,16 @@ def layer_bytes(shape: Shape, setup: Setup) -> float:
         "mlp": (shape.hidden, {"gate_proj", "up_proj"}),
         "down": (wide, {"down_proj"}),
     }
-    numbers = 2 * shape.hidden + 2 * shape.query + 2 * shape.keys + 2 * wide
-    extra = 4.0 * shape.heads  # the kernel's log-sum-exp, fp32
+    numbers = 2 * shape.query + 2 * shape.keys + 2 * wide
+    extra = 2 * shape.hidden * _stream(setup) + 4.0 * shape.heads  # the residual; the kernel's log-sum-exp, fp32
+    # PEFT's layer has its own copy of the input where it is dropped (and a mask), or cast to the adapter's fp32 and back by autocast
+    own = not setup.fused and not setup.full and (setup.dropout or setup.dora or not setup.quantized)
     for name, (size, readers) in inputs.items():
         used = len(readers & targets) if not setup.full else len(readers)
-        if used and name != "output":  # the attention keeps o's input already
+        if used and own:
+            extra += used * size * (unit + (1.0 if setup.dropout else 0.0))
+        elif used and name != "output":  # the attention keeps o's input already
             numbers += size
-        if used and not setup.fused and not setup.full:
-            # a target has its own copy of the input where it is dropped (and a mask), or where DoRA casts it
-            extra += used * size * ((unit + 1.0) if setup.dropout else unit if setup.dora else 0.0)
     if setup.dora:  # DoraLinearLayer scales two products and keeps both; without dropout one of them is the base's own
         extra += unit * (2 if setup.dropout else 1) * sum(made for _, made in shape.targets(setup.targets))
     if not setup.liger:
