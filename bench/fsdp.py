@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from gpu_training import LLAMA_8B, WARM, documents, snapshot
+from gpu_training import LLAMA_8B, WARM, documents, llama_config, snapshot
 
 from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import FtError
@@ -31,10 +31,10 @@ from ft_assets.launchers.devices import visible_gpus
 def write_weights(shape: dict[str, Any], folder: Path) -> None:
     """Write random bf16 weights, a file a layer, so that no model is ever whole in memory."""
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in shape.items() if k not in ("architectures", "model_type", "torch_dtype")}))
+        model = LlamaForCausalLM(llama_config(shape))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     index: dict[str, str] = {}
     (folder / "model.safetensors").unlink()  # a header without numbers

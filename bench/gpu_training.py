@@ -137,7 +137,7 @@ def _sparse_weights(shape: dict[str, Any], file: Path) -> None:
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        weights = LlamaForCausalLM(_config(shape)).state_dict()
+        weights = LlamaForCausalLM(llama_config(shape)).state_dict()
     if shape.get("tie_word_embeddings"):
         del weights["lm_head.weight"]
     header: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def _sparse_weights(shape: dict[str, Any], file: Path) -> None:
         out.truncate(8 + len(text) + end)
 
 
-def _config(shape: dict[str, Any]) -> Any:
+def llama_config(shape: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(**{k: v for k, v in shape.items() if k not in ("architectures", "model_type", "torch_dtype")})
@@ -167,7 +167,7 @@ def random_base(shape: dict[str, Any], quantized: bool, dtype: Any = None) -> An
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(
-            _config(shape),
+            llama_config(shape),
             attn_implementation="sdpa",
         )
     torch.set_default_dtype(torch.float32)

@@ -21,6 +21,7 @@ from ft_assets.training.adapter import new_adapter, trainable_share
 from ft_assets.training.flops import mfu_percent, peak_flops
 from ft_assets.training.memory import Setup, predict
 from ft_assets.training.plan import Data, Machine, _setups, make_plan
+from ft_assets.training.setup import checkpoint_layers
 from ft_assets.training.shape import shape_of, snapshot_shape
 from ft_assets_tests.conftest import edit
 
@@ -262,3 +263,13 @@ def test_plan_for_a_cluster_counts_its_ranks_and_takes_the_memory_that_is_stated
     assert forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny").refused == (
         f"sft.effective_batch: 7; expected a multiple of {ranks} ranks"
     )
+
+
+def test_layers_that_an_earlier_plan_would_compute_again_keep_their_activations(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    again = [dataclasses.replace(plan(80), layers=2, kept_layers=kept) for kept in (1, 2)]
+    found = []
+    for one in again:
+        checkpoint_layers(model, one)
+        found.append([layer.gradient_checkpointing for layer in model.model.layers])
+    assert found == [[False, True], [False, False]]

@@ -165,12 +165,12 @@ def train_dpo(
     set_seed(dpo.seed)
     tokenizer = load_tokenizer(snapshot)
     lora = chosen_method(sft_adapter, lora)
-    asked, machine = dpo, this_machine(memory_limit_gb)
-    plan = plan_dpo(snapshot, lora, asked, pairs, machine, asked.share_prompts)
+    machine = this_machine(memory_limit_gb)
+    plan = plan_dpo(snapshot, lora, dpo, pairs, machine, dpo.share_prompts)
     report("plan", **plan.facts())
 
     def options(micro_batch: int) -> dict[str, Any]:
-        return _options(asked.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
+        return _options(dpo.model_copy(update={"micro_batch": micro_batch}), checkpoints, lora)
 
     trl_config(DPOConfig, options(plan.micro_batch), "dpo")  # before weights load
     model = trained_adapter(snapshot, lora, sft_adapter, plan.shards)
@@ -184,15 +184,14 @@ def train_dpo(
             return PairTrainer(model=model, args=DPOConfig(**options(micro_batch)), pairs=rows, tokenizer=tokenizer, shares=shares)
 
     def padded() -> Plan:
-        apart = plan_dpo(snapshot, lora, asked, pairs, machine, shared=False)
+        apart = plan_dpo(snapshot, lora, dpo, pairs, machine, shared=False)
         checkpoint_layers(base, apart)
         return apart
 
     begun = time.perf_counter()
-    prepared, plan = _settled(plan, asked.share_prompts, new_trainer, padded, report)
+    prepared, plan = _settled(plan, dpo.share_prompts, new_trainer, padded, report)
     shares = prepared.shares
-    dpo = asked.model_copy(update={"micro_batch": plan.micro_batch})
-    proofs = _prepare(prepared, snapshot, sft_adapter, rows, watched, lora, dpo, checkpoints, report)
+    proofs = _prepare(prepared, snapshot, sft_adapter, rows, watched, lora, plan.micro_batch, checkpoints, report)
     trainers = [prepared]
     del prepared  # a try that failed leaves its trainer behind
     loss = PairLoss(watched, plan.micro_batch)
@@ -276,7 +275,7 @@ def _prepare(
     rows: list[dict[str, Any]],
     watched: list[dict[str, Any]],
     lora: LoraSettings,
-    dpo: DpoSettings,
+    micro_batch: int,
     checkpoints: Path,
     report: Report,
 ) -> dict[str, Any]:
@@ -285,15 +284,14 @@ def _prepare(
     how = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "dtype": str(compute_dtype()),
-        "micro_batch": dpo.micro_batch,
+        "micro_batch": micro_batch,
         "shares": trainer.shares,
         "ld_alpha": trainer.ld_alpha,
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
-    assert dpo.micro_batch is not None, "the plan has set it"
     versions = data_version(snapshot), data_version(sft_adapter)
 
-    def referred(pairs: list[dict[str, Any]], batch: int = dpo.micro_batch) -> tuple[Reference, bool]:
+    def referred(pairs: list[dict[str, Any]], batch: int = micro_batch) -> tuple[Reference, bool]:
         """Add the reference to pairs. Returns it, and whether it was kept from before."""
         file = checkpoints.parent / f"reference-{reference_key(*versions, lora, pairs, how)}" / "log_probabilities.json"
         kept = read_reference(file, len(pairs))

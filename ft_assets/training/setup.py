@@ -140,14 +140,14 @@ def apply_liger(base: Any) -> bool:
 
 def checkpoint_layers(base: Any, plan: Plan) -> None:
     """Let the layers after the first `kept_layers` compute their activations again in the backward pass."""
-    layers = base.get_decoder().layers
     if not plan.checkpointed:
-        for layer in layers:  # a plan before may have wanted it
-            layer.gradient_checkpointing = False
+        for module in base.modules():  # a plan before may have wanted it
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
         return
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    for layer in layers[: plan.kept_layers]:
+    for layer in base.get_decoder().layers[: plan.kept_layers]:
         layer.gradient_checkpointing = False
 
 
