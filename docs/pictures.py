@@ -48,11 +48,27 @@ def html(browser: Browser, into: Path) -> None:
     visit(browser, Path(said.stdout.strip()).as_uri(), 1290, 1240).screenshot(path=into / "page.png")
 
 
+def lineage(browser: Browser, url: str, into: Path) -> None:
+    page = visit(browser, f"{url}/asset-groups", 2060, 1260)
+    page.mouse.click(1300, 1150)
+    page.keyboard.press("Alt+KeyE")  # open all groups
+    page.wait_for_timeout(6000)
+    page.mouse.move(1260, 690)
+    page.mouse.wheel(0, 100)  # smaller, so that all is seen
+    page.mouse.move(1260, 1000)
+    page.mouse.down()
+    page.mouse.move(1225, 1000, steps=5)  # what is at the right comes out from under the buttons
+    page.mouse.up()
+    page.wait_for_timeout(3000)
+    page.screenshot(path=into / "lineage.png", clip={"x": 541, "y": 130, "width": 1460, "height": 1120})
+
+
 def main() -> None:
     partition, url, into = (*sys.argv[1:], *("http://127.0.0.1:3000", "docs/img")[len(sys.argv) - 2 :])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         for name, take in {
+            "lineage": lambda: lineage(browser, url, Path(into)),
             "checks": lambda: checks(browser, url, Path(into)),
             "page": lambda: html(browser, Path(into)),
             "loss": lambda: loss(browser, url, Path(into), partition),
