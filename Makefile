@@ -46,6 +46,7 @@ test: $(READY) browser slurm lint types  ## Lint, types and all tests
 lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
 
 types: $(READY)
 	.venv/bin/pyright

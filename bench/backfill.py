@@ -24,7 +24,7 @@ import httpx
 import yaml
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets_tests.conftest import SETTINGS, conversations, tiny_tokenizer, write_jsonl
+from ft_assets_tests.factories import SETTINGS, conversations, tiny_tokenizer, write_jsonl
 from ft_assets_tests.launching import stop_services
 
 LIMIT = 2
@@ -38,7 +38,7 @@ from ft_assets.config import load_project
 from ft_assets_tests.pipeline import InProcessLauncher
 
 defs = build(load_project())
-defs.resources["workshop"].launcher = InProcessLauncher()
+defs.resources["materializer"].launcher = InProcessLauncher()
 """
 CHILDREN = "from ft_assets.definitions import defs  # noqa: F401\n"
 LAUNCH = "mutation($p: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $p) { __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }"
@@ -66,12 +66,23 @@ def write_project(folder: Path, models: int) -> list[str]:
     write_jsonl(folder / "data/train.jsonl", conversations(48, lambda _: "yes"))
     write_jsonl(folder / "data/retention.jsonl", conversations(4, lambda _: "no", start=2000))
     names = [f"model-{index:02d}" for index in range(models)]
-    sources = {name: {"folder": "missing" if index % 10 == 9 else "model"} for index, name in enumerate(names)}
+    sources = {
+        name: {"folder": "missing" if index % 10 == 9 else "model"}
+        for index, name in enumerate(names)
+    }
     settings: dict[str, Any] = {**SETTINGS, "base_models": sources}
-    settings["data"] = {"train": ["data/train.jsonl"], "retention": ["data/retention.jsonl"], "heldout_share": 0.25}
+    settings["data"] = {
+        "train": ["data/train.jsonl"],
+        "retention": ["data/retention.jsonl"],
+        "heldout_share": 0.25,
+    }
     settings["sft"] = {**SETTINGS["sft"], "max_steps": 2}
     settings["evaluation"] = {"max_new_tokens": 2, "retention_answers": 2}
-    settings["gate"] = {**SETTINGS["gate"], "min_top1_agreement": 0.0, "override": "bench: what runs is asked, not how well"}
+    settings["gate"] = {
+        **SETTINGS["gate"],
+        "min_top1_agreement": 0.0,
+        "override": "bench: what runs is asked, not how well",
+    }
     (folder / "finetune.yaml").write_text(yaml.safe_dump(settings))
     return names
 
@@ -85,7 +96,11 @@ class Services:
         home = folder / "home"
         home.mkdir()
         (home / "dagster.yaml").write_text(HOME)
-        os.environ |= {"DAGSTER_HOME": str(home), "FT_CONFIG": str(folder / "finetune.yaml"), "OMP_NUM_THREADS": "1"}
+        os.environ |= {
+            "DAGSTER_HOME": str(home),
+            "FT_CONFIG": str(folder / "finetune.yaml"),
+            "OMP_NUM_THREADS": "1",
+        }
         self.instance = dg.DagsterInstance.get()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -96,7 +111,9 @@ class Services:
     def _start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         log = (self.folder / f"{module}.log").open("ab")
         line = [sys.executable, "-m", module, *arguments, "-f", str(self.location)]
-        return subprocess.Popen(line, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            line, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+        )
 
     def kill_daemon(self) -> None:
         """Kill it as a crash does, and start another."""
@@ -108,11 +125,16 @@ class Services:
     def launch(self, names: list[str]) -> str:
         """Start a backfill of all assets over all base models, as the UI does; return its id."""
         assets = [{"path": key.path} for key in self._keys()]
-        body = {"query": LAUNCH, "variables": {"p": {"assetSelection": assets, "partitionNames": names, "tags": []}}}
+        body = {
+            "query": LAUNCH,
+            "variables": {"p": {"assetSelection": assets, "partitionNames": names, "tags": []}},
+        }
         end = time.monotonic() + 180
         while time.monotonic() < end:
             try:
-                answer = httpx.post(f"http://127.0.0.1:{self.port}/graphql", json=body, timeout=120).json()
+                answer = httpx.post(
+                    f"http://127.0.0.1:{self.port}/graphql", json=body, timeout=120
+                ).json()
                 return answer["data"]["launchPartitionBackfill"]["backfillId"]
             except httpx.HTTPError:
                 time.sleep(1)
@@ -147,12 +169,21 @@ def main() -> None:
             most = max(most, info.active_slot_count)
             runs = services.instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": backfill}))
             ended = sum(run.is_finished for run in runs)
-            if kills < asked.kills and ended >= (kills + 1) * len(names) // (asked.kills + 2) and info.active_slot_count:
+            if (
+                kills < asked.kills
+                and ended >= (kills + 1) * len(names) // (asked.kills + 2)
+                and info.active_slot_count
+            ):
                 services.kill_daemon()
                 kills += 1
-                print(f"{time.monotonic() - begun:.0f} s: daemon killed, {ended} runs had ended", flush=True)
+                print(
+                    f"{time.monotonic() - begun:.0f} s: daemon killed, {ended} runs had ended",
+                    flush=True,
+                )
             status = services.instance.get_backfill(backfill)
-            if status and not status.status.value.startswith(("REQUESTED", "COMPLETING", "CANCELING", "FAILING")):
+            if status and not status.status.value.startswith(
+                ("REQUESTED", "COMPLETING", "CANCELING", "FAILING")
+            ):
                 break
             time.sleep(0.5)
         report(services, folder, names, backfill, most, kills, used, time.monotonic() - begun)
@@ -161,14 +192,25 @@ def main() -> None:
 
 
 def report(
-    services: Services, folder: Path, names: list[str], backfill: str, most: int, kills: int, used: Counter[int], seconds: float
+    services: Services,
+    folder: Path,
+    names: list[str],
+    backfill: str,
+    most: int,
+    kills: int,
+    used: Counter[int],
+    seconds: float,
 ) -> None:
     """Print the table. Exits with 1 if a base model is in the wrong state or the pool was exceeded."""
     runs = services.instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": backfill}))
     store = ArtifactStore(folder / ".ft/store")
     merged = {name for name in names if store.current("merged_model", name) is not None}
     wanted = {name for index, name in enumerate(names) if index % 10 != 9}
-    failed = {run.tags.get("dagster/partition") for run in runs if run.status == dg.DagsterRunStatus.FAILURE} - {None}
+    failed = {
+        run.tags.get("dagster/partition")
+        for run in runs
+        if run.status == dg.DagsterRunStatus.FAILURE
+    } - {None}
     status = services.instance.get_backfill(backfill)
     print("| what | found | expected |\n|---|---|---|")
     rows = [

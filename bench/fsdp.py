@@ -23,9 +23,9 @@ from gpu_training import LLAMA_8B, WARM, documents, llama_config, snapshot
 
 from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import FtError
+from ft_assets.hardware import visible_gpus
 from ft_assets.job import Job
 from ft_assets.launchers.accelerate import AccelerateLauncher
-from ft_assets.launchers.devices import visible_gpus
 
 
 def write_weights(shape: dict[str, Any], folder: Path) -> None:
@@ -39,18 +39,23 @@ def write_weights(shape: dict[str, Any], folder: Path) -> None:
     index: dict[str, str] = {}
     (folder / "model.safetensors").unlink()  # a header without numbers
     for file, weights in itertools.groupby(
-        model.state_dict().items(), lambda pair: f"model-{pair[0].rpartition('.layers.')[2].split('.')[0]}.safetensors"
+        model.state_dict().items(),
+        lambda pair: f"model-{pair[0].rpartition('.layers.')[2].split('.')[0]}.safetensors",
     ):
         tensors = {
             name: torch.ones(weight.shape, dtype=torch.bfloat16)
             if "norm" in name
-            else torch.empty(weight.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02).cpu()
+            else torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
+            .normal_(std=0.02)
+            .cpu()
             for name, weight in weights
         }
         file = f"{len(index):05}-{file}"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -68,9 +73,13 @@ def measure(way: str, base: Path, rows: Path, given: argparse.Namespace) -> str:
         work=home / "work", settings={"lora": {"method": "lora", "r": 16}, "sft": sft}, inputs={"base_model": base, "heldout_split": rows},
     )  # fmt: skip
     stamps: list[float] = []
-    launcher = AccelerateLauncher(AccelerateSettings(kind="accelerate", processes=given.ranks, sharding=way))  # type: ignore[arg-type]
+    launcher = AccelerateLauncher(
+        AccelerateSettings(kind="accelerate", processes=given.ranks, sharding=way)
+    )  # type: ignore[arg-type]
     try:
-        found = launcher.run(job, lambda line: stamps.append(line["time"]) if line["message"] == "train" else None).metrics
+        found = launcher.run(
+            job, lambda line: stamps.append(line["time"]) if line["message"] == "train" else None
+        ).metrics
     except FtError as refused:
         return f"| {way} | {refused.found} | | | | | |"
     steps = len(stamps) - WARM
@@ -86,24 +95,46 @@ def main() -> None:
     for name, key in shape.items():
         parser.add_argument(f"--{name}", dest=key, type=int, default=LLAMA_8B[key])
     parser.add_argument("--ranks", type=int, default=len(visible_gpus()) or 2)
-    parser.add_argument("--effective", type=int, default=64, help="conversations of about 210 tokens an optimizer step")
-    parser.add_argument("--micro", type=int, help="of these, at once on a rank; by default as the memory plan finds for each way")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="by default as the memory plan finds")
+    parser.add_argument(
+        "--effective",
+        type=int,
+        default=64,
+        help="conversations of about 210 tokens an optimizer step",
+    )
+    parser.add_argument(
+        "--micro",
+        type=int,
+        help="of these, at once on a rank; by default as the memory plan finds for each way",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="by default as the memory plan finds",
+    )
     parser.add_argument("--steps", type=int, default=16)
     given = parser.parse_args()
     wanted = {**LLAMA_8B, **{key: getattr(given, key) for key in shape.values()}}
     base, rows = snapshot(wanted), Path(tempfile.mkdtemp())
     write_weights(wanted, base)
     made = [
-        {"id": str(number), "group": str(number), "input_ids": ids, "supervised": [False] + [True] * (len(ids) - 1)}
+        {
+            "id": str(number),
+            "group": str(number),
+            "input_ids": ids,
+            "supervised": [False] + [True] * (len(ids) - 1),
+        }
         for number, ids in enumerate(documents(given.effective * given.steps, wanted["vocab_size"]))
     ]
     pq.write_table(pa.Table.from_pylist(made), rows / "train.parquet")
     pq.write_table(pa.Table.from_pylist(made[:2]), rows / "validation.parquet")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e9
-    print(f"{given.ranks} ranks on {where}; {size:.1f} GB of weights, {given.effective} conversations a step\n")
-    print("| way | tokens/s, all ranks | micro-batch | layers computed again | predicted GB a rank | peak GB a rank | loss first, last |")
+    print(
+        f"{given.ranks} ranks on {where}; {size:.1f} GB of weights, {given.effective} conversations a step\n"
+    )
+    print(
+        "| way | tokens/s, all ranks | micro-batch | layers computed again | predicted GB a rank | peak GB a rank | loss first, last |"
+    )
     print("|---|---:|---:|---:|---:|---:|---|")
     for way in ("ddp", "fsdp"):
         print(measure(way, base, rows, given), flush=True)

@@ -28,9 +28,9 @@ except ImportError:
 
 with atheris.instrument_imports(include=["ft_assets.data"]):
     from ft_assets.data.canonical import conversation, preference
-    from ft_assets.data.formats import read_rows
+    from ft_assets.data.file_formats import read_rows
     from ft_assets.data.kto import pair_labels
-    from ft_assets.data.shapes import RowProblem
+    from ft_assets.data.row_formats import RowProblem
     from ft_assets.errors import DataError
 
 import pyarrow as pa
@@ -46,7 +46,10 @@ PACKERS = {
 # Inputs named `packed` are compressed here, so that a change reaches what is inside; the others are compressed bytes.
 BUILT = "built"
 ENDINGS = [
-    *[(kind, "") for kind in (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".feather")],
+    *[
+        (kind, "")
+        for kind in (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".feather")
+    ],
     *[(f".jsonl{packed}", "") for packed in PACKERS],
     *[(f".csv{packed}", packed) for packed in PACKERS],
     *[(".jsonl", BUILT)] * 6,
@@ -60,14 +63,20 @@ TURNS = (
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "a"},
     {"role": "assistant", "content": "a", "train": False},
-    {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]},
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}],
+    },
     {"role": "tool", "content": "a", "tool_call_id": "a"},
     {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
     {"from": "observation", "value": "x"},
     {"role": "system", "content": "s"},
 )
 FORMS = [
-    *[(conversation, name) for name in (None, "messages", "sharegpt", "alpaca", "prompt_completion", "text")],
+    *[
+        (conversation, name)
+        for name in (None, "messages", "sharegpt", "alpaca", "prompt_completion", "text")
+    ],
     *[(preference, name) for name in (None, "preference", "sharegpt_preference", "ranked", "kto")],
 ]
 ENCODINGS = [None, None, None, "latin-1", "utf-16", "gb18030", "utf-8", "shift_jis"]
@@ -76,7 +85,10 @@ FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_readers"))
 
 def built_row(given: "atheris.FuzzedDataProvider") -> dict[str, Any]:
     """Return an object of known keys."""
-    return {KEYS[given.ConsumeIntInRange(0, len(KEYS) - 1)]: built(given, 0) for _ in range(given.ConsumeIntInRange(1, 5))}
+    return {
+        KEYS[given.ConsumeIntInRange(0, len(KEYS) - 1)]: built(given, 0)
+        for _ in range(given.ConsumeIntInRange(1, 5))
+    }
 
 
 def built(given: "atheris.FuzzedDataProvider", depth: int) -> Any:
@@ -87,7 +99,10 @@ def built(given: "atheris.FuzzedDataProvider", depth: int) -> Any:
     if kind == 1 and depth < 5:
         return built_row(given)
     if kind in (2, 3):
-        return [dict(TURNS[given.ConsumeIntInRange(0, len(TURNS) - 1)]) for _ in range(given.ConsumeIntInRange(1, 6))]
+        return [
+            dict(TURNS[given.ConsumeIntInRange(0, len(TURNS) - 1)])
+            for _ in range(given.ConsumeIntInRange(1, 6))
+        ]
     if kind == 4:
         return given.ConsumeUnicode(8)
     return VALUES[given.ConsumeIntInRange(0, len(VALUES) - 1)]
@@ -103,7 +118,9 @@ def one(data: bytes) -> None:
     path = FOLDER / f"rows{ending}"
     if packed == BUILT:
         given = atheris.FuzzedDataProvider(content)
-        content = "".join(json.dumps(built_row(given)) + "\n" for _ in range(given.ConsumeIntInRange(1, 3))).encode()
+        content = "".join(
+            json.dumps(built_row(given)) + "\n" for _ in range(given.ConsumeIntInRange(1, 3))
+        ).encode()
     path.write_bytes(PACKERS[packed](content) if packed in PACKERS else content)
     try:
         rows = read_rows(path, ENCODINGS[data[2] % len(ENCODINGS)], name)
@@ -117,7 +134,11 @@ def one(data: bytes) -> None:
             except RowProblem as problem:
                 str(problem).encode()
                 continue
-            again = form({key: value for key, value in canonical.items() if key not in ("id", "group")}) if name != "text" else canonical
+            again = (
+                form({key: value for key, value in canonical.items() if key not in ("id", "group")})
+                if name != "text"
+                else canonical
+            )
             if again["id"] != canonical["id"]:
                 raise AssertionError(f"another id when read again: {canonical}")
     except DataError as error:
@@ -130,7 +151,15 @@ def seeds() -> list[bytes]:
     user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     talks = [
-        {"messages": [{"role": "system", "content": "s"}, user, {**answer, "train": False}, user, {**answer, "weight": 1}]},
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                user,
+                {**answer, "train": False},
+                user,
+                {**answer, "weight": 1},
+            ]
+        },
         {
             "messages": [
                 user,
@@ -159,7 +188,13 @@ def seeds() -> list[bytes]:
             ],
             "tools": '[{"name": "f"}]',
         },
-        {"instruction": "hi", "input": "there", "output": "hello", "system": "s", "history": [["a", "b"]]},
+        {
+            "instruction": "hi",
+            "input": "there",
+            "output": "hello",
+            "system": "s",
+            "history": [["a", "b"]],
+        },
         {"prompt": [user], "completion": [answer]},
         {"prompt": "Grüße, 今天", "completion": "\u2028x"},
         {"text": "once"},
@@ -187,7 +222,11 @@ def seeds() -> list[bytes]:
         feather.write_feather(table, files[".feather"])
         with pa.ipc.new_stream(files[".arrow"], table.schema) as stream:
             stream.write_table(table)
-        csv = ('prompt,completion\nhi,hello\n"a ""b""\nc",d\n' if rows is talks else "prompt,chosen,rejected\nhi,a,b\n").encode()
+        csv = (
+            'prompt,completion\nhi,hello\n"a ""b""\nc",d\n'
+            if rows is talks
+            else "prompt,chosen,rejected\nhi,a,b\n"
+        ).encode()
         for form in forms:
             for index, (ending, packed) in enumerate(ENDINGS):
                 if ending in files:
@@ -199,8 +238,13 @@ def seeds() -> list[bytes]:
                 if packed == BUILT:
                     content = hashlib.sha512(bytes([index, form])).digest()
                 inner = f".{ending.split('.')[-1]}"
-                found.append(bytes([index, form, 0]) + (PACKERS[inner](content) if inner in PACKERS and not packed else content))
-            found.append(bytes([0, form, 0]) + "\n".join(lines.decode().splitlines()).encode("utf-16"))
+                found.append(
+                    bytes([index, form, 0])
+                    + (PACKERS[inner](content) if inner in PACKERS and not packed else content)
+                )
+            found.append(
+                bytes([0, form, 0]) + "\n".join(lines.decode().splitlines()).encode("utf-16")
+            )
             found += [bytes([0, form, 0]) + json.dumps(row).encode() for row in rows]
     return found
 

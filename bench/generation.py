@@ -16,8 +16,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from ft_assets.evaluation.generation import generate
-from ft_assets.models.loading import compute_dtype, load_base
+from ft_assets.hardware import compute_dtype
+from ft_assets.inference.generation import generate
+from ft_assets.models.loading import load_base
 
 
 def shape_8b() -> Any:
@@ -33,7 +34,9 @@ def shape_8b() -> Any:
 
 
 def adapted(model: Any) -> Any:
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    )
     return model.to(compute_dtype()).eval()
 
 
@@ -51,7 +54,10 @@ def prompts(rows: int, vocabulary: int) -> list[list[int]]:
     chance = torch.Generator().manual_seed(0)
     shared = torch.randint(10, vocabulary, (100,), generator=chance).tolist()
     lengths = torch.randint(20, 221, (rows,), generator=chance).tolist()
-    return [shared + torch.randint(10, vocabulary, (length,), generator=chance).tolist() for length in lengths]
+    return [
+        shared + torch.randint(10, vocabulary, (length,), generator=chance).tolist()
+        for length in lengths
+    ]
 
 
 def timed(name: str, call: Callable[[], int], against: float | None) -> float:
@@ -59,7 +65,10 @@ def timed(name: str, call: Callable[[], int], against: float | None) -> float:
     try:
         tokens = call()
     except Exception as error:
-        print(f"| {name} | – | – | {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''} |", flush=True)
+        print(
+            f"| {name} | – | – | {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''} |",
+            flush=True,
+        )
         return 0.0
     speed = tokens / (time.perf_counter() - begun)
     memory = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
@@ -78,7 +87,13 @@ def timed(name: str, call: Callable[[], int], against: float | None) -> float:
 def main(which: str, rows: int, new: int) -> None:
     model = adapted(shape_8b() if which == "8b" else load_base(Path(which)))
     asked = prompts(rows, model.config.vocab_size)
-    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
+    greedy: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
 
     def naive() -> int:
         few = asked[: max(2, min(8, rows // 8))]
@@ -95,35 +110,73 @@ def main(which: str, rows: int, new: int) -> None:
         for begin in range(0, rows, batch):
             chosen = asked[begin : begin + batch]
             width = max(map(len, chosen))
-            ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in chosen], device=model.device)
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in chosen], device=model.device)
+            ids = torch.tensor(
+                [[0] * (width - len(prompt)) + prompt for prompt in chosen], device=model.device
+            )
+            mask = torch.tensor(
+                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in chosen],
+                device=model.device,
+            )
             model.generate(input_ids=ids, attention_mask=mask, **greedy, **options)
         return new * rows
 
     def continuous(**options: Any) -> int:
-        config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=model.config.vocab_size - 1, pad_token_id=0)
-        found = model.generate_batch(inputs=asked, generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**options))
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=new,
+            eos_token_id=model.config.vocab_size - 1,
+            pad_token_id=0,
+        )
+        found = model.generate_batch(
+            inputs=asked,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(**options),
+        )
         return sum(len(result.generated_tokens) for result in found.values())
 
     gpu = torch.cuda.is_available()
-    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {which}, {rows} prompts of 120–320 tokens, {new} new tokens each\n")
+    print(
+        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {which}, {rows} prompts of 120–320 tokens, {new} new tokens each\n"
+    )
     print("| variant | tokens/s | against naive | peak GiB |\n|---|---|---|---|")
     with torch.no_grad():  # not inference_mode: generate_batch has a thread of its own
         ours(None, rows if gpu else 2)  # warm up
         base = timed("naive: one prompt at a time", naive, None)
         timed("this project, its own choice", lambda: ours(None), base)
-        timed(f"transformers generate, padded, batches of {rows if gpu else 32}", lambda: stock(rows if gpu else 32), base)
+        timed(
+            f"transformers generate, padded, batches of {rows if gpu else 32}",
+            lambda: stock(rows if gpu else 32),
+            base,
+        )
         if gpu:
-            timed("the same, static cache", lambda: stock(rows, cache_implementation="static", disable_compile=True), base)
-        timed("continuous batching (generate_batch)", lambda: continuous(use_cuda_graph=False), base)
+            timed(
+                "the same, static cache",
+                lambda: stock(rows, cache_implementation="static", disable_compile=True),
+                base,
+            )
+        timed(
+            "continuous batching (generate_batch)", lambda: continuous(use_cuda_graph=False), base
+        )
         if gpu:
-            timed("continuous batching (generate_batch), CUDA graphs", lambda: continuous(use_cuda_graph=True), base)
+            timed(
+                "continuous batching (generate_batch), CUDA graphs",
+                lambda: continuous(use_cuda_graph=True),
+                base,
+            )
         for size in (32, 128) if gpu else (8, 16):
             timed(f"this project, batches of {size}", lambda size=size: ours(size), base)
         timed("this project, its own choice, again", lambda: ours(None), base)
         if gpu:
-            timed("transformers generate, static cache, with its compilation", lambda: stock(rows, cache_implementation="static"), base)
-            timed("the same, compiled before", lambda: stock(rows, cache_implementation="static"), base)
+            timed(
+                "transformers generate, static cache, with its compilation",
+                lambda: stock(rows, cache_implementation="static"),
+                base,
+            )
+            timed(
+                "the same, compiled before",
+                lambda: stock(rows, cache_implementation="static"),
+                base,
+            )
 
 
 if __name__ == "__main__":

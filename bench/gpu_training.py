@@ -72,7 +72,8 @@ UNSLOTH: dict[str, dict[str, Any]] = {
     "16 x 1, False": {"rows": 16, "checkpointing": False},
 }
 SWEEP: dict[str, dict[str, Any]] = {
-    f"QLoRA, 24 GB, {rows} rows at once": {"method": "qlora", "limit": 24, "micro_batch": rows} for rows in (16, 20, 40)
+    f"QLoRA, 24 GB, {rows} rows at once": {"method": "qlora", "limit": 24, "micro_batch": rows}
+    for rows in (16, 20, 40)
 }
 MEMORY: dict[str, dict[str, Any]] = {
     "8B QLoRA, 1/20 step, no checkpointing": {"method": "qlora", "micro_batch": 4, "gradient_checkpointing": False},
@@ -125,7 +126,9 @@ def snapshot(shape: dict[str, Any]) -> Path:
     (folder / "config.json").write_text(json.dumps(shape))
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
     PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), pad_token="<pad>", eos_token="<eos>"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
     ).save_pretrained(folder)
     _sparse_weights(shape, folder / "model.safetensors")
     return folder
@@ -154,7 +157,13 @@ def _sparse_weights(shape: dict[str, Any], file: Path) -> None:
 def llama_config(shape: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(**{k: v for k, v in shape.items() if k not in ("architectures", "model_type", "torch_dtype")})
+    return LlamaConfig(
+        **{
+            k: v
+            for k, v in shape.items()
+            if k not in ("architectures", "model_type", "torch_dtype")
+        }
+    )
 
 
 def random_base(shape: dict[str, Any], quantized: bool, dtype: Any = None) -> Any:
@@ -191,10 +200,18 @@ def _to_nf4(model: Any, device: str) -> None:
                 if type(linear) is not torch.nn.Linear:
                     continue
                 small = bitsandbytes.nn.Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+                    linear.in_features,
+                    linear.out_features,
+                    bias=False,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                    device="meta",
                 )
                 small.weight = bitsandbytes.nn.Params4bit(
-                    linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+                    linear.weight.data,
+                    requires_grad=False,
+                    quant_type="nf4",
+                    compress_statistics=True,
                 )
                 small.weight.module = small
                 setattr(parent, name, small.to(device))
@@ -202,7 +219,9 @@ def _to_nf4(model: Any, device: str) -> None:
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4"
+    )
     model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)
 
 
@@ -211,7 +230,10 @@ def timed(stamps: list[float], tokens: list[int]) -> dict[str, Any]:
     seconds = [after - before for before, after in itertools.pairwise(stamps)]
     each = [count / second for count, second in zip(tokens[1:], seconds, strict=False)][WARM - 1 :]
     total = sum(tokens[WARM : len(stamps)]) / (stamps[-1] - stamps[WARM - 1])
-    return {"tokens_per_s": round(total), "spread": round(statistics.pstdev(each) / statistics.fmean(each), 3)}
+    return {
+        "tokens_per_s": round(total),
+        "spread": round(statistics.pstdev(each) / statistics.fmean(each), 3),
+    }
 
 
 def ours(way: dict[str, Any], steps: int, dropout: float, shape: dict[str, Any]) -> dict[str, Any]:
@@ -223,14 +245,31 @@ def ours(way: dict[str, Any], steps: int, dropout: float, shape: dict[str, Any])
 
     documents_ = documents(STEP_ROWS * steps, shape["vocab_size"])
     rows = [{"input_ids": ids, "supervised": [True] * len(ids)} for ids in documents_]
-    adapter.load_base = lambda _, quantized=False, dtype=None, **__: random_base(shape, quantized, dtype)
+    adapter.load_base = lambda _, quantized=False, dtype=None, **__: random_base(
+        shape, quantized, dtype
+    )
     if way["method"] == "full":
         sft.largest_update = lambda *_: 1.0  # the snapshot has no weights to compare with
-    chosen = {key: way[key] for key in ("micro_batch", "gradient_checkpointing", "packing") if key in way}
-    settings = SftSettings(num_train_epochs=1, effective_batch=STEP_ROWS, save_steps=10_000, **chosen)
-    more = {key: way[key] for key in ("use_dora", "modules_to_save", "trainable_token_indices") if key in way}
+    chosen = {
+        key: way[key] for key in ("micro_batch", "gradient_checkpointing", "packing") if key in way
+    }
+    settings = SftSettings(
+        num_train_epochs=1, effective_batch=STEP_ROWS, save_steps=10_000, **chosen
+    )
+    more = {
+        key: way[key]
+        for key in ("use_dora", "modules_to_save", "trainable_token_indices")
+        if key in way
+    }
     targets = way.get("targets", "attention")
-    lora = LoraSettings(method=way["method"], r=16, lora_alpha=32, lora_dropout=dropout, target_modules=targets, **more)
+    lora = LoraSettings(
+        method=way["method"],
+        r=16,
+        lora_alpha=32,
+        lora_dropout=dropout,
+        target_modules=targets,
+        **more,
+    )
     stamps: list[float] = []
 
     def report(message: str, **numbers: Any) -> None:
@@ -240,12 +279,38 @@ def ours(way: dict[str, Any], steps: int, dropout: float, shape: dict[str, Any])
         print(message, numbers, file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as work, _profiler(way.get("profile")) as profiler:
-        metrics = sft.train_sft(snapshot(shape), rows, [], lora, settings, Path(work) / "c", Path(work), report, way.get("limit"))
+        metrics = sft.train_sft(
+            snapshot(shape),
+            rows,
+            [],
+            lora,
+            settings,
+            Path(work) / "c",
+            Path(work),
+            report,
+            way.get("limit"),
+        )
     if way.get("profile"):
         for order in ("self_cuda_time_total", "self_cpu_time_total"):
-            print(profiler.key_averages().table(sort_by=order, row_limit=22, max_name_column_width=60), file=sys.stderr)
-    tokens = [sum(len(documents_[row]) for row in chosen) for chosen in step_rows(len(rows), STEP_ROWS, settings.seed, 0)]
-    names = ("method", "micro_batch", "largest_micro_batch_tokens", "checkpointed_layers", "predicted_memory_gb", "packing_leak", "liger")
+            print(
+                profiler.key_averages().table(
+                    sort_by=order, row_limit=22, max_name_column_width=60
+                ),
+                file=sys.stderr,
+            )
+    tokens = [
+        sum(len(documents_[row]) for row in chosen)
+        for chosen in step_rows(len(rows), STEP_ROWS, settings.seed, 0)
+    ]
+    names = (
+        "method",
+        "micro_batch",
+        "largest_micro_batch_tokens",
+        "checkpointed_layers",
+        "predicted_memory_gb",
+        "packing_leak",
+        "liger",
+    )
     result = {name: metrics.get(name) for name in names}
     result["loss"] = [round(metrics["loss_first"], 4), round(metrics["loss_last"], 4)]
     if torch.cuda.is_available():
@@ -257,7 +322,11 @@ def ours(way: dict[str, Any], steps: int, dropout: float, shape: dict[str, Any])
 def _profiler(wanted: bool | None) -> Any:
     from torch.profiler import ProfilerActivity, profile
 
-    return profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) if wanted else contextlib.nullcontext()
+    return (
+        profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
+        if wanted
+        else contextlib.nullcontext()
+    )
 
 
 def grouped_heads() -> None:
@@ -281,7 +350,12 @@ def grouped_heads() -> None:
     varlen.varlen_attn = varlen_attn
 
 
-ATTENTION = {"cuDNN": "cudnn_generated", "flash forward": "flash_fwd", "flash backward": "flash_bwd_dq_dk_dv", "efficient": "fmha_cutlass"}
+ATTENTION = {
+    "cuDNN": "cudnn_generated",
+    "flash forward": "flash_fwd",
+    "flash backward": "flash_bwd_dq_dk_dv",
+    "efficient": "fmha_cutlass",
+}
 
 
 def attention_kernels(profiler: Any) -> dict[str, int]:
@@ -302,7 +376,9 @@ def unsloth_model(folder: Path, shape: dict[str, Any], way: dict[str, Any]) -> A
 
     quantized = torch.cuda.is_available()
     AutoModelForCausalLM.from_pretrained = lambda *_, **__: random_base(shape, quantized)
-    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=quantized)
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=quantized
+    )
     return FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], max_seq_length=LONGEST,
         use_gradient_checkpointing=way["checkpointing"], **({"checkpoint_skip_layers": way["kept"]} if "kept" in way else {}),
@@ -345,7 +421,11 @@ def plain(steps: int, dropout: float, shape: dict[str, Any], way: dict[str, Any]
         model = unsloth_model(folder, shape, way)
     else:
         config = LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=dropout, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+            r=16,
+            lora_alpha=32,
+            lora_dropout=dropout,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            task_type="CAUSAL_LM",
         )
         model = get_peft_model(random_base(shape, torch.cuda.is_available()), config)
     stamps = Stamps()
@@ -363,7 +443,11 @@ def plain(steps: int, dropout: float, shape: dict[str, Any], way: dict[str, Any]
     )  # fmt: skip
     filled = statistics.fmean(len(row) for row in trainer.train_dataset["input_ids"])
     trainer.train()
-    peak = {"peak_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2)} if torch.cuda.is_available() else {}
+    peak = (
+        {"peak_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2)}
+        if torch.cuda.is_available()
+        else {}
+    )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "loss": [losses[0], losses[steps - 1]],
@@ -384,7 +468,7 @@ def check() -> dict[str, Any]:
     from ft_assets.training.attention import register
     from ft_assets.training.isolation import leak
     from ft_assets.training.linears import fuse_linears
-    from ft_assets.training.setup import apply_liger
+    from ft_assets.training.prepare import apply_liger
 
     found: dict[str, Any] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -392,7 +476,8 @@ def check() -> dict[str, Any]:
     texts = documents(12, shape["vocab_size"])
     for quantized in (False, device == "cuda"):
         model = get_peft_model(
-            random_base(shape, quantized), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            random_base(shape, quantized),
+            LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -405,14 +490,24 @@ def check() -> dict[str, Any]:
             collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed)
             for group in [texts] if packed else [[ids] for ids in texts]:
                 batch = collator([{"input_ids": ids, "labels": ids} for ids in group])
-                batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+                batch = {
+                    key: value.to(device) if isinstance(value, torch.Tensor) else value
+                    for key, value in batch.items()
+                }
                 with torch.autocast(device, torch.bfloat16):
                     labels = batch.pop("labels")
                     logits = model(**batch, use_cache=False).logits
-                loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:], ignore_index=-100, reduction="sum") / count
+                loss = (
+                    torch.nn.functional.cross_entropy(
+                        logits[0, :-1].float(), labels[0, 1:], ignore_index=-100, reduction="sum"
+                    )
+                    / count
+                )
                 loss.backward()
                 total += loss.item()
-            return total, torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+            return total, torch.cat(
+                [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+            )
 
         loss, gradient = run(False)
         kind = "nf4" if quantized else "bf16"
@@ -424,12 +519,17 @@ def check() -> dict[str, Any]:
         found[f"{kind} fused - plain loss"] = fused_loss - loss
         found[f"{kind} fused gradient cosine"] = torch.cosine_similarity(gradient, fused, 0).item()
         found[f"{kind} packed - plain loss"] = packed_loss - loss
-        found[f"{kind} packed gradient cosine"] = torch.cosine_similarity(gradient, packed, 0).item()
+        found[f"{kind} packed gradient cosine"] = torch.cosine_similarity(
+            gradient, packed, 0
+        ).item()
         found[f"{kind} leak"] = leak(
-            model, [{"input_ids": ids} for ids in texts], DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+            model,
+            [{"input_ids": ids} for ids in texts],
+            DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True),
         )
     model = get_peft_model(
-        random_base(shape, False), LoraConfig(r=16, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
+        random_base(shape, False),
+        LoraConfig(r=16, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -443,7 +543,9 @@ def check() -> dict[str, Any]:
         model.train().zero_grad()
         ids = torch.tensor([texts[0] + texts[1]], device=device)
         model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append(torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+        )
     found["dropout: recomputed gradient cosine"] = torch.cosine_similarity(*gradients, 0).item()
     return found
 
@@ -476,7 +578,11 @@ def child(arguments: argparse.Namespace) -> None:
         result = check()
     elif job["kind"] == "machine":
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        result = {"machine": name, "torch": torch.__version__, "matmul_tflops": round(matmul_tflops())}
+        result = {
+            "machine": name,
+            "torch": torch.__version__,
+            "matmul_tflops": round(matmul_tflops()),
+        }
     else:
         steps = job.get("steps", 2 if job.get("profile") else arguments.steps + 4)
         result = ours(job, steps, job.get("dropout", arguments.dropout), shape)
@@ -484,34 +590,64 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace, **job: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--job", json.dumps(job), "--steps", str(arguments.steps), "--dropout", str(arguments.dropout)]
+    command = [
+        sys.executable,
+        __file__,
+        "--job",
+        json.dumps(job),
+        "--steps",
+        str(arguments.steps),
+        "--dropout",
+        str(arguments.dropout),
+    ]
     paths = [arguments.unsloth] * ("checkpointing" in job) + [os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "UNSLOTH_DISABLE_STATISTICS": "1"}
-    done = subprocess.run([*command, "--shape", arguments.shape], capture_output=True, text=True, timeout=400, check=False, env=environment)
-    result = next((line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+    }
+    done = subprocess.run(
+        [*command, "--shape", arguments.shape],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        env=environment,
+    )
+    result = next(
+        (line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")), None
+    )
     if result is None or job.get("profile"):
         print(done.stderr[-26000 if job.get("profile") else -2500 :], flush=True)
     return json.loads(result) if result else {"failed": done.returncode}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--shape", default="8b", choices=list(SHAPES))
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--unsloth", default="", metavar="DIR", help="and unsloth, from this folder of packages")
+    parser.add_argument(
+        "--unsloth", default="", metavar="DIR", help="and unsloth, from this folder of packages"
+    )
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--sweep", action="store_true", help="and micro-batches set by hand under 24 GB")
+    parser.add_argument(
+        "--sweep", action="store_true", help="and micro-batches set by hand under 24 GB"
+    )
     parser.add_argument("--profile", action="store_true", help="where the time goes (with --only)")
-    parser.add_argument("--only", default="", help="beside the first: ways and setups whose name matches this")
+    parser.add_argument(
+        "--only", default="", help="beside the first: ways and setups whose name matches this"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
         child(arguments)
         return
     from ft_assets.training.flops import flops_per_token, peak_flops
-    from ft_assets.training.shape import shape_of
+    from ft_assets.training.memory_plan.model_shape import shape_of
 
     machine = run(arguments, kind="machine")
     print(json.dumps(machine))
@@ -519,13 +655,29 @@ def main() -> None:
         print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
     if arguments.check:
         return
-    useful, peak = flops_per_token(shape_of(SHAPES[arguments.shape])), peak_flops(machine["machine"]) or 0.0
-    print(f"\n{'way':<34} tokens/s  spread  ratio   MFU  of matmul  peak GB  micro-batch (tokens)  checkpointed  loss", flush=True)
+    useful, peak = (
+        flops_per_token(shape_of(SHAPES[arguments.shape])),
+        peak_flops(machine["machine"]) or 0.0,
+    )
+    print(
+        f"\n{'way':<34} tokens/s  spread  ratio   MFU  of matmul  peak GB  micro-batch (tokens)  checkpointed  loss",
+        flush=True,
+    )
     first = None
     ways = [("the module's script, plain TRL", {"kind": "plain"})]
-    ways += [(f"unsloth, {name}", {"kind": "plain", **way}) for name, way in UNSLOTH.items() if arguments.unsloth]
-    ways += [(name, {"kind": "ours", **way, "profile": arguments.profile}) for name, way in OURS.items()]
-    ways += [(f"{name}, dropout 0", {"kind": "ours", **way, "dropout": 0.0}) for name, way in OURS.items() if arguments.unsloth]
+    ways += [
+        (f"unsloth, {name}", {"kind": "plain", **way})
+        for name, way in UNSLOTH.items()
+        if arguments.unsloth
+    ]
+    ways += [
+        (name, {"kind": "ours", **way, "profile": arguments.profile}) for name, way in OURS.items()
+    ]
+    ways += [
+        (f"{name}, dropout 0", {"kind": "ours", **way, "dropout": 0.0})
+        for name, way in OURS.items()
+        if arguments.unsloth
+    ]
     ways += [(name, {"kind": "ours", **way}) for name, way in SWEEP.items() if arguments.sweep]
     asked = [(name, job) for name, job in ways[1:] if re.search(arguments.only, name)]
     for name, job in ways[:1] + asked if asked else []:
@@ -546,8 +698,12 @@ def main() -> None:
         if "attention" in found:
             print(f"{'':<34} attention kernels in a step: {found['attention']}", flush=True)
     if arguments.memory:
-        print(f"\n{'setup':<46} predicted GB  reserved GB  allocated GB   error  chosen", flush=True)
-        for name, way in ((name, way) for name, way in MEMORY.items() if re.search(arguments.only, name)):
+        print(
+            f"\n{'setup':<46} predicted GB  reserved GB  allocated GB   error  chosen", flush=True
+        )
+        for name, way in (
+            (name, way) for name, way in MEMORY.items() if re.search(arguments.only, name)
+        ):
             found = run(arguments, **{"kind": "ours", "steps": 3, **way})
             if "peak_gb" in found:
                 error = 100 * (found["predicted_memory_gb"] / found["peak_gb"] - 1)

@@ -16,7 +16,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets_tests.conftest import make_tiny_model
+from ft_assets_tests.factories import make_tiny_model
 from ft_assets_tests.kill_points import run
 from ft_assets_tests.training import same, sft
 
@@ -38,11 +38,19 @@ COMMON = [
     ("publish: before its rename", 1),
     ("before CURRENT", 1),
 ]
-SFT = [("forward pass", 1), ("validation", 1), ("validation", 3), ("best weights: before their rename", 1), *COMMON]
+SFT = [
+    ("forward pass", 1),
+    ("validation", 1),
+    ("validation", 3),
+    ("best weights: before their rename", 1),
+    *COMMON,
+]
 DPO = [("forward pass of a pair", 1), ("reference written", 1), *COMMON]
 
 
-def line(kind: str, point: str, call: int, told: dict[str, Any], whole: Path, home: Path) -> tuple[str, bool]:
+def line(
+    kind: str, point: str, call: int, told: dict[str, Any], whole: Path, home: Path
+) -> tuple[str, bool]:
     folder = home / f"{kind}-{point}-{call}".replace(" ", "-").replace(":", "")
     folder.mkdir()
     (folder / "work.json").write_text(json.dumps(told))

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ft_assets.merging.tensor_files import INDEX, blocks, entries_of, read_folder, read_tensor
 from ft_assets.models.loading import TARGETS
-from ft_assets.release.tensor_files import INDEX, blocks, entries_of, read_folder, read_tensor
 
 SHAPES: dict[str, dict[str, int]] = {
     "1b": {"vocab_size": 64_128, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -35,12 +35,14 @@ SYNC = "import os, sys\nfor path in __import__('pathlib').Path(sys.argv[3]).glob
 # VmHWM, not getrusage: ru_maxrss is inherited from the process that started this one.
 PEAK = "line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\nprint(int(line.split()[1]) * 1024 / 1e9)\n"
 COPY = "import subprocess, sys, glob\nsubprocess.run(['cp', *glob.glob(sys.argv[1] + '/*'), sys.argv[3]], check=True)\n"
-STREAM = "import sys; from pathlib import Path; from ft_assets.release.merge import merge\nmerge(*map(Path, sys.argv[1:4]))\n"
+STREAM = "import sys; from pathlib import Path; from ft_assets.merging.merge import merge\nmerge(*map(Path, sys.argv[1:4]))\n"
 PEFT = """import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size='5GB')
 """
-IMPORTS = "import sys, torch; from ft_assets.release.merge import merge; from peft import PeftModel\n"
+IMPORTS = (
+    "import sys, torch; from ft_assets.merging.merge import merge; from peft import PeftModel\n"
+)
 
 
 def make_base(folder: Path, shape: str) -> None:
@@ -49,7 +51,9 @@ def make_base(folder: Path, shape: str) -> None:
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)  # type: ignore[arg-type]
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {
+            name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()
+        }
     torch.manual_seed(0)
     shards: list[list[str]] = [[]]
     size = 0
@@ -61,12 +65,21 @@ def make_base(folder: Path, shape: str) -> None:
         shards[-1].append(name)
     where = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        file = (
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            if len(shards) > 1
+            else "model.safetensors"
+        )
         where |= dict.fromkeys(names, file)
-        tensors = {name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02) for name in names}
+        tensors = {
+            name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02)
+            for name in names
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": where}))
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": 0}, "weight_map": where})
+        )
 
 
 def make_adapter(folder: Path, base: Path, targets: list[str], rank: int) -> None:
@@ -76,8 +89,12 @@ def make_adapter(folder: Path, base: Path, targets: list[str], rank: int) -> Non
     for name, entry in entries_of(read_folder(base)).items():
         module = name.removesuffix(".weight")
         if module.rsplit(".", 1)[-1] in targets:
-            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, entry.shape[1]) * 0.02
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(entry.shape[0], rank) * 0.02
+            tensors[f"base_model.model.{module}.lora_A.weight"] = (
+                torch.randn(rank, entry.shape[1]) * 0.02
+            )
+            tensors[f"base_model.model.{module}.lora_B.weight"] = (
+                torch.randn(entry.shape[0], rank) * 0.02
+            )
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {
         "peft_type": "LORA",
@@ -107,7 +124,10 @@ def timed(code: str, base: Path, adapter: Path, output: Path) -> tuple[float, fl
     done = f"print(time.perf_counter() - begun)\n{PEAK}"
     program = (IMPORTS if code != COPY else "") + clock + code + SYNC + done
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, str(base), str(adapter), str(output)], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", program, str(base), str(adapter), str(output)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     seconds, peak = result.stdout.split()[-2:]
     return float(seconds), float(peak)
@@ -115,7 +135,11 @@ def timed(code: str, base: Path, adapter: Path, output: Path) -> tuple[float, fl
 
 def errors(base: Path, adapter: Path, merged: Path) -> dict[str, Any]:
     """Compare with fp32 sums: the largest error of a touched tensor in roundings to bf16, and how many untouched ones differ."""
-    before, after, pairs = entries_of(read_folder(base)), entries_of(read_folder(merged)), entries_of(read_folder_of(adapter))
+    before, after, pairs = (
+        entries_of(read_folder(base)),
+        entries_of(read_folder(merged)),
+        entries_of(read_folder_of(adapter)),
+    )
     config = json.loads((adapter / "adapter_config.json").read_text())
     worst, touched, differ = 0.0, 0, 0
     for name, entry in before.items():
@@ -127,32 +151,46 @@ def errors(base: Path, adapter: Path, merged: Path) -> dict[str, Any]:
         touched += 1
         low, high = read_tensor(pairs[key]), read_tensor(pairs[key.replace("lora_A", "lora_B")])
         for first, last in blocks(entry, 1 << 26):
-            exact = torch.addmm(old[first:last].float(), high[first:last], low, alpha=config["lora_alpha"] / config["r"])
+            exact = torch.addmm(
+                old[first:last].float(),
+                high[first:last],
+                low,
+                alpha=config["lora_alpha"] / config["r"],
+            )
             rounding = torch.ldexp(torch.full_like(exact, 2**-9), torch.frexp(exact).exponent)
             worst = max(worst, float(((new[first:last].float() - exact).abs() / rounding).max()))
     return {"touched": touched, "worst": worst, "untouched that differ": differ}
 
 
 def read_folder_of(adapter: Path) -> list[Any]:
-    from ft_assets.release.tensor_files import read_file
+    from ft_assets.merging.tensor_files import read_file
 
     return [read_file(adapter / "adapter_model.safetensors")]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--targets", choices=["attention", "all-linear"], default="attention")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--peft", action="store_true", help="also PEFT's merge, which holds the model in memory")
+    parser.add_argument(
+        "--peft", action="store_true", help="also PEFT's merge, which holds the model in memory"
+    )
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bench_merge"))
     arguments = parser.parse_args()
     base, adapter = arguments.folder / f"base-{arguments.shape}", arguments.folder / "adapter"
     if not base.exists():
         make_base(base, arguments.shape)
     shutil.rmtree(adapter, ignore_errors=True)
-    make_adapter(adapter, base, list(TARGETS["attention"]) if arguments.targets == "attention" else LINEAR, arguments.rank)
+    make_adapter(
+        adapter,
+        base,
+        list(TARGETS["attention"]) if arguments.targets == "attention" else LINEAR,
+        arguments.rank,
+    )
     size = sum(file.size for file in read_folder(base))
     largest = max(entry.bytes for entry in entries_of(read_folder(base)).values())
     ways = {"cp": COPY, "streaming": STREAM, **({"PEFT": PEFT} if arguments.peft else {})}
@@ -163,7 +201,9 @@ def main() -> None:
         for way, code in ways.items():
             output = arguments.folder / way
             for other in ways:
-                if other != way and not (arguments.peft and other != "cp"):  # keep what is compared in the end
+                if other != way and not (
+                    arguments.peft and other != "cp"
+                ):  # keep what is compared in the end
                     shutil.rmtree(arguments.folder / other, ignore_errors=True)
             cold = drop_cache() and cold
             taken, peak = timed(code, base, adapter, output)
@@ -172,7 +212,9 @@ def main() -> None:
             print(f"{time.strftime('%H:%M:%S')} {way}: {taken:.1f} s, {peak:.2f} GB", flush=True)
     print(f"\n{arguments.shape}, {size / 1e9:.1f} GB in bf16, LoRA r {arguments.rank} on {arguments.targets}, {os.cpu_count()} cores, "
           f"page cache {'dropped before each run' if cold else 'not dropped'}; limit of memory: 2 x {largest / 1e9:.2f} + 1 GB\n")  # fmt: skip
-    print("| way | seconds, each run | best | against cp, run by run | peak GB |\n|---|---|---|---|---|")
+    print(
+        "| way | seconds, each run | best | against cp, run by run | peak GB |\n|---|---|---|---|---|"
+    )
     for way in ways:
         ratios = [ours / theirs for ours, theirs in zip(seconds[way], seconds["cp"], strict=True)]
         print(
@@ -183,8 +225,13 @@ def main() -> None:
         timed(STREAM, base, adapter, merged)
     print("\nstreaming against fp32:", errors(base, adapter, merged))
     if arguments.peft:
-        ours, theirs = entries_of(read_folder(merged)), entries_of(read_folder(arguments.folder / "PEFT"))
-        equal = sum(torch.equal(read_tensor(ours[name]), read_tensor(theirs[name])) for name in theirs)
+        ours, theirs = (
+            entries_of(read_folder(merged)),
+            entries_of(read_folder(arguments.folder / "PEFT")),
+        )
+        equal = sum(
+            torch.equal(read_tensor(ours[name]), read_tensor(theirs[name])) for name in theirs
+        )
         print(f"streaming against PEFT: {equal} of {len(theirs)} tensors are the same bits")
     shutil.rmtree(arguments.folder)
 

@@ -51,7 +51,15 @@ def chain(work: Callable[[Path], None]) -> list[dg.AssetsDefinition]:
 
 def empty_job(folder: Path) -> None:
     paths = {"output": folder / "out", "checkpoints": folder / "ckpt", "work": folder / "work"}
-    job = Job(step="empty", asset="empty", partition=None, fingerprint="0" * 20, settings={}, inputs={}, **paths)
+    job = Job(
+        step="empty",
+        asset="empty",
+        partition=None,
+        fingerprint="0" * 20,
+        settings={},
+        inputs={},
+        **paths,
+    )
     EmptyStep().run(job, lambda message: None)
 
 
@@ -75,15 +83,21 @@ def timed(repeat: int, call: Callable[[], object]) -> float:
 
 
 def command(arguments: list[str], cwd: Path) -> Callable[[], object]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")}
-    return lambda: subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, check=True, capture_output=True)
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")
+    }
+    return lambda: subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, check=True, capture_output=True
+    )
 
 
 def multiprocess() -> None:
     with (
         dg.instance_for_test() as instance,
         dg.execute_job(
-            dg.reconstructable(nothing_job), instance, run_config={**QUIET, "execution": {"config": {"multiprocess": {}}}}
+            dg.reconstructable(nothing_job),
+            instance,
+            run_config={**QUIET, "execution": {"config": {"multiprocess": {}}}},
         ) as done,
     ):
         assert done.success
@@ -91,7 +105,11 @@ def multiprocess() -> None:
 
 def in_process(definitions: dg.Definitions) -> None:
     with dg.instance_for_test() as instance:
-        assert definitions.resolve_job_def("chain").execute_in_process(QUIET, instance=instance).success
+        assert (
+            definitions.resolve_job_def("chain")
+            .execute_in_process(QUIET, instance=instance)
+            .success
+        )
 
 
 def made_in(folder: Path) -> float:
@@ -116,11 +134,19 @@ def main() -> None:
     bare = timed(asked.repeat, lambda: in_process(nothing))
     rows = {
         "import dagster": timed(asked.repeat, command(["-c", "import dagster"], asked.project)),
-        "code location (import ft_assets.definitions)": timed(asked.repeat, command(["-c", "import ft_assets.definitions"], asked.project)),
+        "code location (import ft_assets.definitions)": timed(
+            asked.repeat, command(["-c", "import ft_assets.definitions"], asked.project)
+        ),
         "a step in process": bare / STEPS,
-        "a step as a child process of the launcher": timed(asked.repeat, lambda: in_process(children)) / STEPS,
-        "a step in Dagster's multiprocess executor": timed(max(1, asked.repeat // 3), multiprocess) / STEPS,
-        "ft run with nothing to do": timed(max(1, asked.repeat // 2), command(["-m", "ft_assets.cli", "run"], asked.project)),
+        "a step as a child process of the launcher": timed(
+            asked.repeat, lambda: in_process(children)
+        )
+        / STEPS,
+        "a step in Dagster's multiprocess executor": timed(max(1, asked.repeat // 3), multiprocess)
+        / STEPS,
+        "ft run with nothing to do": timed(
+            max(1, asked.repeat // 2), command(["-m", "ft_assets.cli", "run"], asked.project)
+        ),
     }
     work = made_in(asked.project)
     rows["making what is current took"] = work
@@ -131,7 +157,9 @@ def main() -> None:
     print("| what | seconds |\n|---|---:|")
     for name, seconds in rows.items():
         print(f"| {name} | {seconds:.2f} |")
-    print(f"\nOrchestration is {share:.1%} of a run that makes everything: a run that makes nothing, against the time of the steps.")
+    print(
+        f"\nOrchestration is {share:.1%} of a run that makes everything: a run that makes nothing, against the time of the steps."
+    )
 
 
 if __name__ == "__main__":

@@ -27,20 +27,42 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-l
 
 
 def turns(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def project(folder: Path, data: dict[str, Any], **sections: Any) -> None:
     for name in ("general.jsonl", "retention.jsonl"):
         shutil.copy2(DEMO / name, folder / "data" / name)
-    data = {"train": ["data/train.jsonl"], "rehearsal": ["data/general.jsonl"], "retention": ["data/retention.jsonl"], **data}
-    data |= {"preferences": ["data/pairs.jsonl"], "heldout": ["data/heldout.jsonl"], "few_shot": ["data/few_shot.jsonl"]}
-    settings = {"data": data, "base_models": MODEL, "lora": LORA, "gate": {"min_stop_rate": 0.95}, **sections}
+    data = {
+        "train": ["data/train.jsonl"],
+        "rehearsal": ["data/general.jsonl"],
+        "retention": ["data/retention.jsonl"],
+        **data,
+    }
+    data |= {
+        "preferences": ["data/pairs.jsonl"],
+        "heldout": ["data/heldout.jsonl"],
+        "few_shot": ["data/few_shot.jsonl"],
+    }
+    settings = {
+        "data": data,
+        "base_models": MODEL,
+        "lora": LORA,
+        "gate": {"min_stop_rate": 0.95},
+        **sections,
+    }
     (folder / "finetune.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
@@ -64,15 +86,35 @@ def banking77(source: Path, folder: Path) -> None:
 
     def near(label: str) -> str:
         """Return another label, one that begins alike if there is one."""
-        alike = [other for other in labels if other != label and other.split("_")[0] == label.split("_")[0]]
+        alike = [
+            other
+            for other in labels
+            if other != label and other.split("_")[0] == label.split("_")[0]
+        ]
         return chance.choice(alike or [other for other in labels if other != label])
 
-    write(folder / "data/pairs.jsonl", [{"prompt": text, "chosen": label, "rejected": near(label)} for text, label in pairs])
+    write(
+        folder / "data/pairs.jsonl",
+        [{"prompt": text, "chosen": label, "rejected": near(label)} for text, label in pairs],
+    )
     project(
         folder,
-        {"few_shot_system": f"Name the intent of the bank customer's question. Answer with one of: {', '.join(labels)}."},
-        sft={"num_train_epochs": 3, "learning_rate": 1e-3, "effective_batch": 64, "micro_batch": 64, "gradient_checkpointing": False},
-        dpo={"learning_rate": 1e-5, "effective_batch": 32, "micro_batch": 32, "gradient_checkpointing": False},
+        {
+            "few_shot_system": f"Name the intent of the bank customer's question. Answer with one of: {', '.join(labels)}."
+        },
+        sft={
+            "num_train_epochs": 3,
+            "learning_rate": 1e-3,
+            "effective_batch": 64,
+            "micro_batch": 64,
+            "gradient_checkpointing": False,
+        },
+        dpo={
+            "learning_rate": 1e-5,
+            "effective_batch": 32,
+            "micro_batch": 32,
+            "gradient_checkpointing": False,
+        },
         evaluation={"labels": labels, "metric": "label", "max_new_tokens": 24, "batch_size": 512},
     )
 
@@ -84,17 +126,46 @@ def persona(source: Path, folder: Path) -> None:
     def both(row: dict[str, Any]) -> tuple[str, str]:
         return row["answer_matching_behavior"].strip(), row["answer_not_matching_behavior"].strip()
 
-    parts = {"heldout": rows[:300], "few_shot": rows[300:306], "train": rows[306:656], "pairs": rows[656:]}
+    parts = {
+        "heldout": rows[:300],
+        "few_shot": rows[300:306],
+        "train": rows[306:656],
+        "pairs": rows[656:],
+    }
     for name in ("heldout", "few_shot", "train"):
-        write(folder / f"data/{name}.jsonl", [turns(row["question"], both(row)[0]) for row in parts[name]])
-    pairs = [{"prompt": row["question"], "chosen": both(row)[0], "rejected": both(row)[1]} for row in parts["pairs"]]
+        write(
+            folder / f"data/{name}.jsonl",
+            [turns(row["question"], both(row)[0]) for row in parts[name]],
+        )
+    pairs = [
+        {"prompt": row["question"], "chosen": both(row)[0], "rejected": both(row)[1]}
+        for row in parts["pairs"]
+    ]
     write(folder / "data/pairs.jsonl", pairs)
     project(
         folder,
         {},
-        sft={"num_train_epochs": 2, "learning_rate": 2e-4, "effective_batch": 16, "micro_batch": 16, "gradient_checkpointing": False},
-        dpo={"num_train_epochs": 3, "learning_rate": 5e-5, "effective_batch": 16, "micro_batch": 16, "gradient_checkpointing": False},
-        evaluation={"labels": ["Yes", "No"], "choice": True, "metric": "choice", "max_new_tokens": 16, "batch_size": 256},
+        sft={
+            "num_train_epochs": 2,
+            "learning_rate": 2e-4,
+            "effective_batch": 16,
+            "micro_batch": 16,
+            "gradient_checkpointing": False,
+        },
+        dpo={
+            "num_train_epochs": 3,
+            "learning_rate": 5e-5,
+            "effective_batch": 16,
+            "micro_batch": 16,
+            "gradient_checkpointing": False,
+        },
+        evaluation={
+            "labels": ["Yes", "No"],
+            "choice": True,
+            "metric": "choice",
+            "max_new_tokens": 16,
+            "batch_size": 256,
+        },
     )
 
 

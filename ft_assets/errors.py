@@ -7,7 +7,7 @@ from collections.abc import Iterable
 class FtError(Exception):
     """Base of all errors that are the user's to fix: shown without a stack trace, exit code 2."""
 
-    def __init__(self, where: str, found: str, expected: str = "", fix: str = "") -> None:
+    def __init__(self, *, where: str, found: str, expected: str = "", fix: str = "") -> None:
         self.where, self.found, self.expected, self.fix = where, found, expected, fix
         super().__init__(self.render())
 
@@ -35,7 +35,9 @@ class FtError(Exception):
         """Rebuild the error of the class it had in the child process."""
         kinds = {kind.__name__: kind for kind in (FtError, *FtError.__subclasses__())}
         kind = kinds.get(data["kind"], FtError)
-        return kind(data["where"], data["found"], data["expected"], data["fix"])
+        return kind(
+            where=data["where"], found=data["found"], expected=data["expected"], fix=data["fix"]
+        )
 
 
 class ConfigError(FtError):
@@ -104,11 +106,16 @@ def may_pass(error: BaseException, status: object = None) -> bool:
     """Return whether what a client raised is the network's or the server's fault: no answer, or a `status` of 5xx or 429."""
     code = int(str(status)) if str(status).isdigit() else 0
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    silent = bool(kinds & {"TimeoutError", "ConnectionError", "gaierror", *NO_ANSWER}) and "OfflineModeIsEnabled" not in kinds
+    silent = (
+        bool(kinds & {"TimeoutError", "ConnectionError", "gaierror", *NO_ANSWER})
+        and "OfflineModeIsEnabled" not in kinds
+    )
     return code >= 500 or code == 429 or (silent and not code)
 
 
-def nearest(word: str, known: Iterable[str], otherwise: str = "remove it, or see the README") -> str:
+def nearest(
+    word: str, known: Iterable[str], otherwise: str = "remove it, or see the README"
+) -> str:
     """Return the fix for a name that is not known: the one it is close to, if there is one."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise

@@ -23,11 +23,19 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "mid-accumulation": ("accelerate.accelerator", "Accelerator.backward", "after"),
     "optimizer step": ("torch.optim.adamw", "AdamW.step", "after"),
     "checkpoint: weights written": ("transformers.trainer", "Trainer.save_model", "after"),
-    "checkpoint: optimizer written": ("transformers.trainer", "Trainer._save_optimizer_and_scheduler", "after"),
+    "checkpoint: optimizer written": (
+        "transformers.trainer",
+        "Trainer._save_optimizer_and_scheduler",
+        "after",
+    ),
     "checkpoint: before its rename": ("ft_assets.training.checkpoints", "publish_folder", "before"),
     "checkpoint: after its rename": ("ft_assets.training.checkpoints", "rotate", "before"),
     "validation": ("ft_assets.training.validation", "answer_losses", "before"),
-    "best weights: before their rename": ("ft_assets.training.validation", "publish_folder", "before"),
+    "best weights: before their rename": (
+        "ft_assets.training.validation",
+        "publish_folder",
+        "before",
+    ),
     "between epochs": ("transformers.trainer_callback", "CallbackHandler.on_epoch_end", "after"),
     "reference written": ("ft_assets.training.dpo", "write_reference", "after"),
     "final save": ("ft_assets.training.{kind}", "keep_events", "before"),
@@ -68,7 +76,7 @@ def work(folder: Path) -> None:
 
     told = json.loads((folder / "work.json").read_text())
     store, kind, version = ArtifactStore(folder / "store"), told["kind"], "v" * 20
-    if (known := store.find(kind, "tiny", version)) is not None:  # as the workshop does
+    if (known := store.find(kind, "tiny", version)) is not None:  # as the materializer does
         store.make_current(known, "tiny")
         return
     train: Callable[..., dict[str, Any]] = getattr(training, f"{kind}_into")

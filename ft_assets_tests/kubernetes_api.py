@@ -54,10 +54,17 @@ class Cluster:
         self.seen.append(job)
         if self.status is None:
             container = job["spec"]["template"]["spec"]["containers"][0]
-            environment = {**os.environ, **{item["name"]: item["value"] for item in container.get("env", [])}}
+            environment = {
+                **os.environ,
+                **{item["name"]: item["value"] for item in container.get("env", [])},
+            }
             with self.log(name).open("wb") as log:
                 self.processes[name] = subprocess.Popen(
-                    container["command"], stdout=log, stderr=log, env=environment, start_new_session=True
+                    container["command"],
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
                 )
         return 201, job
 
@@ -76,7 +83,11 @@ class Cluster:
         status = self.status
         if status is None:
             code = None if process is None else process.poll()
-            state = {"running": {}} if code is None else {"terminated": {"exitCode": code if code >= 0 else 128 - code}}
+            state = (
+                {"running": {}}
+                if code is None
+                else {"terminated": {"exitCode": code if code >= 0 else 128 - code}}
+            )
             phase = "Running" if code is None else "Succeeded" if code == 0 else "Failed"
             status = {"phase": phase, "containerStatuses": [{"name": "step", "state": state}]}
         return {"metadata": {"name": f"{name}-x"}, "spec": {"nodeName": "node-1"}, "status": status}
@@ -84,13 +95,19 @@ class Cluster:
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.txt"
 
-    def answer(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:
+    def answer(
+        self, method: str, path: str, query: dict[str, list[str]], body: Any
+    ) -> tuple[int, Any]:
         if re.fullmatch(r"/apis/batch/v1/namespaces/default/jobs", path) and method == "POST":
             return self.create(body)
         if found := re.fullmatch(r"/apis/batch/v1/namespaces/default/jobs/([^/]+)", path):
             if method == "DELETE":
                 return self.delete(found[1])
-            return (200, self.jobs[found[1]]) if found[1] in self.jobs else (404, {"kind": "Status", "message": "not found"})
+            return (
+                (200, self.jobs[found[1]])
+                if found[1] in self.jobs
+                else (404, {"kind": "Status", "message": "not found"})
+            )
         if path == "/api/v1/namespaces/default/pods":
             name = query.get("labelSelector", [""])[0].removeprefix("job-name=")
             return 200, {"items": [pod for pod in [self.pod(name)] if pod is not None]}

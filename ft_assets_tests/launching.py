@@ -22,8 +22,17 @@ from ft_assets.launchers import Launcher
 
 def training_job(finished: Path, folder: Path, step: str = "sft", **changes: Any) -> Job:
     """Return the SFT or DPO job of the finished project, four rows at once, with its work in `folder`."""
-    store, recipe = ArtifactStore(finished / ".ft/store"), load_project(finished / "finetune.yaml").recipe("tiny")
-    settings = {**getattr(recipe, step).model_dump(mode="json"), "micro_batch": 4, "num_train_epochs": 1, "learning_rate": 1e-3, **changes}
+    store, recipe = (
+        ArtifactStore(finished / ".ft/store"),
+        load_project(finished / "finetune.yaml").recipe("tiny"),
+    )
+    settings = {
+        **getattr(recipe, step).model_dump(mode="json"),
+        "micro_batch": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        **changes,
+    }
     made = ("base_model", "heldout_split", *(["lora_adapter"] if step == "dpo" else []))
     (folder / "output").mkdir(parents=True)
     return Job(
@@ -33,7 +42,9 @@ def training_job(finished: Path, folder: Path, step: str = "sft", **changes: Any
     )  # fmt: skip
 
 
-def trained(launcher: Launcher, job: Job) -> tuple[list[dict[str, Any]], list[dict[str, float]], Mapping[str, Any]]:
+def trained(
+    launcher: Launcher, job: Job
+) -> tuple[list[dict[str, Any]], list[dict[str, float]], Mapping[str, Any]]:
     """Run it; return the progress lines, the loss curve and the metrics."""
     lines: list[dict[str, Any]] = []
     result = launcher.run(job, lambda line: lines.append(dict(line)))
@@ -47,10 +58,14 @@ def require_same_training(job: Job, other: Job) -> None:
     """
     from safetensors.numpy import load_file
 
-    one, several = (json.loads((made.output / "info/curve.json").read_text()) for made in (job, other))
+    one, several = (
+        json.loads((made.output / "info/curve.json").read_text()) for made in (job, other)
+    )
     assert [entry["step"] for entry in one] == [entry["step"] for entry in several]
     for name, within in (("loss", 2e-3), ("grad_norm", 1e-2)):
-        assert [entry[name] for entry in one[:-1]] == pytest.approx([entry[name] for entry in several[:-1]], rel=within)
+        assert [entry[name] for entry in one[:-1]] == pytest.approx(
+            [entry[name] for entry in several[:-1]], rel=within
+        )
     assert one[-1]["loss"] == pytest.approx(several[-1]["loss"], rel=1e-2)
     first, second = (load_file(made.output / "adapter_model.safetensors") for made in (job, other))
     assert first.keys() == second.keys()
@@ -70,7 +85,9 @@ def training(job: Job) -> bool:
 def interrupted(when: Callable[[], object], again: bool = False) -> Iterator[None]:
     """Send this process an INT as soon as `when` returns; what runs in the block must end with KeyboardInterrupt. `again`: another one
     while it stops its processes."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where the tests run in a script's background
 
     def interrupt() -> None:
         when()
@@ -86,7 +103,9 @@ def interrupted(when: Callable[[], object], again: bool = False) -> Iterator[Non
     thread.join()
 
 
-def launched_elsewhere(launcher: str, module: str, job: Job, folder: Path) -> "subprocess.Popen[bytes]":
+def launched_elsewhere(
+    launcher: str, module: str, job: Job, folder: Path
+) -> "subprocess.Popen[bytes]":
     """Run a job in a process that may be killed, by the launcher that an expression makes of names of a test module."""
     (folder / "given.json").write_text(job.model_dump_json())
     code = f"""

@@ -12,7 +12,7 @@ from ft_assets.artifacts import ArtifactStore
 from ft_assets.cli.app import select
 from ft_assets.config import load_project
 from ft_assets.job import Job, StepResult
-from ft_assets_tests.conftest import WORDS
+from ft_assets_tests.factories import WORDS
 
 UP_TO_REPORT = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter,dpo_adapter,eval_report"
 
@@ -24,7 +24,12 @@ class InProcessLauncher:
         job.work.mkdir(parents=True)
         (job.work / "job.json").write_text(job.model_dump_json())
         step = importlib.import_module(f"ft_assets.steps.{job.step}").step
-        return step(job, lambda message, **numbers: on_progress({"time": time.time(), "message": message, **numbers}))
+        return step(
+            job,
+            lambda message, **numbers: on_progress(
+                {"time": time.time(), "message": message, **numbers}
+            ),
+        )
 
 
 def materialize(
@@ -36,7 +41,7 @@ def materialize(
 
     definitions = build(load_project(folder / "finetune.yaml"))
     resources: Any = definitions.resources
-    resources["workshop"].launcher = InProcessLauncher()
+    resources["materializer"].launcher = InProcessLauncher()
     job = definitions.resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
         return job.execute_in_process(
@@ -44,13 +49,18 @@ def materialize(
             partition_key=partition,
             asset_selection=select(definitions, assets),
             raise_on_error=False,
-            run_config={"loggers": {"console": {}}, "ops": {name: {"config": fields} for name, fields in (config or {}).items()}},
+            run_config={
+                "loggers": {"console": {}},
+                "ops": {name: {"config": fields} for name, fields in (config or {}).items()},
+            },
         )
 
 
 def checks(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvaluation]:
     """Return the check results of a run by name."""
-    return {evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()}
+    return {
+        evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()
+    }
 
 
 def failure(result: dg.ExecuteInProcessResult) -> str:
@@ -76,8 +86,18 @@ def general(count: int, start: int = 0) -> list[dict[str, Any]]:
     """Return general conversations that the taught model knows: the word after a word of a list."""
     rows = []
     for index in range(start, start + count):
-        prompt, answer = f"after {WORDS[index % len(WORDS)]} {index}", WORDS[(index + 1) % len(WORDS)]
-        rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]})
+        prompt, answer = (
+            f"after {WORDS[index % len(WORDS)]} {index}",
+            WORDS[(index + 1) % len(WORDS)],
+        )
+        rows.append(
+            {
+                "messages": [
+                    {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+        )
     return rows
 
 
@@ -86,15 +106,23 @@ def teach(folder: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    )
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = [tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False) for row in general(2000)]
+    rows = [
+        tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+        for row in general(2000)
+    ]
     for step in range(250):
         batch = [rows[int(index)] for index in torch.randint(len(rows), (32,))]
         width = max(map(len, batch))
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in batch])
-        loss = model(input_ids=ids, labels=ids.masked_fill(ids == tokenizer.pad_token_id, -100)).loss
+        loss = model(
+            input_ids=ids, labels=ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -60,14 +60,28 @@ def slurm_cluster(folder: Path) -> Iterator[None]:
     key.chmod(0o600)
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
     conf = folder / "slurm.conf"
-    conf.write_text(CONF.format(host=gethostname().partition(".")[0], folder=folder, user=user, ports=[free_port() for _ in range(3)]))
+    conf.write_text(
+        CONF.format(
+            host=gethostname().partition(".")[0],
+            folder=folder,
+            user=user,
+            ports=[free_port() for _ in range(3)],
+        )
+    )
     munge = ["munged", "--foreground", "--force", *(f"--{name}={folder}/munge.{name.partition('-')[0]}" for name in ("socket", "key-file", "pid-file", "log-file", "seed-file"))]  # fmt: skip
     daemons: list[subprocess.Popen[bytes]] = []
     with pytest.MonkeyPatch.context() as patch, (folder / "daemons.txt").open("wb") as said:
         patch.setenv("SLURM_CONF", str(conf))
         try:
-            for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
-                daemons.append(subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True))
+            for command in (
+                munge,
+                ["slurmctld", "-D"],
+                ["slurmd", "-D", "-N", "n1"],
+                ["slurmd", "-D", "-N", "n2"],
+            ):
+                daemons.append(
+                    subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+                )
                 if command is munge:
                     wait_until((folder / "munge.socket").exists, 10)
             wait_until(lambda: _states() == ["idle", "idle"], 30)
@@ -84,4 +98,6 @@ def slurm_cluster(folder: Path) -> Iterator[None]:
 
 def _states() -> list[str]:
     time.sleep(0.2)
-    return subprocess.run(["sinfo", "--noheader", "--Node", "--format=%t"], capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        ["sinfo", "--noheader", "--Node", "--format=%t"], capture_output=True, text=True
+    ).stdout.split()

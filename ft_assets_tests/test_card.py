@@ -8,12 +8,12 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets.card_facts import card_facts, excerpt
-from ft_assets.assets.workshop import Workshop
 from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.models.source import source_identity, write_snapshot
+from ft_assets.orchestration.materializer import Materializer
 from ft_assets.release.card import model_card
-from ft_assets_tests.conftest import edit
+from ft_assets.release.card_facts import card_facts, excerpt
+from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, read
 
 
@@ -21,26 +21,43 @@ def card_of(folder: Path, facts: dict[str, Any] | None = None, **file: float) ->
     """Return the card of the finished project's model, told other facts, and of its file other numbers."""
     store = ArtifactStore(folder / ".ft/store")
     merged, report = store.need("merged_model", "tiny"), read(folder, "eval_report", "report.json")
-    job = json.loads(next((folder / ".ft/store/.work/jobs").glob("merged_model-*/job.json")).read_text())
+    job = json.loads(
+        next((folder / ".ft/store/.work/jobs").glob("merged_model-*/job.json")).read_text()
+    )
     verdict = json.loads((merged.path / "verdict.json").read_text())
-    return ModelCard(model_card({**job["settings"]["card"], **(facts or {})}, verdict, report, {**merged.metrics, **file}))
+    return ModelCard(
+        model_card(
+            {**job["settings"]["card"], **(facts or {})},
+            verdict,
+            report,
+            {**merged.metrics, **file},
+        )
+    )
 
 
 def test_card_claims_the_score_of_the_file_and_says_which_is_the_adapters(finished: Path) -> None:
-    card = card_of(finished, merged_exact=0.75, merged_gain=0.7, merged_gain_low=0.5, merged_gain_high=0.8)
+    card = card_of(
+        finished, merged_exact=0.75, merged_gain=0.7, merged_gain_low=0.5, merged_gain_high=0.8
+    )
     found = card.data.to_dict()["model-index"][0]["results"][0]["metrics"][0]
     assert found["value"] == 0.75  # the adapter's is 1.0
     assert "exact of this file on 32 held-out rows" in found["name"]
     assert "adapter before the merge 1.0000" in found["name"]
-    assert "**This file itself**, asked again from disk: exact 0.750, +0.700 against the base [+0.500, +0.800]; the adapter" in card.text
+    assert (
+        "**This file itself**, asked again from disk: exact 0.750, +0.700 against the base [+0.500, +0.800]; the adapter"
+        in card.text
+    )
     assert "the adapter before the merge: 1.000." in card.text
 
 
 def words(folder: Path, **chat: Any) -> dict[str, Any]:
     edit(folder, chat=chat)
-    workshop = Workshop(load_project(folder / "finetune.yaml"))
-    used = {name: workshop.store.need(name, "tiny") for name in ("base_model", "heldout_split", "lora_adapter", "dpo_adapter")}
-    return card_facts(workshop, "tiny", used, {})
+    materializer = Materializer(load_project(folder / "finetune.yaml"))
+    used = {
+        name: materializer.store.need(name, "tiny")
+        for name in ("base_model", "heldout_split", "lora_adapter", "dpo_adapter")
+    }
+    return card_facts(materializer, "tiny", used, {})
 
 
 def test_card_says_what_differs_from_the_base_in_template_and_tokens(copy: Path) -> None:
@@ -48,7 +65,9 @@ def test_card_says_what_differs_from_the_base_in_template_and_tokens(copy: Path)
     assert same in card_of(copy, words(copy)).text
     settled = artifact(copy, "base_model") / "info/settled.json"
     settled.write_text(json.dumps({"stops_added": ["<|im_end|>"], "pad_added": "<|endoftext|>"}))
-    text = card_of(copy, words(copy, template_kwargs={"enable_thinking": False}, system_turn="user")).text
+    text = card_of(
+        copy, words(copy, template_kwargs={"enable_thinking": False}, system_turn="user")
+    ).text
     assert same not in text
     for said in (
         "the template has `enable_thinking` set to `False`", "the template puts the system turn into the first user turn",
@@ -58,13 +77,22 @@ def test_card_says_what_differs_from_the_base_in_template_and_tokens(copy: Path)
     text = card_of(copy, words(copy, chat_template=str(copy / "own.jinja"))).text
     assert "the chat template is `own.jinja` of the recipe, not the base's own" in text
     settled.unlink()
-    assert "Whether a stop or pad token was added to the base's was not recorded." in card_of(copy, words(copy)).text
+    assert (
+        "Whether a stop or pad token was added to the base's was not recorded."
+        in card_of(copy, words(copy)).text
+    )
 
 
-def test_snapshot_records_the_stop_and_pad_tokens_that_its_base_lacked(tiny_model: Path, tmp_path: Path) -> None:
+def test_snapshot_records_the_stop_and_pad_tokens_that_its_base_lacked(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
-    for name, key in (("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id"), ("tokenizer_config.json", "pad_token")):
+    for name, key in (
+        ("generation_config.json", "eos_token_id"),
+        ("config.json", "eos_token_id"),
+        ("tokenizer_config.json", "pad_token"),
+    ):
         held = json.loads((base / name).read_text())
         held.pop(key, None)
         (base / name).write_text(json.dumps(held))
@@ -72,7 +100,14 @@ def test_snapshot_records_the_stop_and_pad_tokens_that_its_base_lacked(tiny_mode
     for folder in (tiny_model, base):
         (tmp_path / "snapshot").mkdir(exist_ok=True)
         settings = BaseModelSettings(folder=str(folder))
-        write_snapshot("x", settings, tmp_path, source_identity("x", settings, tmp_path), None, tmp_path / "snapshot")
+        write_snapshot(
+            "x",
+            settings,
+            tmp_path,
+            source_identity("x", settings, tmp_path),
+            None,
+            tmp_path / "snapshot",
+        )
         found[folder] = json.loads((tmp_path / "snapshot/info/settled.json").read_text())
     assert found[tiny_model] == {"stops_added": [], "pad_added": None}
     assert found[base] == {"stops_added": ["<|im_end|>"], "pad_added": "<|im_end|>"}

@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.data.tables import read_table
-from ft_assets_tests.conftest import conversations, edit, write_jsonl
+from ft_assets_tests.factories import conversations, edit, write_jsonl
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
 UP_TO_SPLIT = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split"
@@ -23,11 +23,17 @@ THINKING = (
 
 def two_turns(count: int) -> list[dict[str, Any]]:
     more = [{"role": "user", "content": "and then"}, {"role": "assistant", "content": "no"}]
-    return [{"messages": [*row["messages"], *more]} for row in conversations(count, lambda _: "yes")]
+    return [
+        {"messages": [*row["messages"], *more]} for row in conversations(count, lambda _: "yes")
+    ]
 
 
 def metadata(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
-    (event,) = [event for event in result.get_asset_materialization_events() if event.asset_key == dg.AssetKey(asset)]
+    (event,) = [
+        event
+        for event in result.get_asset_materialization_events()
+        if event.asset_key == dg.AssetKey(asset)
+    ]
     return {name: value.value for name, value in event.materialization.metadata.items()}
 
 
@@ -39,7 +45,10 @@ def test_template_that_writes_thinking_is_refused_until_its_switch_is_set(projec
     assert not said.passed
     assert "<think>" in (said.description or "")
     assert "set chat.template_kwargs: {enable_thinking: false}" in (said.description or "")
-    edit(project, chat={"chat_template": "thinking.jinja", "template_kwargs": {"enable_thinking": False}})
+    edit(
+        project,
+        chat={"chat_template": "thinking.jinja", "template_kwargs": {"enable_thinking": False}},
+    )
     result = materialize(project, UP_TO_SPLIT)
     assert result.success, failure(result)
     assert checks(result)["every_row_is_proven"].passed
@@ -54,28 +63,44 @@ def test_template_that_writes_thinking_is_refused_until_its_switch_is_set(projec
 
 
 def test_plain_texts_are_trained_whole_and_never_held_out(project: Path) -> None:
-    write_jsonl(project / "data/books.jsonl", [{"text": f"once upon a river {number}"} for number in range(40)])
+    write_jsonl(
+        project / "data/books.jsonl",
+        [{"text": f"once upon a river {number}"} for number in range(40)],
+    )
     edit(project, data={"rehearsal": ["data/books.jsonl"]})
     rejected = checks(materialize(project, "raw_dataset"))["rows_are_valid"]
     assert not rejected.passed
-    assert "format" in (rejected.description or "")  # detection does not guess that a text is to be trained on
+    assert "format" in (
+        rejected.description or ""
+    )  # detection does not guess that a text is to be trained on
     edit(project, data={"format": {"rehearsal": "text"}})
     result = materialize(project, UP_TO_SPLIT)
     assert result.success, failure(result)
     split = artifact(project, "heldout_split")
-    texts = [row for row in read_table(split / "train.parquet") if row["messages"][0]["role"] == "text"]
+    texts = [
+        row for row in read_table(split / "train.parquet") if row["messages"][0]["role"] == "text"
+    ]
     assert len(texts) == 40
     assert all(all(row["supervised"]) for row in texts)
-    assert not [row for row in read_table(split / "heldout.parquet") if row["messages"][0]["role"] == "text"]
+    assert not [
+        row for row in read_table(split / "heldout.parquet") if row["messages"][0]["role"] == "text"
+    ]
 
 
 def test_labelled_answers_become_pairs_and_lonely_ones_are_rejected_by_name(project: Path) -> None:
     rows = [
-        {"prompt": f"which lamp is the blue one {number}", "completion": answer, "label": answer == "yes"}
+        {
+            "prompt": f"which lamp is the blue one {number}",
+            "completion": answer,
+            "label": answer == "yes",
+        }
         for number in range(10)
         for answer in ("yes", "no no")
     ]
-    write_jsonl(project / "data/pairs.jsonl", [*rows, {"prompt": "alone", "completion": "yes", "label": True}])
+    write_jsonl(
+        project / "data/pairs.jsonl",
+        [*rows, {"prompt": "alone", "completion": "yes", "label": True}],
+    )
     said = checks(materialize(project, "raw_preferences"))["pairs_are_valid"]
     assert not said.passed
     assert said.severity == dg.AssetCheckSeverity.ERROR
@@ -90,10 +115,15 @@ def test_labelled_answers_become_pairs_and_lonely_ones_are_rejected_by_name(proj
 
 def test_too_many_bad_rows_fail_the_check_keep_the_rows_and_hold_later_runs(project: Path) -> None:
     good = conversations(20, lambda _: "yes")
-    write_jsonl(project / "data/train.jsonl", [*good, '{"messages": [', {"messages": [{"role": "user", "content": "so | what"}]}])
+    write_jsonl(
+        project / "data/train.jsonl",
+        [*good, '{"messages": [', {"messages": [{"role": "user", "content": "so | what"}]}],
+    )
     result = materialize(project, UP_TO_SPLIT)
     assert not result.success
-    assert "2 of 22 rows of conversations cannot be used" in (checks(result)["rows_are_valid"].description or "")
+    assert "2 of 22 rows of conversations cannot be used" in (
+        checks(result)["rows_are_valid"].description or ""
+    )
     kept = read_table(artifact(project, "raw_dataset", partition=None) / "info/rejected.parquet")
     assert [row["where"] for row in kept] == ["train.jsonl:21", "train.jsonl:22"]
     assert json.loads(kept[1]["row"]) == {"messages": [{"role": "user", "content": "so | what"}]}
@@ -107,12 +137,19 @@ def test_too_many_bad_rows_fail_the_check_keep_the_rows_and_hold_later_runs(proj
 
 
 def test_lengths_are_shown_with_what_a_limit_costs(project: Path) -> None:
-    long = {"messages": [{"role": "user", "content": "river " * 1400}, {"role": "assistant", "content": "yes"}]}
+    long = {
+        "messages": [
+            {"role": "user", "content": "river " * 1400},
+            {"role": "assistant", "content": "yes"},
+        ]
+    }
     write_jsonl(project / "data/train.jsonl", [*conversations(300, lambda _: "yes"), long])
     shown = metadata(materialize(project, UP_TO_SPLIT), "chat_dataset")
     assert shown["conversations_too_long"] == 1
     assert shown["zero_supervised"] == 0
-    assert shown["max_length"] == 256  # the tiny model's context is shorter than the default of 1024
+    assert (
+        shown["max_length"] == 256
+    )  # the tiny model's context is shorter than the default of 1024
     assert "data:image/png;base64," in shown["lengths"]
     assert "| 512 | 1 |" in shown["lengths"]
     assert "| 1024 | 1 |" in shown["lengths"]

@@ -14,18 +14,38 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import artifact
 
-COMMANDS = ["init", "plan", "run", "status", "report", "chat", "release", "export", "serve", "gc", "doctor", "ui"]
+COMMANDS = [
+    "init",
+    "plan",
+    "run",
+    "status",
+    "report",
+    "chat",
+    "release",
+    "export",
+    "serve",
+    "gc",
+    "doctor",
+    "ui",
+]
 JSON = [["plan"], ["status"], ["report"], ["gc"], ["doctor"], ["release"], ["export"]]
 
 
 def complete(words: str) -> list[str]:
     """Return what bash would offer after these words."""
-    environment = {**os.environ, "_FT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    environment = {
+        **os.environ,
+        "_FT_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
     script = "import sys; sys.argv = ['ft']; from ft_assets.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60).stdout.split()
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    ).stdout.split()
 
 
 def test_shell_completes_commands_and_options() -> None:
@@ -35,7 +55,9 @@ def test_shell_completes_commands_and_options() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_explains_itself_and_refuses_what_it_does_not_know(tmp_path: Path, command: str) -> None:
+def test_each_command_explains_itself_and_refuses_what_it_does_not_know(
+    tmp_path: Path, command: str
+) -> None:
     from typer.testing import CliRunner
 
     from ft_assets.cli import graph, models, project  # noqa: F401
@@ -63,7 +85,10 @@ def test_run_says_what_came_of_each_base_model_as_json(copy: Path) -> None:
     assert done.returncode == 0, done.stderr
     (said,) = json.loads(done.stdout)
     assert (said["base_model"], said["success"], said["failures"]) == ("tiny", True, [])
-    assert {name: made["reused"] for name, made in said["assets"].items()} == {"raw_dataset": True, "recipe": True}
+    assert {name: made["reused"] for name, made in said["assets"].items()} == {
+        "raw_dataset": True,
+        "recipe": True,
+    }
     (copy / "data/train.jsonl").unlink()
     done = ft(copy, "run", "--asset", "raw_dataset", "--json")
     assert done.returncode == 1
@@ -97,13 +122,23 @@ def test_every_command_that_ends_can_print_json() -> None:
     from ft_assets.cli.app import app
 
     talks = {"chat", "ui"}  # with a person
-    commands = {info.name or info.callback.__name__: info.callback for info in app.registered_commands if info.callback}
+    commands = {
+        info.name or info.callback.__name__: info.callback
+        for info in app.registered_commands
+        if info.callback
+    }
     assert set(commands) == set(COMMANDS)
-    assert {name for name, function in commands.items() if "as_json" not in inspect.signature(function).parameters} == talks
+    assert {
+        name
+        for name, function in commands.items()
+        if "as_json" not in inspect.signature(function).parameters
+    } == talks
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "status", "report", "gc"])
-def test_without_a_project_the_users_error_is_shown_and_the_code_is_2(tmp_path: Path, command: str) -> None:
+def test_without_a_project_the_users_error_is_shown_and_the_code_is_2(
+    tmp_path: Path, command: str
+) -> None:
     done = ft(tmp_path, command)
     assert done.returncode == 2
     assert "no finetune.yaml here or above" in done.stderr
@@ -112,7 +147,9 @@ def test_without_a_project_the_users_error_is_shown_and_the_code_is_2(tmp_path: 
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
-def test_selection_with_nothing_to_make_is_refused_and_is_not_the_whole_graph(project: Path, command: str) -> None:
+def test_selection_with_nothing_to_make_is_refused_and_is_not_the_whole_graph(
+    project: Path, command: str
+) -> None:
     done = ft(project, command, "--asset", "data_files")
     assert done.returncode == 2
     assert "--asset data_files: selects data_files: there is nothing to make" in done.stderr
@@ -125,7 +162,9 @@ def test_interrupt_ends_the_command_and_not_only_the_base_model_of_now(project: 
     edit(project, base_models={"tiny": model, "tiny-too": model})
     command = [sys.executable, "-m", "ft_assets.cli", "run"]
     code = f"import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); os.execv({sys.executable!r}, {command!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=project, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=project, stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     lines = []
     for line in process.stderr:
@@ -140,7 +179,9 @@ def test_interrupt_ends_the_command_and_not_only_the_base_model_of_now(project: 
     assert "Traceback" not in said
 
 
-def test_ui_makes_the_instance_before_two_services_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ui_makes_the_instance_before_two_services_do(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from typer.testing import CliRunner
 
     from ft_assets.cli import graph  # noqa: F401
@@ -151,8 +192,14 @@ def test_ui_makes_the_instance_before_two_services_do(project: Path, monkeypatch
 
     def serve(*_: object) -> int:
         home = project / ".ft/dagster/history"
-        with sqlite3.connect(home / "runs.db") as runs, sqlite3.connect(home / "runs/index.db") as events:
-            found.extend(db.execute("select count(*) from alembic_version").fetchone()[0] for db in (runs, events))
+        with (
+            sqlite3.connect(home / "runs.db") as runs,
+            sqlite3.connect(home / "runs/index.db") as events,
+        ):
+            found.extend(
+                db.execute("select count(*) from alembic_version").fetchone()[0]
+                for db in (runs, events)
+            )
         return 0
 
     monkeypatch.setattr(services, "serve", serve)
@@ -162,12 +209,18 @@ def test_ui_makes_the_instance_before_two_services_do(project: Path, monkeypatch
 
 
 def test_run_that_waits_for_the_gpu_says_so_once() -> None:
-    from ft_assets.console import RunFormatter
+    from ft_assets.orchestration.console import RunFormatter
 
     def shown(message: str) -> str:
-        event = SimpleNamespace(event_type_value="ENGINE_EVENT", step_key="lora_adapter", message=message)
-        record = logging.makeLogRecord({"levelno": logging.DEBUG, "dagster_meta": {"dagster_event": event}})
+        event = SimpleNamespace(
+            event_type_value="ENGINE_EVENT", step_key="lora_adapter", message=message
+        )
+        record = logging.makeLogRecord(
+            {"levelno": logging.DEBUG, "dagster_meta": {"dagster_event": event}}
+        )
         return RunFormatter().format(record)
 
-    assert shown("Step blocked by limit for pool gpu").endswith("lora_adapter     waits: another run holds the pool gpu")
+    assert shown("Step blocked by limit for pool gpu").endswith(
+        "lora_adapter     waits: another run holds the pool gpu"
+    )
     assert shown("Step still blocked by limit for pool gpu") == ""

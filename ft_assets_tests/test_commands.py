@@ -21,13 +21,14 @@ from ft_assets.commands.answers import Answers
 from ft_assets.commands.checkup import FAIL, OK, WARN, Check, guarded, within
 from ft_assets.commands.doctor import examine
 from ft_assets.commands.gc import Removal, removals, remove
-from ft_assets.commands.init import look, write_project
+from ft_assets.commands.init import write_project
 from ft_assets.commands.status import status
+from ft_assets.commands.survey import look
 from ft_assets.config import Project, load_project
-from ft_assets.data.formats import resolve_files
+from ft_assets.data.file_formats import resolve_files
 from ft_assets.errors import ConfigError, DataError, ModelError
 from ft_assets.job import Job
-from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import materialize
 
 HOUR, DAY = 3600.0, 24 * 3600.0
@@ -44,16 +45,22 @@ def inited(folder: Path, rows: list[Any], base: str | None = None, **columns: st
 
 
 def test_init_names_the_keys_of_json_answers(tmp_path: Path) -> None:
-    rows = conversations(40, lambda index: json.dumps({"kind": "a" if index % 2 else "b", "urgency": index}))
+    rows = conversations(
+        40, lambda index: json.dumps({"kind": "a" if index % 2 else "b", "urgency": index})
+    )
     project = inited(tmp_path, rows)
     assert project.evaluation.json_fields == ["kind", "urgency"]
     assert project.evaluation.metric == "field_f1"
     assert not project.evaluation.labels
-    assert resolve_files(project.root, project.data.train, "data.train") == [tmp_path / "rows.jsonl"]
+    assert resolve_files(project.root, project.data.train, "data.train") == [
+        tmp_path / "rows.jsonl"
+    ]
 
 
 def test_init_finds_labels_the_most_frequent_first(tmp_path: Path) -> None:
-    evaluation = inited(tmp_path, conversations(30, lambda index: "refund" if index % 3 else "delivery: late")).evaluation
+    evaluation = inited(
+        tmp_path, conversations(30, lambda index: "refund" if index % 3 else "delivery: late")
+    ).evaluation
     assert evaluation.labels == ["refund", "delivery: late"]
     assert evaluation.metric == "label"
 
@@ -64,18 +71,25 @@ def test_init_takes_answers_that_hardly_repeat_for_free_text(tmp_path: Path) -> 
 
 
 def test_init_sees_a_label_that_comes_after_the_first_thousand_rows(tmp_path: Path) -> None:
-    rows = [*conversations(1500, lambda index: "no" if index % 2 else "yes"), *conversations(10, lambda _: "perhaps", start=5000)]
+    rows = [
+        *conversations(1500, lambda index: "no" if index % 2 else "yes"),
+        *conversations(10, lambda _: "perhaps", start=5000),
+    ]
     assert set(inited(tmp_path, rows).evaluation.labels) == {"yes", "no", "perhaps"}
 
 
 def test_init_reads_free_text_no_further_than_it_must(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", conversations(1200, lambda index: f"a long answer {index}"))
+    write_jsonl(
+        tmp_path / "rows.jsonl", conversations(1200, lambda index: f"a long answer {index}")
+    )
     found = look(tmp_path / "rows.jsonl", {})
     assert (found.looked_at, found.valid, found.ended) == (1000, 1000, False)
 
 
 def test_init_counts_rows_that_cannot_be_used_and_says_why(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", ["not json", {"messages": []}, *conversations(8, lambda _: "yes")])
+    write_jsonl(
+        tmp_path / "rows.jsonl", ["not json", {"messages": []}, *conversations(8, lambda _: "yes")]
+    )
     found = look(tmp_path / "rows.jsonl", {})
     assert (found.valid, found.looked_at) == (8, 10)
     assert "rows.jsonl:1: is not JSON" in found.reasons[0]
@@ -83,11 +97,16 @@ def test_init_counts_rows_that_cannot_be_used_and_says_why(tmp_path: Path) -> No
 
 
 def test_init_takes_the_columns_of_a_table(tmp_path: Path) -> None:
-    (tmp_path / "tickets.csv").write_text("body,team\n" + "".join(f"ticket {index},{'a' if index % 2 else 'b'}\n" for index in range(20)))
+    (tmp_path / "tickets.csv").write_text(
+        "body,team\n"
+        + "".join(f"ticket {index},{'a' if index % 2 else 'b'}\n" for index in range(20))
+    )
     with pytest.raises(DataError, match="--prompt COLUMN"):
         write_project(tmp_path / "tickets.csv", None, tmp_path, {})
     assert not (tmp_path / "finetune.yaml").exists()
-    path, found, _ = write_project(tmp_path / "tickets.csv", None, tmp_path, {"prompt": "body", "completion": "team"})
+    path, found, _ = write_project(
+        tmp_path / "tickets.csv", None, tmp_path, {"prompt": "body", "completion": "team"}
+    )
     assert load_project(path).data.columns == {"train": {"prompt": "body", "completion": "team"}}
     assert found.answers.labels == ["a", "b"]
 
@@ -110,12 +129,20 @@ def test_init_finds_a_file_with_an_odd_name_from_another_folder(tmp_path: Path) 
     write_jsonl(data, conversations(8, lambda _: "yes"))
     path, _, _ = write_project(data, None, tmp_path / "new", {})
     project = load_project(path)
-    assert [file.resolve() for file in resolve_files(project.root, project.data.train, "data.train")] == [data.resolve()]
+    assert [
+        file.resolve() for file in resolve_files(project.root, project.data.train, "data.train")
+    ] == [data.resolve()]
 
 
 def test_init_tells_folders_hub_ids_and_gguf_files_apart(tmp_path: Path, tiny_model: Path) -> None:
     rows = conversations(8, lambda _: "yes")
-    for index, (base, kind) in enumerate([(str(tiny_model), "folder"), ("Qwen/Qwen3-0.6B", "hub"), ("package://llm_x/m.gguf", "gguf")]):
+    for index, (base, kind) in enumerate(
+        [
+            (str(tiny_model), "folder"),
+            ("Qwen/Qwen3-0.6B", "hub"),
+            ("package://llm_x/m.gguf", "gguf"),
+        ]
+    ):
         (model,) = inited(tmp_path / str(index), rows, base).base_models.values()
         assert getattr(model, kind)
     (model,) = load_project(tmp_path / "0/finetune.yaml").base_models.values()
@@ -127,7 +154,9 @@ def test_init_tells_folders_hub_ids_and_gguf_files_apart(tmp_path: Path, tiny_mo
 
 
 def test_init_from_a_terminal(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", conversations(30, lambda index: "yes" if index % 2 else "no"))
+    write_jsonl(
+        tmp_path / "rows.jsonl", conversations(30, lambda index: "yes" if index % 2 else "no")
+    )
     done = ft(tmp_path, "init", "rows.jsonl")
     assert done.returncode == 0, done.stderr
     assert "30 of 30 can be used" in done.stdout
@@ -162,7 +191,12 @@ def test_status_of_an_empty_store(project: Path) -> None:
     shown = json.loads(ft(project, "status", "--json").stdout)
     assert (shown["bytes"], shown["versions"]) == (0, 0)
     assert shown["free_bytes"] > 0
-    assert {line["asset"] for line in shown["base_models"]["tiny"]} >= {"base_model", "lora_adapter", "eval_report", "merged_model"}
+    assert {line["asset"] for line in shown["base_models"]["tiny"]} >= {
+        "base_model",
+        "lora_adapter",
+        "eval_report",
+        "merged_model",
+    }
 
 
 def test_status_shows_versions_times_and_key_numbers(finished: Path) -> None:
@@ -170,13 +204,19 @@ def test_status_shows_versions_times_and_key_numbers(finished: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     store = ArtifactStore(finished / ".ft/store")
-    lines = {line["asset"]: line for line in [*shown["unpartitioned"], *shown["base_models"]["tiny"]]}
+    lines = {
+        line["asset"]: line for line in [*shown["unpartitioned"], *shown["base_models"]["tiny"]]
+    }
     assert all(line["problem"] is None and line["fingerprint"] for line in lines.values())
     report = store.need("eval_report", "tiny")
     assert lines["eval_report"]["fingerprint"] == report.fingerprint
     assert lines["eval_report"]["key"].startswith(report.metrics["verdict"])
-    assert lines["eval_report"]["made"] == time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(report.manifest["finished"]))
-    assert lines["raw_dataset"]["key"].startswith(f"{store.need('raw_dataset', None).metrics['conversations_rows']} rows")
+    assert lines["eval_report"]["made"] == time.strftime(
+        "%Y-%m-%dT%H:%M:%SZ", time.gmtime(report.manifest["finished"])
+    )
+    assert lines["raw_dataset"]["key"].startswith(
+        f"{store.need('raw_dataset', None).metrics['conversations_rows']} rows"
+    )
     assert shown["elsewhere"] == []
 
 
@@ -237,9 +277,15 @@ def test_gc_keeps_the_newest_the_current_and_the_young(tmp_path: Path) -> None:
 
 def test_gc_keeps_what_a_kept_one_was_made_from(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    base = [publish(store, "base_model", content=str(index), hours=90 - index) for index in range(3)]
-    adapter = publish(store, "lora_adapter", content="0", inputs={"base_model": base[0].data_version}, hours=80)
-    publish(store, "lora_adapter", content="1", inputs={"base_model": base[2].data_version}, hours=70)
+    base = [
+        publish(store, "base_model", content=str(index), hours=90 - index) for index in range(3)
+    ]
+    adapter = publish(
+        store, "lora_adapter", content="0", inputs={"base_model": base[0].data_version}, hours=80
+    )
+    publish(
+        store, "lora_adapter", content="1", inputs={"base_model": base[2].data_version}, hours=70
+    )
     assert names(store, keep=1) == {"base-0", "base-1", "lora-0"}
     # A name of its own (`adapter`), and a chain: merged -> adapter -> base.
     publish(store, "merged_model", content="0", inputs={"adapter": adapter.data_version}, hours=60)
@@ -249,12 +295,21 @@ def test_gc_keeps_what_a_kept_one_was_made_from(tmp_path: Path) -> None:
 def test_gc_keeps_one_version_with_all_the_parts_that_were_read(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     for index in range(4):  # the few-shot part is always the same
-        publish(store, "raw", None, str(index), parts={"rows": f"r{index}", "few_shot": "f"}, hours=90 - index)
+        publish(
+            store,
+            "raw",
+            None,
+            str(index),
+            parts={"rows": f"r{index}", "few_shot": "f"},
+            hours=90 - index,
+        )
     publish(store, "report", content="0", inputs={"raw#few_shot": "f"}, hours=50)
     assert names(store, keep=1) == {"raw-0", "raw-1", "raw-2"}
     publish(store, "split", content="0", inputs={"raw#rows": "r1", "raw#few_shot": "f"}, hours=50)
     assert names(store, keep=1) == {"raw-0", "raw-2"}
-    publish(store, "board", None, "0", inputs={"report[tiny]": "unknown", "raw#rows": "r0"}, hours=50)
+    publish(
+        store, "board", None, "0", inputs={"report[tiny]": "unknown", "raw#rows": "r0"}, hours=50
+    )
     assert names(store, keep=1) == {"raw-2"}
 
 
@@ -283,8 +338,18 @@ def test_gc_leaves_a_running_step_its_folder_checkpoints_and_inputs(tmp_path: Pa
     store = ArtifactStore(tmp_path)
     old = [publish(store, "base_model", content=str(index), hours=90 - index) for index in range(3)]
     running = job(store, "run-a", {"base_model": old[0].path}, hours=100)
-    assert {removal.path for removal in going(store, keep=1)} == {old[0].path, old[1].path, running.work, running.checkpoints}
-    command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)", str(running.work / "job.json")]
+    assert {removal.path for removal in going(store, keep=1)} == {
+        old[0].path,
+        old[1].path,
+        running.work,
+        running.checkpoints,
+    }
+    command = [
+        sys.executable,
+        "-c",
+        "import time; print('up', flush=True); time.sleep(60)",
+        str(running.work / "job.json"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -295,7 +360,9 @@ def test_gc_leaves_a_running_step_its_folder_checkpoints_and_inputs(tmp_path: Pa
         process.wait()
 
 
-def test_gc_leaves_what_was_touched_within_a_day_but_not_the_inputs_of_what_ended(tmp_path: Path) -> None:
+def test_gc_leaves_what_was_touched_within_a_day_but_not_the_inputs_of_what_ended(
+    tmp_path: Path,
+) -> None:
     store = ArtifactStore(tmp_path)
     old = [publish(store, "base_model", content=str(index), hours=90 - index) for index in range(3)]
     recent = job(store, "run-a", {"base_model": old[0].path}, hours=2)
@@ -307,14 +374,24 @@ def test_gc_leaves_what_was_touched_within_a_day_but_not_the_inputs_of_what_ende
 def test_gc_removes_old_staging_and_its_own_interrupted_work(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     home = publish(store, "a", content="0").path.parent
-    for name in (".tmp-999999999-old", ".tmp-999999999-new", f".tmp-{os.getpid()}-mine", ".trash-x"):
+    for name in (
+        ".tmp-999999999-old",
+        ".tmp-999999999-new",
+        f".tmp-{os.getpid()}-mine",
+        ".trash-x",
+    ):
         (home / name).mkdir()
         (home / name / "file").write_text("half")
     for name in (".tmp-999999999-old", f".tmp-{os.getpid()}-mine"):
         age(home / name, 30)
     assert names(store) == {".tmp-999999999-old", ".trash-x"}
     assert all(remove(store, removal) for removal in going(store))
-    assert sorted(path.name for path in home.iterdir()) == [f".tmp-{os.getpid()}-mine", ".tmp-999999999-new", "CURRENT", "a-0"]
+    assert sorted(path.name for path in home.iterdir()) == [
+        f".tmp-{os.getpid()}-mine",
+        ".tmp-999999999-new",
+        "CURRENT",
+        "a-0",
+    ]
 
 
 def test_gc_leaves_alone_what_it_cannot_read(tmp_path: Path) -> None:
@@ -340,7 +417,13 @@ def older(folder: Path, hours: float) -> None:
     for file in (folder / ".ft/store").glob("*/*/*/manifest.json"):
         manifest = json.loads(file.read_text())
         file.write_text(
-            json.dumps({**manifest, "started": manifest["started"] - hours * HOUR, "finished": manifest["finished"] - hours * HOUR})
+            json.dumps(
+                {
+                    **manifest,
+                    "started": manifest["started"] - hours * HOUR,
+                    "finished": manifest["finished"] - hours * HOUR,
+                }
+            )
         )
     age(folder / ".ft/store/.work", hours)
 
@@ -356,7 +439,11 @@ def reused(result: Any) -> dict[str, bool]:
 def test_gc_leaves_the_graph_whole_and_takes_an_old_report(copy: Path) -> None:
     store = ArtifactStore(copy / ".ft/store")
     reports = [store.need("eval_report", "tiny").path]
-    for confidence, assets in ((0.94, "eval_report"), (0.93, "eval_report"), (0.92, "*")):  # each has other intervals
+    for confidence, assets in (
+        (0.94, "eval_report"),
+        (0.93, "eval_report"),
+        (0.92, "*"),
+    ):  # each has other intervals
         older(copy, 30)
         edit(copy, gate={"confidence": confidence})
         assert materialize(copy, assets).success
@@ -383,7 +470,10 @@ def test_gc_leaves_the_graph_whole_and_takes_an_old_report(copy: Path) -> None:
     assert again.success
     assert len(reused(again)) >= 11
     assert all(reused(again).values())
-    assert "nothing to remove" in ft(copy, "gc", "--keep", "1").stdout or "job" in ft(copy, "gc", "--keep", "1").stdout
+    assert (
+        "nothing to remove" in ft(copy, "gc", "--keep", "1").stdout
+        or "job" in ft(copy, "gc", "--keep", "1").stdout
+    )
 
 
 def test_gc_of_an_empty_store(project: Path) -> None:
@@ -415,10 +505,20 @@ def test_doctor_finds_nothing_wrong_with_a_right_project(project: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert {check["state"] for check in checks.values()} <= {OK, WARN}
-    assert {"python", "libraries", "cpu", "bf16", "disk", "finetune.yaml", "data.train", "tiny: source", "tiny: chat template"} <= set(
-        checks
-    )
-    assert checks["tiny: chat template"]["state"] == OK  # that of the folder: there is no snapshot yet
+    assert {
+        "python",
+        "libraries",
+        "cpu",
+        "bf16",
+        "disk",
+        "finetune.yaml",
+        "data.train",
+        "tiny: source",
+        "tiny: chat template",
+    } <= set(checks)
+    assert (
+        checks["tiny: chat template"]["state"] == OK
+    )  # that of the folder: there is no snapshot yet
     assert checks["tiny: licence"]["state"] == WARN
     assert not (project / ".ft").exists()
 
@@ -432,8 +532,12 @@ def test_doctor_of_a_project_whose_base_model_is_missing(project: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("text", [b"data:\n  train: [a\nbase_models: {}\n", b"\xff\xfe\x00", b"- 1\n", b""])
-def test_doctor_of_a_broken_yaml(project: Path, text: bytes, examined: Callable[[Path], dict[str, Check]]) -> None:
+@pytest.mark.parametrize(
+    "text", [b"data:\n  train: [a\nbase_models: {}\n", b"\xff\xfe\x00", b"- 1\n", b""]
+)
+def test_doctor_of_a_broken_yaml(
+    project: Path, text: bytes, examined: Callable[[Path], dict[str, Check]]
+) -> None:
     (project / "finetune.yaml").write_bytes(text)
     checks = examined(project)
     assert checks["finetune.yaml"].state == FAIL
@@ -441,13 +545,17 @@ def test_doctor_of_a_broken_yaml(project: Path, text: bytes, examined: Callable[
     assert not [name for name in checks if name.startswith("data.")]
 
 
-def test_doctor_without_a_project_and_with_a_broken_yaml_exits_with_1(tmp_path: Path, project: Path) -> None:
+def test_doctor_without_a_project_and_with_a_broken_yaml_exits_with_1(
+    tmp_path: Path, project: Path
+) -> None:
     (project / "finetune.yaml").write_text("data: [")
     for folder in (tmp_path, project):
         done = ft(folder, "doctor", "--json")
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
-        assert [check["state"] for check in json.loads(done.stdout) if check["name"] == "finetune.yaml"] == [FAIL]
+        assert [
+            check["state"] for check in json.loads(done.stdout) if check["name"] == "finetune.yaml"
+        ] == [FAIL]
 
 
 def test_doctor_names_missing_data_weights_and_templates(
@@ -462,11 +570,22 @@ def test_doctor_names_missing_data_weights_and_templates(
     empty.mkdir()
     (empty / "config.json").write_text("{}")
     bad.write_bytes(b"<html>")
-    models = {"bare": {"folder": str(bare)}, "empty": {"folder": str(empty)}, "bad": {"gguf": str(bad)}, "hub": {"hub": "a/b"}}
+    models = {
+        "bare": {"folder": str(bare)},
+        "empty": {"folder": str(empty)},
+        "bad": {"gguf": str(bad)},
+        "hub": {"hub": "a/b"},
+    }
     edit(project, base_models=models)
     checks = examined(project)
     failed = {name for name, check in checks.items() if check.state == FAIL}
-    assert failed == {"data.preferences", "bare: chat template", "empty: source", "bad: source", "hub: source"}
+    assert failed == {
+        "data.preferences",
+        "bare: chat template",
+        "empty: source",
+        "bad: source",
+        "hub: source",
+    }
     assert checks["bare: licence"].found == "mit"
     assert "HF_HUB_OFFLINE" in checks["hub: source"].found  # conftest sets it
     assert all(check.advice for check in checks.values() if check.state != OK)
@@ -499,7 +618,9 @@ def hub(answer: dict[str, Any] | None) -> Iterator[str]:
         server.server_close()
 
 
-def source_check(project: Path, endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def source_check(
+    project: Path, endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
     """Return what `ft doctor` says of the hub model of a project."""
     edit(project, base_models={"tiny": {"hub": "some/model"}})
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -513,7 +634,9 @@ def source_check(project: Path, endpoint: str, home: Path, monkeypatch: pytest.M
     return next(check for check in json.loads(done.stdout) if check["name"] == "tiny: source")
 
 
-def test_doctor_asks_the_hub(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_asks_the_hub(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     about = {"id": "some/model", "sha": "c" * 40, "gated": False, "siblings": [], "tags": []}
     with hub(about) as endpoint:
         assert source_check(project, endpoint, tmp_path / "hf", monkeypatch)["state"] == OK
@@ -526,12 +649,16 @@ def test_doctor_asks_the_hub(project: Path, tmp_path: Path, monkeypatch: pytest.
         said = source_check(project, endpoint, tmp_path / "hf", monkeypatch)
         assert said["state"] == FAIL
         assert "is refused" in said["found"]
-    said = source_check(project, endpoint, tmp_path / "hf", monkeypatch)  # nobody listens there any more
+    said = source_check(
+        project, endpoint, tmp_path / "hf", monkeypatch
+    )  # nobody listens there any more
     assert said["state"] == FAIL
     assert "cannot be reached" in said["found"]
 
 
-def test_doctor_takes_the_template_of_the_snapshot(finished: Path, examined: Callable[[Path], dict[str, Check]]) -> None:
+def test_doctor_takes_the_template_of_the_snapshot(
+    finished: Path, examined: Callable[[Path], dict[str, Check]]
+) -> None:
     assert examined(finished)["tiny: chat template"].found == "in the snapshot"
 
 
@@ -539,9 +666,19 @@ def test_doctor_names_a_library_out_of_range(monkeypatch: pytest.MonkeyPatch) ->
     from ft_assets.commands import machine
 
     monkeypatch.setattr(
-        machine, "_declared", lambda: (">=3.99", ["torch>=999", "no_such_library>=1", "pyyaml>=6", "x; sys_platform == 'no'"])
+        machine,
+        "_declared",
+        lambda: (
+            ">=3.99",
+            ["torch>=999", "no_such_library>=1", "pyyaml>=6", "x; sys_platform == 'no'"],
+        ),
     )
-    assert states(list(machine.libraries())) == {"python": FAIL, "torch": FAIL, "no_such_library": FAIL, "libraries": OK}
+    assert states(list(machine.libraries())) == {
+        "python": FAIL,
+        "torch": FAIL,
+        "no_such_library": FAIL,
+        "libraries": OK,
+    }
 
 
 def test_a_check_that_breaks_is_a_failed_check() -> None:

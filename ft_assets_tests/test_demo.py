@@ -39,7 +39,9 @@ def test_every_conversation_has_a_label_of_the_declared_sets() -> None:
     assert len(conversations) >= 500
     for row in conversations:
         check_label(row["messages"][-2]["content"], row["messages"][-1]["content"])
-    assert len({row["messages"][-2]["content"].casefold() for row in conversations}) == len(conversations)
+    assert len({row["messages"][-2]["content"].casefold() for row in conversations}) == len(
+        conversations
+    )
     for key, values in LABELS.items():  # no label is missing, none is nearly all
         given = [json.loads(row["messages"][-1]["content"])[key] for row in conversations]
         assert set(given) == values
@@ -50,8 +52,13 @@ def test_every_rejected_answer_is_wrong_and_every_chosen_one_is_right() -> None:
     pairs = rows("preferences.jsonl")
     assert len(pairs) >= 150
     for pair in pairs:
-        message = pair["prompt"][-1]["content"] if isinstance(pair["prompt"], list) else pair["prompt"]
-        chosen, rejected = (value if isinstance(value, str) else value[-1]["content"] for value in (pair["chosen"], pair["rejected"]))
+        message = (
+            pair["prompt"][-1]["content"] if isinstance(pair["prompt"], list) else pair["prompt"]
+        )
+        chosen, rejected = (
+            value if isinstance(value, str) else value[-1]["content"]
+            for value in (pair["chosen"], pair["rejected"])
+        )
         check_label(message, chosen)
         with contextlib.suppress(json.JSONDecodeError):  # prose around the object is the mistake
             assert json.loads(rejected) != json.loads(chosen), message
@@ -61,7 +68,9 @@ def test_files_share_no_message() -> None:
     seen: dict[str, str] = {}
     for name in ("conversations.jsonl", "few_shot.jsonl", "general.jsonl", "retention.jsonl"):
         for row in rows(name):
-            text = next(turn["content"] for turn in row["messages"] if turn["role"] == "user").casefold()
+            text = next(
+                turn["content"] for turn in row["messages"] if turn["role"] == "user"
+            ).casefold()
             assert seen.setdefault(text, name) == name, text
     assert len(rows("retention.jsonl")) >= 60
     assert len(rows("few_shot.jsonl")) == 5
@@ -82,11 +91,15 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_real_base_speaks_and_stops_by_itself(snapshot: Path) -> None:
     from ft_assets.chat.rendering import render
-    from ft_assets.evaluation.generation import generate
+    from ft_assets.inference.generation import generate
     from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(snapshot)
-    prompt = render(tokenizer, [{"role": "user", "content": "What is the capital of France?"}], generation_prompt=True)
+    prompt = render(
+        tokenizer,
+        [{"role": "user", "content": "What is the capital of France?"}],
+        generation_prompt=True,
+    )
     answer = generate(load_base(snapshot), tokenizer, [prompt], stop_ids(snapshot), 40, 1)[0]
     assert "Paris" in answer.text
     assert answer.stopped
@@ -102,7 +115,9 @@ def test_loss_on_supervised_positions_equals_that_on_all(snapshot: Path) -> None
     from ft_assets.training.cpu_loss import supervised_loss
 
     tokenizer, model = load_tokenizer(snapshot), new_adapter(snapshot, LoraSettings()).float()
-    row = render_supervised(tokenizer, rows("conversations.jsonl")[0]["messages"], stop_ids(snapshot))
+    row = render_supervised(
+        tokenizer, rows("conversations.jsonl")[0]["messages"], stop_ids(snapshot)
+    )
     ids = torch.tensor([row.input_ids])
     labels = torch.where(torch.tensor([row.supervised]), ids, -100)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -115,5 +130,12 @@ def test_code_location_loads_without_torch() -> None:
     import sys
 
     code = "import sys, ft_assets.definitions; print(sorted({'torch','transformers','trl','peft','datasets'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ},
+    )
     assert done.stdout.strip() == "[]"

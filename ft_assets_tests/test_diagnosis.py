@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from ft_assets_tests.conftest import WORDS, conversations, write_jsonl
+from ft_assets_tests.factories import WORDS, conversations, write_jsonl
 from ft_assets_tests.pipeline import UP_TO_REPORT, checks, materialize, read
 
 FOREIGN = (
@@ -24,10 +24,14 @@ def test_healthy_pipeline_passes_and_names_no_cause(healthy: Callable[..., Path]
     verdict = read(folder, "eval_report", "verdict.json")
     assert verdict["status"] == "PASS", verdict["reasons"]
     assert causes(folder) == []
-    assert all(check.passed for name, check in checks(result).items() if name != "better_than_prompting")
+    assert all(
+        check.passed for name, check in checks(result).items() if name != "better_than_prompting"
+    )
 
 
-def test_healthy_pipeline_with_too_few_rows_cannot_tell_and_names_no_cause(healthy: Callable[..., Path]) -> None:
+def test_healthy_pipeline_with_too_few_rows_cannot_tell_and_names_no_cause(
+    healthy: Callable[..., Path],
+) -> None:
     folder = healthy(gate={"min_heldout_rows": 1000})
     materialize(folder, UP_TO_REPORT)
     assert read(folder, "eval_report", "verdict.json")["status"] == "INCONCLUSIVE"
@@ -35,7 +39,9 @@ def test_healthy_pipeline_with_too_few_rows_cannot_tell_and_names_no_cause(healt
 
 
 def test_foreign_template_is_named(healthy: Callable[..., Path]) -> None:
-    folder = healthy(chat={"chat_template": "template.jinja"}, sft={"max_steps": 2, "learning_rate": 1e-4})
+    folder = healthy(
+        chat={"chat_template": "template.jinja"}, sft={"max_steps": 2, "learning_rate": 1e-4}
+    )
     (folder / "template.jinja").write_text(FOREIGN)
     materialize(folder, UP_TO_REPORT)
     assert causes(folder) == ["template mismatch"], read(folder, "eval_report", "verdict.json")
@@ -45,7 +51,9 @@ def test_narrow_data_is_named(healthy: Callable[..., Path]) -> None:
     folder = healthy(data={"rehearsal": []})
     write_jsonl(folder / "data/train.jsonl", conversations(240, lambda _: "yes"))
     result = materialize(folder, UP_TO_REPORT)
-    assert causes(folder) == ["training data too narrow"], read(folder, "eval_report", "verdict.json")
+    assert causes(folder) == ["training data too narrow"], read(
+        folder, "eval_report", "verdict.json"
+    )
     assert read(folder, "eval_report", "verdict.json")["status"] == "FAIL"
     assert not checks(result)["nothing_forgotten"].passed
 
@@ -53,12 +61,17 @@ def test_narrow_data_is_named(healthy: Callable[..., Path]) -> None:
 def test_overfit_is_named(healthy: Callable[..., Path]) -> None:
     folder = healthy(sft={"num_train_epochs": 25, "keep": "last"})
     chance = random.Random(0)
-    write_jsonl(folder / "data/train.jsonl", conversations(120, lambda _: chance.choice(WORDS)))  # nothing to learn but by heart
+    write_jsonl(
+        folder / "data/train.jsonl", conversations(120, lambda _: chance.choice(WORDS))
+    )  # nothing to learn but by heart
     materialize(folder, UP_TO_REPORT)
     assert causes(folder) == ["overfit"], read(folder, "eval_report", "verdict.json")
 
 
 def test_wrong_base_is_named(healthy: Callable[..., Path], tiny_model: Path) -> None:
-    folder = healthy(base_models={"tiny": {"folder": str(tiny_model)}}, sft={"max_steps": 2, "learning_rate": 1e-4})
+    folder = healthy(
+        base_models={"tiny": {"folder": str(tiny_model)}},
+        sft={"max_steps": 2, "learning_rate": 1e-4},
+    )
     materialize(folder, UP_TO_REPORT)
     assert causes(folder) == ["wrong base model"], read(folder, "eval_report", "verdict.json")

@@ -40,15 +40,29 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 def trainer(base: Path, adapter: Path, folder: Path, shares: bool, **options: Any) -> PairTrainer:
     """A trainer on the SFT adapter whose reference is a little off, so that no loss is trivial."""
     chance = random.Random(3)
-    pairs = [{**pair, "ref_chosen_logps": -20 - chance.random(), "ref_rejected_logps": -40 + chance.random()} for pair in make_pairs(6)]
-    pairs = [{name: value for name, value in pair.items() if name not in ("id", "group")} for pair in pairs]
+    pairs = [
+        {
+            **pair,
+            "ref_chosen_logps": -20 - chance.random(),
+            "ref_rejected_logps": -40 + chance.random(),
+        }
+        for pair in make_pairs(6)
+    ]
+    pairs = [
+        {name: value for name, value in pair.items() if name not in ("id", "group")}
+        for pair in pairs
+    ]
     settings = LoraSettings.model_validate({**LORA, "lora_dropout": 0.0})
     args = DPOConfig(
         output_dir=str(folder), max_length=None, remove_unused_columns=False, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
         per_device_train_batch_size=6, label_smoothing=0.1, **options,
     )  # fmt: skip
     return PairTrainer(
-        model=trained_adapter(base, settings, adapter), args=args, pairs=pairs, tokenizer=load_tokenizer(base), shares=shares
+        model=trained_adapter(base, settings, adapter),
+        args=args,
+        pairs=pairs,
+        tokenizer=load_tokenizer(base),
+        shares=shares,
     )
 
 
@@ -57,12 +71,18 @@ def loss_and_gradient(the_trainer: PairTrainer) -> tuple[float, torch.Tensor]:
     the_trainer.model.zero_grad()
     loss = the_trainer.compute_loss(the_trainer.model, batch)
     loss.backward()
-    parts = [value.grad.flatten() for value in the_trainer.model.parameters() if value.requires_grad and value.grad is not None]
+    parts = [
+        value.grad.flatten()
+        for value in the_trainer.model.parameters()
+        if value.requires_grad and value.grad is not None
+    ]
     return loss.item(), torch.cat(parts)
 
 
 @pytest.mark.usefixtures("exact")
-def test_every_loss_of_trl_is_the_same_with_the_prompt_scored_once(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_every_loss_of_trl_is_the_same_with_the_prompt_scored_once(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
     ours, theirs = (trainer(tiny_model, adapter, tmp_path, shares) for shares in (True, False))
     for name in DPO_LOSSES:
         for one in (ours, theirs):
@@ -72,19 +92,30 @@ def test_every_loss_of_trl_is_the_same_with_the_prompt_scored_once(tiny_model: P
         assert torch.nn.functional.cosine_similarity(gradient, wanted, 0) > 0.9999, name
         assert wanted.norm() > 0, name
     metrics = [one._metrics["train"] for one in (ours, theirs)]
-    for name in ("rewards/margins", "logps/chosen", "entropy", "mean_token_accuracy", "logits/rejected"):
+    for name in (
+        "rewards/margins",
+        "logps/chosen",
+        "entropy",
+        "mean_token_accuracy",
+        "logits/rejected",
+    ):
         assert metrics[0][name] == pytest.approx(metrics[1][name], abs=1e-4), name
 
 
 @pytest.mark.usefixtures("exact")
-def test_every_combination_of_trl_options_is_the_same(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_every_combination_of_trl_options_is_the_same(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
     for options in (
         {"ld_alpha": 0.5},
         {"f_divergence_type": "js_divergence"},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
         {"use_weighting": True},
     ):
-        results = [loss_and_gradient(trainer(tiny_model, adapter, tmp_path, shares, **options))[0] for shares in (True, False)]
+        results = [
+            loss_and_gradient(trainer(tiny_model, adapter, tmp_path, shares, **options))[0]
+            for shares in (True, False)
+        ]
         assert results[0] == pytest.approx(results[1], abs=1e-5)
 
 
@@ -105,17 +136,31 @@ def mixture(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_experts_are_trained_with_their_own_loss_by_sft_and_dpo(mixture: Path, tmp_path: Path) -> None:
+def test_experts_are_trained_with_their_own_loss_by_sft_and_dpo(
+    mixture: Path, tmp_path: Path
+) -> None:
     lora = {"target_modules": "attention"}
     for name, coefficient in (("with", None), ("without", 0.0)):
         told = {"router_aux_loss_coef": coefficient}
         sft(mixture, tmp_path / name, lora=lora, num_train_epochs=1, trainer=told)
-        metrics = dpo(mixture, tmp_path / name / "output", tmp_path / name / "dpo", lora=lora, num_train_epochs=1, trainer=told)
+        metrics = dpo(
+            mixture,
+            tmp_path / name / "output",
+            tmp_path / name / "dpo",
+            lora=lora,
+            num_train_epochs=1,
+            trainer=told,
+        )
         assert metrics["prompts_shared"] is (name == "without")
         assert metrics["reference_difference"] <= 1e-3
     for part in ("output", "dpo/output"):
-        first, plain = (json.loads((tmp_path / name / part / "info/curve.json").read_text())[0]["loss"] for name in ("with", "without"))
-        assert 0.02 < first - plain < 0.2, part  # four experts, two of them at a time, evenly: 2 * 0.02
+        first, plain = (
+            json.loads((tmp_path / name / part / "info/curve.json").read_text())[0]["loss"]
+            for name in ("with", "without")
+        )
+        assert 0.02 < first - plain < 0.2, (
+            part
+        )  # four experts, two of them at a time, evenly: 2 * 0.02
 
 
 def test_the_known_losses_are_those_trl_takes() -> None:
@@ -131,7 +176,14 @@ def test_the_known_losses_are_those_trl_takes() -> None:
 def test_a_branch_sees_the_prompt_and_itself() -> None:
     segments = torch.tensor([[0, 1, 1, 2, 2, 3]])
     seen = branch_mask(segments, torch.tensor([[0, 1, 2, 1, 2, 0]]))[0, 0]
-    assert [row.nonzero().flatten().tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4], [5]]
+    assert [row.nonzero().flatten().tolist() for row in seen] == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 3],
+        [0, 3, 4],
+        [5],
+    ]
     windowed = branch_mask(segments, torch.tensor([[0, 1, 2, 1, 2, 0]]), window=2)[0, 0]
     assert windowed[2].nonzero().flatten().tolist() == [1, 2]
     assert windowed[4].nonzero().flatten().tolist() == [3, 4]
@@ -144,11 +196,17 @@ def test_model_that_cannot_share_a_prompt_is_asked_as_trl_does(
     from ft_assets.training import pairs
 
     monkeypatch.setattr(
-        pairs, "branch_mask", lambda segments, *_: torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()[None, None]
+        pairs,
+        "branch_mask",
+        lambda segments, *_: torch.ones(
+            segments.shape[1], segments.shape[1], dtype=torch.bool
+        ).tril()[None, None],
     )
     metrics = dpo(tiny_model, adapter, tmp_path)
     assert metrics["prompts_shared"] is False
-    alone = dpo(tiny_model, adapter, tmp_path / "alone", share_prompts=False)  # planned so from the beginning
+    alone = dpo(
+        tiny_model, adapter, tmp_path / "alone", share_prompts=False
+    )  # planned so from the beginning
     planned = ("largest_micro_batch_tokens", "predicted_memory_gb", "micro_batch")
     assert [metrics[name] for name in planned] == [alone[name] for name in planned]
 
@@ -156,7 +214,12 @@ def test_model_that_cannot_share_a_prompt_is_asked_as_trl_does(
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(("moved", "shared"), [("every batch", True), ("shared rows", False)])
 def test_a_difference_is_held_against_what_another_batch_alone_changes(
-    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: str, shared: bool
+    tiny_model: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moved: str,
+    shared: bool,
 ) -> None:
     """Injected: rounding of 0.1 nats a token, as an 8B model in bf16 has, in whatever is scored otherwise; or in shared rows only."""
     real = PairTrainer.token_scores
@@ -164,7 +227,9 @@ def test_a_difference_is_held_against_what_another_batch_alone_changes(
     def rounded(self: PairTrainer, inputs: Any, shares: bool) -> torch.Tensor:
         scores = real(self, inputs, shares)
         chance = torch.Generator().manual_seed(len(scores) + shares)
-        return scores + (0.1 if shares or moved == "every batch" else 0.0) * torch.randn(scores.shape, generator=chance)
+        return scores + (0.1 if shares or moved == "every batch" else 0.0) * torch.randn(
+            scores.shape, generator=chance
+        )
 
     monkeypatch.setattr(PairTrainer, "token_scores", rounded)
     monkeypatch.setattr(module, "half_precision", lambda _: True)
@@ -173,14 +238,20 @@ def test_a_difference_is_held_against_what_another_batch_alone_changes(
     assert one.sharing["sharing_difference"] > 0.05
 
 
-def test_reference_is_proven_and_the_first_loss_is_ln_2(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
-    metrics = dpo(tiny_model, adapter, tmp_path, trainer={"disable_dropout": False})  # the proof needs no dropout-free training
+def test_reference_is_proven_and_the_first_loss_is_ln_2(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    metrics = dpo(
+        tiny_model, adapter, tmp_path, trainer={"disable_dropout": False}
+    )  # the proof needs no dropout-free training
     assert metrics["reference_difference"] <= 1e-3
     assert metrics["reference_loss"] == pytest.approx(math.log(2), abs=0.01)
     assert metrics["prompts_shared"] is True
 
 
-def test_base_as_the_reference_fails_the_proof(tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_as_the_reference_fails_the_proof(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = module.score_reference
 
     def of_the_base(the_trainer: Any, *rest: Any) -> Any:
@@ -193,19 +264,30 @@ def test_base_as_the_reference_fails_the_proof(tiny_model: Path, adapter: Path, 
     assert not list((tmp_path / "output").iterdir())
 
 
-def test_reference_of_another_policy_fails_the_proof_even_if_it_was_kept(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_reference_of_another_policy_fails_the_proof_even_if_it_was_kept(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
     dpo(tiny_model, adapter, tmp_path)
     file = next(tmp_path.glob("reference-*/*.json"))
     kept = json.loads(file.read_text())
-    file.write_text(json.dumps({**kept, "values": [[chosen + 0.01, rejected] for chosen, rejected in kept["values"]]}))
+    file.write_text(
+        json.dumps(
+            {**kept, "values": [[chosen + 0.01, rejected] for chosen, rejected in kept["values"]]}
+        )
+    )
     with pytest.raises(TrainingError, match="reference"):
         dpo(tiny_model, adapter, tmp_path)
 
 
-def test_reference_is_computed_once_for_all_betas(tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_is_computed_once_for_all_betas(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, real = [], module.score_reference
     monkeypatch.setattr(module, "score_reference", lambda *args: calls.append(1) or real(*args))
-    for folder, changes in (("one", {}), ("two", {"beta": 0.3, "learning_rate": 2e-3, "loss_type": "ipo"})):
+    for folder, changes in (
+        ("one", {}),
+        ("two", {"beta": 0.3, "learning_rate": 2e-3, "loss_type": "ipo"}),
+    ):
         (tmp_path / folder / "output").mkdir(parents=True)
         module.train_dpo(
             tiny_model, adapter, make_pairs(6), LoraSettings.model_validate(LORA), settings(**changes), tmp_path / "work" / folder,
@@ -233,14 +315,18 @@ def test_no_second_copy_of_any_weight(tiny_model: Path, adapter: Path, tmp_path:
     assert not [name for name, _ in one.model.named_parameters() if ".ref." in name]
 
 
-def test_padding_is_never_in_the_loss_even_where_it_is_the_end_of_turn(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_padding_is_never_in_the_loss_even_where_it_is_the_end_of_turn(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
     one = trainer(tiny_model, adapter, tmp_path, True)
     one.data_collator.pad_token_id = 2  # <|im_end|>
     batch = one.data_collator(one.pairs)
     answers = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in one.pairs)
     assert int(batch["completion_mask"].sum()) == answers
     assert int((batch["shared_labels"] != -100).sum()) == answers
-    assert int((batch["shared_labels"] == 2).sum()) == 2 * len(one.pairs)  # the end of each answer, and nothing else
+    assert int((batch["shared_labels"] == 2).sum()) == 2 * len(
+        one.pairs
+    )  # the end of each answer, and nothing else
 
 
 def test_order_puts_like_lengths_together_and_is_the_same_in_every_process() -> None:
@@ -262,13 +348,24 @@ def test_loss_that_does_not_exist_is_named_with_its_nearest(tiny_model: Path) ->
         settings(loss_type="sigmoyd")
 
 
-def test_value_that_trl_refuses_is_the_users_error(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_value_that_trl_refuses_is_the_users_error(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"dpo\.trainer"):
-        dpo(tiny_model, adapter, tmp_path, trainer={"f_divergence_type": "no such", "optim": "no_such_optimizer"})
+        dpo(
+            tiny_model,
+            adapter,
+            tmp_path,
+            trainer={"f_divergence_type": "no such", "optim": "no_such_optimizer"},
+        )
 
 
 def test_loss_of_another_trainer_is_said_to_be_one() -> None:
-    for name, words in (("kto_pair", "KTO, another trainer"), ("orpo", "ORPO"), ("simpo", "SimPO, a loss of the CPO trainer")):
+    for name, words in (
+        ("kto_pair", "KTO, another trainer"),
+        ("orpo", "ORPO"),
+        ("simpo", "SimPO, a loss of the CPO trainer"),
+    ):
         with pytest.raises(ValueError, match=f"{name}' is not a loss of DPO but {words}") as caught:
             settings(loss_type=["sigmoid", name])
         assert "did you mean" not in str(caught.value)
@@ -281,8 +378,12 @@ def test_exo_pair_without_its_label_smoothing_is_refused_at_once() -> None:
     settings(loss_type="exo_pair", trainer={"label_smoothing": 1e-3})
 
 
-def test_what_only_trls_trainer_refuses_is_the_users_error_too(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"dpo\.trainer: WPO-style weighting is not implemented for 'aot'"):
+def test_what_only_trls_trainer_refuses_is_the_users_error_too(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"dpo\.trainer: WPO-style weighting is not implemented for 'aot'"
+    ):
         dpo(tiny_model, adapter, tmp_path, loss_type="aot", trainer={"use_weighting": True})
     with pytest.raises(ConfigError, match=r"dpo\.trainer: [\s\S]*min_lr"):
         dpo(tiny_model, adapter, tmp_path, lr_scheduler_type="cosine_with_min_lr")

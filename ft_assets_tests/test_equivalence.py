@@ -21,12 +21,12 @@ from ft_assets.errors import ArtifactError, ModelError, VerdictError
 from ft_assets.evaluation.candidates import Rows, Scorer, Task
 from ft_assets.evaluation.proofs import load_candidates
 from ft_assets.evaluation.references import with_references
+from ft_assets.merging import verify
+from ft_assets.merging.merge import merge
+from ft_assets.merging.verify import Proof, prove
 from ft_assets.models.loading import load_tokenizer, stop_ids
-from ft_assets.release import verify
-from ft_assets.release.merge import merge
-from ft_assets.release.verify import Proof, prove
 from ft_assets.steps.merge import require_same
-from ft_assets_tests.conftest import edit
+from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, materialize
 
 MODULE = "model.layers.1.self_attn.q_proj"
@@ -42,7 +42,9 @@ class Bench:
     scratch: Path
     judged: Rows  # what base + adapter answered in the evaluation
 
-    def merge(self, name: str = "merged", base: Path | None = None, adapter: Path | None = None) -> Path:
+    def merge(
+        self, name: str = "merged", base: Path | None = None, adapter: Path | None = None
+    ) -> Path:
         folder = self.scratch / name
         folder.mkdir()
         merge(base or self.base, adapter or self.adapter, folder)
@@ -63,17 +65,40 @@ class Bench:
 def bench(finished: Path, tmp_path: Path) -> Bench:
     base, split = artifact(finished, "base_model"), artifact(finished, "heldout_split")
     rows = with_references(load_tokenizer(base), read_table(split / "heldout.parquet"))[:12]
-    task, adapter = Task(rows, [], [], [], None, EvaluationSettings(max_new_tokens=4)), artifact(finished, "dpo_adapter")
+    task, adapter = (
+        Task(rows, [], [], [], None, EvaluationSettings(max_new_tokens=4)),
+        artifact(finished, "dpo_adapter"),
+    )
     tuned = load_candidates(base, {"dpo": adapter})
-    return Bench(base, adapter, task, tmp_path, Scorer(tuned, load_tokenizer(base), stop_ids(base), task).answers(rows))
+    return Bench(
+        base,
+        adapter,
+        task,
+        tmp_path,
+        Scorer(tuned, load_tokenizer(base), stop_ids(base), task).answers(rows),
+    )
 
 
-def changed(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor], name: str = "model.safetensors") -> None:
+def changed(
+    folder: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    name: str = "model.safetensors",
+) -> None:
     weights = load_file(folder / name)
-    save_file({key: change(key, tensor) for key, tensor in weights.items()}, folder / name, metadata={"format": "pt"})
+    save_file(
+        {key: change(key, tensor) for key, tensor in weights.items()},
+        folder / name,
+        metadata={"format": "pt"},
+    )
 
 
-def altered(bench: Bench, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor], file: str, source: Path) -> Path:
+def altered(
+    bench: Bench,
+    target: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    file: str,
+    source: Path,
+) -> Path:
     shutil.copytree(source, target)
     changed(target, change, file)
     return target
@@ -101,7 +126,9 @@ def test_greedy_answers_are_compared_with_the_judged_ones_row_by_row(bench: Benc
 def test_sharded_merge_is_proven_and_every_tensor_of_a_zeroed_shard_is_named(bench: Bench) -> None:
     base = bench.scratch / "sharded"
     shutil.copytree(bench.base, base, ignore=shutil.ignore_patterns("model.safetensors"))
-    AutoModelForCausalLM.from_pretrained(bench.base, dtype="auto").save_pretrained(base, max_shard_size="100KB")
+    AutoModelForCausalLM.from_pretrained(bench.base, dtype="auto").save_pretrained(
+        base, max_shard_size="100KB"
+    )
     bench = replace(bench, base=base)
     merged = bench.merge()
     shards = sorted(merged.glob("model-*.safetensors"))
@@ -117,14 +144,18 @@ def test_sharded_merge_is_proven_and_every_tensor_of_a_zeroed_shard_is_named(ben
     assert all("(it is all zeros)" in fault for fault in faults)
 
 
-def test_numbers_do_not_depend_on_the_pieces_they_are_computed_in(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_do_not_depend_on_the_pieces_they_are_computed_in(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     merged = bench.merge()
     whole = bench.prove(merged).numbers
     monkeypatch.setattr(verify, "POSITIONS", 1)
     assert bench.prove(merged).numbers == pytest.approx(whole, rel=1e-5)
 
 
-def test_rows_beyond_the_scratch_space_are_counted_as_not_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_beyond_the_scratch_space_are_counted_as_not_compared(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = bench.task.heldout[0]
     monkeypatch.setattr(verify, "LOGITS_BYTES", 3 * 4 * 400 * sum(row["supervised"]))
     numbers = bench.prove(bench.merge()).numbers
@@ -134,7 +165,11 @@ def test_rows_beyond_the_scratch_space_are_counted_as_not_compared(bench: Bench,
 
 def dropped(bench: Bench) -> Path:
     adapter = altered(
-        bench, bench.scratch / "dropped", lambda key, value: value * (MODULE not in key), "adapter_model.safetensors", bench.adapter
+        bench,
+        bench.scratch / "dropped",
+        lambda key, value: value * (MODULE not in key),
+        "adapter_model.safetensors",
+        bench.adapter,
     )
     return bench.merge(adapter=adapter)
 
@@ -150,7 +185,11 @@ def doubled(bench: Bench) -> Path:
 
 def other_revision(bench: Bench) -> Path:
     base = altered(
-        bench, bench.scratch / "revision", lambda key, value: value * 1.01 if "norm" in key else value, "model.safetensors", bench.base
+        bench,
+        bench.scratch / "revision",
+        lambda key, value: value * 1.01 if "norm" in key else value,
+        "model.safetensors",
+        bench.base,
     )
     return bench.merge(base=base)
 
@@ -211,12 +250,27 @@ def other_width(bench: Bench) -> Path:
 
 
 NEGATIVE_CONTROLS = {
-    "one module dropped": (dropped, f"{MODULE}.weight: differs from base + adapter by .* (it holds 0.00 of the adapter's update)"),
-    "scale doubled": (doubled, "q_proj.weight: differs from base + adapter by .* (it holds 2.00 of the adapter's update)"),
-    "wrong base revision": (other_revision, "norm.weight: differs from the base's, though the adapter does not change it"),
-    "swapped template": (swapped_template, "chat template: 12 of 12 held-out rows become other tokens than those that were judged"),
+    "one module dropped": (
+        dropped,
+        f"{MODULE}.weight: differs from base + adapter by .* (it holds 0.00 of the adapter's update)",
+    ),
+    "scale doubled": (
+        doubled,
+        "q_proj.weight: differs from base + adapter by .* (it holds 2.00 of the adapter's update)",
+    ),
+    "wrong base revision": (
+        other_revision,
+        "norm.weight: differs from the base's, though the adapter does not change it",
+    ),
+    "swapped template": (
+        swapped_template,
+        "chat template: 12 of 12 held-out rows become other tokens than those that were judged",
+    ),
     "template with a comment": (template_of_equal_text, "chat template: is not the base's"),
-    "a zeroed layer": (zeroed_layer, "input_layernorm.weight: differs from the base's, .* (it is all zeros)"),
+    "a zeroed layer": (
+        zeroed_layer,
+        "input_layernorm.weight: differs from the base's, .* (it is all zeros)",
+    ),
     "one NaN": (one_nan, "model.embed_tokens.weight: is not finite"),
     "another stop token": (other_stop, "generation config: stops at [0], the base at"),
     "a tensor less": (a_tensor_less, f"{MODULE}.weight: is missing"),
@@ -241,7 +295,9 @@ def test_truncated_file_is_caught_by_name(bench: Bench) -> None:
         bench.prove(merged)
 
 
-def test_answers_alone_would_not_have_caught_a_dropped_module(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_alone_would_not_have_caught_a_dropped_module(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Why the weights are audited: on easy rows a model that lacks one module still says the same words."""
     merged = dropped(bench)
     real = verify.audit
@@ -257,7 +313,9 @@ def test_answers_alone_would_not_have_caught_a_dropped_module(bench: Bench, monk
     assert numbers["kl_mean"] > 0
 
 
-def test_two_tokens_that_bf16_cannot_tell_apart_are_a_tie_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_tokens_that_bf16_cannot_tell_apart_are_a_tie_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At a logit of 20 bf16 steps are 0.125 wide. Four positions: the same token, a tie, a real difference, a tie of fp32 no more."""
     theirs = torch.tensor([[20.0, 1.0], [20.0, 19.875], [20.0, 19.0], [20.0, 19.75]])
     ours = torch.tensor([[20.0, 1.0], [19.875, 20.0], [19.0, 20.0], [19.75, 20.0]])
@@ -265,18 +323,24 @@ def test_two_tokens_that_bf16_cannot_tell_apart_are_a_tie_and_counted(tmp_path: 
     for dtype, ties in ((torch.bfloat16, 1), (torch.float32, 0)):
         theirs.numpy().tofile(tmp_path / "logits")
         numbers = verify.compare_logits(SimpleNamespace(dtype=dtype), [{}], tmp_path / "logits")
-        assert (numbers["top1_ties"], numbers["top1_agreement"], numbers["compared_tokens"]) == (ties, (1 + ties) / 4, 4)
+        assert (numbers["top1_ties"], numbers["top1_agreement"], numbers["compared_tokens"]) == (
+            ties,
+            (1 + ties) / 4,
+            4,
+        )
 
 
 def test_a_published_file_that_is_damaged_later_does_not_answer(copy: Path) -> None:
-    from ft_assets.chat.side_by_side import SideBySide
+    from ft_assets.commands.chat import SideBySide
     from ft_assets.config import load_project
 
     path = artifact(copy, "merged_model") / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(ArtifactError, match=r"model\.safetensors: was changed after it was published"):
+    with pytest.raises(
+        ArtifactError, match=r"model\.safetensors: was changed after it was published"
+    ):
         SideBySide(load_project(copy / "finetune.yaml"), "tiny", None)
 
 
@@ -286,10 +350,14 @@ def test_dpo_on_sft_is_one_adapter(bench: Bench, finished: Path) -> None:
     dpo = load_file(bench.adapter / "adapter_model.safetensors")
     assert sft.keys() == dpo.keys()
     step = {key: (dpo[key] - sft[key]).norm() / sft[key].norm() for key in sft}
-    assert all(0 < value < 0.2 for value in step.values())  # it went on from the SFT weights, a little
+    assert all(
+        0 < value < 0.2 for value in step.values()
+    )  # it went on from the SFT weights, a little
     merged = bench.merge()
     assert bench.prove(merged).numbers["top1_agreement"] == 1
-    twice = bench.merge("twice", base=bench.merge("sft", adapter=artifact(finished, "lora_adapter")))
+    twice = bench.merge(
+        "twice", base=bench.merge("sft", adapter=artifact(finished, "lora_adapter"))
+    )
     assert "of the adapter's update" in bench.faults(twice)
 
 

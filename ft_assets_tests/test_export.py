@@ -15,18 +15,18 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 
 from ft_assets.assets.export import least_agreement, verdict_on_forms
-from ft_assets.assets.workshop import ERROR, WARN
 from ft_assets.config import ReleaseSettings
 from ft_assets.errors import ReleaseError
+from ft_assets.export import readers
+from ft_assets.export.formats import make_form
+from ft_assets.export.gguf import interleaved, llama3_factors, why_not, write_gguf
+from ft_assets.export.gguf_tokenizer import pre_tokenizer_name
+from ft_assets.export.ollama import Pieces, modelfile, pieces_of
+from ft_assets.export.readers import Expected, Found
+from ft_assets.export.tools import identities
 from ft_assets.models.loading import load_base, load_tokenizer
-from ft_assets.release import readers
-from ft_assets.release.export_gguf import interleaved, llama3_factors, why_not, write_gguf
-from ft_assets.release.forms import make_form
-from ft_assets.release.gguf_tokenizer import pre_tokenizer_name
-from ft_assets.release.ollama import Pieces, modelfile, pieces_of
-from ft_assets.release.readers import Expected, Found
-from ft_assets.release.tools import identities
-from ft_assets_tests.conftest import CHATML, edit
+from ft_assets.orchestration.materializer import ERROR, WARN
+from ft_assets_tests.factories import CHATML, edit
 from ft_assets_tests.pipeline import artifact, checks, failure, general, materialize, read
 
 ROLES = ("system", "user", "assistant")
@@ -43,17 +43,29 @@ def gguf(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return files
 
 
-def test_weights_read_back_by_the_gguf_package_are_the_models(gguf: dict[str, Path], taught_model: Path) -> None:
+def test_weights_read_back_by_the_gguf_package_are_the_models(
+    gguf: dict[str, Path], taught_model: Path
+) -> None:
     weights = load_file(taught_model / "model.safetensors")
     found = {tensor.name: tensor for tensor in GGUFReader(gguf["f16"]).tensors}
     assert len(found) == len(weights)
     query = found["blk.1.attn_q.weight"].data.reshape(64, 64)
-    np.testing.assert_array_equal(query, interleaved(weights["model.layers.1.self_attn.q_proj.weight"], 4).half().numpy())
-    np.testing.assert_array_equal(found["blk.0.attn_norm.weight"].data, weights["model.layers.0.input_layernorm.weight"].float().numpy())
-    np.testing.assert_array_equal(found["token_embd.weight"].data.reshape(-1, 64), weights["model.embed_tokens.weight"].half().numpy())
+    np.testing.assert_array_equal(
+        query, interleaved(weights["model.layers.1.self_attn.q_proj.weight"], 4).half().numpy()
+    )
+    np.testing.assert_array_equal(
+        found["blk.0.attn_norm.weight"].data,
+        weights["model.layers.0.input_layernorm.weight"].float().numpy(),
+    )
+    np.testing.assert_array_equal(
+        found["token_embd.weight"].data.reshape(-1, 64),
+        weights["model.embed_tokens.weight"].half().numpy(),
+    )
 
 
-def test_template_stop_tokens_and_vocabulary_are_carried_over(gguf: dict[str, Path], taught_model: Path, tmp_path: Path) -> None:
+def test_template_stop_tokens_and_vocabulary_are_carried_over(
+    gguf: dict[str, Path], taught_model: Path, tmp_path: Path
+) -> None:
     assert all(readers.carried_over(gguf["q8_0"], taught_model).values())
     other = shutil.copytree(taught_model, tmp_path / "other")
     (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -69,12 +81,18 @@ def expected(taught_model: Path) -> list[Expected]:
 
 
 def top1(expected: list[Expected], file: Path) -> float:
-    return readers.agreement(expected, readers.by_transformers_gguf(file, ASKED, expected, 8))["top1"]
+    return readers.agreement(expected, readers.by_transformers_gguf(file, ASKED, expected, 8))[
+        "top1"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_good_gguf_has_the_models_tokens_by_transformers_own_loader(gguf: dict[str, Path], expected: list[Expected], kind: str) -> None:
-    assert len({one.answer for one in expected}) > 3  # it has been taught: answers differ from prompt to prompt
+def test_good_gguf_has_the_models_tokens_by_transformers_own_loader(
+    gguf: dict[str, Path], expected: list[Expected], kind: str
+) -> None:
+    assert (
+        len({one.answer for one in expected}) > 3
+    )  # it has been taught: answers differ from prompt to prompt
     assert all(one.ids[-1] == 2 for one in expected)  # the end of turn is asked for too
     assert top1(expected, gguf[kind]) >= 0.95
 
@@ -83,11 +101,19 @@ def doubled(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return interleaved(2 * tensor, heads)
 
 
-@pytest.mark.parametrize("broken", [lambda tensor, heads: tensor, doubled], ids=["rows of q and k in another order", "q and k doubled"])
+@pytest.mark.parametrize(
+    "broken",
+    [lambda tensor, heads: tensor, doubled],
+    ids=["rows of q and k in another order", "q and k doubled"],
+)
 def test_broken_weights_are_noticed(
-    broken: Any, expected: list[Expected], taught_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broken: Any,
+    expected: list[Expected],
+    taught_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ft_assets.release.export_gguf.interleaved", broken)
+    monkeypatch.setattr("ft_assets.export.gguf.interleaved", broken)
     write_gguf(taught_model, tmp_path / "bad.gguf", "f16", "tiny", None)
     assert top1(expected, tmp_path / "bad.gguf") < LEAST
 
@@ -98,8 +124,13 @@ def test_near_tie_counts_as_equal_and_another_token_does_not(expected: list[Expe
     right = [list(one.ids) for one in expected]
     answers = [one.answer for one in expected]
     assert readers.agreement(expected, Found(answers, right)) == {"top1": 1.0, "greedy": 1.0}
-    found = readers.agreement(expected, Found(["", *answers[1:]], [[399] * len(right[0]), *right[1:]]))
-    assert found == {"top1": 1 - len(right[0]) / sum(map(len, right)), "greedy": 1 - 1 / len(answers)}
+    found = readers.agreement(
+        expected, Found(["", *answers[1:]], [[399] * len(right[0]), *right[1:]])
+    )
+    assert found == {
+        "top1": 1 - len(right[0]) / sum(map(len, right)),
+        "greedy": 1 - 1 / len(answers),
+    }
 
 
 class LlamaCpp:
@@ -152,7 +183,9 @@ def test_llama_3_frequencies_are_those_of_transformers() -> None:
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    config = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=rope)
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=rope
+    )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     plain = 1.0 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
     ours = llama3_factors({"rope_parameters": rope, "head_dim": 128})
@@ -164,28 +197,41 @@ def test_llama_3_frequencies_are_those_of_transformers() -> None:
 def test_other_architectures_are_refused_by_name(taught_model: Path, tmp_path: Path) -> None:
     other = shutil.copytree(taught_model, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "architectures": ["Gemma3ForCausalLM"]}))
+    (other / "config.json").write_text(
+        json.dumps({**config, "architectures": ["Gemma3ForCausalLM"]})
+    )
     assert "Gemma3ForCausalLM is not one of" in str(why_not(other))
     with pytest.raises(ReleaseError, match=r"release\.llama_cpp"):
         write_gguf(other, tmp_path / "x.gguf", "f16", "x", None)
 
 
 def test_unknown_pre_tokenizer_is_refused_not_guessed() -> None:
-    model = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\w+"}}}
+    model = {
+        "model": {"type": "BPE"},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\w+"}},
+    }
     with pytest.raises(ReleaseError, match="pre-tokenizer is not one"):
         pre_tokenizer_name(model, "here")
     with pytest.raises(ReleaseError, match="byte fallback"):
         pre_tokenizer_name({"model": {"type": "BPE", "byte_fallback": True}}, "here")
 
 
-def test_modelfile_writes_the_template_for_go_and_stops_where_the_model_does(gguf: dict[str, Path], taught_model: Path) -> None:
+def test_modelfile_writes_the_template_for_go_and_stops_where_the_model_does(
+    gguf: dict[str, Path], taught_model: Path
+) -> None:
     text, why_not = modelfile("tiny.gguf", taught_model, ASKED, readers.adds_bos(gguf["f16"]))
     assert why_not is None
     assert text.startswith("FROM ./tiny.gguf\n")
     assert f'PARAMETER stop "{load_tokenizer(taught_model).eos_token}"' in text
-    around = [f'"{role}" }}}}{{{{ "<|im_start|>{role}\\n" }}}}{{{{ .Content }}}}{{{{ "<|im_end|>\\n" }}}}' for role in ROLES]
+    around = [
+        f'"{role}" }}}}{{{{ "<|im_start|>{role}\\n" }}}}{{{{ .Content }}}}{{{{ "<|im_end|>\\n" }}}}'
+        for role in ROLES
+    ]
     branches = "{{ if eq .Role " + "{{ else if eq .Role ".join(around)
-    assert f'TEMPLATE """{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{{{{ "<|im_start|>assistant\\n" }}}}"""\n' in text
+    assert (
+        f'TEMPLATE """{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{{{{ "<|im_start|>assistant\\n" }}}}"""\n'
+        in text
+    )
 
 
 def write_of(template: str) -> Any:
@@ -201,13 +247,23 @@ def write_of(template: str) -> Any:
     [
         (CHATML, ASKED, True),
         ("{% if messages[0].role != 'system' %}<s>Be kind.</s>{% endif %}" + CHATML, ASKED, True),
-        ("{% if messages|length > 6 %}long{% endif %}" + CHATML, [[*ASKED[0], {"role": "assistant", "content": "x"}] * 4], False),
+        (
+            "{% if messages|length > 6 %}long{% endif %}" + CHATML,
+            [[*ASKED[0], {"role": "assistant", "content": "x"}] * 4],
+            False,
+        ),
         (CHATML, [[*ASKED[0], *ASKED[1]]], False),  # Ollama joins two turns of one role
         (CHATML.replace("message['content']", "message['content']|upper"), ASKED, False),
-        ("{% for m in messages %}[{{ loop.index }}]{{ m.role + m.content }}{% endfor %}", ASKED, False),
+        (
+            "{% for m in messages %}[{{ loop.index }}]{{ m.role + m.content }}{% endfor %}",
+            ASKED,
+            False,
+        ),
     ],
 )
-def test_template_is_written_for_ollama_only_where_it_is_proven_equal(template: str, asked: Any, provable: bool) -> None:
+def test_template_is_written_for_ollama_only_where_it_is_proven_equal(
+    template: str, asked: Any, provable: bool
+) -> None:
     found = pieces_of(write_of(template), asked)
     assert isinstance(found, Pieces) is provable
     if isinstance(found, Pieces):
@@ -216,9 +272,13 @@ def test_template_is_written_for_ollama_only_where_it_is_proven_equal(template: 
             assert found.render(messages) == write_of(template)(messages, True)
 
 
-def test_modelfile_of_another_template_says_that_ollama_does_not_use_it(taught_model: Path, tmp_path: Path) -> None:
+def test_modelfile_of_another_template_says_that_ollama_does_not_use_it(
+    taught_model: Path, tmp_path: Path
+) -> None:
     other = shutil.copytree(taught_model, tmp_path / "other")
-    (other / "chat_template.jinja").write_text("{% for m in messages %}[{{ loop.index }}]{{ m.role + m.content }}{% endfor %}")
+    (other / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ loop.index }}]{{ m.role + m.content }}{% endfor %}"
+    )
     facts = {"name": "tiny", "license": None, "llama_cpp": None, "base": "tiny", "asked": ASKED}
     made = make_form("gguf-f16", other, other, None, tmp_path / "out", facts)
     text = (tmp_path / "out/Modelfile").read_text()
@@ -229,7 +289,9 @@ def test_modelfile_of_another_template_says_that_ollama_does_not_use_it(taught_m
     assert "not for Ollama" in made["notes"][0]
 
 
-def test_bos_is_written_by_the_template_or_by_the_file_but_not_twice(taught_model: Path, tmp_path: Path) -> None:
+def test_bos_is_written_by_the_template_or_by_the_file_but_not_twice(
+    taught_model: Path, tmp_path: Path
+) -> None:
     other = shutil.copytree(taught_model, tmp_path / "other")
     tokenizer = load_tokenizer(other)
     tokenizer.bos_token = "<|endoftext|>"
@@ -243,18 +305,23 @@ def test_bos_is_written_by_the_template_or_by_the_file_but_not_twice(taught_mode
     assert "the template writes none" in str(modelfile("x.gguf", other, ASKED, adds_bos=True)[1])
 
 
-@pytest.mark.parametrize(("form", "says"), [("awq", "llmcompressor"), ("gguf-q4_k_m", "llama-quantize"), ("adapter", "adapter of this")])
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [("awq", "llmcompressor"), ("gguf-q4_k_m", "llama-quantize"), ("adapter", "adapter of this")],
+)
 def test_form_that_cannot_be_made_is_refused_with_the_reason(
     form: str, says: str, taught_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr("ft_assets.release.export_gguf.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("ft_assets.export.gguf.importlib.util.find_spec", lambda name: None)
     facts = {"name": "tiny", "license": None, "llama_cpp": None, "base": "tiny", "asked": ASKED}
     with pytest.raises(ReleaseError, match=says):
         make_form(form, taught_model, taught_model, None, tmp_path / "out", facts)
 
 
-def test_tools_that_a_form_uses_are_part_of_what_is_asked_and_places_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_that_a_form_uses_are_part_of_what_is_asked_and_places_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")
     without = identities(["gguf-q4_k_m"], None)
     assert without["llama-quantize"] is None
@@ -268,21 +335,29 @@ def test_tools_that_a_form_uses_are_part_of_what_is_asked_and_places_are_not(tmp
     assert one["converter"] is not None
     (tmp_path / "other/build/bin/llama-quantize").write_text("2")
     assert one != identities(["gguf-q4_k_m"], tmp_path / "other")
-    assert identities(["gguf-q8_0"], None) != identities(["gguf-q8_0"], tmp_path / "empty")  # refused there, not written here
+    assert identities(["gguf-q8_0"], None) != identities(
+        ["gguf-q8_0"], tmp_path / "empty"
+    )  # refused there, not written here
     assert set(identities(["adapter", "nf4"], tmp_path / "one")) == {"bitsandbytes"}
 
 
-def test_form_refused_for_want_of_a_tool_is_made_when_it_is_there(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_form_refused_for_want_of_a_tool_is_made_when_it_is_there(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")
     edit(copy, release={"forms": ["gguf-q4_k_m"], "smoke_rows": 2})
-    assert "llama-quantize" in str(checks(materialize(copy, "export"))["forms_answer_alike"].description)
+    assert "llama-quantize" in str(
+        checks(materialize(copy, "export"))["forms_answer_alike"].description
+    )
     llama_cpp = tmp_path / "llama.cpp"
     llama_cpp.mkdir()
     (llama_cpp / "llama-quantize").write_text("#!/bin/sh\nexit 3\n")
     (llama_cpp / "llama-quantize").chmod(0o755)
     (llama_cpp / "convert_hf_to_gguf.py").write_text("import sys; sys.exit('no such architecture')")
     edit(copy, release={"llama_cpp": str(llama_cpp)})
-    assert "no such architecture" in str(checks(materialize(copy, "export"))["forms_answer_alike"].description)
+    assert "no such architecture" in str(
+        checks(materialize(copy, "export"))["forms_answer_alike"].description
+    )
 
 
 def plain_adapter(base: Path, folder: Path, **changes: Any) -> Path:
@@ -304,14 +379,25 @@ def plain_adapter(base: Path, folder: Path, **changes: Any) -> Path:
         ({"trainable_token_indices": [1, 2]}, 0, "lora.trainable_token_indices"),
     ],
 )
-def test_adapter_is_made_only_where_vllm_loads_it(changes: Any, rank: int, says: str | None, taught_model: Path, tmp_path: Path) -> None:
+def test_adapter_is_made_only_where_vllm_loads_it(
+    changes: Any, rank: int, says: str | None, taught_model: Path, tmp_path: Path
+) -> None:
     adapter, commit = plain_adapter(taught_model, tmp_path / "adapter", **changes), "c0ffee" * 6
-    facts = {"name": "tiny", "license": None, "llama_cpp": None, "base": "me/tiny", "revision": commit, "asked": ASKED}
+    facts = {
+        "name": "tiny",
+        "license": None,
+        "llama_cpp": None,
+        "base": "me/tiny",
+        "revision": commit,
+        "asked": ASKED,
+    }
     if says:
         with pytest.raises(ReleaseError, match=says):
             make_form("adapter", taught_model, taught_model, adapter, tmp_path / "out", facts)
         return
-    (line,) = make_form("adapter", taught_model, taught_model, adapter, tmp_path / "out", facts)["serve"]
+    (line,) = make_form("adapter", taught_model, taught_model, adapter, tmp_path / "out", facts)[
+        "serve"
+    ]
     assert f"vllm serve me/tiny --revision {commit} --enable-lora --max-lora-rank {rank} " in line
     assert line.endswith("--chat-template ./adapter/chat_template.jinja")
     assert (tmp_path / "out/chat_template.jinja").read_text() == CHATML
@@ -321,7 +407,13 @@ def test_adapter_is_made_only_where_vllm_loads_it(changes: Any, rank: int, says:
 
 def entry(**changes: Any) -> dict[str, Any]:
     agreement = {"transformers": {"top1": 1.0, "greedy": 0.25}}
-    good = {"form": "gguf-f16", "refused": None, "agreement": agreement, "failed": {}, "carried_over": {"template": True}}
+    good = {
+        "form": "gguf-f16",
+        "refused": None,
+        "agreement": agreement,
+        "failed": {},
+        "carried_over": {"template": True},
+    }
     return {**good, **changes}
 
 
@@ -331,13 +423,29 @@ LOW = {"transformers": {"top1": 1.0, "greedy": 1.0}, "llama.cpp": {"top1": 0.3, 
 @pytest.mark.parametrize(
     ("change", "severity", "says"),
     [
-        ({}, None, "gguf-f16 by transformers: top-1 1.000, greedy answers equal 0.25"),  # a low share of these is no fault
-        ({"form": "nf4", "agreement": {"transformers": {"top1": 0.726, "greedy": 0.0}}}, None, "nf4 by transformers: top-1 0.726"),
+        (
+            {},
+            None,
+            "gguf-f16 by transformers: top-1 1.000, greedy answers equal 0.25",
+        ),  # a low share of these is no fault
+        (
+            {"form": "nf4", "agreement": {"transformers": {"top1": 0.726, "greedy": 0.0}}},
+            None,
+            "nf4 by transformers: top-1 0.726",
+        ),
         ({"agreement": LOW}, ERROR, "gguf-f16 by llama.cpp: 0.300 of 99 tokens"),
         ({"carried_over": {"template": False}}, ERROR, "template not carried over"),
         ({"refused": "no tool"}, WARN, "gguf-f16 refused: no tool"),
-        ({"failed": {"llama.cpp": "out of memory"}}, WARN, "gguf-f16 not read by llama.cpp: out of memory; gguf-f16 by transformers"),
-        ({"failed": {"llama.cpp": "out of memory"}, "agreement": {}}, ERROR, "gguf-f16: nothing could read it; gguf-f16 not read by"),
+        (
+            {"failed": {"llama.cpp": "out of memory"}},
+            WARN,
+            "gguf-f16 not read by llama.cpp: out of memory; gguf-f16 by transformers",
+        ),
+        (
+            {"failed": {"llama.cpp": "out of memory"}, "agreement": {}},
+            ERROR,
+            "gguf-f16: nothing could read it; gguf-f16 not read by",
+        ),
     ],
 )
 def test_check_of_the_forms(change: dict, severity: Any, says: str) -> None:
@@ -347,17 +455,23 @@ def test_check_of_the_forms(change: dict, severity: Any, says: str) -> None:
     assert says in str(found.description)
 
 
-def test_form_whose_reader_fails_does_not_take_the_others_with_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_form_whose_reader_fails_does_not_take_the_others_with_it(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17 GiB")
 
-    monkeypatch.setattr("ft_assets.release.readers.by_transformers_gguf", out_of_memory)
+    monkeypatch.setattr("ft_assets.export.readers.by_transformers_gguf", out_of_memory)
     edit(copy, release={"forms": ["gguf-f16", "adapter"], "smoke_rows": 2})
     result = materialize(copy, "export")
     made = {one["form"]: one for one in read(copy, "export", "export.json")["forms"]}
-    assert made["gguf-f16"]["failed"] == {"transformers": "OutOfMemoryError: CUDA out of memory. Tried to allocate 17 GiB"}
+    assert made["gguf-f16"]["failed"] == {
+        "transformers": "OutOfMemoryError: CUDA out of memory. Tried to allocate 17 GiB"
+    }
     assert made["adapter"]["agreement"]["peft"]["top1"] == 1.0
-    assert "gguf-f16: nothing could read it" in str(checks(result)["forms_answer_alike"].description)
+    assert "gguf-f16: nothing could read it" in str(
+        checks(result)["forms_answer_alike"].description
+    )
     assert "17 GiB" in (artifact(copy, "export") / "README.md").read_text()
 
 

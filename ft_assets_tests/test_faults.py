@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets import data
+from ft_assets.assets import raw_data as data
 from ft_assets.config import load_project
 from ft_assets.errors import ConfigError, DataError, StoreUnreachable
 from ft_assets.job import Job, StepResult
 from ft_assets.launchers import StepFailed, StepLost
 from ft_assets.launchers.base import TEMPORARY, failed
-from ft_assets_tests.conftest import edit, ft
+from ft_assets_tests.factories import edit, ft
 from ft_assets_tests.pipeline import InProcessLauncher, checks, failure, materialize
 
 LOST = StepLost("base_model", -9, "Killed")
@@ -44,10 +44,14 @@ def base_model(folder: Path, launcher: Failing) -> dg.ExecuteInProcessResult:
     from ft_assets.definitions import build
 
     settings = yaml.safe_load((folder / "finetune.yaml").read_text())
-    (folder / "finetune.yaml").write_text(yaml.safe_dump({**settings, "launcher": {"kind": "local", "retries": 2, "retry_seconds": 0}}))
+    (folder / "finetune.yaml").write_text(
+        yaml.safe_dump(
+            {**settings, "launcher": {"kind": "local", "retries": 2, "retry_seconds": 0}}
+        )
+    )
     definitions = build(load_project(folder / "finetune.yaml"))
     resources: Any = definitions.resources
-    resources["workshop"].launcher = launcher
+    resources["materializer"].launcher = launcher
     with dg.DagsterInstance.ephemeral() as instance:
         return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=instance, partition_key="tiny", asset_selection=[dg.AssetKey("base_model")], raise_on_error=False,
@@ -64,7 +68,9 @@ def test_fault_of_the_infrastructure_is_tried_again(project: Path, fault: Except
 
 
 @pytest.mark.parametrize("reader", ["the check", "the pictures"])
-def test_store_that_does_not_answer_a_reader_is_asked_again(project: Path, monkeypatch: pytest.MonkeyPatch, reader: str) -> None:
+def test_store_that_does_not_answer_a_reader_is_asked_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
     faults = iter([StoreUnreachable("s3://models", "timeout")] * 2)
     name, module = ("need", ArtifactStore) if reader == "the check" else ("_rejected", data)
     real: Any = getattr(module, name)
@@ -82,7 +88,9 @@ def test_store_that_does_not_answer_a_reader_is_asked_again(project: Path, monke
     assert checks(result)["rows_are_valid"].passed
 
 
-def test_ft_says_of_a_store_that_does_not_answer_that_it_may_be_tried_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ft_says_of_a_store_that_does_not_answer_that_it_may_be_tried_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_MAX_ATTEMPTS": "1"
     }.items():  # fmt: skip
@@ -103,7 +111,7 @@ def test_fault_that_stays_is_told_after_the_last_try(project: Path) -> None:
     assert "killed by signal 9" in failure(result)
 
 
-@pytest.mark.parametrize("error", [ELSE, DataError("row 3", "no answer")])
+@pytest.mark.parametrize("error", [ELSE, DataError(where="row 3", found="no answer")])
 def test_step_that_fails_by_itself_is_tried_once(project: Path, error: Exception) -> None:
     launcher = Failing(error)
     assert str(error) in failure(base_model(project, launcher))
@@ -132,12 +140,17 @@ def test_what_counts_as_a_fault_of_the_infrastructure(code: int, tail: str, lost
     ("launcher", "said"),
     [
         ("raj", r"launcher.kind: 'raj'[\s\S]*local, accelerate, ray[\s\S]*did you mean 'ray'"),
-        ({"kind": "ray", "worker": 2}, r"launcher.worker: is not a known key[\s\S]*did you mean 'workers'"),
+        (
+            {"kind": "ray", "worker": 2},
+            r"launcher.worker: is not a known key[\s\S]*did you mean 'workers'",
+        ),
         ({"kind": "accelerate", "processes": 0}, r"launcher.processes: 0"),
         ({"workers": 2}, r"launcher.kind: 'no kind'"),
     ],
 )
-def test_launcher_that_cannot_be_is_told_with_its_key(project: Path, launcher: Any, said: str) -> None:
+def test_launcher_that_cannot_be_is_told_with_its_key(
+    project: Path, launcher: Any, said: str
+) -> None:
     settings = yaml.safe_load((project / "finetune.yaml").read_text())
     (project / "finetune.yaml").write_text(yaml.safe_dump({**settings, "launcher": launcher}))
     with pytest.raises(ConfigError, match=said):

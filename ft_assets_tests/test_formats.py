@@ -16,11 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ft_assets.data.canonical import conversation, preference
-from ft_assets.data.formats import RawRow, read_rows, resolve_files
-from ft_assets.data.shapes import RowProblem, renamed
+from ft_assets.data.file_formats import RawRow, read_rows, resolve_files
+from ft_assets.data.row_formats import RowProblem, renamed
 from ft_assets.errors import DataError
 
-ROWS = [{"prompt": "Grüße, 今天?", "completion": 'a "quoted", answer\nin two lines'}, {"prompt": "2 + 2", "completion": "4"}]
+ROWS = [
+    {"prompt": "Grüße, 今天?", "completion": 'a "quoted", answer\nin two lines'},
+    {"prompt": "2 + 2", "completion": "4"},
+]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
@@ -48,7 +51,9 @@ def test_json_is_read_whatever_its_container(tmp_path: Path, name: str, data: by
     assert values(tmp_path / name) == ROWS
 
 
-@pytest.mark.parametrize(("name", "delimiter"), [("rows.csv", ","), ("rows.tsv", "\t"), ("rows.csv.gz", ",")])
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("rows.csv", ","), ("rows.tsv", "\t"), ("rows.csv.gz", ",")]
+)
 def test_tables_of_text_are_read_by_their_header(tmp_path: Path, name: str, delimiter: str) -> None:
     opened = gzip.open if name.endswith(".gz") else open
     with opened(tmp_path / name, "wt", newline="", encoding="utf-8") as file:
@@ -62,7 +67,10 @@ def test_parquet_and_arrow_are_read(tmp_path: Path) -> None:
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, tmp_path / "rows.parquet")
     feather.write_feather(table, tmp_path / "rows.feather")
-    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+    with (
+        pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as stream,
+    ):
         stream.write_table(table)
     for name in ("rows.parquet", "rows.feather", "rows.arrow"):
         assert values(tmp_path / name) == ROWS, name
@@ -88,7 +96,9 @@ def test_latin_1_is_refused_by_line_and_read_when_it_is_named(tmp_path: Path) ->
         ("rows.json", b'[{"a": NaN}]', "NaN is no JSON value"),
     ],
 )
-def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+def test_file_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, data: bytes, said: str
+) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=said):
         values(tmp_path / name)
@@ -107,7 +117,10 @@ def test_folder_means_all_data_files_in_it(tmp_path: Path) -> None:
     for name in ("a/x.jsonl", "a/b/y.csv.gz", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    assert [path.name for path in resolve_files(tmp_path, ["a"], "data.train")] == ["y.csv.gz", "x.jsonl"]
+    assert [path.name for path in resolve_files(tmp_path, ["a"], "data.train")] == [
+        "y.csv.gz",
+        "x.jsonl",
+    ]
 
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -118,13 +131,25 @@ SYSTEM = {"role": "system", "content": "be brief"}
     ("raw", "messages"),
     [
         ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ANSWER]}, [USER, ANSWER]),
         (
-            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "system": "be brief"},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ANSWER]},
+            [USER, ANSWER],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "hi"},
+                    {"from": "gpt", "value": "hello"},
+                ],
+                "system": "be brief",
+            },
             [SYSTEM, USER, ANSWER],
         ),
         ({"instruction": "hi", "input": "", "output": "hello"}, [USER, ANSWER]),
-        ({"instruction": "hi", "input": "there", "output": "hello"}, [{"role": "user", "content": "hi\nthere"}, ANSWER]),
+        (
+            {"instruction": "hi", "input": "there", "output": "hello"},
+            [{"role": "user", "content": "hi\nthere"}, ANSWER],
+        ),
         (
             {"instruction": "hi", "output": "hello", "history": [["a", "b"]]},
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, USER, ANSWER],
@@ -170,7 +195,10 @@ def test_shapes_of_preferences(raw: dict[str, Any]) -> None:
         ({"messages": [ANSWER, USER]}, r"messages\[0\]: role 'assistant'; expected 'user'"),
         ({"messages": [USER, SYSTEM, ANSWER]}, r"messages\[1\]: a system turn"),
         ({"messages": [USER, ANSWER, USER]}, r"messages\[2\]: the last turn is the user's"),
-        ({"messages": [USER, {"role": "tool", "content": "x"}]}, r"messages\[1\]: a tool result; no assistant turn"),
+        (
+            {"messages": [USER, {"role": "tool", "content": "x"}]},
+            r"messages\[1\]: a tool result; no assistant turn",
+        ),
         ({"messages": [USER, "hello"]}, r"messages\[1\]: is a str"),
         ({"prompt": "hi", "completion": True}, r"messages\[1\]: content is a bool"),
         ({"prompt": 7, "completion": "x"}, r"messages\[0\]: content is a int"),
@@ -191,7 +219,10 @@ def test_row_that_cannot_be_used_says_why(raw: dict[str, Any], said: str) -> Non
         ({"prompt": "hi", "chosen": "a"}, "rejected: is missing"),
         ({"messages": [USER, ANSWER], "label": True}, r"is one answer with a label \(KTO\)"),
         ({"prompt": "hi", "chosen": " a", "rejected": "a"}, "chosen and rejected are equal"),
-        ({"chosen": [USER, ANSWER], "rejected": [{"role": "user", "content": "ho"}, BAD]}, r"part at messages\[0\]"),
+        (
+            {"chosen": [USER, ANSWER], "rejected": [{"role": "user", "content": "ho"}, BAD]},
+            r"part at messages\[0\]",
+        ),
         ({"prompt": "hi", "responses": ["a", "b"], "scores": [1]}, "1 values for 2 answers"),
         ({"prompt": "hi", "responses": ["a", "b"], "scores": [1, 1]}, "all answers rank the same"),
     ],
@@ -202,11 +233,15 @@ def test_pair_that_cannot_be_used_says_why(raw: dict[str, Any], said: str) -> No
 
 
 def test_columns_are_renamed_and_a_missing_one_is_named() -> None:
-    assert conversation(renamed({"text": "hi", "category": "hello"}, {"prompt": "text", "completion": "category"}))["messages"] == [
+    assert conversation(
+        renamed({"text": "hi", "category": "hello"}, {"prompt": "text", "completion": "category"})
+    )["messages"] == [
         USER,
         ANSWER,
     ]
-    with pytest.raises(RowProblem, match=r"has no column 'label' of data\.columns; it has category, text"):
+    with pytest.raises(
+        RowProblem, match=r"has no column 'label' of data\.columns; it has category, text"
+    ):
         renamed({"text": "hi", "category": "hello"}, {"completion": "label"})
 
 
@@ -214,7 +249,10 @@ KEYS = ("messages", "conversations", "role", "content", "from", "value", "prompt
         "chosen", "rejected", "responses", "scores", "ranks", "group", "tool_calls", "type", "text")  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), inner, max_size=5)
+    ),
     max_leaves=12,
 )
 
@@ -227,11 +265,21 @@ def test_any_object_is_a_row_or_a_problem(raw: dict[str, Any]) -> None:
             row = form(raw)
         except RowProblem:
             continue
-        assert all(turn["content"].strip() and turn["role"] in ("system", "user", "assistant") for turn in row["messages"])
+        assert all(
+            turn["content"].strip() and turn["role"] in ("system", "user", "assistant")
+            for turn in row["messages"]
+        )
 
 
-@given(st.binary(max_size=200), st.sampled_from(["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.jsonl.gz", "rows.parquet"]))
-def test_any_bytes_are_rows_or_a_named_error(tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str) -> None:
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(
+        ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.jsonl.gz", "rows.parquet"]
+    ),
+)
+def test_any_bytes_are_rows_or_a_named_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(data)
     try:
@@ -243,7 +291,9 @@ def test_any_bytes_are_rows_or_a_named_error(tmp_path_factory: pytest.TempPathFa
 
 
 @given(st.lists(st.fixed_dictionaries({"prompt": st.text(), "completion": st.text()}), max_size=5))
-def test_what_json_and_csv_writers_write_is_read_back(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]]) -> None:
+def test_what_json_and_csv_writers_write_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]]
+) -> None:
     folder = tmp_path_factory.getbasetemp()
     (folder / "back.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert values(folder / "back.jsonl") == rows

@@ -23,10 +23,10 @@ from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.job import Job
 from ft_assets.launchers import StepLost
 from ft_assets.launchers.accelerate import AccelerateLauncher
-from ft_assets.steps._run import execute
-from ft_assets.training.memory import Setup, predict
-from ft_assets.training.plan import Data, Machine, Plan, make_plan
-from ft_assets.training.shape import shape_of
+from ft_assets.step_runner import execute
+from ft_assets.training.memory_plan.estimate import Setup, predict
+from ft_assets.training.memory_plan.model_shape import shape_of
+from ft_assets.training.memory_plan.plan import Data, Machine, Plan, make_plan
 from ft_assets_tests.launching import process_groups, require_same_training, trained
 from ft_assets_tests.training import make_pairs, make_rows, silent
 
@@ -57,13 +57,23 @@ SETTINGS: dict[str, Any] = {
 def inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and a split as the graph makes them."""
     split = tmp_path_factory.mktemp("split")
-    sides = {"train": make_rows(40), "validation": make_rows(4, seed=9), "preferences": make_pairs(16)}
+    sides = {
+        "train": make_rows(40),
+        "validation": make_rows(4, seed=9),
+        "preferences": make_pairs(16),
+    }
     for name, rows in {**sides, "preferences_validation": make_pairs(8, seed=5)}.items():
         pq.write_table(pa.Table.from_pylist(rows), split / f"{name}.parquet")
     return {"base_model": tiny_model, "heldout_split": split}
 
 
-def make_job(inputs: dict[str, Path], folder: Path, step: str = "sft", lora: dict[str, Any] | None = None, **changes: Any) -> Job:
+def make_job(
+    inputs: dict[str, Path],
+    folder: Path,
+    step: str = "sft",
+    lora: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Job:
     (folder / "output").mkdir(parents=True)
     settings = {**SETTINGS, **({"eval_steps": 6} if step == "sft" else {}), **changes}
     return Job(
@@ -105,34 +115,57 @@ def divided(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_killed_ranks_go_on_and_end_as_one_process_that_nobody_disturbed(
-    inputs: dict[str, Path], divided: tuple[Job, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Path],
+    divided: tuple[Job, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, (two, metrics) = alone(make_job(inputs, tmp_path), monkeypatch), divided
     assert 0 < metrics["resumed_from_step"] < metrics["steps"] == 15
     require_same_training(one, two)
     first, second = (load_file(job.output / "adapter_model.safetensors") for job in (one, two))
-    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-3 * metrics["largest_update"]
+    assert (
+        max(float((first[name] - second[name]).abs().max()) for name in first)
+        < 1e-3 * metrics["largest_update"]
+    )
     assert validated(one) == validated(two)
     assert_same_answers(inputs["base_model"], one.output, two.output)
 
 
-def test_ranks_divide_the_layers_and_keep_the_fast_ways(inputs: dict[str, Path], divided: tuple[Job, Any]) -> None:
+def test_ranks_divide_the_layers_and_keep_the_fast_ways(
+    inputs: dict[str, Path], divided: tuple[Job, Any]
+) -> None:
     metrics = divided[1]
     assert metrics["fused_linears"] == 14 and metrics["packed"] and metrics["packing_leak"] == 0
     assert metrics["checkpointed_layers"] == metrics["base_shards"] == 2
     model = AutoModelForCausalLM.from_pretrained(inputs["base_model"])
     layers = sum(weight.numel() for name, weight in model.named_parameters() if "layers." in name)
-    rest = sum(weight.numel() for weight in model.parameters()) - layers + metrics["trainable_parameters"]
+    rest = (
+        sum(weight.numel() for weight in model.parameters())
+        - layers
+        + metrics["trainable_parameters"]
+    )
     assert metrics["held_weights_gb"] == pytest.approx(4 * (layers / 2 + rest) / 1e9, abs=2e-6)
 
 
-def test_dpo_on_a_divided_base(inputs: dict[str, Path], divided: tuple[Job, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dpo_on_a_divided_base(
+    inputs: dict[str, Path],
+    divided: tuple[Job, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     adapted = {**inputs, "lora_adapter": divided[0].output}
-    one, two = (make_job(adapted, tmp_path / name, "dpo", gradient_checkpointing=None) for name in "12")
+    one, two = (
+        make_job(adapted, tmp_path / name, "dpo", gradient_checkpointing=None) for name in "12"
+    )
     alone(one, monkeypatch)
     _, _, metrics = trained(DIVIDED, two)
     require_same_training(one, two)
-    assert metrics["base_shards"] == 2 and metrics["reference_difference"] == 0 and metrics["prompts_shared"]
+    assert (
+        metrics["base_shards"] == 2
+        and metrics["reference_difference"] == 0
+        and metrics["prompts_shared"]
+    )
 
 
 LLAMA_70B = shape_of({
@@ -143,7 +176,13 @@ LLAMA_70B = shape_of({
 
 def planned(memory_gb: float, ranks: int = 8, sharding: str = "auto", **lora: Any) -> Plan:
     machine = Machine(True, memory_gb * 1e9, 2, True, 989e12, ranks, sharding)
-    return make_plan(LLAMA_70B, LoraSettings(**lora), SftSettings(effective_batch=64), Data([200] * 400, packed=True), machine)
+    return make_plan(
+        LLAMA_70B,
+        LoraSettings(**lora),
+        SftSettings(effective_batch=64),
+        Data([200] * 400, packed=True),
+        machine,
+    )
 
 
 def test_auto_divides_only_what_one_gpu_does_not_hold() -> None:
@@ -153,7 +192,10 @@ def test_auto_divides_only_what_one_gpu_does_not_hold() -> None:
     assert divided.facts()["base_shards"] == 8
     assert planned(36).method == "lora" and planned(36).shards == 8  # NF4 takes 44 GB
     assert planned(800, method="lora").shards == 1
-    with pytest.raises(MemoryPlanError, match=r"lora.method: lora with launcher.sharding: auto, which divides the base over 8 GPUs"):
+    with pytest.raises(
+        MemoryPlanError,
+        match=r"lora.method: lora with launcher.sharding: auto, which divides the base over 8 GPUs",
+    ):
         planned(36, method="qlora")
     with pytest.raises(MemoryPlanError, match="a smaller base model"):
         planned(20)
@@ -161,21 +203,33 @@ def test_auto_divides_only_what_one_gpu_does_not_hold() -> None:
 
 def test_predicted_memory_is_a_share_of_the_layers_and_what_every_rank_holds() -> None:
     setup = Setup.of(LLAMA_70B, 16, "attention", tokens=4096, kept_layers=0)
-    whole, divided = predict(LLAMA_70B, setup), predict(LLAMA_70B, dataclasses.replace(setup, shards=8))
+    whole, divided = (
+        predict(LLAMA_70B, setup),
+        predict(LLAMA_70B, dataclasses.replace(setup, shards=8)),
+    )
     layers, outside = 2 * LLAMA_70B.linear_parameters, 2 * LLAMA_70B.other_parameters
     assert whole["weights"] == layers + outside and divided["weights"] == layers / 8 + outside
     assert divided["gathered_layers"] == 3 * layers / 80 and whole["gathered_layers"] == 0
-    assert {name: size for name, size in whole.items() if name not in ("weights", "gathered_layers", "total")}.items() <= divided.items()
+    assert {
+        name: size
+        for name, size in whole.items()
+        if name not in ("weights", "gathered_layers", "total")
+    }.items() <= divided.items()
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
 def test_method_whose_base_cannot_be_divided_is_refused(method: str) -> None:
-    with pytest.raises(ConfigError, match=rf"launcher.sharding: fsdp: lora.method: {method}[\s\S]*set lora.method: lora"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"launcher.sharding: fsdp: lora.method: {method}[\s\S]*set lora.method: lora",
+    ):
         planned(800, sharding="fsdp", method=method)
 
 
 def test_one_process_has_nobody_to_divide_with(inputs: dict[str, Path], tmp_path: Path) -> None:
-    launcher = AccelerateLauncher(AccelerateSettings(kind="accelerate", processes=1, sharding="fsdp"))
+    launcher = AccelerateLauncher(
+        AccelerateSettings(kind="accelerate", processes=1, sharding="fsdp")
+    )
     with pytest.raises(ConfigError, match="at least 2"):
         launcher.run(make_job(inputs, tmp_path), lambda _: None)
 
@@ -183,7 +237,14 @@ def test_one_process_has_nobody_to_divide_with(inputs: dict[str, Path], tmp_path
 def validated(job: Job) -> list[Any]:
     """Return the validation losses of a job, and which weights were kept."""
     found = json.loads((job.output / "info/validation.json").read_text())
-    return [(entry["step"], pytest.approx(entry["validation_loss"], abs=1.1e-4), entry.get("kept", False)) for entry in found]
+    return [
+        (
+            entry["step"],
+            pytest.approx(entry["validation_loss"], abs=1.1e-4),
+            entry.get("kept", False),
+        )
+        for entry in found
+    ]
 
 
 @torch.no_grad()
@@ -192,6 +253,11 @@ def assert_same_answers(base: Path, one: Path, two: Path) -> None:
     ids = torch.tensor([make_rows(1)[0]["input_ids"]])
     plain, first, second = (
         AutoModelForCausalLM.from_pretrained(base)(ids).logits,
-        *(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))(ids).logits for adapter in (one, two)),
+        *(
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))(
+                ids
+            ).logits
+            for adapter in (one, two)
+        ),
     )
     assert float((first - second).abs().max()) < 1e-3 * float((first - plain).abs().max())

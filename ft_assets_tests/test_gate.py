@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets_tests.conftest import edit
+from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
 
@@ -45,7 +45,7 @@ def test_check_that_crashes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     edit(copy, gate={"min_heldout_rows": 1000})
     with monkeypatch.context() as patched:
-        patched.setattr("ft_assets.assets.evaluation.decide", crash)
+        patched.setattr("ft_assets.assets.eval_report.decide", crash)
         assert not materialize(copy, "eval_report").success
     assert "the verdict is INCONCLUSIVE" in refused(copy)
 

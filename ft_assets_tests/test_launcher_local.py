@@ -97,4 +97,6 @@ def test_step_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     assert gone(step)
-    os.kill(child, signal.SIGKILL)  # its own lifeline is the step's affair; a killed launcher can signal nobody
+    os.kill(
+        child, signal.SIGKILL
+    )  # its own lifeline is the step's affair; a killed launcher can signal nobody

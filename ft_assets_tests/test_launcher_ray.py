@@ -15,7 +15,15 @@ from ft_assets.job import Job
 from ft_assets.launchers import LocalLauncher, StepLost
 from ft_assets.launchers.local import free_port
 from ft_assets.launchers.ray import RayLauncher
-from ft_assets_tests.launching import interrupted, process_groups, require_same_training, trained, training, training_job, wait_until
+from ft_assets_tests.launching import (
+    interrupted,
+    process_groups,
+    require_same_training,
+    trained,
+    training,
+    training_job,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,29 +56,53 @@ def workers() -> set[int]:
     return found
 
 
-@pytest.mark.parametrize(("step", "there"), [("release", True), ("export", True), ("merge", True), ("base_model", False), ("push", False)])
-def test_steps_that_load_models_to_answer_run_where_the_gpu_is(step: str, there: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "there"),
+    [("release", True), ("export", True), ("merge", True), ("base_model", False), ("push", False)],
+)
+def test_steps_that_load_models_to_answer_run_where_the_gpu_is(
+    step: str, there: bool, tmp_path: Path
+) -> None:
     job = Job(
-        step=step, asset=step, partition="x", fingerprint="x", settings={}, inputs={}, output=tmp_path, checkpoints=tmp_path, work=tmp_path
+        step=step,
+        asset=step,
+        partition="x",
+        fingerprint="x",
+        settings={},
+        inputs={},
+        output=tmp_path,
+        checkpoints=tmp_path,
+        work=tmp_path,
     )
-    assert ("ft_assets.launchers.ray_driver" in launcher("127.0.0.1:1").command(tmp_path / "job.json", job)) is there
+    assert (
+        "ft_assets.launchers.ray_driver"
+        in launcher("127.0.0.1:1").command(tmp_path / "job.json", job)
+    ) is there
 
 
-def test_two_workers_train_what_one_process_trains(finished: Path, tmp_path: Path, cluster: str) -> None:
+def test_two_workers_train_what_one_process_trains(
+    finished: Path, tmp_path: Path, cluster: str
+) -> None:
     alone, together = training_job(finished, tmp_path / "1"), training_job(finished, tmp_path / "2")
     trained(LocalLauncher(), alone)
     lines, curve, metrics = trained(launcher(cluster), together)
     require_same_training(alone, together)
     assert metrics["steps"] == len(curve) > 1
-    assert [line["step"] for line in lines if line["message"] == "train"] == [entry["step"] for entry in curve]
+    assert [line["step"] for line in lines if line["message"] == "train"] == [
+        entry["step"] for entry in curve
+    ]
 
 
 def test_users_error_arrives_as_it_was_raised(finished: Path, tmp_path: Path, cluster: str) -> None:
-    with pytest.raises(ConfigError, match=r"sft.effective_batch: 8[\s\S]*micro_batch \(8\) x 2 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"sft.effective_batch: 8[\s\S]*micro_batch \(8\) x 2 ranks"
+    ):
         launcher(cluster).run(training_job(finished, tmp_path, micro_batch=8), lambda _: None)
 
 
-def test_lost_worker_is_a_fault_and_interrupt_stops_the_rest(finished: Path, tmp_path: Path, cluster: str) -> None:
+def test_lost_worker_is_a_fault_and_interrupt_stops_the_rest(
+    finished: Path, tmp_path: Path, cluster: str
+) -> None:
     job, killed = training_job(finished, tmp_path / "1", num_train_epochs=500), set[int]()
 
     def kill(line: object) -> None:
@@ -97,7 +129,9 @@ def test_cluster_that_does_not_answer_is_a_fault(finished: Path, tmp_path: Path)
         )
 
 
-def test_dead_queue_does_not_hide_what_the_run_came_to(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_queue_does_not_hide_what_the_run_came_to(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
     import ray.train.torch
     import ray.util.queue

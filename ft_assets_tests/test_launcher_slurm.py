@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ft_assets.commands.launcher_check import launcher_check
+from ft_assets.commands.doctor import launcher_check
 from ft_assets.config.launcher import SlurmSettings
 from ft_assets.errors import ConfigError
 from ft_assets.launchers import LocalLauncher, StepLost
@@ -35,11 +35,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def launcher(**options: Any) -> SlurmLauncher:
-    return SlurmLauncher(SlurmSettings(**{"kind": "slurm", "gpus": 0, "poll_seconds": 0.3, "silence_seconds": 5, **options}))
+    return SlurmLauncher(
+        SlurmSettings(
+            **{"kind": "slurm", "gpus": 0, "poll_seconds": 0.3, "silence_seconds": 5, **options}
+        )
+    )
 
 
 def queue() -> list[str]:
-    return subprocess.run(["squeue", "--noheader", "--format=%i"], capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        ["squeue", "--noheader", "--format=%i"], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_jobs_train_what_one_process_trains(finished: Path, tmp_path: Path, cluster: None) -> None:
@@ -50,18 +56,24 @@ def test_jobs_train_what_one_process_trains(finished: Path, tmp_path: Path, clus
         lines, _, metrics = trained(launcher(tasks_per_node=ranks), job)
         require_same_training(alone, job)
         assert metrics["steps"] == len(curve) > 1
-        assert [line["step"] for line in lines if line["message"] == "train"] == [entry["step"] for entry in curve]
+        assert [line["step"] for line in lines if line["message"] == "train"] == [
+            entry["step"] for entry in curve
+        ]
         assert any(line["message"] == "running: running" for line in lines)
     assert not queue()
 
 
-def test_users_error_arrives_as_it_was_raised(finished: Path, tmp_path: Path, cluster: None) -> None:
+def test_users_error_arrives_as_it_was_raised(
+    finished: Path, tmp_path: Path, cluster: None
+) -> None:
     with pytest.raises(ConfigError, match=r"sft.effective_batch: 8"):
         few = {"export": "PATH,PYTHONPATH,HF_HUB_OFFLINE,SLURM_CONF"}
         launcher(sbatch=few).run(training_job(finished, tmp_path, micro_batch=3), lambda _: None)
 
 
-def test_killed_rank_is_a_fault_and_takes_the_other_with_it(finished: Path, tmp_path: Path, cluster: None) -> None:
+def test_killed_rank_is_a_fault_and_takes_the_other_with_it(
+    finished: Path, tmp_path: Path, cluster: None
+) -> None:
     job, killed = training_job(finished, tmp_path, num_train_epochs=500), list[int]()
 
     def kill(line: object) -> None:
@@ -75,7 +87,9 @@ def test_killed_rank_is_a_fault_and_takes_the_other_with_it(finished: Path, tmp_
     wait_until(lambda: not process_groups(job.work))
 
 
-def test_interrupt_leaves_a_checkpoint_and_no_process(finished: Path, tmp_path: Path, cluster: None) -> None:
+def test_interrupt_leaves_a_checkpoint_and_no_process(
+    finished: Path, tmp_path: Path, cluster: None
+) -> None:
     job = training_job(finished, tmp_path, num_train_epochs=500)
     with interrupted(lambda: wait_until(lambda: training(job))):
         launcher().run(job, lambda _: None)
@@ -84,7 +98,9 @@ def test_interrupt_leaves_a_checkpoint_and_no_process(finished: Path, tmp_path: 
     assert list(job.checkpoints.glob("checkpoint-*"))
 
 
-def test_queued_job_says_why_and_is_cancelled_with_its_run(finished: Path, tmp_path: Path, cluster: None) -> None:
+def test_queued_job_says_why_and_is_cancelled_with_its_run(
+    finished: Path, tmp_path: Path, cluster: None
+) -> None:
     job, said = training_job(finished, tmp_path), list[str]()
 
     def cancel(line: Any) -> None:
@@ -98,7 +114,9 @@ def test_queued_job_says_why_and_is_cancelled_with_its_run(finished: Path, tmp_p
     assert not queue()
 
 
-def test_job_ends_by_itself_when_its_launcher_is_killed(finished: Path, tmp_path: Path, cluster: None) -> None:
+def test_job_ends_by_itself_when_its_launcher_is_killed(
+    finished: Path, tmp_path: Path, cluster: None
+) -> None:
     job = training_job(finished, tmp_path, num_train_epochs=500)
     parent = launched_elsewhere("launcher()", __name__, job, tmp_path)
     wait_until(lambda: training(job))
@@ -109,7 +127,9 @@ def test_job_ends_by_itself_when_its_launcher_is_killed(finished: Path, tmp_path
     assert "nothing was heard of the run" in job.log_file.read_text()
 
 
-def test_job_that_somebody_else_cancels_is_a_fault(finished: Path, tmp_path: Path, cluster: None) -> None:
+def test_job_that_somebody_else_cancels_is_a_fault(
+    finished: Path, tmp_path: Path, cluster: None
+) -> None:
     def cancel(line: Any) -> None:
         if line["message"].startswith("queued: "):
             subprocess.run(["scancel", *queue()], check=True)
@@ -118,7 +138,9 @@ def test_job_that_somebody_else_cancels_is_a_fault(finished: Path, tmp_path: Pat
         launcher(sbatch={"begin": "now+1hour"}).run(training_job(finished, tmp_path), cancel)
 
 
-def test_what_slurm_refuses_is_told_with_its_key(finished: Path, tmp_path: Path, cluster: None) -> None:
+def test_what_slurm_refuses_is_told_with_its_key(
+    finished: Path, tmp_path: Path, cluster: None
+) -> None:
     job = training_job(finished, tmp_path)
     for options, key in (
         ({"partition": "gpu"}, r"launcher\.partition: gpu"),
@@ -141,21 +163,36 @@ def test_doctor_asks_whether_the_cluster_answers(tmp_path: Path, cluster: None) 
 
 
 def test_one_task_judges_and_options_of_sbatch_win(finished: Path, tmp_path: Path) -> None:
-    several = SlurmLauncher(SlurmSettings(kind="slurm", nodes=4, gpus=8, sbatch={"mem": "64G", "exclusive": True, "no-requeue": False}))
+    several = SlurmLauncher(
+        SlurmSettings(
+            kind="slurm",
+            nodes=4,
+            gpus=8,
+            sbatch={"mem": "64G", "exclusive": True, "no-requeue": False},
+        )
+    )
     job = training_job(finished, tmp_path)
     options = several.options(job)
-    assert {"--nodes=4", "--ntasks-per-node=8", "--gres=gpu:8", "--mem=64G", "--exclusive"} < set(options)
+    assert {"--nodes=4", "--ntasks-per-node=8", "--gres=gpu:8", "--mem=64G", "--exclusive"} < set(
+        options
+    )
     assert "--no-requeue" not in options
-    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:1"} < set(several.options(job.model_copy(update={"step": "evaluate"})))
+    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:1"} < set(
+        several.options(job.model_copy(update={"step": "evaluate"}))
+    )
 
 
-def test_machine_without_slurm_is_told(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_slurm_is_told(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sbatch on this machine"):
         launcher().run(training_job(finished, tmp_path / "1"), lambda _: None)
 
 
-def test_controller_that_does_not_answer_is_a_fault(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_controller_that_does_not_answer_is_a_fault(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stand-in for sbatch: the real one asks a dead controller for minutes."""
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n")  # fmt: skip
     (tmp_path / "sbatch").chmod(0o755)
@@ -178,4 +215,8 @@ def test_time_limit_names_its_key() -> None:
 
 def steps(work: Path) -> list[int]:
     """Return the processes of this machine that are ranks of the job, not what watches over them."""
-    return sorted(pid for pid in process_groups(work) if b"ft_assets.steps" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return sorted(
+        pid
+        for pid in process_groups(work)
+        if b"ft_assets.steps" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )

@@ -16,11 +16,21 @@ IDS = torch.tensor([[5, 9, 12, 30, 7, 60], [8, 8, 21, 40, 41, 3]])
 def adapted(folder: Path, quantized: bool = False, **options: Any) -> Any:
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if quantized:
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
     torch.manual_seed(3)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder, **kwargs),
-        LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}),
+        LoraConfig(
+            **{
+                "r": 4,
+                "lora_alpha": 8,
+                "target_modules": "all-linear",
+                "task_type": "CAUSAL_LM",
+                **options,
+            }
+        ),
     )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -33,7 +43,11 @@ def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
-    return loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return loss.item(), {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @pytest.mark.parametrize(
@@ -49,10 +63,14 @@ def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
     ids=str,
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fused_linears_equal_peft(tiny_model: Path, options: dict[str, Any], checkpointing: bool) -> None:
+def test_fused_linears_equal_peft(
+    tiny_model: Path, options: dict[str, Any], checkpointing: bool
+) -> None:
     model = adapted(tiny_model, **options)
     loss, gradients = loss_and_gradients(model)
-    dora = len(options.get("target_modules", range(7))) if options.get("use_dora") else 0  # PEFT computes these
+    dora = (
+        len(options.get("target_modules", range(7))) if options.get("use_dora") else 0
+    )  # PEFT computes these
     assert fuse_linears(model) == 2 * (7 - dora)
     assert adapters_are_fused(model) is not bool(dora)
     if checkpointing:
@@ -108,7 +126,10 @@ def test_a_disabled_adapter_leaves_the_base(tiny_model: Path) -> None:
 
 def test_a_second_adapter_is_used_when_it_is_the_active_one(tiny_model: Path) -> None:
     model = adapted(tiny_model)
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
+    model.add_adapter(
+        "other",
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    )
     model.set_adapter("other")
     expected = model(input_ids=IDS).logits
     fuse_linears(model)

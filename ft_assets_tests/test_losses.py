@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ft_assets.evaluation import losses as module
-from ft_assets.evaluation.losses import answer_losses, sequence_log_probabilities
+from ft_assets.inference import losses as module
+from ft_assets.inference.losses import answer_losses, sequence_log_probabilities
 from ft_assets.models.loading import load_base
 
 
@@ -19,11 +19,15 @@ def rows() -> list[dict[str, Any]]:
     rows = []
     for prompt, answer in ((5, 3), (9, 1), (2, 7), (14, 4), (3, 2)):
         ids = shared + torch.randint(4, 250, (prompt + answer,), generator=chance).tolist()
-        rows.append({"input_ids": ids, "supervised": [False] * (len(ids) - answer) + [True] * answer})
+        rows.append(
+            {"input_ids": ids, "supervised": [False] * (len(ids) - answer) + [True] * answer}
+        )
     return rows
 
 
-def test_shared_prefix_and_batches_change_nothing(tiny_model: Path, rows: list[dict[str, Any]]) -> None:
+def test_shared_prefix_and_batches_change_nothing(
+    tiny_model: Path, rows: list[dict[str, Any]]
+) -> None:
     model = load_base(tiny_model).float()
     together, right = answer_losses(model, rows, 2, 3)
     for row, loss, share in zip(rows, together, right, strict=True):
@@ -31,17 +35,33 @@ def test_shared_prefix_and_batches_change_nothing(tiny_model: Path, rows: list[d
         assert loss == pytest.approx(alone[0][0], abs=1e-5)
         assert share == alone[1][0]
         ids = torch.tensor([row["input_ids"]])
-        labels = torch.tensor([[token if flag else -100 for token, flag in zip(row["input_ids"], row["supervised"], strict=True)]])
+        labels = torch.tensor(
+            [
+                [
+                    token if flag else -100
+                    for token, flag in zip(row["input_ids"], row["supervised"], strict=True)
+                ]
+            ]
+        )
         assert loss == pytest.approx(float(model(input_ids=ids, labels=labels).loss), abs=1e-5)
     counts = [sum(row["supervised"]) for row in rows]
     sums = sequence_log_probabilities(model, rows, 3, 3)
-    assert sums == pytest.approx([-loss * count for loss, count in zip(together, counts, strict=True)], abs=1e-4)
+    assert sums == pytest.approx(
+        [-loss * count for loss, count in zip(together, counts, strict=True)], abs=1e-4
+    )
 
 
-def test_answer_inside_a_conversation_is_scored_where_it_stands(tiny_model: Path, rows: list[dict[str, Any]]) -> None:
+def test_answer_inside_a_conversation_is_scored_where_it_stands(
+    tiny_model: Path, rows: list[dict[str, Any]]
+) -> None:
     model = load_base(tiny_model).float()
     row = rows[3]
-    middle = {**row, "supervised": [15 <= position < 18 or position >= 44 for position in range(len(row["input_ids"]))]}
+    middle = {
+        **row,
+        "supervised": [
+            15 <= position < 18 or position >= 44 for position in range(len(row["input_ids"]))
+        ],
+    }
     together = answer_losses(model, [rows[0], middle], 2, 3)[0][1]
     assert together == pytest.approx(answer_losses(model, [middle], 1, 3)[0][0], abs=1e-5)
 
@@ -58,10 +78,16 @@ def watched(model: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> list[tu
     """Return a list that gets the shape of each of the head's outputs, or of each batch of tokens."""
     shapes = list[tuple[int, ...]]()
     if method == "head":
-        model.get_output_embeddings().register_forward_hook(lambda _, __, logits: shapes.append(tuple(logits.shape)))
+        model.get_output_embeddings().register_forward_hook(
+            lambda _, __, logits: shapes.append(tuple(logits.shape))
+        )
     else:
         own: Callable[..., Any] = model.get_input_embeddings().forward
-        monkeypatch.setattr(model.get_input_embeddings(), "forward", lambda ids: (shapes.append(tuple(ids.shape)), own(ids))[1])
+        monkeypatch.setattr(
+            model.get_input_embeddings(),
+            "forward",
+            lambda ids: (shapes.append(tuple(ids.shape)), own(ids))[1],
+        )
     return shapes
 
 
@@ -78,10 +104,14 @@ def test_few_logits_are_made_at_once_and_none_where_nothing_is_supervised(
     chunks = shapes[2:]  # the first two: one position of the prefix, and one of each row
     assert shapes[:2] == [(1, 1, model.config.vocab_size), (5, 1, model.config.vocab_size)]
     assert all(rows_ * positions <= 3 for rows_, positions, _ in chunks)
-    assert sum(positions for _, positions, _ in chunks) == sum(sum(row["supervised"]) for row in rows)
+    assert sum(positions for _, positions, _ in chunks) == sum(
+        sum(row["supervised"]) for row in rows
+    )
 
 
-def test_logits_are_those_the_model_itself_makes_of_its_head(tiny_model: Path, rows: list[dict[str, Any]]) -> None:
+def test_logits_are_those_the_model_itself_makes_of_its_head(
+    tiny_model: Path, rows: list[dict[str, Any]]
+) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -90,12 +120,18 @@ def test_logits_are_those_the_model_itself_makes_of_its_head(tiny_model: Path, r
         head_dim=16, final_logit_softcapping=0.01, attn_implementation="eager",
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
-    uncapped = model.get_output_embeddings()(model.model(input_ids=torch.tensor([rows[0]["input_ids"]])).last_hidden_state)
+    uncapped = model.get_output_embeddings()(
+        model.model(input_ids=torch.tensor([rows[0]["input_ids"]])).last_hidden_state
+    )
     assert float(uncapped.detach().abs().max()) > 0.01  # so that the cap changes something
-    assert answer_losses(model, rows, 2, 3)[0] == pytest.approx([plain(model, row)[0] for row in rows], abs=1e-5)
+    assert answer_losses(model, rows, 2, 3)[0] == pytest.approx(
+        [plain(model, row)[0] for row in rows], abs=1e-5
+    )
 
 
-def test_rows_that_do_not_fit_at_once_are_halved(tiny_model: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_do_not_fit_at_once_are_halved(
+    tiny_model: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_base(tiny_model).float()
     expected = answer_losses(model, rows, 5, 3)
     own, sizes = model.model.layers[1].forward, []
@@ -115,9 +151,15 @@ def test_rows_that_do_not_fit_at_once_are_halved(tiny_model: Path, rows: list[di
         answer_losses(model, rows, 5, 3)
 
 
-def test_a_batch_has_at_most_so_many_tokens(tiny_model: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_has_at_most_so_many_tokens(
+    tiny_model: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_base(tiny_model).float()
     expected = answer_losses(model, rows, 5, 3)[0]
     shapes = watched(model, "tokens", monkeypatch)
     assert answer_losses(model, rows, 5, 3, most_tokens=80)[0] == pytest.approx(expected, abs=1e-5)
-    assert [count for count, _ in shapes[1:]] == [2, 2, 1]  # of 35 and 38, 39 and 40, 48 tokens; before them the prefix
+    assert [count for count, _ in shapes[1:]] == [
+        2,
+        2,
+        1,
+    ]  # of 35 and 38, 39 and 40, 48 tokens; before them the prefix

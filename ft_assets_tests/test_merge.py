@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ft_assets.errors import ArtifactError, ModelError
-from ft_assets.release import merge as merge_module
-from ft_assets.release.merge import merge
-from ft_assets.release.tensor_files import INDEX, entries_of, read_folder, read_tensor
+from ft_assets.merging import merge as merge_module
+from ft_assets.merging.merge import merge
+from ft_assets.merging.tensor_files import INDEX, entries_of, read_folder, read_tensor
 
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -37,7 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def base_of(folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+def base_of(
+    folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32, **save: Any
+) -> Path:
     """Save a random Llama."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,7 +55,10 @@ def adapter_of(base: Path, folder: Path, **settings: Any) -> Path:
     torch.manual_seed(1)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype="auto"),
-        LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings),
+        LoraConfig(
+            **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+            | settings
+        ),
     )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -79,27 +84,46 @@ def logits_of(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_model_is_the_function_that_base_and_adapter_are(tmp_path: Path, kind: str, tied: bool) -> None:
+def test_the_merged_model_is_the_function_that_base_and_adapter_are(
+    tmp_path: Path, kind: str, tied: bool
+) -> None:
     """In fp32, where rounding hides nothing. With a tied head PEFT's own merge changes both sides when the adapter changed one."""
     base = base_of(tmp_path / "base", tied)
     adapter = adapter_of(base, tmp_path / "adapter", **KINDS[kind])
-    merged = AutoModelForCausalLM.from_pretrained(merged_of(base, adapter, tmp_path / "merged"), dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(
+        merged_of(base, adapter, tmp_path / "merged"), dtype=torch.float32
+    )
     before = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
-    tuned = logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)))
+    tuned = logits_of(
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
+        )
+    )
     assert (tuned - before).abs().max() > 0.05  # the adapter does something
     assert (logits_of(merged) - tuned).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "rsLoRA", "DoRA", "patterns", "modules_to_save", "trained tokens"])
+@pytest.mark.parametrize(
+    "kind", ["LoRA", "rsLoRA", "DoRA", "patterns", "modules_to_save", "trained tokens"]
+)
 def test_bits_are_those_of_the_merge_by_peft(tmp_path: Path, kind: str) -> None:
     base = base_of(tmp_path / "base", dtype=torch.bfloat16)
     adapter = adapter_of(base, tmp_path / "adapter", **KINDS[kind])
     merged = merged_of(base, adapter, tmp_path / "merged")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), str(adapter)).merge_and_unload()
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), str(adapter)
+    ).merge_and_unload()
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, reference = load_file(merged / "model.safetensors"), load_file(tmp_path / "theirs/model.safetensors")
+    ours, reference = (
+        load_file(merged / "model.safetensors"),
+        load_file(tmp_path / "theirs/model.safetensors"),
+    )
     assert ours.keys() == reference.keys()
-    different = {name: int((ours[name] != reference[name]).sum()) for name in ours if not torch.equal(ours[name], reference[name])}
+    different = {
+        name: int((ours[name] != reference[name]).sum())
+        for name in ours
+        if not torch.equal(ours[name], reference[name])
+    }
     # DoRA divides by a norm whose sum PEFT forms in another order: a last bit may differ, a second never.
     assert different == {} if kind != "DoRA" else sum(different.values()) <= 20
     for name in different:
@@ -114,22 +138,42 @@ def test_a_sharded_base_keeps_its_shards_and_is_read_back(tmp_path: Path) -> Non
     assert len(shards) > 2
     assert sorted(path.name for path in merged.glob("*.safetensors")) == shards
     index = json.loads((merged / INDEX).read_text())
-    assert set(index["weight_map"]) == set(entries_of(read_folder(base))) | {"lm_head.weight"}  # parted from the embedding
-    tuned = logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)))
+    assert set(index["weight_map"]) == set(entries_of(read_folder(base))) | {
+        "lm_head.weight"
+    }  # parted from the embedding
+    tuned = logits_of(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    )
     assert (logits_of(AutoModelForCausalLM.from_pretrained(merged)) - tuned).abs().max() < 1e-5
 
 
 def test_untouched_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="60KB")
-    merged = merged_of(base, adapter_of(base, tmp_path / "adapter", target_modules=r".*layers\.1.*q_proj"), tmp_path / "merged")
-    changed = [path.name for path in sorted(base.iterdir()) if (merged / path.name).read_bytes() != path.read_bytes()]
+    merged = merged_of(
+        base,
+        adapter_of(base, tmp_path / "adapter", target_modules=r".*layers\.1.*q_proj"),
+        tmp_path / "merged",
+    )
+    changed = [
+        path.name
+        for path in sorted(base.iterdir())
+        if (merged / path.name).read_bytes() != path.read_bytes()
+    ]
     assert len(changed) == 1
     assert changed[0].endswith(".safetensors")
 
 
-def test_blocks_of_rows_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows_do_not_change_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = base_of(tmp_path / "base")
-    adapter = adapter_of(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj"], trainable_token_indices=[5, 390])
+    adapter = adapter_of(
+        base,
+        tmp_path / "adapter",
+        use_dora=True,
+        target_modules=["q_proj"],
+        trainable_token_indices=[5, 390],
+    )
     whole = merged_of(base, adapter, tmp_path / "whole")
     monkeypatch.setattr(merge_module, "BLOCK_BYTES", 1000)
     pieces = load_file(merged_of(base, adapter, tmp_path / "pieces") / "model.safetensors")
@@ -145,9 +189,14 @@ def test_fully_trained_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path / "trained")
     (tmp_path / "merged").mkdir()
     assert merge(base, tmp_path / "trained", tmp_path / "merged")["method"] == "copy"
-    assert (tmp_path / "merged/model.safetensors").read_bytes() == (tmp_path / "trained/model.safetensors").read_bytes()
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == (
+        tmp_path / "trained/model.safetensors"
+    ).read_bytes()
     other = base_of(tmp_path / "other", tied=True, dtype=torch.bfloat16)
-    with pytest.raises(ModelError, match=r"1 tensors are not the base's in name, shape or dtype, e.g. lm_head.weight"):
+    with pytest.raises(
+        ModelError,
+        match=r"1 tensors are not the base's in name, shape or dtype, e.g. lm_head.weight",
+    ):
         merge(other, tmp_path / "trained", tmp_path / "merged")
 
 
@@ -165,27 +214,56 @@ def quantized(base: Path, adapter: Path) -> None:
 def packed(base: Path, adapter: Path) -> None:
     weights = load_file(base / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
-    save_file({**weights, name: weights[name].to(torch.uint8)}, base / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**weights, name: weights[name].to(torch.uint8)},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def other_shape(base: Path, adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
-    save_file({name: value[:, :32].contiguous() if "lora_A" in name else value for name, value in load_file(path).items()}, path)
+    save_file(
+        {
+            name: value[:, :32].contiguous() if "lora_A" in name else value
+            for name, value in load_file(path).items()
+        },
+        path,
+    )
 
 
 def not_finite(base: Path, adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
-    save_file({name: value * float("nan") if "1.mlp.up_proj.lora_B" in name else value for name, value in load_file(path).items()}, path)
+    save_file(
+        {
+            name: value * float("nan") if "1.mlp.up_proj.lora_B" in name else value
+            for name, value in load_file(path).items()
+        },
+        path,
+    )
 
 
 def half_a_pair(base: Path, adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
-    save_file({name: value for name, value in load_file(path).items() if "0.mlp.up_proj.lora_B" not in name}, path)
+    save_file(
+        {
+            name: value
+            for name, value in load_file(path).items()
+            if "0.mlp.up_proj.lora_B" not in name
+        },
+        path,
+    )
 
 
 def stranger(base: Path, adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
-    save_file({**load_file(path), "base_model.model.model.layers.0.mlp.up_proj.lora_X.weight": torch.zeros(2)}, path)
+    save_file(
+        {
+            **load_file(path),
+            "base_model.model.model.layers.0.mlp.up_proj.lora_X.weight": torch.zeros(2),
+        },
+        path,
+    )
 
 
 def configured(**settings: Any) -> Callable[[Path, Path], None]:
@@ -216,12 +294,20 @@ def smaller_base(base: Path, adapter: Path) -> None:
         (half_a_pair, r"there is no .*layers\.0\.mlp\.up_proj\.lora_B\.weight"),
         (stranger, r"holds 1 tensors of an unknown kind, e\.g\. .*lora_X\.weight"),
         (smaller_base, "7 modules have no weight in the base"),
-        (configured(target_parameters=["experts.gate_up_proj"]), "cannot be merged: LoRA on parameters of fused experts"),
-        (configured(init_lora_weights="pissa_niter_4"), "starts from other weights than the base's"),
+        (
+            configured(target_parameters=["experts.gate_up_proj"]),
+            "cannot be merged: LoRA on parameters of fused experts",
+        ),
+        (
+            configured(init_lora_weights="pissa_niter_4"),
+            "starts from other weights than the base's",
+        ),
         (configured(peft_type="IA3"), "cannot be merged: peft_type IA3"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, damage: Callable[[Path, Path], None], said: str) -> None:
+def test_what_cannot_be_merged_is_refused_by_name(
+    tmp_path: Path, damage: Callable[[Path, Path], None], said: str
+) -> None:
     base = base_of(tmp_path / "base", dtype=torch.bfloat16)
     adapter = adapter_of(base, tmp_path / "adapter")
     damage(base, adapter)
@@ -229,7 +315,9 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, damage: Callab
         merged_of(base, adapter, tmp_path / "merged")
 
 
-def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The free space is injected: a full disk is not to be had here."""
     base = base_of(tmp_path / "base")
     adapter = adapter_of(base, tmp_path / "adapter")
@@ -257,11 +345,19 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """370 MB of weights, none above 34 MB, go through less than 150 MB of memory."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=4
+        vocab_size=1000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        num_key_value_heads=4,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    weights = {name: torch.full(tensor.shape, 0.01, dtype=torch.bfloat16) for name, tensor in model.state_dict().items()}
+    weights = {
+        name: torch.full(tensor.shape, 0.01, dtype=torch.bfloat16)
+        for name, tensor in model.state_dict().items()
+    }
     (tmp_path / "base").mkdir()
     save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(tmp_path / "base")
@@ -270,15 +366,23 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     for name, tensor in weights.items():
         if "_proj" in name:
             module = name.removesuffix(".weight")
-            pairs[f"base_model.model.{module}.lora_A.weight"] = torch.full((8, tensor.shape[1]), 0.01)
-            pairs[f"base_model.model.{module}.lora_B.weight"] = torch.full((tensor.shape[0], 8), 0.01)
+            pairs[f"base_model.model.{module}.lora_A.weight"] = torch.full(
+                (8, tensor.shape[1]), 0.01
+            )
+            pairs[f"base_model.model.{module}.lora_B.weight"] = torch.full(
+                (tensor.shape[0], 8), 0.01
+            )
     save_file(pairs, tmp_path / "adapter/adapter_model.safetensors")
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+    (tmp_path / "adapter/adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8})
+    )
     (tmp_path / "merged").mkdir()
     total = sum(tensor.nbytes for tensor in weights.values())
     del weights
     paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True
+    )
     assert total > 370_000_000
     assert int(done.stdout) < 150_000_000
     merged = entries_of(read_folder(tmp_path / "merged"))["model.layers.2.mlp.up_proj.weight"]

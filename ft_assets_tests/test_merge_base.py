@@ -18,19 +18,24 @@ from ft_assets.artifacts import ArtifactStore
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ModelError, VerdictError
 from ft_assets.evaluation.file_report import scored_rows
-from ft_assets.evaluation.losses import answer_losses
+from ft_assets.inference.losses import answer_losses
 from ft_assets.job import Job
+from ft_assets.merging.merge import merge
+from ft_assets.merging.nf4 import quantized_tensors, round_trip, simulate
+from ft_assets.merging.tensor_files import entries_of, read_folder, read_tensor
 from ft_assets.models.loading import load_base, load_tokenizer
 from ft_assets.models.source import locate_folder, require_unquantized
-from ft_assets.release.merge import merge
-from ft_assets.release.nf4 import quantized_tensors, round_trip, simulate
-from ft_assets.release.tensor_files import entries_of, read_folder, read_tensor
 from ft_assets.steps.merge import better_base, step
-from ft_assets_tests.conftest import edit
+from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, checks, materialize
 
 # A random model learns held-out answers at the cost of all else: what it forgets is asked where a test is about that.
-LENIENT = {"min_stop_rate": 0.0, "max_retention_loss": 1000.0, "max_retention_drop": 1.0, "max_repetition_rise": 1.0}
+LENIENT = {
+    "min_stop_rate": 0.0,
+    "max_retention_loss": 1000.0,
+    "max_retention_drop": 1.0,
+    "max_repetition_rise": 1.0,
+}
 
 
 @pytest.fixture
@@ -45,11 +50,21 @@ def job(copy: Path, tmp_path: Path) -> Job:
         "heldout_split": artifact(copy, "heldout_split"), "adapter": artifact(copy, "lora_adapter"),
     }  # fmt: skip
     (tmp_path / "output").mkdir()
-    evaluation, gate = {**job.settings["evaluation"], "metric": "loss"}, {**job.settings["gate"], **LENIENT}
+    evaluation, gate = (
+        {**job.settings["evaluation"], "metric": "loss"},
+        {**job.settings["gate"], **LENIENT},
+    )
     settings = {**job.settings, "method": "qlora", "evaluation": evaluation, "gate": gate}
     report = inputs["eval_report"] / "report.json"
     report.write_text(json.dumps({**json.loads(report.read_text()), "metric": "loss"}))
-    return job.model_copy(update={"inputs": inputs, "settings": settings, "output": tmp_path / "output", "work": tmp_path / "work"})
+    return job.model_copy(
+        update={
+            "inputs": inputs,
+            "settings": settings,
+            "output": tmp_path / "output",
+            "work": tmp_path / "work",
+        }
+    )
 
 
 def coarsen(base: Path) -> None:
@@ -68,9 +83,13 @@ def train(job: Job, target: Path, against_nf4: bool) -> Job:
     if against_nf4:
         simulate(base)
     torch.manual_seed(0)
-    model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model: Any = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     rows = read_table(job.inputs["heldout_split"] / "train.parquet")
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=5e-3
+    )
     for index in range(160):
         row = rows[index % len(rows)]
         ids = torch.tensor([row["input_ids"]])
@@ -87,7 +106,9 @@ def quiet(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("winner", ["original", "dequantized"])
-def test_the_base_that_the_adapter_was_trained_against_wins(job: Job, tmp_path: Path, winner: str) -> None:
+def test_the_base_that_the_adapter_was_trained_against_wins(
+    job: Job, tmp_path: Path, winner: str
+) -> None:
     job = train(job, tmp_path / "adapter", winner == "dequantized")
     metrics = step(job, quiet).metrics
     loss = {name: metrics[f"merged_onto_{name}_loss"] for name in ("original", "dequantized")}
@@ -99,12 +120,16 @@ def test_the_base_that_the_adapter_was_trained_against_wins(job: Job, tmp_path: 
     again = tmp_path / "again"
     again.mkdir()
     merge(job.inputs["base_model"], job.inputs["adapter"], again, winner)  # type: ignore[arg-type]
-    assert (again / "model.safetensors").read_bytes() == (job.output / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (
+        job.output / "model.safetensors"
+    ).read_bytes()
     assert load_base(job.output).config.architectures == ["LlamaForCausalLM"]
 
 
 def strict(job: Job, **gate: float) -> Job:
-    return job.model_copy(update={"settings": {**job.settings, "gate": {**job.settings["gate"], **gate}}})
+    return job.model_copy(
+        update={"settings": {**job.settings, "gate": {**job.settings["gate"], **gate}}}
+    )
 
 
 def knowing(job: Job, what: str = "retention", nats: float = 1.0) -> Job:
@@ -116,7 +141,9 @@ def knowing(job: Job, what: str = "retention", nats: float = 1.0) -> Job:
     return job
 
 
-def test_dequantized_winner_is_measured_beyond_the_heldout_rows_and_its_card_shows_its_own_numbers(job: Job, tmp_path: Path) -> None:
+def test_dequantized_winner_is_measured_beyond_the_heldout_rows_and_its_card_shows_its_own_numbers(
+    job: Job, tmp_path: Path
+) -> None:
     """Nobody judged this model before: the report is about the adapter on the 16-bit weights."""
     job = knowing(train(job, tmp_path / "adapter", against_nf4=True))
     report = json.loads((job.inputs["eval_report"] / "report.json").read_text())
@@ -131,14 +158,22 @@ def test_dequantized_winner_is_measured_beyond_the_heldout_rows_and_its_card_sho
     assert f"| {theirs:+.3f} [" not in general
     assert f"this file: loss of general prompts {rise:+.3f}" in card
     # Counted once more from the file itself.
-    tokenizer, rows = load_tokenizer(job.output), read_table(job.inputs["heldout_split"] / "retention.parquet")
-    base = [row["loss"] for row in scored_rows(job.inputs["eval_report"] / "retention.parquet", "base", rows)]
+    tokenizer, rows = (
+        load_tokenizer(job.output),
+        read_table(job.inputs["heldout_split"] / "retention.parquet"),
+    )
+    base = [
+        row["loss"]
+        for row in scored_rows(job.inputs["eval_report"] / "retention.parquet", "base", rows)
+    ]
     own = answer_losses(load_base(job.output), rows, 8, tokenizer.pad_token_id)[0]
     assert rise == pytest.approx(statistics.fmean(own) - statistics.fmean(base), abs=1e-3)
 
 
 def test_dequantized_winner_that_forgets_is_not_published(job: Job, tmp_path: Path) -> None:
-    job = strict(knowing(train(job, tmp_path / "adapter", against_nf4=True)), max_retention_loss=0.001)
+    job = strict(
+        knowing(train(job, tmp_path / "adapter", against_nf4=True)), max_retention_loss=0.001
+    )
     metrics = step(job, quiet).metrics
     assert metrics["merged_onto_dequantized_loss"] < metrics["merged_onto_original_loss"]
     assert metrics["merge_base"] == "original"
@@ -146,13 +181,16 @@ def test_dequantized_winner_that_forgets_is_not_published(job: Job, tmp_path: Pa
     again = tmp_path / "again"
     again.mkdir()
     merge(job.inputs["base_model"], job.inputs["adapter"], again, "original")
-    assert (again / "model.safetensors").read_bytes() == (job.output / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (
+        job.output / "model.safetensors"
+    ).read_bytes()
 
 
 def test_nothing_is_published_if_both_merges_break_the_gate(job: Job, tmp_path: Path) -> None:
     job = knowing(train(job, tmp_path / "adapter", against_nf4=True), "rows", 100.0)
     with pytest.raises(
-        VerdictError, match=r"onto the original weights: loss -\d.* stop rate .*; onto what NF4 makes of them: worse than the base"
+        VerdictError,
+        match=r"onto the original weights: loss -\d.* stop rate .*; onto what NF4 makes of them: worse than the base",
     ):
         step(job, quiet)
     assert not (job.output / "README.md").exists()
@@ -166,7 +204,12 @@ def test_of_equals_the_original_weights_are_taken() -> None:
 
 def test_qlora_runs_through_the_graph_and_says_what_it_was_merged_onto(copy: Path) -> None:
     """What it is worth is not asked here (the gate is overridden): NF4 leaves little of a random model of this size."""
-    edit(copy, lora={"method": "qlora"}, data={"preferences": []}, gate={"override": "a test of the merge"})
+    edit(
+        copy,
+        lora={"method": "qlora"},
+        data={"preferences": []},
+        gate={"override": "a test of the merge"},
+    )
     result = materialize(copy)
     merged = ArtifactStore(copy / ".ft/store").need("merged_model", "tiny")
     assert merged.metrics["merge_base"] in ("original", "dequantized")
@@ -178,9 +221,17 @@ def test_qlora_runs_through_the_graph_and_says_what_it_was_merged_onto(copy: Pat
 
 def test_round_trip_is_what_a_model_loaded_in_nf4_computes_with(copy: Path) -> None:
     snapshot = artifact(copy, "base_model")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    loaded = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.bfloat16, quantization_config=settings)
-    packed = {f"{name}.weight": module.weight for name, module in loaded.named_modules() if type(module).__name__ == "Linear4bit"}
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        snapshot, dtype=torch.bfloat16, quantization_config=settings
+    )
+    packed = {
+        f"{name}.weight": module.weight
+        for name, module in loaded.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
     assert set(packed) == quantized_tensors(snapshot)
     from bitsandbytes.functional import dequantize_4bit
 
@@ -188,14 +239,20 @@ def test_round_trip_is_what_a_model_loaded_in_nf4_computes_with(copy: Path) -> N
     for name, weight in packed.items():
         original = read_tensor(tensors[name])
         ours = round_trip(original)
-        assert torch.equal(ours, dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)), name
+        assert torch.equal(
+            ours, dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
+        ), name
         differences += int((ours != original).sum())
     assert differences > 10_000
 
 
-def test_a_quantized_base_is_refused_where_it_is_named_and_where_it_is_merged_into(copy: Path, tmp_path: Path) -> None:
+def test_a_quantized_base_is_refused_where_it_is_named_and_where_it_is_merged_into(
+    copy: Path, tmp_path: Path
+) -> None:
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    AutoModelForCausalLM.from_pretrained(artifact(copy, "base_model"), quantization_config=settings).save_pretrained(tmp_path / "nf4")
+    AutoModelForCausalLM.from_pretrained(
+        artifact(copy, "base_model"), quantization_config=settings
+    ).save_pretrained(tmp_path / "nf4")
     with pytest.raises(ModelError, match=r"stored in 4 bits \(bitsandbytes\)"):
         require_unquantized("base_models.x.folder", tmp_path / "nf4")
     (tmp_path / "merged").mkdir()
@@ -206,7 +263,9 @@ def test_a_quantized_base_is_refused_where_it_is_named_and_where_it_is_merged_in
     edit(copy, base_models={"tiny": {"folder": str(tmp_path / "nf4")}})
     from ft_assets_tests.pipeline import failure
 
-    assert "base_models.tiny.folder: its weights are stored in 4 bits (bitsandbytes)" in failure(materialize(copy, "base_model"))
+    assert "base_models.tiny.folder: its weights are stored in 4 bits (bitsandbytes)" in failure(
+        materialize(copy, "base_model")
+    )
 
 
 def test_an_adapter_given_as_a_base_is_refused_by_name(copy: Path) -> None:

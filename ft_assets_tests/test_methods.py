@@ -13,12 +13,17 @@ from transformers.models.llama import LlamaConfig
 
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError
+from ft_assets.models.adapter_files import is_full
 from ft_assets.models.loading import target_modules
-from ft_assets.training.adapter import is_full, trainable_share
+from ft_assets.training.adapter import trainable_share
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 from ft_assets_tests.training import dpo, same, sft, weights
 
-PRESETS = {"attention-qv": ("q", "v"), "attention": ("q", "k", "v", "o"), "all-linear": ("q", "k", "v", "o", "gate", "up", "down")}
+PRESETS = {
+    "attention-qv": ("q", "v"),
+    "attention": ("q", "k", "v", "o"),
+    "all-linear": ("q", "k", "v", "o", "gate", "up", "down"),
+}
 
 
 def formula(config: Any, rank: int, preset: str, dora: bool = False) -> int:
@@ -26,14 +31,23 @@ def formula(config: Any, rank: int, preset: str, dora: bool = False) -> int:
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    shapes = {"q": (hidden, queries), "k": (hidden, keys), "v": (hidden, keys), "o": (queries, hidden)}
+    shapes = {
+        "q": (hidden, queries),
+        "k": (hidden, keys),
+        "v": (hidden, keys),
+        "o": (queries, hidden),
+    }
     shapes |= {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
-    return config.num_hidden_layers * sum(rank * sum(shapes[name]) + dora * shapes[name][1] for name in PRESETS[preset])
+    return config.num_hidden_layers * sum(
+        rank * sum(shapes[name]) + dora * shapes[name][1] for name in PRESETS[preset]
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("shape", ["tiny", "8B"])
-def test_trainable_parameters_are_those_of_the_formula(preset: str, shape: str, tiny_model: Path) -> None:
+def test_trainable_parameters_are_those_of_the_formula(
+    preset: str, shape: str, tiny_model: Path
+) -> None:
     config: Any = AutoConfig.from_pretrained(tiny_model)
     if shape == "8B":
         config = LlamaConfig(
@@ -47,10 +61,15 @@ def test_trainable_parameters_are_those_of_the_formula(preset: str, shape: str, 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         total = sum(weight.numel() for weight in base.parameters())
-        model = get_peft_model(base, LoraConfig(r=16, target_modules=target_modules(base, preset), task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            base,
+            LoraConfig(r=16, target_modules=target_modules(base, preset), task_type="CAUSAL_LM"),
+        )
     share = trainable_share(model)
     assert share["trainable_parameters"] == formula(config, 16, preset)
-    assert share["trainable_percent"] == pytest.approx(100 * formula(config, 16, preset) / (total + formula(config, 16, preset)), abs=1e-3)
+    assert share["trainable_percent"] == pytest.approx(
+        100 * formula(config, 16, preset) / (total + formula(config, 16, preset)), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +92,9 @@ def test_every_kind_of_adapter_trains_and_goes_on_with_dpo(
     metrics = sft(tiny_model, tmp_path / "sft", lora=lora, num_train_epochs=1)
     assert metrics["trainable_parameters"] == expected + (more or 0)
     assert metrics["largest_update"] > 0
-    after = dpo(tiny_model, tmp_path / "sft/output", tmp_path / "dpo", lora=lora, num_train_epochs=1)
+    after = dpo(
+        tiny_model, tmp_path / "sft/output", tmp_path / "dpo", lora=lora, num_train_epochs=1
+    )
     assert after["reference_difference"] <= 1e-3
     names = set(weights(tmp_path / "sft/output"))
     assert set(weights(tmp_path / "dpo/output")) == names
@@ -82,14 +103,22 @@ def test_every_kind_of_adapter_trains_and_goes_on_with_dpo(
     if "modules_to_save" in lora:
         assert any("embed_tokens.weight" in name for name in names)
     if "trainable_token_indices" in lora:
-        saved = json.loads((tmp_path / "sft/output/adapter_config.json").read_text())["trainable_token_indices"]
+        saved = json.loads((tmp_path / "sft/output/adapter_config.json").read_text())[
+            "trainable_token_indices"
+        ]
         assert sorted(saved["embed_tokens"] if isinstance(saved, dict) else saved) == [1, 2]
 
 
 def test_token_that_does_not_exist_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"trainable_token_indices: '<\|im_sart\|>' is no token[\s\S]*did you mean '<\|im_start\|>'"):
+    with pytest.raises(
+        TrainingError,
+        match=r"trainable_token_indices: '<\|im_sart\|>' is no token[\s\S]*did you mean '<\|im_start\|>'",
+    ):
         sft(tiny_model, tmp_path, lora={"trainable_token_indices": ["<|im_sart|>"]})
-    with pytest.raises(TrainingError, match=r"modules_to_save: the model has no module embed_token[\s\S]*embed_tokens"):
+    with pytest.raises(
+        TrainingError,
+        match=r"modules_to_save: the model has no module embed_token[\s\S]*embed_tokens",
+    ):
         sft(tiny_model, tmp_path, lora={"modules_to_save": ["embed_token"]})
 
 
@@ -98,7 +127,9 @@ def test_adapter_settings_with_full_weights_are_refused() -> None:
         LoraSettings(method="full", use_dora=True)
 
 
-def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(tiny_model: Path, tmp_path: Path) -> None:
+def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """On CPUs with AVX512-BF16 an inference pass before training makes every LoRA gradient 0: no such pass may happen."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     seen = []
@@ -111,12 +142,22 @@ def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(tin
     bitsandbytes.nn.Linear4bit.forward = watched
     try:
         metrics = sft(tiny_model, tmp_path / "sft", lora={"method": "qlora"}, num_train_epochs=2)
-        after = dpo(tiny_model, tmp_path / "sft/output", tmp_path / "dpo", lora={"method": "qlora"}, num_train_epochs=1)
+        after = dpo(
+            tiny_model,
+            tmp_path / "sft/output",
+            tmp_path / "dpo",
+            lora={"method": "qlora"},
+            num_train_epochs=1,
+        )
     finally:
         bitsandbytes.nn.Linear4bit.forward = real
     assert seen
     assert all(seen)  # never in inference mode
-    updates = [float(weight.abs().max()) for name, weight in weights(tmp_path / "sft/output").items() if "lora_B" in name]
+    updates = [
+        float(weight.abs().max())
+        for name, weight in weights(tmp_path / "sft/output").items()
+        if "lora_B" in name
+    ]
     assert len(updates) == 14
     assert min(updates) > 0
     why = "bitsandbytes' inference pass on a CPU would spoil the weights for training"
@@ -125,19 +166,32 @@ def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(tin
     assert after["reference_difference"] <= 1e-3
 
 
-def test_dpo_on_an_nf4_base_trains_the_sft_adapter_as_it_is_in_fp32(tiny_model: Path, tmp_path: Path) -> None:
+def test_dpo_on_an_nf4_base_trains_the_sft_adapter_as_it_is_in_fp32(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """bf16 has no number between 0.1 and 0.1005: at DPO's learning rate almost nothing would move."""
     pytest.importorskip("bitsandbytes")
     lora, rate, steps = {"method": "qlora"}, 5e-6, 6
     sft(tiny_model, tmp_path / "sft", lora=lora, num_train_epochs=1)
-    metrics = dpo(tiny_model, tmp_path / "sft/output", tmp_path / "dpo", lora=lora, learning_rate=rate, lr_scheduler_type="constant")
+    metrics = dpo(
+        tiny_model,
+        tmp_path / "sft/output",
+        tmp_path / "dpo",
+        lora=lora,
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+    )
     assert (metrics["steps"], metrics["method"]) == (steps, "qlora")
     before, after = weights(tmp_path / "sft/output"), weights(tmp_path / "dpo/output")
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     for kind in ("lora_A", "lora_B"):
-        moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before if kind in name])
+        moved = torch.cat(
+            [(after[name] - before[name]).abs().flatten() for name in before if kind in name]
+        )
         assert float((moved > 0).float().mean()) > 0.9, kind
-        assert float(moved.max()) < 2 * steps * rate, kind  # it starts from the adapter itself, not from that rounded to bf16
+        assert float(moved.max()) < 2 * steps * rate, (
+            kind
+        )  # it starts from the adapter itself, not from that rounded to bf16
 
 
 def test_full_weights_resume_and_dpo_starts_from_them(tiny_model: Path, tmp_path: Path) -> None:
@@ -145,25 +199,35 @@ def test_full_weights_resume_and_dpo_starts_from_them(tiny_model: Path, tmp_path
     metrics = sft(tiny_model, tmp_path / "sft", lora=lora, **settings)
     assert metrics["trainable_percent"] == 100
     assert is_full(tmp_path / "sft/output")
-    assert {tensor.dtype for tensor in weights(tmp_path / "sft/output").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(tmp_path / "sft/output").values()} == {
+        torch.bfloat16
+    }
     for old in (tmp_path / "sft/checkpoints").glob("checkpoint-5"):
         (old / "whole.json").unlink()
     (tmp_path / "again/output").mkdir(parents=True)
     (tmp_path / "sft/checkpoints").rename(tmp_path / "again/checkpoints")
     assert sft(tiny_model, tmp_path / "again", lora=lora, **settings)["resumed_from_step"] == 4
     assert same(tmp_path / "again/output", tmp_path / "sft/output")
-    after = dpo(tiny_model, tmp_path / "sft/output", tmp_path / "dpo", lora=lora, learning_rate=1e-4)
+    after = dpo(
+        tiny_model, tmp_path / "sft/output", tmp_path / "dpo", lora=lora, learning_rate=1e-4
+    )
     assert after["reference_difference"] <= 1e-3
     assert not same(tmp_path / "dpo/output", tmp_path / "sft/output")
 
 
 def test_full_weights_go_through_the_whole_graph(healthy: Callable[..., Path]) -> None:
-    project = healthy(lora={"method": "full"}, sft={"learning_rate": 1e-3, "num_train_epochs": 6, "effective_batch": 8, "micro_batch": 8})
+    project = healthy(
+        lora={"method": "full"},
+        sft={"learning_rate": 1e-3, "num_train_epochs": 6, "effective_batch": 8, "micro_batch": 8},
+    )
     result = materialize(project)
     assert result.success, failure(result)
     proofs = read(project, "eval_report", "report.json")["proofs"]["adapters"]["sft"]
     assert proofs["changed"] > 0
     assert proofs["logit_change"] > 0
-    trained, merged = weights(artifact(project, "lora_adapter")), weights(artifact(project, "merged_model"))
+    trained, merged = (
+        weights(artifact(project, "lora_adapter")),
+        weights(artifact(project, "merged_model")),
+    )
     assert all(bool((trained[name] == merged[name]).all()) for name in trained)
     assert read(project, "eval_report", "verdict.json")["status"] == "PASS"

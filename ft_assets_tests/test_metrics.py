@@ -12,16 +12,21 @@ import pytest
 from ft_assets.config import EvaluationSettings, JudgeSettings
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.metrics import retention_scores, score_answers
-from ft_assets.evaluation.metrics.habits import refusal_pattern, repetition
+from ft_assets.evaluation.metrics.behaviour import refusal_pattern, repetition
 from ft_assets.evaluation.metrics.judge import judge_scores
-from ft_assets.evaluation.metrics.own import load_function, own_scores
+from ft_assets.evaluation.metrics.user_function import load_function, own_scores
 
 
 def test_text_metrics_are_one_score_a_row_and_equal_their_libraries() -> None:
     from sacrebleu import sentence_bleu, sentence_chrf
 
-    answers, references = ["the cat sat on the mat", "nothing alike"], ["the cat sat on a mat", "the dog"]
-    scores = score_answers(answers, references, EvaluationSettings(metrics=["rouge", "bleu", "chrf"]))
+    answers, references = (
+        ["the cat sat on the mat", "nothing alike"],
+        ["the cat sat on a mat", "the dog"],
+    )
+    scores = score_answers(
+        answers, references, EvaluationSettings(metrics=["rouge", "bleu", "chrf"])
+    )
     assert scores["exact"] == [0.0, 0.0]
     assert scores["chrf"][0] == pytest.approx(sentence_chrf(answers[0], references[:1]).score / 100)
     assert scores["bleu"][0] == pytest.approx(sentence_bleu(answers[0], references[:1]).score / 100)
@@ -30,8 +35,12 @@ def test_text_metrics_are_one_score_a_row_and_equal_their_libraries() -> None:
 
 
 def test_rouge_counts_words_of_every_script() -> None:
-    assert score_answers(["Größe: très bien"], ["größe très bien"], EvaluationSettings(metrics=["rouge"]))["rouge1"] == [1.0]
-    assert score_answers(["今天天气好"], ["今天天气不好"], EvaluationSettings(metrics=["rouge"]))["rouge1"][0] == pytest.approx(10 / 11)
+    assert score_answers(
+        ["Größe: très bien"], ["größe très bien"], EvaluationSettings(metrics=["rouge"])
+    )["rouge1"] == [1.0]
+    assert score_answers(["今天天气好"], ["今天天气不好"], EvaluationSettings(metrics=["rouge"]))[
+        "rouge1"
+    ][0] == pytest.approx(10 / 11)
 
 
 def test_schema_regex_and_labels_judge_the_whole_answer() -> None:
@@ -47,7 +56,11 @@ def test_schema_regex_and_labels_judge_the_whole_answer() -> None:
 
 def test_reference_that_is_no_label_is_an_error_that_names_the_row() -> None:
     with pytest.raises(EvaluationError, match=r"held-out row 1: the reference is 'maybe'"):
-        score_answers(["yes", "yes"], ["yes", "maybe"], EvaluationSettings(labels=["yes", "no"], metric="label"))
+        score_answers(
+            ["yes", "yes"],
+            ["yes", "maybe"],
+            EvaluationSettings(labels=["yes", "no"], metric="label"),
+        )
 
 
 def test_retention_metric_is_graded() -> None:
@@ -106,7 +119,11 @@ class Judge(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][1]["content"]
         left, right = text.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
-        said = {"longer": "A" if len(left) > len(right) else "B.", "first": "A", "talks": "I think that A is better"}.get(self.manner)
+        said = {
+            "longer": "A" if len(left) > len(right) else "B.",
+            "first": "A",
+            "talks": "I think that A is better",
+        }.get(self.manner)
         self.send_response(500 if said is None else 200)
         self.end_headers()
         self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
@@ -119,7 +136,9 @@ class Judge(BaseHTTPRequestHandler):
 def judge() -> Iterator[JudgeSettings]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield JudgeSettings(base_url=f"http://127.0.0.1:{server.server_port}/v1", model="any", timeout=10)
+    yield JudgeSettings(
+        base_url=f"http://127.0.0.1:{server.server_port}/v1", model="any", timeout=10
+    )
     server.shutdown()
     server.server_close()
 
@@ -127,7 +146,9 @@ def judge() -> Iterator[JudgeSettings]:
 def judged(judge: JudgeSettings, manner: str) -> list[float]:
     Judge.manner = manner
     prompts = [[{"role": "user", "content": "?"}]] * 3
-    return judge_scores(judge, ["a", "b", "c"], prompts, ["long answer", "x", "same"], ["short", "longer", "same"])
+    return judge_scores(
+        judge, ["a", "b", "c"], prompts, ["long answer", "x", "same"], ["short", "longer", "same"]
+    )
 
 
 def test_judge_counts_a_win_only_in_both_orders(judge: JudgeSettings) -> None:
@@ -135,7 +156,9 @@ def test_judge_counts_a_win_only_in_both_orders(judge: JudgeSettings) -> None:
     assert judged(judge, "first") == [0.5, 0.5, 0.5]  # it prefers a place, not an answer
 
 
-def test_failed_judgement_is_an_error_never_a_score(judge: JudgeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_judgement_is_an_error_never_a_score(
+    judge: JudgeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(EvaluationError, match="the judge said 'I THINK THAT A IS BETTER'"):
         judged(judge, "talks")
     with pytest.raises(EvaluationError, match=r"row .*failed \(HTTPStatusError"):
@@ -146,6 +169,12 @@ def test_failed_judgement_is_an_error_never_a_score(judge: JudgeSettings, monkey
 
 
 def test_metric_that_is_not_measured_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"metric 'rougeL' is not measured; with these settings there are exact, loss"):
+    with pytest.raises(
+        ValueError,
+        match=r"metric 'rougeL' is not measured; with these settings there are exact, loss",
+    ):
         EvaluationSettings(metric="rougeL")
-    assert EvaluationSettings(metric="rougeL", metrics=["rouge"]).metric_names()[-2:] == ["loss", "token_accuracy"]
+    assert EvaluationSettings(metric="rougeL", metrics=["rouge"]).metric_names()[-2:] == [
+        "loss",
+        "token_accuracy",
+    ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ft_assets.chat.rendering import ProofFailed, render, render_supervised
-from ft_assets_tests.conftest import CHATML, tiny_tokenizer
+from ft_assets_tests.factories import CHATML, tiny_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "what is the colour"},
@@ -20,18 +20,26 @@ MESSAGES = [
 def test_all_answers_and_their_ends_are_supervised_and_nothing_else() -> None:
     tokenizer = tiny_tokenizer()
     rendered = render_supervised(tokenizer, MESSAGES, frozenset([tokenizer.eos_token_id]))
-    kept = [token for token, flag in zip(rendered.input_ids, rendered.supervised, strict=True) if flag]
+    kept = [
+        token for token, flag in zip(rendered.input_ids, rendered.supervised, strict=True) if flag
+    ]
     assert tokenizer.decode(kept) == "yes<|im_end|>no no<|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>user\n'"), "differs from that given at generation"),
+        (
+            CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>user\n'"),
+            "differs from that given at generation",
+        ),
         (CHATML.replace("'<|im_end|>' + '\n'", "'\n'"), "no token at which generation stops"),
         (CHATML.replace("message['content']", "(message['content'] | upper)"), "decode to 'YES'"),
         (
-            CHATML.replace("message['content']", "(message['content'] if loop.last or message['role'] != 'assistant' else '')"),
+            CHATML.replace(
+                "message['content']",
+                "(message['content'] if loop.last or message['role'] != 'assistant' else '')",
+            ),
             "drops this turn",
         ),
     ],
@@ -54,14 +62,22 @@ def test_doubled_bos_is_refused() -> None:
 def test_batched_answers_with_a_shared_prefix_equal_answers_one_by_one(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ft_assets.evaluation.generation import generate
+    from ft_assets.inference.generation import generate
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
     system = {"role": "system", "content": "what is the colour of the apple stone river cloud"}
     texts = ["red", "green river train", "blue window chair garden music winter", "lamp"]
-    prompts = [render(tokenizer, [system, {"role": "user", "content": text}], generation_prompt=True) for text in texts]
+    prompts = [
+        render(tokenizer, [system, {"role": "user", "content": text}], generation_prompt=True)
+        for text in texts
+    ]
     stops = frozenset([tokenizer.eos_token_id])
     together = generate(model, tokenizer, prompts, stops, 12, 3)
     alone = [generate(model, tokenizer, [prompt], stops, 12, 1)[0] for prompt in prompts]
-    assert [dataclasses.astuple(answer) for answer in together] == [dataclasses.astuple(answer) for answer in alone]
+    assert [dataclasses.astuple(answer) for answer in together] == [
+        dataclasses.astuple(answer) for answer in alone
+    ]
     assert len({answer.text for answer in together}) > 1  # else the prompts would not matter

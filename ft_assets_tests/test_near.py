@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ft_assets.data.near import near_duplicates
+from ft_assets.data.near_duplicates import near_duplicates
 
 WORDS = [
     "please",
@@ -35,22 +35,34 @@ WORDS = [
 
 
 def row(identity: str, text: str) -> dict[str, Any]:
-    return {"id": identity, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+    return {
+        "id": identity,
+        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}],
+    }
 
 
 def distinct(count: int, before: str = "") -> list[dict[str, Any]]:
-    return [row(f"d{index}", before + " ".join(f"w{index}x{place}" for place in range(12))) for index in range(count)]
+    return [
+        row(f"d{index}", before + " ".join(f"w{index}x{place}" for place in range(12)))
+        for index in range(count)
+    ]
 
 
 def test_case_blanks_and_signs_change_nothing() -> None:
     text = " ".join(WORDS)
-    found = near_duplicates([row("a", text), *distinct(30)], [row("b", "  " + text.upper().replace(" ", "   ") + "!!")], 0.8)
+    found = near_duplicates(
+        [row("a", text), *distinct(30)],
+        [row("b", "  " + text.upper().replace(" ", "   ") + "!!")],
+        0.8,
+    )
     assert found == [("a", "b", 1.0)]
 
 
 def test_paraphrase_is_found_from_its_similarity_on() -> None:
     changed = [*WORDS[:-1], "town"]  # one of 24 triples differs: 23 / 25
-    found = near_duplicates([row("a", " ".join(WORDS)), *distinct(30)], [row("b", " ".join(changed))], 0.8)
+    found = near_duplicates(
+        [row("a", " ".join(WORDS)), *distinct(30)], [row("b", " ".join(changed))], 0.8
+    )
     assert [(left, right, round(score, 2)) for left, right, score in found] == [("a", "b", 0.92)]
     assert near_duplicates([row("a", " ".join(WORDS))], [row("b", " ".join(changed))], 0.95) == []
 
@@ -64,8 +76,16 @@ def test_common_instruction_makes_nobody_a_copy() -> None:
 
 
 def test_texts_without_blanks_are_compared_by_characters() -> None:
-    left, right = row("a", "今天天气很好我们一起去公园散步吧好吗"), row("b", "今天天气很好我们一起去公园散步吧好吧")
-    assert [match[:2] for match in near_duplicates([left], [right, row("c", "请告诉我怎样才能取消我的订单谢谢")], 0.7)] == [("a", "b")]
+    left, right = (
+        row("a", "今天天气很好我们一起去公园散步吧好吗"),
+        row("b", "今天天气很好我们一起去公园散步吧好吧"),
+    )
+    assert [
+        match[:2]
+        for match in near_duplicates(
+            [left], [right, row("c", "请告诉我怎样才能取消我的订单谢谢")], 0.7
+        )
+    ] == [("a", "b")]
 
 
 def test_nothing_to_compare() -> None:
@@ -73,10 +93,18 @@ def test_nothing_to_compare() -> None:
 
 
 def test_no_copy_at_the_threshold_is_missed() -> None:
-    originals = [row(f"o{number}", " ".join(f"w{number}x{place}" for place in range(20))) for number in range(300)]
+    originals = [
+        row(f"o{number}", " ".join(f"w{number}x{place}" for place in range(20)))
+        for number in range(300)
+    ]
     changed = [
-        row(f"c{number}", " ".join([*(f"w{number}x{place}" for place in range(18)), "other", "end"])) for number in range(300)
+        row(
+            f"c{number}", " ".join([*(f"w{number}x{place}" for place in range(18)), "other", "end"])
+        )
+        for number in range(300)
     ]  # 16 of 20 triples
     found = near_duplicates(changed, originals, 0.8)
-    assert sorted(match[:2] for match in found) == sorted((f"c{number}", f"o{number}") for number in range(300))
+    assert sorted(match[:2] for match in found) == sorted(
+        (f"c{number}", f"o{number}") for number in range(300)
+    )
     assert {round(match[2], 6) for match in found} == {0.8}

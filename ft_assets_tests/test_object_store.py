@@ -17,8 +17,8 @@ from ft_assets.commands.gc import removals, remove
 from ft_assets.commands.status import status
 from ft_assets.config import load_project
 from ft_assets.errors import ArtifactError, ConfigError, StoreUnreachable
-from ft_assets.release.former import by_content
-from ft_assets_tests.conftest import ft
+from ft_assets.release.lookup import by_content
+from ft_assets_tests.factories import ft
 from ft_assets_tests.pipeline import failure, materialize
 
 HOUR = 3600.0
@@ -32,7 +32,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
-    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()  # what a test before left in this process
+    urlopen(
+        Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+    ).close()  # what a test before left in this process
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "test",
@@ -47,7 +49,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def keys(client: Any) -> list[str]:
-    return sorted(entry["Key"] for entry in client.list_objects_v2(Bucket="models").get("Contents", []))
+    return sorted(
+        entry["Key"] for entry in client.list_objects_v2(Bucket="models").get("Contents", [])
+    )
 
 
 def publish(store: ArtifactStore, content: str, version: str) -> Any:
@@ -77,7 +81,9 @@ def test_what_one_machine_made_another_reads(machine: Callable[[str], ObjectStor
     assert machine("one").find("a", "tiny", "v1") is not None
 
 
-def test_a_version_is_found_by_its_content_on_a_machine_that_never_read_it(machine: Callable[[str], ObjectStore]) -> None:
+def test_a_version_is_found_by_its_content_on_a_machine_that_never_read_it(
+    machine: Callable[[str], ObjectStore],
+) -> None:
     """So is a former champion's adapter, with the list of the rows it was trained on."""
     one = machine("one")
     made = [publish(one, content, version) for content, version in (("old", "v1"), ("new", "v2"))]
@@ -111,11 +117,15 @@ def test_half_an_upload_is_invisible_and_is_sent_when_it_is_asked_for_again(
     assert (found.path / "sub/file").read_text() == "weights"
 
 
-def test_two_runs_that_make_the_same_version_at_once_both_end_with_it(machine: Callable[[str], ObjectStore]) -> None:
+def test_two_runs_that_make_the_same_version_at_once_both_end_with_it(
+    machine: Callable[[str], ObjectStore],
+) -> None:
     def make(number: int) -> str:
         store = machine("one")  # one cache: two runs of one machine
         artifact = publish(store, "weights", f"v{number // 2}")
-        return (artifact.path / "sub/file").read_text() + (store.need("a", "tiny").path / "sub/file").read_text()
+        return (artifact.path / "sub/file").read_text() + (
+            store.need("a", "tiny").path / "sub/file"
+        ).read_text()
 
     with ThreadPoolExecutor(2) as pool:
         assert set(pool.map(make, range(20))) == {"weightsweights"}
@@ -123,12 +133,17 @@ def test_two_runs_that_make_the_same_version_at_once_both_end_with_it(machine: C
     assert left == {f"v{number}" for number in range(10)}
 
 
-def test_damaged_and_missing_objects_are_refused_by_name(machine: Callable[[str], ObjectStore], bucket: Any) -> None:
+def test_damaged_and_missing_objects_are_refused_by_name(
+    machine: Callable[[str], ObjectStore], bucket: Any
+) -> None:
     publish(machine("one"), "weights", "v1")
     key = next(key for key in keys(bucket) if key.endswith("sub/file"))
     bucket.put_object(Bucket="models", Key=key, Body=b"garbage")
     two = machine("two")
-    with pytest.raises(ArtifactError, match=r"s3://models/team/a/tiny/v1/.*sub/file: was changed after it was published"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"s3://models/team/a/tiny/v1/.*sub/file: was changed after it was published",
+    ):
         _ = two.need("a", "tiny").path
     assert not list((two.root / "a/tiny").iterdir())
     bucket.delete_object(Bucket="models", Key=key)
@@ -136,7 +151,9 @@ def test_damaged_and_missing_objects_are_refused_by_name(machine: Callable[[str]
         _ = two.need("a", "tiny").path
 
 
-def test_gc_removes_old_versions_from_the_bucket_and_keeps_the_current(machine: Callable[[str], ObjectStore], bucket: Any) -> None:
+def test_gc_removes_old_versions_from_the_bucket_and_keeps_the_current(
+    machine: Callable[[str], ObjectStore], bucket: Any
+) -> None:
     store = machine("one")
     for index in range(4):
         publish(store, str(index), f"v{index}")
@@ -148,7 +165,9 @@ def test_gc_removes_old_versions_from_the_bucket_and_keeps_the_current(machine: 
     assert sorted(path.name for path in (store.root / "a/tiny").iterdir()) == ["v3"]
 
 
-def test_user_is_told_what_the_store_wants(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_is_told_what_the_store_wants(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     missing = ObjectStore("s3://elsewhere/team", tmp_path / "one")
     with pytest.raises(ArtifactError, match="no such bucket"):
         missing.require_space(1, "a test")  # what is asked before the work begins
@@ -160,16 +179,23 @@ def test_user_is_told_what_the_store_wants(tmp_path: Path, bucket: Any, monkeypa
 
 
 def test_store_that_is_none_is_refused(project: Path) -> None:
-    for store, said in (("ftp://host/x", "is not a store"), ("s3://key:secret@bucket/x", "credentials come from the environment")):
+    for store, said in (
+        ("ftp://host/x", "is not a store"),
+        ("s3://key:secret@bucket/x", "credentials come from the environment"),
+    ):
         settings = yaml.safe_load((project / "finetune.yaml").read_text())
         (project / "finetune.yaml").write_text(yaml.safe_dump({**settings, "store": store}))
         with pytest.raises(ConfigError, match=said):
             load_project(project / "finetune.yaml")
 
 
-def test_graph_on_a_bucket_is_reused_whole_by_a_second_machine(project: Path, tmp_path: Path, bucket: Any) -> None:
+def test_graph_on_a_bucket_is_reused_whole_by_a_second_machine(
+    project: Path, tmp_path: Path, bucket: Any
+) -> None:
     settings = yaml.safe_load((project / "finetune.yaml").read_text())
-    (project / "finetune.yaml").write_text(yaml.safe_dump({**settings, "store": "s3://models/team"}))
+    (project / "finetune.yaml").write_text(
+        yaml.safe_dump({**settings, "store": "s3://models/team"})
+    )
     second = tmp_path / "second"
     shutil.copytree(project, second)
     done = materialize(project)
@@ -178,13 +204,23 @@ def test_graph_on_a_bucket_is_reused_whole_by_a_second_machine(project: Path, tm
     assert len(made) == 13
     again = materialize(second)  # a cache of its own, empty
     assert again.success, failure(again)
-    reused = [event.materialization.metadata["reused"].value for event in again.all_events if event.is_step_materialization]
+    reused = [
+        event.materialization.metadata["reused"].value
+        for event in again.all_events
+        if event.is_step_materialization
+    ]
     assert reused == [True] * 13
     assert {key for key in keys(bucket) if key.endswith("manifest.json")} == made
-    found = status(load_project(second / "finetune.yaml"), [("raw_dataset", False), ("merged_model", True)])
+    found = status(
+        load_project(second / "finetune.yaml"), [("raw_dataset", False), ("merged_model", True)]
+    )
     assert (found.store, found.versions) == ("s3://models/team", 13)
     said = ft(second, "report")
     assert said.returncode == 0, said.stderr
     assert "held-out" in said.stdout
     assert json.loads(ft(second, "plan", "--json").stdout)
-    assert open_store(load_project(second / "finetune.yaml")).need("merged_model", "tiny").path.is_relative_to(second / ".ft/cache")
+    assert (
+        open_store(load_project(second / "finetune.yaml"))
+        .need("merged_model", "tiny")
+        .path.is_relative_to(second / ".ft/cache")
+    )

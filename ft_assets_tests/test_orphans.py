@@ -27,7 +27,7 @@ from dagster._daemon.monitoring.run_monitoring import monitor_starting_run
 
 from ft_assets.config import load_project
 from ft_assets.runs import ProcessRunLauncher
-from ft_assets.runs.own import end_dead_runs
+from ft_assets.runs.in_process import end_dead_runs
 from ft_assets.runs.process import TAG, RunProcess
 from ft_assets_tests.launching import stop_services
 from ft_assets_tests.test_launcher_local import gone
@@ -120,10 +120,21 @@ class Services:
         self.daemon = self.start_daemon()
 
     def _start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "DAGSTER_HOME": str(self.folder / "home"), "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1"}
+        environment = {
+            **os.environ,
+            "DAGSTER_HOME": str(self.folder / "home"),
+            "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1",
+        }
         line = [sys.executable, "-m", module, *arguments, "-f", str(self.folder / "location.py")]
         with (self.folder / f"{module}.log").open("ab") as log:
-            return subprocess.Popen(line, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                line,
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def _up(self) -> bool:
         try:
@@ -142,12 +153,22 @@ class Services:
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
         body = {"query": query, "variables": variables}
-        return httpx.post(f"http://127.0.0.1:{self.port}/graphql", json=body, timeout=60).json()["data"]
+        return httpx.post(f"http://127.0.0.1:{self.port}/graphql", json=body, timeout=60).json()[
+            "data"
+        ]
 
     def launch(self) -> str:
         """Launch the asset as the UI does; return the run's id."""
-        selector = {"repositoryLocationName": "location.py", "repositoryName": "__repository__", "jobName": "__ASSET_JOB"}
-        params = {"selector": {**selector, "assetSelection": [{"path": ["trained"]}]}, "mode": "default", "runConfigData": {}}
+        selector = {
+            "repositoryLocationName": "location.py",
+            "repositoryName": "__repository__",
+            "jobName": "__ASSET_JOB",
+        }
+        params = {
+            "selector": {**selector, "assetSelection": [{"path": ["trained"]}]},
+            "mode": "default",
+            "runConfigData": {},
+        }
         answer = self.ask(LAUNCH, p=params)["launchRun"]
         assert answer["__typename"] == "LaunchRunSuccess", answer
         return answer["run"]["runId"]
@@ -184,7 +205,9 @@ class Services:
         (self.folder / "finish").unlink()
 
     def said(self, run_id: str) -> str:
-        return "\n".join(entry.message or str(entry.dagster_event) for entry in self.instance.all_logs(run_id))
+        return "\n".join(
+            entry.message or str(entry.dagster_event) for entry in self.instance.all_logs(run_id)
+        )
 
     def slots(self) -> set[str]:
         """Return the runs that hold the pool."""
@@ -202,15 +225,22 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     running.stop()
 
 
-def test_run_that_was_lost_with_its_daemon_starts_again_from_its_checkpoint_and_the_queue_is_kept(services: Services) -> None:
+def test_run_that_was_lost_with_its_daemon_starts_again_from_its_checkpoint_and_the_queue_is_kept(
+    services: Services,
+) -> None:
     lost = services.launch()
     step, _, before = services.step(lost)
     assert services.slots() == {lost}
     services.kill_daemon()
-    os.kill(services.worker(lost).pid, signal.SIGKILL)  # as a machine that goes down ends all of them
+    os.kill(
+        services.worker(lost).pid, signal.SIGKILL
+    )  # as a machine that goes down ends all of them
     queued = services.launch()
     assert gone(step)
-    assert (services.status(lost), services.status(queued)) == (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.QUEUED)
+    assert (services.status(lost), services.status(queued)) == (
+        dg.DagsterRunStatus.STARTED,
+        dg.DagsterRunStatus.QUEUED,
+    )
     assert services.slots() == {lost}
     services.start_daemon()
     until(lambda: services.status(lost) == dg.DagsterRunStatus.FAILURE)
@@ -243,7 +273,9 @@ def test_run_outlives_its_daemon_and_a_cancel_then_frees_the_gpu(services: Servi
     assert services.run(run).tags.get("dagster/auto_retry_run_id") is None
 
 
-def test_killed_process_is_told_at_once_and_an_interrupt_of_everything_loses_nothing(services: Services) -> None:
+def test_killed_process_is_told_at_once_and_an_interrupt_of_everything_loses_nothing(
+    services: Services,
+) -> None:
     killed = services.launch()
     services.step(killed)
     os.kill(services.worker(killed).pid, signal.SIGKILL)
@@ -296,7 +328,10 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dg.DagsterIns
     [
         ({}, WorkerStatus.RUNNING),
         ({"started": 1}, WorkerStatus.FAILED),  # the number was given out again
-        ({"boot": "another"}, WorkerStatus.FAILED),  # number and clock as it happens: the machine was restarted
+        (
+            {"boot": "another"},
+            WorkerStatus.FAILED,
+        ),  # number and clock as it happens: the machine was restarted
         ({"host": "another"}, WorkerStatus.RUNNING),  # not seen from here: it may well live
         ({"host": "another", "boot": "another"}, WorkerStatus.RUNNING),
         ({"run_id": "the one before"}, WorkerStatus.RUNNING),  # inherited: says nothing of this run
@@ -323,7 +358,9 @@ def test_ended_process_is_dead_also_while_its_parent_has_not_looked() -> None:
     assert not process.terminate()
 
 
-def test_cancel_of_a_dead_run_ends_it_and_hits_no_other_process(instance: dg.DagsterInstance) -> None:
+def test_cancel_of_a_dead_run_ends_it_and_hits_no_other_process(
+    instance: dg.DagsterInstance,
+) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     run, _ = started(instance, pid=bystander.pid, started=1)
     assert instance.run_launcher.terminate(run.run_id)
@@ -343,7 +380,7 @@ def test_the_next_ft_run_ends_what_a_killed_one_left_and_frees_its_place(
         slots.initialize_concurrency_limit_to_default("gpu")
         assert slots.claim_concurrency_slot("gpu", dead.run_id, "step").is_claimed
         waited: list[float] = []
-        monkeypatch.setattr("ft_assets.runs.own.time.sleep", waited.append)
+        monkeypatch.setattr("ft_assets.runs.in_process.time.sleep", waited.append)
         assert end_dead_runs(instance) == [dead.run_id]
         assert (reloaded(instance, dead).status, reloaded(instance, alive).status) == (
             dg.DagsterRunStatus.FAILURE,
@@ -359,9 +396,13 @@ def test_the_next_ft_run_ends_what_a_killed_one_left_and_frees_its_place(
         assert "was killed just now" in capsys.readouterr().err
 
 
-def test_run_that_its_daemon_was_about_to_start_is_tried_again(instance: dg.DagsterInstance) -> None:
+def test_run_that_its_daemon_was_about_to_start_is_tried_again(
+    instance: dg.DagsterInstance,
+) -> None:
     run = instance.create_run_for_job(small)
-    instance.report_dagster_event(dg.DagsterEvent("PIPELINE_STARTING", small.name), run.run_id)  # the daemon died here
+    instance.report_dagster_event(
+        dg.DagsterEvent("PIPELINE_STARTING", small.name), run.run_id
+    )  # the daemon died here
     time.sleep(1.1)
     record = instance.get_run_record_by_id(run.run_id)
     assert record is not None
@@ -370,21 +411,33 @@ def test_run_that_its_daemon_was_about_to_start_is_tried_again(instance: dg.Dags
     assert reloaded(instance, run).tags["dagster/will_retry"] == "true"
 
 
-def test_process_that_cannot_begin_fails_its_run_at_once(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+def test_process_that_cannot_begin_fails_its_run_at_once(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
     code = RepositoryPythonOrigin("/bin/false", FileCodePointer("gone.py", "small", str(tmp_path)))
-    run = instance.create_run_for_job(small, status=dg.DagsterRunStatus.STARTING, job_code_origin=JobPythonOrigin("small", code))
+    run = instance.create_run_for_job(
+        small, status=dg.DagsterRunStatus.STARTING, job_code_origin=JobPythonOrigin("small", code)
+    )
     instance.run_launcher.launch_run(LaunchRunContext(run, None))
     until(lambda: reloaded(instance, run).status == dg.DagsterRunStatus.FAILURE, 30)
-    assert "exit code 1" in "".join(entry.message or str(entry.dagster_event) for entry in instance.all_logs(run.run_id))
+    assert "exit code 1" in "".join(
+        entry.message or str(entry.dagster_event) for entry in instance.all_logs(run.run_id)
+    )
 
 
-def test_ui_on_one_machine_has_the_same_safety(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ui_on_one_machine_has_the_same_safety(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ft_assets.cli.app import dagster_home
 
     monkeypatch.setenv("DAGSTER_HOME", str(project / "home"))
-    written = yaml.safe_load((dagster_home(load_project(project / "finetune.yaml")) / "dagster.yaml").read_text())
+    written = yaml.safe_load(
+        (dagster_home(load_project(project / "finetune.yaml")) / "dagster.yaml").read_text()
+    )
     shipped = yaml.safe_load(DEPLOY.read_text())
     assert written["run_launcher"] == shipped["run_launcher"]
     assert written["run_retries"] == shipped["run_retries"]
     assert written["run_monitoring"].items() <= shipped["run_monitoring"].items()
-    assert written["run_monitoring"]["free_slots_after_run_end_seconds"] > 30  # what a killed process leaves has so long for its checkpoint
+    assert (
+        written["run_monitoring"]["free_slots_after_run_end_seconds"] > 30
+    )  # what a killed process leaves has so long for its checkpoint

@@ -15,16 +15,16 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import MemoryPlanError, TrainingError
-from ft_assets.models.loading import compute_dtype
+from ft_assets.hardware import compute_dtype
 from ft_assets.training import isolation
 from ft_assets.training.attention import NAME, register
 from ft_assets.training.batches import StepBatches, largest_micro_batch, steps
 from ft_assets.training.cpu_loss import supervised_loss
 from ft_assets.training.isolation import leak, prove_isolation
 from ft_assets.training.linears import fuse_linears
-from ft_assets.training.plan import Data, Machine, make_plan
+from ft_assets.training.memory_plan.model_shape import snapshot_shape
+from ft_assets.training.memory_plan.plan import Data, Machine, make_plan
 from ft_assets.training.sft import train_sft
-from ft_assets.training.shape import snapshot_shape
 from ft_assets_tests.training import sft
 
 
@@ -35,23 +35,33 @@ def rows(count: int, longest: int = 40, seed: int = 0) -> list[dict[str, Any]]:
         ids = [draw.randrange(5, 300) for _ in range(draw.randint(4, longest))]
         supervised = [place >= len(ids) // 2 for place in range(len(ids))]
         labels = [token if flag else -100 for token, flag in zip(ids, supervised, strict=True)]
-        found.append({"input_ids": ids, "labels": labels, "supervised": supervised, "group": str(index)})
+        found.append(
+            {"input_ids": ids, "labels": labels, "supervised": supervised, "group": str(index)}
+        )
     return found
 
 
 def adapted(folder: Path, **config: Any) -> Any:
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **config)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", **config
+    )
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model.train()
 
 
-def loss_and_gradient(model: Any, batches: list[list[dict[str, Any]]], packed: bool) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(
+    model: Any, batches: list[list[dict[str, Any]]], packed: bool
+) -> tuple[float, torch.Tensor]:
     collator = DataCollatorForLanguageModeling(pad_token_id=3, padding_free=packed)
-    columns = [[{key: row[key] for key in ("input_ids", "labels")} for row in group] for group in batches]
+    columns = [
+        [{key: row[key] for key in ("input_ids", "labels")} for row in group] for group in batches
+    ]
     items = sum(label != -100 for group in batches for row in group for label in row["labels"][1:])
     model.zero_grad()
     total = 0.0
@@ -59,53 +69,94 @@ def loss_and_gradient(model: Any, batches: list[list[dict[str, Any]]], packed: b
         loss = supervised_loss(model, collator(group), items)
         loss.backward()
         total += loss.item()
-    return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    return total, torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    )
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_loss_of_a_gpu_is_trls_own(packing: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_a_gpu_is_trls_own(
+    packing: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In every micro-batch of a real training, with the divisor that it has there. Injected: a CPU is taken for a GPU."""
     from ft_assets.training import sft as module
 
     real, theirs = module.ResumingSFTTrainer.compute_loss, SFTTrainer.compute_loss
     calls: list[int] = []
 
-    def compared(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compared(
+        self: Any,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         expected = theirs(self, model, dict(inputs), False, num_items_in_batch)
         wanted = torch.autograd.grad(expected, weights)
         with monkeypatch.context() as patched:
-            patched.setattr(SFTTrainer, "compute_loss", lambda *_: pytest.fail("TRL's loss was taken"))
+            patched.setattr(
+                SFTTrainer, "compute_loss", lambda *_: pytest.fail("TRL's loss was taken")
+            )
             ours = real(self, model, inputs, return_outputs, num_items_in_batch)
         found = torch.autograd.grad(ours, weights, retain_graph=True)
-        assert num_items_in_batch > (inputs["labels"][:, 1:] != -100).sum()  # of the whole step, not of this micro-batch
+        assert (
+            num_items_in_batch > (inputs["labels"][:, 1:] != -100).sum()
+        )  # of the whole step, not of this micro-batch
         assert ours.item() == pytest.approx(expected.item(), rel=1e-4)
         assert (
-            torch.nn.functional.cosine_similarity(*(torch.cat([part.flatten() for part in parts]) for parts in (found, wanted)), 0) > 0.999
+            torch.nn.functional.cosine_similarity(
+                *(torch.cat([part.flatten() for part in parts]) for parts in (found, wanted)), 0
+            )
+            > 0.999
         )
-        assert all(torch.allclose(one, other, rtol=0.02, atol=1e-4) for one, other in zip(found, wanted, strict=True))
+        assert all(
+            torch.allclose(one, other, rtol=0.02, atol=1e-4)
+            for one, other in zip(found, wanted, strict=True)
+        )
         calls.append(1)
         return ours
 
     monkeypatch.setattr(module, "ResumingCpuSFTTrainer", module.ResumingSFTTrainer)
     monkeypatch.setattr(module.ResumingSFTTrainer, "quiet_on", ("cpu",))
     monkeypatch.setattr(module.ResumingSFTTrainer, "compute_loss", compared)
-    sft(tiny_model, tmp_path, num_train_epochs=1, rows=16, lora={"lora_dropout": 0.0}, packing=packing)
+    sft(
+        tiny_model,
+        tmp_path,
+        num_train_epochs=1,
+        rows=16,
+        lora={"lora_dropout": 0.0},
+        packing=packing,
+    )
     assert len(calls) == 8  # 16 rows, two at once
 
 
 @pytest.mark.parametrize("window", [None, 8], ids=["causal", "sliding window"])
-def test_packed_loss_and_gradient_equal_one_row_at_a_time(tiny_model: Path, window: int | None) -> None:
+def test_packed_loss_and_gradient_equal_one_row_at_a_time(
+    tiny_model: Path, window: int | None
+) -> None:
     sample = rows(9)
     model = adapted(tiny_model)
     if window:
         from transformers import MistralConfig, MistralForCausalLM
 
-        config = {key: getattr(model.config, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+        config = {
+            key: getattr(model.config, key)
+            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        }
         torch.manual_seed(0)
-        base = MistralForCausalLM(MistralConfig(**config, num_attention_heads=4, num_key_value_heads=2, sliding_window=window))
+        base = MistralForCausalLM(
+            MistralConfig(
+                **config, num_attention_heads=4, num_key_value_heads=2, sliding_window=window
+            )
+        )
         base.set_attn_implementation("sdpa")
-        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")).train()
+        model = get_peft_model(
+            base,
+            LoraConfig(
+                r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+            ),
+        ).train()
     loss, gradient = loss_and_gradient(model, [[row] for row in sample], packed=False)
     fuse_linears(model)
     model.get_base_model().set_attn_implementation(register())
@@ -123,7 +174,9 @@ def test_what_is_not_packed_is_stock_sdpa(tiny_model: Path) -> None:
     words = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
     model.set_attn_implementation(register())
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
-    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), words)
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), words
+    )
 
 
 def test_documents_given_by_positions_alone_are_apart_too(tiny_model: Path) -> None:
@@ -131,7 +184,9 @@ def test_documents_given_by_positions_alone_are_apart_too(tiny_model: Path) -> N
     model.set_attn_implementation(register())
     first, second = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10, 11]])
     alone = torch.cat([model(input_ids=first).logits, model(input_ids=second).logits], 1)
-    both = model(input_ids=torch.cat([first, second], 1), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]])).logits
+    both = model(
+        input_ids=torch.cat([first, second], 1), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    ).logits
     assert torch.allclose(alone, both, atol=1e-5)
 
 
@@ -141,17 +196,25 @@ def test_the_probe_passes_the_real_attention_and_refuses_a_leaky_one(tiny_model:
     model.get_base_model().set_attn_implementation(register())
     assert leak(model, rows(3), collator) == 0.0
 
-    def leaky(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        return sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": True})
+    def leaky(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        return sdpa_attention_forward(
+            module, query, key, value, None, **{**kwargs, "is_causal": True}
+        )
 
     AttentionInterface.register("leaky", leaky)
-    AttentionMaskInterface.register("leaky", lambda **kwargs: None if kwargs["attention_mask"] is None else sdpa_mask(**kwargs))
+    AttentionMaskInterface.register(
+        "leaky", lambda **kwargs: None if kwargs["attention_mask"] is None else sdpa_mask(**kwargs)
+    )
     model.get_base_model().set_attn_implementation("leaky")
     with pytest.raises(TrainingError, match="must not see each other"):
         prove_isolation(model, rows(3), collator)
 
 
-def test_packing_that_leaks_is_refused_or_left_out(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_that_leaks_is_refused_or_left_out(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leaking(monkeypatch)
     said: list[str] = []
 
@@ -160,7 +223,16 @@ def test_packing_that_leaks_is_refused_or_left_out(tiny_model: Path, tmp_path: P
         lora = LoraSettings(r=2, lora_dropout=0)
         output = tmp_path / f"out-{packing}"
         output.mkdir()
-        return train_sft(tiny_model, rows(16), [], lora, settings, tmp_path / f"c-{packing}", output, lambda text, **_: said.append(text))
+        return train_sft(
+            tiny_model,
+            rows(16),
+            [],
+            lora,
+            settings,
+            tmp_path / f"c-{packing}",
+            output,
+            lambda text, **_: said.append(text),
+        )
 
     with pytest.raises(TrainingError, match=r"sft\.packing"):
         run(True)
@@ -172,16 +244,29 @@ def test_packing_that_leaks_is_refused_or_left_out(tiny_model: Path, tmp_path: P
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of this machine is right: its separation of documents is taken away by hand."""
     monkeypatch.setattr(
-        "ft_assets.training.attention._boundaries", lambda query, kwargs: (torch.tensor([0, query.shape[2]]), query.shape[2])
+        "ft_assets.training.attention._boundaries",
+        lambda query, kwargs: (torch.tensor([0, query.shape[2]]), query.shape[2]),
     )
 
 
-def test_without_packing_the_plan_is_made_anew(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_packing_the_plan_is_made_anew(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leaking(monkeypatch)
     uneven = [*rows(14, 6), *rows(2, 200, seed=1)]  # 303 tokens packed are 3,168 padded
-    settings, lora, limit = SftSettings(packing="auto", effective_batch=16, max_steps=2), LoraSettings(r=2, lora_dropout=0), 0.006
-    machine, lengths = Machine(False, limit * 1e9, compute_dtype().itemsize), [len(row["input_ids"]) for row in uneven]
-    packed, padded = (make_plan(snapshot_shape(tiny_model), lora, settings, Data(lengths, kind), machine) for kind in (True, False))
+    settings, lora, limit = (
+        SftSettings(packing="auto", effective_batch=16, max_steps=2),
+        LoraSettings(r=2, lora_dropout=0),
+        0.006,
+    )
+    machine, lengths = (
+        Machine(False, limit * 1e9, compute_dtype().itemsize),
+        [len(row["input_ids"]) for row in uneven],
+    )
+    packed, padded = (
+        make_plan(snapshot_shape(tiny_model), lora, settings, Data(lengths, kind), machine)
+        for kind in (True, False)
+    )
     assert packed.micro_batch > padded.micro_batch
     plans: list[dict[str, Any]] = []
     (tmp_path / "out").mkdir()
@@ -211,7 +296,16 @@ def test_memory_that_runs_out_in_the_probe_is_no_fault_of_the_attention(
         settings = SftSettings(packing="auto", effective_batch=8, max_steps=2)
         (tmp_path / name).mkdir()
         lora = LoraSettings(r=2, lora_dropout=0)
-        return train_sft(tiny_model, rows(16, 200), [], lora, settings, tmp_path / f"c-{name}", tmp_path / name, lambda *_, **__: None)
+        return train_sft(
+            tiny_model,
+            rows(16, 200),
+            [],
+            lora,
+            settings,
+            tmp_path / f"c-{name}",
+            tmp_path / name,
+            lambda *_, **__: None,
+        )
 
     most = 64
     metrics = run("shorter")
@@ -221,16 +315,26 @@ def test_memory_that_runs_out_in_the_probe_is_no_fault_of_the_attention(
         run("none")
 
 
-def test_the_same_run_packed_and_padded_ends_in_the_same_loss(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ft_assets.models.loading.compute_dtype", lambda: torch.float32)
-    monkeypatch.setattr("ft_assets.training.options.compute_dtype", lambda: torch.float32)
+def test_the_same_run_packed_and_padded_ends_in_the_same_loss(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ft_assets.hardware.compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr("ft_assets.training.trl_options.compute_dtype", lambda: torch.float32)
     losses = []
     for packing, micro in ((True, None), (False, 2), (True, 4)):
         output = tmp_path / f"{packing}{micro}"
         output.mkdir()
-        settings = SftSettings(packing=packing, effective_batch=8, micro_batch=micro, num_train_epochs=2, learning_rate=1e-2)
+        settings = SftSettings(
+            packing=packing,
+            effective_batch=8,
+            micro_batch=micro,
+            num_train_epochs=2,
+            learning_rate=1e-2,
+        )
         lora = LoraSettings(r=4, lora_dropout=0, target_modules="all-linear")
-        metrics = train_sft(tiny_model, rows(20), [], lora, settings, output / "c", output, lambda *_, **__: None)
+        metrics = train_sft(
+            tiny_model, rows(20), [], lora, settings, output / "c", output, lambda *_, **__: None
+        )
         assert metrics["steps"] == 6
         assert metrics["packed"] is packing
         losses.append([metrics["loss_first"], metrics["loss_last"]])
@@ -239,8 +343,12 @@ def test_the_same_run_packed_and_padded_ends_in_the_same_loss(tiny_model: Path, 
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("count", "batch", "accumulation"), [(50, 8, 2), (7, 8, 4), (33, 16, 16), (64, 16, 1)])
-def test_every_row_is_trained_once_an_epoch_in_the_steps_of_its_batch(packed: bool, count: int, batch: int, accumulation: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "batch", "accumulation"), [(50, 8, 2), (7, 8, 4), (33, 16, 16), (64, 16, 1)]
+)
+def test_every_row_is_trained_once_an_epoch_in_the_steps_of_its_batch(
+    packed: bool, count: int, batch: int, accumulation: int
+) -> None:
     lengths = [len(row["input_ids"]) for row in rows(count)]
     sampler = StepBatches(lengths, batch, accumulation, 5, packed)
     orders = []
@@ -250,27 +358,49 @@ def test_every_row_is_trained_once_an_epoch_in_the_steps_of_its_batch(packed: bo
         assert len(batches) == len(sampler)
         assert sorted(row for rows_ in batches for row in rows_) == list(range(count))
         largest = largest_micro_batch(lengths, batch, accumulation, 5, 2, packed)
-        sizes = [sum(lengths[row] for row in group) if packed else len(group) * max(lengths[row] for row in group) for group in batches]
+        sizes = [
+            sum(lengths[row] for row in group)
+            if packed
+            else len(group) * max(lengths[row] for row in group)
+            for group in batches
+        ]
         assert max(sizes) <= largest
         orders.append(batches)
     assert count <= batch or orders[0] != orders[1]  # one step holds all rows in any order
     assert {frozenset(row for group in orders[0][:accumulation] for row in group)} == {
-        frozenset(row for group in list(StepBatches(lengths, batch, 1, 5, packed))[:1] for row in group)
+        frozenset(
+            row for group in list(StepBatches(lengths, batch, 1, 5, packed))[:1] for row in group
+        )
     }
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("count", "batch", "accumulation", "ranks"), [(50, 8, 2, 2), (33, 16, 2, 4), (34, 16, 1, 3), (64, 16, 2, 8)])
-def test_ranks_share_each_steps_rows(packed: bool, count: int, batch: int, accumulation: int, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "batch", "accumulation", "ranks"),
+    [(50, 8, 2, 2), (33, 16, 2, 4), (34, 16, 1, 3), (64, 16, 2, 8)],
+)
+def test_ranks_share_each_steps_rows(
+    packed: bool, count: int, batch: int, accumulation: int, ranks: int
+) -> None:
     """`accumulation` of each rank; a step of fewer rows than ranks (33: the last has one) is the only one that repeats rows."""
     lengths = [len(row["input_ids"]) for row in rows(count)]
-    shares = [list(StepBatches(lengths, batch, accumulation, 5, packed, rank, ranks)) for rank in range(ranks)]
+    shares = [
+        list(StepBatches(lengths, batch, accumulation, 5, packed, rank, ranks))
+        for rank in range(ranks)
+    ]
     assert len({len(share) for share in shares}) == 1
-    assert all(len(share) == len(StepBatches(lengths, batch, accumulation, 5, packed, 0, ranks)) for share in shares)
+    assert all(
+        len(share) == len(StepBatches(lengths, batch, accumulation, 5, packed, 0, ranks))
+        for share in shares
+    )
     assert all(group for share in shares for group in share)
     full = count // batch
     for number, expected in enumerate(steps(count, batch, 5, 0)):
-        mine = [group for share in shares for group in share[number * accumulation : (number + 1) * accumulation]]
+        mine = [
+            group
+            for share in shares
+            for group in share[number * accumulation : (number + 1) * accumulation]
+        ]
         found = sorted(row for group in mine for row in group)
         assert set(found) == set(expected)
         assert number >= full or found == sorted(expected)
@@ -278,7 +408,9 @@ def test_ranks_share_each_steps_rows(packed: bool, count: int, batch: int, accum
 
 def test_packed_micro_batches_are_balanced() -> None:
     lengths = [len(row["input_ids"]) for row in rows(64, longest=100)]
-    for group in [list(StepBatches(lengths, 32, 4, 1, True))[start : start + 4] for start in (0, 4)]:
+    for group in [
+        list(StepBatches(lengths, 32, 4, 1, True))[start : start + 4] for start in (0, 4)
+    ]:
         tokens = [sum(lengths[row] for row in batch) for batch in group]
         assert max(tokens) - min(tokens) <= max(lengths)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ft_assets.release.push import stale_weights
-from ft_assets_tests.conftest import edit, ft
+from ft_assets_tests.factories import edit, ft
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 
 TOKEN = "hf_thisisthesecretofthetest"
@@ -22,22 +22,42 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         chunked = self.headers.get("Transfer-Encoding") == "chunked"
-        body = self._chunks() if chunked else self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = (
+            self._chunks()
+            if chunked
+            else self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        )
         here = f"http://127.0.0.1:{self.server.server_port}/me/tiny"  # type: ignore[attr-defined]
         self.server.seen.append((self.path, self.headers.get("Authorization"), body))  # type: ignore[attr-defined]
         if self.path == "/api/repos/create":
             self._say({"url": here, "id": "me/tiny"})
         elif "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             self._say({"files": files})
         else:
-            self._say({"commitUrl": f"{here}/commit/c0ffee", "commitOid": "c0ffee", "pullRequestUrl": None})
+            self._say(
+                {
+                    "commitUrl": f"{here}/commit/c0ffee",
+                    "commitOid": "c0ffee",
+                    "pullRequestUrl": None,
+                }
+            )
 
     def do_GET(self) -> None:
         if "/tree/" in self.path:
-            self._say([{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in self.server.files])  # type: ignore[attr-defined]
+            self._say(
+                [
+                    {"type": "file", "path": path, "size": 1, "oid": "0" * 40}
+                    for path in self.server.files
+                ]
+            )  # type: ignore[attr-defined]
         else:
-            self._say({"id": "me/tiny", "sha": "0" * 40, "siblings": [], "private": self.server.private})  # type: ignore[attr-defined]
+            self._say(
+                {"id": "me/tiny", "sha": "0" * 40, "siblings": [], "private": self.server.private}
+            )  # type: ignore[attr-defined]
 
     def _chunks(self) -> bytes:
         parts = []
@@ -69,21 +89,35 @@ def hub() -> Iterator[ThreadingHTTPServer]:
 
 
 def online(monkeypatch: pytest.MonkeyPatch, hub: Any) -> None:
-    for name, value in {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}.items():
+    for name, value in {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+    }.items():
         monkeypatch.setenv(name, value)
 
 
 def commits(hub: Any) -> list[list[dict[str, Any]]]:
     """Return the lines of each commit that arrived."""
-    return [[json.loads(line) for line in body.splitlines()] for path, _, body in hub.seen if "/commit/" in path]
+    return [
+        [json.loads(line) for line in body.splitlines()]
+        for path, _, body in hub.seen
+        if "/commit/" in path
+    ]
 
 
-def test_champion_is_pushed_privately_and_the_token_is_nowhere(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_champion_is_pushed_privately_and_the_token_is_nowhere(
+    copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit(copy, release={"push": {"repo": "me/{base_model}"}})
     online(monkeypatch, hub)
     done = ft(copy, "run", "--asset", "hub_model")
     assert done.returncode == 0, done.stderr + done.stdout
-    assert read(copy, "hub_model", "push.json") == {"repo": "me/tiny", "private": True, "commit": "c0ffee"}
+    assert read(copy, "hub_model", "push.json") == {
+        "repo": "me/tiny",
+        "private": True,
+        "commit": "c0ffee",
+    }
     create, (lines,) = hub.seen[0], commits(hub)
     assert json.loads(create[2])["visibility"] == "private"
     assert create[1] == f"Bearer {TOKEN}"
@@ -99,7 +133,9 @@ def test_champion_is_pushed_privately_and_the_token_is_nowhere(copy: Path, hub: 
     assert len(hub.seen) == calls  # the same champion is not pushed twice
 
 
-def test_push_without_a_token_is_refused_and_the_release_stands(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_without_a_token_is_refused_and_the_release_stands(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit(copy, release={"push": {"repo": "me/tiny"}})
     monkeypatch.delenv("HF_TOKEN", raising=False)
     result = materialize(copy, "hub_model")
@@ -107,7 +143,9 @@ def test_push_without_a_token_is_refused_and_the_release_stands(copy: Path, monk
     assert artifact(copy, "release").is_dir()
 
 
-def test_public_repository_gets_nothing_that_shall_be_private(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_repository_gets_nothing_that_shall_be_private(
+    copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit(copy, release={"push": {"repo": "me/tiny"}})
     online(monkeypatch, hub)
     hub.private = False
@@ -117,19 +155,37 @@ def test_public_repository_gets_nothing_that_shall_be_private(copy: Path, hub: A
     assert not commits(hub)
 
 
-def test_weights_of_an_earlier_push_are_deleted_in_the_same_commit(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_an_earlier_push_are_deleted_in_the_same_commit(
+    copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit(copy, release={"push": {"repo": "me/tiny"}})
     online(monkeypatch, hub)
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    hub.files = [".gitattributes", "notes.md", "onnx/model.safetensors", "model.safetensors", "adapter_config.json", *shards]
+    shards = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    hub.files = [
+        ".gitattributes",
+        "notes.md",
+        "onnx/model.safetensors",
+        "model.safetensors",
+        "adapter_config.json",
+        *shards,
+    ]
     assert ft(copy, "run", "--asset", "hub_model").returncode == 0
     (lines,) = commits(hub)
     deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
-    assert deleted == {"adapter_config.json", *shards}  # model.safetensors is replaced, the user's own files stay
+    assert deleted == {
+        "adapter_config.json",
+        *shards,
+    }  # model.safetensors is replaced, the user's own files stay
     assert stale_weights(["model.safetensors"], shards) == ["model.safetensors"]
 
 
-def test_rollback_is_pushed_although_that_model_was_pushed_before(copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollback_is_pushed_although_that_model_was_pushed_before(
+    copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit(copy, release={"push": {"repo": "me/tiny"}})
     online(monkeypatch, hub)
     first = artifact(copy, "merged_model").name
@@ -139,7 +195,14 @@ def test_rollback_is_pushed_although_that_model_was_pushed_before(copy: Path, hu
     assert promoted.success, failure(promoted)
     second = artifact(copy, "merged_model").name
     assert ft(copy, "run", "--asset", "hub_model").returncode == 0
-    assert materialize(copy, "release", config={"release": {"rollback_to": "previous", "reason": "complaints"}}).success
+    assert materialize(
+        copy, "release", config={"release": {"rollback_to": "previous", "reason": "complaints"}}
+    ).success
     assert ft(copy, "run", "--asset", "hub_model").returncode == 0
-    messages = [line["value"]["summary"] for lines in commits(hub) for line in lines if line["key"] == "header"]
+    messages = [
+        line["value"]["summary"]
+        for lines in commits(hub)
+        for line in lines
+        if line["key"] == "header"
+    ]
     assert messages == [f"merged_model {name}" for name in (first, second, first)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ft_assets.config import load_project
-from ft_assets_tests.conftest import ft
+from ft_assets_tests.factories import ft
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,13 +24,17 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make ")])
 def test_make_target_exists(command: str) -> None:
     # Dry: `make demo` alone takes ten minutes, `make test` would run itself. What they call is run below and in test_graph.
-    done = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "/ft " in line])
 def test_ft_command_works(finished: Path, command: str) -> None:
-    arguments = ["tiny" if word == "smollm2-135m" else word for word in shlex.split(command)[1:]]  # the tiny project's base model
+    arguments = [
+        "tiny" if word == "smollm2-135m" else word for word in shlex.split(command)[1:]
+    ]  # the tiny project's base model
     done = ft(finished, *arguments)
     assert done.returncode == 0, done.stderr
     if arguments[0] == "report":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from ft_assets.evaluation.references import with_references
-from ft_assets_tests.conftest import WORDS, edit, tiny_tokenizer, write_jsonl
+from ft_assets_tests.factories import WORDS, edit, tiny_tokenizer, write_jsonl
 from ft_assets_tests.pipeline import UP_TO_REPORT, artifact, failure, materialize
 from ft_assets_tests.test_templates import AS_OBJECT, CALL, TOOL
 
@@ -16,10 +16,15 @@ def test_reference_is_the_content_or_the_call_as_it_is_written() -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer("yes no", add_special_tokens=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    row = {"input_ids": [*ids, *ids, end, 1], "supervised": [False] * len(ids) + [True] * (len(ids) + 1) + [False]}
+    row = {
+        "input_ids": [*ids, *ids, end, 1],
+        "supervised": [False] * len(ids) + [True] * (len(ids) + 1) + [False],
+    }
     said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "stone"}]
     called = [said[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    references = with_references(tokenizer, [{**row, "messages": said}, {**row, "messages": called}])
+    references = with_references(
+        tokenizer, [{**row, "messages": said}, {**row, "messages": called}]
+    )
     assert [one["reference"] for one in references] == ["stone", "yes no"]
 
 
@@ -31,9 +36,20 @@ def test_tool_calls_go_through_training_and_evaluation(project: Path, tiny_model
     (project / "tools.jinja").write_text(AS_OBJECT)
     rows = []
     for number in range(60):
-        call = {"type": "function", "function": {"name": "colour_of", "arguments": {"thing": WORDS[number % len(WORDS)], "deep": True}}}
+        call = {
+            "type": "function",
+            "function": {
+                "name": "colour_of",
+                "arguments": {"thing": WORDS[number % len(WORDS)], "deep": True},
+            },
+        }
         asked = {"role": "user", "content": f"colour of {WORDS[number % len(WORDS)]} {number}"}
-        rows.append({"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [TOOL]})
+        rows.append(
+            {
+                "messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}],
+                "tools": [TOOL],
+            }
+        )
     write_jsonl(project / "data/train.jsonl", rows)
     for name in ("few_shot", "retention"):
         (project / f"data/{name}.jsonl").unlink()
@@ -45,7 +61,11 @@ def test_tool_calls_go_through_training_and_evaluation(project: Path, tiny_model
         data={"few_shot": [], "retention": [], "preferences": []},
     )
     result = materialize(project, UP_TO_REPORT)
-    assert not (said := failure(result)) or "better_than_base" in said, said  # no PASS after one epoch: as it should be
+    assert not (said := failure(result)) or "better_than_base" in said, (
+        said
+    )  # no PASS after one epoch: as it should be
     judged = pq.read_table(artifact(project, "eval_report") / "rows.parquet").to_pylist()
     assert judged
-    assert all('"colour_of"' in row["reference"] and '"thing"' in row["reference"] for row in judged)
+    assert all(
+        '"colour_of"' in row["reference"] and '"thing"' in row["reference"] for row in judged
+    )

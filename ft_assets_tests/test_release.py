@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets import workshop
 from ft_assets.commands.gc import removals, remove
 from ft_assets.config import GateSettings, ReleaseSettings
+from ft_assets.orchestration import materializer as materializer
 from ft_assets.release.champion import KEPT, PROMOTED, State, decide_release, state_of
-from ft_assets.release.former import adapter_of
-from ft_assets_tests.conftest import edit
+from ft_assets.release.lookup import adapter_of
+from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
 UP_TO_RELEASE = "recipe,lora_adapter,dpo_adapter,eval_report,merged_model,release"
@@ -31,8 +31,20 @@ def champion(folder: Path) -> str:
     return found["merged_model"]
 
 
-def difference(mean: float, low: float, high: float, p: float, wins: int = 9, losses: int = 5) -> dict[str, Any]:
-    return {"mean": mean, "low": low, "high": high, "p": p, "wins": wins, "losses": losses, "n": 64, "rows_needed": 400, "detectable": 0.1}
+def difference(
+    mean: float, low: float, high: float, p: float, wins: int = 9, losses: int = 5
+) -> dict[str, Any]:
+    return {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "p": p,
+        "wins": wins,
+        "losses": losses,
+        "n": 64,
+        "rows_needed": 400,
+        "detectable": 0.1,
+    }
 
 
 GOOD, NO_BETTER = difference(0.4, 0.3, 0.5, 0.0001), difference(0.0, -0.1, 0.1, 1.0)
@@ -49,32 +61,68 @@ RULES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("against", "today", "rule", "status", "says"), [case[1:] for case in RULES], ids=[case[0] for case in RULES])
+@pytest.mark.parametrize(
+    ("against", "today", "rule", "status", "says"),
+    [case[1:] for case in RULES],
+    ids=[case[0] for case in RULES],
+)
 def test_rule(against: dict, today: dict, rule: dict, status: str, says: str) -> None:
-    decision = decide_release({"exact": against}, {"exact": today}, {"exact": GOOD}, "exact", GateSettings(), ReleaseSettings(**rule))
+    decision = decide_release(
+        {"exact": against},
+        {"exact": today},
+        {"exact": GOOD},
+        "exact",
+        GateSettings(),
+        ReleaseSettings(**rule),
+    )
     assert decision.status == status
     assert says in decision.reasons[0]
     promised = "on these rows the challenger is better than the base: exact +0.400 against base [+0.300, +0.500]"
     assert (promised in decision.reasons[-1]) == (status == PROMOTED)
 
 
-@pytest.mark.parametrize("today", [GOOD, NO_BETTER], ids=["champion beats the base", "champion fell behind"])
-def test_challenger_that_does_not_beat_the_base_on_these_rows_is_promoted_by_override_alone(today: dict) -> None:
+@pytest.mark.parametrize(
+    "today", [GOOD, NO_BETTER], ids=["champion beats the base", "champion fell behind"]
+)
+def test_challenger_that_does_not_beat_the_base_on_these_rows_is_promoted_by_override_alone(
+    today: dict,
+) -> None:
     """The champion may have been trained on most of the rows: of those that are left the challenger's PASS says nothing."""
     better = {"exact": difference(0.2, 0.1, 0.3, 0.001)}
-    asked = (better, {"exact": today}, {"exact": NO_BETTER}, "exact", GateSettings(), ReleaseSettings())
+    asked = (
+        better,
+        {"exact": today},
+        {"exact": NO_BETTER},
+        "exact",
+        GateSettings(),
+        ReleaseSettings(),
+    )
     decision = decide_release(*asked)
     assert decision.status == KEPT
-    assert "does not beat the base on these rows: cannot tell it from the base: exact +0.000 against base" in decision.reasons[0]
+    assert (
+        "does not beat the base on these rows: cannot tell it from the base: exact +0.000 against base"
+        in decision.reasons[0]
+    )
     decision = decide_release(*asked, override="the board wants it")
     assert decision.status == PROMOTED
-    assert "released by override (the board wants it): on these rows it does not beat the base" in decision.reasons[-1]
+    assert (
+        "released by override (the board wants it): on these rows it does not beat the base"
+        in decision.reasons[-1]
+    )
 
 
 def test_margin_alone_is_what_beats_the_base_where_the_gate_asks_no_more() -> None:
-    gate, slightly_lower = GateSettings(metrics={"exact": 0.2}), {"exact": difference(-0.05, -0.1, 0.0, 0.2)}
+    gate, slightly_lower = (
+        GateSettings(metrics={"exact": 0.2}),
+        {"exact": difference(-0.05, -0.1, 0.0, 0.2)},
+    )
     decision = decide_release(
-        {"exact": difference(0.0, -0.04, 0.04, 1.0)}, slightly_lower, slightly_lower, "exact", gate, ReleaseSettings()
+        {"exact": difference(0.0, -0.04, 0.04, 1.0)},
+        slightly_lower,
+        slightly_lower,
+        "exact",
+        gate,
+        ReleaseSettings(),
     )
     assert decision.status == PROMOTED
     assert "not worse than the champion by 0.05" in decision.reasons[0]
@@ -83,7 +131,14 @@ def test_margin_alone_is_what_beats_the_base_where_the_gate_asks_no_more() -> No
 def test_margin_of_the_gate_holds_against_the_champion_too() -> None:
     gate = GateSettings(metrics={"exact": "better", "chrf": 0.1})
     against = {"exact": difference(0.2, 0.1, 0.3, 0.001), "chrf": difference(-0.05, -0.2, 0.1, 0.4)}
-    decision = decide_release(against, {"exact": GOOD, "chrf": GOOD}, {"exact": GOOD, "chrf": GOOD}, "exact", gate, ReleaseSettings())
+    decision = decide_release(
+        against,
+        {"exact": GOOD, "chrf": GOOD},
+        {"exact": GOOD, "chrf": GOOD},
+        "exact",
+        gate,
+        ReleaseSettings(),
+    )
     assert decision.status == KEPT
     assert "worse than the champion by more than 0.1: chrf" in decision.reasons[0]
 
@@ -102,14 +157,18 @@ def test_first_release_has_no_champion_to_beat_and_a_rerun_does_nothing(copy: Pa
 
 def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> None:
     first = champion(copy)
-    edit(copy, sft={"learning_rate": 0.021}, release={"margin": 0.5})  # wide: a row or two that flip decide nothing
+    edit(
+        copy, sft={"learning_rate": 0.021}, release={"margin": 0.5}
+    )  # wide: a row or two that flip decide nothing
     result = materialize(copy, UP_TO_RELEASE)
     assert result.success, failure(result)
     second = artifact(copy, "merged_model").name
     after = state(copy)
     assert second != first
     comparison = after.history[-1]["comparison"]
-    assert comparison["rows"] == 32  # the champion answered today's rows again, and so did the challenger
+    assert (
+        comparison["rows"] == 32
+    )  # the champion answered today's rows again, and so did the challenger
     assert set(comparison["scores"]) == {"champion", "challenger"}
     assert comparison["challenger_against_base"]["mean"] > 0
     assert [line["decision"] for line in after.history] == [PROMOTED, PROMOTED]
@@ -126,7 +185,9 @@ def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> N
 
     refused = materialize(copy, "release", config={"release": {"rollback_to": "previous"}})
     assert "a rollback without a reason" in failure(refused)
-    refused = materialize(copy, "release", config={"release": {"rollback_to": "ffff", "reason": "x"}})
+    refused = materialize(
+        copy, "release", config={"release": {"rollback_to": "ffff", "reason": "x"}}
+    )
     assert f"there are: {first}" in failure(refused)
     assert champion(copy) == second
 
@@ -144,13 +205,19 @@ def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> N
     assert champion(copy) == first
     assert "customers complained" in checks(again)["challenger_was_promoted"].description
 
-    forward = materialize(copy, "release", config={"release": {"rollback_to": second[:8], "reason": "it was not the model"}})
+    forward = materialize(
+        copy,
+        "release",
+        config={"release": {"rollback_to": second[:8], "reason": "it was not the model"}},
+    )
     assert forward.success, failure(forward)
     assert champion(copy) == second
     assert state(copy).withdrawn == {state(copy).previous["identity"]: "it was not the model"}  # type: ignore[index]
 
 
-def test_champion_that_was_kept_is_asked_again_when_a_library_changes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_champion_that_was_kept_is_asked_again_when_a_library_changes(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = champion(copy)
     edit(copy, sft={"learning_rate": 0.021}, release={"rule": "better"})
     assert materialize(copy, UP_TO_RELEASE).success
@@ -158,12 +225,18 @@ def test_champion_that_was_kept_is_asked_again_when_a_library_changes(copy: Path
     kept = artifact(copy, "release")
     assert materialize(copy, "release").success
     assert artifact(copy, "release") == kept  # nothing changed: the same answer
-    real = workshop.library_versions
-    monkeypatch.setattr(workshop, "library_versions", lambda kind: real(kind) | {"torch": "99.0"})
+    real = materializer.library_versions
+    monkeypatch.setattr(
+        materializer, "library_versions", lambda kind: real(kind) | {"torch": "99.0"}
+    )
     result = materialize(copy, "release")
     assert result.success, failure(result)
     after = state(copy)
-    assert [(line["sequence"], line["decision"]) for line in after.history] == [(1, PROMOTED), (2, KEPT), (3, KEPT)]
+    assert [(line["sequence"], line["decision"]) for line in after.history] == [
+        (1, PROMOTED),
+        (2, KEPT),
+        (3, KEPT),
+    ]
     assert champion(copy) == first
 
 
@@ -178,16 +251,26 @@ def test_first_release_by_override_says_so(copy: Path) -> None:
     assert reasons[2] == "released by override of INCONCLUSIVE: the board wants it"
 
 
-def test_first_release_of_a_file_that_does_not_beat_the_base_does_not_say_that_it_does(copy: Path) -> None:
+def test_first_release_of_a_file_that_does_not_beat_the_base_does_not_say_that_it_does(
+    copy: Path,
+) -> None:
     shutil.rmtree(copy / ".ft/store/release")
     manifest = artifact(copy, "merged_model") / "manifest.json"
     told = json.loads(manifest.read_text())
-    told["metrics"] |= {"merged_beats_base": False, "merged_gain": 0.0, "merged_gain_low": -0.1, "merged_gain_high": 0.1}
+    told["metrics"] |= {
+        "merged_beats_base": False,
+        "merged_gain": 0.0,
+        "merged_gain_low": -0.1,
+        "merged_gain_high": 0.1,
+    }
     manifest.write_text(json.dumps(told))
     materialize(copy, "release")
     reasons = "; ".join(state(copy).history[0]["reasons"])
     assert "it beats the base" not in reasons
-    assert "it is not proven better than the base: exact +0.000 against base [-0.100, +0.100]" in reasons
+    assert (
+        "it is not proven better than the base: exact +0.000 against base [-0.100, +0.100]"
+        in reasons
+    )
 
 
 def test_no_comparison_with_a_champion_whose_trained_rows_nobody_knows(copy: Path) -> None:
@@ -241,4 +324,6 @@ def test_lost_champion_is_an_error_that_says_so(copy: Path) -> None:
     text = json.loads(document.read_text())
     text["champion"] |= {"merged_model": "gone", "data_version": "gone", "identity": "gone"}
     document.write_text(json.dumps(text))
-    assert "the merged model gone is not in the store any more" in failure(materialize(copy, "release"))
+    assert "the merged model gone is not in the store any more" in failure(
+        materialize(copy, "release")
+    )

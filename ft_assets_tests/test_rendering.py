@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ft_assets.chat.calls import missing_calls
 from ft_assets.chat.proofs import Facts, prove
 from ft_assets.chat.rendering import ProofFailed, Rendered, Renderer
-from ft_assets_tests.conftest import CHATML, tiny_tokenizer
+from ft_assets_tests.factories import CHATML, tiny_tokenizer
 
 TURNS = [
     {"role": "system", "content": "what is the colour"},
@@ -46,13 +46,17 @@ def trained(which: Renderer, messages: list[dict[str, Any]], **row: Any) -> list
 
 def learnt(which: Renderer, rendered: Rendered) -> str:
     """Return the text of the supervised tokens."""
-    return which.facts.decode([token for token, flag in zip(rendered.input_ids, rendered.supervised, strict=True) if flag])
+    return which.facts.decode(
+        [token for token, flag in zip(rendered.input_ids, rendered.supervised, strict=True) if flag]
+    )
 
 
 def test_ids_are_those_of_apply_chat_template() -> None:
     which = renderer()
     whole = which.tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=False)
-    context = which.tokenizer.apply_chat_template(TURNS[:-1], tokenize=True, return_dict=False, add_generation_prompt=True)
+    context = which.tokenizer.apply_chat_template(
+        TURNS[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
+    )
     assert trained(which, TURNS)[0].input_ids == whole
     assert which.prompts([{"messages": TURNS[:-1]}]) == [context]
     assert which.answers([{"messages": TURNS}]) == [
@@ -70,12 +74,16 @@ def test_a_batch_is_what_its_rows_are_alone() -> None:
     ]
     together = which.train(rows)
     assert isinstance(together[1], ProofFailed) and "no turn to learn from" in str(together[1])
-    assert [together[0], together[2], together[3]] == [which.train([rows[index]])[0] for index in (0, 2, 3)]
+    assert [together[0], together[2], together[3]] == [
+        which.train([rows[index]])[0] for index in (0, 2, 3)
+    ]
 
 
 def test_turns_that_are_not_to_be_learnt_are_not_supervised_and_the_tail_is_cut() -> None:
     which = renderer()
-    done = trained(which, [*TURNS[:4], {**TURNS[4], "train": False}, {"role": "user", "content": "yes"}])
+    done = trained(
+        which, [*TURNS[:4], {**TURNS[4], "train": False}, {"role": "user", "content": "yes"}]
+    )
     assert [(learnt(which, one), one.turns) for one in done] == [("yes<|im_end|>", 3)]
 
 
@@ -83,7 +91,10 @@ def test_rewriting_template_makes_one_sequence_per_turn_and_names_its_block() ->
     which = renderer(REWRITING)
     done = trained(which, TURNS)
     assert [one.turns for one in done] == [3, 5]
-    assert [learnt(which, one) for one in done] == ["<think>\n\n</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno no<|im_end|>"]
+    assert [learnt(which, one) for one in done] == [
+        "<think>\n\n</think>\n\nyes<|im_end|>",
+        "<think>\n\n</think>\n\nno no<|im_end|>",
+    ]
     assert all(one.added == ("<think>\n\n</think>",) for one in done)
     for one in done:
         prompt = which.prompts([{"messages": TURNS[: one.turns - 1]}])[0]
@@ -98,14 +109,17 @@ def test_a_block_that_depends_on_the_answer_is_no_block() -> None:
 
 def test_tokens_that_reach_over_the_border_make_the_answer_tokenized_apart() -> None:
     opened = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\nye'").replace(
-        "message['role'] + '\n' +", "message['role'] + '\n' + ('ye' if message['role'] == 'assistant' else '') +"
+        "message['role'] + '\n' +",
+        "message['role'] + '\n' + ('ye' if message['role'] == 'assistant' else '') +",
     )
     which = renderer(opened)
     assert len(which.encode(["yes"])[0]) == 1
     messages = [TURNS[1], {"role": "assistant", "content": "s"}]
     (one,) = trained(which, messages)
     assert one.apart and learnt(which, one) == "s<|im_end|>"
-    assert [one.input_ids[: one.supervised.index(True)]] == which.prompts([{"messages": messages[:1]}])
+    assert [one.input_ids[: one.supervised.index(True)]] == which.prompts(
+        [{"messages": messages[:1]}]
+    )
 
 
 def test_plain_text_is_supervised_from_the_first_token_to_eos() -> None:
@@ -122,11 +136,15 @@ def test_plain_text_gets_bos_if_the_tokenizer_puts_one() -> None:
 
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|endoftext|>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     which = Renderer(tokenizer, frozenset([tokenizer.eos_token_id]))
     (one,) = trained(which, [{"role": "text", "content": "red apple"}])
     assert which.facts.decode(one.input_ids) == "<|endoftext|>red apple<|im_end|>"
-    with pytest.raises(ProofFailed, match="BOS stands 0 times, nowhere; expected once"):  # the template does not write it
+    with pytest.raises(
+        ProofFailed, match="BOS stands 0 times, nowhere; expected once"
+    ):  # the template does not write it
         trained(which, TURNS)
 
 
@@ -143,7 +161,10 @@ def _right() -> tuple[Facts, Rendered, dict[int, list[int]]]:
 
 
 def flipped(rendered: Rendered, *places: int) -> Rendered:
-    return replace(rendered, supervised=[flag != (place in places) for place, flag in enumerate(rendered.supervised)])
+    return replace(
+        rendered,
+        supervised=[flag != (place in places) for place, flag in enumerate(rendered.supervised)],
+    )
 
 
 def last(rendered: Rendered) -> int:
@@ -152,7 +173,9 @@ def last(rendered: Rendered) -> int:
 
 def test_mask_that_misses_the_end_of_turn_fails(right: tuple) -> None:
     facts, rendered, contexts = right
-    with pytest.raises(ProofFailed, match=r"messages\[4\].*no token at which generation stops.*not learn to stop"):
+    with pytest.raises(
+        ProofFailed, match=r"messages\[4\].*no token at which generation stops.*not learn to stop"
+    ):
         prove(facts, flipped(rendered, last(rendered)), TURNS, contexts)
 
 
@@ -168,7 +191,9 @@ def test_mask_that_covers_the_user_fails(right: tuple) -> None:
 def test_mask_that_covers_everything_fails(right: tuple) -> None:
     facts, rendered, contexts = right
     with pytest.raises(ProofFailed, match="supervised and must not be"):
-        prove(facts, replace(rendered, supervised=[True] * len(rendered.supervised)), TURNS, contexts)
+        prove(
+            facts, replace(rendered, supervised=[True] * len(rendered.supervised)), TURNS, contexts
+        )
 
 
 def test_mask_that_starts_late_or_misses_a_turn_fails(right: tuple) -> None:
@@ -188,7 +213,9 @@ def test_mask_that_runs_past_the_end_of_turn_fails(right: tuple) -> None:
 
 def test_turn_that_says_train_false_may_not_be_supervised(right: tuple) -> None:
     facts, rendered, contexts = right
-    with pytest.raises(ProofFailed, match=r"messages\[2\] \(assistant\): is supervised and must not be"):
+    with pytest.raises(
+        ProofFailed, match=r"messages\[2\] \(assistant\): is supervised and must not be"
+    ):
         prove(facts, rendered, TURNS, {4: contexts[4]})
 
 
@@ -219,8 +246,15 @@ def test_one_bos_or_none_passes(bos: str, count: int) -> None:
     which = renderer(bos + CHATML, "<|endoftext|>")
     (one,) = trained(which, TURNS)
     assert one.input_ids.count(which.tokenizer.bos_token_id) == count
-    second = replace(one, input_ids=[which.tokenizer.bos_token_id, *one.input_ids], supervised=[False, *one.supervised])
-    contexts = {2: second.input_ids[: second.supervised.index(True)], 4: second.input_ids[: last(second) - len(which.encode(["no no"])[0])]}
+    second = replace(
+        one,
+        input_ids=[which.tokenizer.bos_token_id, *one.input_ids],
+        supervised=[False, *one.supervised],
+    )
+    contexts = {
+        2: second.input_ids[: second.supervised.index(True)],
+        4: second.input_ids[: last(second) - len(which.encode(["no no"])[0])],
+    }
     with pytest.raises(ProofFailed, match=f"BOS stands {count + 1} times"):
         prove(which.facts, second, TURNS, contexts)
 
@@ -235,9 +269,15 @@ def test_bos_twice_in_a_template_is_refused_and_bos_that_opens_turns_is_not() ->
 @pytest.mark.parametrize(
     ("dropped", "reason"),
     [
-        ("message.role == 'system'", r"messages\[0\] \(system\): the template drops this turn: set chat.system_turn: user"),
+        (
+            "message.role == 'system'",
+            r"messages\[0\] \(system\): the template drops this turn: set chat.system_turn: user",
+        ),
         ("message.role == 'user'", r"messages\[1\] \(user\): the template drops this turn"),
-        ("message.content == 'red apple'", r"messages\[1\] \(user\): the template drops this turn, 'red apple'"),
+        (
+            "message.content == 'red apple'",
+            r"messages\[1\] \(user\): the template drops this turn, 'red apple'",
+        ),
     ],
 )
 def test_dropped_turns_are_refused(dropped: str, reason: str) -> None:
@@ -246,9 +286,16 @@ def test_dropped_turns_are_refused(dropped: str, reason: str) -> None:
 
 
 def test_a_turn_whose_words_stand_elsewhere_is_still_found_missing() -> None:
-    template = CHATML.replace("for message in messages", "for message in messages if message.role != 'system'")
-    said_again = [{"role": "system", "content": "red"}, *TURNS[1:]]  # "red" stands in "red apple" too
-    with pytest.raises(ProofFailed, match=r"messages\[0\] \(system\): the template drops this turn"):
+    template = CHATML.replace(
+        "for message in messages", "for message in messages if message.role != 'system'"
+    )
+    said_again = [
+        {"role": "system", "content": "red"},
+        *TURNS[1:],
+    ]  # "red" stands in "red apple" too
+    with pytest.raises(
+        ProofFailed, match=r"messages\[0\] \(system\): the template drops this turn"
+    ):
         trained(renderer(template), said_again)
 
 
@@ -267,7 +314,11 @@ def test_template_swapped_after_tokenization_is_found() -> None:
     rows = [
         {"id": "chat", "messages": TURNS, **_columns(trained(which, TURNS)[0])},
         {"id": "short", "messages": TURNS[:3], **_columns(trained(which, TURNS[:3])[0])},
-        {"id": "text", "messages": (text := [{"role": "text", "content": "red apple"}]), **_columns(trained(which, text)[0])},
+        {
+            "id": "text",
+            "messages": (text := [{"role": "text", "content": "red apple"}]),
+            **_columns(trained(which, text)[0]),
+        },
     ]
     assert template_mismatches(which, rows) == []
     swapped = renderer(CHATML.replace("'<|im_end|>' + '\n'", "'<|im_end|>'"))
@@ -280,16 +331,23 @@ def _columns(rendered: Rendered) -> dict[str, Any]:
 
 # Random conversations.
 
-PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30).filter(lambda text: text.strip())
+PLAIN = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30
+).filter(lambda text: text.strip())
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(PLAIN, PLAIN, st.booleans()), min_size=1, max_size=4), st.booleans())
-def test_supervised_tokens_decode_to_exactly_the_answers(turns: list[tuple[str, str, bool]], system: bool) -> None:
+def test_supervised_tokens_decode_to_exactly_the_answers(
+    turns: list[tuple[str, str, bool]], system: bool
+) -> None:
     which = RANDOM
     messages: list[dict[str, Any]] = [{"role": "system", "content": "what"}] if system else []
     for question, answer, train in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **({} if train else {"train": False})}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer, **({} if train else {"train": False})},
+        ]
     done = which.train([{"messages": messages}])[0]
     wanted = "".join(answer + "<|im_end|>" for _, answer, train in turns if train)
     if not wanted:
@@ -305,7 +363,10 @@ RANDOM = renderer()
 
 CALL = {
     "type": "function",
-    "function": {"name": "find", "arguments": {"city": 'Bonn "am" Rhein', "n": 3, "open": True, "tags": ["a", "b"]}},
+    "function": {
+        "name": "find",
+        "arguments": {"city": 'Bonn "am" Rhein', "n": 3, "open": True, "tags": ["a", "b"]},
+    },
 }
 ARGUMENTS = CALL["function"]["arguments"]
 
@@ -332,8 +393,12 @@ def test_calls_are_found_in_json_in_python_and_in_tags(text: str) -> None:
 
 def test_python_repr_and_lost_arguments_are_named() -> None:
     assert "Python repr" in str(missing_calls(f"find {ARGUMENTS}", [CALL]))
-    assert "argument open" in str(missing_calls('<call=find><city>Bonn "am" Rhein</city><n>3</n>', [CALL]))
-    broken = json.dumps({"name": "find", "arguments": ARGUMENTS}).replace("\\", "")  # quotes within quotes
+    assert "argument open" in str(
+        missing_calls('<call=find><city>Bonn "am" Rhein</city><n>3</n>', [CALL])
+    )
+    broken = json.dumps({"name": "find", "arguments": ARGUMENTS}).replace(
+        "\\", ""
+    )  # quotes within quotes
     assert "argument city" in str(missing_calls(broken, [CALL]))
     twice = json.dumps({"name": "find", "arguments": ARGUMENTS}) * 2
     assert missing_calls(twice, [CALL]) == "2 calls are written for 1"
@@ -341,7 +406,11 @@ def test_python_repr_and_lost_arguments_are_named() -> None:
 
 
 def test_training_mask_is_that_of_trl() -> None:
-    from trl.chat_template_utils import get_training_chat_template, qwen2_5_chat_template, qwen3_chat_template
+    from trl.chat_template_utils import (
+        get_training_chat_template,
+        qwen2_5_chat_template,
+        qwen3_chat_template,
+    )
 
     tokenizer = tiny_tokenizer()
     for template, several in ((qwen2_5_chat_template, True), (qwen3_chat_template, False)):
@@ -350,13 +419,19 @@ def test_training_mask_is_that_of_trl() -> None:
         marked = get_training_chat_template(tokenizer)
         assert marked is not None and "generation" in marked
         turns = TURNS if several else TURNS[:3]
-        theirs = tokenizer.apply_chat_template(turns, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True)
+        theirs = tokenizer.apply_chat_template(
+            turns, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True
+        )
         (ours,) = trained(which, turns)
         assert ours.input_ids == theirs["input_ids"]
         mask = [bool(flag) for flag in theirs["assistant_masks"]]
         assert all(there for here, there in zip(ours.supervised, mask, strict=True) if here)
         # TRL trains the newline behind the end of turn too, which is never generated, and with Qwen2.5 that of the prompt
-        more = [place for place, (here, there) in enumerate(zip(ours.supervised, mask, strict=True)) if there and not here]
+        more = [
+            place
+            for place, (here, there) in enumerate(zip(ours.supervised, mask, strict=True))
+            if there and not here
+        ]
         assert {tokenizer.decode([ours.input_ids[place]]) for place in more} == {"\n"}
         assert all(ours.supervised[place - 1] or ours.supervised[place + 1] for place in more)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ft_assets_tests.conftest import WORDS, edit, ft, write_jsonl
+from ft_assets_tests.factories import WORDS, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import UP_TO_REPORT, artifact, failure, materialize, read
 
 
@@ -18,20 +18,44 @@ def test_page_needs_nothing_beside_it_and_holds_every_row(copy: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") >= 4  # scores, wins and losses, two curves
     assert '<span class="badge">PASS</span>' in page
-    rows = pq.read_table(io.BytesIO(base64.b64decode(re.findall(r'href="data:application/vnd.apache.parquet;base64,([^"]+)"', page)[0])))
+    rows = pq.read_table(
+        io.BytesIO(
+            base64.b64decode(
+                re.findall(r'href="data:application/vnd.apache.parquet;base64,([^"]+)"', page)[0]
+            )
+        )
+    )
     heldout = read(copy, "eval_report", "report.json")["heldout_rows"]
     assert rows.num_rows == 4 * heldout
-    assert {"candidate", "id", "prompt", "reference", "answer", "stopped", "refused", "repetition", "exact", "loss"} <= set(
-        rows.column_names
-    )
-    for title in ("Ten largest gains", "Ten largest losses", "Which step helped", "general prompts (retention)", "What was judged"):
+    assert {
+        "candidate",
+        "id",
+        "prompt",
+        "reference",
+        "answer",
+        "stopped",
+        "refused",
+        "repetition",
+        "exact",
+        "loss",
+    } <= set(rows.column_names)
+    for title in (
+        "Ten largest gains",
+        "Ten largest losses",
+        "Which step helped",
+        "general prompts (retention)",
+        "What was judged",
+    ):
         assert title in page
 
 
 def test_page_escapes_what_models_write(copy: Path) -> None:
     from ft_assets.evaluation.html import _bold
 
-    assert _bold("<script>alert(1)</script> **yes**") == "&lt;script&gt;alert(1)&lt;/script&gt; <b>yes</b>"
+    assert (
+        _bold("<script>alert(1)</script> **yes**")
+        == "&lt;script&gt;alert(1)&lt;/script&gt; <b>yes</b>"
+    )
 
 
 def test_report_says_what_changed_since_the_previous_one(copy: Path) -> None:
@@ -51,7 +75,9 @@ def test_ft_report_names_the_page(copy: Path) -> None:
 
 
 def harness_task(folder: Path) -> None:
-    rows = [{"word": WORDS[index], "choices": WORDS[:6], "label": (index + 1) % 6} for index in range(6)] * 4
+    rows = [
+        {"word": WORDS[index], "choices": WORDS[:6], "label": (index + 1) % 6} for index in range(6)
+    ] * 4
     write_jsonl(folder / "tasks/rows.jsonl", rows)
     (folder / "tasks/next_word.yaml").write_text(
         f"task: next_word\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/tasks/rows.jsonl}}}}\ntest_split: test\n"
@@ -74,4 +100,6 @@ def test_harness_tasks_are_general_prompts_with_a_tolerance(healthy: Callable[..
 
 def test_unknown_harness_task_is_named(copy: Path) -> None:
     edit(copy, evaluation={"lm_eval": ["no_such_task"]})
-    assert "evaluation.lm_eval: no_such_task: is no task" in failure(materialize(copy, "eval_report"))
+    assert "evaluation.lm_eval: no_such_task: is no task" in failure(
+        materialize(copy, "eval_report")
+    )

@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets import workshop
-from ft_assets.assets.plan import MAYBE, REUSED, RUNS, plan
 from ft_assets.config import load_project
 from ft_assets.definitions import build
 from ft_assets.errors import ArtifactError
 from ft_assets.job import Job
+from ft_assets.orchestration import materializer as materializer
+from ft_assets.orchestration.run_plan import MAYBE, REUSED, RUNS, plan
 from ft_assets.steps.dpo import step
-from ft_assets_tests.conftest import CHATML, conversations, edit, ft, write_jsonl
+from ft_assets_tests.factories import CHATML, conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import materialize
 
 UNPARTITIONED = ("raw_dataset", "raw_preferences", "leaderboard")
@@ -44,14 +44,18 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 def split_of(folder: Path, side: str) -> set[str]:
     from ft_assets.data.tables import read_table
 
-    path = ArtifactStore(folder / ".ft/store").need("heldout_split", "tiny").path / f"{side}.parquet"
+    path = (
+        ArtifactStore(folder / ".ft/store").need("heldout_split", "tiny").path / f"{side}.parquet"
+    )
     return {row["messages"][0]["content"] for row in read_table(path)}
 
 
 def one_train_row(folder: Path) -> None:
     trained = split_of(folder, "train")
     changed = rows(folder, "train")
-    index = next(number for number, row in enumerate(changed) if row["messages"][0]["content"] in trained)
+    index = next(
+        number for number, row in enumerate(changed) if row["messages"][0]["content"] in trained
+    )
     changed[index]["messages"][1]["content"] = "yes yes"
     write_jsonl(folder / "data/train.jsonl", changed)
 
@@ -59,14 +63,19 @@ def one_train_row(folder: Path) -> None:
 def one_heldout_row(folder: Path) -> None:
     held = split_of(folder, "heldout")
     changed = rows(folder, "train")
-    index = next(number for number, row in enumerate(changed) if row["messages"][0]["content"] in held)
+    index = next(
+        number for number, row in enumerate(changed) if row["messages"][0]["content"] in held
+    )
     changed[index]["messages"][1]["content"] = "yes yes"
     write_jsonl(folder / "data/train.jsonl", changed)
 
 
 def one_pair(folder: Path) -> None:
     pairs = rows(folder, "pairs")
-    write_jsonl(folder / "data/pairs.jsonl", [*pairs, {**pairs[0], "prompt": "what is the new winter bread 1"}])
+    write_jsonl(
+        folder / "data/pairs.jsonl",
+        [*pairs, {**pairs[0], "prompt": "what is the new winter bread 1"}],
+    )
 
 
 def order_names_times_and_comments(folder: Path) -> None:
@@ -74,7 +83,9 @@ def order_names_times_and_comments(folder: Path) -> None:
     (folder / "data/train.jsonl").unlink()
     write_jsonl(folder / "data/other name.jsonl", shuffled)
     path = folder / "finetune.yaml"
-    path.write_text("# a comment\n" + path.read_text().replace("data/train.jsonl", "data/other name.jsonl"))
+    path.write_text(
+        "# a comment\n" + path.read_text().replace("data/train.jsonl", "data/other name.jsonl")
+    )
 
 
 def copied_base(folder: Path) -> None:
@@ -112,14 +123,19 @@ def made(folder: Path) -> dict[str, float]:
         for partition in (None,) if home.name in UNPARTITIONED else names:
             artifact = store.current(home.name, partition)
             if artifact is not None:
-                times[home.name if partition in (None, "tiny") else f"{home.name}[{partition}]"] = artifact.manifest["finished"]
+                times[home.name if partition in (None, "tiny") else f"{home.name}[{partition}]"] = (
+                    artifact.manifest["finished"]
+                )
     return times
 
 
 def planned(folder: Path, partition: str = "tiny") -> dict[str, str]:
     project = load_project(folder / "finetune.yaml")
     graph = build(project).resolve_asset_graph()
-    return {step.asset: step.action for step in plan(project, build, list(graph.materializable_asset_keys), partition)}
+    return {
+        step.asset: step.action
+        for step in plan(project, build, list(graph.materializable_asset_keys), partition)
+    }
 
 
 def calm(folder: Path) -> None:
@@ -141,8 +157,12 @@ def ran(folder: Path, partition: str = "tiny") -> list[str]:
     return new
 
 
-@pytest.mark.parametrize(("change", "expected"), [entry[1:] for entry in MATRIX], ids=[entry[0] for entry in MATRIX])
-def test_only_what_changed_runs_again_and_the_plan_says_so(copy: Path, change: Callable[[Path], None], expected: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "expected"), [entry[1:] for entry in MATRIX], ids=[entry[0] for entry in MATRIX]
+)
+def test_only_what_changed_runs_again_and_the_plan_says_so(
+    copy: Path, change: Callable[[Path], None], expected: list[str]
+) -> None:
     calm(copy)
     assert len(made(copy)) == 13
     change(copy)
@@ -164,10 +184,21 @@ def test_split_of_an_older_version_is_made_again(copy: Path) -> None:
         step(job, lambda *_, **__: None)
 
 
-BELOW_TRAINING = ["lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]
+BELOW_TRAINING = [
+    "lora_adapter",
+    "dpo_adapter",
+    "eval_report",
+    "merged_model",
+    "release",
+    "export",
+    "leaderboard",
+]
 OF_ONE_MODEL = {  # one after the other
     "recipe of one of two": ({"sft": {"max_steps": 3}}, ["recipe", *BELOW_TRAINING]),
-    "template of one of two": ({"chat": {"chat_template": "chatml.jinja"}}, ["base_model", "recipe", *BELOW_DATA]),
+    "template of one of two": (
+        {"chat": {"chat_template": "chatml.jinja"}},
+        ["base_model", "recipe", *BELOW_DATA],
+    ),
 }
 
 
@@ -175,7 +206,9 @@ def test_recipe_or_template_of_one_base_model_reruns_that_one_only(copy: Path) -
     calm(copy)
     model = yaml.safe_load((copy / "finetune.yaml").read_text())["base_models"]["tiny"]
     (copy / "chatml.jinja").write_text(
-        CHATML.replace("'\n' + message['content']", "'\n\n' + message['content']").replace("assistant\n'", "assistant\n\n'")
+        CHATML.replace("'\n' + message['content']", "'\n\n' + message['content']").replace(
+            "assistant\n'", "assistant\n\n'"
+        )
     )
     other = {**model, "sft": {"max_steps": 2}}
     edit(copy, base_models={"tiny": model, "other": other})
@@ -195,7 +228,9 @@ def test_plan_follows_what_was_made_before_and_is_taken_again(copy: Path) -> Non
     usual = yaml.safe_load((copy / "finetune.yaml").read_text())["sft"]
     tried = {**usual, "learning_rate": 0.03}
     edit(copy, sft=tried)
-    assert materialize(copy, "recipe,lora_adapter").success  # a try, of which only the first steps were made
+    assert materialize(
+        copy, "recipe,lora_adapter"
+    ).success  # a try, of which only the first steps were made
     latest = max(made(copy).values())
     edit(copy, sft=usual)
     assert set(planned(copy).values()) == {REUSED}
@@ -203,35 +238,61 @@ def test_plan_follows_what_was_made_before_and_is_taken_again(copy: Path) -> Non
     assert max(made(copy).values()) < latest  # what was made before the try is current again
     edit(copy, sft=tried)
     said = planned(copy)
-    assert (said["lora_adapter"], said["dpo_adapter"]) == (REUSED, RUNS)  # DPO has not seen that adapter
+    assert (said["lora_adapter"], said["dpo_adapter"]) == (
+        REUSED,
+        RUNS,
+    )  # DPO has not seen that adapter
 
 
 def test_newer_libraries_redo_what_they_touch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calm(copy)
-    real = workshop.library_versions
+    real = materializer.library_versions
     # The installed libraries stay as they are: another version of one is only claimed.
-    monkeypatch.setattr(workshop, "library_versions", lambda kind: {**real(kind), **({"peft": "99"} if "peft" in real(kind) else {})})
+    monkeypatch.setattr(
+        materializer,
+        "library_versions",
+        lambda kind: {**real(kind), **({"peft": "99"} if "peft" in real(kind) else {})},
+    )
     said = planned(copy)
-    runs = [name for name, action in said.items() if action == RUNS and name not in ("release", "export")]
+    runs = [
+        name
+        for name, action in said.items()
+        if action == RUNS and name not in ("release", "export")
+    ]
     assert runs == ["lora_adapter", "dpo_adapter", "eval_report", "merged_model"]
     # The champion is scored again by the newer libraries; what is exported did not change.
-    assert set(ran(copy)) - {"leaderboard", "release", "export"} == {"lora_adapter", "dpo_adapter", "eval_report", "merged_model"}
+    assert set(ran(copy)) - {"leaderboard", "release", "export"} == {
+        "lora_adapter",
+        "dpo_adapter",
+        "eval_report",
+        "merged_model",
+    }
 
 
-def test_new_code_of_a_step_redoes_that_step_and_nothing_below_if_its_content_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_code_of_a_step_redoes_that_step_and_nothing_below_if_its_content_stays(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calm(copy)
-    monkeypatch.setattr("ft_assets.definitions.build", lambda project: newer(build(project), "eval_report"))
+    monkeypatch.setattr(
+        "ft_assets.definitions.build", lambda project: newer(build(project), "eval_report")
+    )
     before = made(copy)
     assert materialize(copy).success
     after = made(copy)
     new = {name for name in after if after[name] != before[name]}
-    assert new - {"leaderboard"} == {"eval_report"}  # the leaderboard shows how long the evaluation took
+    assert new - {"leaderboard"} == {
+        "eval_report"
+    }  # the leaderboard shows how long the evaluation took
 
 
 def newer(definitions: dg.Definitions, asset: str) -> dg.Definitions:
     """Return the definitions with a code version of one asset that no run has seen."""
     return definitions.map_asset_specs(
-        func=lambda spec: spec.replace_attributes(code_version="changed") if spec.key == dg.AssetKey(asset) else spec
+        func=lambda spec: (
+            spec.replace_attributes(code_version="changed")
+            if spec.key == dg.AssetKey(asset)
+            else spec
+        )
     )
 
 

@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets import workshop
 from ft_assets.config import load_project
 from ft_assets.definitions import build
-from ft_assets.rerun import UNSEEN
-from ft_assets_tests.conftest import conversations, edit, write_jsonl
+from ft_assets.orchestration import materializer as materializer
+from ft_assets.orchestration.rerun_stale import UNSEEN
+from ft_assets_tests.factories import conversations, edit, write_jsonl
 from ft_assets_tests.launching import stop_services
 from ft_assets_tests.pipeline import InProcessLauncher, materialize
 from ft_assets_tests.test_orphans import instance_in, until
@@ -37,7 +37,9 @@ def two_models(folder: Path) -> Path:
     for home in (folder / ".ft/store").glob("*/tiny"):
         shutil.copytree(home, home.with_name("other"))
         for manifest in home.with_name("other").glob("*/manifest.json"):
-            manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "partition": "other"}))
+            manifest.write_text(
+                json.dumps({**json.loads(manifest.read_text()), "partition": "other"})
+            )
     for name in ("tiny", "other"):  # its place is another
         assert materialize(folder, "base_model", name).success
     assert materialize(folder, "leaderboard").success
@@ -63,24 +65,35 @@ class Switched:
 
     def requests(self) -> list[dg.RunRequest]:
         """Evaluate it once."""
-        with dg.build_sensor_context(instance=self.instance, cursor=self.cursor, repository_def=self.repository) as context:
+        with dg.build_sensor_context(
+            instance=self.instance, cursor=self.cursor, repository_def=self.repository
+        ) as context:
             ticked = self.repository.get_sensor_def("rerun_stale").evaluate_tick(context)
         self.cursor, self.said = ticked.cursor, ticked.skip_message or ""
         return list(ticked.run_requests or [])
 
     def tick(self) -> dict[str | None, set[str]]:
         """Evaluate it once; return {base model: assets}."""
-        return {one.partition_key: {key.to_user_string() for key in one.asset_selection or ()} for one in self.requests()}
+        return {
+            one.partition_key: {key.to_user_string() for key in one.asset_selection or ()}
+            for one in self.requests()
+        }
 
     def run(self, request: dg.RunRequest) -> dg.ExecuteInProcessResult:
         """Do what a daemon does with a request, in this process."""
         definitions = build(load_project(self.folder / "finetune.yaml"))
         resources: Any = definitions.resources
-        resources["workshop"].launcher = InProcessLauncher()
+        resources["materializer"].launcher = InProcessLauncher()
         job = definitions.resolve_job_def("retrain").get_subset(
-            asset_selection=set(request.asset_selection or ()), asset_check_selection=set(request.asset_check_keys or ())
+            asset_selection=set(request.asset_selection or ()),
+            asset_check_selection=set(request.asset_check_keys or ()),
         )
-        return job.execute_in_process(instance=self.instance, partition_key=request.partition_key, raise_on_error=False, tags=request.tags)
+        return job.execute_in_process(
+            instance=self.instance,
+            partition_key=request.partition_key,
+            raise_on_error=False,
+            tags=request.tags,
+        )
 
 
 @pytest.fixture
@@ -98,18 +111,26 @@ def of_other(folder: Path, **sections: Any) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], dict[str | None, set[str]]]] = {
     "alerts": (lambda folder: edit(folder, alerts={"ui_url": "https://graph.example.org"}), {}),
-    "learning rate of one": (lambda folder: of_other(folder, sft={"learning_rate": 0.03}), {"other": {"recipe", *BELOW_TRAINING}}),
+    "learning rate of one": (
+        lambda folder: of_other(folder, sft={"learning_rate": 0.03}),
+        {"other": {"recipe", *BELOW_TRAINING}},
+    ),
     "heldout_share": (
         lambda folder: edit(folder, data={"heldout_share": 0.3}),
         {name: {"heldout_split", *BELOW_TRAINING} for name in ("tiny", "other")},
     ),
-    "gate": (lambda folder: edit(folder, gate={"min_heldout_rows": 11}), dict.fromkeys(("tiny", "other"), BELOW_REPORT)),
+    "gate": (
+        lambda folder: edit(folder, gate={"min_heldout_rows": 11}),
+        dict.fromkeys(("tiny", "other"), BELOW_REPORT),
+    ),
     "a base": (lambda folder: os.utime(folder / "base/config.json"), {"other": BELOW_BASE}),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_change_that_dagster_has_no_event_of_is_requested_once(switched: Switched, change: str) -> None:
+def test_change_that_dagster_has_no_event_of_is_requested_once(
+    switched: Switched, change: str
+) -> None:
     make, expected = CHANGES[change]
     make(switched.folder)
     assert switched.tick() == expected
@@ -117,10 +138,12 @@ def test_change_that_dagster_has_no_event_of_is_requested_once(switched: Switche
         assert switched.tick() == {}
 
 
-def test_newer_library_is_requested_once(switched: Switched, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = workshop.library_versions
+def test_newer_library_is_requested_once(
+    switched: Switched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = materializer.library_versions
     newer: Any = lambda kind: {**real(kind), **({"peft": "99"} if "peft" in real(kind) else {})}  # noqa: E731
-    monkeypatch.setattr(workshop, "library_versions", newer)
+    monkeypatch.setattr(materializer, "library_versions", newer)
     assert switched.tick() == dict.fromkeys(("tiny", "other"), BELOW_TRAINING)
     assert switched.tick() == {}
 
@@ -141,11 +164,15 @@ def test_changed_data_is_awaited_and_read_once_for_all_base_models(switched: Swi
 def test_what_was_requested_and_not_made_waits_for_a_change(switched: Switched) -> None:
     of_other(switched.folder, sft={"learning_rate": 0.03})
     assert set(switched.tick()) == {"other"}
-    assert materialize(switched.folder, "recipe", "other").success  # the run came so far, and its training failed
+    assert materialize(
+        switched.folder, "recipe", "other"
+    ).success  # the run came so far, and its training failed
     assert switched.tick() == {}
     assert "lora_adapter" in switched.said
     assert "not again before something changes" in switched.said
-    edit(switched.folder, launcher={"kind": "local", "retries": 1})  # decides no content; perhaps what it failed of
+    edit(
+        switched.folder, launcher={"kind": "local", "retries": 1}
+    )  # decides no content; perhaps what it failed of
     assert switched.tick() == {"other": BELOW_TRAINING}
     assert switched.tick() == {}
     of_other(switched.folder, sft={"learning_rate": 0.04})
@@ -160,11 +187,20 @@ def test_setting_that_is_taken_back_is_made_current_again(switched: Switched) ->
     assert "recipe" in switched.tick()["other"]
 
 
-@pytest.mark.parametrize(("partition", "expected"), [("other", {}), (None, {}), ("tiny", {"other"})])
-def test_base_model_of_which_a_run_is_under_way_waits(switched: Switched, partition: str | None, expected: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("partition", "expected"), [("other", {}), (None, {}), ("tiny", {"other"})]
+)
+def test_base_model_of_which_a_run_is_under_way_waits(
+    switched: Switched, partition: str | None, expected: set[str]
+) -> None:
     of_other(switched.folder, sft={"learning_rate": 0.03})
     tags = {"dagster/partition": partition} if partition else {}
-    run = dg.DagsterRun(job_name="retrain", run_id="00000000-0000-0000-0000-000000000001", status=dg.DagsterRunStatus.STARTED, tags=tags)
+    run = dg.DagsterRun(
+        job_name="retrain",
+        run_id="00000000-0000-0000-0000-000000000001",
+        status=dg.DagsterRunStatus.STARTED,
+        tags=tags,
+    )
     switched.instance.add_run(run)
     assert set(switched.tick()) == set(expected)
     switched.instance.report_run_failed(run)
@@ -187,15 +223,27 @@ def test_check_that_failed_holds_also_in_a_later_run(switched: Switched) -> None
     assert "heldout_split" in switched.tick()["other"]
 
 
-def test_leaderboard_is_made_when_nothing_else_is_to_do_also_if_a_base_model_never_merged(switched: Switched) -> None:
+def test_leaderboard_is_made_when_nothing_else_is_to_do_also_if_a_base_model_never_merged(
+    switched: Switched,
+) -> None:
     for asset in ("eval_report", "merged_model"):
         (switched.folder / ".ft/store" / asset / "other/CURRENT").unlink()
-        shutil.rmtree(next(path.parent for path in (switched.folder / ".ft/store" / asset / "other").glob("*/manifest.json")))
+        shutil.rmtree(
+            next(
+                path.parent
+                for path in (switched.folder / ".ft/store" / asset / "other").glob(
+                    "*/manifest.json"
+                )
+            )
+        )
     assert set(switched.tick()) == {"other"}
     (request,) = switched.requests()  # a run of `other` was requested, and has failed
     assert (request.partition_key, request.asset_selection) == (None, [dg.AssetKey("leaderboard")])
     assert switched.run(request).success
-    text = (ArtifactStore(switched.folder / ".ft/store").need("leaderboard", None).path / "leaderboard.md").read_text()
+    text = (
+        ArtifactStore(switched.folder / ".ft/store").need("leaderboard", None).path
+        / "leaderboard.md"
+    ).read_text()
     assert "eval_report has not been made" in text
     assert switched.tick() == {}
 
@@ -227,7 +275,14 @@ assert ticked.skip_message == "nothing is stale", ticked
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     environment = {**os.environ, "FT_CONFIG": str(both / "finetune.yaml")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -238,18 +293,33 @@ from ft_assets.definitions import defs
 """
 
 
-def test_daemon_sees_a_learning_rate_in_the_file_and_requests_that_base_models_steps_once(both: Path, tmp_path: Path) -> None:
+def test_daemon_sees_a_learning_rate_in_the_file_and_requests_that_base_models_steps_once(
+    both: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "project"
     shutil.copytree(both, folder)
     (tmp_path / "location.py").write_text(LOCATION)
     instance = instance_in(tmp_path / "home")
-    environment = {**os.environ, "DAGSTER_HOME": str(tmp_path / "home"), "FT_CONFIG": str(folder / "finetune.yaml")}
+    environment = {
+        **os.environ,
+        "DAGSTER_HOME": str(tmp_path / "home"),
+        "FT_CONFIG": str(folder / "finetune.yaml"),
+    }
     where = ["-f", str(tmp_path / "location.py"), "-d", str(tmp_path)]
     start = [sys.executable, "-m", "dagster", "sensor", "start", "rerun_stale", *where]
-    assert subprocess.run(start, env=environment, check=False, capture_output=True, timeout=200).returncode == 0
+    assert (
+        subprocess.run(
+            start, env=environment, check=False, capture_output=True, timeout=200
+        ).returncode
+        == 0
+    )
 
     def ticks() -> list[Any]:
-        (state,) = [state for state in instance.all_instigator_state() if state.instigator_name == "rerun_stale"]
+        (state,) = [
+            state
+            for state in instance.all_instigator_state()
+            if state.instigator_name == "rerun_stale"
+        ]
         return list(instance.get_ticks(state.instigator_origin_id, state.selector_id))
 
     def quiet() -> int:
@@ -259,7 +329,11 @@ def test_daemon_sees_a_learning_rate_in_the_file_and_requests_that_base_models_s
 
     with (tmp_path / "daemon.log").open("wb") as log:
         daemon = subprocess.Popen(
-            [sys.executable, "-m", "dagster._daemon", "run", *where], env=environment, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", "dagster._daemon", "run", *where],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         until(quiet)
@@ -269,14 +343,22 @@ def test_daemon_sees_a_learning_rate_in_the_file_and_requests_that_base_models_s
         (run,) = until(instance.get_runs)
         assert run.tags["dagster/partition"] == "other"
         assert run.tags["ft/started_by"] == "rerun_stale"
-        assert {key.to_user_string() for key in run.asset_selection or ()} == {"recipe", *BELOW_TRAINING}
+        assert {key.to_user_string() for key in run.asset_selection or ()} == {
+            "recipe",
+            *BELOW_TRAINING,
+        }
         until(lambda: instance.get_run_by_id(run.run_id).is_finished, 300)  # pyright: ignore[reportOptionalMemberAccess]
         assert ArtifactStore(folder / ".ft/store").current_name("lora_adapter", "other") != adapter
         before = quiet()
-        until(lambda: quiet() >= before + 2)  # it looked, found nothing, and had not asked twice meanwhile
+        until(
+            lambda: quiet() >= before + 2
+        )  # it looked, found nothing, and had not asked twice meanwhile
         # Its own run, or the one before ended with no PASS: the leaderboard is made after it, once.
         boards = [again for again in instance.get_runs() if again.run_id != run.run_id]
-        assert all({key.to_user_string() for key in board.asset_selection or ()} == {"leaderboard"} for board in boards)
+        assert all(
+            {key.to_user_string() for key in board.asset_selection or ()} == {"leaderboard"}
+            for board in boards
+        )
         assert len(boards) == 1
     finally:
         stop_services(daemon)

@@ -27,9 +27,9 @@ from ft_assets.training import checkpoints as checkpoints_module
 from ft_assets.training.callbacks import Progress
 from ft_assets.training.checkpoints import damage, last_whole
 from ft_assets.training.linears import groups
-from ft_assets.training.memory import CONTEXT_BYTES
-from ft_assets.training.plan import MARGIN, Machine
-from ft_assets.training.setup import plan_sft
+from ft_assets.training.memory_plan.estimate import CONTEXT_BYTES
+from ft_assets.training.memory_plan.plan import MARGIN, Machine
+from ft_assets.training.prepare import plan_sft
 from ft_assets_tests.kill_points import run
 from ft_assets_tests.launching import process_groups
 from ft_assets_tests.training import LORA, SFT, dpo, make_rows, same, sft, silent
@@ -52,7 +52,9 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def test_two_runs_of_one_version_are_the_same_bit_for_bit(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_two_runs_of_one_version_are_the_same_bit_for_bit(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     sft(tiny_model, tmp_path)
     assert same(tmp_path / "output", undisturbed / "output")
     (tmp_path / "other").mkdir()
@@ -70,7 +72,9 @@ def test_two_runs_of_one_version_are_the_same_bit_for_bit(tiny_model: Path, undi
         ("before CURRENT", 1),
     ],
 )
-def test_killed_sft_goes_on_and_ends_the_same(point: str, call: int, tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_sft_goes_on_and_ends_the_same(
+    point: str, call: int, tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     (tmp_path / "work.json").write_text(json.dumps({"kind": "sft", "base": str(tiny_model)}))
     store = ArtifactStore(tmp_path / "store")
     assert run(point, call, tmp_path) == -signal.SIGKILL
@@ -79,15 +83,26 @@ def test_killed_sft_goes_on_and_ends_the_same(point: str, call: int, tiny_model:
     done = store.need("sft", "tiny")
     assert same(done.path, undisturbed / "output")
     assert done.metrics["steps"] == STEPS
-    assert (done.metrics["resumed_from_step"] > 0) == (point != "before CURRENT")  # that one was whole: it is found
+    assert (done.metrics["resumed_from_step"] > 0) == (
+        point != "before CURRENT"
+    )  # that one was whole: it is found
 
 
-def test_killed_dpo_in_its_second_epoch_goes_on_and_ends_the_same(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_dpo_in_its_second_epoch_goes_on_and_ends_the_same(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     adapter = undisturbed / "output"
     dpo(tiny_model, adapter, tmp_path / "whole", trainer={"disable_dropout": False})
-    told = {"kind": "dpo", "base": str(tiny_model), "adapter": str(adapter), "settings": {"trainer": {"disable_dropout": False}}}
+    told = {
+        "kind": "dpo",
+        "base": str(tiny_model),
+        "adapter": str(adapter),
+        "settings": {"trainer": {"disable_dropout": False}},
+    }
     (tmp_path / "work.json").write_text(json.dumps(told))
-    assert run("forward pass of a pair", 10, tmp_path) == -signal.SIGKILL  # ten pairs, two at once: step 5 of 6
+    assert (
+        run("forward pass of a pair", 10, tmp_path) == -signal.SIGKILL
+    )  # ten pairs, two at once: step 5 of 6
     assert run("none", 0, tmp_path) == 0
     done = ArtifactStore(tmp_path / "store").need("dpo", "tiny")
     assert same(done.path, tmp_path / "whole/output")
@@ -95,18 +110,25 @@ def test_killed_dpo_in_its_second_epoch_goes_on_and_ends_the_same(tiny_model: Pa
     assert done.metrics["reference_reused"] is True
 
 
-def test_damaged_checkpoint_is_skipped_and_said(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped_and_said(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints/checkpoint-15/optimizer.pt"
     newest.write_bytes(newest.read_bytes()[:100])
     heard = Heard()
     metrics = sft(tiny_model, tmp_path, heard)
-    assert any("checkpoint-15 is not resumed from: optimizer.pt has 100 of" in message for message, _ in heard)
+    assert any(
+        "checkpoint-15 is not resumed from: optimizer.pt has 100 of" in message
+        for message, _ in heard
+    )
     assert metrics["resumed_from_step"] == 14
     assert same(tmp_path / "output", undisturbed / "output")
 
 
-def test_checkpoint_without_its_list_of_files_is_not_whole(undisturbed: Path, tmp_path: Path) -> None:
+def test_checkpoint_without_its_list_of_files_is_not_whole(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints/checkpoint-15/whole.json").unlink()
     (tmp_path / "checkpoints/checkpoint-14/rng_state.pth").unlink()
@@ -116,7 +138,9 @@ def test_checkpoint_without_its_list_of_files_is_not_whole(undisturbed: Path, tm
     assert list((tmp_path / "checkpoints").glob("checkpoint-*")) == []
 
 
-def test_last_step_that_is_no_end_of_an_epoch_is_not_trained_beyond(tiny_model: Path, tmp_path: Path) -> None:
+def test_last_step_that_is_no_end_of_an_epoch_is_not_trained_beyond(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     for folder in ("one", "two"):
         sft(tiny_model, tmp_path / folder, max_steps=7)
         if folder == "one":
@@ -134,14 +158,20 @@ def test_interrupt_leaves_a_checkpoint_of_the_step_and_a_retry_ends_the_same(
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt(message: str, **numbers: Any) -> None:
-        if message == "train" and numbers["step"] == 5 and not list(tmp_path.glob("checkpoints/checkpoint-6")):
+        if (
+            message == "train"
+            and numbers["step"] == 5
+            and not list(tmp_path.glob("checkpoints/checkpoint-6"))
+        ):
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         sft(tiny_model, tmp_path, interrupt, save_steps=100)
     assert signal.getsignal(signal.SIGINT) is before
-    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == [
+        "checkpoint-6"
+    ]
     assert not list((tmp_path / "output").iterdir())
     assert sft(tiny_model, tmp_path, save_steps=100)["resumed_from_step"] == 6
     assert same(tmp_path / "output", undisturbed / "output")
@@ -161,10 +191,18 @@ def test_auto_stays_what_it_was_when_its_checkpoints_were_begun(
     def machine(method: str) -> Machine:
         needs = {}
         for name in ("lora", "qlora"):
-            kind, plain = LoraSettings.model_validate({**LORA, "method": name}), SftSettings.model_validate({**SFT, **settings})
-            needs[name] = plan_sft(tiny_model, kind, plain, make_rows(18), Machine(True, 1e12)).predicted + CONTEXT_BYTES
+            kind, plain = (
+                LoraSettings.model_validate({**LORA, "method": name}),
+                SftSettings.model_validate({**SFT, **settings}),
+            )
+            needs[name] = (
+                plan_sft(tiny_model, kind, plain, make_rows(18), Machine(True, 1e12)).predicted
+                + CONTEXT_BYTES
+            )
         assert needs["qlora"] < needs["lora"]
-        return Machine(True, (2 * needs["lora"] if method == "lora" else sum(needs.values()) / 2) / MARGIN)
+        return Machine(
+            True, (2 * needs["lora"] if method == "lora" else sum(needs.values()) / 2) / MARGIN
+        )
 
     monkeypatch.setattr(module, "this_machine", lambda _: machine(first))
     assert sft(tiny_model, tmp_path, **settings)["method"] == first
@@ -178,7 +216,10 @@ def test_auto_stays_what_it_was_when_its_checkpoints_were_begun(
         assert heard.of("lora.method: auto stays qlora")
         assert same(tmp_path / "output", tmp_path / "whole/output")
         return
-    with pytest.raises(MemoryPlanError, match=r"auto was lora when the checkpoints[\s\S]*name another lora.method[\s\S]*or delete"):
+    with pytest.raises(
+        MemoryPlanError,
+        match=r"auto was lora when the checkpoints[\s\S]*name another lora.method[\s\S]*or delete",
+    ):
         sft(tiny_model, tmp_path, heard, **settings)
     assert last_whole(tmp_path / "checkpoints", silent)  # nothing was thrown away
     shutil.rmtree(tmp_path / "checkpoints")
@@ -199,7 +240,9 @@ def test_full_disk_keeps_the_checkpoint_before(
     monkeypatch.setattr(checkpoints_module.Trainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(ArtifactError, match=r"the disk is full: the checkpoint of step 4"):
         sft(tiny_model, tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == [
+        "checkpoint-2"
+    ]
     assert damage(tmp_path / "checkpoints/checkpoint-2") is None
     assert sft(tiny_model, tmp_path)["resumed_from_step"] == 2
     assert same(tmp_path / "output", undisturbed / "output")
@@ -223,12 +266,20 @@ def test_memory_that_runs_out_halves_the_micro_batch_at_the_same_effective_batch
     metrics = sft(tiny_model, tmp_path, heard, micro_batch=4, lora={"lora_dropout": 0.0})
     assert (metrics["micro_batch"], metrics["out_of_memory"], metrics["steps"]) == (1, 2, STEPS)
     assert [numbers["micro_batch"] for numbers in heard.of("out of memory")] == [2, 1]
-    assert [numbers["step"] for numbers in heard.of("resumed")] == [5, 5]  # not the last written one, 4: the last step
+    assert [numbers["step"] for numbers in heard.of("resumed")] == [
+        5,
+        5,
+    ]  # not the last written one, 4: the last step
     monkeypatch.undo()
     sft(tiny_model, tmp_path / "whole", micro_batch=4, lora={"lora_dropout": 0.0})
-    curves = [json.loads((path / "output/info/curve.json").read_text()) for path in (tmp_path, tmp_path / "whole")]
+    curves = [
+        json.loads((path / "output/info/curve.json").read_text())
+        for path in (tmp_path, tmp_path / "whole")
+    ]
     losses = [[entry["loss"] for entry in curve] for curve in curves]
-    assert losses[0] == pytest.approx(losses[1], abs=0.02)  # the same rows in every step; bf16 rounds otherwise
+    assert losses[0] == pytest.approx(
+        losses[1], abs=0.02
+    )  # the same rows in every step; bf16 rounds otherwise
     assert len(losses[0]) == STEPS
 
 
@@ -286,24 +337,39 @@ def test_memory_that_runs_out_in_dpo_halves_the_micro_batch_and_keeps_the_refere
     assert (metrics["micro_batch"], metrics["out_of_memory"], metrics["steps"]) == (1, 2, 6)
     assert [numbers["micro_batch"] for numbers in heard.of("out of memory")] == [2, 1]
     assert [numbers["step"] for numbers in heard.of("resumed")] == [2, 2]
-    assert (len(scored), len(heard.of("reference proven"))) == (1, 1)  # once, of the policy before its first step
+    assert (len(scored), len(heard.of("reference proven"))) == (
+        1,
+        1,
+    )  # once, of the policy before its first step
     monkeypatch.undo()
     dpo(tiny_model, adapter, tmp_path / "whole", micro_batch=4, learning_rate=1e-2)
-    curves = [json.loads((path / "output/info/curve.json").read_text()) for path in (tmp_path, tmp_path / "whole")]
+    curves = [
+        json.loads((path / "output/info/curve.json").read_text())
+        for path in (tmp_path, tmp_path / "whole")
+    ]
     for name in ("loss", "reward_margins"):
         numbers = [[entry[name] for entry in curve] for curve in curves]
-        assert numbers[0] == pytest.approx(numbers[1], abs=0.03), name  # the same pairs in every step; bf16 rounds otherwise
-    assert curves[1][-1]["reward_margins"] > 0.3  # the pairs are learnt: equal numbers mean something
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.03), (
+            name
+        )  # the same pairs in every step; bf16 rounds otherwise
+    assert (
+        curves[1][-1]["reward_margins"] > 0.3
+    )  # the pairs are learnt: equal numbers mean something
 
 
-def test_memory_for_not_even_one_row_is_the_users_error(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_not_even_one_row_is_the_users_error(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ft_assets.training import sft as module
 
     def never(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(module.ResumingCpuSFTTrainer, "training_step", never)
-    with pytest.raises(TrainingError, match=r"sft: step 1: one row at a time does not fit into memory \(CUDA out of memory\)"):
+    with pytest.raises(
+        TrainingError,
+        match=r"sft: step 1: one row at a time does not fit into memory \(CUDA out of memory\)",
+    ):
         sft(tiny_model, tmp_path)
 
 
@@ -326,34 +392,50 @@ def test_nan_stops_the_step_and_the_checkpoint_before_stays(
         return loss + (weight.sum() - weight.sum().detach()) * float("inf")
 
     monkeypatch.setattr(module.ResumingCpuSFTTrainer, "compute_loss", broken)
-    with pytest.raises(TrainingError, match=r"step 6: the (loss|gradient) is (nan|inf)[\s\S]*lower learning_rate"):
+    with pytest.raises(
+        TrainingError, match=r"step 6: the (loss|gradient) is (nan|inf)[\s\S]*lower learning_rate"
+    ):
         sft(tiny_model, tmp_path, save_steps=1)
     whole = last_whole(tmp_path / "checkpoints", silent)
     assert whole is not None
     assert whole.name == "checkpoint-5"
 
 
-def test_weights_that_are_not_finite_are_never_written(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_never_written(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import TrainerCallback
 
-    from ft_assets.training import run as module
+    from ft_assets.training import loop as module
 
     class Spoil(TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
             if state.global_step == 3:
-                next(value for value in model.parameters() if value.requires_grad).data.fill_(float("nan"))
+                next(value for value in model.parameters() if value.requires_grad).data.fill_(
+                    float("nan")
+                )
 
     monkeypatch.setattr(module, "_Midway", lambda: Spoil())
     with pytest.raises(TrainingError, match=r"step 4: 1 trained weights are not finite"):
         sft(tiny_model, tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == [
+        "checkpoint-2"
+    ]
 
 
 def test_loss_that_rises_for_good_stops_the_step() -> None:
-    progress, state = Progress(silent, 100.0, max_loss_rise=1.0), SimpleNamespace(global_step=0, max_steps=100, log_history=[])
+    progress, state = (
+        Progress(silent, 100.0, max_loss_rise=1.0),
+        SimpleNamespace(global_step=0, max_steps=100, log_history=[]),
+    )
     progress.on_train_begin(None, state, None)
     losses = [5 - 0.2 * step for step in range(20)] + [4.0] * 3 + [9.0] * 10
-    with pytest.raises(TrainingError, match=r"training diverges: the loss of the last 10 steps is [\d.]+ and was [\d.]+"):
+    with pytest.raises(
+        TrainingError,
+        match=r"training diverges: the loss of the last 10 steps is [\d.]+ and was [\d.]+",
+    ):
         for step, loss in enumerate(losses, start=1):
             state.global_step = step
             progress.on_log(None, state, None, {"loss": loss})
@@ -361,7 +443,10 @@ def test_loss_that_rises_for_good_stops_the_step() -> None:
 
 
 def test_loss_that_rises_a_little_goes_on() -> None:
-    progress, state = Progress(silent, 100.0, max_loss_rise=1.0), SimpleNamespace(global_step=0, max_steps=100, log_history=[])
+    progress, state = (
+        Progress(silent, 100.0, max_loss_rise=1.0),
+        SimpleNamespace(global_step=0, max_steps=100, log_history=[]),
+    )
     progress.on_train_begin(None, state, None)
     for step in range(1, 60):
         state.global_step = step
@@ -369,7 +454,9 @@ def test_loss_that_rises_a_little_goes_on() -> None:
     assert len(progress.curve) == 59
 
 
-def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later(tiny_model: Path, tmp_path: Path) -> None:
+def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """The real launcher and the real step, as a cancelled run of the UI ends them: by an interrupt of the launching process."""
     (tmp_path / "split").mkdir()
     (tmp_path / "output").mkdir()
@@ -381,7 +468,9 @@ def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later
         inputs={"base_model": tiny_model, "heldout_split": tmp_path / "split"},
     )  # fmt: skip
     asked: list[float] = []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where the tests run in a script's background
 
     def cancel(line: Any) -> None:
         if line["message"] == "train" and not asked:

@@ -16,7 +16,7 @@ from ft_assets.data.tables import read_table
 from ft_assets.errors import EvaluationError
 from ft_assets.job import Job
 from ft_assets.steps.evaluate import step
-from ft_assets_tests.conftest import conversations, edit, next_word, write_jsonl
+from ft_assets_tests.factories import conversations, edit, next_word, write_jsonl
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize, read
 
 
@@ -30,7 +30,9 @@ def job(copy: Path, tmp_path: Path) -> Job:
         inputs[name] = tmp_path / name
         shutil.copytree(artifact(copy, name), inputs[name])
     (tmp_path / "output").mkdir()
-    return job.model_copy(update={"inputs": {**job.inputs, **inputs}, "output": tmp_path / "output"})
+    return job.model_copy(
+        update={"inputs": {**job.inputs, **inputs}, "output": tmp_path / "output"}
+    )
 
 
 def quiet(*_: Any, **__: Any) -> None:
@@ -39,7 +41,10 @@ def quiet(*_: Any, **__: Any) -> None:
 
 def spoil(adapter: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: change(name, tensor) for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {name: change(name, tensor) for name, tensor in weights.items()},
+        adapter / "adapter_model.safetensors",
+    )
 
 
 def test_untouched_job_passes(job: Job) -> None:
@@ -47,44 +52,67 @@ def test_untouched_job_passes(job: Job) -> None:
     proofs = json.loads((job.output / "report.json").read_text())["proofs"]
     assert proofs["template_mismatches"] == []
     assert proofs["adapters"]["sft"]["targets"] == 14
-    assert min(proofs["adapters"]["sft"]["smallest_update"], proofs["adapters"]["sft"]["logit_change"]) > 0
+    assert (
+        min(proofs["adapters"]["sft"]["smallest_update"], proofs["adapters"]["sft"]["logit_change"])
+        > 0
+    )
 
 
 def test_zeroed_adapter_is_not_applied(job: Job) -> None:
-    spoil(job.inputs["lora_adapter"], lambda name, tensor: tensor * 0 if "lora_B" in name else tensor)
-    with pytest.raises(EvaluationError, match="adapter sft: not applied: 14 of 14 targets have a zero update"):
+    spoil(
+        job.inputs["lora_adapter"], lambda name, tensor: tensor * 0 if "lora_B" in name else tensor
+    )
+    with pytest.raises(
+        EvaluationError, match="adapter sft: not applied: 14 of 14 targets have a zero update"
+    ):
         step(job, quiet)
 
 
 def test_one_zeroed_target_is_not_applied(job: Job) -> None:
-    spoil(job.inputs["lora_adapter"], lambda name, tensor: tensor * 0 if "layers.1.self_attn.q_proj.lora_A" in name else tensor)
+    spoil(
+        job.inputs["lora_adapter"],
+        lambda name, tensor: tensor * 0 if "layers.1.self_attn.q_proj.lora_A" in name else tensor,
+    )
     with pytest.raises(EvaluationError, match="1 of 14 targets have a zero update"):
         step(job, quiet)
 
 
 def test_adapter_that_lacks_a_layer_is_not_applied(job: Job) -> None:
     path = job.inputs["lora_adapter"] / "adapter_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(path).items() if "layers.1" not in name}, path)
+    save_file(
+        {name: tensor for name, tensor in load_file(path).items() if "layers.1" not in name}, path
+    )
     with pytest.raises(EvaluationError, match="not applied"):
         step(job, quiet)
 
 
 def test_adapter_of_another_shape_does_not_fit(job: Job) -> None:
-    spoil(job.inputs["lora_adapter"], lambda name, tensor: tensor[:, :32].contiguous() if "lora_A" in name else tensor)
+    spoil(
+        job.inputs["lora_adapter"],
+        lambda name, tensor: tensor[:, :32].contiguous() if "lora_A" in name else tensor,
+    )
     with pytest.raises(EvaluationError, match="adapter sft: does not fit the base"):
         step(job, quiet)
 
 
 def test_adapter_of_another_base_of_the_same_shape_is_refused(copy: Path) -> None:
     model = copy / "other"
-    shutil.copytree(yaml.safe_load((copy / "finetune.yaml").read_text())["base_models"]["tiny"]["folder"], model)
-    weights = {name: tensor * 1.01 for name, tensor in load_file(model / "model.safetensors").items()}
+    shutil.copytree(
+        yaml.safe_load((copy / "finetune.yaml").read_text())["base_models"]["tiny"]["folder"], model
+    )
+    weights = {
+        name: tensor * 1.01 for name, tensor in load_file(model / "model.safetensors").items()
+    }
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     edit(copy, base_models={"tiny": {"folder": str(model)}})
     assert materialize(copy, "base_model").success
-    assert "chat_dataset was made from another base_model" in failure(materialize(copy, "eval_report"))
+    assert "chat_dataset was made from another base_model" in failure(
+        materialize(copy, "eval_report")
+    )
     assert materialize(copy, "chat_dataset,heldout_split").success
-    assert "lora_adapter was made from another base_model" in failure(materialize(copy, "eval_report"))
+    assert "lora_adapter was made from another base_model" in failure(
+        materialize(copy, "eval_report")
+    )
     assert "was made from another base_model" in failure(materialize(copy, "merged_model"))
 
 
@@ -94,7 +122,9 @@ def test_template_swapped_after_tokenization_fails_by_its_name(job: Job, tmp_pat
     template = base / "chat_template.jinja"
     text = template.read_text().replace("message['role'] + '\n'", "message['role'] + ':\n'")
     template.write_text(text.replace("assistant\n'", "assistant:\n'"))
-    metrics = step(job.model_copy(update={"inputs": {**job.inputs, "base_model": base}}), quiet).metrics
+    metrics = step(
+        job.model_copy(update={"inputs": {**job.inputs, "base_model": base}}), quiet
+    ).metrics
     assert metrics["verdict"] == "FAIL"
     assert "template mismatch" in metrics["reason"]
     assert metrics["diagnosis"].startswith("template mismatch")
@@ -114,9 +144,11 @@ def test_adapter_without_the_list_of_its_rows_is_refused(job: Job) -> None:
         step(job, quiet)
 
 
-def test_generation_that_raises_on_one_row_is_an_error_that_names_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_that_raises_on_one_row_is_an_error_that_names_it(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The fault is injected: no real prompt makes this model raise."""
-    from ft_assets.evaluation import generation
+    from ft_assets.inference import generation
 
     real, seen = generation._generate_batch, []
 
@@ -129,7 +161,10 @@ def test_generation_that_raises_on_one_row_is_an_error_that_names_it(job: Job, m
     rows = read_table(job.inputs["heldout_split"] / "heldout.parquet")
     longest = max(row["supervised"].index(True) for row in rows)
     monkeypatch.setattr(generation, "_generate_batch", faulty)
-    with pytest.raises(EvaluationError, match=r"held-out row [0-9a-f]{16}: its answer cannot be generated \(RuntimeError: CUDA error"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"held-out row [0-9a-f]{16}: its answer cannot be generated \(RuntimeError: CUDA error",
+    ):
         step(job, quiet)
     assert 1 in seen  # halved down to the row
     assert not (job.output / "verdict.json").exists()
@@ -153,7 +188,9 @@ def test_shuffled_references_do_not_pass(healthy: Callable[..., Path]) -> None:
     write_jsonl(project / "data/heldout.jsonl", heldout)
     assets = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter,dpo_adapter,eval_report"
     materialize(project, assets)
-    assert read(project, "eval_report", "verdict.json")["status"] == "PASS", read(project, "eval_report", "verdict.json")
+    assert read(project, "eval_report", "verdict.json")["status"] == "PASS", read(
+        project, "eval_report", "verdict.json"
+    )
     for row, text in zip(heldout, shuffled, strict=True):
         row["messages"][1]["content"] = text
     write_jsonl(project / "data/heldout.jsonl", heldout)

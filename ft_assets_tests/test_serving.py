@@ -18,14 +18,14 @@ from huggingface_hub import ModelCard
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.assets.leaderboard import entry_of
-from ft_assets.assets.workshop import Workshop
-from ft_assets.chat.side_by_side import SideBySide, contenders
+from ft_assets.commands.chat import SideBySide, contenders
 from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.evaluation.leaderboard import rank, table
-from ft_assets.release.license import stated_license
-from ft_assets.release.serving import choose_engine
-from ft_assets_tests.conftest import edit, ft
+from ft_assets.export.serving import choose_engine
+from ft_assets.models.license import stated_license
+from ft_assets.orchestration.materializer import Materializer
+from ft_assets_tests.factories import edit, ft
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 
 
@@ -38,7 +38,14 @@ def test_card_is_read_by_the_hubs_own_class_and_says_what_a_reader_asks(finished
     assert "verdict-pass" in data["tags"]
     assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.0
     assert data["data_fingerprints"]["held-out"] in text
-    for said in ("**Verdict: PASS**", "unknown: see the base", "## Limits", "## How to make it again", "ft run --base tiny", "torch=="):
+    for said in (
+        "**Verdict: PASS**",
+        "unknown: see the base",
+        "## Limits",
+        "## How to make it again",
+        "ft run --base tiny",
+        "torch==",
+    ):
         assert said in card.text
     assert str(finished) not in text
     excerpt = card.text.partition("```yaml\n")[2].partition("```")[0]
@@ -56,7 +63,12 @@ def test_override_stands_in_the_card(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("card", "license_"),
-    [("---\nlicense: mit\n---\n# x", "mit"), ("# no front matter", None), ("---\n: [\n---\n", None), (None, None)],
+    [
+        ("---\nlicense: mit\n---\n# x", "mit"),
+        ("# no front matter", None),
+        ("---\n: [\n---\n", None),
+        (None, None),
+    ],
 )
 def test_licence_is_what_the_folders_card_states_or_nothing(
     card: str | None, license_: str | None, tiny_model: Path, tmp_path: Path
@@ -64,7 +76,10 @@ def test_licence_is_what_the_folders_card_states_or_nothing(
     folder = shutil.copytree(tiny_model, tmp_path / "base")
     if card is not None:
         (folder / "README.md").write_text(card)
-    assert stated_license("x", BaseModelSettings(folder=str(folder)), tmp_path, {})["license"] == license_
+    assert (
+        stated_license("x", BaseModelSettings(folder=str(folder)), tmp_path, {})["license"]
+        == license_
+    )
 
 
 def test_licence_of_a_gguf_file_is_its_own_metadata(tmp_path: Path) -> None:
@@ -72,7 +87,9 @@ def test_licence_of_a_gguf_file_is_its_own_metadata(tmp_path: Path) -> None:
     assert stated_license("x", settings, tmp_path, {})["license"] == "apache-2.0"
 
 
-def entry(name: str, score: float, ids: tuple[str, ...] = ("a", "b"), **changes: Any) -> dict[str, Any]:
+def entry(
+    name: str, score: float, ids: tuple[str, ...] = ("a", "b"), **changes: Any
+) -> dict[str, Any]:
     return {
         "name": name, "verdict": "PASS", "candidate": "sft", "reason": "better", "metric": "exact", "score": score, "interval": [0, 1],
         "base": 0.1, "base_interval": [0, 1], "few_shot": None, "gain": {"mean": 0.1, "low": 0.0, "high": 0.2},
@@ -82,24 +99,52 @@ def entry(name: str, score: float, ids: tuple[str, ...] = ("a", "b"), **changes:
 
 
 def test_leaderboard_ranks_the_same_rows_only_and_hides_nobody() -> None:
-    failed = {"name": "broken", "verdict": None, "reason": "lora_adapter has not been made (the disk is full)"}
-    ranked = rank([entry("low", 0.2), failed, entry("other", 0.9, ("a", "c")), entry("high", 0.5, verdict="FAIL")])
-    assert [(one["name"], one["rank"]) for one in ranked] == [("high", 1), ("low", 2), ("other", None), ("broken", None)]
+    failed = {
+        "name": "broken",
+        "verdict": None,
+        "reason": "lora_adapter has not been made (the disk is full)",
+    }
+    ranked = rank(
+        [
+            entry("low", 0.2),
+            failed,
+            entry("other", 0.9, ("a", "c")),
+            entry("high", 0.5, verdict="FAIL"),
+        ]
+    )
+    assert [(one["name"], one["rank"]) for one in ranked] == [
+        ("high", 1),
+        ("low", 2),
+        ("other", None),
+        ("broken", None),
+    ]
     text = table(ranked)
     assert "**broken**: not judged: lora_adapter has not been made (the disk is full)" in text
     assert "**other**: judged on 2 other held-out rows: not ranked" in text
     assert "**high**: FAIL: better" in text
-    assert [one["name"] for one in rank([entry("a", 2.0, metric="loss"), entry("b", 1.0, metric="loss")])] == ["b", "a"]
+    assert [
+        one["name"]
+        for one in rank([entry("a", 2.0, metric="loss"), entry("b", 1.0, metric="loss")])
+    ] == ["b", "a"]
     ranked = rank([entry("old", 0.9, ("a", "c"), stale="lora_adapter"), entry("new", 0.2)])
     assert [(one["name"], one["rank"]) for one in ranked] == [("new", 1), ("old", None)]
     assert "**old**: stale: its report is about another lora_adapter" in table(ranked)
 
 
-def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_others(copy: Path) -> None:
-    report, workshop = artifact(copy, "eval_report"), Workshop(load_project(copy / "finetune.yaml"))
+def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_others(
+    copy: Path,
+) -> None:
+    report, materializer = (
+        artifact(copy, "eval_report"),
+        Materializer(load_project(copy / "finetune.yaml")),
+    )
     kept = {file.name: file.read_bytes() for file in report.iterdir() if file.is_file()}
     model = yaml.safe_load((copy / "finetune.yaml").read_text())["base_models"]["tiny"]
-    for base in ("old", "cut", "broken"):  # one without a key that is read, one half written, one without a manifest
+    for base in (
+        "old",
+        "cut",
+        "broken",
+    ):  # one without a key that is read, one half written, one without a manifest
         shutil.copytree(copy / ".ft/store/eval_report/tiny", copy / ".ft/store/eval_report" / base)
     edit(copy, base_models={"tiny": model, "old": model, "cut": model, "broken": model})
     folders = {base: artifact(copy, "eval_report", base) for base in ("old", "cut", "broken")}
@@ -110,7 +155,9 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
     (folders["broken"] / "manifest.json").write_text('{"asset": ')
     done = materialize(copy, "leaderboard")
     assert done.success, failure(done)
-    entries = {one["name"]: one for one in read(copy, "leaderboard", "leaderboard.json", partition=None)}  # type: ignore[arg-type]
+    entries = {
+        one["name"]: one for one in read(copy, "leaderboard", "leaderboard.json", partition=None)
+    }  # type: ignore[arg-type]
     assert entries["tiny"]["rank"] == 1
     assert "cannot be read (ArrowInvalid" in entries["cut"]["reason"]
     assert "manifest.json: is not JSON" in entries["broken"]["reason"]
@@ -118,10 +165,10 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
     numbers = json.loads(kept["report.json"])
     numbers["bound_to"]["lora_adapter"] = "another"
     (report / "report.json").write_text(json.dumps(numbers))
-    assert entry_of(workshop, "tiny")["stale"] == "lora_adapter"
+    assert entry_of(materializer, "tiny")["stale"] == "lora_adapter"
     del numbers["comparisons"]
     (report / "report.json").write_text(json.dumps(numbers))
-    assert "cannot be read (KeyError: 'comparisons')" in entry_of(workshop, "tiny")["reason"]
+    assert "cannot be read (KeyError: 'comparisons')" in entry_of(materializer, "tiny")["reason"]
 
 
 def test_leaderboard_shows_a_base_model_that_failed_and_why(copy: Path) -> None:
@@ -129,18 +176,40 @@ def test_leaderboard_shows_a_base_model_that_failed_and_why(copy: Path) -> None:
     edit(copy, base_models={"tiny": model, "broken": {"folder": "nowhere"}})
     job = copy / ".ft/store/.work/jobs/base_model-1"
     job.mkdir(parents=True)
-    fields = {"step": "base_model", "asset": "base_model", "partition": "broken", "fingerprint": "x", "settings": {}, "inputs": {}}
-    (job / "job.json").write_text(json.dumps({**fields, "output": "o", "checkpoints": "c", "work": str(job)}))
-    (job / "error.json").write_text(json.dumps(ArtifactError("the store", "the disk is full").to_dict()))
+    fields = {
+        "step": "base_model",
+        "asset": "base_model",
+        "partition": "broken",
+        "fingerprint": "x",
+        "settings": {},
+        "inputs": {},
+    }
+    (job / "job.json").write_text(
+        json.dumps({**fields, "output": "o", "checkpoints": "c", "work": str(job)})
+    )
+    (job / "error.json").write_text(
+        json.dumps(ArtifactError(where="the store", found="the disk is full").to_dict())
+    )
     assert materialize(copy, "leaderboard").success
-    entries = {one["name"]: one for one in read(copy, "leaderboard", "leaderboard.json", partition=None)}  # type: ignore[arg-type]
+    entries = {
+        one["name"]: one for one in read(copy, "leaderboard", "leaderboard.json", partition=None)
+    }  # type: ignore[arg-type]
     assert entries["tiny"]["rank"] == 1
     assert entries["tiny"]["gpu_seconds"] > 0
     assert entries["tiny"]["bytes"] > 100_000
-    assert entries["broken"]["reason"] == "base_model has not been made (the store: the disk is full)"
-    assert (artifact(copy, "leaderboard", None) / "info/picture.txt").read_text().startswith("data:image/png;base64,")
+    assert (
+        entries["broken"]["reason"] == "base_model has not been made (the store: the disk is full)"
+    )
+    assert (
+        (artifact(copy, "leaderboard", None) / "info/picture.txt")
+        .read_text()
+        .startswith("data:image/png;base64,")
+    )
     shutil.rmtree(copy / ".ft/store/eval_report")
-    assert entry_of(Workshop(load_project(copy / "finetune.yaml")), "tiny")["reason"] == "eval_report has not been made"
+    assert (
+        entry_of(Materializer(load_project(copy / "finetune.yaml")), "tiny")["reason"]
+        == "eval_report has not been made"
+    )
 
 
 def test_chat_asks_base_champion_and_challenger(copy: Path) -> None:
@@ -154,12 +223,14 @@ def test_chat_asks_base_champion_and_challenger(copy: Path) -> None:
         contenders(store, "tiny")
 
 
-def test_chat_loads_one_model_at_a_time_where_memory_is_short_and_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_loads_one_model_at_a_time_where_memory_is_short_and_says_so(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = load_project(copy / "finetune.yaml")
     together = SideBySide(project, "tiny", None)
     assert together.note is None
     assert set(together.loaded) == {"base", "champion"}
-    monkeypatch.setattr("ft_assets.chat.side_by_side.free_memory", lambda: 1000.0)
+    monkeypatch.setattr("ft_assets.commands.chat.free_memory", lambda: 1000.0)
     alone = SideBySide(project, "tiny", None)
     assert "each is loaded for each answer" in str(alone.note)
     assert not alone.loaded
@@ -173,7 +244,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_served_model_answers_an_http_client_on_this_machine_only(finished: Path, tmp_path: Path) -> None:
+def test_served_model_answers_an_http_client_on_this_machine_only(
+    finished: Path, tmp_path: Path
+) -> None:
     said = json.loads(ft(finished, "serve", "--json").stdout)
     assert said["engine"] == "transformers"
     assert said["command"][-4:] == ["--host", "127.0.0.1", "--port", "8000"]
@@ -196,10 +269,14 @@ def test_served_model_answers_an_http_client_on_this_machine_only(finished: Path
         deadline = time.monotonic() + 150
         while True:
             try:
-                answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=question, timeout=60)
+                answer = httpx.post(
+                    f"http://127.0.0.1:{port}/v1/chat/completions", json=question, timeout=60
+                )
                 break
             except httpx.TransportError:
-                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()[-2000:]
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    tmp_path / "log.txt"
+                ).read_text()[-2000:]
                 time.sleep(1)
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["message"]["content"].strip() == "yes"
@@ -208,14 +285,16 @@ def test_served_model_answers_an_http_client_on_this_machine_only(finished: Path
         server.wait(30)
 
 
-def test_serve_refuses_without_a_release_or_a_server(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_refuses_without_a_release_or_a_server(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert json.loads(ft(copy, "release", "--json").stdout)["tiny"]["decision"] == "PROMOTED"
     shutil.rmtree(copy / ".ft/store/release")
     done = ft(copy, "serve", "--json")
     assert done.returncode == 2
     assert "nothing is released" in done.stderr
     assert ft(copy, "release").returncode == 1
-    monkeypatch.setattr("ft_assets.release.serving.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("ft_assets.export.serving.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ReleaseError, match=r"fastapi, uvicorn, openai is not installed"):
         choose_engine(None)
     with pytest.raises(ReleaseError, match="pip install vllm"):

@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from ft_assets.data.sources import resolve_files
 from ft_assets.errors import DataError, ModelError, SourceUnreachable
 from ft_assets.models.source import resolve_revision
-from ft_assets_tests.conftest import conversations, edit, ft, write_jsonl
+from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import artifact, materialize
 
 ROW = '{"prompt": "a", "completion": "b"}\n'
@@ -35,7 +35,9 @@ class Server:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        self.server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+        )
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -59,7 +61,9 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
-def test_file_of_a_web_server_is_fetched_once_and_again_when_it_changes(web: Server, tmp_path: Path) -> None:
+def test_file_of_a_web_server_is_fetched_once_and_again_when_it_changes(
+    web: Server, tmp_path: Path
+) -> None:
     (first,) = resolve_files(tmp_path, [f"{web.url}/train.jsonl"], "data.train")
     assert first.read_text() == ROW
     assert first.name == "train.jsonl"
@@ -82,7 +86,9 @@ def test_file_of_a_web_server_is_fetched_once_and_again_when_it_changes(web: Ser
         ("hf://datasets/owner/name/train.parquet", "names no revision"),
     ],
 )
-def test_what_cannot_be_fetched_names_the_key_and_tells_no_secret(web: Server, tmp_path: Path, url: str, said: str) -> None:
+def test_what_cannot_be_fetched_names_the_key_and_tells_no_secret(
+    web: Server, tmp_path: Path, url: str, said: str
+) -> None:
     with pytest.raises(DataError) as caught:
         resolve_files(tmp_path, [url.replace("{web}", web.url)], "data.train")
     assert str(caught.value).startswith("finetune.yaml: data.train: ")
@@ -113,11 +119,21 @@ class Answering:
 
 
 NOBODY = "http://127.0.0.1:9"  # the discard port
-FAULTS = [(503, True), (500, True), (429, True), (None, True), (404, False), (403, False), (401, False)]
+FAULTS = [
+    (503, True),
+    (500, True),
+    (429, True),
+    (None, True),
+    (404, False),
+    (403, False),
+    (401, False),
+]
 
 
 @pytest.mark.parametrize(("status", "passes"), FAULTS)
-def test_fault_of_a_data_server_may_pass_and_a_refusal_is_the_users(tmp_path: Path, status: int | None, passes: bool) -> None:
+def test_fault_of_a_data_server_may_pass_and_a_refusal_is_the_users(
+    tmp_path: Path, status: int | None, passes: bool
+) -> None:
     url = Answering(status).url if status else NOBODY
     with pytest.raises(SourceUnreachable if passes else DataError) as caught:
         resolve_files(tmp_path, [f"{url}/train.jsonl?key=secret"], "data.train")
@@ -127,16 +143,22 @@ def test_fault_of_a_data_server_may_pass_and_a_refusal_is_the_users(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("status", "passes"), FAULTS)
-def test_fault_of_the_hub_may_pass_and_a_refusal_is_the_users(monkeypatch: pytest.MonkeyPatch, status: int | None, passes: bool) -> None:
+def test_fault_of_the_hub_may_pass_and_a_refusal_is_the_users(
+    monkeypatch: pytest.MonkeyPatch, status: int | None, passes: bool
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", Answering(status).url if status else NOBODY)
-    with pytest.raises(SourceUnreachable if passes else ModelError, match="some/model cannot be reached"):
+    with pytest.raises(
+        SourceUnreachable if passes else ModelError, match="some/model cannot be reached"
+    ):
         resolve_revision("tiny", "some/model", None)
 
 
-def test_graph_reads_a_bucket_and_sees_a_new_object(project: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_reads_a_bucket_and_sees_a_new_object(
+    project: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {
         "AWS_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "ada", "AWS_SECRET_ACCESS_KEY": "planted-secret", "AWS_DEFAULT_REGION": "us-east-1"
     }.items():  # fmt: skip
@@ -148,7 +170,9 @@ def test_graph_reads_a_bucket_and_sees_a_new_object(project: Path, s3: str, monk
     client.put_object(Bucket="talks", Key="train/README.md", Body=b"not data")
     edit(project, data={"train": ["s3://talks/train/*.jsonl"]})
     assert materialize(project, "raw_dataset").success
-    assert artifact(project, "raw_dataset", partition=None).joinpath("conversations.parquet").is_file()
+    assert (
+        artifact(project, "raw_dataset", partition=None).joinpath("conversations.parquet").is_file()
+    )
     first = artifact(project, "raw_dataset", partition=None)
     write_jsonl(project / "part.jsonl", conversations(10, lambda _: "yes", start=50))
     client.upload_file(str(project / "part.jsonl"), "talks", "train/part-2.jsonl")
@@ -157,4 +181,7 @@ def test_graph_reads_a_bucket_and_sees_a_new_object(project: Path, s3: str, monk
     assert artifact(project, "raw_dataset", partition=None) != first
     assert "planted-secret" not in done.stderr
     edit(project, data={"train": ["s3://talks/absent/*.jsonl"]})
-    assert "s3://talks/absent/*.jsonl: no data file matches" in ft(project, "run", "--asset", "raw_dataset").stderr
+    assert (
+        "s3://talks/absent/*.jsonl: no data file matches"
+        in ft(project, "run", "--asset", "raw_dataset").stderr
+    )

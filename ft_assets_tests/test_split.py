@@ -10,9 +10,16 @@ import pytest
 from ft_assets.config import DataSettings
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.ingest import target
-from ft_assets.data.leaks import leaks
+from ft_assets.data.leakage import leaks
 from ft_assets.data.split import SIDES, make_split
-from ft_assets.data.tables import CONVERSATION, NEAR_DUPLICATE, TOKENIZED, TOKENIZED_PREFERENCE, read_table, write_table
+from ft_assets.data.tables import (
+    CONVERSATION,
+    NEAR_DUPLICATE,
+    TOKENIZED,
+    TOKENIZED_PREFERENCE,
+    read_table,
+    write_table,
+)
 from ft_assets.errors import DataError
 
 Row = dict[str, Any]
@@ -20,11 +27,20 @@ Row = dict[str, Any]
 
 def words(seed: int, count: int = 20) -> str:
     """Return a prompt of random words, like no other."""
-    return " ".join(random.Random(seed).choices([f"word{number}" for number in range(500)], k=count))
+    return " ".join(
+        random.Random(seed).choices([f"word{number}" for number in range(500)], k=count)
+    )
 
 
 def talk(prompt: str, answer: str = "fine", **fields: Any) -> Row:
-    row = conversation({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]})
+    row = conversation(
+        {
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+    )
     return {**row, "judged": True, "input_ids": [1, 2], "supervised": [False, True], **fields}
 
 
@@ -63,7 +79,11 @@ class Workplace:
             **(sides or {}),
         }
         for name, side in tables.items():
-            write_table(self.chat / f"{name}.parquet", side, TOKENIZED_PREFERENCE if name == "preferences" else TOKENIZED)
+            write_table(
+                self.chat / f"{name}.parquet",
+                side,
+                TOKENIZED_PREFERENCE if name == "preferences" else TOKENIZED,
+            )
         write_table(self.targets, targets or [], CONVERSATION)
         write_table(self.few_shot, few_shot or [], CONVERSATION)
         self.data = DataSettings(train=["unused"], **settings)
@@ -99,17 +119,28 @@ def test_twenty_percent_more_rows_move_no_row(place: Workplace, tmp_path: Path) 
 def test_a_conversations_prompt_stays_on_one_side(place: Workplace) -> None:
     rows = [talk(words(number // 3), f"answer {number}") for number in range(600)]
     place.split(rows, near_duplicate=None, quoted=None)
-    sides = [{row["group"] for row in read_table(place.out / f"{side}.parquet")} for side in ("train", "validation", "heldout")]
+    sides = [
+        {row["group"] for row in read_table(place.out / f"{side}.parquet")}
+        for side in ("train", "validation", "heldout")
+    ]
     assert sum(map(len, sides)) == len(set().union(*sides)) == 200
 
 
 def test_a_declared_group_stays_on_one_side(place: Workplace) -> None:
     rows = [
-        {**talk(words(number)), **conversation({"messages": talk(words(number))["messages"], "group": f"customer {number % 40}"})}
+        {
+            **talk(words(number)),
+            **conversation(
+                {"messages": talk(words(number))["messages"], "group": f"customer {number % 40}"}
+            ),
+        }
         for number in range(400)
     ]
     counts = place.split(rows)
-    sides = [{row["group"] for row in read_table(place.out / f"{side}.parquet")} for side in ("train", "validation", "heldout")]
+    sides = [
+        {row["group"] for row in read_table(place.out / f"{side}.parquet")}
+        for side in ("train", "validation", "heldout")
+    ]
     assert sum(map(len, sides)) == len(set().union(*sides)) == 40
     assert counts["heldout_rows"] % 10 == 0
 
@@ -129,14 +160,22 @@ def disguised(text: str) -> str:
 def test_heldout_prompt_in_other_case_and_blanks_is_left_out(place: Workplace, side: str) -> None:
     rows = [talk(words(number)) for number in range(200)]
     _, prompt = heldout_prompt(place, rows)
-    pasted = [pair(disguised(prompt)), pair(words(900))] if side == "preferences" else [talk(disguised(prompt)), talk(words(900))]
+    pasted = (
+        [pair(disguised(prompt)), pair(words(900))]
+        if side == "preferences"
+        else [talk(disguised(prompt)), talk(words(900))]
+    )
     counts = place.split(rows, {side: pasted})
     assert counts["pairs_removed" if side == "preferences" else "rehearsal_rows_removed"] == 1
     assert place.leaks() == []
     # The check does not trust the split: the same row put back is found.
     name = "preferences" if side == "preferences" else "train"
     back = [*read_table(place.out / f"{name}.parquet"), {**pasted[0]}]
-    write_table(place.out / f"{name}.parquet", back, TOKENIZED_PREFERENCE if name == "preferences" else TOKENIZED)
+    write_table(
+        place.out / f"{name}.parquet",
+        back,
+        TOKENIZED_PREFERENCE if name == "preferences" else TOKENIZED,
+    )
     assert len(place.leaks()) >= 1
     assert "share their prompt" in place.leaks()[0]
 
@@ -146,30 +185,43 @@ def paraphrase(prompt: str) -> str:
     return " ".join([*prompt.split()[:-2], "other", "end"])
 
 
-def test_paraphrase_at_jaccard_four_fifths_is_left_out_and_shown_with_its_score(place: Workplace) -> None:
+def test_paraphrase_at_jaccard_four_fifths_is_left_out_and_shown_with_its_score(
+    place: Workplace,
+) -> None:
     rows = [talk(words(number)) for number in range(200)]
     identity, prompt = heldout_prompt(place, rows)
     near = talk(paraphrase(prompt))
     counts = place.split(rows, {"rehearsal": [near]}, near_duplicate=0.8, quoted=None)
     assert counts["near_duplicates_removed"] == 1
-    assert [(copy["kind"], copy["id"], copy["of"], copy["similarity"]) for copy in place.copies()] == [
-        ("near-duplicate", near["id"], identity, pytest.approx(16 / 20))
-    ]
-    write_table(place.out / "train.parquet", [*read_table(place.out / "train.parquet"), near], TOKENIZED)
+    assert [
+        (copy["kind"], copy["id"], copy["of"], copy["similarity"]) for copy in place.copies()
+    ] == [("near-duplicate", near["id"], identity, pytest.approx(16 / 20))]
+    write_table(
+        place.out / "train.parquet", [*read_table(place.out / "train.parquet"), near], TOKENIZED
+    )
     assert place.leaks() == [f"train {near['id']} is nearly {identity}, similarity 0.80"]
 
 
 def test_long_prompt_quoted_inside_a_longer_text_is_left_out(place: Workplace) -> None:
     rows = [talk(words(number)) for number in range(200)]
     kept = talk(words(5000, 60))
-    quoting = talk(words(5001, 300), answer=f"{words(5002, 200)} {kept['messages'][0]['content']} {words(5003, 100)}")
+    quoting = talk(
+        words(5001, 300),
+        answer=f"{words(5002, 200)} {kept['messages'][0]['content']} {words(5003, 100)}",
+    )
     counts = place.split([*rows, quoting], {"retention": [kept]})
     assert counts["train_rows_removed"] == 1
-    assert [(copy["kind"], copy["id"], copy["of"]) for copy in place.copies()] == [("quoted", quoting["id"], kept["id"])]
+    assert [(copy["kind"], copy["id"], copy["of"]) for copy in place.copies()] == [
+        ("quoted", quoting["id"], kept["id"])
+    ]
     assert place.copies()[0]["similarity"] == 1.0
-    write_table(place.out / "train.parquet", [*read_table(place.out / "train.parquet"), quoting], TOKENIZED)
+    write_table(
+        place.out / "train.parquet", [*read_table(place.out / "train.parquet"), quoting], TOKENIZED
+    )
     assert place.leaks() == [f"train {quoting['id']} quotes {kept['id']}, similarity 1.00"]
-    assert place.split([*rows, quoting], {"retention": [kept]}, quoted=None)["train_rows_removed"] == 0
+    assert (
+        place.split([*rows, quoting], {"retention": [kept]}, quoted=None)["train_rows_removed"] == 0
+    )
 
 
 def test_long_instruction_that_all_rows_share_quotes_nobody(place: Workplace) -> None:
@@ -185,13 +237,29 @@ def test_rows_of_the_users_evaluation_files_are_not_trained_on(place: Workplace)
     place.split(rows)
     trained = read_table(place.out / "train.parquet", limit=2)
     exam = [
-        {**target({"question": trained[0]["messages"][0]["content"].upper(), "choices": ["a", "b"], "gold": 1}), "source": "exam.jsonl"},
-        {**target({"text": paraphrase(trained[1]["messages"][0]["content"])}), "source": "exam.jsonl"},
+        {
+            **target(
+                {
+                    "question": trained[0]["messages"][0]["content"].upper(),
+                    "choices": ["a", "b"],
+                    "gold": 1,
+                }
+            ),
+            "source": "exam.jsonl",
+        },
+        {
+            **target({"text": paraphrase(trained[1]["messages"][0]["content"])}),
+            "source": "exam.jsonl",
+        },
     ]
     counts = place.split(rows, targets=exam)
     assert counts["train_rows_removed"] == 2
     assert not place.ids("train") & {row["id"] for row in trained}
-    write_table(place.out / "train.parquet", [*read_table(place.out / "train.parquet"), trained[0]], TOKENIZED)
+    write_table(
+        place.out / "train.parquet",
+        [*read_table(place.out / "train.parquet"), trained[0]],
+        TOKENIZED,
+    )
     assert "contamination" in place.leaks()[0]
 
 
@@ -203,7 +271,10 @@ def test_few_shot_example_that_is_held_out_is_found(place: Workplace) -> None:
 
 
 def test_strata_have_their_own_shares_and_are_counted(place: Workplace) -> None:
-    rows = [talk(words(number), stratum="rare" if number % 10 == 0 else "common") for number in range(1000)]
+    rows = [
+        talk(words(number), stratum="rare" if number % 10 == 0 else "common")
+        for number in range(1000)
+    ]
     place.split(rows, stratify={"field": "kind", "shares": {"rare": 0.5}})
     held = [row["stratum"] for row in read_table(place.out / "heldout.parquet")]
     assert 35 < held.count("rare") < 65
@@ -214,7 +285,10 @@ def test_doubles_within_a_side_are_counted_and_shown_and_stay(place: Workplace) 
     rows = [talk(words(number)) for number in range(100)]
     doubles = [talk(words(number), answer="another answer") for number in range(3)]
     counts = place.split([*rows, *doubles])
-    assert sum(counts[f"{side}_near_duplicates_within"] for side in ("train", "validation", "heldout")) == 3
+    assert (
+        sum(counts[f"{side}_near_duplicates_within"] for side in ("train", "validation", "heldout"))
+        == 3
+    )
     assert counts["train_rows_removed"] == 0
     assert {copy["kind"] for copy in place.copies()} == {"within"}
 
@@ -223,20 +297,30 @@ def test_pairs_are_watched_by_the_same_rule_as_conversations(place: Workplace) -
     prompts = [words(number) for number in range(300)]
     rows, pairs = [talk(prompt) for prompt in prompts], [pair(prompt) for prompt in prompts]
     counts = place.split(rows, {"preferences": pairs}, near_duplicate=None, validation_share=0.1)
-    asked = {side: {row["group"] for row in read_table(place.out / f"{side}.parquet")} for side in SIDES}
+    asked = {
+        side: {row["group"] for row in read_table(place.out / f"{side}.parquet")} for side in SIDES
+    }
     assert asked["preferences_validation"] == asked["validation"]
     assert asked["preferences"] == asked["train"]  # and none of the held-out prompts
     assert counts["preference_validation_pairs"] == len(asked["preferences_validation"]) >= 8
-    assert counts["preference_pairs"] + counts["preference_validation_pairs"] + counts["pairs_removed"] == 300
+    assert (
+        counts["preference_pairs"] + counts["preference_validation_pairs"] + counts["pairs_removed"]
+        == 300
+    )
     assert place.leaks() == []
-    stolen = [*read_table(place.out / "preferences.parquet"), read_table(place.out / "preferences_validation.parquet")[0]]
+    stolen = [
+        *read_table(place.out / "preferences.parquet"),
+        read_table(place.out / "preferences_validation.parquet")[0],
+    ]
     write_table(place.out / "preferences.parquet", stolen, TOKENIZED_PREFERENCE)
     assert "preferences_validation" in place.leaks()[0]
 
 
 def test_too_few_pairs_to_watch_are_trained_on(place: Workplace) -> None:
     pairs = [pair(words(number)) for number in range(1000, 1080)]
-    counts = place.split([talk(words(number)) for number in range(50)], {"preferences": pairs}, validation_share=0.05)
+    counts = place.split(
+        [talk(words(number)) for number in range(50)], {"preferences": pairs}, validation_share=0.05
+    )
     assert (counts["preference_pairs"], counts["preference_validation_pairs"]) == (80, 0)
 
 
@@ -260,5 +344,7 @@ def test_order_changes_neither_rows_nor_versions(place: Workplace, tmp_path: Pat
     other = Workplace(tmp_path / "other")
     other.split(rows[::-1])
     assert place.versions == other.versions
-    assert read_table(place.out / "info/near_duplicates.parquet") == read_table(other.out / "info/near_duplicates.parquet")
+    assert read_table(place.out / "info/near_duplicates.parquet") == read_table(
+        other.out / "info/near_duplicates.parquet"
+    )
     assert set(NEAR_DUPLICATE.names) == {"kind", "side", "id", "of", "similarity"}

@@ -3,27 +3,41 @@
 import numpy as np
 import pytest
 
-from ft_assets.evaluation.statistics import _mcnemar as compare_p
-from ft_assets.evaluation.statistics import compare, holm, interval, mcnemar_power
+from ft_assets.evaluation.verdict.statistics import _mcnemar as compare_p
+from ft_assets.evaluation.verdict.statistics import compare, holm, interval, mcnemar_power
 
 
 def test_interval_of_a_mean_covers_it_and_narrows_with_rows() -> None:
     few, many = [0.0, 1.0] * 20, [0.0, 1.0] * 320
     assert interval(few, 0.95, 1)[0] < 0.5 < interval(few, 0.95, 1)[1]
     width = [high - low for low, high in (interval(few, 0.95, 1), interval(many, 0.95, 1))]
-    assert width[1] == pytest.approx(width[0] / 4, rel=0.2)  # 16 times the rows: a quarter of the width
+    assert width[1] == pytest.approx(
+        width[0] / 4, rel=0.2
+    )  # 16 times the rows: a quarter of the width
 
 
 def test_compare_counts_wins_ties_losses_and_mcnemar() -> None:
     entry = compare([1.0] * 8 + [0.0] * 2 + [1.0] * 10, [0.0] * 8 + [1.0] * 2 + [1.0] * 10, 0.95, 1)
-    assert (entry["wins"], entry["ties"], entry["losses"], entry["n"], entry["test"]) == (8, 10, 2, 20, "McNemar")
+    assert (entry["wins"], entry["ties"], entry["losses"], entry["n"], entry["test"]) == (
+        8,
+        10,
+        2,
+        20,
+        "McNemar",
+    )
     assert entry["mean"] == pytest.approx(0.3)
     assert entry["p"] == pytest.approx(0.109375)  # two-sided binomial of 2 in 10
 
 
 def test_equal_answers_are_no_difference() -> None:
     entry = compare([1.0, 0.0], [1.0, 0.0], 0.95, 1)
-    assert (entry["mean"], entry["low"], entry["high"], entry["p"], entry["rows_needed"]) == (0.0, 0.0, 0.0, 1.0, None)
+    assert (entry["mean"], entry["low"], entry["high"], entry["p"], entry["rows_needed"]) == (
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+        None,
+    )
 
 
 def test_scores_that_are_not_right_or_wrong_are_permuted() -> None:
@@ -43,7 +57,9 @@ def test_a_loss_is_oriented_so_that_less_is_a_win() -> None:
 
 
 def test_holm_makes_the_second_test_pay_for_the_first() -> None:
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06}
+    )
     assert holm({}) == {}
 
 
@@ -60,7 +76,11 @@ def test_power_equals_the_simulated_power_of_the_same_test() -> None:
     chance, n, discordant, difference = np.random.default_rng(0), 80, 0.3, 0.2
     found = 0
     for _ in range(2000):
-        outcome = chance.choice([1, -1, 0], size=n, p=[(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant])
+        outcome = chance.choice(
+            [1, -1, 0],
+            size=n,
+            p=[(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant],
+        )
         wins, losses = int((outcome == 1).sum()), int((outcome == -1).sum())
         found += wins > losses and compare_p(wins, losses) < 0.05
     assert found / 2000 == pytest.approx(mcnemar_power(n, discordant, difference, 0.05), abs=0.03)

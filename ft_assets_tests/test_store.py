@@ -26,7 +26,9 @@ def writer(root: Path, rounds: int) -> None:
         verify_files(store.need("raw_dataset", None))
 
 
-def test_runs_that_make_the_same_version_at_once_do_not_take_it_from_each_other(tmp_path: Path) -> None:
+def test_runs_that_make_the_same_version_at_once_do_not_take_it_from_each_other(
+    tmp_path: Path,
+) -> None:
     spawn = multiprocessing.get_context("spawn")
     writers = [spawn.Process(target=writer, args=(tmp_path, 15)) for _ in range(4)]
     for process in writers:
@@ -35,7 +37,10 @@ def test_runs_that_make_the_same_version_at_once_do_not_take_it_from_each_other(
         process.join()
     assert [process.exitcode for process in writers] == [0, 0, 0, 0]
     home = tmp_path / "raw_dataset/_"
-    assert {path.name for path in home.iterdir()} == {"CURRENT", *(f"v{number}" for number in range(15))}
+    assert {path.name for path in home.iterdir()} == {
+        "CURRENT",
+        *(f"v{number}" for number in range(15)),
+    }
 
 
 def test_version_whose_manifest_is_gone_is_replaced(tmp_path: Path) -> None:

@@ -9,14 +9,32 @@ import pyarrow.parquet as pq
 import pytest
 
 from ft_assets.data.canonical import conversation
-from ft_assets.data.formats import RawRow
+from ft_assets.data.file_formats import RawRow
 from ft_assets.data.ingest import Ingest, Ingested, require_valid, target, worst
 from ft_assets.data.ledger import Ledger
-from ft_assets.data.tables import CONVERSATION, REJECTED, Table, TableWriter, Version, read_table, write_sorted, write_table
+from ft_assets.data.tables import (
+    CONVERSATION,
+    REJECTED,
+    Table,
+    TableWriter,
+    Version,
+    read_table,
+    write_sorted,
+    write_table,
+)
 from ft_assets.errors import DataError
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern", "days": [1, 2], "unit": None}}}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+CALL = {
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Bern", "days": [1, 2], "unit": None}},
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
 ROW: dict[str, Any] = {
     "id": "a1",
     "group": "g",
@@ -32,7 +50,12 @@ ROW: dict[str, Any] = {
 
 
 def row(identity: str, text: str = "hi", source: str = "x") -> dict[str, Any]:
-    return {"id": identity, "group": "g", "messages": [{"role": "user", "content": text}], "source": source}
+    return {
+        "id": identity,
+        "group": "g",
+        "messages": [{"role": "user", "content": text}],
+        "source": source,
+    }
 
 
 def test_a_row_with_tool_calls_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -45,7 +68,14 @@ def test_version_is_of_the_set_of_rows_not_of_order_batches_or_files(tmp_path: P
     rows = [row(str(number), f"text {number}") for number in range(2500)]
     version = write_table(tmp_path / "a.parquet", rows, CONVERSATION)
     shuffled = random.Random(0).sample(rows, len(rows))
-    assert write_table(tmp_path / "b.parquet", [{**one, "source": "elsewhere"} for one in shuffled], CONVERSATION) == version
+    assert (
+        write_table(
+            tmp_path / "b.parquet",
+            [{**one, "source": "elsewhere"} for one in shuffled],
+            CONVERSATION,
+        )
+        == version
+    )
     assert Table(tmp_path / "a.parquet").version() == version
     for other in ([*rows[:-1], row("2499", "text 2499.")], rows[:-1], [*rows, rows[0]]):
         assert write_table(tmp_path / "c.parquet", other, CONVERSATION) != version
@@ -61,7 +91,9 @@ def test_two_empty_sets_are_equal_and_unlike_a_row_of_digest_zero() -> None:
 def test_sorted_rows_keep_the_first_of_doubles(tmp_path: Path) -> None:
     order = [f"{number:05d}" for number in range(3000)]
     random.Random(1).shuffle(order)
-    rows = [row(identity, identity, "first") for identity in order] + [row(identity, identity, "second") for identity in order[:7]]
+    rows = [row(identity, identity, "first") for identity in order] + [
+        row(identity, identity, "second") for identity in order[:7]
+    ]
     kept, doubles, version = write_sorted(tmp_path / "s.parquet", rows, CONVERSATION, tmp_path)
     back = read_table(tmp_path / "s.parquet")
     assert (kept, doubles) == (3000, 7)
@@ -78,29 +110,51 @@ def test_nothing_to_sort(tmp_path: Path) -> None:
 
 def test_a_table_is_read_in_batches(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet", [row(str(number)) for number in range(2500)], CONVERSATION)
-    assert [batch.num_rows for batch in Table(tmp_path / "t.parquet").batches()] == [1000, 1000, 500]
-    assert [one["id"] for one in read_table(tmp_path / "t.parquet", limit=1001)] == [str(number) for number in range(1001)]
+    assert [batch.num_rows for batch in Table(tmp_path / "t.parquet").batches()] == [
+        1000,
+        1000,
+        500,
+    ]
+    assert [one["id"] for one in read_table(tmp_path / "t.parquet", limit=1001)] == [
+        str(number) for number in range(1001)
+    ]
 
 
 def test_a_table_that_fails_half_way_says_so_and_writes_no_more(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), TableWriter(tmp_path / "t.parquet", CONVERSATION) as table:
+    with (
+        pytest.raises(ZeroDivisionError),
+        TableWriter(tmp_path / "t.parquet", CONVERSATION) as table,
+    ):
         table.write(row("1"))
         raise ZeroDivisionError
     assert pq.read_table(tmp_path / "t.parquet").num_rows == 0
 
 
-def ingested(tmp_path: Path, rows: list[RawRow], **options: Any) -> tuple[Ingested, list[dict[str, Any]], list[dict[str, Any]]]:
+def ingested(
+    tmp_path: Path, rows: list[RawRow], **options: Any
+) -> tuple[Ingested, list[dict[str, Any]], list[dict[str, Any]]]:
     with TableWriter(tmp_path / "rejected.parquet", REJECTED) as rejected:
-        done = Ingest(tmp_path, tmp_path, rejected).source("rows", rows, conversation, CONVERSATION, **options)
+        done = Ingest(tmp_path, tmp_path, rejected).source(
+            "rows", rows, conversation, CONVERSATION, **options
+        )
     return done, read_table(tmp_path / "rows.parquet"), read_table(tmp_path / "rejected.parquet")
 
 
 def raw(number: int, **fields: Any) -> RawRow:
-    return RawRow(f"f.jsonl:{number}", {"prompt": f"question {number}", "completion": "answer", **fields})
+    return RawRow(
+        f"f.jsonl:{number}", {"prompt": f"question {number}", "completion": "answer", **fields}
+    )
 
 
 def test_each_row_is_kept_a_double_or_rejected_with_its_text(tmp_path: Path) -> None:
-    rows = [raw(1), raw(2), raw(1), raw(3, completion=""), RawRow("f.jsonl:9", None, "is not JSON: x"), raw(4, completion=7)]
+    rows = [
+        raw(1),
+        raw(2),
+        raw(1),
+        raw(3, completion=""),
+        RawRow("f.jsonl:9", None, "is not JSON: x"),
+        raw(4, completion=7),
+    ]
     done, kept, rejected = ingested(tmp_path, rows)
     assert (done.rows, done.duplicates, done.rejected, done.total) == (2, 1, 3, 6)
     assert len(kept) == 2
@@ -142,9 +196,14 @@ def test_the_worst_source_decides_and_is_named() -> None:
 
 
 def test_evaluation_file_of_any_shape_is_a_target() -> None:
-    shaped = target({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]})
+    shaped = target(
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]}
+    )
     assert shaped["messages"] == [{"role": "user", "content": "Who?"}]
-    assert target({"premise": "It rains.", "hypothesis": "Wet.", "gold": 1})["messages"][0]["content"] == "It rains.\nWet."
+    assert (
+        target({"premise": "It rains.", "hypothesis": "Wet.", "gold": 1})["messages"][0]["content"]
+        == "It rains.\nWet."
+    )
 
 
 def test_ledger_counts_what_each_limit_costs() -> None:
@@ -154,7 +213,12 @@ def test_ledger_counts_what_each_limit_costs() -> None:
     assert not ledger.fits([True] * 1001)
     assert not ledger.fits([False] * 3)
     metrics, histogram = ledger.metrics(), ledger.histogram()
-    assert (metrics["tokens"], metrics["supervised_tokens"], metrics["zero_supervised"], ledger.too_long) == (610, 205, 1, 1)
+    assert (
+        metrics["tokens"],
+        metrics["supervised_tokens"],
+        metrics["zero_supervised"],
+        ledger.too_long,
+    ) == (610, 205, 1, 1)
     assert metrics["length_max"] == 1001
     assert {limit: cost["left_out"] for limit, cost in histogram["limits"].items()} == {
         "512": 2,

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from ft_assets.chat.rendering import ProofFailed, Renderer, fold_system, prints_date
-from ft_assets.chat.template import DATE_KEY, bake, broken_markers, date_of, end_of_turn
 from ft_assets.config import ChatSettings
 from ft_assets.errors import TemplateError
+from ft_assets.models.chat_template import DATE_KEY, bake, broken_markers, date_of, end_of_turn
 from ft_assets.models.source import settle_template
-from ft_assets_tests.conftest import CHATML, tiny_tokenizer
+from ft_assets_tests.factories import CHATML, tiny_tokenizer
 
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
@@ -42,8 +42,14 @@ TOOLS = (
     "{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' + ARGUMENTS + '}</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-AS_OBJECT, AS_TEXT = TOOLS.replace("ARGUMENTS", "(c.function.arguments | tojson)"), TOOLS.replace("ARGUMENTS", "c.function.arguments")
-AS_REPR = TOOLS.replace("ARGUMENTS", "(c.function.arguments if c.function.arguments is string else c.function.arguments | string)")
+AS_OBJECT, AS_TEXT = (
+    TOOLS.replace("ARGUMENTS", "(c.function.arguments | tojson)"),
+    TOOLS.replace("ARGUMENTS", "c.function.arguments"),
+)
+AS_REPR = TOOLS.replace(
+    "ARGUMENTS",
+    "(c.function.arguments if c.function.arguments is string else c.function.arguments | string)",
+)
 
 CHAT = [
     {"role": "user", "content": "red apple"},
@@ -57,10 +63,16 @@ TOOL = {
     "function": {
         "name": "colour_of",
         "description": "the colour of a thing",
-        "parameters": {"type": "object", "properties": {"thing": {"type": "string"}, "deep": {"type": "boolean"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"thing": {"type": "string"}, "deep": {"type": "boolean"}},
+        },
     },
 }
-CALL = {"type": "function", "function": {"name": "colour_of", "arguments": {"thing": 'the "red" apple', "deep": True}}}
+CALL = {
+    "type": "function",
+    "function": {"name": "colour_of", "arguments": {"thing": 'the "red" apple', "deep": True}},
+}
 CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "what colour"},
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -99,7 +111,12 @@ def learnt(which: Renderer, messages: list[dict[str, Any]], **row: Any) -> list[
     done = which.train([{"messages": messages, **row}])[0]
     if isinstance(done, ProofFailed):
         raise done
-    return [which.facts.decode([token for token, flag in zip(one.input_ids, one.supervised, strict=True) if flag]) for one in done]
+    return [
+        which.facts.decode(
+            [token for token, flag in zip(one.input_ids, one.supervised, strict=True) if flag]
+        )
+        for one in done
+    ]
 
 
 @pytest.mark.parametrize(
@@ -110,11 +127,18 @@ def learnt(which: Renderer, messages: list[dict[str, Any]], **row: Any) -> list[
         (MISTRAL, "</s>", False, [" yes</s> no no</s>"]),
         (NEMO, "</s>", False, ["yes</s>no no</s>"]),
         (GEMMA, "<end_of_turn>", False, ["yes<end_of_turn>no no<end_of_turn>"]),
-        (QWEN3, "<|im_end|>", True, ["<think>\n\n</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno no<|im_end|>"]),
+        (
+            QWEN3,
+            "<|im_end|>",
+            True,
+            ["<think>\n\n</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno no<|im_end|>"],
+        ),
         (DATED, "<|im_end|>", True, ["yes<|im_end|>no no<|im_end|>"]),
     ],
 )
-def test_answers_and_their_ends_are_learnt_in_each_style(template: str, end: str, system: bool, sequences: list[str]) -> None:
+def test_answers_and_their_ends_are_learnt_in_each_style(
+    template: str, end: str, system: bool, sequences: list[str]
+) -> None:
     which = renderer(template, end)
     assert "".join(learnt(which, CHAT)) == "".join(sequences)
     if system:
@@ -127,7 +151,11 @@ def test_answers_and_their_ends_are_learnt_in_each_style(template: str, end: str
     ("template", "end", "reason"),
     [
         (GEMMA, "<end_of_turn>", "System role not supported"),
-        (NEMO, "</s>", r"messages\[0\] \(system\): the template writes this turn at generation and drops it once messages\[2\]"),
+        (
+            NEMO,
+            "</s>",
+            r"messages\[0\] \(system\): the template writes this turn at generation and drops it once messages\[2\]",
+        ),
         (
             NEMO.replace("(first + '\n\n' if loop.last and first else '') + ", ""),
             "</s>",
@@ -135,7 +163,9 @@ def test_answers_and_their_ends_are_learnt_in_each_style(template: str, end: str
         ),
     ],
 )
-def test_refused_and_dropped_system_turns_name_the_setting_that_helps(template: str, end: str, reason: str) -> None:
+def test_refused_and_dropped_system_turns_name_the_setting_that_helps(
+    template: str, end: str, reason: str
+) -> None:
     with pytest.raises(ProofFailed, match=reason + ".*system_turn: user"):
         learnt(renderer(template, end), [SYSTEM, *CHAT])
     folding = renderer(bake(template, {}, "user"), end)
@@ -147,23 +177,33 @@ def test_refused_and_dropped_system_turns_name_the_setting_that_helps(template: 
 def test_template_kwargs_are_baked_in_and_leave_the_rest_as_it_was() -> None:
     baked = renderer(bake(QWEN3, {"enable_thinking": False}, "template"))
     assert (
-        baked.text(CHAT[:1], generation_prompt=True) == renderer(QWEN3).text(CHAT[:1], generation_prompt=True) + "<think>\n\n</think>\n\n"
+        baked.text(CHAT[:1], generation_prompt=True)
+        == renderer(QWEN3).text(CHAT[:1], generation_prompt=True) + "<think>\n\n</think>\n\n"
     )
     assert learnt(baked, CHAT) == ["yes<|im_end|>", "no no<|im_end|>"]
     values = {"a": True, "b": None, "c": 'x "y" \\ é\n', "d": [1, 2.5, {"k": False}]}
     shown = bake("\n  {{ [a, b, c, d] | tojson }}", values, "template")
-    assert renderer(shown).text(CHAT) == '\n  [true, null, "x \\"y\\" \\\\ é\\n", [1, 2.5, {"k": false}]]'
+    assert (
+        renderer(shown).text(CHAT)
+        == '\n  [true, null, "x \\"y\\" \\\\ é\\n", [1, 2.5, {"k": false}]]'
+    )
 
 
 def test_date_is_frozen_and_the_saved_template_still_prints_today() -> None:
     which = renderer(DATED)
     assert prints_date(which.tokenizer) and not prints_date(tiny_tokenizer())
     assert "Today is 01 January 2025<|im_end|>" in which.text(CHAT)
-    assert "Today is 29 February 2024<|im_end|>" in Renderer(which.tokenizer, which.stop_ids, date(2024, 2, 29)).text(CHAT)
+    assert "Today is 29 February 2024<|im_end|>" in Renderer(
+        which.tokenizer, which.stop_ids, date(2024, 2, 29)
+    ).text(CHAT)
     which.tokenizer.init_kwargs[DATE_KEY] = "2023-12-31"
     assert date_of(which.tokenizer) == date(2023, 12, 31)
-    assert "Today is 31 December 2023<|im_end|>" in Renderer(which.tokenizer, which.stop_ids).text(CHAT)
-    assert f"Today is {date.today():%d %B %Y}" in which.tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert "Today is 31 December 2023<|im_end|>" in Renderer(which.tokenizer, which.stop_ids).text(
+        CHAT
+    )
+    assert f"Today is {date.today():%d %B %Y}" in which.tokenizer.apply_chat_template(
+        CHAT, tokenize=False
+    )
 
 
 @pytest.mark.parametrize("template", [AS_OBJECT, AS_TEXT, AS_REPR])
@@ -178,9 +218,12 @@ def test_calls_are_given_in_the_form_that_the_template_writes_as_json(template: 
 
 def test_ids_are_made_for_templates_that_insist_on_them() -> None:
     strict = AS_OBJECT.replace(
-        "{{ '<tool_call>", "{% if c.id | length != 9 %}{{ raise_exception('ids of length 9') }}{% endif %}{{ '<tool_call>"
+        "{{ '<tool_call>",
+        "{% if c.id | length != 9 %}{{ raise_exception('ids of length 9') }}{% endif %}{{ '<tool_call>",
     )
-    which = renderer(strict.replace("m.role + '\n'", "m.role + (m.tool_call_id or '') + '\n'"), bos=None)
+    which = renderer(
+        strict.replace("m.role + '\n'", "m.role + (m.tool_call_id or '') + '\n'"), bos=None
+    )
     learnt(which, CALLED, tools=[TOOL])
     assert "<|im_start|>toolcall00100\ngreen" in which.text(CALLED, [TOOL])
 
@@ -189,28 +232,51 @@ def test_ids_are_made_for_templates_that_insist_on_them() -> None:
     ("template", "reason"),
     [
         (CHATML, "tool call colour_of is missing"),
-        (TOOLS.replace("ARGUMENTS", "'{}'"), "argument thing of colour_of .* is missing or changed"),
-        (TOOLS.replace("ARGUMENTS", "(c.function.arguments | string | replace('\\\\', ''))"), "Python repr"),
-        (AS_REPR.replace("(c.function.arguments if", "(raise_exception('no text') if"), "Python repr"),
+        (
+            TOOLS.replace("ARGUMENTS", "'{}'"),
+            "argument thing of colour_of .* is missing or changed",
+        ),
+        (
+            TOOLS.replace("ARGUMENTS", "(c.function.arguments | string | replace('\\\\', ''))"),
+            "Python repr",
+        ),
+        (
+            AS_REPR.replace("(c.function.arguments if", "(raise_exception('no text') if"),
+            "Python repr",
+        ),
         (AS_OBJECT.replace("{{ t | tojson }}", "some"), "the template drops the tools"),
         (
             AS_OBJECT.replace("for m in messages", "for m in messages if m.role != 'tool'"),
             r"messages\[2\] \(tool\): the template drops this turn",
         ),
-        (AS_OBJECT.replace("in m.tool_calls or []", "in (m.tool_calls or []) + (m.tool_calls or [])"), "2 calls are written for 1"),
-        (AS_OBJECT.replace("in m.tool_calls or []", "in (m.tool_calls or [])[1:]"), "tool call colour_of is missing"),
         (
-            AS_OBJECT.replace("{% for c in m.tool_calls or [] %}", "<|im_end|>{% for c in m.tool_calls or [] %}"),
+            AS_OBJECT.replace(
+                "in m.tool_calls or []", "in (m.tool_calls or []) + (m.tool_calls or [])"
+            ),
+            "2 calls are written for 1",
+        ),
+        (
+            AS_OBJECT.replace("in m.tool_calls or []", "in (m.tool_calls or [])[1:]"),
+            "tool call colour_of is missing",
+        ),
+        (
+            AS_OBJECT.replace(
+                "{% for c in m.tool_calls or [] %}", "<|im_end|>{% for c in m.tool_calls or [] %}"
+            ),
             "writes the tool call behind",
         ),
         (
-            AS_OBJECT.replace("m.content }}{% for", "(m.content if not m.tool_calls else '') }}{% for"),
+            AS_OBJECT.replace(
+                "m.content }}{% for", "(m.content if not m.tool_calls else '') }}{% for"
+            ),
             "drops the text beside the tool call",
         ),
     ],
 )
 def test_templates_that_lose_calls_results_or_tools_are_refused(template: str, reason: str) -> None:
-    said = [CALLED[0], {**CALLED[1], "content": "red"}, *CALLED[2:]] if "beside" in reason else CALLED
+    said = (
+        [CALLED[0], {**CALLED[1], "content": "red"}, *CALLED[2:]] if "beside" in reason else CALLED
+    )
     with pytest.raises(ProofFailed, match=reason):
         learnt(renderer(template, bos=None), said, tools=[TOOL])
 
@@ -220,8 +286,15 @@ def test_thinking_of_earlier_turns_may_go_and_that_of_the_answer_is_learnt() -> 
         "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content",
         "{{ (m.content if loop.last else m.content.split('</think>')[-1].lstrip())",
     )
-    thought = [CHAT[0], {"role": "assistant", "content": "<think>\nred is\n</think>\n\nyes"}, *CHAT[2:]]
-    assert learnt(renderer(template), thought) == ["<think>\nred is\n</think>\n\nyes<|im_end|>", "no no<|im_end|>"]
+    thought = [
+        CHAT[0],
+        {"role": "assistant", "content": "<think>\nred is\n</think>\n\nyes"},
+        *CHAT[2:],
+    ]
+    assert learnt(renderer(template), thought) == [
+        "<think>\nred is\n</think>\n\nyes<|im_end|>",
+        "no no<|im_end|>",
+    ]
 
 
 # What a snapshot gets.
@@ -229,17 +302,23 @@ def test_thinking_of_earlier_turns_may_go_and_that_of_the_answer_is_learnt() -> 
 
 def test_settled_template_has_the_settings_baked_in_and_does_not_count_as_replaced() -> None:
     tokenizer = tokenizer_of(QWEN3)
-    chat = ChatSettings(template_kwargs={"enable_thinking": False}, system_turn="user", date=date(2024, 5, 6))
+    chat = ChatSettings(
+        template_kwargs={"enable_thinking": False}, system_turn="user", date=date(2024, 5, 6)
+    )
     assert settle_template("m", tokenizer, None, chat) is None
     assert tokenizer.chat_template == bake(QWEN3, {"enable_thinking": False}, "user")
     assert date_of(tokenizer) == date(2024, 5, 6)
-    assert settle_template("m", tokenizer_of(QWEN3), CHATML, ChatSettings(system_turn="user")) == bake(QWEN3, {}, "user")
+    assert settle_template(
+        "m", tokenizer_of(QWEN3), CHATML, ChatSettings(system_turn="user")
+    ) == bake(QWEN3, {}, "user")
 
 
 def test_one_of_several_templates_is_chosen_by_name() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": CHATML, "tool_use": AS_OBJECT}
-    with pytest.raises(TemplateError, match=r"2 chat templates \(default, tool_use\)[^$]*template_name"):
+    with pytest.raises(
+        TemplateError, match=r"2 chat templates \(default, tool_use\)[^$]*template_name"
+    ):
         settle_template("m", tokenizer, None, ChatSettings())
     with pytest.raises(TemplateError, match="none named rag"):
         settle_template("m", tokenizer, None, ChatSettings(template_name="rag"))
@@ -254,23 +333,39 @@ def test_template_for_a_base_without_one_needs_markers_of_its_vocabulary() -> No
     bare.chat_template = None
     with pytest.raises(TemplateError, match="no chat template"):
         settle_template("m", bare, None, ChatSettings())
-    with pytest.raises(TemplateError, match=r"its marker <\|end_header_id\|> is \d+ tokens(.|\n)*LoRA does not train(.|\n)*<\|im_start\|>"):
+    with pytest.raises(
+        TemplateError,
+        match=r"its marker <\|end_header_id\|> is \d+ tokens(.|\n)*LoRA does not train(.|\n)*<\|im_start\|>",
+    ):
         settle_template("m", bare, LLAMA, ChatSettings())
-    assert set(broken_markers(LLAMA, bare)) == {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
+    assert set(broken_markers(LLAMA, bare)) == {
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    }
     bare.chat_template = None
     assert settle_template("m", bare, CHATML, ChatSettings()) is None
     assert bare.chat_template == CHATML
 
 
 def test_variable_that_the_template_does_not_read_is_refused() -> None:
-    with pytest.raises(TemplateError, match=r"template_kwargs\.enable_thinking: the template reads no such variable"):
-        settle_template("m", tiny_tokenizer(), None, ChatSettings(template_kwargs={"enable_thinking": False}))
+    with pytest.raises(
+        TemplateError,
+        match=r"template_kwargs\.enable_thinking: the template reads no such variable",
+    ):
+        settle_template(
+            "m", tiny_tokenizer(), None, ChatSettings(template_kwargs={"enable_thinking": False})
+        )
     with pytest.raises(ValueError, match="'messages' is no variable"):
         ChatSettings(template_kwargs={"messages": []})
 
 
 def test_end_of_turn_is_not_a_marker_that_also_opens_the_answer() -> None:
-    tokenizer = tokenizer_of("{% for m in messages %}{{ '[INST]' + m.role + '[/INST]' + m.content + '[/INST]</s>' }}{% endfor %}")
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}{{ '[INST]' + m.role + '[/INST]' + m.content + '[/INST]</s>' }}{% endfor %}"
+    )
     assert tokenizer.decode([end_of_turn(tokenizer)]) == "</s>"
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
+    )
     assert end_of_turn(tokenizer) is None

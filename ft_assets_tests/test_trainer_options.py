@@ -12,9 +12,9 @@ from trl.trainer.sft_config import SFTConfig
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError
 from ft_assets.training import trackers
-from ft_assets.training.options import trainer_options
-from ft_assets.training.refused import REFUSED, check_trainer
-from ft_assets_tests.conftest import edit
+from ft_assets.training.trl_options import trainer_options
+from ft_assets.training.trl_refused_options import REFUSED, check_trainer
+from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, materialize
 from ft_assets_tests.training import same, sft
 
@@ -29,7 +29,9 @@ def test_option_that_a_proof_relies_on_is_refused_with_the_reason() -> None:
     assert "sft.trainer.output_dir: cannot be set" in said({"output_dir": "/tmp"})
     assert "only the same version resumes" in said({"output_dir": "/tmp"})
     assert "left out and counted before" in said({"max_length": 5})
-    assert "the SFT policy, proven" in said({"precompute_ref_log_probs": True}, DpoSettings, DPOConfig)
+    assert "the SFT policy, proven" in said(
+        {"precompute_ref_log_probs": True}, DpoSettings, DPOConfig
+    )
     assert "must be seen" in said({"logging_nan_inf_filter": True})
 
 
@@ -66,9 +68,14 @@ REACH_DPO = {
 
 @pytest.mark.parametrize(
     ("key", "kind", "settings", "reach"),
-    [("sft", SFTConfig, SftSettings, REACH | REACH_SFT), ("dpo", DPOConfig, DpoSettings, REACH | REACH_DPO)],
+    [
+        ("sft", SFTConfig, SftSettings, REACH | REACH_SFT),
+        ("dpo", DPOConfig, DpoSettings, REACH | REACH_DPO),
+    ],
 )
-def test_every_option_of_trl_is_refused_or_ours_or_reaches_it(key: str, kind: type, settings: type, reach: set[str]) -> None:
+def test_every_option_of_trl_is_refused_or_ours_or_reaches_it(
+    key: str, kind: type, settings: type, reach: set[str]
+) -> None:
     taken, refused = set(), set()
     known = {field.name for field in dataclasses.fields(kind)}
     for name in known:
@@ -81,38 +88,69 @@ def test_every_option_of_trl_is_refused_or_ours_or_reaches_it(key: str, kind: ty
     assert taken | refused == known
 
 
-def test_options_of_the_loader_reach_it(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ft_assets.training import setup
+def test_options_of_the_loader_reach_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ft_assets.training import prepare as setup
 
     asked, real = [], setup.DataLoader
-    monkeypatch.setattr(setup, "DataLoader", lambda *args, **more: asked.append(more) or real(*args, **more))
-    loader = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
-    sft(tiny_model, tmp_path / "one", num_train_epochs=1, trainer={**loader, "dataloader_multiprocessing_context": "fork"})
-    expected = {"num_workers": 1, "prefetch_factor": 3, "persistent_workers": True, "multiprocessing_context": "fork"}
+    monkeypatch.setattr(
+        setup, "DataLoader", lambda *args, **more: asked.append(more) or real(*args, **more)
+    )
+    loader = {
+        "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 3,
+        "dataloader_persistent_workers": True,
+    }
+    sft(
+        tiny_model,
+        tmp_path / "one",
+        num_train_epochs=1,
+        trainer={**loader, "dataloader_multiprocessing_context": "fork"},
+    )
+    expected = {
+        "num_workers": 1,
+        "prefetch_factor": 3,
+        "persistent_workers": True,
+        "multiprocessing_context": "fork",
+    }
     assert asked[0].items() >= expected.items()
     sft(tiny_model, tmp_path / "two", num_train_epochs=1)
     assert same(tmp_path / "one/output", tmp_path / "two/output")
-    with pytest.raises(ConfigError, match=r"sft\.trainer: persistent_workers option needs num_workers"):
+    with pytest.raises(
+        ConfigError, match=r"sft\.trainer: persistent_workers option needs num_workers"
+    ):
         sft(tiny_model, tmp_path / "three", trainer={"dataloader_persistent_workers": True})
 
 
 def test_other_options_reach_trl() -> None:
     options = trainer_options(
-        SftSettings(micro_batch=4, trainer={"adam_beta2": 0.98, "neftune_noise_alpha": 5.0}), "sft", Path("/nowhere"), SFTConfig
+        SftSettings(micro_batch=4, trainer={"adam_beta2": 0.98, "neftune_noise_alpha": 5.0}),
+        "sft",
+        Path("/nowhere"),
+        SFTConfig,
     )
     config = SFTConfig(**options)
     assert (config.adam_beta2, config.neftune_noise_alpha) == (0.98, 5.0)
 
 
-def test_optimizer_without_its_package_is_the_users_error_before_weights_load(tiny_model: Path, tmp_path: Path) -> None:
+def test_optimizer_without_its_package_is_the_users_error_before_weights_load(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "base").mkdir()
     for file in tiny_model.iterdir():
         if "safetensors" not in file.name:
             shutil.copy(file, tmp_path / "base")
     header = (tiny_model / "model.safetensors").read_bytes()
-    (tmp_path / "base/model.safetensors").write_bytes(header[: 8 + int.from_bytes(header[:8], "little")])  # no weights: they could not load
+    (tmp_path / "base/model.safetensors").write_bytes(
+        header[: 8 + int.from_bytes(header[:8], "little")]
+    )  # no weights: they could not load
     with pytest.raises(ConfigError, match=r"sft\.trainer\.optim: [\s\S]*galore"):
-        sft(tmp_path / "base", tmp_path, trainer={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]})
+        sft(
+            tmp_path / "base",
+            tmp_path,
+            trainer={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
+        )
 
 
 def test_adapter_on_the_head_is_refused_at_once() -> None:
@@ -122,8 +160,13 @@ def test_adapter_on_the_head_is_refused_at_once() -> None:
 
 def test_missing_tracker_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trackers.PACKAGES, "mlflow", "no_such_package")
-    with pytest.raises(ConfigError, match=r"sft\.report_to: mlflow: its package is not installed[\s\S]*pip install no_such_package"):
-        trainer_options(SftSettings(micro_batch=4, report_to=["mlflow"]), "sft", Path("/nowhere"), SFTConfig)
+    with pytest.raises(
+        ConfigError,
+        match=r"sft\.report_to: mlflow: its package is not installed[\s\S]*pip install no_such_package",
+    ):
+        trainer_options(
+            SftSettings(micro_batch=4, report_to=["mlflow"]), "sft", Path("/nowhere"), SFTConfig
+        )
 
 
 def test_tensorboard_gets_the_curve_and_it_is_kept(tiny_model: Path, tmp_path: Path) -> None:
@@ -138,7 +181,9 @@ def test_tensorboard_gets_the_curve_and_it_is_kept(tiny_model: Path, tmp_path: P
     assert {"train/learning_rate", "train/grad_norm", "eval/loss"} <= set(events.Tags()["scalars"])
 
 
-def test_trackers_and_save_steps_change_no_version_and_keys_are_in_no_job_file(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_and_save_steps_change_no_version_and_keys_are_in_no_job_file(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a-secret-key")
     before = artifact(copy, "lora_adapter")
     edit(copy, sft={"save_steps": 7, "report_to": ["tensorboard"]}, dpo={"save_steps": 9})

@@ -26,7 +26,11 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        environment = {key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("FT_CONFIG", "DAGSTER_HOME")
+        }
         self.log = folder / "ui.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -37,7 +41,9 @@ class Server:
         end = time.monotonic() + 120
         while self.process.poll() is None and time.monotonic() < end:
             try:
-                if self.client.post("/graphql", json={"query": ASSETS}).json()["data"]["assetNodes"]:
+                if self.client.post("/graphql", json={"query": ASSETS}).json()["data"][
+                    "assetNodes"
+                ]:
                     return
             except (httpx.HTTPError, json.JSONDecodeError):
                 time.sleep(0.5)
@@ -71,33 +77,74 @@ def test_ui_shows_what_the_run_made(server: Server) -> None:
 def test_page_and_its_own_requests_are_served(server: Server) -> None:
     own = {"Origin": f"http://127.0.0.1:{server.port}", "Sec-Fetch-Site": "same-origin"}
     assert "<html" in server.client.get("/").text
-    assert server.client.post("/graphql", json={"query": MUTATION}, headers=own).json()["data"] == {"setNuxSeen": True}
-    assert server.client.get("/graphql", params={"query": "{ version }"}, headers=own).json()["data"]["version"]
+    assert server.client.post("/graphql", json={"query": MUTATION}, headers=own).json()["data"] == {
+        "setNuxSeen": True
+    }
+    assert server.client.get("/graphql", params={"query": "{ version }"}, headers=own).json()[
+        "data"
+    ]["version"]
     opened = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
-    assert server.client.get("/assets/eval_report", headers=opened).status_code == 200  # a link in a mail
+    assert (
+        server.client.get("/assets/eval_report", headers=opened).status_code == 200
+    )  # a link in a mail
 
 
 HOSTILE: list[tuple[str, str, dict[str, str], dict[str, Any], int]] = [
     ("GET", "/graphql", {"Origin": "https://evil.example"}, {"params": {"query": MUTATION}}, 403),
-    ("GET", "/graphql", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, {"params": {"query": MUTATION}}, 403),
-    ("GET", "/graphql", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, {"params": {"query": MUTATION}}, 403),
+    (
+        "GET",
+        "/graphql",
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"params": {"query": MUTATION}},
+        403,
+    ),
+    (
+        "GET",
+        "/graphql",
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
+        {"params": {"query": MUTATION}},
+        403,
+    ),
     ("GET", "/graphql", {"Sec-Fetch-Site": "same-site"}, {"params": {"query": "{ version }"}}, 403),
     ("GET", "/graphql", {}, {"params": {"query": MUTATION}}, 405),
-    ("GET", "/graphql", {}, {"params": {"query": "{ version } " + MUTATION, "operationName": "x"}}, 405),
+    (
+        "GET",
+        "/graphql",
+        {},
+        {"params": {"query": "{ version } " + MUTATION, "operationName": "x"}},
+        405,
+    ),
     ("POST", "/graphql", {}, {"data": {"query": MUTATION}}, 415),
-    ("POST", "/graphql", {"Content-Type": "text/plain"}, {"content": json.dumps({"query": MUTATION})}, 415),
+    (
+        "POST",
+        "/graphql",
+        {"Content-Type": "text/plain"},
+        {"content": json.dumps({"query": MUTATION})},
+        415,
+    ),
     ("POST", "/graphql", {"Origin": "null"}, {"json": {"query": MUTATION}}, 403),
     ("POST", "/graphql", {"Origin": "https://evil.example"}, {"json": {"query": MUTATION}}, 403),
     ("POST", "/graphql", {"Host": "evil.example"}, {"json": {"query": MUTATION}}, 400),
     ("GET", "/", {"Host": "evil.example:3000"}, {}, 400),
     ("POST", "/report_asset_materialization/eval_report", {}, {"data": {"partition": "tiny"}}, 415),
-    ("POST", "/report_asset_materialization/eval_report", {"Origin": "https://evil.example"}, {"json": {}}, 403),
+    (
+        "POST",
+        "/report_asset_materialization/eval_report",
+        {"Origin": "https://evil.example"},
+        {"json": {}},
+        403,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("method", "path", "headers", "content", "status"), HOSTILE)
 def test_what_another_page_can_make_a_browser_send_is_refused(
-    server: Server, method: str, path: str, headers: dict[str, str], content: dict[str, Any], status: int
+    server: Server,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    content: dict[str, Any],
+    status: int,
 ) -> None:
     answer = server.client.request(method, path, headers=headers, **content)
     assert answer.status_code == status
@@ -105,7 +152,9 @@ def test_what_another_page_can_make_a_browser_send_is_refused(
 
 
 @pytest.mark.parametrize(("origin", "accepted"), [(None, True), ("https://evil.example", False)])
-def test_websocket_of_another_page_is_refused(server: Server, origin: str | None, accepted: bool) -> None:
+def test_websocket_of_another_page_is_refused(
+    server: Server, origin: str | None, accepted: bool
+) -> None:
     lines = [
         "GET /graphql HTTP/1.1", f"Host: 127.0.0.1:{server.port}", "Upgrade: websocket", "Connection: Upgrade",
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Protocol: graphql-ws",
@@ -122,9 +171,19 @@ def test_read_only_shows_and_starts_nothing_and_everything_ends_with_it(finished
     server = Server(finished, "--read-only", "--host-name", "graph.example.org")
     children = psutil.Process(server.process.pid).children(recursive=True)
     try:
-        assert server.client.post("/graphql", json={"query": "{ version }"}, headers={"Host": "graph.example.org"}).status_code == 200
+        assert (
+            server.client.post(
+                "/graphql", json={"query": "{ version }"}, headers={"Host": "graph.example.org"}
+            ).status_code
+            == 200
+        )
         launch = 'mutation { launchRun(executionParams: {selector: {jobName: "retrain", repositoryName: "__repository__", repositoryLocationName: "ft_assets.definitions"}}) { __typename } }'
-        assert server.client.post("/graphql", json={"query": launch}).json()["data"]["launchRun"]["__typename"] == "UnauthorizedError"
+        assert (
+            server.client.post("/graphql", json={"query": launch}).json()["data"]["launchRun"][
+                "__typename"
+            ]
+            == "UnauthorizedError"
+        )
         assert not any("_daemon" in " ".join(child.cmdline()) for child in children)
     finally:
         server.stop()

@@ -42,12 +42,21 @@ def turning(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("turning")
 def test_weights_of_the_lowest_validation_loss_are_kept(tiny_model: Path, tmp_path: Path) -> None:
     best = sft(tiny_model, tmp_path / "best", num_train_epochs=4)
-    assert (best["kept_step"], best["validation_loss"], best["steps"], best["stopped_early"]) == (10, 2.0, 20, False)
+    assert (best["kept_step"], best["validation_loss"], best["steps"], best["stopped_early"]) == (
+        10,
+        2.0,
+        20,
+        False,
+    )
     last = sft(tiny_model, tmp_path / "last", num_train_epochs=4, keep="last")
     assert (last["kept_step"], last["validation_loss"]) == (20, 3.0)
     assert not same(tmp_path / "best/output", tmp_path / "last/output")
     stopped = sft(tiny_model, tmp_path / "ten", num_train_epochs=6, early_stopping={"patience": 2})
-    assert (stopped["kept_step"], stopped["steps"], stopped["stopped_early"]) == (10, 20, True)  # two measurements after the best
+    assert (stopped["kept_step"], stopped["steps"], stopped["stopped_early"]) == (
+        10,
+        20,
+        True,
+    )  # two measurements after the best
     assert sft(tiny_model, tmp_path / "six", num_train_epochs=6)["steps"] == 30
     assert same(tmp_path / "ten/output", tmp_path / "six/output")
     curve = json.loads((tmp_path / "best/output/info/validation.json").read_text())
@@ -95,7 +104,9 @@ def test_validation_takes_what_the_plan_has_room_for_and_says_where_memory_ran_o
         sft(tiny_model, tmp_path, lambda message, **numbers: said.append((message, numbers)))
     plan = next(numbers for message, numbers in said if message == "plan")
     assert plan["micro_batch"] == 2
-    assert asked == [(2, EOS + 1, plan["largest_micro_batch_tokens"])]  # once: a smaller micro-batch of the training is no help
+    assert asked == [
+        (2, EOS + 1, plan["largest_micro_batch_tokens"])
+    ]  # once: a smaller micro-batch of the training is no help
     assert "micro_batch" not in failed.value.fix
 
 
@@ -109,13 +120,24 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def turning_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for DPO: three steps an epoch, lowest after the second (step 6)."""
-    monkeypatch.setattr(PairLoss, "__call__", lambda self, model: {"validation_loss": TURNS[self.trainer.state.global_step // 3]})
+    monkeypatch.setattr(
+        PairLoss,
+        "__call__",
+        lambda self, model: {"validation_loss": TURNS[self.trainer.state.global_step // 3]},
+    )
 
 
 @pytest.mark.usefixtures("turning_pairs")
-def test_dpo_keeps_the_weights_of_the_lowest_validation_loss_also_after_a_resume(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_dpo_keeps_the_weights_of_the_lowest_validation_loss_also_after_a_resume(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
     best = dpo(tiny_model, adapter, tmp_path / "best", watched=8, num_train_epochs=4)
-    assert (best["kept_step"], best["validation_loss"], best["steps"], best["kept_why"]) == (6, 2.0, 12, "the lowest validation loss")
+    assert (best["kept_step"], best["validation_loss"], best["steps"], best["kept_why"]) == (
+        6,
+        2.0,
+        12,
+        "the lowest validation loss",
+    )
     last = dpo(tiny_model, adapter, tmp_path / "last", watched=8, num_train_epochs=4, keep="last")
     assert (last["kept_step"], last["kept_why"]) == (12, "dpo.keep is last")
     assert not same(tmp_path / "best/output", tmp_path / "last/output")
@@ -125,7 +147,12 @@ def test_dpo_keeps_the_weights_of_the_lowest_validation_loss_also_after_a_resume
     ]  # fmt: skip
     shutil.copytree(tmp_path / "best/checkpoints", tmp_path / "two/checkpoints")
     (tmp_path / "two/checkpoints/checkpoint-12/whole.json").unlink()
-    assert dpo(tiny_model, adapter, tmp_path / "two", watched=8, num_train_epochs=4)["resumed_from_step"] == 10
+    assert (
+        dpo(tiny_model, adapter, tmp_path / "two", watched=8, num_train_epochs=4)[
+            "resumed_from_step"
+        ]
+        == 10
+    )
     assert same(tmp_path / "best/output", tmp_path / "two/output")
 
 
@@ -140,7 +167,9 @@ def test_dpo_stops_early_also_for_a_retry(tiny_model: Path, adapter: Path, tmp_p
     assert same(tmp_path / "one/output", tmp_path / "two/output")
 
 
-def test_dpo_measures_its_own_loss_and_disturbs_nothing(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_dpo_measures_its_own_loss_and_disturbs_nothing(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
     said: list[dict[str, Any]] = []
     watched = dpo(
         tiny_model, adapter, tmp_path / "watched",
@@ -148,16 +177,26 @@ def test_dpo_measures_its_own_loss_and_disturbs_nothing(tiny_model: Path, adapte
     )  # fmt: skip
     curve = json.loads((tmp_path / "watched/output/info/validation.json").read_text())
     assert [entry["step"] for entry in curve] == [0, 2, 4, 6] == [entry["step"] for entry in said]
-    assert curve[0]["validation_loss"] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are the same
+    assert curve[0]["validation_loss"] == pytest.approx(
+        math.log(2), abs=1e-3
+    )  # policy and reference are the same
     assert curve[0]["validation_margin"] == pytest.approx(0, abs=1e-2)
-    assert {name: watched[name] for name in curve[-1] if name.startswith("validation_")}.items() <= curve[-1].items()
+    assert {
+        name: watched[name] for name in curve[-1] if name.startswith("validation_")
+    }.items() <= curve[-1].items()
     assert watched["validation_pairs"] == 9
     without = dpo(tiny_model, adapter, tmp_path / "without")
     assert same(tmp_path / "watched/output", tmp_path / "without/output")
-    shown = [json.loads((tmp_path / f"{name}/output/info/curve.json").read_text()) for name in ("watched", "without")]
+    shown = [
+        json.loads((tmp_path / f"{name}/output/info/curve.json").read_text())
+        for name in ("watched", "without")
+    ]
     for name in ("loss", "reward_margins", "reward_accuracies"):
         assert [entry[name] for entry in shown[0]] == [entry[name] for entry in shown[1]]
-    assert without["kept_why"] == "the last step: no validation loss was measured: of the pairs, fewer than 8 would be watched"
+    assert (
+        without["kept_why"]
+        == "the last step: no validation loss was measured: of the pairs, fewer than 8 would be watched"
+    )
 
 
 def test_validation_loss_of_pairs_is_that_of_the_paper_over_all_of_them(
@@ -167,10 +206,14 @@ def test_validation_loss_of_pairs_is_that_of_the_paper_over_all_of_them(
 
     def both(self: PairLoss, model: Any) -> dict[str, float]:
         margins = []
-        for rows in batches(self.pairs, self.batch):  # the same batches, so that rounding is the same
+        for rows in batches(
+            self.pairs, self.batch
+        ):  # the same batches, so that rounding is the same
             few = [self.pairs[row] for row in rows]
             for pair, (chosen, rejected) in zip(few, scores(self.trainer, few), strict=True):
-                margins.append((chosen - pair["ref_chosen_logps"]) - (rejected - pair["ref_rejected_logps"]))
+                margins.append(
+                    (chosen - pair["ref_chosen_logps"]) - (rejected - pair["ref_rejected_logps"])
+                )
         found.append((own(self, model), margins))
         return found[-1][0]
 
@@ -180,11 +223,17 @@ def test_validation_loss_of_pairs_is_that_of_the_paper_over_all_of_them(
     for measured, margins in found:  # Rafailov et al. 2023, eq. 7, with a beta of 1
         assert len(margins) == 9
         assert measured["validation_margin"] == pytest.approx(sum(margins) / 9, abs=1e-4)
-        assert measured["validation_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 9)
-        assert measured["validation_loss"] == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in margins) / 9, abs=1e-4)
+        assert measured["validation_accuracy"] == pytest.approx(
+            sum(margin > 0 for margin in margins) / 9
+        )
+        assert measured["validation_loss"] == pytest.approx(
+            sum(math.log1p(math.exp(-margin)) for margin in margins) / 9, abs=1e-4
+        )
 
 
-def test_pairs_that_do_not_fit_at_once_are_halved(tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_that_do_not_fit_at_once_are_halved(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, sizes = PairTrainer.compute_loss, list[int]()
 
     def full(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +256,9 @@ def test_pairs_that_do_not_fit_at_once_are_halved(tiny_model: Path, adapter: Pat
     ([3, 2, 1], 1, 0.0, False), ([3, 2, 2], 1, 0.0, True), ([3, 2, 2.5], 2, 0.0, False), ([3, 2, 2.5, 2.1], 2, 0.0, True),
     ([3, 2, 1.95], 1, 0.1, True), ([3, 2, 1.8], 1, 0.1, False), ([3], 1, 0.0, False),
 ])  # fmt: skip
-def test_patience_and_min_delta(losses: list[float], patience: int, delta: float, enough: bool) -> None:
+def test_patience_and_min_delta(
+    losses: list[float], patience: int, delta: float, enough: bool
+) -> None:
     rule = SimpleNamespace(early_stopping=SimpleNamespace(patience=patience, min_delta=delta))
     watch = module.Validation(None, rule, "sft", Path(), lambda *_, **__: None)  # type: ignore[arg-type]
     watch.losses = [{"step": step, "validation_loss": loss} for step, loss in enumerate(losses)]
@@ -216,11 +267,16 @@ def test_patience_and_min_delta(losses: list[float], patience: int, delta: float
 
 def test_curves_that_part_are_overfitting() -> None:
     curve = [{"step": step, "loss": 3 - 0.1 * step} for step in range(1, 21)]
-    parted = [{"step": step, "validation_loss": loss} for step, loss in ((0, 3.0), (5, 2.5), (10, 2.2), (15, 2.6), (20, 2.9))]
+    parted = [
+        {"step": step, "validation_loss": loss}
+        for step, loss in ((0, 3.0), (5, 2.5), (10, 2.2), (15, 2.6), (20, 2.9))
+    ]
     rise, text = overfitting(curve, parted)
     assert rise == pytest.approx(2.9 / 2.2 - 1)
     assert "overfits from step 10 on" in text
     assert overfitting(curve, parted[:3])[0] is None
     flat = [{**entry, "loss": 1.0} for entry in curve]
-    assert overfitting(flat, parted)[0] is None  # the training loss does not fall: unstable, not overfit
+    assert (
+        overfitting(flat, parted)[0] is None
+    )  # the training loss does not fall: unstable, not overfit
     assert overfitting(curve, []) == (None, "no validation loss was measured")

@@ -5,16 +5,23 @@ from typing import Any
 import pytest
 
 from ft_assets.config import GateSettings
-from ft_assets.evaluation.statistics import compare
-from ft_assets.evaluation.verdict import FAIL, INCONCLUSIVE, PASS, decide
+from ft_assets.evaluation.verdict.decision import FAIL, INCONCLUSIVE, PASS, decide
+from ft_assets.evaluation.verdict.statistics import compare
 
 GATE = GateSettings(min_heldout_rows=20)
 ALL, NONE, HALF = [1.0] * 60, [0.0] * 60, [1.0, 0.0] * 30
 SAME = [2.0, 2.1, 1.9, 2.0] * 10
 
 
-def means(rows: list[float], stop: float = 1.0, refused: float = 0.0, repetition: float = 0.0) -> dict[str, float]:
-    return {"exact": sum(rows) / len(rows), "stop_rate": stop, "refused": refused, "repetition": repetition}
+def means(
+    rows: list[float], stop: float = 1.0, refused: float = 0.0, repetition: float = 0.0
+) -> dict[str, float]:
+    return {
+        "exact": sum(rows) / len(rows),
+        "stop_rate": stop,
+        "refused": refused,
+        "repetition": repetition,
+    }
 
 
 def report(
@@ -29,17 +36,28 @@ def report(
 ) -> dict[str, Any]:
     """Return the numbers that a verdict reads, of given scores a row. `general`: the loss of general prompts by
     candidate; `more`: other metrics of base and SFT."""
-    rows = {"base": base, "sft": sft} | ({"dpo": dpo} if dpo else {}) | ({"few_shot": few_shot} if few_shot else {})
+    rows = (
+        {"base": base, "sft": sft}
+        | ({"dpo": dpo} if dpo else {})
+        | ({"few_shot": few_shot} if few_shot else {})
+    )
     rivals = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
 
     def entries(columns: dict[str, list[float]], lower: bool = False) -> dict[str, Any]:
         return {
-            name: {rival: compare(columns[name], columns[rival], 0.95, 1, lower) for rival in others if rival in columns}
+            name: {
+                rival: compare(columns[name], columns[rival], 0.95, 1, lower)
+                for rival in others
+                if rival in columns
+            }
             for name, others in rivals.items()
             if name in columns
         }
 
-    comparisons = {name: {rival: {"exact": entry} for rival, entry in found.items()} for name, found in entries(rows).items()}
+    comparisons = {
+        name: {rival: {"exact": entry} for rival, entry in found.items()}
+        for name, found in entries(rows).items()
+    }
     for metric, (of_base, of_sft) in (more or {}).items():
         comparisons["sft"]["base"][metric] = compare(of_sft, of_base, 0.95, 1)
     retention = None
@@ -50,13 +68,17 @@ def report(
             "metric": "chrf",
             "scores": {name: means([0.0]) for name in general},
             "comparisons": {
-                name: {rival: {"loss": entry, "chrf": task} for rival, entry in found.items()} for name, found in losses.items()
+                name: {rival: {"loss": entry, "chrf": task} for rival, entry in found.items()}
+                for name, found in losses.items()
             },
         }
     return {
         "metric": "exact",
         "heldout_rows": len(base),
-        "scores": {name: means(values, **(habits if name in ("sft", "dpo") else {})) for name, values in rows.items()},
+        "scores": {
+            name: means(values, **(habits if name in ("sft", "dpo") else {}))
+            for name, values in rows.items()
+        },
         "comparisons": comparisons,
         "retention": retention,
         "harness": {"comparisons": {}},
@@ -95,7 +117,9 @@ def test_inconclusive_says_what_these_rows_can_show_and_how_many_would_decide() 
 
 
 def test_forgetting_fails_by_its_own_name_though_the_task_got_better() -> None:
-    verdict = decide(report(NONE, ALL, general={"base": SAME, "sft": [value + 0.5 for value in SAME]}), GATE)
+    verdict = decide(
+        report(NONE, ALL, general={"base": SAME, "sft": [value + 0.5 for value in SAME]}), GATE
+    )
     assert verdict["status"] == FAIL
     assert "forgets: loss of general prompts +0.500 nats/token" in verdict["reasons"][0]
 
@@ -108,7 +132,11 @@ def test_retention_that_may_be_beyond_the_tolerance_cannot_be_told() -> None:
 
 
 def test_dpo_that_forgets_more_than_sft_stays_behind() -> None:
-    general = {"base": SAME, "sft": SAME, "dpo": [value + 0.05 + index / 1000 for index, value in enumerate(SAME)]}
+    general = {
+        "base": SAME,
+        "sft": SAME,
+        "dpo": [value + 0.05 + index / 1000 for index, value in enumerate(SAME)],
+    }
     verdict = decide(report(NONE, HALF, dpo=HALF, general=general), GATE)
     assert (verdict["status"], verdict["candidate"]) == (PASS, "sft")
     assert "forgets more than SFT" in verdict["dpo"]
@@ -133,10 +161,30 @@ def test_margin_passes_what_is_not_worse_and_only_then() -> None:
 def test_one_of_several_metrics_must_survive_holm_and_none_may_be_worse() -> None:
     gate = GateSettings(metrics={"exact": "better", "regex": "better", "label": "better"})
     weak = [1.0] * 6 + [0.0] * 54  # p 0.03: enough alone, not as the best of three
-    assert decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), GATE)["status"] == PASS
-    assert decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate)["status"] == INCONCLUSIVE
-    assert decide(report(NONE, HALF, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate)["status"] == PASS
-    assert decide(report(NONE, HALF, more={"regex": (HALF, NONE), "label": (HALF, HALF)}), gate)["status"] == FAIL
+    assert (
+        decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), GATE)[
+            "status"
+        ]
+        == PASS
+    )
+    assert (
+        decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate)[
+            "status"
+        ]
+        == INCONCLUSIVE
+    )
+    assert (
+        decide(report(NONE, HALF, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate)[
+            "status"
+        ]
+        == PASS
+    )
+    assert (
+        decide(report(NONE, HALF, more={"regex": (HALF, NONE), "label": (HALF, HALF)}), gate)[
+            "status"
+        ]
+        == FAIL
+    )
 
 
 def test_prompted_base_that_is_as_good_blocks_only_if_the_gate_says_so() -> None:
@@ -145,11 +193,20 @@ def test_prompted_base_that_is_as_good_blocks_only_if_the_gate_says_so() -> None
     strict = decide(numbers, GATE.model_copy(update={"prompting": "fail"}))
     assert strict["status"] == INCONCLUSIVE
     assert "you do not need this fine-tune" in strict["reasons"][0]
-    assert decide(report(NONE, HALF, few_shot=ALL), GATE.model_copy(update={"prompting": "fail"}))["status"] == FAIL
+    assert (
+        decide(report(NONE, HALF, few_shot=ALL), GATE.model_copy(update={"prompting": "fail"}))[
+            "status"
+        ]
+        == FAIL
+    )
 
 
 def test_dpo_that_gains_on_heldout_may_cost_general_prompts_the_usual_tolerance() -> None:
-    general = {"base": SAME, "sft": [value - 0.2 for value in SAME], "dpo": [value - 0.05 for value in SAME]}
+    general = {
+        "base": SAME,
+        "sft": [value - 0.2 for value in SAME],
+        "dpo": [value - 0.05 for value in SAME],
+    }
     assert decide(report(NONE, HALF, dpo=ALL, general=general), GATE)["candidate"] == "dpo"
     assert decide(report(NONE, HALF, dpo=HALF, general=general), GATE)["candidate"] == "sft"
 

@@ -1,8 +1,37 @@
-"""Published versions of the assets: what they are (manifest), where they lie (a folder, or an object store)."""
+"""Published versions of the assets: their manifests, and the store (a folder, or an object store) that holds them."""
 
-from ft_assets.artifacts.choose import open_store
+from pathlib import Path
+from typing import Protocol
+
 from ft_assets.artifacts.manifest import Artifact, file_sha256, fingerprint, verify_files
 from ft_assets.artifacts.object_store import ObjectStore
 from ft_assets.artifacts.store import ArtifactStore
 
-__all__ = ["Artifact", "ArtifactStore", "ObjectStore", "file_sha256", "fingerprint", "open_store", "verify_files"]
+__all__ = [
+    "Artifact",
+    "ArtifactStore",
+    "ObjectStore",
+    "file_sha256",
+    "fingerprint",
+    "open_store",
+    "verify_files",
+]
+
+
+class Located(Protocol):
+    """Where a project keeps its store: a local path, and the URL of an object store if it uses one."""
+
+    @property
+    def store_path(self) -> Path: ...
+
+    @property
+    def store_url(self) -> str | None: ...
+
+
+def open_store(project: Located) -> ArtifactStore:
+    """Return the project's store. Nothing is connected or written before the store is used."""
+    return (
+        ObjectStore(project.store_url, project.store_path)
+        if project.store_url
+        else ArtifactStore(project.store_path)
+    )

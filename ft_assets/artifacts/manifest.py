@@ -59,9 +59,19 @@ class Artifact:
         return self.data_version if part is None else self.manifest["parts"].get(part, "")
 
 
-def fingerprint(asset: str, code_version: str, settings: Any, inputs: Mapping[str, str], environment: Mapping[str, str]) -> str:
+def fingerprint(
+    asset: str,
+    code_version: str,
+    settings: Any,
+    inputs: Mapping[str, str],
+    environment: Mapping[str, str],
+) -> str:
     """Return the identity of a materialization before it is made: a hash of all that decides its content."""
-    text = json.dumps([asset, code_version, settings, dict(inputs), dict(environment)], sort_keys=True, ensure_ascii=False)
+    text = json.dumps(
+        [asset, code_version, settings, dict(inputs), dict(environment)],
+        sort_keys=True,
+        ensure_ascii=False,
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -71,19 +81,39 @@ def file_sha256(path: Path) -> str:
 
 
 def make_manifest(
-    staged: Path, *, asset: str, partition: str | None, version: str, parts: Mapping[str, str] | None, started: float, **told: Any
+    staged: Path,
+    *,
+    asset: str,
+    partition: str | None,
+    version: str,
+    parts: Mapping[str, str] | None,
+    started: float,
+    **told: Any,
 ) -> dict[str, Any]:
     """Return the manifest of the files in a staging folder; `told` is what the caller says of it (settings, inputs, metrics, …)."""
     files = {}
     for path in sorted(staged.rglob("*")):
         if path.is_file():
-            files[path.relative_to(staged).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    content = dict(parts) if parts else {name: entry["sha256"] for name, entry in files.items() if not name.startswith(f"{INFO}/")}
+            files[path.relative_to(staged).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": file_sha256(path),
+            }
+    content = (
+        dict(parts)
+        if parts
+        else {
+            name: entry["sha256"]
+            for name, entry in files.items()
+            if not name.startswith(f"{INFO}/")
+        }
+    )
     return {
         "asset": asset,
         "partition": partition,
         "fingerprint": version,
-        "data_version": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20],
+        "data_version": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[
+            :20
+        ],
         "parts": dict(parts or {}),
         **told,
         "files": files,
@@ -103,12 +133,15 @@ def verify_files(artifact: Artifact) -> None:
         path = artifact.path / name
         if not path.is_file():
             raise ArtifactError(
-                str(path), "is missing", "the file of the manifest", f"delete {artifact.path} and materialize {artifact.asset} again"
+                where=str(path),
+                found="is missing",
+                expected="the file of the manifest",
+                fix=f"delete {artifact.path} and materialize {artifact.asset} again",
             )
         if file_sha256(path) != entry["sha256"]:
             raise ArtifactError(
-                str(path),
-                "was changed after it was published",
-                f"sha256 {entry['sha256'][:12]}…",
-                f"delete {artifact.path} and materialize {artifact.asset} again",
+                where=str(path),
+                found="was changed after it was published",
+                expected=f"sha256 {entry['sha256'][:12]}…",
+                fix=f"delete {artifact.path} and materialize {artifact.asset} again",
             )

@@ -18,11 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.artifacts.manifest import Artifact, file_sha256, to_text
-from ft_assets.artifacts.store import MANIFEST, UNPARTITIONED, ArtifactStore, checked, fsync_tree, replace
+from ft_assets.artifacts.store import (
+    MANIFEST,
+    UNPARTITIONED,
+    ArtifactStore,
+    checked,
+    fsync_tree,
+    replace,
+)
 from ft_assets.errors import ArtifactError, StoreUnreachable
 
 WAITING = ".waiting-"  # made, but not yet sent
-REFUSED = frozenset({"403", "401", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "Forbidden"})
+REFUSED = frozenset(
+    {
+        "403",
+        "401",
+        "AccessDenied",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "ExpiredToken",
+        "Forbidden",
+    }
+)
 
 
 class ObjectStore(ArtifactStore):
@@ -37,7 +54,9 @@ class ObjectStore(ArtifactStore):
         from upath import UPath
 
         with self._reached(self.url):
-            return UPath(self.url, use_listings_cache=False, skip_instance_cache=True)  # another process, or run, may have written
+            return UPath(
+                self.url, use_listings_cache=False, skip_instance_cache=True
+            )  # another process, or run, may have written
 
     @functools.cached_property
     def _files(self) -> Any:
@@ -62,7 +81,12 @@ class ObjectStore(ArtifactStore):
             return self._artifact(checked(text))
         except (ValueError, KeyError, TypeError) as error:
             where = f"{self.url}/{asset}/{partition or UNPARTITIONED}/{version}"
-            raise ArtifactError(f"{where}/{MANIFEST}", f"is not a manifest ({error})", "a manifest", f"delete {where}") from None
+            raise ArtifactError(
+                where=f"{where}/{MANIFEST}",
+                found=f"is not a manifest ({error})",
+                expected="a manifest",
+                fix=f"delete {where}",
+            ) from None
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
         text = self._read_text(self._key(asset, partition, "CURRENT"))
@@ -70,15 +94,22 @@ class ObjectStore(ArtifactStore):
 
     def make_current(self, artifact: Artifact, partition: str | None) -> None:
         with self._reached(self.url):
-            self._files.pipe_file(self._key(artifact.asset, partition, "CURRENT"), f"{artifact.fingerprint}\n".encode())
+            self._files.pipe_file(
+                self._key(artifact.asset, partition, "CURRENT"),
+                f"{artifact.fingerprint}\n".encode(),
+            )
 
     def _commit(self, staged: Path, manifest: dict[str, Any]) -> Artifact:
-        manifest["place"] = f"files-{uuid.uuid4().hex[:12]}"  # two machines that make the same version do not mix their files
+        manifest["place"] = (
+            f"files-{uuid.uuid4().hex[:12]}"  # two machines that make the same version do not mix their files
+        )
         (staged / MANIFEST).write_text(to_text(manifest))
         fsync_tree(staged)
         waiting = staged.parent / f"{WAITING}{manifest['fingerprint']}-{manifest['place']}"
         os.rename(staged, waiting)
-        return self._send(waiting, (manifest["asset"], manifest["partition"], manifest["fingerprint"]))
+        return self._send(
+            waiting, (manifest["asset"], manifest["partition"], manifest["fingerprint"])
+        )
 
     def _send(self, waiting: Path, home: tuple[str, str | None, str]) -> Artifact:
         """Send what waits. Of two processes that do so at once (of the same folder, or of the same version) both end well."""
@@ -86,7 +117,9 @@ class ObjectStore(ArtifactStore):
             manifest = checked((waiting / MANIFEST).read_text())
             with self._reached(self.url):
                 for name in manifest["files"]:
-                    self._files.put_file(str(waiting / name), self._key(*home, manifest["place"], name))
+                    self._files.put_file(
+                        str(waiting / name), self._key(*home, manifest["place"], name)
+                    )
         except FileNotFoundError:  # another one has sent it, and moved it to where it is read
             if (text := self._read_text(self._key(*home, MANIFEST))) is None:
                 raise
@@ -109,7 +142,10 @@ class ObjectStore(ArtifactStore):
         """Make the cache hold this version. Raises ArtifactError naming an object that is not what was published."""
         if _holds(folder, manifest):
             return
-        super().require_space(sum(entry["bytes"] for entry in manifest["files"].values()) + 10_000_000, f"a copy of {manifest['asset']}")
+        super().require_space(
+            sum(entry["bytes"] for entry in manifest["files"].values()) + 10_000_000,
+            f"a copy of {manifest['asset']}",
+        )
         with self.staging(manifest["asset"], manifest["partition"]) as staged:
             for name, entry in manifest["files"].items():
                 target = staged / name
@@ -120,16 +156,29 @@ class ObjectStore(ArtifactStore):
             replace(staged, folder)
 
     def _fetch_file(self, manifest: dict[str, Any], name: str, digest: str, target: Path) -> None:
-        key = self._key(manifest["asset"], manifest["partition"], manifest["fingerprint"], manifest["place"], name)
+        key = self._key(
+            manifest["asset"],
+            manifest["partition"],
+            manifest["fingerprint"],
+            manifest["place"],
+            name,
+        )
         where = f"{self._place.protocol}://{key}"
         fix = f"delete {where.rpartition('/' + manifest['place'])[0]} and materialize {manifest['asset']} again"
         with self._reached(where):
             try:
                 self._files.get_file(key, str(target))
             except FileNotFoundError:
-                raise ArtifactError(where, "is missing", "the file of the manifest", fix) from None
+                raise ArtifactError(
+                    where=where, found="is missing", expected="the file of the manifest", fix=fix
+                ) from None
         if file_sha256(target) != digest:
-            raise ArtifactError(where, "was changed after it was published", f"sha256 {digest[:12]}…", fix)
+            raise ArtifactError(
+                where=where,
+                found="was changed after it was published",
+                expected=f"sha256 {digest[:12]}…",
+                fix=fix,
+            )
 
     def _read_text(self, key: str) -> str | None:
         with self._reached(f"{self.url}: {key}"):
@@ -140,7 +189,11 @@ class ObjectStore(ArtifactStore):
 
     def versions(self, *below: str) -> tuple[list[Artifact], list[str]]:
         with self._reached(self.url):
-            keys = sorted(self._files.glob("/".join((self._place.path.rstrip("/"), *below, *"***"[len(below) :], MANIFEST))))
+            keys = sorted(
+                self._files.glob(
+                    "/".join((self._place.path.rstrip("/"), *below, *"***"[len(below) :], MANIFEST))
+                )
+            )
         found, unreadable = list[Artifact](), list[str]()
         for key in keys:
             try:
@@ -160,8 +213,13 @@ class ObjectStore(ArtifactStore):
         with self._reached(self.url):
             try:
                 self._files.rm_file(self._key(asset, partition, version, MANIFEST))
-                if self.current_name(asset, partition) == version:  # a run went back to it between the two steps
-                    self._files.pipe_file(self._key(asset, partition, version, MANIFEST), to_text(artifact.manifest).encode())
+                if (
+                    self.current_name(asset, partition) == version
+                ):  # a run went back to it between the two steps
+                    self._files.pipe_file(
+                        self._key(asset, partition, version, MANIFEST),
+                        to_text(artifact.manifest).encode(),
+                    )
                     return False
                 self._files.rm(self._key(asset, partition, version), recursive=True)
             except FileNotFoundError:
@@ -176,18 +234,43 @@ class ObjectStore(ArtifactStore):
             yield
         except (ArtifactError, StoreUnreachable):
             raise
-        except FileNotFoundError as error:  # of an object, which its reader expects, or of the whole bucket
+        except (
+            FileNotFoundError
+        ) as error:  # of an object, which its reader expects, or of the whole bucket
             if "bucket" in str(error).lower():
-                raise ArtifactError(where, "there is no such bucket", "a bucket that exists", "create it, or correct store:") from None
+                raise ArtifactError(
+                    where=where,
+                    found="there is no such bucket",
+                    expected="a bucket that exists",
+                    fix="create it, or correct store:",
+                ) from None
             raise
         except ImportError as error:
-            raise ArtifactError(where, f"cannot be read ({error})", "the extra `remote`", 'pip install "ft_assets[remote]"') from None
+            raise ArtifactError(
+                where=where,
+                found=f"cannot be read ({error})",
+                expected="the extra `remote`",
+                fix='pip install "ft_assets[remote]"',
+            ) from None
         except Exception as error:  # each client has errors of its own, without a common root
-            response: Any = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-            code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else str(getattr(error, "code", ""))
-            if isinstance(error, PermissionError) or code in REFUSED or "credential" in str(error).lower():
+            response: Any = getattr(error, "response", None) or getattr(
+                error.__cause__, "response", None
+            )
+            code = (
+                str(response.get("Error", {}).get("Code", ""))
+                if isinstance(response, dict)
+                else str(getattr(error, "code", ""))
+            )
+            if (
+                isinstance(error, PermissionError)
+                or code in REFUSED
+                or "credential" in str(error).lower()
+            ):
                 raise ArtifactError(
-                    where, f"the store refuses: {error}", "credentials in the environment, with rights to read and write", "set them"
+                    where=where,
+                    found=f"the store refuses: {error}",
+                    expected="credentials in the environment, with rights to read and write",
+                    fix="set them",
                 ) from None
             raise StoreUnreachable(where, f"{type(error).__name__}: {error}") from error
 

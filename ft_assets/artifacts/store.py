@@ -53,7 +53,12 @@ class ArtifactStore:
         artifact = self.current(asset, partition)
         if artifact is None:
             where = f"{asset}[{partition}]" if partition else asset
-            raise ArtifactError(where, "has not been materialized", "a published version", f"materialize {where} first (ft run)")
+            raise ArtifactError(
+                where=where,
+                found="has not been materialized",
+                expected="a published version",
+                fix=f"materialize {where} first (ft run)",
+            )
         return artifact
 
     def _read(self, path: Path) -> Artifact | None:
@@ -62,7 +67,12 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
         except json.JSONDecodeError as error:
-            raise ArtifactError(str(path / MANIFEST), f"is not JSON ({error})", "a manifest", f"delete {path}") from None
+            raise ArtifactError(
+                where=str(path / MANIFEST),
+                found=f"is not JSON ({error})",
+                expected="a manifest",
+                fix=f"delete {path}",
+            ) from None
 
     def make_current(self, artifact: Artifact, partition: str | None) -> None:
         """Point CURRENT at an artifact, in one rename."""
@@ -85,10 +95,10 @@ class ArtifactStore:
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise ArtifactError(
-                str(self.root),
-                f"{free / 1e9:.2f} GB free",
-                f"{needed / 1e9:.2f} GB for {what}",
-                "free some space, or set store: to another disk",
+                where=str(self.root),
+                found=f"{free / 1e9:.2f} GB free",
+                expected=f"{needed / 1e9:.2f} GB for {what}",
+                fix="free some space, or set store: to another disk",
             )
 
     @contextmanager
@@ -102,7 +112,10 @@ class ArtifactStore:
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise ArtifactError(
-                    str(home), "the disk is full", "free space", "free some space, or set store: to another disk"
+                    where=str(home),
+                    found="the disk is full",
+                    expected="free space",
+                    fix="free some space, or set store: to another disk",
                 ) from error
             raise
         finally:
@@ -187,7 +200,9 @@ class ArtifactStore:
             os.rename(artifact.folder, trash)
         except FileNotFoundError:
             return False
-        if self.current_name(artifact.asset, partition) == name:  # a run went back to it between the two steps
+        if (
+            self.current_name(artifact.asset, partition) == name
+        ):  # a run went back to it between the two steps
             os.rename(trash, artifact.folder)
             return False
         shutil.rmtree(trash)

@@ -5,15 +5,24 @@ from typing import Any
 
 import dagster as dg
 
-from ft_assets.assets.card_facts import NO_LICENSE
-from ft_assets.assets.data import OWNERS
-from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, user_errors
+from ft_assets.assets.raw_data import OWNERS
 from ft_assets.errors import ReleaseError
-from ft_assets.release.former import adapter_of, by_content, need_champion
-from ft_assets.release.tools import identities
+from ft_assets.export.tools import identities
+from ft_assets.orchestration.materializer import (
+    ERROR,
+    GPU_POOL,
+    WARN,
+    Materializer,
+    result,
+    user_errors,
+)
+from ft_assets.release.card_facts import NO_LICENSE
+from ft_assets.release.lookup import adapter_of, by_content, need_champion
 
 
-def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
+def export_assets(
+    base_models: dg.PartitionsDefinition,
+) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
     """Return the asset and its checks, partitioned by base model."""
 
     @dg.asset(
@@ -25,20 +34,31 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
         code_version="2",
         pool=GPU_POOL,
     )
-    def export(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
+    def export(
+        context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+    ) -> dg.MaterializeResult:
         """Serving forms of the champion: GGUF with an Ollama Modelfile, NF4, the adapter alone; each answers as it should."""
-        name, project, store = context.partition_key, workshop.project, workshop.store
+        name, project, store = context.partition_key, materializer.project, materializer.store
         with user_errors():
             where = f"export[{name}]"
             released, champion = need_champion(store, name, where)
             base = by_content(store, "base_model", name, champion.manifest["inputs"]["base_model"])
             if base is None:
-                raise ReleaseError(where, "the champion's base is not in the store any more", "its base_model", "restore it from a backup")
+                raise ReleaseError(
+                    where=where,
+                    found="the champion's base is not in the store any more",
+                    expected="its base_model",
+                    fix="restore it from a backup",
+                )
             adapter, split = adapter_of(store, name, champion), store.need("heldout_split", name)
             license_ = base.path / "info" / "license.json"
-            identity = base.manifest["settings"].get("identity", {})  # of the champion's own base: today's may be another
+            identity = base.manifest["settings"].get(
+                "identity", {}
+            )  # of the champion's own base: today's may be another
             source = {"base": identity.get("hub"), "revision": identity.get("commit")}
-            llama_cpp = project.path(project.release.llama_cpp) if project.release.llama_cpp else None
+            llama_cpp = (
+                project.path(project.release.llama_cpp) if project.release.llama_cpp else None
+            )
             settings = {
                 "forms": project.release.forms,
                 "smoke_rows": project.release.smoke_rows,
@@ -47,7 +67,7 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
                 "tools": identities(project.release.forms or ["gguf-q8_0"], llama_cpp),
             }
             size = sum(entry["bytes"] for entry in champion.manifest["files"].values())
-            artifact, reused = workshop.materialize(
+            artifact, reused = materializer.materialize(
                 context,
                 settings=settings,
                 inputs={
@@ -61,7 +81,9 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
                 step_settings={
                     "facts": {
                         "name": name,
-                        "license": (json.loads(license_.read_text()) if license_.exists() else NO_LICENSE)["license"],
+                        "license": (
+                            json.loads(license_.read_text()) if license_.exists() else NO_LICENSE
+                        )["license"],
                         "llama_cpp": str(llama_cpp) if llama_cpp else None,
                         **source,
                         "base": source["base"] or str(base.path),
@@ -70,7 +92,13 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
                 libraries="infer",
                 space=size * max(1, len(project.release.forms or [1])) + 100_000_000,
             )
-            return result(artifact, reused, forms_and_how_to_serve_them=dg.MetadataValue.md((artifact.path / "README.md").read_text()))
+            return result(
+                artifact,
+                reused,
+                forms_and_how_to_serve_them=dg.MetadataValue.md(
+                    (artifact.path / "README.md").read_text()
+                ),
+            )
 
     @dg.asset_check(
         asset=export,
@@ -79,11 +107,17 @@ def export_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsD
         description="Each exported form answers held-out prompts as the merged model does.",
     )
     @user_errors()
-    def forms_answer_alike(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
+    def forms_answer_alike(
+        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
+    ) -> dg.AssetCheckResult:
         """Fail below release.min_form_agreement, if template, stop tokens or tokens were lost, or if nothing could read a form; warn
         of a form that was refused and of a reader that failed."""
-        document = json.loads((workshop.store.need("export", context.partition_key).path / "export.json").read_text())
-        return verdict_on_forms(document, workshop.project.release.min_form_agreement)
+        document = json.loads(
+            (
+                materializer.store.need("export", context.partition_key).path / "export.json"
+            ).read_text()
+        )
+        return verdict_on_forms(document, materializer.project.release.min_form_agreement)
 
     return [export], [forms_answer_alike]
 
@@ -99,15 +133,28 @@ def least_agreement(form: str, wanted: float | None) -> float:
 def verdict_on_forms(document: dict[str, Any], wanted: float | None) -> dg.AssetCheckResult:
     """Return the check's result for an export.json; `wanted`: release.min_form_agreement."""
     made = [entry for entry in document["forms"] if not entry["refused"]]
-    refused = [f"{entry['form']} refused: {entry['refused']}" for entry in document["forms"] if entry["refused"]]
-    unread = [f"{entry['form']} not read by {reader}: {reason}" for entry in made for reader, reason in entry["failed"].items()]
+    refused = [
+        f"{entry['form']} refused: {entry['refused']}"
+        for entry in document["forms"]
+        if entry["refused"]
+    ]
+    unread = [
+        f"{entry['form']} not read by {reader}: {reason}"
+        for entry in made
+        for reader, reason in entry["failed"].items()
+    ]
     bad = [
         f"{entry['form']} by {reader}: {share['top1']:.3f} of {document['tokens']} tokens are the merged model's, at least {least_agreement(entry['form'], wanted)}"
         for entry in made
         for reader, share in entry["agreement"].items()
         if share["top1"] < least_agreement(entry["form"], wanted)
     ]
-    bad += [f"{entry['form']}: {name} not carried over" for entry in made for name, good in entry["carried_over"].items() if not good]
+    bad += [
+        f"{entry['form']}: {name} not carried over"
+        for entry in made
+        for name, good in entry["carried_over"].items()
+        if not good
+    ]
     bad += [f"{entry['form']}: nothing could read it" for entry in made if not entry["agreement"]]
     good = [
         f"{entry['form']} by {reader}: top-1 {share['top1']:.3f}, greedy answers equal {share['greedy']:.2f}"
@@ -118,5 +165,6 @@ def verdict_on_forms(document: dict[str, Any], wanted: float | None) -> dg.Asset
     return dg.AssetCheckResult(
         passed=not bad and not refused and not unread,
         severity=ERROR if bad else WARN,
-        description="; ".join([*bad, *unread] if bad else [*refused, *unread, *good, *nothing]) or "no forms asked for",
+        description="; ".join([*bad, *unread] if bad else [*refused, *unread, *good, *nothing])
+        or "no forms asked for",
     )

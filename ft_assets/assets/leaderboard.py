@@ -11,15 +11,22 @@ import dagster as dg
 import pyarrow.parquet as pq
 
 from ft_assets.artifacts import Artifact
-from ft_assets.assets.data import OWNERS
-from ft_assets.assets.workshop import Workshop, result, user_errors
+from ft_assets.assets.raw_data import OWNERS
 from ft_assets.errors import ArtifactError, FtError
-from ft_assets.evaluation.gate import bound_versions
 from ft_assets.evaluation.leaderboard import Entry, failed_entry, judged_entry, rank, table
 from ft_assets.evaluation.plots import data_uri, leaderboard_plot
+from ft_assets.evaluation.verdict.gate import bound_versions
 from ft_assets.job import Job, StepResult
+from ft_assets.orchestration.materializer import Materializer, result, user_errors
 
-CHAIN = ("base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter", "eval_report")
+CHAIN = (
+    "base_model",
+    "chat_dataset",
+    "heldout_split",
+    "lora_adapter",
+    "dpo_adapter",
+    "eval_report",
+)
 
 
 def leaderboard_asset() -> dg.AssetsDefinition:
@@ -33,24 +40,45 @@ def leaderboard_asset() -> dg.AssetsDefinition:
         code_version="3",
     )
     @user_errors()
-    def leaderboard(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
+    def leaderboard(
+        context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+    ) -> dg.MaterializeResult:
         """All base models on the same held-out rows: score, gain, what was forgotten, memory, time and size; failures with their reason."""
         with user_errors():
-            ranked = rank([entry_of(workshop, name) for name in workshop.project.base_models])
+            ranked = rank(
+                [entry_of(materializer, name) for name in materializer.project.base_models]
+            )
 
         def make(output: Path) -> StepResult:
-            (output / "leaderboard.json").write_text(json.dumps(ranked, indent=1, ensure_ascii=False))
+            (output / "leaderboard.json").write_text(
+                json.dumps(ranked, indent=1, ensure_ascii=False)
+            )
             (output / "leaderboard.md").write_text(table(ranked))
             (output / "info").mkdir()
             drawn = [entry for entry in ranked if entry["rank"]]
-            (output / "info" / "picture.txt").write_text(data_uri(leaderboard_plot(drawn)) if drawn else "")
+            (output / "info" / "picture.txt").write_text(
+                data_uri(leaderboard_plot(drawn)) if drawn else ""
+            )
             best = drawn[0]["name"] if drawn else None
-            return StepResult({"base_models": len(ranked), "judged": sum(bool(entry["verdict"]) for entry in ranked), "best": best})
+            return StepResult(
+                {
+                    "base_models": len(ranked),
+                    "judged": sum(bool(entry["verdict"]) for entry in ranked),
+                    "best": best,
+                }
+            )
 
         with user_errors():
-            reports = {name: _readable(workshop, "eval_report", name) for name in workshop.project.base_models}
-            known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
-            artifact, reused = workshop.materialize(context, settings={"entries": ranked}, inputs=known, make=make)
+            reports = {
+                name: _readable(materializer, "eval_report", name)
+                for name in materializer.project.base_models
+            }
+            known = {
+                f"eval_report[{name}]": (report, None) for name, report in reports.items() if report
+            }
+            artifact, reused = materializer.materialize(
+                context, settings={"entries": ranked}, inputs=known, make=make
+            )
         picture = (artifact.path / "info" / "picture.txt").read_text()
         text = (artifact.path / "leaderboard.md").read_text()
         shown = f"![leaderboard]({picture})\n\n{text}" if picture else text
@@ -59,79 +87,120 @@ def leaderboard_asset() -> dg.AssetsDefinition:
     return leaderboard
 
 
-def entry_of(workshop: Workshop, name: str) -> Entry:
+def entry_of(materializer: Materializer, name: str) -> Entry:
     """Return what the store knows of a base model. What cannot be read of it is its entry's reason: the others are shown."""
     try:
-        return _entry(workshop, name)
+        return _entry(materializer, name)
     except FtError as error:
         return failed_entry(name, "; ".join(line.strip() for line in str(error).splitlines()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # damaged, or of a version that wrote other keys
-        return failed_entry(name, f"its eval_report cannot be read ({type(error).__name__}: {error}): make it again")
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # damaged, or of a version that wrote other keys
+        return failed_entry(
+            name, f"its eval_report cannot be read ({type(error).__name__}: {error}): make it again"
+        )
 
 
-def _entry(workshop: Workshop, name: str) -> Entry:
-    report = workshop.store.current("eval_report", name)
+def _entry(materializer: Materializer, name: str) -> Entry:
+    report = materializer.store.current("eval_report", name)
     if report is None:
-        return failed_entry(name, why_not_judged(workshop, name))
+        return failed_entry(name, why_not_judged(materializer, name))
     numbers = json.loads((report.path / "report.json").read_text())
     rows = pq.read_table(report.path / "rows.parquet", columns=["candidate", "id"]).to_pylist()
     ids = [row["id"] for row in rows if row["candidate"] == "base"]
-    costs, stale = _costs(workshop, name, report), _stale(workshop, name, numbers["bound_to"])
-    return judged_entry(name, numbers, workshop.project.gate, ids, costs, _serves(workshop, name), stale)
+    costs, stale = (
+        _costs(materializer, name, report),
+        _stale(materializer, name, numbers["bound_to"]),
+    )
+    return judged_entry(
+        name, numbers, materializer.project.gate, ids, costs, _serves(materializer, name), stale
+    )
 
 
-def _stale(workshop: Workshop, name: str, bound_to: dict[str, str]) -> str | None:
+def _stale(materializer: Materializer, name: str, bound_to: dict[str, str]) -> str | None:
     """Return what a report is no longer about, None if it is about today's base, adapters and rows."""
-    used = {asset: workshop.store.need(asset, name) for asset in ("base_model", "lora_adapter", "dpo_adapter", "heldout_split")}
-    other = [part for part, now in bound_versions(used, "").items() if part != "evaluation" and bound_to.get(part) != now]
+    used = {
+        asset: materializer.store.need(asset, name)
+        for asset in ("base_model", "lora_adapter", "dpo_adapter", "heldout_split")
+    }
+    other = [
+        part
+        for part, now in bound_versions(used, "").items()
+        if part != "evaluation" and bound_to.get(part) != now
+    ]
     return ", ".join(other) or None
 
 
-def _readable(workshop: Workshop, asset: str, name: str) -> Artifact | None:
+def _readable(materializer: Materializer, asset: str, name: str) -> Artifact | None:
     try:
-        return workshop.store.current(asset, name)
+        return materializer.store.current(asset, name)
     except ArtifactError:  # its entry says so
         return None
 
 
-def _costs(workshop: Workshop, name: str, report: Artifact) -> dict[str, Any]:
-    store = workshop.store
+def _costs(materializer: Materializer, name: str, report: Artifact) -> dict[str, Any]:
+    store = materializer.store
     trained = [store.current(asset, name) for asset in ("lora_adapter", "dpo_adapter")]
     metrics = [artifact.metrics for artifact in trained if artifact is not None]
     merged = store.current("merged_model", name) or store.current("base_model", name)
-    memory = [entry["peak_train_memory_gb"] for entry in metrics if entry.get("peak_train_memory_gb")]
-    weights = [entry["bytes"] for file, entry in merged.manifest["files"].items() if file.endswith(".safetensors")] if merged else []
+    memory = [
+        entry["peak_train_memory_gb"] for entry in metrics if entry.get("peak_train_memory_gb")
+    ]
+    weights = (
+        [
+            entry["bytes"]
+            for file, entry in merged.manifest["files"].items()
+            if file.endswith(".safetensors")
+        ]
+        if merged
+        else []
+    )
     return {
         "memory_gb": max(memory, default=None),
-        "gpu_seconds": round(sum(entry.get("seconds") or 0.0 for entry in metrics) + (report.metrics.get("seconds") or 0.0), 1),
+        "gpu_seconds": round(
+            sum(entry.get("seconds") or 0.0 for entry in metrics)
+            + (report.metrics.get("seconds") or 0.0),
+            1,
+        ),
         "train_tokens_per_s": metrics[0].get("tokens_per_s") if metrics else None,
         "answer_tokens_per_s": report.metrics.get("tokens_per_s"),
         "bytes": sum(weights) or None,
     }
 
 
-def _serves(workshop: Workshop, name: str) -> str:
-    released = workshop.store.current("release", name)
+def _serves(materializer: Materializer, name: str) -> str:
+    released = materializer.store.current("release", name)
     if released is not None:
         return f"`{released.metrics['champion'][:8]}`"
-    return "merged, not released" if workshop.store.current("merged_model", name) else "–"
+    return "merged, not released" if materializer.store.current("merged_model", name) else "–"
 
 
-def why_not_judged(workshop: Workshop, name: str) -> str:
+def why_not_judged(materializer: Materializer, name: str) -> str:
     """Return how far a base model came, and the last error that a step of it left."""
-    store = workshop.store
-    missing = next(asset for asset in CHAIN if asset == CHAIN[-1] or store.current(asset, name) is None)
-    error = _last_error(workshop, name, missing)
+    store = materializer.store
+    missing = next(
+        asset for asset in CHAIN if asset == CHAIN[-1] or store.current(asset, name) is None
+    )
+    error = _last_error(materializer, name, missing)
     return f"{missing} has not been made" + (f" ({error})" if error else "")
 
 
-def _last_error(workshop: Workshop, name: str, asset: str) -> str | None:
+def _last_error(materializer: Materializer, name: str, asset: str) -> str | None:
     """Return what the newest failed step of this asset and base model said, in one line."""
     found = []
-    for file in (workshop.store.root / ".work" / "jobs").glob(f"{asset}-*/error.json"):
+    for file in (materializer.store.root / ".work" / "jobs").glob(f"{asset}-*/error.json"):
         try:
             if Job.model_validate_json((file.parent / "job.json").read_text()).partition == name:
-                found.append((file.stat().st_mtime, str(FtError.from_dict(json.loads(file.read_text()))).splitlines()[0]))
+                found.append(
+                    (
+                        file.stat().st_mtime,
+                        str(FtError.from_dict(json.loads(file.read_text()))).splitlines()[0],
+                    )
+                )
         except (OSError, ValueError, KeyError):
             continue
     return max(found)[1] if found else None

@@ -1,117 +1,365 @@
-"""The asset that merges, merged_model, and its checks."""
+"""The asset `release`: champion and challenger. Promotion and rollback are one materialization each, and leave a history."""
+
+import datetime
+from pathlib import Path
+from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
-from ft_assets.assets.card_facts import card_body, card_facts
-from ft_assets.assets.data import OWNERS
-from ft_assets.assets.evaluation import TRAINED, judged, numbers
-from ft_assets.assets.workshop import ERROR, GPU_POOL, WARN, Workshop, result, tag_run, user_errors
-from ft_assets.evaluation.gate import require_pass
+from ft_assets.artifacts import Artifact, verify_files
+from ft_assets.assets.eval_report import TRAINED, judged, numbers
+from ft_assets.assets.raw_data import OWNERS
+from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
 from ft_assets.evaluation.sources import read_schema
+from ft_assets.evaluation.verdict.gate import require_pass
+from ft_assets.job import StepResult
+from ft_assets.orchestration.materializer import (
+    ERROR,
+    GPU_POOL,
+    WARN,
+    Materializer,
+    Wanted,
+    result,
+    user_errors,
+)
+from ft_assets.release import champion as rules
+from ft_assets.release.lookup import find_model, need_adapter, need_champion, need_model
 
-OF_THE_FILE = {"min_top1_agreement", "confidence", "min_stop_rate", "metrics"}  # what the gate asks of every merged file
+ABOVE = ("eval_report", "merged_model")
+RULE = ("rule", "margin")
+LIBRARIES = "infer"
+GATE = ("confidence", "metrics", "min_heldout_rows")
 
 
-def release_assets(base_models: dg.PartitionsDefinition) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
-    """Return the asset and its checks, partitioned by base model."""
-    eval_report = dg.AssetKey("eval_report")
+class ReleaseConfig(dg.Config):
+    """The launchpad's fields: both empty in a usual run, which promotes by rule."""
+
+    rollback_to: str | None = Field(
+        default=None,
+        description="`previous`, or the fingerprint of a former champion's merged_model. Empty: promote by rule.",
+    )
+    reason: str = Field(
+        default="",
+        description="Why it is rolled back, in a sentence; recorded in the release. Needed with rollback_to.",
+    )
+
+
+def champion_assets(
+    base_models: dg.PartitionsDefinition,
+) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
+    """Return the asset `release` and its checks, partitioned by base model."""
 
     @dg.asset(
         partitions_def=base_models,
-        deps=[*TRAINED, eval_report],
+        deps=[*TRAINED, *(dg.AssetKey(name) for name in ABOVE)],
         group_name="release",
         owners=OWNERS,
         kinds={"huggingface"},
-        code_version="7",
+        code_version="2",
         pool=GPU_POOL,
     )
-    def merged_model(context: dg.AssetExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.MaterializeResult:
-        """The bf16 model to serve: base + proven adapter, compared with them from disk. Exists only behind a PASS."""
-        name, project, store = context.partition_key, workshop.project, workshop.store
+    def release(
+        context: dg.AssetExecutionContext,
+        materializer: dg.ResourceParam[Materializer],
+        config: ReleaseConfig,
+    ) -> dg.MaterializeResult:
+        """The champion: today's merged model replaces it if it beats the base and is not worse than it on today's held-out rows.
+
+        To roll back, materialize this asset alone with `rollback_to: previous` and a `reason` in the launchpad.
+        """
         with user_errors():
-            used, versions = judged(workshop, "merged_model", name)
-            report = store.current("eval_report", name)
-            verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
-            assert report is not None
-            adapter = used[f"{'dpo' if verdict['candidate'] == 'dpo' else 'lora'}_adapter"]
-            size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
-            method = adapter.metrics.get("method", adapter.manifest["settings"]["lora"]["method"])  # auto: what the plan took
-            artifact, reused = workshop.materialize(
-                context,
-                settings={
-                    "candidate": verdict["candidate"],
-                    "override": verdict.get("override"),
-                    "method": method,
-                    # After QLoRA one of the two merges is no model that the report judged: the whole gate is asked about it.
-                    "gate": project.gate.model_dump(mode="json", include=None if method == "qlora" else OF_THE_FILE, exclude={"override"}),
-                },
-                inputs={
-                    "base_model": (used["base_model"], None),
-                    "adapter": (adapter, None),
-                    "eval_report": (report, None),
-                    **{f"heldout_split#{part}": (used["heldout_split"], part) for part in ("heldout", "retention")},
-                },
-                step="merge",
-                step_settings={
-                    "verdict": verdict,
-                    "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
-                    "schema": read_schema(project, project.recipe(name).evaluation),
-                    "root": str(project.root),
-                    "card": card_facts(workshop, name, used, versions),
-                },
-                libraries="infer",
-                space=size * (2 if method == "qlora" else 1) + 100_000_000,  # after QLoRA both merges are on disk for a while
+            artifact, reused = (
+                _roll_back(context, materializer, config)
+                if config.rollback_to
+                else _release(context, materializer)
             )
-            tag_run(context, version=artifact.fingerprint)
-            card = card_body((artifact.path / "README.md").read_text())
-            return result(artifact, reused, model_card=dg.MetadataValue.md(card))
+            _, merged = need_champion(
+                materializer.store, context.partition_key, f"release[{context.partition_key}]"
+            )
+            text = (artifact.path / "release.md").read_text()
+            return result(
+                artifact,
+                reused,
+                serve=dg.MetadataValue.path(str(merged.path)),
+                history=dg.MetadataValue.md(text),
+            )
 
     @dg.asset_check(
-        asset=merged_model,
+        asset=release,
         blocking=True,
         partitions_def=base_models,
-        description="The merged model, read from disk, answers as base + adapter do.",
+        description="The released model beats its base on today's held-out rows.",
     )
     @user_errors()
-    def merge_is_equivalent(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
-        """Fail below gate.min_top1_agreement, or if tokenizer or template differ."""
-        metrics, least = workshop.store.need("merged_model", context.partition_key).metrics, workshop.project.gate.min_top1_agreement
-        whole = metrics["modules_proven"] == metrics["adapter_modules"] and metrics["same_tokenizer_and_template"]
-        onto = {"original": "the original weights", "dequantized": "the weights NF4 makes of the base"}.get(metrics.get("merge_base", ""))
-        metric = workshop.project.recipe(context.partition_key).evaluation.metric
-        both = {name: metrics.get(f"merged_onto_{name}_{metric}") for name in ("original", "dequantized")}
-        chosen = (
-            f"; merged onto {onto}: {metric} {both['original']:.3f} onto the original, {both['dequantized']:.3f} onto NF4's"
-            if None not in both.values()
-            else ""
-        )
-        broken = {name: metrics.get(f"merged_onto_{name}_breaks_the_gate") for name in both}
-        chosen += "".join(f"; {name} breaks the gate: {why}" for name, why in broken.items() if why)
-        return dg.AssetCheckResult(
-            passed=bool(metrics["top1_agreement"] >= least and whole),
-            description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows ({metrics['top1_ties']} of {metrics['compared_tokens']} tokens are ties), greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",
-            metadata={
-                name: metrics[name] for name in ("top1_agreement", "top1_ties", "greedy_agreement", "kl_mean", "logit_difference_max")
-            },
-        )
+    def champion_beats_base(
+        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
+    ) -> dg.AssetCheckResult:
+        """Fail if it does not; warn if it was not measured on today's rows (a rollback), or was released by override."""
+        return _beats_base(materializer, context.partition_key)
 
     @dg.asset_check(
-        asset=merged_model,
+        asset=release,
         blocking=True,
         partitions_def=base_models,
-        description="The merged file itself, answering from disk, beats the base on the held-out rows.",
+        description="Every file of the released model is the one that was proven, byte for byte.",
     )
     @user_errors()
-    def file_is_better_than_base(context: dg.AssetCheckExecutionContext, workshop: dg.ResourceParam[Workshop]) -> dg.AssetCheckResult:
-        """Fail if rounding to bf16 cost the gain (only an override merges such a file at all)."""
+    def released_files_are_whole(
+        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
+    ) -> dg.AssetCheckResult:
+        """Fail naming the first file that is missing or was changed."""
         name = context.partition_key
-        metrics, metric = workshop.store.need("merged_model", name).metrics, workshop.project.recipe(name).evaluation.metric
-        gain = {"mean": metrics["merged_gain"], "low": metrics["merged_gain_low"], "high": metrics["merged_gain_high"]}
+        try:
+            _, merged = need_champion(materializer.store, name, f"release[{name}]")
+            verify_files(merged)
+        except (ReleaseError, ArtifactError) as error:
+            return dg.AssetCheckResult(passed=False, severity=ERROR, description=str(error))
+        files = merged.manifest["files"]
+        size = sum(entry["bytes"] for entry in files.values())
         return dg.AssetCheckResult(
-            passed=bool(metrics["merged_beats_base"]),
-            severity=ERROR if workshop.project.gate.override is None else WARN,
-            description=f"{metric} {metrics[f'merged_{metric}']:.3f}, {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}], stop rate {metrics['merged_stop_rate']:.2f}",
-            metadata=numbers(gain),
+            passed=True,
+            description=f"{len(files)} files, {size / 1e9:.2f} GB, all as they were published",
         )
 
-    return [merged_model], [merge_is_equivalent, file_is_better_than_base]
+    @dg.asset_check(
+        asset=release,
+        partitions_def=base_models,
+        description="Today's merged model is the released one.",
+    )
+    @user_errors()
+    def challenger_was_promoted(
+        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
+    ) -> dg.AssetCheckResult:
+        """Warn, with the reason, if the champion was kept or rolled back to."""
+        name = context.partition_key
+        released, merged = (
+            materializer.store.need("release", name),
+            materializer.store.need("merged_model", name),
+        )
+        state = rules.state_of(released)
+        assert state.champion is not None
+        last = state.history[-1]
+        same = rules.identity(merged) == state.champion["identity"]
+        text = f"{last['decision']}: {'; '.join(last['reasons'])}"
+        return dg.AssetCheckResult(passed=same, severity=WARN, description=text)
+
+    return [release], [champion_beats_base, released_files_are_whole, challenger_was_promoted]
+
+
+def _release(
+    context: dg.AssetExecutionContext, materializer: Materializer
+) -> tuple[Artifact, bool]:
+    name, project, store = context.partition_key, materializer.project, materializer.store
+    where = f"release[{name}]"
+    used, versions = judged(materializer, "release", name)
+    report = store.current("eval_report", name)
+    require_pass(report, versions, project.gate, where)
+    assert report is not None
+    merged = store.need("merged_model", name)
+    _require_made_from(merged, report, where)
+    current = store.current("release", name)
+    state, challenger = rules.state_of(current), rules.describe(merged)
+    settings = {
+        "release": project.release.model_dump(mode="json", include=set(RULE)),
+        "gate": project.gate.model_dump(mode="json", include=set(GATE)),
+        "evaluation": versions["evaluation"],
+    }
+    inputs: dict[str, tuple[Artifact, str | None]] = {"merged_model": (merged, None)}
+    if state.champion is None:
+        return materializer.materialize(
+            context,
+            settings={**settings, "sequence": 1},
+            inputs=inputs,
+            make=lambda output: _first(
+                output, merged, challenger, context, project.recipe(name).evaluation.metric
+            ),
+        )
+    assert current is not None
+    if challenger["identity"] == state.champion["identity"]:
+        return materializer.keep(context, current, ABOVE, "today's merged model is the champion")
+    if challenger["identity"] in state.withdrawn:
+        return materializer.keep(
+            context,
+            current,
+            ABOVE,
+            f"it was rolled back: {state.withdrawn[challenger['identity']]}",
+        )
+    champion = need_model(store, name, state.champion, where)
+    inputs |= {
+        "champion": (champion, None),
+        "base_model": (used["base_model"], None),
+        "eval_report": (report, None),
+        "heldout_split#heldout": (used["heldout_split"], "heldout"),
+        "champion_adapter": (need_adapter(store, name, champion, where), None),
+        **_former(store, name, state),
+    }
+    # Asked again it is what the current decision answers, and reused. Else it is a new question: the answer to an older one is
+    # not found again, for its history is older.
+    again = Wanted.of(
+        context, {**settings, "sequence": state.sequence}, inputs, LIBRARIES
+    ).fingerprint
+    sequence = state.sequence if again == current.fingerprint else state.sequence + 1
+    return materializer.materialize(
+        context,
+        settings={**settings, "sequence": sequence},
+        inputs=inputs,
+        step="release",
+        step_settings={
+            "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
+            "schema": read_schema(project, project.recipe(name).evaluation),
+            "root": str(project.root),
+            "state": vars(state),
+            "challenger": challenger,
+            **_stamp(context),
+        },
+        libraries=LIBRARIES,
+    )
+
+
+def _stamp(context: dg.AssetExecutionContext) -> dict[str, str]:
+    return {
+        "at": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        "run_id": context.run_id,
+    }
+
+
+def _former(store: Any, name: str, state: rules.State) -> dict[str, tuple[Artifact, str | None]]:
+    """Return the champion before, as an input: what a release is made from is kept by `ft gc`, so that it can be rolled back to."""
+    previous = find_model(store, name, state.previous) if state.previous else None
+    return {"previous_champion": (previous, None)} if previous else {}
+
+
+def _require_made_from(merged: Artifact, report: Artifact, where: str) -> None:
+    if merged.manifest["inputs"]["eval_report"] != report.data_version:
+        raise VerdictError(
+            where=where,
+            found="merged_model was made from another eval_report than the current one",
+            expected="the merged model of today's verdict",
+            fix="materialize merged_model again",
+        )
+
+
+def _first(
+    output: Path,
+    merged: Artifact,
+    challenger: rules.Model,
+    context: dg.AssetExecutionContext,
+    metric: str,
+) -> StepResult:
+    verify_files(merged)
+    gain = _gain(merged)
+    mean, low, high = (gain[f"champion_gain_{key}"] for key in ("mean", "low", "high"))
+    found = f"{metric} {mean:+.3f} against base [{low:+.3f}, {high:+.3f}]"
+    reasons = ["the first release: there is no champion to compare with"]
+    reasons.append(
+        f"{'it beats the base' if gain['champion_beats_base'] else 'it is not proven better than the base'}: {found}"
+    )
+    if challenger["override"]:
+        reasons.append(f"released by override of {challenger['verdict']}: {challenger['override']}")
+    decision = rules.Decision(rules.PROMOTED, reasons)
+    rules.write_release(output, rules.State(), decision, challenger, challenger, _stamp(context))
+    return StepResult(
+        {**_metrics(decision, challenger, 1), **gain, "measured_today": True},
+        {"champion": challenger["identity"]},
+    )
+
+
+def _metrics(decision: rules.Decision, champion: rules.Model, sequence: int) -> dict[str, Any]:
+    return {
+        "decision": decision.status,
+        "reason": "; ".join(decision.reasons),
+        "champion": champion["merged_model"],
+        "sequence": sequence,
+    }
+
+
+def _gain(merged: Artifact) -> dict[str, Any]:
+    """Return what the merge measured of the file itself against the base."""
+    metrics = merged.metrics
+    return {
+        "champion_gain_mean": metrics["merged_gain"],
+        "champion_gain_low": metrics["merged_gain_low"],
+        "champion_gain_high": metrics["merged_gain_high"],
+        "champion_beats_base": metrics["merged_beats_base"],
+    }
+
+
+def _roll_back(
+    context: dg.AssetExecutionContext, materializer: Materializer, config: ReleaseConfig
+) -> tuple[Artifact, bool]:
+    name, store = context.partition_key, materializer.store
+    where, state = f"release[{name}]", rules.state_of(store.current("release", name))
+    if not config.reason.strip():
+        raise ReleaseError(
+            where=where,
+            found="a rollback without a reason",
+            expected="reason: a sentence; it is recorded",
+            fix="fill in both fields of the launchpad",
+        )
+    target = rules.rollback_target(state, config.rollback_to or "", where)
+    champion = need_model(store, name, target, where)
+    assert state.champion is not None
+    left = (
+        need_model(store, name, state.champion, where)
+        if find_model(store, name, state.champion)
+        else None
+    )
+    withdrawn = {key: why for key, why in state.withdrawn.items() if key != target["identity"]}
+    withdrawn[state.champion["identity"]] = config.reason
+
+    def make(output: Path) -> StepResult:
+        verify_files(champion)
+        decision = rules.Decision(rules.ROLLED_BACK, [config.reason])
+        rules.write_release(
+            output,
+            state,
+            decision,
+            target,
+            state.champion or {},
+            {**_stamp(context), "withdrawn": withdrawn},
+        )
+        metrics = {
+            **_metrics(decision, target, state.sequence + 1),
+            **_gain(champion),
+            "measured_today": False,
+        }
+        return StepResult(metrics, {"champion": target["identity"]})
+
+    settings = {
+        "rollback_to": target["identity"],
+        "reason": config.reason,
+        "sequence": state.sequence + 1,
+    }
+    inputs: dict[str, tuple[Artifact, str | None]] = {"champion": (champion, None)}
+    return materializer.materialize(
+        context,
+        settings=settings,
+        inputs=inputs | ({"previous_champion": (left, None)} if left else {}),
+        make=make,
+    )
+
+
+def _beats_base(materializer: Materializer, name: str) -> dg.AssetCheckResult:
+    released, merged = (
+        materializer.store.need("release", name),
+        materializer.store.current("merged_model", name),
+    )
+    champion = rules.state_of(released).champion
+    assert champion is not None
+    metrics = dict(released.metrics)
+    today = merged is not None and rules.identity(merged) == champion["identity"]
+    if today and merged is not None:  # made again for today's rows, with the same weights
+        metrics |= _gain(merged)
+    measured = today or metrics["measured_today"]
+    gain = {key: metrics[f"champion_gain_{key}"] for key in ("mean", "low", "high")}
+    passed = bool(metrics["champion_beats_base"]) and measured
+    text = f"{materializer.project.recipe(name).evaluation.metric} {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    if not measured:
+        text += "; measured when it was merged, not on today's rows: it was rolled back to"
+    if champion["override"]:
+        text += f"; released by override: {champion['override']}"
+    lenient = not measured or champion["override"]
+    return dg.AssetCheckResult(
+        passed=passed, severity=WARN if lenient else ERROR, description=text, metadata=numbers(gain)
+    )

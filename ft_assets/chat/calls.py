@@ -36,7 +36,8 @@ def shaped(messages: Sequence[Mapping[str, Any]], form: CallForm) -> list[dict[s
         turn = dict(message)
         if calls := turn.get("tool_calls"):
             turn["tool_calls"] = [
-                _shaped_call(call, f"call{index % 1000:03d}{number % 100:02d}", form) for number, call in enumerate(calls)
+                _shaped_call(call, f"call{index % 1000:03d}{number % 100:02d}", form)
+                for number, call in enumerate(calls)
             ]
             open_ids = [call.get("id") for call in turn["tool_calls"]]
         elif turn["role"] == "tool" and form.ids == "short" and open_ids:
@@ -61,10 +62,16 @@ def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
 def missing_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str | None:
     """Return what of the calls `text` does not hold (None: nothing): the calls, in their order, and no call besides."""
     found = [value for value in _json_values(text) if isinstance(value, dict)]
-    as_json = [[_is_call(value, call["function"]["name"], arguments_of(call)) for value in found] for call in calls]
+    as_json = [
+        [_is_call(value, call["function"]["name"], arguments_of(call)) for value in found]
+        for call in calls
+    ]
     if all(any(row) for row in as_json):
         names = {call["function"]["name"] for call in calls}
-        written = sum(bool(names & {item for item in _parts(value).values() if isinstance(item, str)}) for value in found)
+        written = sum(
+            bool(names & {item for item in _parts(value).values() if isinstance(item, str)})
+            for value in found
+        )
         return None if written == len(calls) else f"{written} calls are written for {len(calls)}"
     starts, position = [], 0
     for call in calls:
@@ -81,10 +88,19 @@ def missing_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str | None:
             continue
         if _python_call(text[begin:end], name) == arguments:
             continue
-        for value in (arguments, *(value for value in arguments.values() if isinstance(value, dict | list))):
-            if value and str(value) in part and str(value) not in (json.dumps(value), json.dumps(value, ensure_ascii=False)):
+        for value in (
+            arguments,
+            *(value for value in arguments.values() if isinstance(value, dict | list)),
+        ):
+            if (
+                value
+                and str(value) in part
+                and str(value) not in (json.dumps(value), json.dumps(value, ensure_ascii=False))
+            ):
                 return f"arguments of {name} are written as a Python repr, {str(value)[:60]},"
-        lost = next((key for key, value in arguments.items() if not _argument_in(part, key, value)), None)
+        lost = next(
+            (key for key, value in arguments.items() if not _argument_in(part, key, value)), None
+        )
         if lost is not None:
             return f"argument {lost} of {name} ({json.dumps(arguments[lost], ensure_ascii=False)[:60]}) is missing or changed"
     return None
@@ -111,7 +127,11 @@ def _python_call(text: str, name: str) -> Any:
     for end in (match.end() for match in re.finditer(r"\)", text)):
         try:
             call = ast.parse(text[:end], mode="eval").body
-            return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords} if isinstance(call, ast.Call) else None
+            return (
+                {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+                if isinstance(call, ast.Call)
+                else None
+            )
         except (SyntaxError, ValueError):
             continue
     return None
@@ -127,7 +147,10 @@ def _is_call(value: Mapping[str, Any], name: str, arguments: Mapping[str, Any]) 
     parts = _parts(value)
     if name not in [item for item in parts.values() if isinstance(item, str)]:
         return False
-    return any(item == arguments or (isinstance(item, str) and _parsed(item) == arguments) for item in parts.values())
+    return any(
+        item == arguments or (isinstance(item, str) and _parsed(item) == arguments)
+        for item in parts.values()
+    )
 
 
 def _parsed(text: str) -> Any:
@@ -180,17 +203,28 @@ def _stands(text: str, form: str) -> bool:
         return False
     end = begin + len(form)
     quote = text[begin - 1 : begin]
-    if quote in ("'", '"') and text[end : end + 1] == quote and (quote in form.replace(f"\\{quote}", "") or "\n" in form):
+    if (
+        quote in ("'", '"')
+        and text[end : end + 1] == quote
+        and (quote in form.replace(f"\\{quote}", "") or "\n" in form)
+    ):
         return False  # a quoted text that its own quotes or line breaks cut short
     cut_before = begin > 0 and form[:1].isalnum() and text[begin - 1].isalnum()
-    cut_after = end < len(text) and form[-1:].isalnum() and (text[end].isalnum() or text[end : end + 2].strip(".") != text[end : end + 2])
+    cut_after = (
+        end < len(text)
+        and form[-1:].isalnum()
+        and (text[end].isalnum() or text[end : end + 2].strip(".") != text[end : end + 2])
+    )
     return not cut_before and not cut_after
 
 
 def _written(value: Any) -> list[str]:
     if isinstance(value, str):
         return (
-            [value, *(json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))]
+            [
+                value,
+                *(json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)),
+            ]
             if value
             else ['""', "''", "><", ">\n"]
         )

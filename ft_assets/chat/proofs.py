@@ -48,11 +48,17 @@ class Facts:
     bos: Literal["first", "none", "turns"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
 
 def prove(
-    facts: Facts, rendered: Rendered, messages: Messages, contexts: Mapping[int, Sequence[int]], blocks: Mapping[int, Block] | None = None
+    facts: Facts,
+    rendered: Rendered,
+    messages: Messages,
+    contexts: Mapping[int, Sequence[int]],
+    blocks: Mapping[int, Block] | None = None,
 ) -> None:
     """Raise ProofFailed unless the mask of `rendered` is right.
 
@@ -70,8 +76,17 @@ def prove(
     for index, context in sorted(contexts.items()):
         begin = len(context)
         if begin not in ends:
-            raise ProofFailed(f"messages[{index}] (assistant): is to be learnt, and its first token is not supervised")
-        _prove_span(facts, ids[begin : ends[begin]], ids[ends[begin] :], messages[index], index, (blocks or {}).get(index, ("", "")))
+            raise ProofFailed(
+                f"messages[{index}] (assistant): is to be learnt, and its first token is not supervised"
+            )
+        _prove_span(
+            facts,
+            ids[begin : ends[begin]],
+            ids[ends[begin] :],
+            messages[index],
+            index,
+            (blocks or {}).get(index, ("", "")),
+        )
     prove_bos(facts, ids)
 
 
@@ -86,22 +101,50 @@ def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 def _differs(facts: Facts, index: int, ids: Sequence[int], context: Sequence[int]) -> str:
-    at = next((place for place, (left, right) in enumerate(zip(ids, context, strict=False)) if left != right), min(len(ids), len(context)))
+    at = next(
+        (
+            place
+            for place, (left, right) in enumerate(zip(ids, context, strict=False))
+            if left != right
+        ),
+        min(len(ids), len(context)),
+    )
     return (
         f"messages[{index}] (assistant): the tokens before the answer differ from those given at generation, from token {at} on: "
         f"{facts.decode(ids[at : at + 8])!r} is trained, {facts.decode(context[at : at + 8])!r} is given"
     )
 
 
-def _stray(facts: Facts, begin: int, end: int, ids: Sequence[int], messages: Messages, contexts: Mapping[int, Sequence[int]]) -> str:
+def _stray(
+    facts: Facts,
+    begin: int,
+    end: int,
+    ids: Sequence[int],
+    messages: Messages,
+    contexts: Mapping[int, Sequence[int]],
+) -> str:
     text = facts.decode(ids[begin:end])[:80]
-    held = next((number for number, turn in enumerate(messages) if turn["content"].strip() and turn["content"].strip() in text), None)
+    held = next(
+        (
+            number
+            for number, turn in enumerate(messages)
+            if turn["content"].strip() and turn["content"].strip() in text
+        ),
+        None,
+    )
     if held is not None and held not in contexts:
         return f"messages[{held}] ({messages[held]['role']}): is supervised and must not be: tokens {begin} to {end} are {text!r}"
     return f"tokens {begin} to {end} are supervised and begin where no answer begins: {text!r}"
 
 
-def _prove_span(facts: Facts, span: Sequence[int], rest: Sequence[int], message: Mapping[str, Any], index: int, block: Block) -> None:
+def _prove_span(
+    facts: Facts,
+    span: Sequence[int],
+    rest: Sequence[int],
+    message: Mapping[str, Any],
+    index: int,
+    block: Block,
+) -> None:
     where = f"messages[{index}] (assistant)"
     if span[-1] not in facts.stop_ids:
         raise ProofFailed(
@@ -118,11 +161,17 @@ def _prove_span(facts: Facts, span: Sequence[int], rest: Sequence[int], message:
     if message.get("tool_calls"):
         lost = missing_calls(text, message["tool_calls"])
         if lost is not None and missing_calls(facts.decode(rest), message["tool_calls"]) is None:
-            raise ProofFailed(f"{where}: the template writes the tool call behind {facts.decode(span[-1:])!r}, at which generation stops")
+            raise ProofFailed(
+                f"{where}: the template writes the tool call behind {facts.decode(span[-1:])!r}, at which generation stops"
+            )
         if lost is not None:
-            raise ProofFailed(f"{where}: {lost} in what the template writes, {text[:80]!r}: set chat.chat_template to one that writes it")
+            raise ProofFailed(
+                f"{where}: {lost} in what the template writes, {text[:80]!r}: set chat.chat_template to one that writes it"
+            )
         if find_content(text, message["content"]) < 0:
-            raise ProofFailed(f"{where}: the template drops the text beside the tool call, {message['content'][:60]!r}")
+            raise ProofFailed(
+                f"{where}: the template drops the text beside the tool call, {message['content'][:60]!r}"
+            )
         return
     before, after = block
     if text.strip().startswith(before) and text.strip().endswith(after):
@@ -158,18 +207,28 @@ def prove_bos(facts: Facts, ids: Sequence[int]) -> None:
     count = list(ids).count(bos)
     if facts.bos == "turns":
         if len(ids) > 1 and ids[0] == ids[1] == bos:
-            raise ProofFailed("BOS stands twice at the start; expected once: take it out of the template")
+            raise ProofFailed(
+                "BOS stands twice at the start; expected once: take it out of the template"
+            )
     elif facts.bos == "first" and (count != 1 or ids[0] != bos):
         place = "at the start" if count and ids[0] == bos else "not at the start"
         raise ProofFailed(
             f"BOS stands {count} times, {place if count else 'nowhere'}; expected once, at the start: "
-            + ("take one out of the template, or the text" if count else "the template must begin with {{ bos_token }}")
+            + (
+                "take one out of the template, or the text"
+                if count
+                else "the template must begin with {{ bos_token }}"
+            )
         )
     elif facts.bos == "none" and count:
-        raise ProofFailed(f"BOS stands {count} times; neither the tokenizer nor the template puts it: take it out of the text")
+        raise ProofFailed(
+            f"BOS stands {count} times; neither the tokenizer nor the template puts it: take it out of the text"
+        )
 
 
-def prove_contents(text: str, messages: Messages, tools: Sequence[Mapping[str, Any]] | None) -> None:
+def prove_contents(
+    text: str, messages: Messages, tools: Sequence[Mapping[str, Any]] | None
+) -> None:
     """Raise ProofFailed unless every turn's content and calls stand in the rendered text, in order, and so do the tools.
 
     A system turn and tools may stand anywhere: some templates put them into the last user turn. Thinking of earlier
@@ -189,7 +248,9 @@ def prove_contents(text: str, messages: Messages, tools: Sequence[Mapping[str, A
         if found < 0 and role == "assistant" and find_content(_plain(text), _plain(content)) >= 0:
             found = position
         if found < 0 and message.get("tool_calls"):
-            raise ProofFailed(f"messages[{index}] (assistant): the template drops the text beside the tool call, {content[:60]!r}")
+            raise ProofFailed(
+                f"messages[{index}] (assistant): the template drops the text beside the tool call, {content[:60]!r}"
+            )
         if found < 0:
             raise ProofFailed(dropped(index, role, content, text))
         if message.get("tool_calls"):
@@ -200,7 +261,9 @@ def prove_contents(text: str, messages: Messages, tools: Sequence[Mapping[str, A
     for tool in tools or []:
         lost = _lost_tool(text, tool)
         if lost:
-            raise ProofFailed(f"tools: the template drops {lost}: remove the tools, or set chat.chat_template to one that writes them")
+            raise ProofFailed(
+                f"tools: the template drops {lost}: remove the tools, or set chat.chat_template to one that writes them"
+            )
 
 
 def _lost_call(text: str, message: Mapping[str, Any]) -> str | None:
@@ -229,7 +292,9 @@ def dropped(index: int, role: str, content: str, text: str) -> str:
         "system": "set chat.system_turn: user, which puts it into the first user turn",
         "tool": "the template has no tool turns; set chat.chat_template to one that has",
     }
-    return f"{where}: the template drops this turn, {content[:60]!r}: " + advice.get(role, "set chat.chat_template to one that keeps it")
+    return f"{where}: the template drops this turn, {content[:60]!r}: " + advice.get(
+        role, "set chat.chat_template to one that keeps it"
+    )
 
 
 def _lost_tool(text: str, tool: Mapping[str, Any]) -> str | None:

@@ -13,11 +13,37 @@ from functools import cached_property
 from typing import Any
 
 from ft_assets.chat.calls import FORMS, CallForm, missing_calls, shaped
-from ft_assets.chat.proofs import Block, Facts, Messages, ProofFailed, Rendered, find_content, prove, prove_bos, prove_contents
+from ft_assets.chat.proofs import (
+    Block,
+    Facts,
+    Messages,
+    ProofFailed,
+    Rendered,
+    find_content,
+    prove,
+    prove_bos,
+    prove_contents,
+)
 from ft_assets.chat.structure import CALL, PROBE, TOOL, Structures
-from ft_assets.chat.template import ANSWER, QUESTION, date_of, fold_system, frozen, prints_date
+from ft_assets.models.chat_template import (
+    ANSWER,
+    QUESTION,
+    date_of,
+    fold_system,
+    frozen,
+    prints_date,
+)
 
-__all__ = ["Facts", "ProofFailed", "Rendered", "Renderer", "fold_system", "prints_date", "prove", "render"]
+__all__ = [
+    "Facts",
+    "ProofFailed",
+    "Rendered",
+    "Renderer",
+    "fold_system",
+    "prints_date",
+    "prove",
+    "render",
+]
 
 Row = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -70,7 +96,10 @@ class Renderer:
 
     def train(self, rows: Sequence[Row]) -> list[list[Rendered] | ProofFailed]:
         """Return each row's training sequences: one, or one per supervised turn where the template rewrites earlier turns."""
-        plans = [self._attempt(self._text_plan if _is_text(row) else self._train_plans, row) for row in rows]
+        plans = [
+            self._attempt(self._text_plan if _is_text(row) else self._train_plans, row)
+            for row in rows
+        ]
         return self._finish(plans)
 
     def answers(self, rows: Sequence[Row]) -> list[tuple[list[int], list[int]] | ProofFailed]:
@@ -81,7 +110,12 @@ class Renderer:
                 found.append(done)
             else:
                 begin = done[0].supervised.index(True)
-                found.append((done[0].input_ids[:begin], done[0].input_ids[begin : done[0].supervised.count(True) + begin]))
+                found.append(
+                    (
+                        done[0].input_ids[:begin],
+                        done[0].input_ids[begin : done[0].supervised.count(True) + begin],
+                    )
+                )
         return found
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int] | ProofFailed]:
@@ -112,12 +146,20 @@ class Renderer:
                 tokenize=False,
                 chat_template=frozen(self.tokenizer.chat_template, self.day),
             )
-        except Exception as error:  # jinja raises its own classes, templates raise through raise_exception
+        except (
+            Exception
+        ) as error:  # jinja raises its own classes, templates raise through raise_exception
             raise ProofFailed(_refusal(error, messages)) from error
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of rendered texts, all in one call; a template writes BOS itself."""
-        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+        return (
+            self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
+                "input_ids"
+            ]
+            if texts
+            else []
+        )
 
     def _attempt(self, plan: Any, row: Row) -> Any:
         try:
@@ -127,9 +169,15 @@ class Renderer:
 
     def _train_plans(self, row: Row) -> list[_Plan]:
         messages, tools = row["messages"], row.get("tools")
-        turns = [index for index, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("train") is not False]
+        turns = [
+            index
+            for index, turn in enumerate(messages)
+            if turn["role"] == "assistant" and turn.get("train") is not False
+        ]
         if not turns:
-            raise ProofFailed("no turn to learn from: there is no assistant turn, or each says train: false")
+            raise ProofFailed(
+                "no turn to learn from: there is no assistant turn, or each says train: false"
+            )
         contexts = {index: self._context(messages, index, tools) for index in turns}
         upto = {index: self.text(messages[: index + 1], tools) for index in turns}
         for index in turns:
@@ -143,7 +191,9 @@ class Renderer:
         messages, tools = row["messages"], row.get("tools")
         last = len(messages) - 1
         if messages[last]["role"] != "assistant":
-            raise ProofFailed(f"messages[{last}] ({messages[last]['role']}): the last message must be the assistant's answer")
+            raise ProofFailed(
+                f"messages[{last}] ({messages[last]['role']}): the last message must be the assistant's answer"
+            )
         whole, context = self.text(messages, tools), self._context(messages, last, tools)
         self._prove_prefix(whole, context, last, messages)
         return [self._plan(messages, tools, whole, {last: context}, {last: whole})]
@@ -154,14 +204,27 @@ class Renderer:
         prove_contents(text, row["messages"], row.get("tools"))
         return text
 
-    def _plan(self, messages: Messages, tools: Tools, text: str, contexts: dict[int, str], upto: dict[int, str]) -> _Plan:
+    def _plan(
+        self,
+        messages: Messages,
+        tools: Tools,
+        text: str,
+        contexts: dict[int, str],
+        upto: dict[int, str],
+    ) -> _Plan:
         covered = [dict(turn) for turn in messages[: max(contexts) + 1]]
-        blocks = {index: block for index in contexts if any(block := self._block(messages, index, tools, contexts[index], upto[index]))}
+        blocks = {
+            index: block
+            for index in contexts
+            if any(block := self._block(messages, index, tools, contexts[index], upto[index]))
+        }
         return _Plan(text, covered, contexts, tools, blocks, upto)
 
     def _context(self, messages: Messages, index: int, tools: Tools) -> str:
         if index == 0:
-            raise ProofFailed("messages[0] (assistant): nothing stands before the answer; begin with a user turn, or say train: false")
+            raise ProofFailed(
+                "messages[0] (assistant): nothing stands before the answer; begin with a user turn, or say train: false"
+            )
         return self.text(messages[:index], tools, generation_prompt=True)
 
     def _prove_prefix(self, text: str, context: str, index: int, messages: Messages) -> None:
@@ -174,7 +237,12 @@ class Renderer:
                 "set chat.system_turn: user, which puts it into the first user turn"
             )
         at = next(
-            (place for place, (left, right) in enumerate(zip(text, context, strict=False)) if left != right), min(len(text), len(context))
+            (
+                place
+                for place, (left, right) in enumerate(zip(text, context, strict=False))
+                if left != right
+            ),
+            min(len(text), len(context)),
         )
         raise ProofFailed(
             f"messages[{index}] (assistant): the text before the answer differs from that given at generation: "
@@ -186,14 +254,20 @@ class Renderer:
         """Return whether a turn stands in the whole as it stood when it was last: up to the end of turn, nothing differs."""
         if not whole.startswith(context):
             return False
-        ends = [found + len(stop) for stop in self._stops() if (found := upto.find(stop, len(context))) >= 0]
+        ends = [
+            found + len(stop)
+            for stop in self._stops()
+            if (found := upto.find(stop, len(context))) >= 0
+        ]
         end = min(ends, default=len(upto))
         return whole[:end] == upto[:end]
 
     def _stops(self) -> list[str]:
         return [self.facts.decode([token]) for token in self.stop_ids]
 
-    def _block(self, messages: Messages, index: int, tools: Tools, context: str, upto: str) -> Block:
+    def _block(
+        self, messages: Messages, index: int, tools: Tools, context: str, upto: str
+    ) -> Block:
         """Return what the template writes between the context and the answer, and between it and the end of turn.
 
         It counts only if it is of markers, and the same whatever the answer is.
@@ -203,7 +277,9 @@ class Renderer:
         if turn.get("tool_calls") or not any(found) or found in self._blocks:
             return found if found in self._blocks else ("", "")
         probe = self.text([*messages[:index], {"role": "assistant", "content": ANSWER}], tools)
-        if self._around(probe[len(context) :], ANSWER) != found or not all(self._marked(part) for part in found if part):
+        if self._around(probe[len(context) :], ANSWER) != found or not all(
+            self._marked(part) for part in found if part
+        ):
             return ("", "")
         self._blocks.add(found)
         return found
@@ -219,31 +295,46 @@ class Renderer:
     def _marked(self, block: str) -> bool:
         """Return whether a block is of markers: between brackets, or with one of the vocabulary's added tokens."""
         bounded = block.startswith(("<", "[")) and block.endswith((">", "]"))
-        return bounded or any(token in self.tokenizer.added_tokens_decoder for token in self.encode([block])[0])
+        return bounded or any(
+            token in self.tokenizer.added_tokens_decoder for token in self.encode([block])[0]
+        )
 
     def _text_plan(self, row: Row) -> list[_Plan]:
         text, tokenizer = row["messages"][0]["content"], self.tokenizer
         if tokenizer.eos_token is None or tokenizer.eos_token_id not in self.facts.stop_ids:
-            raise ProofFailed(f"messages[0] (text): the tokenizer's EOS {tokenizer.eos_token!r} is no token at which generation stops")
+            raise ProofFailed(
+                f"messages[0] (text): the tokenizer's EOS {tokenizer.eos_token!r} is no token at which generation stops"
+            )
         return [_Plan(text, [dict(row["messages"][0])], {})]
 
     def _finish(self, plans: list[Any]) -> list[list[Rendered] | ProofFailed]:
         """Tokenize the texts of all plans at once, make the masks, and prove them."""
         sequences = [plan for row in plans if not isinstance(row, ProofFailed) for plan in row]
-        encoded = iter(self.encode([text for plan in sequences for text in (plan.text, *plan.contexts.values())]))
+        encoded = iter(
+            self.encode(
+                [text for plan in sequences for text in (plan.text, *plan.contexts.values())]
+            )
+        )
         finished: list[list[Rendered] | ProofFailed] = []
         for row in plans:
             if isinstance(row, ProofFailed):
                 finished.append(row)
                 continue
-            tokens = [(plan, next(encoded), {index: next(encoded) for index in plan.contexts}) for plan in row]
+            tokens = [
+                (plan, next(encoded), {index: next(encoded) for index in plan.contexts})
+                for plan in row
+            ]
             try:
-                finished.append([sequence for parts in tokens for sequence in self._sequences(*parts)])
+                finished.append(
+                    [sequence for parts in tokens for sequence in self._sequences(*parts)]
+                )
             except ProofFailed as problem:
                 finished.append(problem)
         return finished
 
-    def _sequences(self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]]) -> list[Rendered]:
+    def _sequences(
+        self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]]
+    ) -> list[Rendered]:
         """Return the proven sequences of a plan: one, or one per turn where a token would reach from a context into its answer.
 
         At generation the context is tokenized alone, so then the answer is too.
@@ -260,19 +351,34 @@ class Renderer:
                 found.append(self._sequence(alone, whole, {index: contexts[index]}))
                 continue
             joined = contexts[index] + tail
-            if self.facts.decode(joined) != self.facts.decode(whole):  # tokenizers that put a space before a text
+            if self.facts.decode(joined) != self.facts.decode(
+                whole
+            ):  # tokenizers that put a space before a text
                 joined = whole
             found.append(self._sequence(alone, joined, {index: contexts[index]}, apart=True))
         return found
 
-    def _sequence(self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]], apart: bool = False) -> Rendered:
+    def _sequence(
+        self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]], apart: bool = False
+    ) -> Rendered:
         supervised = [False] * len(ids)
         for context in contexts.values():
             begin = len(context)
-            end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in self.facts.stop_ids), len(ids))
+            end = next(
+                (
+                    place + 1
+                    for place in range(begin, len(ids))
+                    if ids[place] in self.facts.stop_ids
+                ),
+                len(ids),
+            )
             supervised[begin:end] = [True] * (end - begin)
         rendered = Rendered(
-            ids, supervised, len(plan.messages), tuple(sorted({part for block in plan.blocks.values() for part in block if part})), apart
+            ids,
+            supervised,
+            len(plan.messages),
+            tuple(sorted({part for block in plan.blocks.values() for part in block if part})),
+            apart,
         )
         prove(self.facts, rendered, plan.messages, contexts, plan.blocks)
         self._structures.prove(plan.messages, bool(plan.tools))
@@ -284,12 +390,18 @@ class Renderer:
         tokenizer = self.tokenizer
         stray = next((token for token in ids if token in self.facts.stop_ids), None)
         if stray is not None:
-            raise ProofFailed(f"messages[0] (text): holds {self.facts.decode([stray])!r}, at which generation stops; take it out")
+            raise ProofFailed(
+                f"messages[0] (text): holds {self.facts.decode([stray])!r}, at which generation stops; take it out"
+            )
         if self.facts.decode(ids).strip() != plan.text.strip():
-            raise ProofFailed(f"messages[0] (text): decodes to {self.facts.decode(ids)[:80]!r}, not to {plan.text[:80]!r}")
+            raise ProofFailed(
+                f"messages[0] (text): decodes to {self.facts.decode(ids)[:80]!r}, not to {plan.text[:80]!r}"
+            )
         bos = tokenizer.bos_token_id
         if bos is not None and bos in ids:
-            raise ProofFailed(f"messages[0] (text): holds BOS, {self.facts.decode([bos])!r}, which is put before the text; take it out")
+            raise ProofFailed(
+                f"messages[0] (text): holds BOS, {self.facts.decode([bos])!r}, which is put before the text; take it out"
+            )
         whole = [*([bos] if self._own_bos() else []), *ids, int(tokenizer.eos_token_id)]
         return Rendered(whole, [True] * len(whole), 1)
 
@@ -306,7 +418,9 @@ class Renderer:
         self._form = form
         try:
             context, text = self.text(PROBE[:1], [TOOL], True), self.text(PROBE[:2], [TOOL])
-            return missing_calls(text[len(context) :], [CALL]) is None and bool(self.text(PROBE, [TOOL], True))
+            return missing_calls(text[len(context) :], [CALL]) is None and bool(
+                self.text(PROBE, [TOOL], True)
+            )
         except ProofFailed:
             return False
 
@@ -316,7 +430,11 @@ class Renderer:
 
     def _bos_use(self) -> Any:
         bos = self.tokenizer.bos_token_id
-        turns = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": QUESTION})
+        turns = (
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+            {"role": "user", "content": QUESTION},
+        )
         counts = []
         for count in (1, 2, 3):
             try:
@@ -340,11 +458,16 @@ def _sent(turn: Mapping[str, Any]) -> dict[str, Any]:
 def _refusal(error: Exception, messages: Messages) -> str:
     reason = f"the template refuses the conversation: {' '.join(str(error).split())[:200]}"
     if messages and messages[0]["role"] == "system" and "system" in str(error).lower():
-        return reason + ": set chat.system_turn: user, which puts the system turn into the first user turn"
+        return (
+            reason
+            + ": set chat.system_turn: user, which puts the system turn into the first user turn"
+        )
     return reason
 
 
-def render(tokenizer: Any, messages: Messages, generation_prompt: bool = False, tools: Tools = None) -> list[int]:
+def render(
+    tokenizer: Any, messages: Messages, generation_prompt: bool = False, tools: Tools = None
+) -> list[int]:
     """Return the token ids that the template makes of messages, unproven. Raises ProofFailed with its own reason."""
     renderer = Renderer(tokenizer, frozenset())
     return renderer.encode([renderer.text(messages, tools, generation_prompt)])[0]
@@ -356,5 +479,7 @@ def render_supervised(tokenizer: Any, messages: Messages, stop_ids: frozenset[in
     if isinstance(done, ProofFailed):
         raise done
     if len(done) > 1:
-        raise ProofFailed("the template rewrites earlier turns once later turns follow: the conversation is one sequence per turn")
+        raise ProofFailed(
+            "the template rewrites earlier turns once later turns follow: the conversation is one sequence per turn"
+        )
     return done[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ft_assets.chat.proofs import Messages, ProofFailed, prove_contents
-from ft_assets.chat.template import QUESTION
+from ft_assets.models.chat_template import QUESTION
 
 TOOL = {
     "type": "function",
@@ -27,7 +27,10 @@ TOOL = {
 }
 CALL = {
     "type": "function",
-    "function": {"name": "zqfunction", "arguments": {"zqtext": 'zq "quoted" value', "zqflag": True, "zqlist": ["zqone"]}},
+    "function": {
+        "name": "zqfunction",
+        "arguments": {"zqtext": 'zq "quoted" value', "zqflag": True, "zqlist": ["zqone"]},
+    },
 }
 PROBE = (
     {"role": "user", "content": QUESTION},
@@ -46,7 +49,10 @@ class Structures:
     def prove(self, messages: Messages, tools: bool, generation_prompt: bool = False) -> None:
         """Raise ProofFailed if the template drops a turn of such a conversation, or its tools."""
         key = (
-            tuple((turn["role"], bool(turn["content"].strip()), len(turn.get("tool_calls", ()))) for turn in messages),
+            tuple(
+                (turn["role"], bool(turn["content"].strip()), len(turn.get("tool_calls", ())))
+                for turn in messages
+            ),
             tools,
             generation_prompt,
         )
@@ -67,7 +73,13 @@ def _probed(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
     probe = {**turn, "content": f"zqturn{index}end" if turn["content"].strip() else turn["content"]}
     if calls := turn.get("tool_calls"):
         probe["tool_calls"] = [
-            {**call, "function": {"name": "zqfunction", "arguments": {"zqtext": f"zqvalue{index}number{number}"}}}
+            {
+                **call,
+                "function": {
+                    "name": "zqfunction",
+                    "arguments": {"zqtext": f"zqvalue{index}number{number}"},
+                },
+            }
             for number, call in enumerate(calls)
         ]
     return probe
@@ -76,4 +88,8 @@ def _probed(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
 def _in_general(problem: str) -> str:
     """Return a problem of probed messages in words about any messages of the same roles."""
     problem = re.sub(r", 'zqturn\d+end'", "", problem)
-    return re.sub(r"the (?:description of the |parameter \w+ of the )?tool zqfunction", "the tools, or a part of what they are", problem)
+    return re.sub(
+        r"the (?:description of the |parameter \w+ of the )?tool zqfunction",
+        "the tools, or a part of what they are",
+        problem,
+    )

@@ -19,5 +19,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except InfrastructureFault as error:
-        print(f"error: {error}\n  to do:    nothing is wrong with the project; try again when it answers", file=sys.stderr)
+        print(
+            f"error: {error}\n  to do:    nothing is wrong with the project; try again when it answers",
+            file=sys.stderr,
+        )
         sys.exit(TRY_AGAIN)

@@ -49,14 +49,24 @@ def select(defs: Any, text: str) -> list[Any]:
         try:
             keys |= dg.AssetSelection.from_string(part.strip()).resolve(graph)
         except Exception as error:  # Dagster's own parse errors have no common class
-            known = ", ".join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))
-            raise FtError(f"--asset {part}", str(error).splitlines()[0], "assets or selections, by commas", f"assets: {known}") from None
+            known = ", ".join(
+                sorted(key.to_user_string() for key in graph.materializable_asset_keys)
+            )
+            raise FtError(
+                where=f"--asset {part}",
+                found=str(error).splitlines()[0],
+                expected="assets or selections, by commas",
+                fix=f"assets: {known}",
+            ) from None
     chosen = [key for key in keys if key in graph.materializable_asset_keys]
     if not chosen:  # Dagster takes an empty selection for the whole graph
         names = ", ".join(sorted(key.to_user_string() for key in keys)) or "nothing"
         known = ", ".join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))
         raise FtError(
-            f"--asset {text}", f"selects {names}: there is nothing to make", "at least one asset that is made", f"assets: {known}"
+            where=f"--asset {text}",
+            found=f"selects {names}: there is nothing to make",
+            expected="at least one asset that is made",
+            fix=f"assets: {known}",
         )
     return chosen
 

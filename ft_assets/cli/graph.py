@@ -14,11 +14,20 @@ INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
 
 @app.command()
 def run(
-    base: Annotated[list[str] | None, typer.Option("--base", help="Base model; all by default.")] = None,
+    base: Annotated[
+        list[str] | None, typer.Option("--base", help="Base model; all by default.")
+    ] = None,
     asset: Annotated[
-        str, typer.Option("--asset", help="Assets or selections by commas, e.g. 'eval_report,merged_model' or 'lora_adapter+'.")
+        str,
+        typer.Option(
+            "--asset",
+            help="Assets or selections by commas, e.g. 'eval_report,merged_model' or 'lora_adapter+'.",
+        ),
     ] = "*",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects, one a base model: what came of it.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print a list of objects, one a base model: what came of it."),
+    ] = False,
 ) -> None:
     """Materialize assets; steps whose inputs did not change are reused."""
     project = graph_project()
@@ -29,13 +38,16 @@ def run(
 
     from ft_assets.artifacts import open_store
     from ft_assets.commands.outcome import outcome_of
-    from ft_assets.console import failures, interrupted
     from ft_assets.definitions import defs
-    from ft_assets.runs.own import end_dead_runs, new_run
+    from ft_assets.orchestration.console import failures, interrupted
+    from ft_assets.runs.in_process import end_dead_runs, new_run
 
     instance = dg.DagsterInstance.get()
     for run_id in end_dead_runs(instance):
-        print(f"run {run_id[:8]} was killed; a training goes on from its last checkpoint", file=sys.stderr)
+        print(
+            f"run {run_id[:8]} was killed; a training goes on from its last checkpoint",
+            file=sys.stderr,
+        )
     job = defs.resolve_implicit_global_asset_job_def()
     keys = select(defs, asset)
     partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)
@@ -53,7 +65,10 @@ def run(
             tags={**tags, **({"ft/base_model": name} if name else {})},
         )
         if interrupted(outcome.all_events):
-            print("\ninterrupted: a training goes on from its last checkpoint at the next ft run", file=sys.stderr)
+            print(
+                "\ninterrupted: a training goes on from its last checkpoint at the next ft run",
+                file=sys.stderr,
+            )
             raise typer.Exit(INTERRUPTED)
         if not outcome.success:
             failed.append(name or asset)
@@ -61,19 +76,33 @@ def run(
         outcomes.append(outcome_of(name, outcome))
     board = dg.AssetKey("leaderboard")
     shown = len(names) > 1 or open_store(project).current("leaderboard", None) is not None
-    if failed and board in keys and shown:  # what failed must stand in it, and skipped it in its own run
-        job.execute_in_process(instance=instance, asset_selection=[board], raise_on_error=False, run_config={"loggers": {"console": {}}})
+    if (
+        failed and board in keys and shown
+    ):  # what failed must stand in it, and skipped it in its own run
+        job.execute_in_process(
+            instance=instance,
+            asset_selection=[board],
+            raise_on_error=False,
+            run_config={"loggers": {"console": {}}},
+        )
     if as_json:
         print(json.dumps(outcomes, indent=1))
     if failed:
-        print(f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)", file=sys.stderr)
+        print(
+            f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)
 
 
 @app.command("plan")
 def plan_run(
-    base: Annotated[list[str] | None, typer.Option("--base", help="Base model; all by default.")] = None,
-    asset: Annotated[str, typer.Option("--asset", help="Assets or selections by commas, as in ft run.")] = "*",
+    base: Annotated[
+        list[str] | None, typer.Option("--base", help="Base model; all by default.")
+    ] = None,
+    asset: Annotated[
+        str, typer.Option("--asset", help="Assets or selections by commas, as in ft run.")
+    ] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
     """Say what `ft run` would do and why, and how long it took the last time. Makes nothing. Exit code 1 if a step would be refused."""
@@ -81,8 +110,8 @@ def plan_run(
     names = chosen(project, base)
     dagster_home(project)
     quiet()
-    from ft_assets.assets.plan import REFUSED, plan, table
     from ft_assets.definitions import build
+    from ft_assets.orchestration.run_plan import REFUSED, plan, table
 
     keys = select(build(project), asset)
     steps = {name: plan(project, build, keys, name) for name in names}
@@ -95,7 +124,9 @@ def plan_run(
 
 
 @app.command()
-def status(as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False) -> None:
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False,
+) -> None:
     """Say what has been made, when, and its key number; and how large the store is. What is out of date: ft plan."""
     project = graph_project()
     quiet()
@@ -104,7 +135,12 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print an object
     from ft_assets.definitions import build
 
     graph = build(project).resolve_asset_graph()
-    keys = [key for level in graph.toposorted_asset_keys_by_level for key in sorted(level) if key in graph.materializable_asset_keys]
+    keys = [
+        key
+        for level in graph.toposorted_asset_keys_by_level
+        for key in sorted(level)
+        if key in graph.materializable_asset_keys
+    ]
     found = look(project, [(key.to_user_string(), graph.get(key).is_partitioned) for key in keys])
     print(json.dumps(found.to_dict(), indent=1) if as_json else table(found))
 
@@ -113,10 +149,17 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print an object
 def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
     host_name: Annotated[
-        list[str] | None, typer.Option("--host-name", help="The Host of a proxy before it, e.g. graph.example.org. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--host-name", help="The Host of a proxy before it, e.g. graph.example.org. Repeatable."
+        ),
     ] = None,
     read_only: Annotated[
-        bool, typer.Option("--read-only", help="For looking only: nothing can be started, and nothing runs by itself.")
+        bool,
+        typer.Option(
+            "--read-only",
+            help="For looking only: nothing can be started, and nothing runs by itself.",
+        ),
     ] = False,
 ) -> None:
     """Open the Dagster UI (webserver and daemon) on the instance that `ft run` fills. Bound to this machine only."""

@@ -14,8 +14,12 @@ from ft_assets.config import load_project
 @app.command()
 def report(
     base: Annotated[str | None, typer.Option("--base", help="Base model; all by default.")] = None,
-    page: Annotated[bool, typer.Option("--page", help="Print the path of the HTML page instead.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print an object, {base model: its report}.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Print the path of the HTML page instead.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print an object, {base model: its report}.")
+    ] = False,
 ) -> None:
     """Print the evaluation report, or where its HTML page lies."""
     from ft_assets.artifacts import open_store
@@ -23,8 +27,19 @@ def report(
     project = load_project()
     store = open_store(project)
     if as_json:
-        folders = {name: store.need("eval_report", name).path for name in chosen(project, [base] if base else None)}
-        print(json.dumps({name: json.loads((folder / "report.json").read_text()) for name, folder in folders.items()}, indent=1))
+        folders = {
+            name: store.need("eval_report", name).path
+            for name in chosen(project, [base] if base else None)
+        }
+        print(
+            json.dumps(
+                {
+                    name: json.loads((folder / "report.json").read_text())
+                    for name, folder in folders.items()
+                },
+                indent=1,
+            )
+        )
         return
     for name in chosen(project, [base] if base else None):
         folder = store.need("eval_report", name).path
@@ -33,12 +48,19 @@ def report(
 
 @app.command()
 def chat(
-    message: Annotated[str | None, typer.Argument(help="One message; without it, a conversation line by line.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Base model; the first by default.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System turn; by default the one of the training data.")] = None,
+    message: Annotated[
+        str | None, typer.Argument(help="One message; without it, a conversation line by line.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model; the first by default.")
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="System turn; by default the one of the training data."),
+    ] = None,
 ) -> None:
     """Talk to the base, the champion and the challenger side by side."""
-    from ft_assets.chat.side_by_side import SideBySide
+    from ft_assets.commands.chat import SideBySide
 
     project = load_project()
     name = base or next(iter(project.base_models))
@@ -54,12 +76,16 @@ def chat(
 
 @app.command()
 def release(
-    base: Annotated[list[str] | None, typer.Option("--base", help="Base model; all by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print an object, {base model: its release}.")] = False,
+    base: Annotated[
+        list[str] | None, typer.Option("--base", help="Base model; all by default.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print an object, {base model: its release}.")
+    ] = False,
 ) -> None:
     """Say which model is released, why, and what was before. Exit code 1 if nothing is released."""
     from ft_assets.artifacts import open_store
-    from ft_assets.release.former import need_champion
+    from ft_assets.release.lookup import need_champion
 
     project = load_project()
     store, found = open_store(project), dict[str, Any]()
@@ -71,7 +97,10 @@ def release(
                 print(f"{name}: nothing is released\n")
             continue
         path = need_champion(store, name, f"release[{name}]")[1].path
-        found[name] = {**json.loads((released.path / "release.json").read_text()), "path": str(path)}
+        found[name] = {
+            **json.loads((released.path / "release.json").read_text()),
+            "path": str(path),
+        }
         if not as_json:
             print(f"{name}: {path}\n\n{(released.path / 'release.md').read_text()}")
     if as_json:
@@ -82,7 +111,9 @@ def release(
 
 @app.command()
 def export(
-    base: Annotated[str | None, typer.Option("--base", help="Base model; the first by default.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model; the first by default.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False,
 ) -> None:
     """Say which serving forms were exported (release.forms), where they lie, and how far each agrees with the merged model."""
@@ -93,22 +124,35 @@ def export(
     project.base_model(name)
     folder = open_store(project).need("export", name).path
     if as_json:
-        print(json.dumps({**json.loads((folder / "export.json").read_text()), "path": str(folder)}, indent=1, ensure_ascii=False))
+        print(
+            json.dumps(
+                {**json.loads((folder / "export.json").read_text()), "path": str(folder)},
+                indent=1,
+                ensure_ascii=False,
+            )
+        )
     else:
         print(f"{folder}\n\n{(folder / 'README.md').read_text()}")
 
 
 @app.command()
 def serve(
-    base: Annotated[str | None, typer.Option("--base", help="Base model; the first by default.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model; the first by default.")
+    ] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000,
-    engine: Annotated[str | None, typer.Option("--engine", help="vllm or transformers; by default what is installed.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what would be started, and start nothing.")] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="vllm or transformers; by default what is installed."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what would be started, and start nothing.")
+    ] = False,
 ) -> None:
     """Serve the released model for a try: an OpenAI-compatible endpoint on this machine only. Refuses without a release."""
     from ft_assets.artifacts import open_store, verify_files
-    from ft_assets.release.former import need_champion
-    from ft_assets.release.serving import LOOPBACK, choose_engine, serve_command
+    from ft_assets.export.serving import LOOPBACK, choose_engine, serve_command
+    from ft_assets.release.lookup import need_champion
 
     project = load_project()
     name = base or next(iter(project.base_models))
@@ -118,7 +162,12 @@ def serve(
     chosen_engine = choose_engine(engine)
     command, url = serve_command(chosen_engine, model.path, port), f"http://{LOOPBACK}:{port}/v1"
     if as_json:
-        print(json.dumps({"model": str(model.path), "engine": chosen_engine, "url": url, "command": command}, indent=1))
+        print(
+            json.dumps(
+                {"model": str(model.path), "engine": chosen_engine, "url": url, "command": command},
+                indent=1,
+            )
+        )
         return
     print(f"{name} by {chosen_engine} at {url}, model {model.path}; Ctrl-C ends", file=sys.stderr)
     try:

@@ -13,31 +13,53 @@ from ft_assets.config import load_project
 
 @app.command()
 def init(
-    data_file: Annotated[Path, typer.Argument(help="A file of conversations; its rows say what the task is.")],
+    data_file: Annotated[
+        Path, typer.Argument(help="A file of conversations; its rows say what the task is.")
+    ],
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", help="Hub id, folder, or GGUF file (package://package/file.gguf: in an installed package); a demo model by default."
+            "--base",
+            help="Hub id, folder, or GGUF file (package://package/file.gguf: in an installed package); a demo model by default.",
         ),
     ] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Where finetune.yaml is written.")] = Path(),
-    prompt: Annotated[str | None, typer.Option(help="The column that holds the prompt, if its name is not recognised.")] = None,
-    completion: Annotated[str | None, typer.Option(help="The column that holds the answer, if its name is not recognised.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print an object: the file, the rows' shape, what cannot be used.")] = False,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The column that holds the prompt, if its name is not recognised."),
+    ] = None,
+    completion: Annotated[
+        str | None,
+        typer.Option(help="The column that holds the answer, if its name is not recognised."),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print an object: the file, the rows' shape, what cannot be used."
+        ),
+    ] = False,
 ) -> None:
     """Write a first finetune.yaml for a data file, and say what its rows look like. Overwrites nothing."""
     from ft_assets.commands.init import facts, said, write_project
 
-    columns = {ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if theirs}
+    columns = {
+        ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if theirs
+    }
     written = write_project(data_file, base, folder, columns)
     print(json.dumps(facts(*written), indent=1, ensure_ascii=False) if as_json else said(*written))
 
 
 @app.command()
 def gc(
-    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions of each asset stay.")] = 2,
-    apply: Annotated[bool, typer.Option("--apply", help="Delete; without it, only say what would go.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects: what goes, or would go.")] = False,
+    keep: Annotated[
+        int, typer.Option(min=1, help="How many of the newest versions of each asset stay.")
+    ] = 2,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Delete; without it, only say what would go.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list of objects: what goes, or would go.")
+    ] = False,
 ) -> None:
     """Remove old versions and leftovers from the store. What is current, and what it was made from, always stays."""
     from ft_assets.artifacts import open_store
@@ -46,7 +68,15 @@ def gc(
     store = open_store(load_project())
     going, unreadable = removals(store, keep)
     if as_json:
-        print(json.dumps([{"path": str(one.path), "what": one.what, "why": one.why, "bytes": one.bytes} for one in going], indent=1))
+        print(
+            json.dumps(
+                [
+                    {"path": str(one.path), "what": one.what, "why": one.why, "bytes": one.bytes}
+                    for one in going
+                ],
+                indent=1,
+            )
+        )
     else:
         print(table(going))
     for path in unreadable:
@@ -62,13 +92,18 @@ def gc(
                 print(f"left alone: {removal.what}: in use meanwhile", file=sys.stderr)
         except OSError as error:
             failed = True
-            print(f"error: {removal.path}: cannot be deleted ({error.strerror}); check its permissions", file=sys.stderr)
+            print(
+                f"error: {removal.path}: cannot be deleted ({error.strerror}); check its permissions",
+                file=sys.stderr,
+            )
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
     """Look at the machine, finetune.yaml, the data files and the base models: what is wrong, and what to do. Makes nothing."""
     quiet()
     from ft_assets.commands.checkup import FAIL, table

@@ -68,7 +68,9 @@ def _keys(answer: str) -> list[str]:
         raise ValueError(name)
 
     try:
-        value = json.loads(answer, parse_constant=refuse)  # NaN is no JSON: the metric refuses it too
+        value = json.loads(
+            answer, parse_constant=refuse
+        )  # NaN is no JSON: the metric refuses it too
     except (ValueError, RecursionError):
         return []
     return list(value) if isinstance(value, dict) and all(value) else []

@@ -30,12 +30,18 @@ def source(name: str, settings: BaseModelSettings, root: Path) -> Iterator[Check
         if magic == b"GGUF":
             yield ok(label, f"{settings.gguf}, {in_bytes(path.stat().st_size)}")
         else:
-            yield fail(label, f"{path} is no GGUF file (it begins with {magic!r})", "download it again, whole")
+            yield fail(
+                label,
+                f"{path} is no GGUF file (it begins with {magic!r})",
+                "download it again, whole",
+            )
     else:
         folder = locate_folder(name, settings.folder or "", root)
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
-            yield fail(label, f"{folder} holds no weights", "put its .safetensors files beside config.json")
+            yield fail(
+                label, f"{folder} holds no weights", "put its .safetensors files beside config.json"
+            )
         else:
             yield ok(label, f"{folder}, {in_bytes(size(folder))}")
 
@@ -49,7 +55,9 @@ def _hub(label: str, settings: BaseModelSettings) -> Check:
     pinned = revision is not None and len(revision) == COMMIT_LENGTH
     if cached and pinned:
         return ok(label, said)
-    offline = "put it into a folder, or unset HF_HUB_OFFLINE" + ("; a commit as its revision needs no hub" if cached else "")
+    offline = "put it into a folder, or unset HF_HUB_OFFLINE" + (
+        "; a commit as its revision needs no hub" if cached else ""
+    )
     if constants.is_offline_mode():
         return fail(label, f"{said}, and HF_HUB_OFFLINE is set", offline)
     try:
@@ -57,13 +65,17 @@ def _hub(label: str, settings: BaseModelSettings) -> Check:
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         reached = getattr(getattr(error, "response", None), "status_code", None) is not None
         advice = (
-            "check the id and the revision; for a gated or private model accept its licence and set HF_TOKEN" if reached else ALTERNATIVES
+            "check the id and the revision; for a gated or private model accept its licence and set HF_TOKEN"
+            if reached
+            else ALTERNATIVES
         )
         what = "is refused" if reached else "cannot be reached"
         return fail(label, f"{said}; {constants.ENDPOINT} {what} ({first_line(error)})", advice)
     if gated and get_token() is None:
         return fail(
-            label, f"{said}; it is gated and there is no token", "accept its licence on the hub and set HF_TOKEN in the environment"
+            label,
+            f"{said}; it is gated and there is no token",
+            "accept its licence on the hub and set HF_TOKEN in the environment",
         )
     return ok(label, f"{said}, the hub answers{', gated and open to this token' if gated else ''}")
 
@@ -74,7 +86,9 @@ def _gated(hub: str, revision: str | None, token: str | None) -> bool:
 
     info = HfApi().model_info(hub, revision=revision, timeout=PATIENCE_SECONDS)
     if info.gated and token:
-        get_hf_file_metadata(hf_hub_url(hub, "config.json", revision=revision), token=token, timeout=PATIENCE_SECONDS)
+        get_hf_file_metadata(
+            hf_hub_url(hub, "config.json", revision=revision), token=token, timeout=PATIENCE_SECONDS
+        )
     return bool(info.gated)
 
 
@@ -104,10 +118,18 @@ def licence(name: str, settings: BaseModelSettings, project: Project) -> Iterato
         if found := _card_licence(folder / "README.md"):
             yield ok(label, found)
             return
-    if settings.gguf and settings.gguf.startswith(PACKAGE) and (found := _package_licence(settings.gguf)):
+    if (
+        settings.gguf
+        and settings.gguf.startswith(PACKAGE)
+        and (found := _package_licence(settings.gguf))
+    ):
         yield ok(label, found)
         return
-    yield warn(label, "no model card says which", "read the licence where the model is from before you give a merged model away")
+    yield warn(
+        label,
+        "no model card says which",
+        "read the licence where the model is from before you give a merged model away",
+    )
 
 
 def _card_licence(card: Path) -> str | None:
@@ -160,10 +182,18 @@ def template(name: str, settings: BaseModelSettings, project: Project) -> Iterat
 
 def has_template(folder: Path) -> bool:
     """Return whether a folder's tokenizer has a chat template, without loading it."""
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file() or (folder / "chat_templates").is_dir():
+    if (
+        (folder / "chat_template.jinja").is_file()
+        or (folder / "chat_template.json").is_file()
+        or (folder / "chat_templates").is_dir()
+    ):
         return True
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+        return bool(
+            json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(
+                "chat_template"
+            )
+        )
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -27,7 +27,9 @@ class BaseSource:
         """Return the source; paths become relative to `folder`. Raises ModelError, ConfigError."""
         given = base or DEFAULT
         if given.startswith(PACKAGE):
-            return cls(_name(Path(given).stem), "gguf", given, base is None, _missing(given, folder))
+            return cls(
+                _name(Path(given).stem), "gguf", given, base is None, _missing(given, folder)
+            )
         if given.lower().endswith(".gguf"):
             locate_gguf("--base", str(Path(given).resolve()), folder)
             return cls(_name(Path(given).stem), "gguf", _relative(given, folder))
@@ -35,12 +37,17 @@ class BaseSource:
             locate_folder("--base", str(Path(given).resolve()), folder)
             return cls(_name(Path(given).resolve().name), "folder", _relative(given, folder))
         if HUB_ID.fullmatch(given):
-            return cls(_name(given.rpartition("/")[2]), "hub", given, note=f"{given} is no folder here, so it is taken for a hub id")
+            return cls(
+                _name(given.rpartition("/")[2]),
+                "hub",
+                given,
+                note=f"{given} is no folder here, so it is taken for a hub id",
+            )
         raise ConfigError(
-            f"--base {given}",
-            "is no hub id, folder or GGUF file",
-            "e.g. Qwen/Qwen3-0.6B, models/mine, model.gguf or package://package/file.gguf",
-            "correct it, or leave --base out for a small demo model",
+            where=f"--base {given}",
+            found="is no hub id, folder or GGUF file",
+            expected="e.g. Qwen/Qwen3-0.6B, models/mine, model.gguf or package://package/file.gguf",
+            fix="correct it, or leave --base out for a small demo model",
         )
 
 

@@ -52,9 +52,21 @@ def guarded(name: str, look: Callable[[], Iterable[Check]]) -> Iterator[Check]:
             for check in look():
                 done.append(check)
     except FtError as error:
-        done.append(fail(name, f"{error.where}: {error.found}", "; ".join(text for text in (error.expected, error.fix) if text)))
+        done.append(
+            fail(
+                name,
+                f"{error.where}: {error.found}",
+                "; ".join(text for text in (error.expected, error.fix) if text),
+            )
+        )
     except Exception as error:  # a doctor that falls ill helps nobody
-        done.append(fail(name, first_line(error), "this should have been looked at without an error; ft run may say more"))
+        done.append(
+            fail(
+                name,
+                first_line(error),
+                "this should have been looked at without an error; ft run may say more",
+            )
+        )
     yield from done
 
 
@@ -88,4 +100,6 @@ def table(checks: Iterable[Check]) -> str:
         if check.advice:
             lines.append(f"  {'':<{wide}}  to do: {check.advice}")
     counts = {state: sum(check.state == state for check in checks) for state in (OK, WARN, FAIL)}
-    return "\n".join([*lines, "", f"{counts[OK]} ok, {counts[WARN]} to look at, {counts[FAIL]} failed"])
+    return "\n".join(
+        [*lines, "", f"{counts[OK]} ok, {counts[WARN]} to look at, {counts[FAIL]} failed"]
+    )

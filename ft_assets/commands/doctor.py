@@ -6,11 +6,13 @@ from pathlib import Path
 
 from ft_assets.commands import base_checks, machine
 from ft_assets.commands.checkup import FAIL, Check, fail, guarded, ok, warn
-from ft_assets.commands.launcher_check import launcher_check
 from ft_assets.commands.store_view import in_bytes
 from ft_assets.config import CONFIG_NAME, DataSettings, Project, find_config, load_project
-from ft_assets.data.formats import resolve_files
+from ft_assets.config.launcher import AnyLauncher
+from ft_assets.data.file_formats import resolve_files
 from ft_assets.errors import FtError
+from ft_assets.launchers import make_launcher
+from ft_assets.launchers.cluster import ClusterLauncher, NoAnswer
 
 
 def examine() -> list[Check]:
@@ -24,7 +26,11 @@ def examine() -> list[Check]:
     quantized = any(project.recipe(name).lora.method == "qlora" for name in project.base_models)
     checks += guarded("bitsandbytes", partial(machine.bitsandbytes, quantized))
     checks += guarded("disk", partial(machine.disk, project.store_path))
-    checks += [config, *guarded("launcher", lambda: [launcher_check(project.launcher, project.root)]), *_data(project)]
+    checks += [
+        config,
+        *guarded("launcher", lambda: [launcher_check(project.launcher, project.root)]),
+        *_data(project),
+    ]
     for name, settings in project.base_models.items():
         looks: dict[str, Callable[[], Iterable[Check]]] = {
             "source": partial(base_checks.source, name, settings, project.root),
@@ -45,10 +51,21 @@ def _config() -> tuple[Project | None, Check]:
         project = load_project(path)
     except FtError as error:
         advice = "; ".join(text for text in (error.expected, error.fix) if text)
-        return None, fail(CONFIG_NAME, f"{error.where}: {error.found}", f"{advice}. Data and base models were not looked at")
+        return None, fail(
+            CONFIG_NAME,
+            f"{error.where}: {error.found}",
+            f"{advice}. Data and base models were not looked at",
+        )
     except Exception as error:  # e.g. bytes that are no UTF-8, a folder of this name
-        return None, fail(CONFIG_NAME, f"cannot be read ({type(error).__name__}: {error})", "a UTF-8 text file; see the README")
-    return project, ok(CONFIG_NAME, f"{path}, {len(project.base_models)} base model{'s' if len(project.base_models) > 1 else ''}")
+        return None, fail(
+            CONFIG_NAME,
+            f"cannot be read ({type(error).__name__}: {error})",
+            "a UTF-8 text file; see the README",
+        )
+    return project, ok(
+        CONFIG_NAME,
+        f"{path}, {len(project.base_models)} base model{'s' if len(project.base_models) > 1 else ''}",
+    )
 
 
 def _data(project: Project) -> Iterator[Check]:
@@ -58,13 +75,21 @@ def _data(project: Project) -> Iterator[Check]:
         if field.annotation == list[str] and patterns:
             yield from guarded(f"data.{key}", partial(_files, project, key, patterns))
     if not project.data.retention:
-        yield warn("data.retention", "names no files", "give general prompts: without them nobody knows what the model forgot")
+        yield warn(
+            "data.retention",
+            "names no files",
+            "give general prompts: without them nobody knows what the model forgot",
+        )
 
 
 def _files(project: Project, key: str, patterns: list[str]) -> Iterator[Check]:
     name = f"data.{key}"
-    remote = [pattern for pattern in patterns if "://" in pattern]  # to look at them would be to fetch them
-    files = resolve_files(project.root, [pattern for pattern in patterns if pattern not in remote], name)
+    remote = [
+        pattern for pattern in patterns if "://" in pattern
+    ]  # to look at them would be to fetch them
+    files = resolve_files(
+        project.root, [pattern for pattern in patterns if pattern not in remote], name
+    )
     unreadable = [path for path in files if not base_checks.readable(path)]
     empty = [path.name for path in files if path.stat().st_size == 0]
     found = f"{len(files)} file{'' if len(files) == 1 else 's'}, {in_bytes(sum(path.stat().st_size for path in files))}"
@@ -73,6 +98,25 @@ def _files(project: Project, key: str, patterns: list[str]) -> Iterator[Check]:
     elif empty:
         yield fail(name, f"{', '.join(empty)}: empty", "put rows into it, or remove it")
     elif remote:
-        yield warn(name, f"{found}; {len(remote)} remote, not looked at", "ft run --asset raw_dataset fetches them")
+        yield warn(
+            name,
+            f"{found}; {len(remote)} remote, not looked at",
+            "ft run --asset raw_dataset fetches them",
+        )
     else:
         yield ok(name, found)
+
+
+def launcher_check(settings: AnyLauncher, root: Path) -> Check:
+    """Return what there is to say of `launcher:`. Raises ConfigError for a library, a tool, a partition or a right that is missing."""
+    launcher = make_launcher(settings, root)
+    if not isinstance(launcher, ClusterLauncher):
+        return ok("launcher", settings.kind)
+    try:
+        return ok("launcher", f"{settings.kind} answers: {launcher.greet()}")
+    except NoAnswer as error:
+        return fail(
+            "launcher",
+            f"{settings.kind} does not answer ({error})",
+            "look at the cluster; runs wait for it and try again",
+        )

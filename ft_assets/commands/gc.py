@@ -33,7 +33,9 @@ class Removal:
     artifact: Artifact | None  # the version; None for what a step left behind
 
 
-def removals(store: ArtifactStore, keep: int, now: float | None = None) -> tuple[list[Removal], list[str]]:
+def removals(
+    store: ArtifactStore, keep: int, now: float | None = None
+) -> tuple[list[Removal], list[str]]:
     """Return what can go, oldest first, and the places that are left alone because their manifest cannot be read."""
     now = time.time() if now is None else now
     found, unreadable = versions(store)
@@ -50,22 +52,34 @@ def removals(store: ArtifactStore, keep: int, now: float | None = None) -> tuple
         for version in found
         if version.path not in kept
     ]
-    going += [Removal(old.path, old.what, old.why, old.touched, size(old.path), None) for old in leftovers(store.root, now)]
-    return sorted(going, key=lambda removal: (removal.artifact is None, removal.made, str(removal.path))), unreadable
+    going += [
+        Removal(old.path, old.what, old.why, old.touched, size(old.path), None)
+        for old in leftovers(store.root, now)
+    ]
+    return sorted(
+        going, key=lambda removal: (removal.artifact is None, removal.made, str(removal.path))
+    ), unreadable
 
 
-def kept_versions(store: ArtifactStore, found: list[Version], keep: int, now: float, in_use: Iterable[Path] = ()) -> set[Path]:
+def kept_versions(
+    store: ArtifactStore, found: list[Version], keep: int, now: float, in_use: Iterable[Path] = ()
+) -> set[Path]:
     """Return the folders of the versions that stay."""
     homes: dict[Path, list[Version]] = defaultdict(list)
     for version in sorted(found, key=lambda version: version.made, reverse=True):
         homes[version.home].append(version)
-    current = {home: store.current_name(its[0].asset, its[0].partition) for home, its in homes.items()}
+    current = {
+        home: store.current_name(its[0].asset, its[0].partition) for home, its in homes.items()
+    }
     used = {path.resolve() for path in in_use}
     waiting = [
         version
         for home, its in homes.items()
         for index, version in enumerate(its)
-        if index < keep or version.path.name == current[home] or now - version.made < YOUNG_SECONDS or version.path.resolve() in used
+        if index < keep
+        or version.path.name == current[home]
+        or now - version.made < YOUNG_SECONDS
+        or version.path.resolve() in used
     ]
     kept = {version.path: version for version in waiting}
     while waiting:
@@ -127,6 +141,11 @@ def table(going: list[Removal]) -> str:
     """Return what would go, with sizes and their sum."""
     if not going:
         return "nothing to remove"
-    rows = [[removal.what, in_utc(removal.made), in_bytes(removal.bytes), removal.why] for removal in going]
+    rows = [
+        [removal.what, in_utc(removal.made), in_bytes(removal.bytes), removal.why]
+        for removal in going
+    ]
     lines = columns([["what", "made (UTC)", "size", "why"], *rows])
-    return "\n".join([*lines, f"{len(going)} to remove, {in_bytes(sum(removal.bytes for removal in going))}"])
+    return "\n".join(
+        [*lines, f"{len(going)} to remove, {in_bytes(sum(removal.bytes for removal in going))}"]
+    )

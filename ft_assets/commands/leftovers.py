@@ -33,7 +33,11 @@ def leftovers(root: Path, now: float) -> Iterator[Leftover]:
         at = touched(path)
         if path.name.startswith(TRASH):
             yield Leftover(path, "an interrupted ft gc", "half deleted", at)
-        elif path.resolve() not in busy and now - at >= IDLE_SECONDS and not _staged_by_the_living(path):
+        elif (
+            path.resolve() not in busy
+            and now - at >= IDLE_SECONDS
+            and not _staged_by_the_living(path)
+        ):
             yield Leftover(path, what, "no run works with it", at)
 
 
@@ -55,7 +59,10 @@ def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
         yield path, f"job {path.name}"
     for path in sorted((root / ".work").glob("*/*/*")):
         if path.is_dir() and path.parent.parent.name != "jobs":
-            yield path, f"checkpoints of {path.parent.parent.name}[{path.parent.name}] {path.name[:8]}"
+            yield (
+                path,
+                f"checkpoints of {path.parent.parent.name}[{path.parent.name}] {path.name[:8]}",
+            )
 
 
 def _jobs(root: Path, now: float) -> Iterator[tuple[Job, bool]]:
@@ -80,7 +87,9 @@ def _command_lines() -> Iterator[bytes]:
 
 
 def _staged_by_the_living(path: Path) -> bool:
-    process = path.name.removeprefix(STAGED).partition("-")[0] if path.name.startswith(STAGED) else ""
+    process = (
+        path.name.removeprefix(STAGED).partition("-")[0] if path.name.startswith(STAGED) else ""
+    )
     return process.isdigit() and Path("/proc", process).exists()
 
 

@@ -4,8 +4,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from ft_assets.commands.checkup import Check, fail, first_line, ok, warn
 from ft_assets.commands.store_view import existing, free_bytes, in_bytes
+from ft_assets.hardware import available_memory, first_gpu
 
 PACKAGE = "ft_assets"
 ENOUGH_MEMORY = 4e9  # the demo's peak is 3.9 GB
@@ -27,7 +26,9 @@ def _declared() -> tuple[str, list[str]]:
         if project.get("name") == PACKAGE:
             return project["requires-python"], project["dependencies"]
     needed = importlib.metadata.requires(PACKAGE) or []
-    return importlib.metadata.metadata(PACKAGE)["Requires-Python"], [line for line in needed if "extra ==" not in line]
+    return importlib.metadata.metadata(PACKAGE)["Requires-Python"], [
+        line for line in needed if "extra ==" not in line
+    ]
 
 
 def libraries() -> Iterator[Check]:
@@ -37,7 +38,11 @@ def libraries() -> Iterator[Check]:
     python, needed = _declared()
     version = platform.python_version()
     inside = SpecifierSet(python).contains(version, prereleases=True)
-    yield ok("python", version) if inside else fail("python", version, f"use Python {python}: make a new environment with it")
+    yield (
+        ok("python", version)
+        if inside
+        else fail("python", version, f"use Python {python}: make a new environment with it")
+    )
     right = 0
     for line in needed:
         requirement = Requirement(line)
@@ -52,7 +57,11 @@ def libraries() -> Iterator[Check]:
         if requirement.specifier.contains(installed, prereleases=True):
             right += 1
         else:
-            yield fail(requirement.name, f"{installed} is outside {requirement.specifier}", f"pip install '{wanted}'")
+            yield fail(
+                requirement.name,
+                f"{installed} is outside {requirement.specifier}",
+                f"pip install '{wanted}'",
+            )
     yield ok("libraries", f"{right} in the ranges of pyproject.toml")
 
 
@@ -61,21 +70,23 @@ def compute() -> Iterator[Check]:
     import torch
 
     if torch.cuda.is_available():
-        driver = _driver() or "unknown"
+        driver = gpu.driver if (gpu := first_gpu()) else "unknown"
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             found = f"{torch.cuda.get_device_name(index)}, {in_bytes(free)} of {in_bytes(total)} free, driver {driver}, torch {torch.__version__}"
             if free < total / 2:
                 yield warn(
-                    f"gpu {index}", found, "another process holds much of it (nvidia-smi says which): training may run out of memory"
+                    f"gpu {index}",
+                    found,
+                    "another process holds much of it (nvidia-smi says which): training may run out of memory",
                 )
             else:
                 yield ok(f"gpu {index}", found)
-    elif driver := _driver():
+    elif gpu := first_gpu():
         built = torch.version.cuda or "no CUDA"
         yield warn(
             "gpu",
-            f"there is one (driver {driver}), but torch {torch.__version__} ({built}) does not see it",
+            f"there is one (driver {gpu.driver}), but torch {torch.__version__} ({built}) does not see it",
             "install a torch that is built for this driver's CUDA; look at CUDA_VISIBLE_DEVICES",
         )
     yield _processors(torch.cuda.is_available())
@@ -83,44 +94,38 @@ def compute() -> Iterator[Check]:
 
 
 def _processors(has_gpu: bool) -> Check:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = _available_memory()
-    found = f"{count} cores, " + (f"{in_bytes(memory)} of memory available" if memory is not None else "memory unknown")
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    memory = available_memory()
+    found = f"{count} cores, " + (
+        f"{in_bytes(memory)} of memory available" if memory is not None else "memory unknown"
+    )
     found += "" if has_gpu else "; no GPU: fit for models below about 1B"
     if memory is not None and memory < ENOUGH_MEMORY:
-        return warn("cpu", found, f"free some memory: training a 135M model takes {in_bytes(ENOUGH_MEMORY)}")
+        return warn(
+            "cpu", found, f"free some memory: training a 135M model takes {in_bytes(ENOUGH_MEMORY)}"
+        )
     return ok("cpu", found)
 
 
-def _available_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _driver() -> str | None:
-    """Return the version of the NVIDIA driver, or None if no GPU answers."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
-
-
 def _numbers(torch: Any) -> Iterator[Check]:
-    from ft_assets.models.loading import compute_dtype
+    from ft_assets.hardware import compute_dtype
 
     chosen = str(compute_dtype()).removeprefix("torch.")
     if not torch.cuda.is_available():
-        faster = "bf16 is as fast as fp32 here" if chosen == "bfloat16" else "bf16 matrix products are slower than fp32 on this CPU"
+        faster = (
+            "bf16 is as fast as fp32 here"
+            if chosen == "bfloat16"
+            else "bf16 matrix products are slower than fp32 on this CPU"
+        )
         yield ok("bf16", f"computes in {chosen}: {faster}")
     elif torch.cuda.get_device_capability()[0] < 8:
-        yield warn("bf16", f"computes in {chosen}, which this GPU only emulates", "expect it to be slow: bf16 wants compute capability 8.0")
+        yield warn(
+            "bf16",
+            f"computes in {chosen}, which this GPU only emulates",
+            "expect it to be slow: bf16 wants compute capability 8.0",
+        )
     else:
         yield ok("bf16", f"computes in {chosen}")
 
@@ -131,19 +136,32 @@ def bitsandbytes(needed: bool) -> Iterator[Check]:
         module = importlib.import_module("bitsandbytes")
     except Exception as error:  # its own loading of CUDA libraries raises many kinds
         advice = "pip install bitsandbytes; without it lora.method must be lora"
-        yield (fail if needed else warn)("bitsandbytes", f"cannot be imported ({first_line(error)})", advice)
+        yield (fail if needed else warn)(
+            "bitsandbytes", f"cannot be imported ({first_line(error)})", advice
+        )
         return
     yield ok("bitsandbytes", f"{module.__version__}{'' if needed else ' (for lora.method: qlora)'}")
 
 
 def disk(store: Path) -> Iterator[Check]:
     place, free = existing(store), free_bytes(store)
-    found, advice = f"{in_bytes(free)} free at {store}", "ft gc removes old versions; or set store: to another disk"
+    found, advice = (
+        f"{in_bytes(free)} free at {store}",
+        "ft gc removes old versions; or set store: to another disk",
+    )
     if not place.is_dir() or not os.access(place, os.W_OK):
-        yield fail("disk", f"{place} cannot be written to", "give yourself the right to, or set store: to another place")
+        yield fail(
+            "disk",
+            f"{place} cannot be written to",
+            "give yourself the right to, or set store: to another place",
+        )
     elif free < LEAST_DISK:
         yield fail("disk", found, advice)
     elif free < ENOUGH_DISK:
-        yield warn("disk", found, f"a snapshot and a merged model take twice the base model's size in bf16; {advice}")
+        yield warn(
+            "disk",
+            found,
+            f"a snapshot and a merged model take twice the base model's size in bf16; {advice}",
+        )
     else:
         yield ok("disk", found)

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from ft_assets.console import failures
+from ft_assets.orchestration.console import failures
 
 
 def outcome_of(base_model: str | None, done: dg.ExecuteInProcessResult) -> dict[str, Any]:
@@ -14,7 +14,8 @@ def outcome_of(base_model: str | None, done: dg.ExecuteInProcessResult) -> dict[
         found = event.step_materialization_data.materialization
         metadata = {name: value.value for name, value in found.metadata.items()}
         assets[found.asset_key.to_user_string()] = {
-            name: metadata.get(name) for name in ("reused", "fingerprint", "path", "made_in_seconds")
+            name: metadata.get(name)
+            for name in ("reused", "fingerprint", "path", "made_in_seconds")
         }
     refused = {
         f"{check.asset_key.to_user_string()}/{check.check_name}": check.description

@@ -27,7 +27,11 @@ class Line:
     problem: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        made = None if self.made is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.made))
+        made = (
+            None
+            if self.made is None
+            else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.made))
+        )
         return {**asdict(self), "made": made}
 
 
@@ -47,7 +51,9 @@ class Status:
         return {
             **asdict(self),
             "unpartitioned": [line.to_dict() for line in self.unpartitioned],
-            "base_models": {name: [line.to_dict() for line in lines] for name, lines in self.base_models.items()},
+            "base_models": {
+                name: [line.to_dict() for line in lines] for name, lines in self.base_models.items()
+            },
         }
 
 
@@ -55,15 +61,28 @@ def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
     """Return what lies in the store. `assets` are the graph's, each with whether it is partitioned by base model, in its order."""
     store = open_store(project)
     found, _ = versions(store)
-    known = {(asset, partition) for asset, partitioned in assets for partition in (project.base_models if partitioned else [None])}
+    known = {
+        (asset, partition)
+        for asset, partitioned in assets
+        for partition in (project.base_models if partitioned else [None])
+    }
     return Status(
         store=project.store_url or str(store.root),
-        bytes=sum(store.bytes_of(version.artifact) for version in found) if project.store_url else size(store.root),
+        bytes=sum(store.bytes_of(version.artifact) for version in found)
+        if project.store_url
+        else size(store.root),
         free_bytes=free_bytes(store.root),
         versions=len(found),
-        unpartitioned=[_line(store, asset, None) for asset, partitioned in assets if not partitioned],
-        base_models={name: [_line(store, asset, name) for asset, partitioned in assets if partitioned] for name in project.base_models},
-        elsewhere=sorted({version.where for version in found if (version.asset, version.partition) not in known}),
+        unpartitioned=[
+            _line(store, asset, None) for asset, partitioned in assets if not partitioned
+        ],
+        base_models={
+            name: [_line(store, asset, name) for asset, partitioned in assets if partitioned]
+            for name in project.base_models
+        },
+        elsewhere=sorted(
+            {version.where for version in found if (version.asset, version.partition) not in known}
+        ),
     )
 
 
@@ -76,26 +95,48 @@ def _line(store: ArtifactStore, asset: str, partition: str | None) -> Line:
     if artifact is None:
         return Line(asset, partition)
     finished, started = artifact.manifest["finished"], artifact.manifest["started"]
-    return Line(asset, partition, artifact.fingerprint, finished, round(finished - started, 1), key_number(artifact))
+    return Line(
+        asset,
+        partition,
+        artifact.fingerprint,
+        finished,
+        round(finished - started, 1),
+        key_number(artifact),
+    )
 
 
 def table(shown: Status) -> str:
     """Return the status as text."""
     groups = {"all base models": shown.unpartitioned, **shown.base_models}
     rows = [
-        [name, line.asset, (line.fingerprint or NOT_MADE)[:8], NOT_MADE if line.made is None else in_utc(line.made), _said(line)]
+        [
+            name,
+            line.asset,
+            (line.fingerprint or NOT_MADE)[:8],
+            NOT_MADE if line.made is None else in_utc(line.made),
+            _said(line),
+        ]
         for name, lines in groups.items()
         for line in lines
     ]
     lines, before = list[str](), None
-    for (name, *_), text in zip(rows, columns([["asset", "version", "made (UTC)", ""], *[row[1:] for row in rows]])[1:], strict=True):
+    for (name, *_), text in zip(
+        rows,
+        columns([["asset", "version", "made (UTC)", ""], *[row[1:] for row in rows]])[1:],
+        strict=True,
+    ):
         if name != before:
             lines += ["", name] if before else [name]
             before = name
         lines.append(f"  {text}")
-    lines += ["", f"store: {shown.store}, {in_bytes(shown.bytes)} in {shown.versions} versions, {in_bytes(shown.free_bytes)} free"]
+    lines += [
+        "",
+        f"store: {shown.store}, {in_bytes(shown.bytes)} in {shown.versions} versions, {in_bytes(shown.free_bytes)} free",
+    ]
     if shown.elsewhere:
-        lines.append(f"also there, of no asset or base model of finetune.yaml: {', '.join(shown.elsewhere)}")
+        lines.append(
+            f"also there, of no asset or base model of finetune.yaml: {', '.join(shown.elsewhere)}"
+        )
     lines.append("times are UTC; ft plan says what is out of date, ft gc removes old versions")
     return "\n".join(lines)
 
@@ -124,19 +165,27 @@ def _loss(metrics: Metrics) -> str:
 def _dpo(metrics: Metrics) -> str:
     if not metrics["pairs"]:
         return "no preference data: no DPO"
-    return f"{metrics['pairs']} pairs, loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
+    return (
+        f"{metrics['pairs']} pairs, loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
+    )
 
 
 def _verdict(metrics: Metrics) -> str:
     gain = metrics.get("gain_vs_base")
-    return metrics["verdict"] + (f", {gain:+.3f} against base" if gain is not None else "") + f", {metrics['heldout_rows']} held-out rows"
+    return (
+        metrics["verdict"]
+        + (f", {gain:+.3f} against base" if gain is not None else "")
+        + f", {metrics['heldout_rows']} held-out rows"
+    )
 
 
 KEYS: dict[str, Callable[[Metrics], str]] = {
     "raw_dataset": _rows,
     "raw_preferences": _pairs,
     "base_model": lambda metrics: f"{metrics['parameters'] / 1e6:,.1f}M parameters",
-    "chat_dataset": lambda metrics: f"{metrics['tokens']:,} tokens in {metrics['conversations_rows']} rows",
+    "chat_dataset": lambda metrics: (
+        f"{metrics['tokens']:,} tokens in {metrics['conversations_rows']} rows"
+    ),
     "heldout_split": _split,
     "lora_adapter": _loss,
     "dpo_adapter": _dpo,
@@ -153,5 +202,9 @@ def key_number(artifact: Artifact) -> str:
     try:
         return KEYS[artifact.asset](artifact.metrics)
     except (KeyError, TypeError, ValueError):
-        known = [(name, value) for name, value in artifact.metrics.items() if isinstance(value, int | float | str) and value != ""]
+        known = [
+            (name, value)
+            for name, value in artifact.metrics.items()
+            if isinstance(value, int | float | str) and value != ""
+        ]
         return ", ".join(f"{name} {value}" for name, value in known[:2])

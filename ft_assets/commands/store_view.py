@@ -86,4 +86,7 @@ def in_utc(seconds: float) -> str:
 def columns(rows: list[list[str]]) -> list[str]:
     """Return rows as lines whose cells stand below each other."""
     wide = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, wide, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, wide, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -8,7 +8,7 @@ import yaml
 from ft_assets.commands.base_source import BaseSource
 
 if TYPE_CHECKING:
-    from ft_assets.commands.init import Found
+    from ft_assets.commands.survey import Found
 
 HELDOUT_AIMED_AT = 100  # rows: with fewer only a large gain is told from chance
 SMALL = """\
@@ -91,5 +91,7 @@ def _revision(source: BaseSource) -> str:
 
 def _inline(value: Any) -> str:
     """Return a value as YAML on one line, quoted where it must be."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(
+        value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False
+    )
     return text.removesuffix("\n").removesuffix("\n...").strip()

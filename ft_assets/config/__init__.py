@@ -1,9 +1,21 @@
 """finetune.yaml -> frozen models, one module a section. Not here: anything that reads data or weights."""
 
-from ft_assets.config.automation import AlertSettings, EmailSettings, FreshnessSettings, ScheduleSettings, SlackSettings, WebhookSettings
+from ft_assets.config.automation import (
+    AlertSettings,
+    EmailSettings,
+    FreshnessSettings,
+    ScheduleSettings,
+    SlackSettings,
+    WebhookSettings,
+)
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings, StratifySettings
-from ft_assets.config.evaluation import LOWER_IS_BETTER, EvaluationSettings, GateSettings, JudgeSettings
+from ft_assets.config.evaluation import (
+    LOWER_IS_BETTER,
+    EvaluationSettings,
+    GateSettings,
+    JudgeSettings,
+)
 from ft_assets.config.loading import CONFIG_NAME, find_config, load_project
 from ft_assets.config.project import BaseModelSettings, Project, Recipe, settings_version
 from ft_assets.config.release import Form, PushSettings, ReleaseSettings

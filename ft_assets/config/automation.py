@@ -16,21 +16,33 @@ class ScheduleSettings(Section):
 
 
 class FreshnessSettings(Section):
-    warn_after_hours: float = Field(default=24 * 7, gt=0, description="A report or merged model older than this is shown as ageing.")
-    fail_after_hours: float = Field(default=24 * 14, gt=0, description="Older than this: as overdue.")
+    warn_after_hours: float = Field(
+        default=24 * 7,
+        gt=0,
+        description="A report or merged model older than this is shown as ageing.",
+    )
+    fail_after_hours: float = Field(
+        default=24 * 14, gt=0, description="Older than this: as overdue."
+    )
 
 
 class WebhookSettings(Section):
-    url_env: Variable = Field(description="Name of the environment variable that holds the URL (which is a secret with most services).")
+    url_env: Variable = Field(
+        description="Name of the environment variable that holds the URL (which is a secret with most services)."
+    )
 
 
 class SlackSettings(Section):
-    token_env: Variable = Field(description="Name of the environment variable that holds the bot token.")
+    token_env: Variable = Field(
+        description="Name of the environment variable that holds the bot token."
+    )
     channel: str = Field(description='E.g. "#models".')
 
 
 class EmailSettings(Section):
-    password_env: Variable = Field(description="Name of the environment variable that holds the SMTP password.")
+    password_env: Variable = Field(
+        description="Name of the environment variable that holds the SMTP password."
+    )
     sender: str
     to: list[str] = Field(min_length=1)
     smtp_host: str
@@ -42,7 +54,10 @@ class EmailSettings(Section):
 class AlertSettings(Section):
     """Who is told of a failed run or verdict."""
 
-    ui_url: str | None = Field(default=None, description="Where the UI is reached, for links, e.g. https://graph.example.org.")
+    ui_url: str | None = Field(
+        default=None,
+        description="Where the UI is reached, for links, e.g. https://graph.example.org.",
+    )
     webhook: WebhookSettings | None = None
     slack: SlackSettings | None = None
     email: EmailSettings | None = None

@@ -7,30 +7,56 @@ from pydantic import Field, field_validator
 
 from ft_assets.config.section import Section, Share
 
-TEMPLATE_INPUTS = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "strftime_now", "raise_exception"}
+TEMPLATE_INPUTS = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "strftime_now",
+    "raise_exception",
+}
 
 
 class ChatSettings(Section):
-    chat_template: str | None = Field(default=None, description="Template file for a base that has none.")
-    template_name: str | None = Field(default=None, description="Which one, for a base with several chat templates.")
+    chat_template: str | None = Field(
+        default=None, description="Template file for a base that has none."
+    )
+    template_name: str | None = Field(
+        default=None, description="Which one, for a base with several chat templates."
+    )
     template_kwargs: dict[str, Any] = Field(
-        default={}, description="Variables of the template, e.g. {enable_thinking: false}; baked into the snapshot and the served model."
+        default={},
+        description="Variables of the template, e.g. {enable_thinking: false}; baked into the snapshot and the served model.",
     )
     system_turn: Literal["template", "user"] = Field(
-        default="template", description="user: put it into the first user turn, for templates that refuse or drop it."
+        default="template",
+        description="user: put it into the first user turn, for templates that refuse or drop it.",
     )
-    date: datetime.date = Field(default=datetime.date(2025, 1, 1), description="What a template that prints today's date prints.")
-    max_length: int = Field(default=1024, ge=16, description="Tokens; a longer conversation is left out and counted.")
-    max_truncated: Share = Field(default=0.01, ge=0, le=1, description="Share of left-out rows above which it stops.")
+    date: datetime.date = Field(
+        default=datetime.date(2025, 1, 1),
+        description="What a template that prints today's date prints.",
+    )
+    max_length: int = Field(
+        default=1024, ge=16, description="Tokens; a longer conversation is left out and counted."
+    )
+    max_truncated: Share = Field(
+        default=0.01, ge=0, le=1, description="Share of left-out rows above which it stops."
+    )
 
     @field_validator("template_kwargs")
     @classmethod
     def _variables(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
             if not name.isidentifier() or name in TEMPLATE_INPUTS:
-                raise ValueError(f"{name!r} is no variable that can be set; {', '.join(sorted(TEMPLATE_INPUTS))} are given by the caller")
+                raise ValueError(
+                    f"{name!r} is no variable that can be set; {', '.join(sorted(TEMPLATE_INPUTS))} are given by the caller"
+                )
         return value
 
     def baked(self) -> dict[str, Any]:
         """Return the settings that decide a snapshot's chat template, as plain data."""
-        return self.model_dump(mode="json", include={"template_name", "template_kwargs", "system_turn", "date"})
+        return self.model_dump(
+            mode="json", include={"template_name", "template_kwargs", "system_turn", "date"}
+        )

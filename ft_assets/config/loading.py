@@ -23,13 +23,23 @@ def find_config(start: Path | None = None) -> Path:
     if given := os.environ.get("FT_CONFIG"):
         path = Path(given).resolve()
         if not path.is_file():
-            raise ConfigError("FT_CONFIG", f"there is no file {path}", "the path of a finetune.yaml", "correct or unset FT_CONFIG")
+            raise ConfigError(
+                where="FT_CONFIG",
+                found=f"there is no file {path}",
+                expected="the path of a finetune.yaml",
+                fix="correct or unset FT_CONFIG",
+            )
         return path
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         if (folder / CONFIG_NAME).is_file():
             return folder / CONFIG_NAME
-    raise ConfigError(str(start), f"no {CONFIG_NAME} here or above", "a project folder", "cd into the project, or set FT_CONFIG")
+    raise ConfigError(
+        where=str(start),
+        found=f"no {CONFIG_NAME} here or above",
+        expected="a project folder",
+        fix="cd into the project, or set FT_CONFIG",
+    )
 
 
 def load_project(path: Path | None = None) -> Project:
@@ -38,19 +48,37 @@ def load_project(path: Path | None = None) -> Project:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(str(path), "no such file", f"a {CONFIG_NAME}", "create it, or set FT_CONFIG") from None
+        raise ConfigError(
+            where=str(path),
+            found="no such file",
+            expected=f"a {CONFIG_NAME}",
+            fix="create it, or set FT_CONFIG",
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}", f"is not YAML: {getattr(error, 'problem', error)}", "YAML", "correct the line") from None
+        raise ConfigError(
+            where=f"{path}{line}",
+            found=f"is not YAML: {getattr(error, 'problem', error)}",
+            expected="YAML",
+            fix="correct the line",
+        ) from None
     if not isinstance(raw, dict):
-        raise ConfigError(str(path), f"holds a {type(raw).__name__}", "a mapping with data: and base_models:", "see the README")
+        raise ConfigError(
+            where=str(path),
+            found=f"holds a {type(raw).__name__}",
+            expected="a mapping with data: and base_models:",
+            fix="see the README",
+        )
     raw.pop("root", None)
     project = _validated(path, Project, {**raw, "root": path.parent.resolve()}, ())
     for name in project.base_models:
         if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
             raise ConfigError(
-                f"{path}: base_models.{name}", "has a character that a file name cannot hold", "letters, digits, . _ -", "rename it"
+                where=f"{path}: base_models.{name}",
+                found="has a character that a file name cannot hold",
+                expected="letters, digits, . _ -",
+                fix="rename it",
             )
         _check_overrides(path, project, name)
         _check_goals(path, project, name)
@@ -62,7 +90,10 @@ def _check_goals(path: Path, project: Project, name: str) -> None:
     for metric in project.gate.metrics:
         if metric not in known:
             raise ConfigError(
-                f"{path}: gate.metrics.{metric}", f"is not measured for {name}", f"one of {', '.join(known)}", nearest(metric, known)
+                where=f"{path}: gate.metrics.{metric}",
+                found=f"is not measured for {name}",
+                expected=f"one of {', '.join(known)}",
+                fix=nearest(metric, known),
             )
 
 
@@ -79,34 +110,60 @@ def _check_overrides(path: Path, project: Project, name: str) -> None:
         _validated(path, kind, merged, ("base_models", name, section))
 
 
-def _validated(path: Path, kind: type[Section], data: dict[str, Any], prefix: tuple[str, ...]) -> Any:
+def _validated(
+    path: Path, kind: type[Section], data: dict[str, Any], prefix: tuple[str, ...]
+) -> Any:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise _config_error(path, kind, error, prefix) from None
 
 
-def _config_error(path: Path, kind: type[BaseModel], error: ValidationError, prefix: tuple[str, ...]) -> ConfigError:
+def _config_error(
+    path: Path, kind: type[BaseModel], error: ValidationError, prefix: tuple[str, ...]
+) -> ConfigError:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    if location[0] == "launcher" and len(location) > 1:  # pydantic names the chosen kind in the path; the file has no such key
+    if (
+        location[0] == "launcher" and len(location) > 1
+    ):  # pydantic names the chosen kind in the path; the file has no such key
         if location[1] not in KINDS:
             location[1:] = []
         else:
             kind, prefix, location = KINDS[location[1]], (*prefix, "launcher"), location[2:]
     if first["type"].startswith("union_tag"):
         found = first.get("ctx", {}).get("tag", "no kind")
-        return ConfigError(f"{path}: launcher.kind", f"{found!r}", f"one of {', '.join(KINDS)}", nearest(str(found), KINDS))
+        return ConfigError(
+            where=f"{path}: launcher.kind",
+            found=f"{found!r}",
+            expected=f"one of {', '.join(KINDS)}",
+            fix=nearest(str(found), KINDS),
+        )
     key_path = ".".join((*prefix, *location)) or "the file"
     more = len(error.errors()) - 1
     tail = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         known = _keys_at(kind, location[:-1])
-        return ConfigError(f"{path}: {key_path}", f"is not a known key{tail}", f"one of {', '.join(known)}", nearest(location[-1], known))
+        return ConfigError(
+            where=f"{path}: {key_path}",
+            found=f"is not a known key{tail}",
+            expected=f"one of {', '.join(known)}",
+            fix=nearest(location[-1], known),
+        )
     if first["type"] == "missing":
-        return ConfigError(f"{path}: {key_path}", f"is missing{tail}", "a value", "add the key; the README shows an example")
+        return ConfigError(
+            where=f"{path}: {key_path}",
+            found=f"is missing{tail}",
+            expected="a value",
+            fix="add the key; the README shows an example",
+        )
     found = f"{first['input']!r}: " if not isinstance(first["input"], dict) else ""
-    return ConfigError(f"{path}: {key_path}", f"{found}{first['msg']}{tail}", "", "correct the value")
+    return ConfigError(
+        where=f"{path}: {key_path}",
+        found=f"{found}{first['msg']}{tail}",
+        expected="",
+        fix="correct the value",
+    )
 
 
 def _keys_at(kind: type[BaseModel], location: list[str]) -> list[str]:

@@ -21,14 +21,28 @@ from ft_assets.errors import ConfigError, nearest
 class BaseModelSettings(Section):
     hub: str | None = Field(default=None, description="Hub id, e.g. Qwen/Qwen3-0.6B.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
-    folder: str | None = Field(default=None, description="A local folder with config.json and safetensors.")
-    gguf: str | None = Field(default=None, description="A GGUF file, or package://<package>/<file in it>.")
+    folder: str | None = Field(
+        default=None, description="A local folder with config.json and safetensors."
+    )
+    gguf: str | None = Field(
+        default=None, description="A GGUF file, or package://<package>/<file in it>."
+    )
     trust_remote_code: bool = False
-    chat: dict[str, Any] = Field(default={}, description="What this base model needs differently in `chat:`.")
-    lora: dict[str, Any] = Field(default={}, description="What this base model needs differently in `lora:`.")
-    sft: dict[str, Any] = Field(default={}, description="What this base model needs differently in `sft:`.")
-    dpo: dict[str, Any] = Field(default={}, description="What this base model needs differently in `dpo:`.")
-    evaluation: dict[str, Any] = Field(default={}, description="What this base model needs differently in `evaluation:`.")
+    chat: dict[str, Any] = Field(
+        default={}, description="What this base model needs differently in `chat:`."
+    )
+    lora: dict[str, Any] = Field(
+        default={}, description="What this base model needs differently in `lora:`."
+    )
+    sft: dict[str, Any] = Field(
+        default={}, description="What this base model needs differently in `sft:`."
+    )
+    dpo: dict[str, Any] = Field(
+        default={}, description="What this base model needs differently in `dpo:`."
+    )
+    evaluation: dict[str, Any] = Field(
+        default={}, description="What this base model needs differently in `evaluation:`."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "BaseModelSettings":
@@ -51,8 +65,12 @@ class Recipe(Section):
 class Project(Section):
     """finetune.yaml, whole."""
 
-    store: str = Field(default=".ft/store", description="A folder, or s3://bucket/prefix, gs://bucket/prefix.")
-    store_cache: str = Field(default=".ft/cache", description="Where copies of what lies in an object store are kept.")
+    store: str = Field(
+        default=".ft/store", description="A folder, or s3://bucket/prefix, gs://bucket/prefix."
+    )
+    store_cache: str = Field(
+        default=".ft/cache", description="Where copies of what lies in an object store are kept."
+    )
     data: DataSettings
     base_models: dict[str, BaseModelSettings] = Field(min_length=1)
     chat: ChatSettings = ChatSettings()
@@ -66,24 +84,35 @@ class Project(Section):
     freshness: FreshnessSettings | None = None
     alerts: AlertSettings = AlertSettings()
     launcher: LauncherSettings = LocalSettings()
-    memory_limit_gb: float | None = Field(default=None, gt=0, description="Most that training may take of a GPU. None: what is free.")
+    memory_limit_gb: float | None = Field(
+        default=None, gt=0, description="Most that training may take of a GPU. None: what is free."
+    )
 
     root: Path = Field(default=Path(), exclude=True)
 
     def path(self, relative: str) -> Path:
         """Return a path of finetune.yaml, relative to the folder it lies in."""
-        return (self.root / relative).resolve() if not Path(relative).is_absolute() else Path(relative)
+        return (
+            (self.root / relative).resolve() if not Path(relative).is_absolute() else Path(relative)
+        )
 
     @property
     def store_url(self) -> str | None:
         """Where the artifacts lie if that is an object store, else None."""
-        return self.store.replace("gcs://", "gs://", 1) if "://" in self.store and not self.store.startswith("file://") else None
+        return (
+            self.store.replace("gcs://", "gs://", 1)
+            if "://" in self.store and not self.store.startswith("file://")
+            else None
+        )
 
     @property
     def store_path(self) -> Path:
         """The folder of this machine that holds the artifacts: all of them, or copies of an object store's."""
         if self.store_url:
-            return self.path(self.store_cache) / hashlib.sha256(self.store_url.encode()).hexdigest()[:12]
+            return (
+                self.path(self.store_cache)
+                / hashlib.sha256(self.store_url.encode()).hexdigest()[:12]
+            )
         return self.path(self.store.removeprefix("file://"))
 
     @field_validator("store")
@@ -92,7 +121,11 @@ class Project(Section):
         protocol, separator, rest = value.partition("://")
         if separator and protocol not in ("s3", "gs", "gcs", "file"):
             raise ValueError(f"{protocol}:// is not a store; a folder, s3://, gs:// or file:// is")
-        if separator and protocol != "file" and ("@" in rest.partition("/")[0] or not rest.partition("/")[0]):
+        if (
+            separator
+            and protocol != "file"
+            and ("@" in rest.partition("/")[0] or not rest.partition("/")[0])
+        ):
             raise ValueError("give bucket and prefix only; credentials come from the environment")
         return value
 
@@ -100,7 +133,10 @@ class Project(Section):
         """Return the settings of one base model. Raises ConfigError naming the known ones."""
         if name not in self.base_models:
             raise ConfigError(
-                f"base model {name!r}", "is not in finetune.yaml", f"one of {sorted(self.base_models)}", nearest(name, self.base_models)
+                where=f"base model {name!r}",
+                found="is not in finetune.yaml",
+                expected=f"one of {sorted(self.base_models)}",
+                fix=nearest(name, self.base_models),
             )
         return self.base_models[name]
 
@@ -117,4 +153,6 @@ class Project(Section):
 def settings_version(settings: Any) -> str:
     """Return the hash of settings (a model or plain data), independent of key order."""
     data = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(data, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()[:16]

@@ -18,18 +18,29 @@ class PushSettings(Section):
 
 class ReleaseSettings(Section):
     rule: Literal["not_worse", "better"] = Field(
-        default="not_worse", description="Against the champion, paired: not worse by more than `margin`, or proven better."
+        default="not_worse",
+        description="Against the champion, paired: not worse by more than `margin`, or proven better.",
     )
-    margin: float = Field(default=0.05, ge=0, description="How far below the champion the interval may reach, in evaluation.metric.")
+    margin: float = Field(
+        default=0.05,
+        ge=0,
+        description="How far below the champion the interval may reach, in evaluation.metric.",
+    )
     forms: list[Form] | None = Field(
-        default=None, description="Serving forms to export. Default: gguf-q8_0 where the architecture can be written, else none."
+        default=None,
+        description="Serving forms to export. Default: gguf-q8_0 where the architecture can be written, else none.",
     )
-    smoke_rows: int = Field(default=16, ge=1, description="Held-out prompts that each exported form answers.")
+    smoke_rows: int = Field(
+        default=16, ge=1, description="Held-out prompts that each exported form answers."
+    )
     min_form_agreement: float | None = Field(
         default=None,
         ge=0,
         le=1,
         description="Share of the merged model's answer tokens that must be each form's most likely ones too. Default: 0.9, in 4 bits 0.5.",
     )
-    llama_cpp: str | None = Field(default=None, description="Folder of llama.cpp with convert_hf_to_gguf.py and llama-quantize.")
+    llama_cpp: str | None = Field(
+        default=None,
+        description="Folder of llama.cpp with convert_hf_to_gguf.py and llama-quantize.",
+    )
     push: PushSettings | None = None

@@ -35,15 +35,26 @@ class LoraSettings(Section):
     target_modules: Literal["attention-qv", "attention", "all-linear"] | list[str] = "attention"
     use_rslora: bool = False
     use_dora: bool = False
-    modules_to_save: list[str] = Field(default=[], description="Modules that are trained whole beside the adapter, e.g. embed_tokens.")
-    trainable_token_indices: list[str] = Field(default=[], description="Tokens whose embeddings are trained, by their text.")
+    modules_to_save: list[str] = Field(
+        default=[],
+        description="Modules that are trained whole beside the adapter, e.g. embed_tokens.",
+    )
+    trainable_token_indices: list[str] = Field(
+        default=[], description="Tokens whose embeddings are trained, by their text."
+    )
 
     @model_validator(mode="after")
     def _adapter_only(self) -> "LoraSettings":
         if self.method == "full":
-            given = [name for name in ("use_rslora", "use_dora", "modules_to_save", "trainable_token_indices") if getattr(self, name)]
+            given = [
+                name
+                for name in ("use_rslora", "use_dora", "modules_to_save", "trainable_token_indices")
+                if getattr(self, name)
+            ]
             if given:
-                raise ValueError(f"method full trains all weights; {', '.join(given)} only has a meaning with an adapter")
+                raise ValueError(
+                    f"method full trains all weights; {', '.join(given)} only has a meaning with an adapter"
+                )
         return self
 
     @field_validator("target_modules")
@@ -69,27 +80,41 @@ class TrainSettings(Section):
     learning_rate: float = Field(default=2e-4, gt=0)
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = Field(default=0.03, ge=0, description="Below 1 a share of all steps.")
-    effective_batch: int = Field(default=16, ge=1, description="Conversations (or pairs) an optimizer step.")
+    effective_batch: int = Field(
+        default=16, ge=1, description="Conversations (or pairs) an optimizer step."
+    )
     micro_batch: int | None = Field(
-        default=None, ge=1, description="Of these, how many at once; the rest is accumulated. None: as the memory plan allows."
+        default=None,
+        ge=1,
+        description="Of these, how many at once; the rest is accumulated. None: as the memory plan allows.",
     )
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     gradient_checkpointing: bool | None = Field(
-        default=None, description="None: on a GPU for the layers that need it by the memory plan, off on a CPU."
+        default=None,
+        description="None: on a GPU for the layers that need it by the memory plan, off on a CPU.",
     )
     save_steps: int = Field(default=50, ge=1, description="Optimizer steps between checkpoints.")
     max_loss_rise: float | None = Field(
-        default=3.0, gt=0, description="Stop if the mean of 10 steps is this far above the lowest one before; null: never."
+        default=3.0,
+        gt=0,
+        description="Stop if the mean of 10 steps is this far above the lowest one before; null: never.",
     )
-    eval_steps: int | None = Field(default=None, ge=1, description="Steps between validation losses; None: after each epoch.")
-    keep: Literal["best", "last"] = Field(default="best", description="Which weights: of the lowest validation loss, or of the last step.")
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="Steps between validation losses; None: after each epoch."
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best",
+        description="Which weights: of the lowest validation loss, or of the last step.",
+    )
     early_stopping: EarlyStopping | None = None
     seed: int = 42
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default=[], description="Trackers; they take their keys from the environment."
     )
-    trainer: dict[str, Any] = Field(default={}, description="Any other option of TRL's config, by its own name.")
+    trainer: dict[str, Any] = Field(
+        default={}, description="Any other option of TRL's config, by its own name."
+    )
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that decide what is trained, as plain data."""
@@ -98,7 +123,8 @@ class TrainSettings(Section):
 
 class SftSettings(TrainSettings):
     packing: bool | Literal["auto"] = Field(
-        default="auto", description="Conversations of a micro-batch in one row without padding, each on its own. auto: where it pays."
+        default="auto",
+        description="Conversations of a micro-batch in one row without padding, each on its own. auto: where it pays.",
     )
 
 
@@ -108,8 +134,13 @@ class DpoSettings(TrainSettings):
     effective_batch: int = Field(default=8, ge=1)
     beta: float = Field(default=0.1, gt=0)
     loss_type: str | list[str] = "sigmoid"
-    max_pairs: int | None = Field(default=None, ge=1, description="Use only the first n pairs by id (a time budget).")
-    share_prompts: bool = Field(default=True, description="Compute the prompt of a pair once; off: as TRL does, for each answer.")
+    max_pairs: int | None = Field(
+        default=None, ge=1, description="Use only the first n pairs by id (a time budget)."
+    )
+    share_prompts: bool = Field(
+        default=True,
+        description="Compute the prompt of a pair once; off: as TRL does, for each answer.",
+    )
 
     @field_validator("loss_type")
     @classmethod
@@ -121,12 +152,16 @@ class DpoSettings(TrainSettings):
                     f"{name!r} is not a loss of DPO but {OTHER_TRAINERS[name]}, which is no step of this graph; dpo has {known}"
                 )
             if name not in DPO_LOSSES:
-                raise ValueError(f"{name!r} is no loss of TRL's; {nearest(name, DPO_LOSSES, known)}")
+                raise ValueError(
+                    f"{name!r} is no loss of TRL's; {nearest(name, DPO_LOSSES, known)}"
+                )
         return value
 
     @model_validator(mode="after")
     def _smoothed(self) -> "DpoSettings":
-        if "exo_pair" in self.loss_type and not self.trainer.get("label_smoothing"):  # a list holds it, or it is the name
+        if "exo_pair" in self.loss_type and not self.trainer.get(
+            "label_smoothing"
+        ):  # a list holds it, or it is the name
             raise ValueError(
                 "loss_type exo_pair needs a label_smoothing above 0: set dpo.trainer.label_smoothing, e.g. to 1e-3 as its paper does"
             )

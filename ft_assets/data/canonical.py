@@ -13,8 +13,8 @@ import re
 import unicodedata
 from typing import Any
 
-from ft_assets.data.shapes import RowProblem, conversation_turns, preference_turns
-from ft_assets.data.turns import checked, text, tools
+from ft_assets.data.messages import checked, text, tools
+from ft_assets.data.row_formats import RowProblem, conversation_turns, preference_turns
 
 
 def normalise(text: str) -> str:
@@ -34,16 +34,28 @@ def conversation(raw: dict[str, Any], format: str | None = None) -> dict[str, An
         if format == "text":
             messages = [{"role": "text", "content": text("text", given[0]["content"])}]
             # No user asks for it: the text itself is what must stay on one side of the split.
-            return {"id": _identity(messages, []), "messages": messages, "group": _group(raw, messages[0]["content"])}
+            return {
+                "id": _identity(messages, []),
+                "messages": messages,
+                "group": _group(raw, messages[0]["content"]),
+            }
         messages = checked("messages", given)
         offered = tools(raw)
     except RecursionError:
         raise RowProblem("is nested too deeply") from None
     if messages[-1]["role"] != "assistant":
-        raise RowProblem(f"messages[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the assistant's answer")
+        raise RowProblem(
+            f"messages[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the assistant's answer"
+        )
     if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
-        raise RowProblem("messages: no assistant turn is to be trained (train: false or weight: 0 on each)")
-    row = {"id": _identity(messages, offered), "messages": messages, "group": _group(raw, _asked(messages))}
+        raise RowProblem(
+            "messages: no assistant turn is to be trained (train: false or weight: 0 on each)"
+        )
+    row = {
+        "id": _identity(messages, offered),
+        "messages": messages,
+        "group": _group(raw, _asked(messages)),
+    }
     return {**row, "tools": offered} if offered else row
 
 
@@ -56,12 +68,23 @@ def preference(raw: dict[str, Any], format: str | None = None) -> dict[str, Any]
     except RecursionError:
         raise RowProblem("is nested too deeply") from None
     if messages[-1]["role"] not in ("user", "tool"):
-        raise RowProblem(f"prompt[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the user's")
-    chosen, rejected = (text(name, value) for name, value in zip(("chosen", "rejected"), answers, strict=True))
+        raise RowProblem(
+            f"prompt[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the user's"
+        )
+    chosen, rejected = (
+        text(name, value) for name, value in zip(("chosen", "rejected"), answers, strict=True)
+    )
     if chosen.strip() == rejected.strip():
         raise RowProblem("chosen and rejected are equal; expected two different answers")
     row = {
-        "id": _identity([*messages, {"role": "assistant", "content": chosen}, {"role": "rejected", "content": rejected}], offered),
+        "id": _identity(
+            [
+                *messages,
+                {"role": "assistant", "content": chosen},
+                {"role": "rejected", "content": rejected},
+            ],
+            offered,
+        ),
         "messages": messages,
         "chosen": chosen,
         "rejected": rejected,
@@ -72,14 +95,27 @@ def preference(raw: dict[str, Any], format: str | None = None) -> dict[str, Any]
 
 def _identity(messages: list[dict[str, Any]], offered: list[dict[str, Any]]) -> str:
     """Return the id: roles and texts alone where a row has no more, so that ids of plain conversations never change."""
-    turns = [(turn["role"], turn["content"].strip(), *([extra] if (extra := _extra(turn)) else [])) for turn in messages]
-    return digest(json.dumps({"turns": turns, "tools": offered} if offered else turns, ensure_ascii=False, sort_keys=True))
+    turns = [
+        (turn["role"], turn["content"].strip(), *([extra] if (extra := _extra(turn)) else []))
+        for turn in messages
+    ]
+    return digest(
+        json.dumps(
+            {"turns": turns, "tools": offered} if offered else turns,
+            ensure_ascii=False,
+            sort_keys=True,
+        )
+    )
 
 
 def _extra(turn: dict[str, Any]) -> dict[str, Any]:
     """Return what a turn says besides role and text. Ids of calls are not part of it: they are random."""
     extra: dict[str, Any] = {"train": False} if turn.get("train") is False else {}
-    return {**extra, "tool_calls": [call["function"] for call in turn["tool_calls"]]} if "tool_calls" in turn else extra
+    return (
+        {**extra, "tool_calls": [call["function"] for call in turn["tool_calls"]]}
+        if "tool_calls" in turn
+        else extra
+    )
 
 
 def _asked(messages: list[dict[str, Any]]) -> str:
@@ -88,7 +124,9 @@ def _asked(messages: list[dict[str, Any]]) -> str:
 
 def _group(raw: dict[str, Any], asked: str) -> str:
     group = raw.get("group")
-    if group is None or (isinstance(group, str) and not group.strip()):  # an empty cell of a table is no group
+    if group is None or (
+        isinstance(group, str) and not group.strip()
+    ):  # an empty cell of a table is no group
         return digest("prompt", normalise(asked))
     if not isinstance(group, str | int):
         raise RowProblem(f"group: is a {type(group).__name__}; expected a text or a whole number")

@@ -26,16 +26,35 @@ def table_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             batch.validate(full=True)  # a damaged Arrow file would be read outside its buffers
             values = batch.to_pylist()
         # OverflowError, ValueError: dates that Python has not; UnicodeDecodeError, a ValueError: strings that are none
-        except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+        ) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0][:160]
-            raise DataError(str(path), f"cannot be read ({said})", f"a {kind} file", "write it again") from None
+            raise DataError(
+                where=str(path),
+                found=f"cannot be read ({said})",
+                expected=f"a {kind} file",
+                fix="write it again",
+            ) from None
         yield from values
 
 
-def _sliced(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _sliced(
+    path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
     doubles = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if doubles:
-        raise DataError(str(path), f"has the column {doubles[0]!r} more than once", "distinct column names", "rename one of them")
+        raise DataError(
+            where=str(path),
+            found=f"has the column {doubles[0]!r} more than once",
+            expected="distinct column names",
+            fix="rename one of them",
+        )
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH):
             yield batch.slice(start, BATCH)
@@ -56,7 +75,11 @@ def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
     with pa.memory_map(str(path)) as source:
         if magic == ARROW_FILE:
             reader = pa.ipc.open_file(source)
-            yield from _sliced(path, reader.schema, (reader.get_batch(index) for index in range(reader.num_record_batches)))
+            yield from _sliced(
+                path,
+                reader.schema,
+                (reader.get_batch(index) for index in range(reader.num_record_batches)),
+            )
         else:  # datasets writes the stream form
             stream = pa.ipc.open_stream(source)
             yield from _sliced(path, stream.schema, iter(stream))

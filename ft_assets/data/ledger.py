@@ -38,9 +38,14 @@ class Ledger:
         return {
             "tokens": self.tokens,
             "supervised_tokens": self.supervised,
-            "supervised_percent": round(100 * self.supervised / self.tokens, 2) if self.tokens else 0.0,
+            "supervised_percent": round(100 * self.supervised / self.tokens, 2)
+            if self.tokens
+            else 0.0,
             "zero_supervised": self.zero_supervised,
-            **{f"length_{name}": ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in QUANTILES.items()},
+            **{
+                f"length_{name}": ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+                for name, share in QUANTILES.items()
+            },
             "length_max": ordered[-1],
         }
 
@@ -59,7 +64,11 @@ class Ledger:
                 "left_out": len(self.lengths) - len(kept),
                 "tokens_percent": round(100 * sum(kept) / total, 1) if total else 0.0,
             }
-        return {"edges": [width * number for number in range(len(counts) + 1)], "counts": counts, "limits": limits}
+        return {
+            "edges": [width * number for number in range(len(counts) + 1)],
+            "counts": counts,
+            "limits": limits,
+        }
 
 
 QUANTILES = {"p05": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99}

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ft_assets.artifacts import file_sha256
-from ft_assets.data.endings import DATA, suffixes
+from ft_assets.data.file_types import DATA, suffixes
 from ft_assets.errors import DataError, InfrastructureFault, SourceUnreachable, may_pass
 
 CREDENTIALS = {  # of the protocols that are read: where the credentials come from
@@ -32,7 +32,9 @@ VERSIONS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "b
 DATES = ("Last-Modified", "LastModified", "mtime", "updated")
 
 
-def resolve_files(root: Path, patterns: list[str], key: str, cache: Path | None = None) -> list[Path]:
+def resolve_files(
+    root: Path, patterns: list[str], key: str, cache: Path | None = None
+) -> list[Path]:
     """Return the files that patterns (files, folders, globs, URLs) name, sorted. Raises DataError for one that matches nothing,
     SourceUnreachable for a server that does not answer.
 
@@ -50,13 +52,17 @@ def resolve_files(root: Path, patterns: list[str], key: str, cache: Path | None 
             if match.is_file():
                 found.append(match)
             elif match.is_dir():
-                found += [path for path in match.rglob("*") if path.is_file() and suffixes(path)[0] in DATA]
+                found += [
+                    path
+                    for path in match.rglob("*")
+                    if path.is_file() and suffixes(path)[0] in DATA
+                ]
         if not found:
             raise DataError(
-                where,
-                f"no data file matches below {root}",
-                "an existing file, folder or glob",
-                "correct the path; it is relative to finetune.yaml",
+                where=where,
+                found=f"no data file matches below {root}",
+                expected="an existing file, folder or glob",
+                fix="correct the path; it is relative to finetune.yaml",
             )
         files.update(found)
     return sorted(files)
@@ -78,32 +84,63 @@ def _fetched(url: str, where: str, cache: Path) -> list[Path]:
     protocol = _checked(url, where)
     try:
         files = _file_system(protocol)
-        copies = [_copy(files, name, info, protocol, where, cache) for name, info in _matches(files, url, protocol)]
+        copies = [
+            _copy(files, name, info, protocol, where, cache)
+            for name, info in _matches(files, url, protocol)
+        ]
     except (DataError, InfrastructureFault):
         raise
     # Each store's client has errors of its own, without a common root; what they mean is told by _problem.
     except Exception as error:
         raise _problem(error, protocol, where) from error
     if not copies:
-        raise DataError(where, "no data file matches", "an existing file, folder or glob", "correct the URL")
+        raise DataError(
+            where=where,
+            found="no data file matches",
+            expected="an existing file, folder or glob",
+            fix="correct the URL",
+        )
     return copies
 
 
 def _checked(url: str, where: str) -> str:
     protocol, _, rest = url.partition("://")
     if protocol not in CREDENTIALS:
-        raise DataError(where, f"{protocol}:// is not read", f"one of {', '.join(f'{name}://' for name in CREDENTIALS)}", "correct the URL")
+        raise DataError(
+            where=where,
+            found=f"{protocol}:// is not read",
+            expected=f"one of {', '.join(f'{name}://' for name in CREDENTIALS)}",
+            fix="correct the URL",
+        )
     if "@" in rest.partition("/")[0]:
-        raise DataError(where, "holds a user or a password", "credentials in the environment", f"set {CREDENTIALS[protocol]}")
+        raise DataError(
+            where=where,
+            found="holds a user or a password",
+            expected="credentials in the environment",
+            fix=f"set {CREDENTIALS[protocol]}",
+        )
     if protocol == "hf":
         parts = rest.split("/")
-        if len(parts) < 4 or parts[0] != "datasets" or "@" not in parts[2] or parts[2].endswith("@"):
+        if (
+            len(parts) < 4
+            or parts[0] != "datasets"
+            or "@" not in parts[2]
+            or parts[2].endswith("@")
+        ):
             # Without a revision the same finetune.yaml would mean other data tomorrow.
             raise DataError(
-                where, "names no revision", "hf://datasets/owner/name@revision/path", "add @ and a commit or a tag after the name"
+                where=where,
+                found="names no revision",
+                expected="hf://datasets/owner/name@revision/path",
+                fix="add @ and a commit or a tag after the name",
             )
     if protocol in ("http", "https") and glob.has_magic(urlsplit(url).path):
-        raise DataError(where, "is a glob", "the URL of one file: HTTP has no folders", "name each file")
+        raise DataError(
+            where=where,
+            found="is a glob",
+            expected="the URL of one file: HTTP has no folders",
+            fix="name each file",
+        )
     return protocol
 
 
@@ -116,7 +153,10 @@ def _file_system(protocol: str) -> Any:
         import aiohttp
 
         # No limit to the whole, which a large file would reach; one to each silence.
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60), "trust_env": True}
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60),
+            "trust_env": True,
+        }
     return fsspec.filesystem(protocol, **options)
 
 
@@ -134,10 +174,15 @@ def _matches(files: Any, url: str, protocol: str) -> Iterator[tuple[str, dict[st
                 yield inner, inner_info
 
 
-def _copy(files: Any, name: str, info: dict[str, Any], protocol: str, where: str, cache: Path) -> Path:
+def _copy(
+    files: Any, name: str, info: dict[str, Any], protocol: str, where: str, cache: Path
+) -> Path:
     """Return the local copy of a file; it is fetched unless the cache has this version."""
     version, size = _version(info), info.get("size")
-    own = PurePosixPath(unquote(urlsplit(name).path) if protocol in ("http", "https") else name).name or "data"
+    own = (
+        PurePosixPath(unquote(urlsplit(name).path) if protocol in ("http", "https") else name).name
+        or "data"
+    )
     address = hashlib.sha256(f"{protocol}://{name}".encode()).hexdigest()[:16]
     target = _target(cache, address, version, own) if version else None
     if target and target.is_file() and size in (None, target.stat().st_size):
@@ -150,7 +195,12 @@ def _copy(files: Any, name: str, info: dict[str, Any], protocol: str, where: str
         if size is not None and fetched != size:
             raise SourceUnreachable(where, f"{own}: {fetched} of {size} bytes came", "try again")
         if version and _version(files.info(name)) != version:
-            raise DataError(where, f"{own}: changed while it was fetched", "a file that is still", "try again")
+            raise DataError(
+                where=where,
+                found=f"{own}: changed while it was fetched",
+                expected="a file that is still",
+                fix="try again",
+            )
         # A server that names no version: the content does, and the file is fetched each time.
         target = target or _target(cache, address, file_sha256(part), own)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,22 +229,50 @@ def _version(info: dict[str, Any]) -> str | None:
 def _problem(error: Exception, protocol: str, where: str) -> DataError | SourceUnreachable:
     """Return what an error of a store's client means for the user."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # fsspec says the same of a server that does not answer, or answers with its own fault
+        error = (
+            error.__cause__
+        )  # fsspec says the same of a server that does not answer, or answers with its own fault
     status = (
-        getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
+        getattr(error, "status", None)
+        or getattr(getattr(error, "response", None), "status_code", None)
+        or getattr(error, "code", None)
     )
-    said = f"{type(error).__name__}: {str(error).strip() or 'no more is said'}".splitlines()[0][:200]
+    said = f"{type(error).__name__}: {str(error).strip() or 'no more is said'}".splitlines()[0][
+        :200
+    ]
     if protocol in ("http", "https"):
         said = said.split("?")[0]  # a signed query is a secret
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ImportError):
-        return DataError(where, f"needs a package that is missing ({error})", "the extra `remote`", "pip install 'ft_assets[remote]'")
+        return DataError(
+            where=where,
+            found=f"needs a package that is missing ({error})",
+            expected="the extra `remote`",
+            fix="pip install 'ft_assets[remote]'",
+        )
     if isinstance(error, FileNotFoundError) or status in (404, "404"):
-        return DataError(where, "there is no such file", "an existing file, folder or glob", "correct the URL")
+        return DataError(
+            where=where,
+            found="there is no such file",
+            expected="an existing file, folder or glob",
+            fix="correct the URL",
+        )
     refused = isinstance(error, PermissionError) or status in (401, 403, "401", "403")
-    if refused or kinds & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "GatedRepoError"}:
-        return DataError(where, f"access is refused ({said})", "credentials that may read it", f"set {CREDENTIALS[protocol]}")
+    if refused or kinds & {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "DefaultCredentialsError",
+        "GatedRepoError",
+    }:
+        return DataError(
+            where=where,
+            found=f"access is refused ({said})",
+            expected="credentials that may read it",
+            fix=f"set {CREDENTIALS[protocol]}",
+        )
     fix = "check the URL and the network; a local copy of the file works too"
     if may_pass(error, status):
         return SourceUnreachable(where, f"cannot be fetched ({said})", f"try again later; {fix}")
-    return DataError(where, f"cannot be fetched ({said})", "a server that answers", fix)
+    return DataError(
+        where=where, found=f"cannot be fetched ({said})", expected="a server that answers", fix=fix
+    )

@@ -16,8 +16,17 @@ from typing import Any
 import pyarrow as pa
 
 from ft_assets.config import DataSettings
-from ft_assets.data.leaks import common_features, find_copies, within
-from ft_assets.data.tables import NEAR_DUPLICATE, TOKENIZED, TOKENIZED_PREFERENCE, Table, TableWriter, rows_of, select, write_table
+from ft_assets.data.leakage import common_features, find_copies, within
+from ft_assets.data.tables import (
+    NEAR_DUPLICATE,
+    TOKENIZED,
+    TOKENIZED_PREFERENCE,
+    Table,
+    TableWriter,
+    rows_of,
+    select,
+    write_table,
+)
 from ft_assets.errors import DataError
 
 SOURCES = ("conversations", "rehearsal", "heldout", "retention", "preferences")
@@ -50,7 +59,9 @@ def is_heldout(group: str, share: float, salt: str = "") -> bool:
     return value / 2**64 < share
 
 
-def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> tuple[dict[str, Any], dict[str, str]]:
+def make_split(
+    chat: Path, targets: Path, output: Path, data: DataSettings
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Write the sides to `output`, and to its `info` what was left out and why. Returns (counts, version of each side).
 
     `chat` holds the rendered conversations, rehearsal, heldout (fixed, or empty), retention and preferences; `targets` are
@@ -64,17 +75,30 @@ def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> t
         return (
             not fixed
             and row["judged"]
-            and is_heldout(row["group"], shares.get(row.get("stratum") or "", data.heldout_share), data.split_salt)
+            and is_heldout(
+                row["group"],
+                shares.get(row.get("stratum") or "", data.heldout_share),
+                data.split_salt,
+            )
         )
 
-    kept = {row["group"] for path in (tables["retention"], tables["heldout"], targets) for row in Table(path, ["group"])}
+    kept = {
+        row["group"]
+        for path in (tables["retention"], tables["heldout"], targets)
+        for row in Table(path, ["group"])
+    }
     kept |= {row["group"] for row in Table(tables["conversations"], MEMBERSHIP) if held(row)}
 
     def rest(row: Row) -> bool:
         return row["group"] not in kept
 
-    trained = {name: Side(tables[name], rest) for name in ("conversations", "rehearsal", "preferences")}
-    kept_out = [Side(tables["conversations"], held), *(Side(path, _every) for path in (tables["heldout"], tables["retention"], targets))]
+    trained = {
+        name: Side(tables[name], rest) for name in ("conversations", "rehearsal", "preferences")
+    }
+    kept_out = [
+        Side(tables["conversations"], held),
+        *(Side(path, _every) for path in (tables["heldout"], tables["retention"], targets)),
+    ]
     common = common_features([*trained.values(), *kept_out], data)
     copies = find_copies(trained, kept_out, data, common)
     left_out = {name: {copy["id"] for copy in copies if copy["side"] == name} for name in trained}
@@ -82,7 +106,10 @@ def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> t
     def watched(row: Row) -> bool:
         return is_heldout(row["group"], data.validation_share, f"{data.split_salt}:validation")
 
-    pairs = Side(tables["preferences"], lambda row: rest(row) and row["id"] not in left_out["preferences"] and watched(row))
+    pairs = Side(
+        tables["preferences"],
+        lambda row: rest(row) and row["id"] not in left_out["preferences"] and watched(row),
+    )
     pairs_watched = len(pairs) >= LEAST_WATCHED_PAIRS
 
     def side(source: str, row: Row) -> str | None:
@@ -100,18 +127,27 @@ def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> t
     for name in ("train", "heldout"):
         if not counts[f"{name}_rows"]:
             raise DataError(
-                "split",
-                f"no {name.replace('heldout', 'held-out')} rows out of {len(Table(tables['conversations']))}",
-                "both sides filled",
-                "add data, or change data.heldout_share",
+                where="split",
+                found=f"no {name.replace('heldout', 'held-out')} rows out of {len(Table(tables['conversations']))}",
+                expected="both sides filled",
+                fix="add data, or change data.heldout_share",
             )
     counts["near_duplicates_removed"] = sum(map(len, left_out.values()))
-    counts["first_near_duplicate"] = "{side} {id} of {of}: {similarity:.2f}".format(**copies[0]) if copies else None
-    inside = within({name: Side(output / f"{name}.parquet", _every) for name in SIDES}, data, common)
-    counts |= {f"{name}_near_duplicates_within": sum(copy["side"] == name for copy in inside) for name in SIDES}
+    counts["first_near_duplicate"] = (
+        "{side} {id} of {of}: {similarity:.2f}".format(**copies[0]) if copies else None
+    )
+    inside = within(
+        {name: Side(output / f"{name}.parquet", _every) for name in SIDES}, data, common
+    )
+    counts |= {
+        f"{name}_near_duplicates_within": sum(copy["side"] == name for copy in inside)
+        for name in SIDES
+    }
     (output / "info").mkdir()
     write_table(output / "info" / "near_duplicates.parquet", [*copies, *inside], NEAR_DUPLICATE)
-    (output / "info" / "boilerplate.json").write_text(json.dumps({name: sorted(values) for name, values in common.items()}))
+    (output / "info" / "boilerplate.json").write_text(
+        json.dumps({name: sorted(values) for name, values in common.items()})
+    )
     (output / "info" / "strata.json").write_text(json.dumps(strata, indent=1, ensure_ascii=False))
     return counts, versions
 
@@ -128,12 +164,18 @@ def _write(
     strata: dict[str, dict[str, int]] = {}
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(TableWriter(output / f"{name}.parquet", TOKENIZED_PREFERENCE if name in PAIRS else TOKENIZED))
+            name: stack.enter_context(
+                TableWriter(
+                    output / f"{name}.parquet", TOKENIZED_PREFERENCE if name in PAIRS else TOKENIZED
+                )
+            )
             for name in SIDES
         }
         for source, path in tables.items():
             for batch in Table(path).batches():
-                members = batch.select([name for name in MEMBERSHIP if name in batch.schema.names]).to_pylist()
+                members = batch.select(
+                    [name for name in MEMBERSHIP if name in batch.schema.names]
+                ).to_pylist()
                 chosen = [side(source, row) for row in members]
                 for name in dict.fromkeys(name for name in chosen if name):
                     writers[name].copy(batch.filter(pa.array([entry == name for entry in chosen])))

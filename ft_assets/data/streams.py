@@ -41,7 +41,9 @@ def text_pieces(path: Path, packed: str, encoding: str | None) -> Iterator[str]:
     """
     chunks = _chunks(path, packed)
     start = next(chunks, b"")
-    mark, marked = next(((mark, name) for mark, name in BOMS if start.startswith(mark)), (b"", "utf-8"))
+    mark, marked = next(
+        ((mark, name) for mark, name in BOMS if start.startswith(mark)), (b"", "utf-8")
+    )
     name = encoding or marked
     decoder = _decoder(name)
     # The decoders of UTF-16/32 need the mark; that of UTF-8 would leave it in the text.
@@ -55,14 +57,19 @@ def text_pieces(path: Path, packed: str, encoding: str | None) -> Iterator[str]:
             decoder.setstate((b"", state))
             lines += _valid(decoder, (kept + (chunk or b""))[: error.start]).count("\n")
             raise DataError(
-                f"{path}:{lines}",
-                f"is not {name.removesuffix('-sig').upper()} (byte {before - len(kept) + error.start})",
-                "UTF-8 text",
-                "convert it, or name its encoding in data.encoding, e.g. latin-1: guessing would mangle some letters silently",
+                where=f"{path}:{lines}",
+                found=f"is not {name.removesuffix('-sig').upper()} (byte {before - len(kept) + error.start})",
+                expected="UTF-8 text",
+                fix="convert it, or name its encoding in data.encoding, e.g. latin-1: guessing would mangle some letters silently",
             ) from None
-        except UnicodeError as error:  # what is not about one byte: a UTF-16 stream without its mark
+        except (
+            UnicodeError
+        ) as error:  # what is not about one byte: a UTF-16 stream without its mark
             raise DataError(
-                f"{path}:{lines}", f"is not {name.upper()} ({error})", "UTF-8 text", "convert it, or correct data.encoding"
+                where=f"{path}:{lines}",
+                found=f"is not {name.upper()} ({error})",
+                expected="UTF-8 text",
+                fix="convert it, or correct data.encoding",
             ) from None
         lines += text.count("\n")
         before += len(chunk or b"")
@@ -76,12 +83,19 @@ def split_lines(path: Path, pieces: Iterator[str], newline: str) -> Iterator[str
     length, number, held = 0, 1, ""
     for piece in itertools.chain(pieces, [None]):
         text = held + (piece or "")
-        held = "\r" if newline == "" and piece is not None and text.endswith("\r") else ""  # its "\n" may come with the next piece
+        held = (
+            "\r" if newline == "" and piece is not None and text.endswith("\r") else ""
+        )  # its "\n" may come with the next piece
         for line in io.StringIO(text.removesuffix(held) if held else text, newline=newline):
             open_line.append(line)
             length += len(line)
             if length > LARGEST_WHOLE:
-                raise DataError(f"{path}:{number}", f"is longer than {LARGEST_WHOLE} characters", "one row a line", "split the file")
+                raise DataError(
+                    where=f"{path}:{number}",
+                    found=f"is longer than {LARGEST_WHOLE} characters",
+                    expected="one row a line",
+                    fix="split the file",
+                )
             if line.endswith(("\n", "\r") if newline == "" else "\n"):
                 yield "".join(open_line)
                 open_line, length, number = [], 0, number + 1
@@ -96,7 +110,12 @@ def whole(path: Path, pieces: Iterator[str], what: str, advice: str) -> str:
     for piece in pieces:
         length += len(piece)
         if length > LARGEST_WHOLE:
-            raise DataError(str(path), f"is {what} of more than {LARGEST_WHOLE} characters", "less than can be held in memory", advice)
+            raise DataError(
+                where=str(path),
+                found=f"is {what} of more than {LARGEST_WHOLE} characters",
+                expected="less than can be held in memory",
+                fix=advice,
+            )
         parts.append(piece)
     return "".join(parts)
 
@@ -108,7 +127,12 @@ def _decoder(name: str) -> codecs.IncrementalDecoder:
     except UnicodeDecodeError:
         pass
     except (LookupError, ValueError):
-        raise DataError("finetune.yaml: data.encoding", f"{name!r} is no encoding", "e.g. latin-1 or cp1252", "correct it") from None
+        raise DataError(
+            where="finetune.yaml: data.encoding",
+            found=f"{name!r} is no encoding",
+            expected="e.g. latin-1 or cp1252",
+            fix="correct it",
+        ) from None
     return codecs.getincrementaldecoder(name)("strict")
 
 
@@ -121,7 +145,12 @@ def _valid(decoder: codecs.IncrementalDecoder, data: bytes) -> str:
 
 
 def _chunks(path: Path, packed: str) -> Iterator[bytes]:
-    opened: dict[str, Callable[[Path], Any]] = {"": lambda name: name.open("rb"), ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    opened: dict[str, Callable[[Path], Any]] = {
+        "": lambda name: name.open("rb"),
+        ".gz": gzip.open,
+        ".xz": lzma.open,
+        ".bz2": bz2.open,
+    }
     try:
         with opened.get(packed, _zstd)(path) as file:
             while data := file.read(CHUNK):
@@ -132,12 +161,20 @@ def _chunks(path: Path, packed: str) -> Iterator[bytes]:
         if packed and error.errno is None:  # the decompressor's own complaint
             raise _broken(path, packed, error) from None
         raise DataError(
-            str(path), f"cannot be read ({error.strerror or error})", "a readable file", "check the path and its permissions"
+            where=str(path),
+            found=f"cannot be read ({error.strerror or error})",
+            expected="a readable file",
+            fix="check the path and its permissions",
         ) from None
 
 
 def _broken(path: Path, packed: str, error: Exception) -> DataError:
-    return DataError(str(path), f"is not a whole {packed} file ({error})", f"a {packed} file", "copy it again")
+    return DataError(
+        where=str(path),
+        found=f"is not a whole {packed} file ({error})",
+        expected=f"a {packed} file",
+        fix="copy it again",
+    )
 
 
 def _zstd(path: Path) -> Any:

@@ -34,19 +34,32 @@ ROW = [
 DIGEST = [("digest", pa.string())]  # of all that the row says; what versions are made of
 IDS = pa.list_(pa.int32())
 CONVERSATION = pa.schema([*ROW, ("source", pa.string()), *DIGEST])
-PREFERENCE = pa.schema([*ROW, ("chosen", pa.string()), ("rejected", pa.string()), ("source", pa.string()), *DIGEST])
+PREFERENCE = pa.schema(
+    [*ROW, ("chosen", pa.string()), ("rejected", pa.string()), ("source", pa.string()), *DIGEST]
+)
 TOKENIZED = pa.schema(
     [
         *ROW,
-        ("judged", pa.bool_()),  # a whole conversation that ends in an answer: only such a row can be held out
+        (
+            "judged",
+            pa.bool_(),
+        ),  # a whole conversation that ends in an answer: only such a row can be held out
         ("input_ids", IDS),
         ("supervised", pa.list_(pa.bool_())),
         *DIGEST,
     ]
 )
-TOKENIZED_PREFERENCE = pa.schema([*ROW, ("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), *DIGEST])
+TOKENIZED_PREFERENCE = pa.schema(
+    [*ROW, ("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), *DIGEST]
+)
 NEAR_DUPLICATE = pa.schema(
-    [("kind", pa.string()), ("side", pa.string()), ("id", pa.string()), ("of", pa.string()), ("similarity", pa.float64())]
+    [
+        ("kind", pa.string()),
+        ("side", pa.string()),
+        ("id", pa.string()),
+        ("of", pa.string()),
+        ("similarity", pa.float64()),
+    ]
 )
 REJECTED = pa.schema([("where", pa.string()), ("problem", pa.string()), ("row", pa.string())])
 BATCH = 1000
@@ -83,7 +96,12 @@ class TableWriter:
     def __enter__(self) -> "TableWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self._flush()
         self._file.close()
@@ -169,7 +187,9 @@ def read_table(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def write_sorted(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, scratch: Path) -> tuple[int, int, str]:
+def write_sorted(
+    path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, scratch: Path
+) -> tuple[int, int, str]:
     """Write rows sorted by id, of each id the first, so that the order of files changes nothing.
 
     Returns (rows, doubles left out, version). Sorts more rows than fit in memory: they lie in a memory-mapped Arrow file
@@ -181,14 +201,18 @@ def write_sorted(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, 
     unsorted = scratch / f"{path.stem}.arrow"
     with pa.OSFile(str(unsorted), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for batch in _batched(rows):
-            stream.write_batch(pa.RecordBatch.from_pylist([_stored(row, schema) for row in batch], schema=schema))
+            stream.write_batch(
+                pa.RecordBatch.from_pylist([_stored(row, schema) for row in batch], schema=schema)
+            )
     stored = Dataset.from_file(str(unsorted))
     ids = np.asarray(stored.data.column("id").to_pylist(), dtype=str)
     order = np.argsort(ids, kind="stable")  # of doubles the first stays first
     kept = order[np.append(True, ids[order][1:] != ids[order][:-1])] if len(ids) else order
     with TableWriter(path, schema) as table:
         for start in range(0, len(kept), BATCH):
-            chunk: Any = stored.select(kept[start : start + BATCH], keep_in_memory=True).with_format("arrow")[:]
+            chunk: Any = stored.select(
+                kept[start : start + BATCH], keep_in_memory=True
+            ).with_format("arrow")[:]
             table.copy(chunk.cast(schema).combine_chunks().to_batches()[0])
         version = table.version
     del stored
@@ -196,7 +220,9 @@ def write_sorted(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, 
     return len(kept), len(ids) - len(kept), version
 
 
-def select(batch: pa.RecordBatch, wanted: Callable[[dict[str, Any]], bool], columns: Sequence[str]) -> pa.RecordBatch:
+def select(
+    batch: pa.RecordBatch, wanted: Callable[[dict[str, Any]], bool], columns: Sequence[str]
+) -> pa.RecordBatch:
     """Return the rows of a batch that are wanted by their values in `columns`, of which the batch may lack some."""
     values = batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
     return batch.filter(pa.array([wanted(row) for row in values], pa.bool_()))
@@ -220,14 +246,25 @@ def _stored(row: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
 
 def _digest(encoded: dict[str, Any]) -> str:
     """Return the digest of a row as it is stored: not of the file it came from."""
-    said = {key: value for key, value in encoded.items() if key not in ("source", "digest") and value is not None}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+    said = {
+        key: value
+        for key, value in encoded.items()
+        if key not in ("source", "digest") and value is not None
+    }
+    return hashlib.sha256(
+        json.dumps(said, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()[:32]
 
 
 def _encoded(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(row.get("messages"), list):
         row["messages"] = [
-            {**turn, "tool_calls": json.dumps(turn["tool_calls"], sort_keys=True, ensure_ascii=False)} if turn.get("tool_calls") else turn
+            {
+                **turn,
+                "tool_calls": json.dumps(turn["tool_calls"], sort_keys=True, ensure_ascii=False),
+            }
+            if turn.get("tool_calls")
+            else turn
             for turn in row["messages"]
         ]
     if row.get("tools") is not None:

@@ -13,22 +13,36 @@ from typing import Any
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import EvaluationSettings
 from ft_assets.errors import EvaluationError
-from ft_assets.evaluation.generation import generate
 from ft_assets.evaluation.harness import harness_scores
-from ft_assets.evaluation.losses import answer_losses, sequence_log_probabilities
 from ft_assets.evaluation.metrics import retention_scores, score_answers
-from ft_assets.evaluation.metrics.form import normal_label
-from ft_assets.evaluation.metrics.habits import refusal_pattern, repetition
+from ft_assets.evaluation.metrics.behaviour import refusal_pattern, repetition
+from ft_assets.evaluation.metrics.format import normal_label
 from ft_assets.evaluation.metrics.judge import judge_scores
-from ft_assets.evaluation.metrics.own import load_function, own_scores
-from ft_assets.evaluation.proofs import load_candidates, prove_adapters_act, prove_unseen, template_mismatches
+from ft_assets.evaluation.metrics.user_function import load_function, own_scores
+from ft_assets.evaluation.proofs import (
+    load_candidates,
+    prove_adapters_act,
+    prove_unseen,
+    template_mismatches,
+)
+from ft_assets.inference.generation import generate
+from ft_assets.inference.losses import answer_losses, sequence_log_probabilities
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer, stop_ids
 
 Rows = list[dict[str, Any]]
 LOSS_BATCH = 32
 SHUFFLES = 10
-NOT_OF_TEXT = ("loss", "token_accuracy", "choice", "judge", "valid_json", "schema", "regex", "known_label")
+NOT_OF_TEXT = (
+    "loss",
+    "token_accuracy",
+    "choice",
+    "judge",
+    "valid_json",
+    "schema",
+    "regex",
+    "known_label",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,9 @@ class Scored:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def few_shot_prompt(messages: list[dict[str, str]], system: str | None, examples: Rows) -> list[dict[str, str]]:
+def few_shot_prompt(
+    messages: list[dict[str, str]], system: str | None, examples: Rows
+) -> list[dict[str, str]]:
     """Return the prompt of the prompted base: the given system turn (else the row's own), the examples' turns, the row's."""
     own = next((turn["content"] for turn in messages if turn["role"] == "system"), None)
     first = system or own
@@ -77,10 +93,17 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
     renderer = Renderer(tokenizer, stops)
     model = load_candidates(snapshot, adapters)
     scored = Scored()
-    scored.proofs["adapters"] = prove_adapters_act(model, snapshot, adapters, _prompts(renderer, task.heldout[:1])[0])
-    scored.proofs["template_mismatches"] = template_mismatches(renderer, [*task.heldout, *task.train])
+    scored.proofs["adapters"] = prove_adapters_act(
+        model, snapshot, adapters, _prompts(renderer, task.heldout[:1])[0]
+    )
+    scored.proofs["template_mismatches"] = template_mismatches(
+        renderer, [*task.heldout, *task.train]
+    )
     scorer = Scorer(model, tokenizer, stops, task)
-    prompted = [{**row, "messages": few_shot_prompt(row["messages"], task.few_shot_system, task.few_shot)} for row in task.heldout]
+    prompted = [
+        {**row, "messages": few_shot_prompt(row["messages"], task.few_shot_system, task.few_shot)}
+        for row in task.heldout
+    ]
     plans: list[tuple[str, str | None, Rows]] = [("base", None, task.heldout)]
     plans += [("few_shot", None, _tokenized(renderer, prompted))] if task.few_shot else []
     plans += [(name, name, task.heldout) for name in adapters]
@@ -94,14 +117,24 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
                 scored.retention[name] = scorer.retention(task.retention)
                 scored.train_loss[name] = scorer.losses(task.train)[0]
                 if task.settings.lm_eval:
-                    scored.harness[name] = harness_scores(model, tokenizer, task.settings, task.root)
+                    scored.harness[name] = harness_scores(
+                        model, tokenizer, task.settings, task.root
+                    )
         scored.seconds[name] = time.perf_counter() - begun
         mean = statistics.fmean(row[task.settings.metric] for row in scored.heldout[name])
-        report("scored", **{f"{name}_{task.settings.metric}": round(mean, 4), "seconds": round(scored.seconds[name], 1)})
+        report(
+            "scored",
+            **{
+                f"{name}_{task.settings.metric}": round(mean, 4),
+                "seconds": round(scored.seconds[name], 1),
+            },
+        )
     replaced = replaced_template(snapshot)
     if replaced:
         with acting(model, None):
-            known = task.retention or task.heldout  # general prompts show best what a base knows in its own template
+            known = (
+                task.retention or task.heldout
+            )  # general prompts show best what a base knows in its own template
             try:
                 scored.proofs["own_template"] = {
                     "loss": scorer.loss_under(replaced, known),
@@ -117,7 +150,13 @@ def _tokenized(renderer: Renderer, rows: Rows) -> Rows:
     tokenized = []
     for row, rendered in zip(rows, renderer.answers(rows), strict=True):
         prompt, answer = _proven(row, rendered)
-        tokenized.append({**row, "input_ids": prompt + answer, "supervised": [False] * len(prompt) + [True] * len(answer)})
+        tokenized.append(
+            {
+                **row,
+                "input_ids": prompt + answer,
+                "supervised": [False] * len(prompt) + [True] * len(answer),
+            }
+        )
     return tokenized
 
 
@@ -129,10 +168,10 @@ def _prompts(renderer: Renderer, rows: Rows) -> list[list[int]]:
 def _proven(row: Mapping[str, Any], rendered: Any) -> Any:
     if isinstance(rendered, ProofFailed):
         raise EvaluationError(
-            f"held-out row {row.get('id', '')}",
-            f"cannot be rendered for this candidate: {rendered}",
-            "a prompt that the template takes",
-            "correct data.few_shot and few_shot_system, or chat.chat_template",
+            where=f"held-out row {row.get('id', '')}",
+            found=f"cannot be rendered for this candidate: {rendered}",
+            expected="a prompt that the template takes",
+            fix="correct data.few_shot and few_shot_system, or chat.chat_template",
         )
     return rendered
 
@@ -147,7 +186,13 @@ class Scorer:
     """Scores whatever acts in the model now."""
 
     def __init__(self, model: Any, tokenizer: Any, stops: frozenset[int], task: Task) -> None:
-        self.model, self.tokenizer, self.stops, self.task, self.settings = model, tokenizer, stops, task, task.settings
+        self.model, self.tokenizer, self.stops, self.task, self.settings = (
+            model,
+            tokenizer,
+            stops,
+            task,
+            task.settings,
+        )
         self.renderer = Renderer(tokenizer, stops)
         self.refusal = refusal_pattern(task.settings.refusals)
         self.own = load_function(task.settings.python, task.root) if task.settings.python else None
@@ -158,14 +203,18 @@ class Scorer:
 
     def losses(self, rows: Rows) -> tuple[list[float], list[float]]:
         """Return (nats a token, token accuracy) of the reference answers."""
-        return answer_losses(self.model, rows, self.settings.batch_size or LOSS_BATCH, self.tokenizer.pad_token_id)
+        return answer_losses(
+            self.model, rows, self.settings.batch_size or LOSS_BATCH, self.tokenizer.pad_token_id
+        )
 
     def loss_under(self, template: str, rows: Rows) -> float:
         """Return the mean loss of the reference answers rendered with another template, in nats a token."""
         used = self.tokenizer.chat_template
         self.tokenizer.chat_template = template
         try:
-            return statistics.fmean(self.losses(_tokenized(Renderer(self.tokenizer, self.stops), rows))[0])
+            return statistics.fmean(
+                self.losses(_tokenized(Renderer(self.tokenizer, self.stops), rows))[0]
+            )
         finally:
             self.tokenizer.chat_template = used
 
@@ -196,30 +245,46 @@ class Scorer:
         """Return the scored rows; `base` are the base's own, which the judge compares with (None: this is the base)."""
         settings, answered = self.settings, self.answers(rows)
         texts, references = [row["answer"] for row in answered], [row["reference"] for row in rows]
-        ids, prompts = [row["id"] for row in rows], [row["messages"][:-1] for row in self.task.heldout]
+        ids, prompts = (
+            [row["id"] for row in rows],
+            [row["messages"][:-1] for row in self.task.heldout],
+        )
         scores = score_answers(texts, references, settings, self.task.schema)
         scores["loss"], scores["token_accuracy"] = self.losses(rows)
         if settings.choice:
             scores["choice"] = self.choices(rows, references)
         if self.own is not None and settings.python and settings.own_metric:
-            scores[settings.own_metric] = own_scores(self.own, settings.python, ids, texts, references, prompts)
+            scores[settings.own_metric] = own_scores(
+                self.own, settings.python, ids, texts, references, prompts
+            )
         if settings.judge:
             rivals = texts if base is None else [row["answer"] for row in base]
             scores["judge"] = judge_scores(settings.judge, ids, prompts, texts, rivals)
-        return [{**row, **{key: values[index] for key, values in scores.items()}} for index, row in enumerate(answered)]
+        return [
+            {**row, **{key: values[index] for key, values in scores.items()}}
+            for index, row in enumerate(answered)
+        ]
 
     def chance(self, scored: Rows) -> list[float]:
         """Return what each answer scores on average against the references of other rows, by the gate metric.
 
         [] where that says nothing: all references are the same, or the metric is not one of answer and reference alone.
         """
-        answers, references = [row["answer"] for row in scored], [row["reference"] for row in self.task.heldout]
-        if len(set(references)) == 1 or self.settings.metric in (*NOT_OF_TEXT, self.settings.own_metric):
+        answers, references = (
+            [row["answer"] for row in scored],
+            [row["reference"] for row in self.task.heldout],
+        )
+        if len(set(references)) == 1 or self.settings.metric in (
+            *NOT_OF_TEXT,
+            self.settings.own_metric,
+        ):
             return []
         count = min(SHUFFLES, len(references) - 1)
         offsets = random.Random(self.settings.seed).sample(range(1, len(references)), count)
         drawn = [
-            score_answers(answers, references[offset:] + references[:offset], self.settings, self.task.schema)[self.settings.metric]
+            score_answers(
+                answers, references[offset:] + references[:offset], self.settings, self.task.schema
+            )[self.settings.metric]
             for offset in offsets
         ]
         return [statistics.fmean(values) for values in zip(*drawn, strict=True)]
@@ -227,11 +292,26 @@ class Scorer:
     def choices(self, rows: Rows, references: list[str]) -> list[float]:
         """Return 1 where the reference is the most likely of the labels, by the summed log-probability of label and end of turn."""
         labels, count = self.settings.labels, len(self.settings.labels)
-        asked = [{**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": label}]} for row in rows for label in labels]
+        asked = [
+            {**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": label}]}
+            for row in rows
+            for label in labels
+        ]
         tokenized = _tokenized(self.renderer, asked)
-        sums = sequence_log_probabilities(self.model, tokenized, self.settings.batch_size or LOSS_BATCH, self.tokenizer.pad_token_id)
-        picked = [max(range(count), key=sums[begin : begin + count].__getitem__) for begin in range(0, len(sums), count)]
-        return [float(normal_label(labels[index]) == normal_label(ref)) for index, ref in zip(picked, references, strict=True)]
+        sums = sequence_log_probabilities(
+            self.model,
+            tokenized,
+            self.settings.batch_size or LOSS_BATCH,
+            self.tokenizer.pad_token_id,
+        )
+        picked = [
+            max(range(count), key=sums[begin : begin + count].__getitem__)
+            for begin in range(0, len(sums), count)
+        ]
+        return [
+            float(normal_label(labels[index]) == normal_label(ref))
+            for index, ref in zip(picked, references, strict=True)
+        ]
 
     def retention(self, rows: Rows) -> Rows:
         """Return the general prompts' rows: the loss of all, and the first `retention_answers` answered and scored."""
@@ -240,10 +320,14 @@ class Scorer:
         answered = self.answers(rows[: self.settings.retention_answers])
         references = [row["reference"] for row in rows]
         metric = self.settings.retention_metric
-        scores = retention_scores([row["answer"] for row in answered], references[: len(answered)], metric)
+        scores = retention_scores(
+            [row["answer"] for row in answered], references[: len(answered)], metric
+        )
         scored: Rows = [{**row, metric: value} for row, value in zip(answered, scores, strict=True)]
         scored += [{} for _ in rows[len(answered) :]]
-        return [{**row, "loss": loss} for row, loss in zip(scored, self.losses(rows)[0], strict=True)]
+        return [
+            {**row, "loss": loss} for row, loss in zip(scored, self.losses(rows)[0], strict=True)
+        ]
 
 
 @contextmanager

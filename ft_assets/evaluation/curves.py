@@ -3,16 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-PARTED = 0.05  # relative rise of the validation loss above its lowest, while the training loss falls
+PARTED = (
+    0.05  # relative rise of the validation loss above its lowest, while the training loss falls
+)
 
 
 def up_to_kept(validation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the measurements up to the weights that were kept (all of them where none is marked)."""
-    kept = next((index for index, entry in enumerate(validation) if entry.get("kept")), len(validation) - 1)
+    kept = next(
+        (index for index, entry in enumerate(validation) if entry.get("kept")), len(validation) - 1
+    )
     return list(validation[: kept + 1])
 
 
-def overfitting(curve: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
+def overfitting(
+    curve: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]
+) -> tuple[float | None, str]:
     """Return (the relative rise of the validation loss where the curves part, else None; what is to be said)."""
     trained = [entry for entry in validation if entry["step"] > 0]
     if not trained:
@@ -26,4 +32,7 @@ def overfitting(curve: Sequence[dict[str, Any]], validation: Sequence[dict[str, 
     falls = bool(before and after) and sum(after) / len(after) < sum(before[-window:]) / window
     if rise <= PARTED or not falls:
         return None, text
-    return rise, f"{text}, while the training loss went on falling: it overfits from step {lowest['step']} on"
+    return (
+        rise,
+        f"{text}, while the training loss went on falling: it overfits from step {lowest['step']} on",
+    )

@@ -17,17 +17,40 @@ from ft_assets.evaluation.harness import harness_scores
 from ft_assets.evaluation.report import summarise
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
-OF_THE_ROW = ("candidate", "id", "prompt", "reference")  # what a row of the report's tables holds besides the scores
+OF_THE_ROW = (
+    "candidate",
+    "id",
+    "prompt",
+    "reference",
+)  # what a row of the report's tables holds besides the scores
 
 
 def scored_rows(table: Path, candidate: str, asked: Rows) -> Rows:
     """Return one candidate's scored rows out of rows.parquet or retention.parquet of a report, in the order of `asked`."""
-    found = {row["id"]: row for row in pq.read_table(table, filters=[("candidate", "=", candidate)]).to_pylist()}
+    found = {
+        row["id"]: row
+        for row in pq.read_table(table, filters=[("candidate", "=", candidate)]).to_pylist()
+    }
     # What a row was not asked (a general prompt beyond retention_answers) is null in the table.
-    return [{key: value for key, value in found[row["id"]].items() if key not in OF_THE_ROW and value is not None} for row in asked]
+    return [
+        {
+            key: value
+            for key, value in found[row["id"]].items()
+            if key not in OF_THE_ROW and value is not None
+        }
+        for row in asked
+    ]
 
 
-def report_of_file(file: Path, snapshot: Path, task: Task, rows: Rows, report: Path, candidate: str, gate: GateSettings) -> dict[str, Any]:
+def report_of_file(
+    file: Path,
+    snapshot: Path,
+    task: Task,
+    rows: Rows,
+    report: Path,
+    candidate: str,
+    gate: GateSettings,
+) -> dict[str, Any]:
     """Return the numbers of `report` (a folder), those of `candidate` replaced by the merged file's own.
 
     rows: the file's scored held-out rows. Asked here are its general prompts and, if there are any, the tasks of
@@ -39,13 +62,25 @@ def report_of_file(file: Path, snapshot: Path, task: Task, rows: Rows, report: P
     scorer = Scorer(model, load_tokenizer(file), stop_ids(file), task)
     own = {"heldout": rows, "retention": scorer.retention(task.retention) if general else []}
     chance = {candidate: scorer.chance(rows)}
-    harness = {candidate: harness_scores(model, scorer.tokenizer, task.settings, task.root)} if task.settings.lm_eval else {}
+    harness = (
+        {candidate: harness_scores(model, scorer.tokenizer, task.settings, task.root)}
+        if task.settings.lm_eval
+        else {}
+    )
     del model, scorer  # one model in memory at a time
     if harness:
-        harness = {"base": harness_scores(load_base(snapshot), load_tokenizer(snapshot), task.settings, task.root), **harness}
+        harness = {
+            "base": harness_scores(
+                load_base(snapshot), load_tokenizer(snapshot), task.settings, task.root
+            ),
+            **harness,
+        }
 
     def columns(side: str, table: str, names: Sequence[str], asked: Rows) -> dict[str, Rows]:
-        return {name: own[side] if name == candidate else scored_rows(report / table, name, asked) for name in names}
+        return {
+            name: own[side] if name == candidate else scored_rows(report / table, name, asked)
+            for name in names
+        }
 
     scored = Scored(
         heldout=columns("heldout", "rows.parquet", list(before["scores"]), task.heldout),

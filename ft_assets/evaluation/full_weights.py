@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from ft_assets.errors import EvaluationError
-from ft_assets.training.adapter import changed_weights
+from ft_assets.models.adapter_files import changed_weights
 
 
 class FullWeights:
@@ -21,7 +21,10 @@ class FullWeights:
 
     def __init__(self, base: Any, snapshot: Path, candidates: dict[str, Path]) -> None:
         self._base, self._places, self._acting = base, {None: snapshot, **candidates}, None
-        self._tensors = {**dict(base.named_parameters(remove_duplicate=False)), **dict(base.named_buffers())}
+        self._tensors = {
+            **dict(base.named_parameters(remove_duplicate=False)),
+            **dict(base.named_buffers()),
+        }
         for name, path in candidates.items():
             self._check(name, path)
 
@@ -59,31 +62,55 @@ class FullWeights:
         for file_path in sorted(path.glob("*.safetensors")):
             with safe_open(file_path, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        tied = set(self._base._tied_weights_keys or ()) if self._base.config.get_text_config().tie_word_embeddings else set()
-        wrong = [key for key, value in self._base.named_parameters() if key not in tied and shapes.get(key) != tuple(value.shape)]
+        tied = (
+            set(self._base._tied_weights_keys or ())
+            if self._base.config.get_text_config().tie_word_embeddings
+            else set()
+        )
+        wrong = [
+            key
+            for key, value in self._base.named_parameters()
+            if key not in tied and shapes.get(key) != tuple(value.shape)
+        ]
         if wrong:
             raise EvaluationError(
-                f"adapter {name}", f"does not fit the base: {len(wrong)} weights, e.g. {wrong[0]}", "weights of this base", "train it again"
+                where=f"adapter {name}",
+                found=f"does not fit the base: {len(wrong)} weights, e.g. {wrong[0]}",
+                expected="weights of this base",
+                fix="train it again",
             )
 
 
 def prove_weights_act(
-    model: FullWeights, name: str, path: Path, snapshot: Path, before: torch.Tensor, ids: torch.Tensor
+    model: FullWeights,
+    name: str,
+    path: Path,
+    snapshot: Path,
+    before: torch.Tensor,
+    ids: torch.Tensor,
 ) -> dict[str, float]:
     """Return the tensors of a candidate, how many of them differ from the base's, and the largest change of a logit.
 
     Raises EvaluationError "not applied" if no weight differs, or no logit does.
     """
-    changes = [float((weight.float() - was.float()).norm()) for _, weight, was in changed_weights(path, snapshot)]
+    changes = [
+        float((weight.float() - was.float()).norm())
+        for _, weight, was in changed_weights(path, snapshot)
+    ]
     model.set_adapter(name)
     after = model(input_ids=ids, logits_to_keep=1).logits.float()
     change, changed = float((after - before).abs().max()), sum(norm > 0 for norm in changes)
     if not changed or not change > 0 or not torch.isfinite(after).all():
         raise EvaluationError(
-            f"adapter {name}",
-            f"not applied: {changed} of {len(changes)} weights differ from the base's, logits change by {change:.3g}",
-            "other weights and other logits than the base's",
-            "train it again: scores would be the base's",
+            where=f"adapter {name}",
+            found=f"not applied: {changed} of {len(changes)} weights differ from the base's, logits change by {change:.3g}",
+            expected="other weights and other logits than the base's",
+            fix="train it again: scores would be the base's",
         )
     smallest = min(norm for norm in changes if norm > 0)
-    return {"targets": len(changes), "changed": changed, "smallest_update": smallest, "logit_change": change}
+    return {
+        "targets": len(changes),
+        "changed": changed,
+        "smallest_update": smallest,
+        "logit_change": change,
+    }

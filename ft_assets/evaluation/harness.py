@@ -12,7 +12,9 @@ from ft_assets.errors import EvaluationError
 MAIN_METRICS = ("exact_match", "acc", "f1", "em")
 
 
-def harness_scores(model: Any, tokenizer: Any, settings: EvaluationSettings, root: Path) -> dict[str, list[float]]:
+def harness_scores(
+    model: Any, tokenizer: Any, settings: EvaluationSettings, root: Path
+) -> dict[str, list[float]]:
     """Return {"task metric": one score a document} of the tasks of evaluation.lm_eval, by the model's own chat template.
 
     Raises EvaluationError if the package or a task is missing.
@@ -23,19 +25,29 @@ def harness_scores(model: Any, tokenizer: Any, settings: EvaluationSettings, roo
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise EvaluationError(
-            "evaluation.lm_eval", "the package lm_eval is not installed", "lm_eval", 'pip install "ft_assets[lm-eval]"'
+            where="evaluation.lm_eval",
+            found="the package lm_eval is not installed",
+            expected="lm_eval",
+            fix='pip install "ft_assets[lm-eval]"',
         ) from None
     lm_eval: Any = package  # its annotations are wrapped away
     harness_model: Any = HFLM
-    tasks = TaskManager(include_path=str(root / settings.lm_eval_path) if settings.lm_eval_path else None)
+    tasks = TaskManager(
+        include_path=str(root / settings.lm_eval_path) if settings.lm_eval_path else None
+    )
     missing = [name for name in settings.lm_eval if name not in tasks.all_tasks]
     if missing:
         raise EvaluationError(
-            f"evaluation.lm_eval: {missing[0]}", "is no task", "a task of lm_eval, or of evaluation.lm_eval_path", "correct the name"
+            where=f"evaluation.lm_eval: {missing[0]}",
+            found="is no task",
+            expected="a task of lm_eval, or of evaluation.lm_eval_path",
+            fix="correct the name",
         )
     try:
         results: Any = lm_eval.simple_evaluate(
-            model=harness_model(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size or 16),
+            model=harness_model(
+                pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size or 16
+            ),
             tasks=list(settings.lm_eval),
             task_manager=tasks,
             limit=settings.lm_eval_limit,
@@ -45,15 +57,20 @@ def harness_scores(model: Any, tokenizer: Any, settings: EvaluationSettings, roo
         )
     except Exception as error:  # the harness and the hub's client raise their own
         raise EvaluationError(
-            f"evaluation.lm_eval: {', '.join(settings.lm_eval)}",
-            f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
-            "tasks whose data can be read",
-            "most tasks' data lie on the hub; a task file of your own may read local files (evaluation.lm_eval_path)",
+            where=f"evaluation.lm_eval: {', '.join(settings.lm_eval)}",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+            expected="tasks whose data can be read",
+            fix="most tasks' data lie on the hub; a task file of your own may read local files (evaluation.lm_eval_path)",
         ) from error
     return dict(_scores(name, samples) for name, samples in sorted(results["samples"].items()))
 
 
 def _scores(task: str, samples: list[dict[str, Any]]) -> tuple[str, list[float]]:
-    metric = next((name for name in MAIN_METRICS if name in samples[0]), None) or samples[0]["metrics"][0]
-    by_document = {sample["doc_id"]: float(sample[metric]) for sample in samples}  # the last of several filters
+    metric = (
+        next((name for name in MAIN_METRICS if name in samples[0]), None)
+        or samples[0]["metrics"][0]
+    )
+    by_document = {
+        sample["doc_id"]: float(sample[metric]) for sample in samples
+    }  # the last of several filters
     return f"{task} {metric}", [by_document[key] for key in sorted(by_document)]

@@ -43,7 +43,12 @@ def html(
     metric = report["metric"]
     best, worst = changed_most(rows, verdict["speaker"], metric, metric == "loss", EXAMPLES)
     steps = [(name, other) for name, other in STEPS if other in report["comparisons"].get(name, {})]
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["bold"] = _bold
     small = parquet.stat().st_size <= LARGEST_DOWNLOAD
     return environment.get_template("report.html.j2").render(
@@ -58,17 +63,37 @@ def html(
         tables=[
             (f"Scores on {report['heldout_rows']} held-out rows", score_table(report)),
             ("Which step helped", step_table(report)),
-            *([(f"{report['retention']['rows']} general prompts (retention)", retention_table(report))] if report["retention"] else []),
-            *([("lm-evaluation-harness", harness_table(report))] if report["harness"]["scores"] else []),
+            *(
+                [
+                    (
+                        f"{report['retention']['rows']} general prompts (retention)",
+                        retention_table(report),
+                    )
+                ]
+                if report["retention"]
+                else []
+            ),
+            *(
+                [("lm-evaluation-harness", harness_table(report))]
+                if report["harness"]["scores"]
+                else []
+            ),
         ],
         pictures=[data_uri(score_plot(report)), data_uri(outcome_plot(report, steps))],
-        curves=[data_uri(curve_plot(curve["train"], title, curve.get("validation"))) for title, curve in curves.items() if curve["train"]],
+        curves=[
+            data_uri(curve_plot(curve["train"], title, curve.get("validation")))
+            for title, curve in curves.items()
+            if curve["train"]
+        ],
         examples=[
             ("Ten largest gains", _examples(rows, heldout, metric, best)),
             ("Ten largest losses", _examples(rows, heldout, metric, worst)),
         ],
         since=since,
-        rows="data:application/vnd.apache.parquet;base64," + base64.b64encode(parquet.read_bytes()).decode() if small else None,
+        rows="data:application/vnd.apache.parquet;base64,"
+        + base64.b64encode(parquet.read_bytes()).decode()
+        if small
+        else None,
     )
 
 
@@ -78,7 +103,10 @@ def _examples(rows: Mapping[str, Rows], heldout: Rows, metric: str, chosen: list
             "id": heldout[index]["id"],
             "prompt": heldout[index]["messages"][-2]["content"],
             "reference": heldout[index]["reference"],
-            "answers": [(LABELS[name], rows[name][index]["answer"], rows[name][index][metric]) for name in rows],
+            "answers": [
+                (LABELS[name], rows[name][index]["answer"], rows[name][index][metric])
+                for name in rows
+            ],
         }
         for index in chosen
     ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ft_assets.config import LOWER_IS_BETTER, GateSettings
-from ft_assets.evaluation.verdict import decide
+from ft_assets.evaluation.verdict.decision import decide
 
 Entry = dict[str, Any]
 HEADER = (
@@ -46,7 +46,9 @@ def judged_entry(
         "few_shot": report["scores"].get("few_shot", {}).get(metric),
         "gain": {key: gain[key] for key in ("mean", "low", "high")},
         "general_loss_rise": -against["loss"]["mean"] if against else None,
-        "general_task": {"metric": general["metric"], "change": against[general["metric"]]["mean"]} if general and against else None,
+        "general_task": {"metric": general["metric"], "change": against[general["metric"]]["mean"]}
+        if general and against
+        else None,
         "heldout_rows": len(rows),
         "heldout_ids": sorted(rows),
         "serves": serves,
@@ -75,7 +77,9 @@ def rank(entries: Sequence[Entry]) -> list[Entry]:
     placed = [{**entry, "rank": place, "apart": None} for place, entry in enumerate(shared, 1)]
     placed += [{**entry, "rank": None, "apart": _why_apart(entry, usual)} for entry in apart]
     placed += [{**entry, "rank": None, "apart": None} for entry in entries if not entry["verdict"]]
-    return [{key: value for key, value in entry.items() if key != "heldout_ids"} for entry in placed]
+    return [
+        {key: value for key, value in entry.items() if key != "heldout_ids"} for entry in placed
+    ]
 
 
 def _why_apart(entry: Entry, usual: tuple[str, tuple[str, ...]] | None) -> str:

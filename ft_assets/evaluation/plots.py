@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-LABELS = {"base": "base", "few_shot": "base + few-shot prompt", "sft": "SFT adapter", "dpo": "SFT + DPO adapter"}
+LABELS = {
+    "base": "base",
+    "few_shot": "base + few-shot prompt",
+    "sft": "SFT adapter",
+    "dpo": "SFT + DPO adapter",
+}
 COLORS = {"base": "#9aa5b1", "few_shot": "#7b8794", "sft": "#2f855a", "dpo": "#276749"}
 
 
@@ -29,7 +34,13 @@ def score_plot(report: Mapping[str, Any]) -> bytes:
         [value - report["intervals"][name][0] for name, value in zip(names, values, strict=True)],
         [report["intervals"][name][1] - value for name, value in zip(names, values, strict=True)],
     ]
-    axes.barh([LABELS[name] for name in names], values, xerr=errors, color=[COLORS[name] for name in names], capsize=3)
+    axes.barh(
+        [LABELS[name] for name in names],
+        values,
+        xerr=errors,
+        color=[COLORS[name] for name in names],
+        capsize=3,
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, None if metric == "loss" else 1)
     axes.set_xlabel(f"{metric} on {report['heldout_rows']} held-out rows")
@@ -56,7 +67,11 @@ def outcome_plot(report: Mapping[str, Any], steps: list[tuple[str, str]]) -> byt
                     color="#222" if part == "ties" else "white",
                 )
             left += share
-    axes.set_yticks(range(len(steps)), [f"{LABELS[name]}\nagainst {LABELS[rival]}" for name, rival in steps], fontsize=7)
+    axes.set_yticks(
+        range(len(steps)),
+        [f"{LABELS[name]}\nagainst {LABELS[rival]}" for name, rival in steps],
+        fontsize=7,
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"share of {n} held-out rows")
@@ -70,12 +85,22 @@ def read_curve(adapter: Path, name: str) -> list[dict[str, float]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def curve_plot(curve: list[dict[str, float]], title: str, validation: list[dict[str, float]] | None = None) -> bytes:
+def curve_plot(
+    curve: list[dict[str, float]], title: str, validation: list[dict[str, float]] | None = None
+) -> bytes:
     """Return a PNG: the loss over optimizer steps, and that of the validation rows after each epoch."""
     figure, axes = _axes()
-    axes.plot([entry["step"] for entry in curve], [entry["loss"] for entry in curve], color="#2f855a", label="training batch")
+    axes.plot(
+        [entry["step"] for entry in curve],
+        [entry["loss"] for entry in curve],
+        color="#2f855a",
+        label="training batch",
+    )
     if validation:
-        points = [entry["step"] for entry in validation], [entry["validation_loss"] for entry in validation]
+        points = (
+            [entry["step"] for entry in validation],
+            [entry["validation_loss"] for entry in validation],
+        )
         axes.plot(*points, color="#c05621", marker="o", label="validation rows")
         axes.legend(fontsize=8, frameon=False)
     axes.set_xlabel("optimizer step")
@@ -116,12 +141,19 @@ def leaderboard_plot(ranked: list[dict[str, Any]]) -> bytes:
     """Return a PNG: each base model before and after, with intervals; entries as evaluation/leaderboard.py has them."""
     figure, axes = _axes(1.0 + 0.55 * len(ranked))
     for place, entry in enumerate(ranked):
-        for key, interval, offset, color in (("base", "base_interval", 0.2, COLORS["base"]), ("score", "interval", -0.2, COLORS["sft"])):
+        for key, interval, offset, color in (
+            ("base", "base_interval", 0.2, COLORS["base"]),
+            ("score", "interval", -0.2, COLORS["sft"]),
+        ):
             low, high = entry[interval]
             error = [[entry[key] - low], [high - entry[key]]]
             label = ("base" if key == "base" else "fine-tuned") if place == 0 else None
-            axes.barh(place + offset, entry[key], 0.36, xerr=error, color=color, capsize=3, label=label)
-    axes.set_yticks(range(len(ranked)), [f"{entry['name']}\n{entry['verdict']}" for entry in ranked], fontsize=8)
+            axes.barh(
+                place + offset, entry[key], 0.36, xerr=error, color=color, capsize=3, label=label
+            )
+    axes.set_yticks(
+        range(len(ranked)), [f"{entry['name']}\n{entry['verdict']}" for entry in ranked], fontsize=8
+    )
     axes.invert_yaxis()
     axes.set_xlabel(f"{ranked[0]['metric']} on {ranked[0]['heldout_rows']} held-out rows")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)

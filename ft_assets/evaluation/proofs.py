@@ -14,15 +14,17 @@ from safetensors import safe_open
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.full_weights import FullWeights, prove_weights_act
+from ft_assets.models.adapter_files import TRAINED_GROUPS, is_full
 from ft_assets.models.loading import load_base
-from ft_assets.training.adapter import TRAINED_GROUPS, is_full
 
 
 def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
     """Return the base with all adapters loaded (or, of fully trained weights, FullWeights). Raises EvaluationError if one
     does not fit the base."""
     base = load_base(snapshot)
-    if any(is_full(path) for path in adapters.values()):  # one method trains all candidates of a base model
+    if any(
+        is_full(path) for path in adapters.values()
+    ):  # one method trains all candidates of a base model
         return FullWeights(base, snapshot, adapters)
     model: Any = None
     for name, path in adapters.items():
@@ -33,13 +35,18 @@ def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
                 model.load_adapter(str(path), adapter_name=name)
         except (RuntimeError, ValueError, KeyError) as error:  # other shapes, other layers
             raise EvaluationError(
-                f"adapter {name}", f"does not fit the base: {str(error).splitlines()[0][:200]}", "an adapter of this base", "train it again"
+                where=f"adapter {name}",
+                found=f"does not fit the base: {str(error).splitlines()[0][:200]}",
+                expected="an adapter of this base",
+                fix="train it again",
             ) from None
     return model
 
 
 @torch.inference_mode()
-def prove_adapters_act(model: Any, snapshot: Path, adapters: dict[str, Path], probe: list[int]) -> dict[str, dict[str, float]]:
+def prove_adapters_act(
+    model: Any, snapshot: Path, adapters: dict[str, Path], probe: list[int]
+) -> dict[str, dict[str, float]]:
     """Return, for each adapter, its targets, the smallest ‖ΔW‖ among them (Frobenius) and the largest change of a logit
     after the probe prompt. Raises EvaluationError "not applied" unless every target has an update and logits change."""
     ids = torch.tensor([probe], device=model.device)
@@ -61,14 +68,24 @@ def prove_adapters_act(model: Any, snapshot: Path, adapters: dict[str, Path], pr
         after = model(input_ids=ids, logits_to_keep=1).logits.float()
         change = float((after - before).abs().max())
         zero = sum(norm == 0 for norm in norms)
-        if not norms or zero or len(norms) != in_file or not change > 0 or not torch.isfinite(after).all():
+        if (
+            not norms
+            or zero
+            or len(norms) != in_file
+            or not change > 0
+            or not torch.isfinite(after).all()
+        ):
             raise EvaluationError(
-                f"adapter {name}",
-                f"not applied: {zero} of {len(norms)} targets have a zero update, the file holds {in_file}, logits change by {change:.3g}",
-                "a nonzero update on every target and other logits than the base's",
-                "train it again: scores would be the base's",
+                where=f"adapter {name}",
+                found=f"not applied: {zero} of {len(norms)} targets have a zero update, the file holds {in_file}, logits change by {change:.3g}",
+                expected="a nonzero update on every target and other logits than the base's",
+                fix="train it again: scores would be the base's",
             )
-        proofs[name] = {"targets": len(norms), "smallest_update": min(norms), "logit_change": change}
+        proofs[name] = {
+            "targets": len(norms),
+            "smallest_update": min(norms),
+            "logit_change": change,
+        }
     return proofs
 
 
@@ -85,16 +102,19 @@ def prove_unseen(adapters: dict[str, Path], **sides: list[dict[str, Any]]) -> No
             seen = set(json.loads((path / TRAINED_GROUPS).read_text()))
         except FileNotFoundError:
             raise EvaluationError(
-                f"adapter {name}", f"has no {TRAINED_GROUPS}", "the list of the rows it was trained on", "train it again in this graph"
+                where=f"adapter {name}",
+                found=f"has no {TRAINED_GROUPS}",
+                expected="the list of the rows it was trained on",
+                fix="train it again in this graph",
             ) from None
         for side, rows in sides.items():
             shared = [row["id"] for row in rows if row["group"] in seen]
             if shared:
                 raise EvaluationError(
-                    f"adapter {name}",
-                    f"was trained on {len(shared)} of the {len(rows)} {side} rows, e.g. {shared[0]}",
-                    "none: a score on trained rows says nothing",
-                    f"materialize heldout_split and {'lora' if name == 'sft' else name}_adapter again",
+                    where=f"adapter {name}",
+                    found=f"was trained on {len(shared)} of the {len(rows)} {side} rows, e.g. {shared[0]}",
+                    expected="none: a score on trained rows says nothing",
+                    fix=f"materialize heldout_split and {'lora' if name == 'sft' else name}_adapter again",
                 )
 
 
@@ -111,7 +131,10 @@ def template_mismatches(renderer: Renderer, rows: list[dict[str, Any]]) -> list[
             found.add(row["id"])
     prompts = renderer.prompts([{**row, "messages": row["messages"][:-1]} for row in chats])
     for row, prompt in zip(chats, prompts, strict=True):
-        if isinstance(prompt, ProofFailed) or prompt != row["input_ids"][: _last_answer(row["supervised"])]:
+        if (
+            isinstance(prompt, ProofFailed)
+            or prompt != row["input_ids"][: _last_answer(row["supervised"])]
+        ):
             found.add(row["id"])
     return [row["id"] for row in rows if row["id"] in found]
 
@@ -120,4 +143,6 @@ def _last_answer(supervised: list[bool]) -> int:
     """Return where the last run of supervised tokens begins."""
     backwards = supervised[::-1]
     last = backwards.index(True)
-    return len(supervised) - (backwards.index(False, last) if False in backwards[last:] else len(supervised))
+    return len(supervised) - (
+        backwards.index(False, last) if False in backwards[last:] else len(supervised)
+    )

@@ -23,4 +23,6 @@ def _reference(tokenizer: Any, row: Row) -> str:
     begin = end
     while begin and row["supervised"][begin - 1]:
         begin -= 1
-    return tokenizer.decode(row["input_ids"][begin : end - 1], skip_special_tokens=True).strip()  # without the end of turn
+    return tokenizer.decode(
+        row["input_ids"][begin : end - 1], skip_special_tokens=True
+    ).strip()  # without the end of turn

@@ -8,7 +8,7 @@ from typing import Any
 
 from ft_assets.config import LOWER_IS_BETTER, EvaluationSettings, GateSettings
 from ft_assets.evaluation.candidates import Rows, Scored
-from ft_assets.evaluation.statistics import compare, interval
+from ft_assets.evaluation.verdict.statistics import compare, interval
 
 TEXT = ("answer", "stopped", "tokens")
 HABITS = ("refused", "repetition")  # compared as rates, not row by row
@@ -16,7 +16,11 @@ RIVALS = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
 
 
 def summarise(
-    scored: Scored, settings: EvaluationSettings, gate: GateSettings, bound_to: Mapping[str, str], evidence: Mapping[str, Any]
+    scored: Scored,
+    settings: EvaluationSettings,
+    gate: GateSettings,
+    bound_to: Mapping[str, str],
+    evidence: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the report's numbers. `evidence` is what the diagnosis needs besides and is passed through."""
     columns = {name: score_columns(rows) for name, rows in scored.heldout.items()}
@@ -27,11 +31,16 @@ def summarise(
         "heldout_rows": len(scored.heldout["base"]),
         "confidence": gate.confidence,
         "scores": {name: _means(columns[name], scored.heldout[name]) for name in columns},
-        "intervals": {name: interval(values[metric], gate.confidence, settings.seed) for name, values in columns.items()},
+        "intervals": {
+            name: interval(values[metric], gate.confidence, settings.seed)
+            for name, values in columns.items()
+        },
         "comparisons": _comparisons(columns, settings.seed, gate.confidence),
         "retention": _retention(scored.retention, settings, gate),
         "chance": {
-            name: compare(columns[name][metric], chance, gate.confidence, settings.seed) for name, chance in scored.chance.items() if chance
+            name: compare(columns[name][metric], chance, gate.confidence, settings.seed)
+            for name, chance in scored.chance.items()
+            if chance
         },
         "harness": _harness(scored.harness, settings.seed, gate.confidence),
         "proofs": scored.proofs,
@@ -55,16 +64,25 @@ def _means(columns: Mapping[str, list[float]], rows: Rows) -> dict[str, float]:
     return means
 
 
-def _comparisons(columns: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float) -> dict[str, Any]:
+def _comparisons(
+    columns: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float
+) -> dict[str, Any]:
     return {
-        name: {rival: compare_columns(columns[name], columns[rival], confidence, seed) for rival in RIVALS[name] if rival in columns}
+        name: {
+            rival: compare_columns(columns[name], columns[rival], confidence, seed)
+            for rival in RIVALS[name]
+            if rival in columns
+        }
         for name in RIVALS
         if name in columns
     }
 
 
 def compare_columns(
-    columns: Mapping[str, list[float]], rival: Mapping[str, list[float]], confidence: float, seed: int
+    columns: Mapping[str, list[float]],
+    rival: Mapping[str, list[float]],
+    confidence: float,
+    seed: int,
 ) -> dict[str, dict[str, Any]]:
     """Return the paired difference of two candidates in each metric, oriented so that more is better."""
     return {
@@ -74,7 +92,9 @@ def compare_columns(
     }
 
 
-def _retention(retention: Mapping[str, Rows], settings: EvaluationSettings, gate: GateSettings) -> dict[str, Any] | None:
+def _retention(
+    retention: Mapping[str, Rows], settings: EvaluationSettings, gate: GateSettings
+) -> dict[str, Any] | None:
     if not retention.get("base"):
         return None
     columns = {name: score_columns(rows) for name, rows in retention.items()}
@@ -87,9 +107,14 @@ def _retention(retention: Mapping[str, Rows], settings: EvaluationSettings, gate
     }
 
 
-def _harness(harness: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float) -> dict[str, Any]:
+def _harness(
+    harness: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float
+) -> dict[str, Any]:
     return {
-        "scores": {name: {task: statistics.fmean(values) for task, values in tasks.items()} for name, tasks in harness.items()},
+        "scores": {
+            name: {task: statistics.fmean(values) for task, values in tasks.items()}
+            for name, tasks in harness.items()
+        },
         "comparisons": _comparisons(harness, seed, confidence),
     }
 

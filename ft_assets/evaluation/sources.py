@@ -23,7 +23,12 @@ def read_schema(project: Project, settings: EvaluationSettings) -> dict[str, Any
         validator_for(schema).check_schema(schema)
     except (OSError, ValueError, SchemaError, AttributeError) as error:
         reason = getattr(error, "message", None) or str(error)
-        raise ConfigError("evaluation.json_schema", f"{path}: {reason}", "a JSON schema", "correct the file or the path") from None
+        raise ConfigError(
+            where="evaluation.json_schema",
+            found=f"{path}: {reason}",
+            expected="a JSON schema",
+            fix="correct the file or the path",
+        ) from None
     return schema
 
 
@@ -41,6 +46,9 @@ def own_metric_version(project: Project, settings: EvaluationSettings) -> str | 
         found = None
     if found is None or found.origin is None:
         raise ConfigError(
-            f"evaluation.python: {settings.python}", f"there is no module {module}", f"{path}, or an installed module", "correct the name"
+            where=f"evaluation.python: {settings.python}",
+            found=f"there is no module {module}",
+            expected=f"{path}, or an installed module",
+            fix="correct the name",
         )
     return file_sha256(Path(found.origin))

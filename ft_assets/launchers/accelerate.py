@@ -9,9 +9,9 @@ import sys
 
 from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import ConfigError
+from ft_assets.hardware import visible_gpus
 from ft_assets.job import Job
 from ft_assets.launchers.base import TRAINING_STEPS
-from ft_assets.launchers.devices import visible_gpus
 from ft_assets.launchers.local import LocalLauncher, free_port
 
 
@@ -28,7 +28,12 @@ class AccelerateLauncher(LocalLauncher):
         if count == 1:
             return [{}]
         common = {"FT_SHARDING": self.settings.sharding}
-        common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        common |= {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         common |= on_one_machine(count)
         return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
@@ -38,10 +43,18 @@ def ranks_of(settings: AccelerateSettings) -> int:
     gpus = len(visible_gpus())
     count = settings.processes or gpus or 1
     if gpus and count > gpus:
-        raise ConfigError("launcher.processes", str(count), f"at most the {gpus} GPUs of this machine", "lower it, or leave it out")
+        raise ConfigError(
+            where="launcher.processes",
+            found=str(count),
+            expected=f"at most the {gpus} GPUs of this machine",
+            fix="lower it, or leave it out",
+        )
     if count == 1 and settings.sharding == "fsdp":
         raise ConfigError(
-            "launcher.sharding: fsdp", "one process", "at least 2 to divide the base among", "set processes, or sharding: auto"
+            where="launcher.sharding: fsdp",
+            found="one process",
+            expected="at least 2 to divide the base among",
+            fix="set processes, or sharding: auto",
         )
     return count
 
@@ -51,6 +64,10 @@ def on_one_machine(count: int) -> dict[str, str]:
     if visible_gpus():
         return {}
     return {  # gloo asks for the address of the host's name, which need not resolve
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+        "GLOO_SOCKET_IFNAME": os.environ.get(
+            "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
+        ),
+        "OMP_NUM_THREADS": os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))
+        ),
     }

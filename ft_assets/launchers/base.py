@@ -15,7 +15,12 @@ from ft_assets.job import Job, StepResult
 OnProgress = Callable[[Mapping[str, Any]], None]
 TAIL_LINES = 30
 TRAINING_STEPS = frozenset({"sft", "dpo"})  # these can run as several ranks
-HEAVY_STEPS = TRAINING_STEPS | {"evaluate", "merge", "release", "export"}  # these want a GPU: a cluster's launcher sends them to it
+HEAVY_STEPS = TRAINING_STEPS | {
+    "evaluate",
+    "merge",
+    "release",
+    "export",
+}  # these want a GPU: a cluster's launcher sends them to it
 TEMPORARY = 75  # sysexits.h: a helper process of ours says with it that the cluster failed
 
 # Sent from outside: the OOM killer, a shutdown, a scheduler that takes the node back, a disk or memory that went away. SEGV, ABRT
@@ -46,7 +51,9 @@ class StepFailed(Exception):
 
     def __init__(self, step: str, code: int, tail: str, how: str = "") -> None:
         self.step, self.code, self.tail = step, code, tail
-        how = how or (f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}")
+        how = how or (
+            f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        )
         super().__init__(f"step {step} {how}; the last lines of its output:\n{tail}")
 
 
@@ -57,7 +64,11 @@ class StepLost(StepFailed, InfrastructureFault):
 def failed(step: str, code: int, tail: str, how: str = "") -> StepFailed:
     """Return the error of a step that ended with this code: a negative one is a signal, above 128 a shell's word for one."""
     number = -code if code < 0 else code - 128
-    outside = code == TEMPORARY or number in {int(known) for known in FROM_OUTSIDE} or HARDWARE.search(tail) is not None
+    outside = (
+        code == TEMPORARY
+        or number in {int(known) for known in FROM_OUTSIDE}
+        or HARDWARE.search(tail) is not None
+    )
     return (StepLost if outside else StepFailed)(step, code, tail, how)
 
 

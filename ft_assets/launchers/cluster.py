@@ -15,7 +15,16 @@ from typing import Literal
 from ft_assets.config.launcher import ClusterSettings
 from ft_assets.errors import ConfigError
 from ft_assets.job import Job, StepResult
-from ft_assets.launchers.base import HEAVY_STEPS, TEMPORARY, OnProgress, ProgressReader, StepLost, outcome, prepare, tail
+from ft_assets.launchers.base import (
+    HEAVY_STEPS,
+    TEMPORARY,
+    OnProgress,
+    ProgressReader,
+    StepLost,
+    outcome,
+    prepare,
+    tail,
+)
 from ft_assets.launchers.heartbeat import Heartbeat
 from ft_assets.launchers.local import GRACE_SECONDS, LocalLauncher
 
@@ -80,25 +89,40 @@ class ClusterLauncher(ABC):
 
     def _follow(self, name: str, job: Job, on_progress: OnProgress) -> Seen:
         """Pass on progress and what the cluster says until the job ends. Raises StepLost when the cluster is silent for too long."""
-        progress, last, asked, answered = ProgressReader(job, on_progress), Seen("waiting"), 0.0, time.monotonic()
+        progress, last, asked, answered = (
+            ProgressReader(job, on_progress),
+            Seen("waiting"),
+            0.0,
+            time.monotonic(),
+        )
         _say(on_progress, f"submitted as {name}")
         while True:
             progress()
-            left_something = job.result_file.exists() or job.error_file.exists()  # then it is about to end
+            left_something = (
+                job.result_file.exists() or job.error_file.exists()
+            )  # then it is about to end
             if left_something or time.monotonic() - asked >= self.cluster_settings.poll_seconds:
                 asked = time.monotonic()
                 try:
                     seen = self.look(name)
                 except NoAnswer as error:
                     if time.monotonic() - answered > self.cluster_settings.patience_seconds:
-                        raise StepLost(job.step, TEMPORARY, str(error), "was lost sight of: the cluster does not answer") from None
+                        raise StepLost(
+                            job.step,
+                            TEMPORARY,
+                            str(error),
+                            "was lost sight of: the cluster does not answer",
+                        ) from None
                 else:
                     answered = time.monotonic()
                     if seen.phase == "ended":
                         progress()
                         return seen
                     if (seen.phase, seen.said) != (last.phase, last.said):
-                        _say(on_progress, f"{'queued' if seen.phase == 'waiting' else 'running'}: {seen.said}")
+                        _say(
+                            on_progress,
+                            f"{'queued' if seen.phase == 'waiting' else 'running'}: {seen.said}",
+                        )
                     last = seen
             time.sleep(min(TICK_SECONDS, self.cluster_settings.poll_seconds))
 
@@ -118,16 +142,22 @@ class ClusterLauncher(ABC):
         code = end.code
         if code == NO_STORE:
             raise ConfigError(
-                f"store: {job.output.parent}",
-                f"is not there on the node: {tail(job.log_file, 1)}",
-                "the store on a file system that every node mounts at the same path",
-                "set store: (or store_cache:) to a folder of such a file system",
+                where=f"store: {job.output.parent}",
+                found=f"is not there on the node: {tail(job.log_file, 1)}",
+                expected="the store on a file system that every node mounts at the same path",
+                fix="set store: (or store_cache:) to a folder of such a file system",
             )
         if code and code != TEMPORARY and first_failure(job).exists():
             code = int(first_failure(job).read_text())
-        elif code in (0, 2):  # a network file system may show the file a little later than the cluster the end
+        elif code in (
+            0,
+            2,
+        ):  # a network file system may show the file a little later than the cluster the end
             deadline = time.monotonic() + self.cluster_settings.settle_seconds
-            while not (job.result_file.exists() or job.error_file.exists()) and time.monotonic() < deadline:
+            while (
+                not (job.result_file.exists() or job.error_file.exists())
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.2)
         return outcome(job, code, end.said)
 

@@ -12,14 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else NVIDIA's device files."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
-        return names[: names.index("-1")] if "-1" in names else names
-    numbers = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
-    return sorted((number for number in numbers if number.isdigit()), key=int)
+from ft_assets.hardware import visible_gpus
 
 
 @contextlib.contextmanager
@@ -35,7 +28,9 @@ def held_gpu() -> Iterator[tuple[dict[str, str], list[int]]]:
         return
     with contextlib.ExitStack() as stack:
         for gpu in gpus:
-            file = stack.enter_context((Path(tempfile.gettempdir()) / f"ft-gpu-{os.getuid()}-{gpu}.lock").open("wb"))
+            file = stack.enter_context(
+                (Path(tempfile.gettempdir()) / f"ft-gpu-{os.getuid()}-{gpu}.lock").open("wb")
+            )
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield _alone(gpu), [file.fileno()]
@@ -45,4 +40,7 @@ def held_gpu() -> Iterator[tuple[dict[str, str], list[int]]]:
 
 def _alone(gpu: str) -> dict[str, str]:
     # The numbers of nvidia-smi and of the device files: CUDA's own order would be by speed.
-    return {"CUDA_VISIBLE_DEVICES": gpu, "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
+    return {
+        "CUDA_VISIBLE_DEVICES": gpu,
+        "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+    }

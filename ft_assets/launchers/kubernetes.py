@@ -32,7 +32,10 @@ class KubernetesLauncher(ClusterLauncher):
     def __init__(self, settings: KubernetesSettings, root: Path = Path()) -> None:
         if importlib.util.find_spec("kubernetes") is None:
             raise ConfigError(
-                "launcher: kubernetes", "its client is not installed", "the extra `kubernetes`", 'pip install "ft_assets[kubernetes]"'
+                where="launcher: kubernetes",
+                found="its client is not installed",
+                expected="the extra `kubernetes`",
+                fix='pip install "ft_assets[kubernetes]"',
             )
         super().__init__(settings)
         self.settings, self._root = settings, root
@@ -43,7 +46,10 @@ class KubernetesLauncher(ClusterLauncher):
         self._make_way(name)
         if self._ask(self._batch.create_namespaced_job, self.settings.namespace, body) is None:
             raise ConfigError(
-                f"launcher.namespace: {self.settings.namespace}", "is not known to the cluster", "a namespace", "create or correct it"
+                where=f"launcher.namespace: {self.settings.namespace}",
+                found="is not known to the cluster",
+                expected="a namespace",
+                fix="create or correct it",
             )
         return name
 
@@ -54,7 +60,11 @@ class KubernetesLauncher(ClusterLauncher):
         else:
             found = self._ask(self._batch.read_namespaced_job, name, self.settings.namespace)
             seen, about = job_seen(found, self.settings), name
-        if seen.phase == "waiting" and (warning := self._warning(about)) and warning not in seen.said:
+        if (
+            seen.phase == "waiting"
+            and (warning := self._warning(about))
+            and warning not in seen.said
+        ):
             return Seen("waiting", f"{seen.said}: {warning}")
         return seen
 
@@ -70,14 +80,21 @@ class KubernetesLauncher(ClusterLauncher):
     def _delete(self, name: str) -> None:
         """Delete the Job; return when its pods are gone."""
         deadline = time.monotonic() + CLOSE_SECONDS
-        self._ask(self._batch.delete_namespaced_job, name, self.settings.namespace, propagation_policy="Background")
+        self._ask(
+            self._batch.delete_namespaced_job,
+            name,
+            self.settings.namespace,
+            propagation_policy="Background",
+        )
         while self._pods(name) and time.monotonic() < deadline:
             time.sleep(min(1.0, self.settings.poll_seconds))
 
     def _make_way(self, name: str) -> None:
         """Wait for an earlier Job that writes the same checkpoints; it ends itself if its run is gone. Raises NoAnswer if it stays."""
         deadline = time.monotonic() + self.settings.silence_seconds + CLOSE_SECONDS
-        while (earlier := self._ask(self._batch.read_namespaced_job, name, self.settings.namespace)) is not None:
+        while (
+            earlier := self._ask(self._batch.read_namespaced_job, name, self.settings.namespace)
+        ) is not None:
             if job_seen(earlier, self.settings, strict=False).phase == "ended":
                 self._delete(name)
             elif time.monotonic() > deadline:
@@ -86,18 +103,32 @@ class KubernetesLauncher(ClusterLauncher):
 
     def _pods(self, name: str) -> list[dict[str, Any]]:
         """Return the pods of a Job, the newest last."""
-        found = self._ask(self._core.list_namespaced_pod, self.settings.namespace, label_selector=f"job-name={name}") or {}
-        return sorted(found.get("items", []), key=lambda pod: pod["metadata"].get("creationTimestamp") or "")
+        found = (
+            self._ask(
+                self._core.list_namespaced_pod,
+                self.settings.namespace,
+                label_selector=f"job-name={name}",
+            )
+            or {}
+        )
+        return sorted(
+            found.get("items", []), key=lambda pod: pod["metadata"].get("creationTimestamp") or ""
+        )
 
     def _warning(self, name: str) -> str:
         """Return the newest warning about a pod or a Job; nothing if events may not be read."""
         try:
             found = self._ask(
-                self._core.list_namespaced_event, self.settings.namespace, field_selector=f"involvedObject.name={name},type=Warning"
+                self._core.list_namespaced_event,
+                self.settings.namespace,
+                field_selector=f"involvedObject.name={name},type=Warning",
             )
         except ConfigError:
             return ""
-        events = sorted((found or {}).get("items", []), key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+        events = sorted(
+            (found or {}).get("items", []),
+            key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "",
+        )
         return f"{events[-1].get('reason')}: {events[-1].get('message')}" if events else ""
 
     def _keep_words(self, name: str, job: Job) -> None:
@@ -121,13 +152,17 @@ class KubernetesLauncher(ClusterLauncher):
             if self.settings.context is None and "KUBERNETES_SERVICE_HOST" in os.environ:
                 config.load_incluster_config(client_configuration=settings)
             else:
-                config.load_kube_config(os.environ.get("KUBECONFIG"), context=self.settings.context, client_configuration=settings)
+                config.load_kube_config(
+                    os.environ.get("KUBECONFIG"),
+                    context=self.settings.context,
+                    client_configuration=settings,
+                )
         except config.ConfigException as error:
             raise ConfigError(
-                f"launcher.context: {self.settings.context or 'the current one'}",
-                str(error),
-                "a context of kubeconfig",
-                "kubectl config get-contexts",
+                where=f"launcher.context: {self.settings.context or 'the current one'}",
+                found=str(error),
+                expected="a context of kubeconfig",
+                fix="kubectl config get-contexts",
             ) from None
         return client.ApiClient(settings)
 
@@ -143,13 +178,17 @@ class KubernetesLauncher(ClusterLauncher):
 
         return client.CoreV1Api(self._client)
 
-    def _ask(self, call: Callable[..., Any], *arguments: Any, as_text: bool = False, **options: Any) -> Any:
+    def _ask(
+        self, call: Callable[..., Any], *arguments: Any, as_text: bool = False, **options: Any
+    ) -> Any:
         """Return the answer as plain data, None for what is not there. Raises ConfigError if it is refused, NoAnswer."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         try:
-            data = call(*arguments, _preload_content=False, _request_timeout=ANSWER_SECONDS, **options).data
+            data = call(
+                *arguments, _preload_content=False, _request_timeout=ANSWER_SECONDS, **options
+            ).data
         except ApiException as error:
             if error.status == 404:
                 return None
@@ -158,9 +197,20 @@ class KubernetesLauncher(ClusterLauncher):
                 raise NoAnswer(said) from None
             if error.status in (401, 403):
                 fix = "a role that may create, get and delete jobs, and list pods, their logs and events"
-                raise ConfigError("launcher: kubernetes", said, "the right to", fix) from None
-            where = f"launcher.template: {self.settings.template}" if self.settings.template else "launcher: kubernetes"
-            raise ConfigError(where, said, "a Job that the cluster takes", "correct launcher: or the template") from None
+                raise ConfigError(
+                    where="launcher: kubernetes", found=said, expected="the right to", fix=fix
+                ) from None
+            where = (
+                f"launcher.template: {self.settings.template}"
+                if self.settings.template
+                else "launcher: kubernetes"
+            )
+            raise ConfigError(
+                where=where,
+                found=said,
+                expected="a Job that the cluster takes",
+                fix="correct launcher: or the template",
+            ) from None
         except (HTTPError, OSError) as error:
             raise NoAnswer(f"{type(error).__name__}: {error}") from None
         return data.decode(errors="replace") if as_text else json.loads(data)

@@ -37,7 +37,8 @@ def manifest(job: Job, job_file: Path, settings: KubernetesSettings, root: Path)
     }  # fmt: skip
     pod = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": int(sum(GRACE_SECONDS)) + 5,  # the step writes a checkpoint
+        "terminationGracePeriodSeconds": int(sum(GRACE_SECONDS))
+        + 5,  # the step writes a checkpoint
         "serviceAccountName": settings.service_account,
         "nodeSelector": settings.node_selector,
         "tolerations": settings.tolerations,
@@ -67,16 +68,22 @@ def merged(under: Any, over: Any) -> Any:
     if isinstance(under, dict) and isinstance(over, dict):
         both = {key: merged(under[key], over[key]) for key in under.keys() & over.keys()}
         return {**under, **over, **both}
-    if not (isinstance(under, list) and isinstance(over, list)) or all(isinstance(item, str) for item in over):
+    if not (isinstance(under, list) and isinstance(over, list)) or all(
+        isinstance(item, str) for item in over
+    ):
         return over  # a command is one thing
     if not all(isinstance(item, dict) and "name" in item for item in (*under, *over)):
         return [*under, *over]
     named = {item["name"]: item for item in over}
     known = {item["name"] for item in under}
-    return [merged(item, named.get(item["name"], {})) for item in under] + [item for item in over if item["name"] not in known]
+    return [merged(item, named.get(item["name"], {})) for item in under] + [
+        item for item in over if item["name"] not in known
+    ]
 
 
-def _volumes(settings: KubernetesSettings, shared_memory: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _volumes(
+    settings: KubernetesSettings, shared_memory: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     volumes: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []
     for number, volume in enumerate(settings.volumes):
@@ -96,28 +103,48 @@ def _template(settings: KubernetesSettings, root: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(where, f"cannot be read: {error}", "a YAML file with parts of a Job's manifest", "correct it") from None
+        raise ConfigError(
+            where=where,
+            found=f"cannot be read: {error}",
+            expected="a YAML file with parts of a Job's manifest",
+            fix="correct it",
+        ) from None
     if not isinstance(found, dict) or found.get("kind", "Job") != "Job":
         kind = found.get("kind") if isinstance(found, dict) else type(found).__name__
-        raise ConfigError(where, f"holds a {kind}", "parts of a Job's manifest (spec: {template: {spec: …}})", "correct it")
+        raise ConfigError(
+            where=where,
+            found=f"holds a {kind}",
+            expected="parts of a Job's manifest (spec: {template: {spec: …}})",
+            fix="correct it",
+        )
     return found
 
 
 def _without_empty(value: Any) -> Any:
     """Drop what was not set; an `emptyDir: {medium: …}` is not empty."""
     if isinstance(value, dict):
-        return {key: kept for key, item in value.items() if (kept := _without_empty(item)) not in (None, {}, [])}
+        return {
+            key: kept
+            for key, item in value.items()
+            if (kept := _without_empty(item)) not in (None, {}, [])
+        }
     return [_without_empty(item) for item in value] if isinstance(value, list) else value
 
 
 def _require_store(whole: dict[str, Any], job: Job, settings: KubernetesSettings) -> None:
     containers = whole["spec"]["template"]["spec"]["containers"]
-    mounts = [mount["mountPath"] for item in containers if item["name"] == CONTAINER for mount in item.get("volumeMounts", [])]
+    mounts = [
+        mount["mountPath"]
+        for item in containers
+        if item["name"] == CONTAINER
+        for mount in item.get("volumeMounts", [])
+    ]
     for path in (job.work, job.output, job.checkpoints):
         if not any(path.is_relative_to(mount) for mount in mounts):
             raise ConfigError(
-                "launcher.volumes",
-                f"none is mounted where {path} lies" + (f" (there are {', '.join(mounts)})" if mounts else ""),
-                "a volume with the store, at the path that this machine has it at",
-                "add {claim: …, path: …}",
+                where="launcher.volumes",
+                found=f"none is mounted where {path} lies"
+                + (f" (there are {', '.join(mounts)})" if mounts else ""),
+                expected="a volume with the store, at the path that this machine has it at",
+                fix="add {claim: …, path: …}",
             )

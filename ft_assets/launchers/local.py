@@ -22,7 +22,9 @@ from ft_assets.launchers.devices import held_gpu
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = (20.0, 5.0)  # after INT (time for a checkpoint), after TERM
-LAST_WORDS_SECONDS = 5.0  # a rank that failed waits for nobody, but the others may be about to say why
+LAST_WORDS_SECONDS = (
+    5.0  # a rank that failed waits for nobody, but the others may be about to say why
+)
 
 
 class LocalLauncher:
@@ -38,7 +40,9 @@ class LocalLauncher:
     def run(self, job: Job, on_progress: OnProgress) -> StepResult:
         """Run the job to its end. Raises the step's own FtError, StepFailed or StepLost; stops all on interrupt."""
         job_file = prepare(job)
-        read_end, write_end = os.pipe()  # the lifeline: a child ends when our end closes, also if we are killed
+        read_end, write_end = (
+            os.pipe()
+        )  # the lifeline: a child ends when our end closes, also if we are killed
         environment = step_environment(read_end)
         processes: list[subprocess.Popen[bytes]] = []
         ranks = self.ranks(job)
@@ -48,7 +52,15 @@ class LocalLauncher:
                 with job.log_file.open("wb") as log:
                     for rank in ranks:
                         command = self.command(job_file, job)
-                        processes.append(start(command, {**environment, **rank, **gpu}, read_end, log.fileno(), kept))
+                        processes.append(
+                            start(
+                                command,
+                                {**environment, **rank, **gpu},
+                                read_end,
+                                log.fileno(),
+                                kept,
+                            )
+                        )
                 os.close(read_end)
                 code = follow(processes, ProgressReader(job, on_progress))
             finally:
@@ -59,11 +71,20 @@ class LocalLauncher:
 
 def step_environment(lifeline: int) -> dict[str, str]:
     """Return the environment of a step's process: ours, and which descriptor is the lifeline."""
-    return {**os.environ, "FT_LIFELINE_FD": str(lifeline), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **os.environ,
+        "FT_LIFELINE_FD": str(lifeline),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def start(
-    command: Sequence[str], environment: Mapping[str, str], lifeline: int, log: int | None, kept: Sequence[int] = ()
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    lifeline: int,
+    log: int | None,
+    kept: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a process that leads a group and holds the lifeline; `log` gets its output, None leaves it where ours goes. It inherits
     the descriptors `kept`."""
@@ -84,7 +105,9 @@ def follow(processes: Sequence[subprocess.Popen[bytes]], meanwhile: Callable[[],
     while True:
         codes = [process.poll() for process in processes]
         meanwhile()
-        if all(code is not None for code in codes) or (failed_at and time.monotonic() - failed_at > LAST_WORDS_SECONDS):
+        if all(code is not None for code in codes) or (
+            failed_at and time.monotonic() - failed_at > LAST_WORDS_SECONDS
+        ):
             break
         if failed_at is None and any(codes):
             failed_at = time.monotonic()
@@ -121,7 +144,9 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
     for process in processes:
-        if process.poll() is None or process.returncode:  # of a step that failed, children may still be there
+        if (
+            process.poll() is None or process.returncode
+        ):  # of a step that failed, children may still be there
             _signal(process, signal.SIGKILL)
         process.wait()
 

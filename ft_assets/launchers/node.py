@@ -49,7 +49,9 @@ def run(job_file: Path, job: Job, silence_seconds: float, ranks: int | None) -> 
     if ranks is None:
         environments = [slurm_rank(os.environ)]
     else:
-        environments = AccelerateLauncher(AccelerateSettings(kind="accelerate", processes=ranks)).ranks(job)
+        environments = AccelerateLauncher(
+            AccelerateSettings(kind="accelerate", processes=ranks)
+        ).ranks(job)
     read_end, write_end = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     command = [sys.executable, "-m", f"ft_assets.steps.{job.step}", str(job_file)]
@@ -58,7 +60,9 @@ def run(job_file: Path, job: Job, silence_seconds: float, ranks: int | None) -> 
         log = None if ranks is None else stack.enter_context(job.log_file.open("ab")).fileno()
         try:
             for environment in environments:
-                processes.append(start(command, {**step_environment(read_end), **environment}, read_end, log))
+                processes.append(
+                    start(command, {**step_environment(read_end), **environment}, read_end, log)
+                )
             os.close(read_end)
             return follow(processes, watch)
         finally:

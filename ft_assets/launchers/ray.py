@@ -19,10 +19,21 @@ class RayLauncher(LocalLauncher):
 
     def __init__(self, settings: RaySettings) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise ConfigError("launcher: ray", "ray is not installed", "the extra `ray`", 'pip install "ft_assets[ray]"')
+            raise ConfigError(
+                where="launcher: ray",
+                found="ray is not installed",
+                expected="the extra `ray`",
+                fix='pip install "ft_assets[ray]"',
+            )
         self.settings = settings
 
     def command(self, job_file: Path, job: Job) -> list[str]:
         if job.step not in HEAVY_STEPS:
             return super().command(job_file, job)
-        return [sys.executable, "-m", "ft_assets.launchers.ray_driver", str(job_file), self.settings.model_dump_json()]
+        return [
+            sys.executable,
+            "-m",
+            "ft_assets.launchers.ray_driver",
+            str(job_file),
+            self.settings.model_dump_json(),
+        ]

@@ -20,9 +20,15 @@ from ft_assets.config.launcher import RaySettings
 from ft_assets.errors import ArtifactError, ConfigError, FtError
 from ft_assets.job import Job, ProgressFile
 from ft_assets.launchers.base import TEMPORARY, TRAINING_STEPS
-from ft_assets.steps._run import execute, watch_lifeline
+from ft_assets.step_runner import execute, watch_lifeline
 
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+PASSED_ON = (
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "OMP_NUM_THREADS",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+)
 END: tuple[str, None] = ("end", None)
 CONNECT_SECONDS = 10.0
 
@@ -33,14 +39,16 @@ def work(config: dict[str, Any]) -> None:
     queue = config["queue"]
     if not job.output.is_dir():
         raise ArtifactError(
-            f"node {socket.gethostname()}: {job.output}",
-            "is not there",
-            "the store on a file system that every node of the cluster mounts at the same path",
-            "set store: to a folder of such a file system",
+            where=f"node {socket.gethostname()}: {job.output}",
+            found="is not there",
+            expected="the store on a file system that every node of the cluster mounts at the same path",
+            fix="set store: to a folder of such a file system",
         )
     step = importlib.import_module(f"ft_assets.steps.{job.step}").step
     rank = int(os.environ["RANK"])
-    code = execute(step, job, lambda message, **numbers: queue.put(("progress", (message, numbers))), rank)
+    code = execute(
+        step, job, lambda message, **numbers: queue.put(("progress", (message, numbers))), rank
+    )
     if code:
         raise FtError.from_dict(json.loads(job.error_file.read_text()))
 
@@ -54,13 +62,17 @@ def run(job: Job, settings: RaySettings) -> int:
 
     import ft_assets
 
-    runtime: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}}
+    runtime: dict[str, Any] = {
+        "env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    }
     runtime["env_vars"]["TOKENIZERS_PARALLELISM"] = "false"
     if settings.ship_code:
         runtime["py_modules"] = [ft_assets]
     _connect(ray, settings, runtime)
     queue = Queue(actor_options={"num_cpus": 0})
-    listener = threading.Thread(target=_listen, args=(queue, ProgressFile(job.progress_file)), daemon=True)
+    listener = threading.Thread(
+        target=_listen, args=(queue, ProgressFile(job.progress_file)), daemon=True
+    )
     listener.start()
     try:
         TorchTrainer(
@@ -72,12 +84,20 @@ def run(job: Job, settings: RaySettings) -> int:
                 resources_per_worker=settings.resources or None,
             ),
             # Tries are the graph's affair: it knows which faults are worth one.
-            run_config=RunConfig(name=job.work.name, storage_path=str(job.work / "ray"), failure_config=FailureConfig(max_failures=0)),
+            run_config=RunConfig(
+                name=job.work.name,
+                storage_path=str(job.work / "ray"),
+                failure_config=FailureConfig(max_failures=0),
+            ),
         ).fit()
-    except Exception as error:  # Ray's errors have no common root; what they mean is told by _meaning
+    except (
+        Exception
+    ) as error:  # Ray's errors have no common root; what they mean is told by _meaning
         return _meaning(error, job)
     finally:
-        with contextlib.suppress(Exception):  # its actor may have died with its node; that must not hide what the run came to
+        with contextlib.suppress(
+            Exception
+        ):  # its actor may have died with its node; that must not hide what the run came to
             queue.put(END)
         listener.join(10)
         ray.shutdown()
@@ -93,10 +113,10 @@ def _connect(ray: Any, settings: RaySettings, runtime: dict[str, Any]) -> None:
         if settings.address != "auto":
             _no_answer(settings.address, error)
         raise ConfigError(
-            "launcher.address: auto",
-            "no Ray cluster runs on this machine",
-            "a cluster",
-            "start one (ray start --head), or name its address",
+            where="launcher.address: auto",
+            found="no Ray cluster runs on this machine",
+            expected="a cluster",
+            fix="start one (ray start --head), or name its address",
         ) from None
 
 
@@ -128,7 +148,10 @@ def _meaning(error: Exception, job: Job) -> int:
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    own = next((cause for failure in failures for cause in _causes(failure) if isinstance(cause, FtError)), None)
+    own = next(
+        (cause for failure in failures for cause in _causes(failure) if isinstance(cause, FtError)),
+        None,
+    )
     if own is not None:
         if not job.error_file.exists():
             job.error_file.write_text(json.dumps(own.to_dict()))
@@ -137,7 +160,11 @@ def _meaning(error: Exception, job: Job) -> int:
     lost = (NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError)
     for failure in failures:
         print(failure, file=sys.stderr)
-    return TEMPORARY if any(isinstance(cause, lost) for failure in failures for cause in _causes(failure)) else 1
+    return (
+        TEMPORARY
+        if any(isinstance(cause, lost) for failure in failures for cause in _causes(failure))
+        else 1
+    )
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

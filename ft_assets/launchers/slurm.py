@@ -28,16 +28,25 @@ exec srun --kill-on-bad-exit=1 --export=ALL ${SLURM_CPUS_PER_TASK:+--cpus-per-ta
   "$1" -m ft_assets.launchers.node "$2" "$3"
 """
 
-SILENT = re.compile(r"Unable to contact slurm controller|timed out|Connection refused|Communication connection failure|try again", re.I)
+SILENT = re.compile(
+    r"Unable to contact slurm controller|timed out|Connection refused|Communication connection failure|try again",
+    re.I,
+)
 UNKNOWN = re.compile(r"Invalid job id", re.I)
 # What sbatch refuses -> the key that asked for it.
 REFUSED = (
-    (re.compile(r"account", re.I), "account"),  # before the partition: "Invalid account or account/partition combination"
+    (
+        re.compile(r"account", re.I),
+        "account",
+    ),  # before the partition: "Invalid account or account/partition combination"
     (re.compile(r"partition", re.I), "partition"),
     (re.compile(r"time limit|--time", re.I), "time"),
     (re.compile(r"gres|gpu|generic resource", re.I), "gpus"),
     (re.compile(r"node (count|configuration)", re.I), "nodes"),
-    (re.compile(r"option|qos|constraint|feature|reservation|licen[sc]e|memory|dependency", re.I), "sbatch"),
+    (
+        re.compile(r"option|qos|constraint|feature|reservation|licen[sc]e|memory|dependency", re.I),
+        "sbatch",
+    ),
 )
 # A job that waits for this waits for ever, where a cluster does not refuse it at once -> the key that asked for it.
 NEVER = {
@@ -50,10 +59,32 @@ NEVER = {
     "BadConstraints": "sbatch",
     "DependencyNeverSatisfied": "sbatch",
 }
-WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
-RUNNING = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})
+WAITING = frozenset(
+    {
+        "PENDING",
+        "CONFIGURING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "SPECIAL_EXIT",
+        "RESV_DEL_HOLD",
+    }
+)
+RUNNING = frozenset(
+    {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+)
 # Not the step's doing; CANCELLED is seen only when somebody else did it.
-LOST = frozenset({"NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "CANCELLED", "LAUNCH_FAILED", "RECONFIG_FAIL"})
+LOST = frozenset(
+    {
+        "NODE_FAIL",
+        "BOOT_FAIL",
+        "PREEMPTED",
+        "REVOKED",
+        "CANCELLED",
+        "LAUNCH_FAILED",
+        "RECONFIG_FAIL",
+    }
+)
 
 
 class SlurmLauncher(ClusterLauncher):
@@ -66,14 +97,21 @@ class SlurmLauncher(ClusterLauncher):
     def submit(self, job: Job, job_file: Path) -> str:
         script = job.work / "slurm.sh"
         script.write_text(SCRIPT)
-        arguments = [str(script), self.settings.python or sys.executable, str(job_file), str(self.settings.silence_seconds)]
+        arguments = [
+            str(script),
+            self.settings.python or sys.executable,
+            str(job_file),
+            str(self.settings.silence_seconds),
+        ]
         done = _tool(["sbatch", "--parsable", *self.options(job), *arguments])
         if done.returncode:
             said = done.stderr.strip() or f"sbatch ended with exit code {done.returncode}"
             if SILENT.search(said):
                 raise NoAnswer(said)
             raise _refused(said, self.settings)
-        return done.stdout.strip().partition(";")[0]  # behind it the name of the cluster, where there are several
+        return done.stdout.strip().partition(";")[
+            0
+        ]  # behind it the name of the cluster, where there are several
 
     def options(self, job: Job) -> list[str]:
         """Return the options of sbatch; those of `launcher.sbatch` come last, where sbatch lets them win."""
@@ -88,11 +126,19 @@ class SlurmLauncher(ClusterLauncher):
             "nodes": self.settings.nodes if training else 1,
             "ntasks-per-node": self.settings.ranks_per_node if training else 1,
         }
-        options |= {key: value for key in ("partition", "account", "time") if (value := getattr(self.settings, key)) is not None}
+        options |= {
+            key: value
+            for key in ("partition", "account", "time")
+            if (value := getattr(self.settings, key)) is not None
+        }
         if self.settings.gres or gpus:
             options["gres"] = self.settings.gres or f"gpu:{gpus}"
         options |= self.settings.sbatch
-        return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value is not False]
+        return [
+            f"--{key}" if value is True else f"--{key}={value}"
+            for key, value in options.items()
+            if value is not False
+        ]
 
     def look(self, name: str) -> Seen:
         return seen(*_state(name), self.settings)
@@ -110,7 +156,12 @@ class SlurmLauncher(ClusterLauncher):
             raise NoAnswer(done.stderr.strip())
         known = sorted(set(done.stdout.split()))
         if (wanted := self.settings.partition) and not set(wanted.split(",")) <= set(known):
-            raise ConfigError(f"launcher.partition: {wanted}", "is not known to the cluster", ", ".join(known), nearest(wanted, known))
+            raise ConfigError(
+                where=f"launcher.partition: {wanted}",
+                found="is not known to the cluster",
+                expected=", ".join(known),
+                fix=nearest(wanted, known),
+            )
         return f"partitions {', '.join(known)}"
 
 
@@ -126,13 +177,17 @@ def seen(state: str, reason: str, code: int, settings: SlurmSettings) -> Seen:
         return Seen("ended")
     if state in ("TIMEOUT", "DEADLINE"):
         raise ConfigError(
-            f"launcher.time: {settings.time or 'the default of the partition'}",
-            f"the job reached its time limit ({state})",
-            "enough time for the step",
-            "raise it; a training goes on from its last checkpoint",
+            where=f"launcher.time: {settings.time or 'the default of the partition'}",
+            found=f"the job reached its time limit ({state})",
+            expected="enough time for the step",
+            fix="raise it; a training goes on from its last checkpoint",
         )
     if state == "OUT_OF_MEMORY":
-        return Seen("ended", "was killed for want of memory on its node (launcher.sbatch: {mem: …} asks for more)", -9)
+        return Seen(
+            "ended",
+            "was killed for want of memory on its node (launcher.sbatch: {mem: …} asks for more)",
+            -9,
+        )
     if state in LOST:
         return Seen("ended", f"was ended by the cluster ({state})", TEMPORARY)
     if state == "FAILED" and code:
@@ -150,7 +205,17 @@ def _state(name: str) -> tuple[str, str, int]:
     if not UNKNOWN.search(done.stderr):
         raise NoAnswer(done.stderr.strip() or "scontrol said nothing")
     # Some minutes after its end only the accounting knows a job, where there is one.
-    done = _tool(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State,ExitCode", "--jobs", name])
+    done = _tool(
+        [
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            "--format=State,ExitCode",
+            "--jobs",
+            name,
+        ]
+    )
     if done.returncode == 0 and (row := re.match(r"(\w+)[^|]*\|(\d+):(\d+)", done.stdout)):
         return row[1], "", _code(row[2], row[3])
     return "REVOKED", "", 0
@@ -165,13 +230,20 @@ def _tool(command: list[str]) -> "subprocess.CompletedProcess[str]":
     name = command[0]
     if shutil.which(name) is None:
         raise ConfigError(
-            "launcher: slurm",
-            f"there is no {name} on this machine",
-            "Slurm's command-line tools",
-            "run on a login node, or install them (Debian: slurm-client)",
+            where="launcher: slurm",
+            found=f"there is no {name} on this machine",
+            expected="Slurm's command-line tools",
+            fix="run on a login node, or install them (Debian: slurm-client)",
         )
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{name} did not answer within {ANSWER_SECONDS:.0f} s") from None
 
@@ -184,6 +256,19 @@ def _refused(said: str, settings: SlurmSettings) -> ConfigError:
 
 def _unfit(key: str | None, found: str, settings: SlurmSettings) -> ConfigError:
     value = getattr(settings, key) if key else None
-    where = "launcher: slurm" if key is None else f"launcher.{key}" + ("" if value is None else f": {value}")
-    asked = {name: value for name in ("partition", "nodes", "time", "gpus") if (value := getattr(settings, name)) is not None}
-    return ConfigError(where, found, f"what this cluster offers; asked for: {asked}", "sinfo and sacctmgr show it")
+    where = (
+        "launcher: slurm"
+        if key is None
+        else f"launcher.{key}" + ("" if value is None else f": {value}")
+    )
+    asked = {
+        name: value
+        for name in ("partition", "nodes", "time", "gpus")
+        if (value := getattr(settings, name)) is not None
+    }
+    return ConfigError(
+        where=where,
+        found=found,
+        expected=f"what this cluster offers; asked for: {asked}",
+        fix="sinfo and sacctmgr show it",
+    )

@@ -1,13 +1,12 @@
 """Load a snapshot for a step: tokenizer alone (no torch), or the weights in the dtype this machine is good at."""
 
-import functools
-import gc
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ft_assets.errors import TrainingError
+from ft_assets.hardware import compute_dtype
 
 
 def load_tokenizer(snapshot: Path) -> Any:
@@ -26,25 +25,14 @@ def stop_ids(snapshot: Path) -> frozenset[int]:
 def context_length(snapshot: Path) -> int | None:
     """Return how many positions the model was made for, in tokens; None where its config does not say."""
     config = json.loads((snapshot / "config.json").read_text())
-    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    return config.get("max_position_embeddings") or config.get("text_config", {}).get(
+        "max_position_embeddings"
+    )
 
 
-@functools.cache
-def compute_dtype() -> Any:
-    """Return bfloat16 on a GPU, and on a CPU with AVX512-BF16 or AMX; else float32.
-
-    Without them bf16 matrix products are some 20 times slower than fp32. What the CPU can do is asked, not measured: on a
-    busy machine a measurement chose otherwise in the next process, and a resumed run ended with other weights.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    able = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.bfloat16 if any(ask() for ask in able if ask) else torch.float32
-
-
-def load_base(snapshot: Path, quantized: bool = False, dtype: Any = None, on_cpu: bool = False) -> Any:
+def load_base(
+    snapshot: Path, quantized: bool = False, dtype: Any = None, on_cpu: bool = False
+) -> Any:
     """Return the base on the GPU if there is one and it shall not stay on the CPU, in `dtype` (else the compute dtype); NF4
     with double quantization if `quantized`."""
     import torch
@@ -52,33 +40,21 @@ def load_base(snapshot: Path, quantized: bool = False, dtype: Any = None, on_cpu
     from transformers import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    kwargs: dict[str, Any] = {"dtype": dtype or compute_dtype(), "local_files_only": True, "attn_implementation": "sdpa"}
+    kwargs: dict[str, Any] = {
+        "dtype": dtype or compute_dtype(),
+        "local_files_only": True,
+        "attn_implementation": "sdpa",
+    }
     if torch.cuda.is_available() and not on_cpu:
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     if quantized:
         kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype()
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype(),
         )
     return AutoModelForCausalLM.from_pretrained(snapshot, **kwargs)
-
-
-def free_memory() -> float:
-    """Return the bytes that are free where `load_base` puts a model: on the GPU if there is one."""
-    import torch
-
-    if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 8e9)
-
-
-def free_unused() -> None:
-    """Give back the memory of models that nobody holds any more: torch keeps a GPU's for itself."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 TARGETS = {
@@ -95,13 +71,17 @@ def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
         return wanted
     import torch
 
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     missing = [name for name in wanted if name not in linear]
     if missing:
         raise TrainingError(
-            "lora.target_modules",
-            f"the model has no linear layer {', '.join(missing)}",
-            f"some of {', '.join(sorted(linear))}",
-            "name them in lora.target_modules, or use all-linear",
+            where="lora.target_modules",
+            found=f"the model has no linear layer {', '.join(missing)}",
+            expected=f"some of {', '.join(sorted(linear))}",
+            fix="name them in lora.target_modules, or use all-linear",
         )
     return wanted

@@ -18,7 +18,11 @@ def linear_weights(model: Any) -> list[str]:
     """Return the names of the weights of a model's linear layers, without the head's."""
     import torch
 
-    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
     return [name for name in names if not HEAD.search(name)]
 
 
@@ -37,9 +41,9 @@ def refuse_renamed(where: str, model: Any, renamed: list[str]) -> None:
     """Raise ModelError if there are weights that have other names in the files."""
     if renamed:
         raise ModelError(
-            where,
-            f"{type(model).__name__}: {len(renamed)} weights to train have other names in its files than in memory, e.g. {renamed[0]}, "
+            where=where,
+            found=f"{type(model).__name__}: {len(renamed)} weights to train have other names in its files than in memory, e.g. {renamed[0]}, "
             "so that what is trained could not be merged",
-            "a causal language model whose modules are called as in its files",
-            "name a text-only export of it: of Gemma 3 one of the class Gemma3ForCausalLM, as its GGUF files are",
+            expected="a causal language model whose modules are called as in its files",
+            fix="name a text-only export of it: of Gemma 3 one of the class Gemma3ForCausalLM, as its GGUF files are",
         )

@@ -14,7 +14,12 @@ CardFacts = Mapping[str, Any]
 Table = list[list[str]]
 
 
-def model_card(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
+def model_card(
+    facts: CardFacts,
+    verdict: Mapping[str, Any],
+    report: Mapping[str, Any],
+    equivalence: Mapping[str, Any],
+) -> str:
     """Return README.md of the merged model.
 
     facts: what assets/card_facts.py collects. verdict, report: verdict.json and report.json of the evaluation (the report with the
@@ -36,7 +41,12 @@ def model_card(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str
     return f"---\n{_front_matter(facts, verdict, report, equivalence)}\n---\n\n{body}\n"
 
 
-def _front_matter(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
+def _front_matter(
+    facts: CardFacts,
+    verdict: Mapping[str, Any],
+    report: Mapping[str, Any],
+    equivalence: Mapping[str, Any],
+) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     license_ = facts["license"]
@@ -58,7 +68,13 @@ def _front_matter(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[
         license_link=license_["link"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["fine-tuned", facts["method"], *(["dpo"] if candidate == "dpo" else []), "merged", f"verdict-{verdict['status'].lower()}"],
+        tags=[
+            "fine-tuned",
+            facts["method"],
+            *(["dpo"] if candidate == "dpo" else []),
+            "merged",
+            f"verdict-{verdict['status'].lower()}",
+        ],
         datasets=facts["hub_datasets"] or None,
         model_name=facts["partition"],
         eval_results=[result],
@@ -67,24 +83,46 @@ def _front_matter(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[
     return data.to_yaml()
 
 
-def _opening(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
+def _opening(
+    facts: CardFacts,
+    verdict: Mapping[str, Any],
+    report: Mapping[str, Any],
+    equivalence: Mapping[str, Any],
+) -> str:
     base, license_, metric = facts["base"], facts["license"], report["metric"]
     lines = [f"# {facts['partition']}, fine-tuned", ""]
-    lines += [f"`{base['source']}` with its {LABELS[verdict['candidate']]} merged in: {base['parameters']:,} parameters in bf16.", ""]
-    lines += [f"**Verdict: {verdict['status']}** on {report['heldout_rows']} held-out rows, about the adapter before the merge.", ""]
+    lines += [
+        f"`{base['source']}` with its {LABELS[verdict['candidate']]} merged in: {base['parameters']:,} parameters in bf16.",
+        "",
+    ]
+    lines += [
+        f"**Verdict: {verdict['status']}** on {report['heldout_rows']} held-out rows, about the adapter before the merge.",
+        "",
+    ]
     lines += [f"- {reason}" for reason in verdict["reasons"]]
     low, high = equivalence["merged_gain_low"], equivalence["merged_gain_high"]
-    lines += ["", f"**This file itself**, asked again from disk: {metric} {equivalence[f'merged_{metric}']:.3f}, "]
+    lines += [
+        "",
+        f"**This file itself**, asked again from disk: {metric} {equivalence[f'merged_{metric}']:.3f}, ",
+    ]
     lines[-1] += f"{equivalence['merged_gain']:+.3f} against the base [{low:+.3f}, {high:+.3f}]; "
     lines[-1] += f"the adapter before the merge: {equivalence[f'adapter_{metric}']:.3f}."
     if "override" in verdict:
-        lines += ["", f"> **Released without a PASS.** Reason given in `gate.override`: {verdict['override']}"]
-    revision = f"revision `{base['revision']}`" if base["revision"] else f"content `{base['fingerprint']}`"
+        lines += [
+            "",
+            f"> **Released without a PASS.** Reason given in `gate.override`: {verdict['override']}",
+        ]
+    revision = (
+        f"revision `{base['revision']}`" if base["revision"] else f"content `{base['fingerprint']}`"
+    )
     derived = f", made from `{license_['derived_from']}`" if license_["derived_from"] else ""
     table = [
         ["", ""],
         ["base model", f"`{base['source']}`, {revision}{derived}"],
-        ["architecture", f"{base['architecture']}, {base['layers']} layers, context {base['context'] or 'not stated'}"],
+        [
+            "architecture",
+            f"{base['architecture']}, {base['layers']} layers, context {base['context'] or 'not stated'}",
+        ],
         ["licence", _license(license_)],
     ]
     return "\n".join([*lines, "", *_table(table)])
@@ -114,14 +152,39 @@ It was trained and judged with the chat template in this folder, with greedy dec
 
 def _words(words: Mapping[str, Any]) -> str:
     """Return what differs from the base in template, stop tokens and tokenizer."""
-    changed = [f"the chat template is `{words['chat_template']}` of the recipe, not the base's own"] if words["chat_template"] else []
-    changed += [f"of its chat templates only `{words['template_name']}` is kept"] if words["template_name"] else []
-    changed += [f"the template has `{name}` set to `{value}`" for name, value in words["template_kwargs"].items()]
-    changed += ["the template puts the system turn into the first user turn"] if words["system_turn"] == "user" else []
+    changed = (
+        [f"the chat template is `{words['chat_template']}` of the recipe, not the base's own"]
+        if words["chat_template"]
+        else []
+    )
+    changed += (
+        [f"of its chat templates only `{words['template_name']}` is kept"]
+        if words["template_name"]
+        else []
+    )
+    changed += [
+        f"the template has `{name}` set to `{value}`"
+        for name, value in words["template_kwargs"].items()
+    ]
+    changed += (
+        ["the template puts the system turn into the first user turn"]
+        if words["system_turn"] == "user"
+        else []
+    )
     settled = words["settled"]
-    changed += [f"generation also stops at `{token}`" for token in settled["stops_added"]] if settled else []
-    changed += [f"`{settled['pad_added']}` is the pad token, where it had none"] if settled and settled["pad_added"] else []
-    unknown = "" if settled else " Whether a stop or pad token was added to the base's was not recorded."
+    changed += (
+        [f"generation also stops at `{token}`" for token in settled["stops_added"]]
+        if settled
+        else []
+    )
+    changed += (
+        [f"`{settled['pad_added']}` is the pad token, where it had none"]
+        if settled and settled["pad_added"]
+        else []
+    )
+    unknown = (
+        "" if settled else " Whether a stop or pad token was added to the base's was not recorded."
+    )
     if not changed:
         return f"The base's template, its stop tokens and its tokenizer are unchanged.{unknown}"
     return f"Unlike in the base, {'; '.join(changed)}. Else its template, stop tokens and tokenizer are unchanged.{unknown}"
@@ -131,11 +194,20 @@ def _system(facts: CardFacts) -> str:
     return ", and with the system turn that its data has" if facts["has_system_turn"] else ""
 
 
-def _results(verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]) -> str:
-    lines = [f"## Results on {report['heldout_rows']} held-out rows", "", *_table(score_table(report)), ""]
+def _results(
+    verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]
+) -> str:
+    lines = [
+        f"## Results on {report['heldout_rows']} held-out rows",
+        "",
+        *_table(score_table(report)),
+        "",
+    ]
     label = LABELS[verdict["candidate"]]
     if equivalence.get("merge_base") == "dequantized":
-        lines.append(f"{label}, here and below, is this file itself: merged onto what NF4 makes of the base it is another model than the")
+        lines.append(
+            f"{label}, here and below, is this file itself: merged onto what NF4 makes of the base it is another model than the"
+        )
         lines.append("one that the evaluation judged, which is the adapter on the 16-bit base.")
     else:
         lines.append(
@@ -143,7 +215,12 @@ def _results(verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence:
         )
         lines.append("stands in the last but one section.")
     percent = f"{report['confidence']:.0%}".replace("%", " %")
-    lines += ["", f"Intervals are {percent} bootstrap intervals. Paired, row by row:", "", *_table(step_table(report))]
+    lines += [
+        "",
+        f"Intervals are {percent} bootstrap intervals. Paired, row by row:",
+        "",
+        *_table(step_table(report)),
+    ]
     return "\n".join(lines)
 
 
@@ -156,43 +233,80 @@ def _general(report: Mapping[str, Any]) -> str:
 
 
 def _limits(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    lines = ["Better than its base *on these rows, by this metric* is the claim; good enough for you is yours to judge."]
-    lines.append(f"Answers were capped at {facts['max_new_tokens']} tokens and decoded greedily; sampling was not measured.")
+    lines = [
+        "Better than its base *on these rows, by this metric* is the claim; good enough for you is yours to judge."
+    ]
+    lines.append(
+        f"Answers were capped at {facts['max_new_tokens']} tokens and decoded greedily; sampling was not measured."
+    )
     if report["retention"] is None:
         lines.append("**What it forgot was not measured**: there were no general prompts.")
     if not report["harness"]["scores"]:
         lines.append("No public benchmark was run.")
     if "few_shot" not in report["scores"]:
         lines.append("It was not compared with a few-shot prompt to the base.")
-    lines.append("Safety, bias, and languages or topics that the held-out rows do not have were not measured.")
-    lines.append("Quantized forms of it (GGUF, NF4) answer somewhat differently; their agreement stands beside them.")
+    lines.append(
+        "Safety, bias, and languages or topics that the held-out rows do not have were not measured."
+    )
+    lines.append(
+        "Quantized forms of it (GGUF, NF4) answer somewhat differently; their agreement stands beside them."
+    )
     entry = report["comparisons"][verdict["candidate"]]["base"][report["metric"]]
     if entry["detectable"]:
-        lines.append(f"{entry['n']} rows find a difference of {entry['detectable']:.3f} four times in five; a smaller one can go unseen.")
+        lines.append(
+            f"{entry['n']} rows find a difference of {entry['detectable']:.3f} four times in five; a smaller one can go unseen."
+        )
     return "\n".join(["## Limits", "", *[f"- {line}" for line in lines]])
 
 
 def _data(facts: CardFacts) -> str:
     table = [["data", "rows", "fingerprint"]]
-    table += [[row["name"], f"{row['rows']:,}" if row["rows"] is not None else "–", f"`{row['fingerprint']}`"] for row in facts["data"]]
+    table += [
+        [
+            row["name"],
+            f"{row['rows']:,}" if row["rows"] is not None else "–",
+            f"`{row['fingerprint']}`",
+        ]
+        for row in facts["data"]
+    ]
     note = "A fingerprint is the hash of the rows' content: order, file names and doubles do not count."
-    return "\n".join(["## Data", "", *_table(table), "", *([facts["data_note"], ""] if facts["data_note"] else []), note])
+    return "\n".join(
+        [
+            "## Data",
+            "",
+            *_table(table),
+            "",
+            *([facts["data_note"], ""] if facts["data_note"] else []),
+            note,
+        ]
+    )
 
 
 def _training(facts: CardFacts, verdict: Mapping[str, Any]) -> str:
     stages = ("lora", "sft", "dpo") if verdict["candidate"] == "dpo" else ("lora", "sft")
     rows = [["setting", "value"]]
     for stage in stages:
-        rows += [[f"`{stage}.{name}`", f"`{value}`"] for name, value in facts["recipe"][stage].items() if value not in (None, {}, [])]
+        rows += [
+            [f"`{stage}.{name}`", f"`{value}`"]
+            for name, value in facts["recipe"][stage].items()
+            if value not in (None, {}, [])
+        ]
     did = [["", ""], *[[name, str(value)] for name, value in facts["training"].items()]]
     return "\n".join(["## Training", "", *_table(did), "", *_table(rows)])
 
 
 def _merge(equivalence: Mapping[str, Any]) -> str:
-    lines = ["## The file against base + adapter", "", "Read from disk after the merge, on the same held-out prompts.", ""]
+    lines = [
+        "## The file against base + adapter",
+        "",
+        "Read from disk after the merge, on the same held-out prompts.",
+        "",
+    ]
     rows = [["measure", "value"]]
     for name, value in equivalence.items():
-        rows.append([name.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)])
+        rows.append(
+            [name.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)]
+        )
     return "\n".join([*lines, *_table(rows)])
 
 
@@ -221,6 +335,8 @@ def _bound(versions: Mapping[str, str]) -> str:
 
 def _table(rows: Table) -> list[str]:
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return (
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        )
 
     return [line(rows[0]), "|" + "---|" * len(rows[0]), *[line(row) for row in rows[1:]]]

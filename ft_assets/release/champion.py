@@ -14,7 +14,7 @@ from typing import Any
 from ft_assets.artifacts import Artifact
 from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ReleaseError
-from ft_assets.evaluation.verdict import adjusted_p, beats, goals, quality, said, worse
+from ft_assets.evaluation.verdict.decision import adjusted_p, beats, goals, quality, said, worse
 
 PROMOTED, KEPT, ROLLED_BACK = "PROMOTED", "KEPT", "ROLLED BACK"
 ABOUT = ("README.md", "verdict.json", "info/")  # what is said of a model, not what answers
@@ -25,7 +25,11 @@ Differences = Mapping[str, Mapping[str, Any]]  # by metric, paired
 def identity(merged: Artifact) -> str:
     """Return what a merged model *is*: the hash of its weights, tokenizer, template and generation config. A new card is no
     new model."""
-    files = {name: entry["sha256"] for name, entry in merged.manifest["files"].items() if not name.startswith(ABOUT)}
+    files = {
+        name: entry["sha256"]
+        for name, entry in merged.manifest["files"].items()
+        if not name.startswith(ABOUT)
+    }
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -57,8 +61,12 @@ def state_of(release: Artifact | None) -> State:
     if release is None:
         return State()
     said_ = json.loads((release.path / "release.json").read_text())
-    history = [json.loads(line) for line in (release.path / "history.jsonl").read_text().splitlines()]
-    return State(said_["sequence"], said_["champion"], said_["previous"], said_["withdrawn"], history)
+    history = [
+        json.loads(line) for line in (release.path / "history.jsonl").read_text().splitlines()
+    ]
+    return State(
+        said_["sequence"], said_["champion"], said_["previous"], said_["withdrawn"], history
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,9 @@ class Decision:
 
 def stands(against_base: Differences, metric: str, gate: GateSettings) -> tuple[bool, str]:
     """Return whether a model is better than its base on these rows by what the gate asks of the metrics, and what was found."""
-    fails, unsure, proven = quality(against_base, metric, gate, adjusted_p({"it": against_base}, metric, gate)["it"])
+    fails, unsure, proven = quality(
+        against_base, metric, gate, adjusted_p({"it": against_base}, metric, gate)["it"]
+    )
     return not fails and not unsure, "; ".join(fails or unsure or proven)
 
 
@@ -95,15 +105,33 @@ def decide_release(
     holds, found = stands(challenger_today, metric, gate)
     if decision.status != PROMOTED or holds:
         return Decision(
-            decision.status, [*decision.reasons, *([f"on these rows the challenger is {found}"] if decision.status == PROMOTED else [])]
+            decision.status,
+            [
+                *decision.reasons,
+                *(
+                    [f"on these rows the challenger is {found}"]
+                    if decision.status == PROMOTED
+                    else []
+                ),
+            ],
         )
     if override is None:
         return Decision(KEPT, [f"the challenger does not beat the base on these rows: {found}"])
-    return Decision(PROMOTED, [*decision.reasons, f"released by override ({override}): on these rows it does not beat the base: {found}"])
+    return Decision(
+        PROMOTED,
+        [
+            *decision.reasons,
+            f"released by override ({override}): on these rows it does not beat the base: {found}",
+        ],
+    )
 
 
 def _against_champion(
-    against: Differences, champion_today: Differences, metric: str, gate: GateSettings, rule: ReleaseSettings
+    against: Differences,
+    champion_today: Differences,
+    metric: str,
+    gate: GateSettings,
+    rule: ReleaseSettings,
 ) -> Decision:
     entry = against[metric]
     text = said(metric, entry, "the champion")
@@ -119,42 +147,77 @@ def _against_champion(
     holds, found = stands(champion_today, metric, gate)
     if not holds:
         return Decision(
-            PROMOTED, [f"the champion no longer beats the base: {found}", f"the challenger is not proven worse than it: {text}"]
+            PROMOTED,
+            [
+                f"the champion no longer beats the base: {found}",
+                f"the challenger is not proven worse than it: {text}",
+            ],
         )
     if beats(entry, gate.confidence):
         return Decision(PROMOTED, [f"the challenger is better than the champion: {text}"])
     if rule.rule == "better":
-        return Decision(KEPT, [f"the challenger is not proven better than the champion, which release.rule asks for: {text}"])
+        return Decision(
+            KEPT,
+            [
+                f"the challenger is not proven better than the champion, which release.rule asks for: {text}"
+            ],
+        )
     if entry["low"] > -rule.margin or entry["wins"] == entry["losses"] == 0:
-        return Decision(PROMOTED, [f"the challenger is not worse than the champion by {rule.margin}: {text}"])
-    needed = f"; about {entry['rows_needed']} held-out rows would decide" if entry["rows_needed"] else ""
-    return Decision(KEPT, [f"the challenger may be worse than the champion by more than {rule.margin}: {text}{needed}"])
+        return Decision(
+            PROMOTED, [f"the challenger is not worse than the champion by {rule.margin}: {text}"]
+        )
+    needed = (
+        f"; about {entry['rows_needed']} held-out rows would decide" if entry["rows_needed"] else ""
+    )
+    return Decision(
+        KEPT,
+        [
+            f"the challenger may be worse than the champion by more than {rule.margin}: {text}{needed}"
+        ],
+    )
 
 
 def rollback_target(state: State, wanted: str, where: str) -> Model:
     """Return the former champion that `wanted` names: `previous`, or the beginning of its fingerprint. Raises ReleaseError."""
     if state.champion is None:
-        raise ReleaseError(where, "nothing was released yet", "a champion to roll back", "materialize release first")
+        raise ReleaseError(
+            where=where,
+            found="nothing was released yet",
+            expected="a champion to roll back",
+            fix="materialize release first",
+        )
     current = state.champion["identity"]
     known = {line["champion"]["merged_model"]: line["champion"] for line in state.history}
     former = {name: model for name, model in known.items() if model["identity"] != current}
     if wanted == "previous":
         if state.previous is None:
-            raise ReleaseError(where, "there is no champion before this one", "a release with a history", "nothing to roll back to")
+            raise ReleaseError(
+                where=where,
+                found="there is no champion before this one",
+                expected="a release with a history",
+                fix="nothing to roll back to",
+            )
         return state.previous
     found = [model for name, model in former.items() if name.startswith(wanted)]
     if len(found) != 1:
         choices = ", ".join(sorted(former)) or "none"
         raise ReleaseError(
-            where,
-            f"rollback_to: {wanted} names {len(found)} former champions",
-            "`previous`, or the fingerprint of one",
-            f"there are: {choices}",
+            where=where,
+            found=f"rollback_to: {wanted} names {len(found)} former champions",
+            expected="`previous`, or the fingerprint of one",
+            fix=f"there are: {choices}",
         )
     return found[0]
 
 
-def write_release(output: Path, before: State, decision: Decision, champion: Model, challenger: Model, extra: Mapping[str, Any]) -> None:
+def write_release(
+    output: Path,
+    before: State,
+    decision: Decision,
+    champion: Model,
+    challenger: Model,
+    extra: Mapping[str, Any],
+) -> None:
     """Write release.json, history.jsonl and release.md. `extra`: at, run_id, comparison, …, withdrawn if it changed."""
     changed = before.champion is not None and before.champion["identity"] != champion["identity"]
     entry = {
@@ -172,7 +235,9 @@ def write_release(output: Path, before: State, decision: Decision, champion: Mod
     }
     history = [*before.history, entry]
     (output / "release.json").write_text(json.dumps(document, indent=1, ensure_ascii=False))
-    (output / "history.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in history))
+    (output / "history.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in history)
+    )
     (output / "release.md").write_text(page(document, history))
 
 
@@ -180,12 +245,25 @@ def page(document: Mapping[str, Any], history: list[dict[str, Any]]) -> str:
     """Return the release for a person: what is released, why, and what was before."""
     champion = document["champion"]
     lines = [f"**{document['decision']}**: {'; '.join(document['reasons'])}", ""]
-    lines += [f"Champion: merged_model `{champion['merged_model']}` ({champion['candidate']}, verdict {champion['verdict']})"]
+    lines += [
+        f"Champion: merged_model `{champion['merged_model']}` ({champion['candidate']}, verdict {champion['verdict']})"
+    ]
     if champion["override"]:
-        lines += ["", f"> Released without a PASS. Reason given in gate.override: {champion['override']}"]
-    lines += ["", "| # | when (UTC) | decision | champion | challenger | why |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"> Released without a PASS. Reason given in gate.override: {champion['override']}",
+        ]
+    lines += [
+        "",
+        "| # | when (UTC) | decision | champion | challenger | why |",
+        "|---|---|---|---|---|---|",
+    ]
     for line in reversed(history):
         why = "; ".join(line["reasons"]).replace("|", "\\|").replace("\n", " ")
-        models = f"`{line['champion']['merged_model'][:8]}` | `{line['challenger']['merged_model'][:8]}`"
-        lines.append(f"| {line['sequence']} | {line['at']} | {line['decision']} | {models} | {why} |")
+        models = (
+            f"`{line['champion']['merged_model'][:8]}` | `{line['challenger']['merged_model'][:8]}`"
+        )
+        lines.append(
+            f"| {line['sequence']} | {line['at']} | {line['decision']} | {models} | {why} |"
+        )
     return "\n".join(lines) + "\n"

@@ -12,7 +12,13 @@ from pathlib import Path
 from ft_assets.errors import ReleaseError
 
 # Weights that a loader could take instead of the ones pushed: shards beside a single file, an adapter, the older format.
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
+WEIGHTS = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin*",
+    "adapter_model.*",
+    "adapter_config.json",
+)
 
 
 def push(folder: Path, files: Collection[str], repo: str, private: bool, message: str) -> str:
@@ -22,26 +28,43 @@ def push(folder: Path, files: Collection[str], repo: str, private: bool, message
 
     token = os.environ.get("HF_TOKEN")
     if not token:
-        raise ReleaseError("release.push", "HF_TOKEN is not set", "a write token in the environment", "export HF_TOKEN=… before starting")
+        raise ReleaseError(
+            where="release.push",
+            found="HF_TOKEN is not set",
+            expected="a write token in the environment",
+            fix="export HF_TOKEN=… before starting",
+        )
     if constants.is_offline_mode():
-        raise ReleaseError("release.push", "HF_HUB_OFFLINE is set", "hub access", "unset it, or remove release.push")
+        raise ReleaseError(
+            where="release.push",
+            found="HF_HUB_OFFLINE is set",
+            expected="hub access",
+            fix="unset it, or remove release.push",
+        )
     api = HfApi(token=token)
     try:
-        api.create_repo(repo, private=private, repo_type="model", exist_ok=True)  # of one that exists, `private` is ignored
+        api.create_repo(
+            repo, private=private, repo_type="model", exist_ok=True
+        )  # of one that exists, `private` is ignored
         require_visibility(repo, api.repo_info(repo).private, private)
         stale = stale_weights(api.list_repo_files(repo), files)
-        additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sorted(files)]
+        additions = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
+            for name in sorted(files)
+        ]
         # Not upload_folder: it commits a large folder in parts, and between them the hub would serve half of two models.
-        made = api.create_commit(repo, [*map(CommitOperationDelete, stale), *additions], commit_message=message)
+        made = api.create_commit(
+            repo, [*map(CommitOperationDelete, stale), *additions], commit_message=message
+        )
     except ReleaseError:
         raise
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         text = str(error).replace(token, "…").strip().splitlines()
         raise ReleaseError(
-            f"release.push: {repo}",
-            f"the hub refused ({type(error).__name__}: {text[0][:200] if text else ''})",
-            "a token that may write there",
-            "the release itself stands; materialize hub_model again",
+            where=f"release.push: {repo}",
+            found=f"the hub refused ({type(error).__name__}: {text[0][:200] if text else ''})",
+            expected="a token that may write there",
+            fix="the release itself stands; materialize hub_model again",
         ) from None
     return made.oid
 
@@ -50,13 +73,17 @@ def require_visibility(repo: str, found: bool | None, private: bool) -> None:
     """Raise ReleaseError if the repository is not private (or public) as asked; what the hub does not say counts as public."""
     if bool(found) != private:
         raise ReleaseError(
-            f"release.push: {repo}",
-            f"the repository exists and is {'private' if found else 'public'}",
-            f"a {'private' if private else 'public'} one (release.push.private)",
-            "nothing was uploaded: change the repository's visibility on the hub, name another one, or change release.push.private",
+            where=f"release.push: {repo}",
+            found=f"the repository exists and is {'private' if found else 'public'}",
+            expected=f"a {'private' if private else 'public'} one (release.push.private)",
+            fix="nothing was uploaded: change the repository's visibility on the hub, name another one, or change release.push.private",
         )
 
 
 def stale_weights(there: Collection[str], files: Collection[str]) -> list[str]:
     """Return the weight files of a repository that a push of `files` does not replace."""
-    return sorted(name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS))
+    return sorted(
+        name
+        for name in there
+        if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)
+    )

@@ -36,7 +36,9 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
         return {}
 
     @classmethod
-    def from_config_value(cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]) -> "ProcessRunLauncher":
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]
+    ) -> "ProcessRunLauncher":
         return cls(inst_data)
 
     def launch_run(self, context: LaunchRunContext) -> None:
@@ -44,13 +46,28 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
         run, origin, instance = context.dagster_run, context.job_code_origin, self._instance
         if origin is None:
             raise ValueError(f"run {run.run_id} does not say which code it is of")
-        given = serialize_value(ExecuteRunArgs(job_origin=origin, run_id=run.run_id, instance_ref=instance.get_ref()))
+        given = serialize_value(
+            ExecuteRunArgs(job_origin=origin, run_id=run.run_id, instance_ref=instance.get_ref())
+        )
         # In the daemon's session: what stops the daemon at a terminal or in systemd interrupts its runs too, and they write a checkpoint.
         process = subprocess.Popen(
-            [origin.repository_origin.executable_path or sys.executable, "-m", "ft_assets.runs.worker", given], stdin=subprocess.DEVNULL
+            [
+                origin.repository_origin.executable_path or sys.executable,
+                "-m",
+                "ft_assets.runs.worker",
+                given,
+            ],
+            stdin=subprocess.DEVNULL,
         )
-        instance.report_engine_event(f"Started process {process.pid} for the run.", run, cls=type(self))
-        threading.Thread(target=_bury, args=(process, instance.get_ref(), run.run_id), daemon=True, name=f"run-{run.run_id[:8]}").start()
+        instance.report_engine_event(
+            f"Started process {process.pid} for the run.", run, cls=type(self)
+        )
+        threading.Thread(
+            target=_bury,
+            args=(process, instance.get_ref(), run.run_id),
+            daemon=True,
+            name=f"run-{run.run_id[:8]}",
+        ).start()
 
     def terminate(self, run_id: str) -> bool:
         """Ask the run's process to stop; it stops its step, which writes a checkpoint. Returns False if that is not possible from here."""
@@ -60,10 +77,14 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
             return False
         instance.report_run_canceling(run)
         process = RunProcess.of(run_id, run.tags)
-        if process is None:  # it has not begun, and will read that it must not; if it never does, run monitoring ends the run
+        if (
+            process is None
+        ):  # it has not begun, and will read that it must not; if it never does, run monitoring ends the run
             return run.status == DagsterRunStatus.STARTING
         if not process.here:
-            instance.report_engine_event(f"The run is {process}: it can be stopped there only.", run, cls=type(self))
+            instance.report_engine_event(
+                f"The run is {process}: it can be stopped there only.", run, cls=type(self)
+            )
             return False
         if not process.terminate():
             end_run(instance, run_id, f"{process} had ended already")
@@ -78,12 +99,16 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
         UNKNOWN: a run that cannot be seen from here (another machine's, or one of `ft run`) must not be started a second time."""
         process = RunProcess.of(run.run_id, run.tags)
         if process is None:
-            return CheckRunHealthResult(WorkerStatus.RUNNING, "its process was not started by this launcher")
+            return CheckRunHealthResult(
+                WorkerStatus.RUNNING, "its process was not started by this launcher"
+            )
         if not process.here:
             return CheckRunHealthResult(WorkerStatus.RUNNING, f"{process}: not seen from here")
         if process.alive:
             return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=str(process))
-        return CheckRunHealthResult(WorkerStatus.FAILED, f"{process} has ended without a word", run_worker_id=str(process))
+        return CheckRunHealthResult(
+            WorkerStatus.FAILED, f"{process} has ended without a word", run_worker_id=str(process)
+        )
 
 
 def _bury(process: subprocess.Popen[bytes], ref: InstanceRef, run_id: str) -> None:

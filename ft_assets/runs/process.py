@@ -26,7 +26,13 @@ class RunProcess(BaseModel):
     def this(cls, run_id: str) -> "RunProcess":
         """Return the process that calls."""
         pid = os.getpid()
-        return cls(run_id=run_id, host=socket.gethostname(), boot=_boot(), pid=pid, started=_started(pid) or 0)
+        return cls(
+            run_id=run_id,
+            host=socket.gethostname(),
+            boot=_boot(),
+            pid=pid,
+            started=_started(pid) or 0,
+        )
 
     @classmethod
     def of(cls, run_id: str, tags: Mapping[str, str]) -> "RunProcess | None":
@@ -51,7 +57,9 @@ class RunProcess(BaseModel):
     def terminate(self) -> bool:
         """Send it TERM, which Dagster takes as a request to stop. Returns False if it has ended."""
         try:
-            handle = os.pidfd_open(self.pid)  # stays this process also if its number is given out again meanwhile
+            handle = os.pidfd_open(
+                self.pid
+            )  # stays this process also if its number is given out again meanwhile
         except ProcessLookupError:
             return False
         try:

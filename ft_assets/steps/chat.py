@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.chat.rendering import ProofFailed, Rendered, Renderer, prints_date
-from ft_assets.chat.template import date_of, reads
 from ft_assets.config import ChatSettings
 from ft_assets.data.ledger import Ledger
-from ft_assets.data.tables import REJECTED, TOKENIZED, TOKENIZED_PREFERENCE, Table, TableWriter, rows_of
+from ft_assets.data.tables import (
+    REJECTED,
+    TOKENIZED,
+    TOKENIZED_PREFERENCE,
+    Table,
+    TableWriter,
+    rows_of,
+)
 from ft_assets.job import Job, Report, StepResult
+from ft_assets.models.chat_template import date_of, reads
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
-from ft_assets.steps._run import main
+from ft_assets.step_runner import main
 
 Row = dict[str, Any]
 SWITCHES = ("enable_thinking", "thinking")  # as Qwen3's and DeepSeek's templates call it
@@ -23,9 +30,13 @@ def step(job: Job, report: Report) -> StepResult:
     snapshot, raw = job.inputs["base_model"], job.inputs["raw_dataset"]
     tokenizer = load_tokenizer(snapshot)
     renderer = Renderer(tokenizer, stop_ids(snapshot))
-    metrics: dict[str, Any] = {"template_prints": f"the date, as {date_of(tokenizer)}" if prints_date(tokenizer) else None}
+    metrics: dict[str, Any] = {
+        "template_prints": f"the date, as {date_of(tokenizer)}" if prints_date(tokenizer) else None
+    }
     # Beyond its context a model has learnt no positions: such a row is too long whatever the setting says.
-    metrics["max_length"] = min(settings.max_length, context_length(snapshot) or settings.max_length)
+    metrics["max_length"] = min(
+        settings.max_length, context_length(snapshot) or settings.max_length
+    )
     parts, histograms = {}, {}
     with TableWriter(job.output / "info" / "refused.parquet", REJECTED) as refused:
         room = Room(renderer, metrics["max_length"], refused)
@@ -43,7 +54,10 @@ def step(job: Job, report: Report) -> StepResult:
             parts["preferences"] = table.version
         metrics |= {"preferences_rows": table.rows, "preferences_too_long": ledger.too_long}
     metrics |= {"refused": refused.rows, "first_refused": room.first, "total": room.total}
-    metrics |= {"one_sequence_a_turn": room.unrolled, "template_adds": " ".join(sorted(room.added)) or None}
+    metrics |= {
+        "one_sequence_a_turn": room.unrolled,
+        "template_adds": " ".join(sorted(room.added)) or None,
+    }
     switch = next((name for name in SWITCHES if reads(tokenizer.chat_template, name)), None)
     metrics["template_switch"] = switch if room.added else None
     (job.output / "info" / "lengths.json").write_text(json.dumps(histograms))
@@ -78,14 +92,23 @@ class Room:
         """Write the pairs that are proven and short enough."""
         ledger = Ledger(self.max_length)
         for rows in self._batches(path):
-            sides = [self.renderer.answers([_answered(row, row[key]) for row in rows]) for key in ("chosen", "rejected")]
+            sides = [
+                self.renderer.answers([_answered(row, row[key]) for row in rows])
+                for key in ("chosen", "rejected")
+            ]
             for row, chosen, rejected in zip(rows, *sides, strict=True):
                 if isinstance(chosen, ProofFailed) or isinstance(rejected, ProofFailed):
-                    self._refuse("preference", row, next(one for one in (chosen, rejected) if isinstance(one, ProofFailed)))
+                    self._refuse(
+                        "preference",
+                        row,
+                        next(one for one in (chosen, rejected) if isinstance(one, ProofFailed)),
+                    )
                     continue
                 (prompt, better), (_, worse) = chosen, rejected
                 if ledger.fits([False] * len(prompt) + [True] * max(len(better), len(worse))):
-                    table.write({**row, "prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse})
+                    table.write(
+                        {**row, "prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
+                    )
         return ledger
 
     def _batches(self, path: Path) -> Iterator[list[Row]]:

@@ -12,26 +12,33 @@ from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.evaluation.candidates import Rows, Scored, Task, score
 from ft_assets.evaluation.curves import up_to_kept
-from ft_assets.evaluation.diagnosis import diagnose, diversity
 from ft_assets.evaluation.html import html
 from ft_assets.evaluation.markdown import changes, markdown
 from ft_assets.evaluation.plots import data_uri, read_curve, score_plot
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import summarise, to_json
-from ft_assets.evaluation.verdict import decide
+from ft_assets.evaluation.verdict.decision import decide
+from ft_assets.evaluation.verdict.diagnosis import diagnose, diversity
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.models.loading import load_tokenizer
-from ft_assets.steps._run import main
+from ft_assets.step_runner import main
 
 
 def step(job: Job, report: Report) -> StepResult:
-    settings, gate = EvaluationSettings.model_validate(job.settings["evaluation"]), GateSettings.model_validate(job.settings["gate"])
+    settings, gate = (
+        EvaluationSettings.model_validate(job.settings["evaluation"]),
+        GateSettings.model_validate(job.settings["gate"]),
+    )
     split = job.inputs["heldout_split"]
     train, tokenizer = read_table(split / "train.parquet"), load_tokenizer(job.inputs["base_model"])
     task = Task(
         heldout=with_references(tokenizer, read_table(split / "heldout.parquet")),
-        retention=with_references(tokenizer, read_table(split / "retention.parquet", settings.retention_rows)),
-        train=sorted((row for row in train if row["judged"]), key=lambda row: row["id"])[: settings.train_rows],
+        retention=with_references(
+            tokenizer, read_table(split / "retention.parquet", settings.retention_rows)
+        ),
+        train=sorted((row for row in train if row["judged"]), key=lambda row: row["id"])[
+            : settings.train_rows
+        ],
         few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet"),
         few_shot_system=job.settings["few_shot_system"],
         settings=settings,
@@ -42,7 +49,9 @@ def step(job: Job, report: Report) -> StepResult:
     if job.settings["has_dpo"]:
         adapters["dpo"] = job.inputs["dpo_adapter"]
     scored = score(job.inputs["base_model"], adapters, task, report)
-    numbers = summarise(scored, settings, gate, job.settings["bound_to"], _evidence(job, scored, train, settings))
+    numbers = summarise(
+        scored, settings, gate, job.settings["bound_to"], _evidence(job, scored, train, settings)
+    )
     verdict = decide(numbers, gate)
     findings = diagnose(numbers, verdict, gate)
     text = markdown(numbers, verdict, findings, scored.heldout, task.heldout, job.partition or "")
@@ -56,13 +65,17 @@ def step(job: Job, report: Report) -> StepResult:
     return StepResult(_metrics(numbers, verdict, findings, scored, settings))
 
 
-def _evidence(job: Job, scored: Scored, train: Rows, settings: EvaluationSettings) -> dict[str, Any]:
+def _evidence(
+    job: Job, scored: Scored, train: Rows, settings: EvaluationSettings
+) -> dict[str, Any]:
     """Return what the diagnosis needs besides the scores."""
     general = [row["stopped"] for row in scored.retention["base"] if "stopped" in row]
     facts = json.loads((job.inputs["base_model"] / "facts.json").read_text())
     return {
         "train": diversity(train),
-        "train_loss": {name: statistics.fmean(losses) for name, losses in scored.train_loss.items()},
+        "train_loss": {
+            name: statistics.fmean(losses) for name, losses in scored.train_loss.items()
+        },
         "validation": up_to_kept(read_curve(job.inputs["lora_adapter"], "validation")),
         "vocabulary": facts["vocabulary"],
         "general_stop_rate": statistics.fmean(general) if general else None,
@@ -84,15 +97,26 @@ def _write_rows(path: Path, scored: dict[str, Rows], asked: Rows) -> None:
     ]
     # from_pylist takes the columns of the first row alone
     columns = dict.fromkeys(key for row in flat for key in row)
-    pq.write_table(pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in flat]), path)
+    pq.write_table(
+        pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in flat]), path
+    )
 
 
-def _write_pages(job: Job, numbers: dict[str, Any], verdict: dict[str, Any], findings: Rows, scored: Scored, task: Task) -> None:
+def _write_pages(
+    job: Job,
+    numbers: dict[str, Any],
+    verdict: dict[str, Any],
+    findings: Rows,
+    scored: Scored,
+    task: Task,
+) -> None:
     """Write what people look at. Under info/: it compares with the previous report, which is no part of the content."""
     info = job.output / "info"
     info.mkdir()
     (info / "scores.txt").write_text(data_uri(score_plot(numbers)))
-    since = changes(numbers, verdict, scored.heldout, task.heldout, _previous(job.settings["previous"]))
+    since = changes(
+        numbers, verdict, scored.heldout, task.heldout, _previous(job.settings["previous"])
+    )
     (info / "changes.md").write_text(since)
     curves = {
         "SFT loss": {
@@ -102,7 +126,17 @@ def _write_pages(job: Job, numbers: dict[str, Any], verdict: dict[str, Any], fin
     }
     if job.settings["has_dpo"]:
         curves["DPO loss"] = {"train": read_curve(job.inputs["dpo_adapter"], "curve")}
-    page = html(numbers, verdict, findings, scored.heldout, task.heldout, job.partition or "", curves, since, job.output / "rows.parquet")
+    page = html(
+        numbers,
+        verdict,
+        findings,
+        scored.heldout,
+        task.heldout,
+        job.partition or "",
+        curves,
+        since,
+        job.output / "rows.parquet",
+    )
     (info / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -110,16 +144,26 @@ def _previous(path: str | None) -> dict[str, Any] | None:
     if path is None or not (Path(path) / "report.json").exists():
         return None
     folder = Path(path)
-    parts = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("report", "verdict")}
+    parts = {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in ("report", "verdict")
+    }
     return {**parts, "rows": read_table(folder / "rows.parquet")}
 
 
 def _metrics(
-    numbers: dict[str, Any], verdict: dict[str, Any], findings: Rows, scored: Scored, settings: EvaluationSettings
+    numbers: dict[str, Any],
+    verdict: dict[str, Any],
+    findings: Rows,
+    scored: Scored,
+    settings: EvaluationSettings,
 ) -> dict[str, Any]:
     best, metric, rows = verdict["speaker"], settings.metric, scored.heldout
     general = numbers["retention"]["comparisons"][best]["base"] if numbers["retention"] else None
-    tokens = sum(row.get("tokens", 0) for part in (*rows.values(), *scored.retention.values()) for row in part)
+    tokens = sum(
+        row.get("tokens", 0)
+        for part in (*rows.values(), *scored.retention.values())
+        for row in part
+    )
     return {
         "verdict": verdict["status"],
         "candidate": verdict["candidate"] or "none",

@@ -22,48 +22,93 @@ from ft_assets.evaluation.candidates import Rows, Task
 from ft_assets.evaluation.file_report import report_of_file, scored_rows
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import compare_columns, score_columns, to_json
-from ft_assets.evaluation.verdict import PASS, adjusted_p, judge, quality
+from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, judge, quality
 from ft_assets.job import Job, Report, StepResult
+from ft_assets.merging.merge import MergeBase, merge
+from ft_assets.merging.verify import Proof, prove
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.release.card import model_card
-from ft_assets.release.merge import MergeBase, merge
-from ft_assets.release.verify import Proof, prove
-from ft_assets.steps._run import main
+from ft_assets.step_runner import main
 
 
 def step(job: Job, report: Report) -> StepResult:
-    settings, verdict = EvaluationSettings.model_validate(job.settings["evaluation"]), job.settings["verdict"]
+    settings, verdict = (
+        EvaluationSettings.model_validate(job.settings["evaluation"]),
+        job.settings["verdict"],
+    )
     gate = GateSettings.model_validate(job.settings["gate"])
-    snapshot, evaluated, candidate = job.inputs["base_model"], job.inputs["eval_report"], verdict["candidate"]
+    snapshot, evaluated, candidate = (
+        job.inputs["base_model"],
+        job.inputs["eval_report"],
+        verdict["candidate"],
+    )
     tokenizer, split = load_tokenizer(snapshot), job.inputs["heldout_split"]
     heldout = with_references(tokenizer, read_table(split / "heldout.parquet"))
-    general = with_references(tokenizer, read_table(split / "retention.parquet", settings.retention_rows))
-    task = Task(heldout, general, [], [], None, settings, job.settings["schema"], Path(job.settings["root"]))
-    base, judged = (scored_rows(evaluated / "rows.parquet", name, heldout) for name in ("base", candidate))
-    bases: list[MergeBase] = ["original", "dequantized"] if job.settings["method"] == "qlora" else ["original"]
-    folders: dict[MergeBase, Path] = {name: job.output if name == "original" else job.work / name for name in bases}
+    general = with_references(
+        tokenizer, read_table(split / "retention.parquet", settings.retention_rows)
+    )
+    task = Task(
+        heldout, general, [], [], None, settings, job.settings["schema"], Path(job.settings["root"])
+    )
+    base, judged = (
+        scored_rows(evaluated / "rows.parquet", name, heldout) for name in ("base", candidate)
+    )
+    bases: list[MergeBase] = (
+        ["original", "dequantized"] if job.settings["method"] == "qlora" else ["original"]
+    )
+    folders: dict[MergeBase, Path] = {
+        name: job.output if name == "original" else job.work / name for name in bases
+    }
     job.work.mkdir(parents=True, exist_ok=True)
     merged: dict[MergeBase, dict[str, Any]] = {}
     proofs: dict[MergeBase, Proof] = {}
     for name, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         merged[name] = merge(snapshot, job.inputs["adapter"], folder, name)
-        report("merged", modules=merged[name]["merged_modules"], **({"base": name} if len(bases) > 1 else {}))
-        proofs[name] = prove(snapshot, job.inputs["adapter"], folder, task, base, judged, job.work, name)
+        report(
+            "merged",
+            modules=merged[name]["merged_modules"],
+            **({"base": name} if len(bases) > 1 else {}),
+        )
+        proofs[name] = prove(
+            snapshot, job.inputs["adapter"], folder, task, base, judged, job.work, name
+        )
         require_same(proofs[name], gate, f"merged_model[{job.partition}]")
-        report("compared", **{key: value for key, value in proofs[name].numbers.items() if isinstance(value, float)})
-    scores: dict[MergeBase, float] = {name: statistics.fmean(row[settings.metric] for row in proof.rows) for name, proof in proofs.items()}
-    standing = _standing(job, task, folders, {name: proof.rows for name, proof in proofs.items()}, better_base(scores, settings.metric))
+        report(
+            "compared",
+            **{
+                key: value
+                for key, value in proofs[name].numbers.items()
+                if isinstance(value, float)
+            },
+        )
+    scores: dict[MergeBase, float] = {
+        name: statistics.fmean(row[settings.metric] for row in proof.rows)
+        for name, proof in proofs.items()
+    }
+    standing = _standing(
+        job,
+        task,
+        folders,
+        {name: proof.rows for name, proof in proofs.items()},
+        better_base(scores, settings.metric),
+    )
     if all(standing.broken.values()) and not verdict.get("override"):
         raise VerdictError(
-            f"merged_model[{job.partition}]",
-            f"the adapter passed, the merged file does not: {_said(standing.broken)}",
-            f"better than the base, stop rate of at least {gate.min_stop_rate}"
+            where=f"merged_model[{job.partition}]",
+            found=f"the adapter passed, the merged file does not: {_said(standing.broken)}",
+            expected=f"better than the base, stop rate of at least {gate.min_stop_rate}"
             + (", and all else that the gate asks" if len(bases) > 1 else ""),
-            "nothing was published; rounding to bf16 cost the gain: more held-out rows, or a stronger adapter"
-            + (" (or lora: {method: lora}, which trains on the 16-bit weights)" if len(bases) > 1 else ""),
+            fix="nothing was published; rounding to bf16 cost the gain: more held-out rows, or a stronger adapter"
+            + (
+                " (or lora: {method: lora}, which trains on the 16-bit weights)"
+                if len(bases) > 1
+                else ""
+            ),
         )
-    sound: dict[MergeBase, float] = {name: score for name, score in scores.items() if not standing.broken[name]}
+    sound: dict[MergeBase, float] = {
+        name: score for name, score in scores.items() if not standing.broken[name]
+    }
     chosen = better_base(sound or scores, settings.metric)
     if chosen != "original":
         for path in sorted(folders[chosen].iterdir()):
@@ -71,19 +116,41 @@ def step(job: Job, report: Report) -> StepResult:
             shutil.move(path, job.output / path.name)
     shutil.rmtree(job.work / "dequantized", ignore_errors=True)
     numbers = json.loads((evaluated / "report.json").read_text())
-    same = proofs[chosen].numbers | standing.gains[chosen] | {f"adapter_{settings.metric}": numbers["scores"][candidate][settings.metric]}
+    same = (
+        proofs[chosen].numbers
+        | standing.gains[chosen]
+        | {f"adapter_{settings.metric}": numbers["scores"][candidate][settings.metric]}
+    )
     if len(bases) > 1:
-        same |= {"merge_base": chosen, **{f"merged_onto_{name}_{settings.metric}": score for name, score in scores.items()}}
-        same |= {f"merged_onto_{name}_breaks_the_gate": "; ".join(reasons) for name, reasons in standing.broken.items() if reasons}
+        same |= {
+            "merge_base": chosen,
+            **{f"merged_onto_{name}_{settings.metric}": score for name, score in scores.items()},
+        }
+        same |= {
+            f"merged_onto_{name}_breaks_the_gate": "; ".join(reasons)
+            for name, reasons in standing.broken.items()
+            if reasons
+        }
     if chosen == "dequantized" and standing.own is not None:
         same, numbers = same | _beyond_heldout(standing.own, candidate), standing.own
-        verdict = {**verdict, "reasons": [*verdict["reasons"], *(f"this file: {reason}" for reason in standing.reasons)]}
-    (job.output / "README.md").write_text(model_card(job.settings["card"], verdict, numbers, same), encoding="utf-8")
+        verdict = {
+            **verdict,
+            "reasons": [
+                *verdict["reasons"],
+                *(f"this file: {reason}" for reason in standing.reasons),
+            ],
+        }
+    (job.output / "README.md").write_text(
+        model_card(job.settings["card"], verdict, numbers, same), encoding="utf-8"
+    )
     (job.output / "verdict.json").write_text(to_json(verdict))
     return StepResult(
         {
             **merged[chosen],
-            **{name: round(value, 6) if isinstance(value, float) else value for name, value in same.items()},
+            **{
+                name: round(value, 6) if isinstance(value, float) else value
+                for name, value in same.items()
+            },
             "candidate": candidate,
             "verdict": verdict["status"],
         }
@@ -101,18 +168,36 @@ class Standing:
     reasons: Sequence[str] = ()
 
 
-def _standing(job: Job, task: Task, folders: dict[MergeBase, Path], rows: dict[MergeBase, Rows], better: MergeBase) -> Standing:
+def _standing(
+    job: Job,
+    task: Task,
+    folders: dict[MergeBase, Path],
+    rows: dict[MergeBase, Rows],
+    better: MergeBase,
+) -> Standing:
     """Judge the merged files. The one onto the original weights is what the evaluation judged, rounded: its held-out answers
     must keep the gain. The other is asked everything, if it is the better one or the first is refused."""
     gate, settings = GateSettings.model_validate(job.settings["gate"]), task.settings
     verdict, evaluated = job.settings["verdict"], job.inputs["eval_report"]
-    gains, adjusted = _gains(rows, scored_rows(evaluated / "rows.parquet", "base", task.heldout), settings, gate)
-    broken: dict[MergeBase, list[str]] = {name: _broken(gain, settings.metric, gate) for name, gain in gains.items()}
+    gains, adjusted = _gains(
+        rows, scored_rows(evaluated / "rows.parquet", "base", task.heldout), settings, gate
+    )
+    broken: dict[MergeBase, list[str]] = {
+        name: _broken(gain, settings.metric, gate) for name, gain in gains.items()
+    }
     broken["original"] += [] if verdict["status"] == PASS else verdict["reasons"]
     if "dequantized" not in rows or (better == "original" and not broken["original"]):
         return Standing(gains, broken)
     candidate = verdict["candidate"]
-    own = report_of_file(folders["dequantized"], job.inputs["base_model"], task, rows["dequantized"], evaluated, candidate, gate)
+    own = report_of_file(
+        folders["dequantized"],
+        job.inputs["base_model"],
+        task,
+        rows["dequantized"],
+        evaluated,
+        candidate,
+        gate,
+    )
     found = judge(candidate, own, gate, adjusted["dequantized"])
     broken["dequantized"] = [] if found["status"] == PASS else found["reasons"]
     return Standing(gains, broken, own, found["reasons"])
@@ -127,14 +212,18 @@ def better_base(scores: dict[MergeBase, float], metric: str) -> MergeBase:
 def require_same(proof: Proof, gate: GateSettings, where: str) -> None:
     """Raise VerdictError unless the merged model is what was judged."""
     agreement, least = proof.numbers.get("top1_agreement"), gate.min_top1_agreement
-    faults = proof.faults + ([f"top-1 agreement {agreement:.4f}"] if agreement is not None and not agreement >= least else [])
+    faults = proof.faults + (
+        [f"top-1 agreement {agreement:.4f}"]
+        if agreement is not None and not agreement >= least
+        else []
+    )
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise VerdictError(
-            where,
-            f"the merged model is not what was proven: {'; '.join(faults[:3])}{more}",
-            f"the base's tensors plus the adapter's update, the base's tokenizer and template, top-1 agreement of at least {least}",
-            "nothing was published; report it",
+            where=where,
+            found=f"the merged model is not what was proven: {'; '.join(faults[:3])}{more}",
+            expected=f"the base's tensors plus the adapter's update, the base's tokenizer and template, top-1 agreement of at least {least}",
+            fix="nothing was published; report it",
         )
 
 
@@ -143,7 +232,9 @@ def _broken(gain: dict[str, Any], metric: str, gate: GateSettings) -> list[str]:
     if gain["merged_beats_base"]:
         return []
     low, high = gain["merged_gain_low"], gain["merged_gain_high"]
-    return [f"{metric} {gain['merged_gain']:+.3f} against base [{low:+.3f}, {high:+.3f}], stop rate {gain['merged_stop_rate']:.2f}"]
+    return [
+        f"{metric} {gain['merged_gain']:+.3f} against base [{low:+.3f}, {high:+.3f}], stop rate {gain['merged_stop_rate']:.2f}"
+    ]
 
 
 def _said(broken: dict[MergeBase, list[str]]) -> str:
@@ -157,10 +248,18 @@ def _beyond_heldout(own: dict[str, Any], candidate: str) -> dict[str, float]:
     """Return what a file that the evaluation did not judge does besides answering better: habits, forgetting, the prompted base."""
     said = {f"merged_{name}": own["scores"][candidate][name] for name in ("refused", "repetition")}
     if own["retention"] is not None:
-        general, task = own["retention"]["comparisons"][candidate]["base"], own["retention"]["metric"]
-        said |= {"merged_retention_loss_rise": -general["loss"]["mean"], f"merged_retention_{task}_change": general[task]["mean"]}
+        general, task = (
+            own["retention"]["comparisons"][candidate]["base"],
+            own["retention"]["metric"],
+        )
+        said |= {
+            "merged_retention_loss_rise": -general["loss"]["mean"],
+            f"merged_retention_{task}_change": general[task]["mean"],
+        }
     if "few_shot" in own["comparisons"][candidate]:
-        said["merged_against_few_shot"] = own["comparisons"][candidate]["few_shot"][own["metric"]]["mean"]
+        said["merged_against_few_shot"] = own["comparisons"][candidate]["few_shot"][own["metric"]][
+            "mean"
+        ]
     return said
 
 
@@ -169,15 +268,25 @@ def _gains(
 ) -> tuple[dict[MergeBase, dict[str, Any]], dict[str, dict[str, float]]]:
     """Return (the merged files' own scores against the base's, judged as the adapter was; the p-values: two merges are two chances, Holm)."""
     judged = {
-        name: {metric: values for metric, values in score_columns(rows).items() if metric in settings.metric_names()}
+        name: {
+            metric: values
+            for metric, values in score_columns(rows).items()
+            if metric in settings.metric_names()
+        }
         for name, rows in merged.items()
     }
-    against = {name: compare_columns(columns, score_columns(base), gate.confidence, settings.seed) for name, columns in judged.items()}
+    against = {
+        name: compare_columns(columns, score_columns(base), gate.confidence, settings.seed)
+        for name, columns in judged.items()
+    }
     adjusted = adjusted_p(against, settings.metric, gate)
     gains: dict[MergeBase, dict[str, Any]] = {}
     for name, rows in merged.items():
         fails, unsure, _ = quality(against[name], settings.metric, gate, adjusted[name])
-        stop_rate, gain = statistics.fmean(float(row["stopped"]) for row in rows), against[name][settings.metric]
+        stop_rate, gain = (
+            statistics.fmean(float(row["stopped"]) for row in rows),
+            against[name][settings.metric],
+        )
         gains[name] = {
             f"merged_{settings.metric}": statistics.fmean(row[settings.metric] for row in rows),
             "merged_stop_rate": stop_rate,

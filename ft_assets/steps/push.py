@@ -5,7 +5,7 @@ import json
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.release.push import push
-from ft_assets.steps._run import main
+from ft_assets.step_runner import main
 
 
 def step(job: Job, report: Report) -> StepResult:
@@ -13,10 +13,21 @@ def step(job: Job, report: Report) -> StepResult:
     manifest = json.loads((folder / "manifest.json").read_text())
     verify_files(Artifact(folder, manifest))
     repo, private = job.settings["push"]["repo"], job.settings["push"]["private"]
-    commit = push(folder, manifest["files"], repo, private, f"merged_model {manifest['fingerprint']}")
+    commit = push(
+        folder, manifest["files"], repo, private, f"merged_model {manifest['fingerprint']}"
+    )
     report("pushed", repo=repo, commit=commit)
-    (job.output / "push.json").write_text(json.dumps({"repo": repo, "private": private, "commit": commit}, indent=1))
-    return StepResult({"repo": repo, "private": private, "commit": commit, "merged_model": manifest["fingerprint"]})
+    (job.output / "push.json").write_text(
+        json.dumps({"repo": repo, "private": private, "commit": commit}, indent=1)
+    )
+    return StepResult(
+        {
+            "repo": repo,
+            "private": private,
+            "commit": commit,
+            "merged_model": manifest["fingerprint"],
+        }
+    )
 
 
 if __name__ == "__main__":

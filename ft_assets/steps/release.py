@@ -15,53 +15,77 @@ from ft_assets.evaluation.candidates import Rows, Scorer, Task
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import compare_columns, score_columns
 from ft_assets.job import Job, Report, StepResult
+from ft_assets.models.adapter_files import TRAINED_GROUPS
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.release.champion import PROMOTED, State, decide_release, stands, write_release
-from ft_assets.steps._run import main
-from ft_assets.training.adapter import TRAINED_GROUPS
+from ft_assets.step_runner import main
 
 
 def step(job: Job, report: Report) -> StepResult:
     settings = EvaluationSettings.model_validate(job.settings["evaluation"])
-    gate, rule = GateSettings.model_validate(job.settings["gate"]), ReleaseSettings.model_validate(job.settings["release"])
+    gate, rule = (
+        GateSettings.model_validate(job.settings["gate"]),
+        ReleaseSettings.model_validate(job.settings["release"]),
+    )
     before, metric = State(**job.settings["state"]), settings.metric
     for name in ("merged_model", "champion"):
         manifest = json.loads((job.inputs[name] / "manifest.json").read_text())
         verify_files(Artifact(job.inputs[name], manifest))
-    heldout = with_references(load_tokenizer(job.inputs["base_model"]), read_table(job.inputs["heldout_split"] / "heldout.parquet"))
+    heldout = with_references(
+        load_tokenizer(job.inputs["base_model"]),
+        read_table(job.inputs["heldout_split"] / "heldout.parquet"),
+    )
     rows = unseen(heldout, job.inputs["champion_adapter"], f"release[{job.partition}]")
     if len(rows) < gate.min_heldout_rows:
         raise ReleaseError(
-            f"release[{job.partition}]",
-            f"the champion was trained on {len(heldout) - len(rows)} of today's {len(heldout)} held-out rows; {len(rows)} are left",
-            f"at least {gate.min_heldout_rows} rows that neither model has seen (gate.min_heldout_rows)",
-            "add held-out rows, or set the split back to what it was",
+            where=f"release[{job.partition}]",
+            found=f"the champion was trained on {len(heldout) - len(rows)} of today's {len(heldout)} held-out rows; {len(rows)} are left",
+            expected=f"at least {gate.min_heldout_rows} rows that neither model has seen (gate.min_heldout_rows)",
+            fix="add held-out rows, or set the split back to what it was",
         )
     base = judged_rows(job.inputs["eval_report"], "base", rows)
-    task = Task(rows, [], [], [], None, settings, job.settings["schema"], Path(job.settings["root"]))
-    scored = {name: _score(job.inputs[path], task, base) for name, path in (("champion", "champion"), ("challenger", "merged_model"))}
+    task = Task(
+        rows, [], [], [], None, settings, job.settings["schema"], Path(job.settings["root"])
+    )
+    scored = {
+        name: _score(job.inputs[path], task, base)
+        for name, path in (("champion", "champion"), ("challenger", "merged_model"))
+    }
     for name, its in scored.items():
         report(name, **{metric: round(statistics.fmean(row[metric] for row in its), 4)})
 
     def compare(one: Rows, other: Rows) -> dict[str, Any]:
-        measured = {name: values for name, values in score_columns(one).items() if name in settings.metric_names()}
+        measured = {
+            name: values
+            for name, values in score_columns(one).items()
+            if name in settings.metric_names()
+        }
         return compare_columns(measured, score_columns(other), gate.confidence, settings.seed)
 
-    against, today = compare(scored["challenger"], scored["champion"]), {name: compare(its, base) for name, its in scored.items()}
+    against, today = (
+        compare(scored["challenger"], scored["champion"]),
+        {name: compare(its, base) for name, its in scored.items()},
+    )
     challenger, old = job.settings["challenger"], before.champion
     assert old is not None, "the step compares with a champion"
-    decision = decide_release(against, today["champion"], today["challenger"], metric, gate, rule, challenger["override"])
+    decision = decide_release(
+        against, today["champion"], today["challenger"], metric, gate, rule, challenger["override"]
+    )
     champion = challenger if decision.status == PROMOTED else old
     serving = today["challenger" if decision.status == PROMOTED else "champion"]
     numbers = {
         "rows": len(rows),
         "rows_the_champion_was_trained_on": len(heldout) - len(rows),
-        "scores": {name: statistics.fmean(row[metric] for row in its) for name, its in scored.items()},
+        "scores": {
+            name: statistics.fmean(row[metric] for row in its) for name, its in scored.items()
+        },
         "challenger_against_champion": against[metric],
         **{f"{name}_against_base": entries[metric] for name, entries in today.items()},
     }
     stamp = {key: job.settings[key] for key in ("at", "run_id")}
-    write_release(job.output, before, decision, champion, challenger, {**stamp, "comparison": numbers})
+    write_release(
+        job.output, before, decision, champion, challenger, {**stamp, "comparison": numbers}
+    )
     return StepResult(
         {
             "decision": decision.status,
@@ -71,7 +95,10 @@ def step(job: Job, report: Report) -> StepResult:
             "heldout_rows": len(rows),
             "rows_left_out": len(heldout) - len(rows),
             **{f"{name}_{metric}": round(value, 4) for name, value in numbers["scores"].items()},
-            **{f"champion_gain_{key}": round(serving[metric][key], 4) for key in ("mean", "low", "high")},
+            **{
+                f"champion_gain_{key}": round(serving[metric][key], 4)
+                for key in ("mean", "low", "high")
+            },
             "champion_beats_base": stands(serving, metric, gate)[0],
             "measured_today": True,
         },
@@ -86,10 +113,10 @@ def unseen(rows: Rows, adapter: Path, where: str) -> Rows:
         seen = set(json.loads((adapter / TRAINED_GROUPS).read_text()))
     except (FileNotFoundError, json.JSONDecodeError):
         raise ReleaseError(
-            where,
-            f"the champion's adapter does not say which rows it was trained on ({adapter / TRAINED_GROUPS})",
-            "the list that its training wrote",
-            f"restore the file from a backup; or remove {where.replace('[', '/').rstrip(']')} from the store: a new history then begins "
+            where=where,
+            found=f"the champion's adapter does not say which rows it was trained on ({adapter / TRAINED_GROUPS})",
+            expected="the list that its training wrote",
+            fix=f"restore the file from a backup; or remove {where.replace('[', '/').rstrip(']')} from the store: a new history then begins "
             "with today's model",
         ) from None
     return [row for row in rows if row["group"] not in seen]

@@ -1,8 +1,5 @@
 """Put a LoRA adapter on a base (or make all of its weights trainable), save it, and read what was trained."""
 
-import json
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +10,10 @@ from safetensors import safe_open
 
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError, nearest
+from ft_assets.models.adapter_files import changed_weights, is_full
 from ft_assets.models.loading import load_base, load_tokenizer, target_modules
 from ft_assets.models.names import linear_weights, refuse_renamed, unstored
-from ft_assets.training.sharding import shard_base
-
-TRAINED_GROUPS = "trained_groups.json"
+from ft_assets.models.sharding import shard_base
 
 
 def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
@@ -28,7 +24,11 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
     """
     if settings.method == "full":
         base = load_base(snapshot, dtype=torch.float32)
-        refuse_renamed("lora.method: full", base, unstored((name for name, _ in base.named_parameters()), snapshot))
+        refuse_renamed(
+            "lora.method: full",
+            base,
+            unstored((name for name, _ in base.named_parameters()), snapshot),
+        )
         return base
     base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
     # What NF4 rounds is read from the files by name too, for the merge onto it.
@@ -46,8 +46,14 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
-    targets = [f"{name}.weight" for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
-    refuse_renamed("lora.target_modules", model.get_base_model(), unstored([*targets, *linears], snapshot))
+    targets = [
+        f"{name}.weight"
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+    refuse_renamed(
+        "lora.target_modules", model.get_base_model(), unstored([*targets, *linears], snapshot)
+    )
     if shards > 1:
         shard_base(model, shards)
     return model
@@ -61,7 +67,10 @@ def token_ids(snapshot: Path, tokens: list[str]) -> list[int]:
     for token in tokens:
         if token not in vocabulary:
             raise TrainingError(
-                "lora.trainable_token_indices", f"{token!r} is no token of the tokenizer", "tokens that it has", nearest(token, vocabulary)
+                where="lora.trainable_token_indices",
+                found=f"{token!r} is no token of the tokenizer",
+                expected="tokens that it has",
+                fix=nearest(token, vocabulary),
             )
     return [vocabulary[token] for token in tokens]
 
@@ -70,7 +79,12 @@ def _known_modules(model: Any, names: list[str]) -> list[str]:
     known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
     for name in names:
         if name not in known:
-            raise TrainingError("lora.modules_to_save", f"the model has no module {name}", "one of its modules", nearest(name, known))
+            raise TrainingError(
+                where="lora.modules_to_save",
+                found=f"the model has no module {name}",
+                expected="one of its modules",
+                fix=nearest(name, known),
+            )
     return names
 
 
@@ -87,47 +101,36 @@ def trained_adapter(snapshot: Path, settings: LoraSettings, adapter: Path, shard
     return model
 
 
-def is_full(adapter: Path) -> bool:
-    """Return whether a trained artifact holds all weights instead of an adapter."""
-    return not (adapter / "adapter_config.json").exists()
-
-
 def save_trained(model: Any, output: Path) -> None:
     """Save the adapter `default`, or all weights in bf16 with their config."""
     if not isinstance(model, PeftModel):
         _save_full(model, output)
         return
-    model.peft_config["default"].base_model_name_or_path = None  # a path of this machine would be no identity
+    model.peft_config[
+        "default"
+    ].base_model_name_or_path = None  # a path of this machine would be no identity
     model.save_pretrained(str(output), selected_adapters=["default"])
-    (output / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours stands on the merged model
+    (output / "README.md").unlink(
+        missing_ok=True
+    )  # PEFT's empty card; ours stands on the merged model
 
 
 def _save_full(model: Any, output: Path) -> None:
-    rounded: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, as save_pretrained expects them
+    rounded: dict[
+        int, torch.Tensor
+    ] = {}  # tied weights stay one tensor, as save_pretrained expects them
     state = {}
     for name, weight in model.state_dict().items():
         if weight.data_ptr() not in rounded:
-            rounded[weight.data_ptr()] = weight.detach().to("cpu", torch.bfloat16 if weight.is_floating_point() else weight.dtype)
+            rounded[weight.data_ptr()] = weight.detach().to(
+                "cpu", torch.bfloat16 if weight.is_floating_point() else weight.dtype
+            )
         state[name] = rounded[weight.data_ptr()]
     before, model.config.dtype = model.config.dtype, torch.bfloat16
     try:
         model.save_pretrained(str(output), state_dict=state)
     finally:
         model.config.dtype = before
-
-
-def copy_trained(source: Path, output: Path) -> None:
-    """Copy a trained adapter or trained weights, and the list of rows, into another artifact."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in ("manifest.json", "whole.json"):
-            shutil.copy2(path, output / path.name)
-
-
-def save_groups(rows: Iterable[dict[str, Any]], output: Path, before: Path | None = None) -> None:
-    """Write the groups of the rows an adapter was trained on (also those of the adapter it started from): the
-    evaluation refuses to judge it on any of them."""
-    groups = {row["group"] for row in rows} | (set(json.loads((before / TRAINED_GROUPS).read_text())) if before else set())
-    (output / TRAINED_GROUPS).write_text(json.dumps(sorted(groups), indent=0))
 
 
 def trainable_share(model: Any) -> dict[str, float]:
@@ -144,7 +147,11 @@ def largest_update(trained: Path, snapshot: Path) -> float:
     largest = 0.0
     if is_full(trained):
         return max(
-            (float((weight.float() - before.float()).abs().max()) for _, weight, before in changed_weights(trained, snapshot)), default=0.0
+            (
+                float((weight.float() - before.float()).abs().max())
+                for _, weight, before in changed_weights(trained, snapshot)
+            ),
+            default=0.0,
         )
     with safe_open(trained / "adapter_model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -153,23 +160,10 @@ def largest_update(trained: Path, snapshot: Path) -> float:
     return largest
 
 
-def changed_weights(trained: Path, snapshot: Path) -> Iterable[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield (name, weight, the base's weight in its dtype) of each tensor that both hold, one at a time."""
-    base = {name: path for path in sorted(snapshot.glob("*.safetensors")) for name in _names(path)}
-    for path in sorted(trained.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in base:
-                    with safe_open(base[name], framework="pt") as other:
-                        weight = file.get_tensor(name)
-                        yield name, weight, other.get_tensor(name).to(weight.dtype)
-
-
-def _names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
 def is_finite(model: Any) -> bool:
     """Return whether all trained parameters are finite."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters() if parameter.requires_grad)
+    return all(
+        bool(torch.isfinite(parameter).all())
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    )

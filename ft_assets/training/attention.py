@@ -28,16 +28,32 @@ def register() -> str:
 
 def kernel_fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Return whether torch's variable-length kernel runs there: 16-bit numbers on an Ampere GPU or later."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim > LARGEST_HEAD:
+    if (
+        device.type != "cuda"
+        or dtype not in (torch.bfloat16, torch.float16)
+        or head_dim > LARGEST_HEAD
+    ):
         return False
     return torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def mask(batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
     """Return None for a row that `attend` separates itself, else the mask of `sdpa`."""
     if _one_row(batch_size, q_length, kv_length, attention_mask):
         return None
-    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
 
 
 def _one_row(batch: int, queries: int, keys: int, attention_mask: torch.Tensor | None) -> bool:
@@ -60,15 +76,28 @@ def attend(
     query: (1, heads, tokens, head_dim); key and value may have fewer heads. Raises ValueError for what the kernels do
     not compute (soft-capped scores, attention sinks): the caller then trains without packing.
     """
-    packed = _one_row(query.shape[0], query.shape[2], key.shape[2], attention_mask) and kwargs.get("is_causal", True) is not False
+    packed = (
+        _one_row(query.shape[0], query.shape[2], key.shape[2], attention_mask)
+        and kwargs.get("is_causal", True) is not False
+    )
     if not packed or not getattr(module, "is_causal", True):
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
         )
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"packed attention computes no {name}")
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave fp32 queries and keys
+    if torch.is_autocast_enabled(
+        query.device.type
+    ):  # rotary embeddings leave fp32 queries and keys
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     bounds, longest = _boundaries(query, kwargs)
@@ -87,7 +116,9 @@ def _boundaries(query: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tens
     tokens, positions = query.shape[2], kwargs.get("position_ids")
     if positions is None:
         return torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
-    starts = (positions.reshape(-1) == 0).nonzero().reshape(-1).to(torch.int32)  # not every caller gives the bounds
+    starts = (
+        (positions.reshape(-1) == 0).nonzero().reshape(-1).to(torch.int32)
+    )  # not every caller gives the bounds
     if not len(starts) or starts[0] != 0:
         starts = torch.cat([starts.new_zeros(1), starts])
     bounds = torch.cat([starts, starts.new_tensor([tokens])])
@@ -125,10 +156,19 @@ def _document_by_document(
     edges, parts = bounds.tolist(), []
     for begin, end in itertools.pairwise(edges):
         q, k, v = (tensor[:, :, begin:end] for tensor in (query, key, value))
-        near = _window(end - begin, window, query.device) if window and end - begin > window else None
+        near = (
+            _window(end - begin, window, query.device) if window and end - begin > window else None
+        )
         parts.append(
             torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=near, dropout_p=dropout, is_causal=near is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                attn_mask=near,
+                dropout_p=dropout,
+                is_causal=near is None,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         )
     return torch.cat(parts, 2).transpose(1, 2)

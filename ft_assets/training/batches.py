@@ -20,9 +20,20 @@ class StepBatches:
     """
 
     def __init__(
-        self, lengths: Sequence[int], effective_batch: int, accumulation: int, seed: int, packed: bool, rank: int = 0, ranks: int = 1
+        self,
+        lengths: Sequence[int],
+        effective_batch: int,
+        accumulation: int,
+        seed: int,
+        packed: bool,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self.lengths, self.effective_batch, self.accumulation = lengths, effective_batch, min(accumulation, effective_batch)
+        self.lengths, self.effective_batch, self.accumulation = (
+            lengths,
+            effective_batch,
+            min(accumulation, effective_batch),
+        )
         self.seed, self.packed, self.epoch, self.rank, self.ranks = seed, packed, 0, rank, ranks
 
     @property
@@ -53,7 +64,9 @@ class StepBatches:
         if len(longest_first) < self.ranks:
             longest_first = (longest_first * self.ranks)[: self.ranks]
         if self.packed:
-            return balanced(longest_first, self.lengths, self._number(len(longest_first)) * self.ranks)[self.rank :: self.ranks]
+            return balanced(
+                longest_first, self.lengths, self._number(len(longest_first)) * self.ranks
+            )[self.rank :: self.ranks]
         return self._cut(longest_first)[self.rank :: self.ranks]
 
     def _number(self, rows: int) -> int:
@@ -93,7 +106,14 @@ def balanced(longest_first: Sequence[int], lengths: Sequence[int], count: int) -
     return groups
 
 
-def largest_micro_batch(lengths: Sequence[int], effective_batch: int, accumulation: int, seed: int, epochs: int, packed: bool) -> int:
+def largest_micro_batch(
+    lengths: Sequence[int],
+    effective_batch: int,
+    accumulation: int,
+    seed: int,
+    epochs: int,
+    packed: bool,
+) -> int:
     """Return the tokens of the largest micro-batch of all epochs, padding included: what memory must be planned for."""
     sampler = StepBatches(lengths, effective_batch, accumulation, seed, packed)
     largest = 0

@@ -13,14 +13,17 @@ import torch
 from transformers import TrainerCallback
 
 from ft_assets.errors import TrainingError
+from ft_assets.hardware import peak_memory_gb
 from ft_assets.job import Report
-from ft_assets.steps._run import peak_memory_gb
 from ft_assets.training.distributed import world_size
 from ft_assets.training.flops import mfu_percent
-from ft_assets.training.shape import Shape
+from ft_assets.training.memory_plan.model_shape import Shape
 
 WINDOW = 10
-SPEED = ("tokens_per_s", "mfu_percent")  # kept in the checkpoint's log: a retry of a training that was done has measured none
+SPEED = (
+    "tokens_per_s",
+    "mfu_percent",
+)  # kept in the checkpoint's log: a retry of a training that was done has measured none
 SHOWN = ("learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies")
 
 
@@ -38,7 +41,9 @@ def gpu_share(shape: Shape, full: bool, computed: float = 1.0) -> Callable[[floa
     """Return what turns the tokens/s of all ranks into the percent of a GPU's peak; None where the peak is not known.
     `computed`: the share of the counted tokens that pass through the model."""
     gpu = gpu_name()
-    return lambda speed: mfu_percent(speed * computed / world_size(), shape, gpu, full) if gpu else None
+    return lambda speed: (
+        mfu_percent(speed * computed / world_size(), shape, gpu, full) if gpu else None
+    )
 
 
 class Progress(TrainerCallback):
@@ -55,7 +60,12 @@ class Progress(TrainerCallback):
         max_loss_rise: float | None = None,
         mfu: Callable[[float], float | None] = lambda _: None,
     ) -> None:
-        self.report, self.tokens_per_step, self.max_loss_rise, self.mfu = report, tokens_per_step, max_loss_rise, mfu
+        self.report, self.tokens_per_step, self.max_loss_rise, self.mfu = (
+            report,
+            tokens_per_step,
+            max_loss_rise,
+            mfu,
+        )
         self.curve: list[dict[str, float]] = []
         self._begun = 0.0
         self._first = 0
@@ -73,7 +83,9 @@ class Progress(TrainerCallback):
         self._begun, self._first = time.perf_counter(), state.global_step
         self.curve = [_entry(entry) for entry in state.log_history if "loss" in entry]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if not logs or "loss" not in logs:
             return
         self._refuse_nonsense(state.global_step, logs)
@@ -100,10 +112,10 @@ class Progress(TrainerCallback):
         for name in ("loss", "grad_norm"):
             if name in logs and not math.isfinite(float(logs[name])):
                 raise TrainingError(
-                    f"step {step}",
-                    f"the {'loss' if name == 'loss' else 'gradient'} is {float(logs[name])}",
-                    "a finite number",
-                    "lower learning_rate or look at the rows of this step; the checkpoint before it is kept",
+                    where=f"step {step}",
+                    found=f"the {'loss' if name == 'loss' else 'gradient'} is {float(logs[name])}",
+                    expected="a finite number",
+                    fix="lower learning_rate or look at the rows of this step; the checkpoint before it is kept",
                 )
 
     def _refuse_divergence(self, step: int) -> None:
@@ -111,19 +123,31 @@ class Progress(TrainerCallback):
         if self.max_loss_rise is None or len(losses) < 2 * WINDOW:
             return
         now = statistics.fmean(losses[-WINDOW:])
-        lowest = min(statistics.fmean(losses[begin : begin + WINDOW]) for begin in range(len(losses) - 2 * WINDOW + 1))
+        lowest = min(
+            statistics.fmean(losses[begin : begin + WINDOW])
+            for begin in range(len(losses) - 2 * WINDOW + 1)
+        )
         if now - lowest > self.max_loss_rise:
             raise TrainingError(
-                f"step {step}",
-                f"training diverges: the loss of the last {WINDOW} steps is {now:.2f} and was {lowest:.2f}",
-                f"a rise of at most max_loss_rise ({self.max_loss_rise})",
-                "lower learning_rate, warm up longer, or set max_loss_rise; the checkpoint before it is kept",
+                where=f"step {step}",
+                found=f"training diverges: the loss of the last {WINDOW} steps is {now:.2f} and was {lowest:.2f}",
+                expected=f"a rise of at most max_loss_rise ({self.max_loss_rise})",
+                fix="lower learning_rate, warm up longer, or set max_loss_rise; the checkpoint before it is kept",
             )
 
 
 def _entry(logs: dict[str, Any]) -> dict[str, float]:
     """Return a step of the curve: its number, its loss in nats and what else TRL logs of it."""
-    shown = {key.replace("rewards/", "reward_"): round(float(logs[key]), 4) for key in SHOWN if key in logs}
+    shown = {
+        key.replace("rewards/", "reward_"): round(float(logs[key]), 4)
+        for key in SHOWN
+        if key in logs
+    }
     if "learning_rate" in shown:
         shown["learning_rate"] = float(logs["learning_rate"])
-    return {"step": logs["step"], "loss": round(float(logs["loss"]), 4), **shown, **{name: logs[name] for name in SPEED if name in logs}}
+    return {
+        "step": logs["step"],
+        "loss": round(float(logs["loss"]), 4),
+        **shown,
+        **{name: logs[name] for name in SPEED if name in logs},
+    }

@@ -15,7 +15,7 @@ from transformers.trainer import Trainer
 
 from ft_assets.errors import ArtifactError, TrainingError
 from ft_assets.job import Report
-from ft_assets.training.sharding import is_sharded
+from ft_assets.models.sharding import is_sharded
 
 WRITING = ".writing"
 FILES = "whole.json"
@@ -46,13 +46,17 @@ class WholeCheckpoints(Trainer):
         return str(Path(folder) / WRITING) if self._writing else folder
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        unsound = [name for name, weight in model.named_parameters() if weight.requires_grad and not torch.isfinite(weight).all()]
+        unsound = [
+            name
+            for name, weight in model.named_parameters()
+            if weight.requires_grad and not torch.isfinite(weight).all()
+        ]
         if unsound:
             raise TrainingError(
-                f"step {self.state.global_step}",
-                f"{len(unsound)} trained weights are not finite, e.g. {unsound[0]}",
-                "finite weights",
-                "lower learning_rate or max_grad_norm; the checkpoint before it is kept",
+                where=f"step {self.state.global_step}",
+                found=f"{len(unsound)} trained weights are not finite, e.g. {unsound[0]}",
+                expected="finite weights",
+                fix="lower learning_rate or max_grad_norm; the checkpoint before it is kept",
             )
         home = Path(super()._get_output_dir(trial))
         staged = home / WRITING / f"checkpoint-{self.state.global_step}"
@@ -79,7 +83,9 @@ def disk_is_full(error: BaseException) -> bool:
     """Return whether a write failed for want of space: safetensors and torch.save raise errors of their own for it."""
     chain: BaseException | None = error
     while chain is not None:
-        if getattr(chain, "errno", None) == errno.ENOSPC or any(words in str(chain) for words in FULL):
+        if getattr(chain, "errno", None) == errno.ENOSPC or any(
+            words in str(chain) for words in FULL
+        ):
             return True
         chain = chain.__cause__ or chain.__context__
     return False
@@ -87,16 +93,20 @@ def disk_is_full(error: BaseException) -> bool:
 
 def full_disk(folder: Path, what: str) -> ArtifactError:
     return ArtifactError(
-        str(folder),
-        f"the disk is full: {what} could not be written",
-        "free space",
-        "free some space, or set store: to another disk; a rerun continues from the checkpoint before it",
+        where=str(folder),
+        found=f"the disk is full: {what} could not be written",
+        expected="free space",
+        fix="free some space, or set store: to another disk; a rerun continues from the checkpoint before it",
     )
 
 
 def publish_folder(staged: Path, final: Path) -> None:
     """List the files of a staged folder with their sizes, bring all of it to the disk, and give it its name in one rename."""
-    sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
+    sizes = {
+        path.relative_to(staged).as_posix(): path.stat().st_size
+        for path in sorted(staged.rglob("*"))
+        if path.is_file()
+    }
     (staged / FILES).write_text(json.dumps(sizes, indent=0))
     for path in [*staged.rglob("*"), staged]:
         _fsync(path)
@@ -120,7 +130,11 @@ def rotate(home: Path) -> None:
 
 
 def _by_step(home: Path) -> list[Path]:
-    found = [path for path in home.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found = [
+        path
+        for path in home.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
     return sorted(found, key=step_of)
 
 

@@ -22,7 +22,9 @@ class CpuSFTTrainer(SFTTrainer):
     agrees: bool | None = None
     precision: Any = None  # set with `agrees`, on the first batch: dtypes are final only then
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss_type = getattr(self.args, "loss_type", None)
         plain = (
             loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled

@@ -29,9 +29,11 @@ def accumulation(settings: TrainSettings, key: str, ranks: int | None = None) ->
     if settings.effective_batch % at_once:
         over = f" x {ranks} ranks" if ranks > 1 else ""
         raise ConfigError(
-            f"{key}.effective_batch",
-            str(settings.effective_batch),
-            f"a multiple of {key}.micro_batch ({settings.micro_batch}){over}",
-            "change one of them" if ranks == 1 else f"lower {key}.micro_batch, or take fewer ranks",
+            where=f"{key}.effective_batch",
+            found=str(settings.effective_batch),
+            expected=f"a multiple of {key}.micro_batch ({settings.micro_batch}){over}",
+            fix="change one of them"
+            if ranks == 1
+            else f"lower {key}.micro_batch, or take fewer ranks",
         )
     return settings.effective_batch // at_once

@@ -21,17 +21,27 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.split import LEAST_WATCHED_PAIRS
 from ft_assets.errors import TrainingError
+from ft_assets.hardware import compute_dtype
 from ft_assets.job import Report
-from ft_assets.models.loading import compute_dtype, load_tokenizer
+from ft_assets.models.loading import load_tokenizer
+from ft_assets.models.sharding import held_weights
 from ft_assets.training.adapter import is_finite, trained_adapter
 from ft_assets.training.callbacks import Progress, device_memory_gb, gpu_share
-from ft_assets.training.choice import chosen_method, save_choice
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.length_order import LengthOrder
-from ft_assets.training.options import ToldOptions, told, trainer_options, trl_config
+from ft_assets.training.loop import train_to_the_end
+from ft_assets.training.memory_plan.model_shape import snapshot_shape
+from ft_assets.training.memory_plan.plan import Plan
+from ft_assets.training.method_choice import chosen_method, save_choice
 from ft_assets.training.pair_loss import PairLoss
 from ft_assets.training.pairs import PairCollator, SharedPrompts, row_length
-from ft_assets.training.plan import Plan
+from ft_assets.training.prepare import (
+    checkpoint_layers,
+    full_precision_adapter,
+    memory_facts,
+    plan_dpo,
+    this_machine,
+)
 from ft_assets.training.reference import (
     EXACT_A_TOKEN,
     ROUNDING_A_TOKEN,
@@ -45,11 +55,8 @@ from ft_assets.training.reference import (
     score_reference,
     write_reference,
 )
-from ft_assets.training.run import train_to_the_end
-from ft_assets.training.setup import checkpoint_layers, full_precision_adapter, memory_facts, plan_dpo, this_machine
-from ft_assets.training.shape import snapshot_shape
-from ft_assets.training.sharding import held_weights
 from ft_assets.training.trackers import keep_events
+from ft_assets.training.trl_options import ToldOptions, told, trainer_options, trl_config
 from ft_assets.training.validation import LogsValidation, Validation, save_kept
 
 ANSWERS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -64,19 +71,39 @@ class PairTrainer(LogsValidation, ToldOptions, DPOTrainer):
 
     key = "dpo"
 
-    def __init__(self, *, model: Any, args: DPOConfig, pairs: list[dict[str, Any]], tokenizer: Any, shares: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model: Any,
+        args: DPOConfig,
+        pairs: list[dict[str, Any]],
+        tokenizer: Any,
+        shares: bool,
+        **kwargs: Any,
+    ) -> None:
         self.pairs = pairs
         self.sharing: dict[str, float] = {}  # what `settle` measured
         rows = [{"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, **pair} for pair in pairs]
         multiple: Any = args.pad_to_multiple_of
-        exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+        exact = {
+            name: weight.data for name, weight in model.named_parameters() if weight.requires_grad
+        }
         collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple)
         super().__init__(
-            model=model, args=args, data_collator=collator, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **kwargs
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            **kwargs,
         )
-        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:  # TRL's copy of the adapter is not needed
+        if (
+            isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
+        ):  # TRL's copy of the adapter is not needed
             self.model.delete_adapter("ref")
-        full_precision_adapter(model, exact)  # before the reference is scored, and before there is an optimizer
+        full_precision_adapter(
+            model, exact
+        )  # before the reference is scored, and before there is an optimizer
         self.precompute_ref_logps = True
         self.shares = shares and not (self.use_weighting or self.aux_loss_enabled)
 
@@ -87,12 +114,20 @@ class PairTrainer(LogsValidation, ToldOptions, DPOTrainer):
         return dataset  # reference.py's
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthOrder:
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthOrder([row_length(pair) for pair in self.pairs], step, self.args.data_seed or self.args.seed)
+        step = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
+        return LengthOrder(
+            [row_length(pair) for pair in self.pairs], step, self.args.data_seed or self.args.seed
+        )
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         theirs = {name: value for name, value in inputs.items() if not name.startswith("shared_")}
-        return super()._compute_loss(SharedPrompts(model, inputs) if self.shares else model, theirs, return_outputs)
+        return super()._compute_loss(
+            SharedPrompts(model, inputs) if self.shares else model, theirs, return_outputs
+        )
 
     def token_scores(self, inputs: Any, shares: bool) -> torch.Tensor:
         """Return the log-probability of each answer token, (2B, L-1), zero elsewhere."""
@@ -114,9 +149,16 @@ class PairTrainer(LogsValidation, ToldOptions, DPOTrainer):
 
     def answer_scores(self, pairs: list[dict[str, Any]], shares: bool) -> list[torch.Tensor]:
         """Return the log-probabilities of each answer's tokens: of the chosen ones, then of the rejected ones."""
-        batch = self._prepare_inputs(self.data_collator([{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in pairs]))
+        batch = self._prepare_inputs(
+            self.data_collator(
+                [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in pairs]
+            )
+        )
         scored = batch["completion_mask"][:, 1:] == 1
-        return [row[places] for row, places in zip(self.token_scores(batch, shares), scored, strict=True)]
+        return [
+            row[places]
+            for row, places in zip(self.token_scores(batch, shares), scored, strict=True)
+        ]
 
     def settle(self) -> bool:
         """Score the first pairs as TRL does, with the prompt shared, and shared with the two answers in the other order.
@@ -125,20 +167,31 @@ class PairTrainer(LogsValidation, ToldOptions, DPOTrainer):
         if not self.shares:
             return False
         few = self.pairs[:4]
-        turned = [{**pair, "chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]} for pair in few]
+        turned = [
+            {**pair, "chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]}
+            for pair in few
+        ]
         with without_dropout(self.model), torch.no_grad(), self.accelerator.autocast():
             theirs = self.answer_scores(few, False)
             alone = [self.answer_scores([pair], False) for pair in few]
             try:
                 ours, again = self.answer_scores(few, True), self.answer_scores(turned, True)
-            except (RuntimeError, ValueError, TypeError, KeyError):  # a model that takes no such mask
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+                KeyError,
+            ):  # a model that takes no such mask
                 self.shares = False
                 return False
         noise = _apart(theirs, [answers[side] for side in (0, 1) for answers in alone])
         difference = max(_apart(ours, theirs), _apart(ours, again[len(few) :] + again[: len(few)]))
         least = ROUNDING_A_TOKEN if half_precision(self) else EXACT_A_TOKEN
         self.shares = difference <= max(least, TIMES_NOISE * noise)
-        self.sharing = {"sharing_difference": round(difference, 6), "sharing_noise": round(noise, 6)}
+        self.sharing = {
+            "sharing_difference": round(difference, 6),
+            "sharing_noise": round(noise, 6),
+        }
         return self.shares
 
 
@@ -176,12 +229,24 @@ def train_dpo(
     model = trained_adapter(snapshot, lora, sft_adapter, plan.shards)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     checkpoint_layers(base, plan)
-    rows, watched = ([{name: row[name] for name in ANSWERS} for row in part] for part in (pairs, validation or []))
-    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    rows, watched = (
+        [{name: row[name] for name in ANSWERS} for row in part]
+        for part in (pairs, validation or [])
+    )
+    tokens = sum(
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for row in rows
+    )
 
     def new_trainer(micro_batch: int, shares: bool) -> PairTrainer:
         with told("dpo"):
-            return PairTrainer(model=model, args=DPOConfig(**options(micro_batch)), pairs=rows, tokenizer=tokenizer, shares=shares)
+            return PairTrainer(
+                model=model,
+                args=DPOConfig(**options(micro_batch)),
+                pairs=rows,
+                tokenizer=tokenizer,
+                shares=shares,
+            )
 
     def padded() -> Plan:
         apart = plan_dpo(snapshot, lora, dpo, pairs, machine, shared=False)
@@ -191,7 +256,9 @@ def train_dpo(
     begun = time.perf_counter()
     prepared, plan = _settled(plan, dpo.share_prompts, new_trainer, padded, report)
     shares = prepared.shares
-    proofs = _prepare(prepared, snapshot, sft_adapter, rows, watched, lora, plan.micro_batch, checkpoints, report)
+    proofs = _prepare(
+        prepared, snapshot, sft_adapter, rows, watched, lora, plan.micro_batch, checkpoints, report
+    )
     trainers = [prepared]
     del prepared  # a try that failed leaves its trainer behind
     loss = PairLoss(watched, plan.micro_batch)
@@ -199,7 +266,9 @@ def train_dpo(
     watch = Validation(loss if watched else None, dpo, "dpo", checkpoints, report, unwatched)
     computed = sum(row_length(row) for row in rows) / tokens if shares else 1.0
     share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full", computed)
-    progress = Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise, share_of_gpu)
+    progress = Progress(
+        report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise, share_of_gpu
+    )
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PairTrainer:
         trainer = trainers.pop() if trainers else new_trainer(micro_batch, shares)
@@ -215,7 +284,12 @@ def train_dpo(
     progress.restore(trainer.state)
     watch.restore(trainer.state)
     if not is_finite(trainer.model):
-        raise TrainingError("dpo", "the adapter holds values that are not finite", "finite weights", "lower dpo.learning_rate")
+        raise TrainingError(
+            where="dpo",
+            found="the adapter holds values that are not finite",
+            expected="finite weights",
+            fix="lower dpo.learning_rate",
+        )
     save_kept(trainer.model, watch, progress.curve, output)
     keep_events(checkpoints, output)
     save_choice(plan, output)
@@ -242,7 +316,11 @@ def train_dpo(
 
 
 def _settled(
-    plan: Plan, wanted: bool, new_trainer: Callable[[int, bool], PairTrainer], padded: Callable[[], Plan], report: Report
+    plan: Plan,
+    wanted: bool,
+    new_trainer: Callable[[int, bool], PairTrainer],
+    padded: Callable[[], Plan],
+    report: Report,
 ) -> tuple[PairTrainer, Plan]:
     """Return the first trainer and its plan: with shared prompts where that is `wanted` and right, else as `padded` plans."""
     trainer = new_trainer(plan.micro_batch, wanted)
@@ -293,7 +371,11 @@ def _prepare(
 
     def referred(pairs: list[dict[str, Any]], batch: int = micro_batch) -> tuple[Reference, bool]:
         """Add the reference to pairs. Returns it, and whether it was kept from before."""
-        file = checkpoints.parent / f"reference-{reference_key(*versions, lora, pairs, how)}" / "log_probabilities.json"
+        file = (
+            checkpoints.parent
+            / f"reference-{reference_key(*versions, lora, pairs, how)}"
+            / "log_probabilities.json"
+        )
         kept = read_reference(file, len(pairs))
         trainer.accelerator.wait_for_everyone()  # before one writes it: ranks that divide the base must all score, or none
         reference = kept or score_reference(trainer, pairs, batch)

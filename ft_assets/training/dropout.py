@@ -10,7 +10,11 @@ import torch
 @contextmanager
 def without_dropout(model: Any) -> Iterator[None]:
     """Context without dropout and in training mode: a CPU's inference mode would spoil NF4 weights for training for good."""
-    active = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    active = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Dropout) and module.training
+    ]
     training = model.training
     model.train()
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]

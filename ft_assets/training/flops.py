@@ -1,6 +1,6 @@
 """Model FLOPs utilization (Chowdhery et al. 2022, appendix B), for training a frozen base with an adapter."""
 
-from ft_assets.training.shape import Shape
+from ft_assets.training.memory_plan.model_shape import Shape
 
 # Dense bf16 with fp32 accumulation, TFLOP/s, from NVIDIA's datasheets; the longest matching name counts.
 PEAKS = {

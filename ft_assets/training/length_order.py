@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-STEPS_TOGETHER = 50  # rows of this many optimizer steps are drawn and sorted by length, as transformers does
+STEPS_TOGETHER = (
+    50  # rows of this many optimizer steps are drawn and sorted by length, as transformers does
+)
 
 
 class LengthOrder(Sampler[int]):
@@ -28,12 +30,17 @@ class LengthOrder(Sampler[int]):
         drawn = torch.randperm(len(self.lengths), generator=generator).tolist()
         steps: list[list[int]] = []
         for begin in range(0, len(drawn), STEPS_TOGETHER * self.step):
-            rows = sorted(drawn[begin : begin + STEPS_TOGETHER * self.step], key=lambda row: -self.lengths[row])
+            rows = sorted(
+                drawn[begin : begin + STEPS_TOGETHER * self.step],
+                key=lambda row: -self.lengths[row],
+            )
             steps += [rows[first : first + self.step] for first in range(0, len(rows), self.step)]
         whole = [rows for rows in steps if len(rows) == self.step]
         order = torch.randperm(len(whole), generator=generator).tolist()
         for index in order:
             yield from whole[index]
-        for rows in steps:  # the step that is not full comes last, or all after it would be cut elsewhere
+        for (
+            rows
+        ) in steps:  # the step that is not full comes last, or all after it would be cut elsewhere
             if len(rows) < self.step:
                 yield from rows

@@ -30,7 +30,9 @@ def fuse_linears(model: Any) -> int:
             for names in (*filter(None, grouped), *alone):
                 group = Group([children[name] for name in names])
                 for index, name in enumerate(names):
-                    children[name].forward = functools.partial(group.forward, index, children[name].forward)
+                    children[name].forward = functools.partial(
+                        group.forward, index, children[name].forward
+                    )
                 fused += len(names)
     return fused
 
@@ -46,7 +48,9 @@ def _parents(module: Any) -> Iterator[Any]:
 
 def _simple(module: Any) -> bool:
     base = module.base_layer if isinstance(module, LoraLayer) else module
-    if isinstance(module, LoraLayer) and (module.lora_variant or any(module.use_dora.values()) or any(module.lora_bias.values())):
+    if isinstance(module, LoraLayer) and (
+        module.lora_variant or any(module.use_dora.values()) or any(module.lora_bias.values())
+    ):
         return False
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         return False  # trained whole: lora.modules_to_save
@@ -61,7 +65,9 @@ class Group:
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
 
-    def forward(self, index: int, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, index: int, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Return the output of member `index` for `x`."""
         if args or kwargs or not torch.is_grad_enabled():
             return plain(x, *args, **kwargs)
@@ -85,7 +91,9 @@ class Group:
 
 def groups(model: Any) -> list[Group]:
     """Return the groups of a model whose linears are fused, each once; none of another model."""
-    return list({id(group): group for module in model.modules() if (group := _group_of(module))}.values())
+    return list(
+        {id(group): group for module in model.modules() if (group := _group_of(module))}.values()
+    )
 
 
 def adapters_are_fused(model: Any) -> bool:
@@ -114,7 +122,12 @@ def _adapter(member: Any) -> Any:
         return NOT_PLAIN
     name = active[0]
     dropout = getattr(member.lora_dropout[name], "p", 0.0) if member.training else 0.0
-    return member.lora_A[name].weight, member.lora_B[name].weight, float(member.scaling[name]), dropout
+    return (
+        member.lora_A[name].weight,
+        member.lora_B[name].weight,
+        float(member.scaling[name]),
+        dropout,
+    )
 
 
 def _compute(x: torch.Tensor, bases: list[Any], adapters: list[Any]) -> tuple[torch.Tensor, ...]:
@@ -135,7 +148,9 @@ def dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     if scales is None:
         scales = layer.__dict__["plain_scales"] = plain_scales(state)
     data = layer.weight.data
-    return torch.ops.bitsandbytes.dequantize_4bit.default(data, scales, state.blocksize, state.quant_type, state.shape, dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        data, scales, state.blocksize, state.quant_type, state.shape, dtype
+    )
 
 
 def plain_scales(state: Any) -> torch.Tensor:
@@ -154,7 +169,9 @@ def _draw(device: torch.device) -> int:
     return int(torch.randint(2**62, ()))
 
 
-def _drop(x: torch.Tensor, dropout: float, drawn: int, again: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _drop(
+    x: torch.Tensor, dropout: float, drawn: int, again: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x with a share of `dropout` set to 0 and the rest scaled, the boolean mask of what stays); `again`: the same as before."""
     if x.device.type == "cuda":
         generator = torch.cuda.default_generators[x.device.index]
@@ -175,7 +192,13 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, bases: list[Any], scales: list[float | None], dropout: float, seed: int, *weights: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        bases: list[Any],
+        scales: list[float | None],
+        dropout: float,
+        seed: int,
+        *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -210,7 +233,9 @@ class _Linears(torch.autograd.Function):
         into: torch.Tensor | None = None
         ups, back, rank, pair = [], [], 0, 0
         for base, scale, gradient in zip(ctx.bases, ctx.scales, gradients, strict=True):
-            rows = gradient.reshape(-1, gradient.shape[-1]).to(dtype) if gradient is not None else None
+            rows = (
+                gradient.reshape(-1, gradient.shape[-1]).to(dtype) if gradient is not None else None
+            )
             if rows is not None and ctx.needs_input_grad[0]:
                 weight = dense_weight(base, dtype)
                 into = rows @ weight if into is None else into.addmm_(rows, weight)
@@ -228,7 +253,9 @@ class _Linears(torch.autograd.Function):
         result: list[Any] = []
         if ups:
             up = torch.cat(ups, 1)
-            dropped, keep = _drop(flat, ctx.dropout, ctx.seed, again=True) if ctx.dropout else (flat, None)
+            dropped, keep = (
+                _drop(flat, ctx.dropout, ctx.seed, again=True) if ctx.dropout else (flat, None)
+            )
             down = up.T @ dropped
             del dropped
             rank = 0
@@ -237,6 +264,10 @@ class _Linears(torch.autograd.Function):
                 rank += a.shape[0]
             if into is not None:
                 stacked = torch.cat([a.to(dtype) for a in weights[::2]])
-                into = into.addmm_(up, stacked) if keep is None else into.addcmul_(up @ stacked, keep, value=1 / (1 - ctx.dropout))
+                into = (
+                    into.addmm_(up, stacked)
+                    if keep is None
+                    else into.addcmul_(up @ stacked, keep, value=1 / (1 - ctx.dropout))
+                )
         dx = into.reshape(ctx.shape).to(ctx.input_dtype) if into is not None else None
         return (dx, None, None, None, None, *result)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ft_assets.models.sharding import is_sharded
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.reference import batches
-from ft_assets.training.sharding import is_sharded
 
 MEASURED = {"validation_accuracy": "rewards/accuracies", "validation_margin": "rewards/margins"}
 
@@ -32,7 +32,9 @@ class PairLoss:
             try:
                 return self._measured()
             except torch.OutOfMemoryError:
-                if self.batch == 1 or is_sharded(model):  # other ranks wait in the middle of this pass
+                if self.batch == 1 or is_sharded(
+                    model
+                ):  # other ranks wait in the middle of this pass
                     raise
             self.batch //= 2
             if torch.cuda.is_available():
@@ -41,12 +43,21 @@ class PairLoss:
     def _measured(self) -> dict[str, float]:
         trainer, means = self.trainer, dict.fromkeys(("validation_loss", *MEASURED), 0.0)
         # In training mode, as the reference is scored: an evaluating pass would repack a CPU's NF4 weights for good.
-        with _apart(trainer), without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
+        with (
+            _apart(trainer),
+            without_dropout(trainer.model),
+            torch.no_grad(),
+            trainer.accelerator.autocast(),
+        ):
             for rows in batches(self.pairs, self.batch):
                 trainer._metrics["train"].clear()
-                inputs = trainer._prepare_inputs(trainer.data_collator([self.pairs[row] for row in rows]))
+                inputs = trainer._prepare_inputs(
+                    trainer.data_collator([self.pairs[row] for row in rows])
+                )
                 found = {"validation_loss": float(trainer.compute_loss(trainer.model, inputs))}
-                found |= {name: trainer._metrics["train"][theirs][0] for name, theirs in MEASURED.items()}
+                found |= {
+                    name: trainer._metrics["train"][theirs][0] for name, theirs in MEASURED.items()
+                }
                 for name, value in found.items():
                     means[name] += value * len(rows) / len(self.pairs)
         return means
@@ -56,7 +67,11 @@ class PairLoss:
 def _apart(trainer: Any) -> Iterator[None]:
     """Let TRL's metrics be those of what is measured here, and put back those of the step that is under way. Every rank measures
     all pairs, so that nothing is gathered: at the end of an epoch Accelerate would also cut what it gathers."""
-    metrics, tokens, accelerator = trainer._metrics["train"], trainer._total_train_tokens, trainer.accelerator
+    metrics, tokens, accelerator = (
+        trainer._metrics["train"],
+        trainer._total_train_tokens,
+        trainer.accelerator,
+    )
     trainer._metrics["train"] = defaultdict(list)
     accelerator.gather = accelerator.gather_for_metrics = lambda value, *_, **__: value
     try:

@@ -44,10 +44,20 @@ class PairCollator(DataCollatorForPreference):
             batch[name] = torch.tensor([value + [fill] * (width - len(value)) for value in values])
         places = torch.full((2 * len(examples), batch["input_ids"].shape[1] - 1), -1)
         for index, example in enumerate(examples):
-            prompt, begin = len(example["prompt_ids"]), index * width + len(example["prompt_ids"]) - 1
-            for line, answer in ((index, example["chosen_ids"]), (len(examples) + index, example["rejected_ids"])):
-                places[line, prompt - 1 : prompt - 1 + len(answer)] = torch.arange(begin, begin + len(answer))
-                begin += len(answer)  # the last token of an answer is not fed: it predicts nothing that is scored
+            prompt, begin = (
+                len(example["prompt_ids"]),
+                index * width + len(example["prompt_ids"]) - 1,
+            )
+            for line, answer in (
+                (index, example["chosen_ids"]),
+                (len(examples) + index, example["rejected_ids"]),
+            ):
+                places[line, prompt - 1 : prompt - 1 + len(answer)] = torch.arange(
+                    begin, begin + len(answer)
+                )
+                begin += len(
+                    answer
+                )  # the last token of an answer is not fed: it predicts nothing that is scored
         batch["shared_places"] = places
         return batch
 
@@ -65,7 +75,9 @@ def shared_row(example: dict[str, Any]) -> tuple[list[int], list[int], list[int]
     return ids, positions, segments, labels
 
 
-def branch_mask(segments: torch.Tensor, positions: torch.Tensor, window: int | None = None) -> torch.Tensor:
+def branch_mask(
+    segments: torch.Tensor, positions: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """Return which key a query sees, (B, 1, S, S) bool: of its own segment and of the prompt, what comes before it.
 
     `window`: how far back a sliding-window layer sees, in positions. A padded query sees the padding before it, so that
@@ -95,7 +107,11 @@ class SharedPrompts:
             **{
                 name: None
                 if value is None
-                else torch.where(scored, value.reshape(-1)[taken], torch.zeros((), dtype=value.dtype, device=value.device))
+                else torch.where(
+                    scored,
+                    value.reshape(-1)[taken],
+                    torch.zeros((), dtype=value.dtype, device=value.device),
+                )
                 for name, value in outputs.items()
             }
         )
@@ -109,17 +125,24 @@ def score_rows(model: Any, ids: Any, positions: Any, segments: Any, labels: Any)
     mask: Any = branch_mask(segments, positions)
     kinds = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in kinds:
-        mask = {"full_attention": mask, "sliding_attention": branch_mask(segments, positions, window)}
+        mask = {
+            "full_attention": mask,
+            "sliding_attention": branch_mask(segments, positions, window),
+        }
     elif window is not None and getattr(config, "use_sliding_window", True):
         mask = branch_mask(segments, positions, window)
     asked = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    if ids.is_cuda or inner is not model:  # TRL's head scores the supervised positions only on a GPU; DDP must see the whole pass
+    if (
+        ids.is_cuda or inner is not model
+    ):  # TRL's head scores the supervised positions only on a GPU; DDP must see the whole pass
         outputs = model(**asked, shift_labels=labels, fused_lm_head=True)
         return {name: getattr(outputs, name) for name in OUTPUTS}
     return _head_on_cpu(model, asked, labels)
 
 
-def _head_on_cpu(model: Any, asked: dict[str, Any], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def _head_on_cpu(
+    model: Any, asked: dict[str, Any], labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     keep = labels != -100
     # The trainer's autocast is in the model's own forward, which is not called here; where scores are taken it is on already.
@@ -136,4 +159,7 @@ def _head_on_cpu(model: Any, asked: dict[str, Any], labels: torch.Tensor) -> dic
             "mean_logits": logits.detach().mean(-1),
             "is_top1": logits.detach().argmax(-1) == labels[keep],
         }
-    return {name: torch.zeros(labels.shape, dtype=value.dtype).masked_scatter(keep, value) for name, value in values.items()}
+    return {
+        name: torch.zeros(labels.shape, dtype=value.dtype).masked_scatter(keep, value)
+        for name, value in values.items()
+    }

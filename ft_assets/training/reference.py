@@ -16,10 +16,10 @@ import torch
 
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError
+from ft_assets.models.sharding import is_sharded
 from ft_assets.training.checkpoints import disk_is_full, full_disk
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.pairs import row_length
-from ft_assets.training.sharding import is_sharded
 
 TOLERANCE = 1e-3  # nats
 ROUNDING = 0.5  # nats over an answer: in bf16 a row's logits change with the batch that it is in
@@ -29,12 +29,18 @@ TIMES_NOISE = 2.0  # or so many times what a token's score moves with the batch 
 CODE = "2"  # 2: from the adapter in fp32 also on an NF4 base
 
 
-def reference_key(base: str, adapter: str, lora: LoraSettings, pairs: list[dict[str, Any]], how: dict[str, Any]) -> str:
+def reference_key(
+    base: str, adapter: str, lora: LoraSettings, pairs: list[dict[str, Any]], how: dict[str, Any]
+) -> str:
     """Return what the log-probabilities depend on, as a hash: versions of base and SFT policy, whether the base is
     quantized, the tokens of the pairs in their order, and `how` they are computed (dtype, library versions)."""
-    digest = hashlib.sha256(json.dumps([CODE, base, adapter, lora.method == "qlora", how], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([CODE, base, adapter, lora.method == "qlora", how], sort_keys=True).encode()
+    )
     for pair in pairs:
-        digest.update(json.dumps([pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]]).encode())
+        digest.update(
+            json.dumps([pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]]).encode()
+        )
     return digest.hexdigest()[:20]
 
 
@@ -87,11 +93,15 @@ def score_reference(trainer: Any, pairs: list[dict[str, Any]], batch: int) -> Re
     while True:
         try:
             scored = [
-                value for rows in batches(pairs, batch) for value in zip(rows, scores(trainer, [pairs[row] for row in rows]), strict=True)
+                value
+                for rows in batches(pairs, batch)
+                for value in zip(rows, scores(trainer, [pairs[row] for row in rows]), strict=True)
             ]
             return Reference(batch, [value for _, value in sorted(scored)])
         except torch.OutOfMemoryError:
-            if batch == 1 or is_sharded(trainer.model):  # other ranks wait in the middle of this pass
+            if batch == 1 or is_sharded(
+                trainer.model
+            ):  # other ranks wait in the middle of this pass
                 raise
             batch //= 2
             torch.cuda.empty_cache()
@@ -105,13 +115,19 @@ def batches(pairs: list[dict[str, Any]], size: int) -> list[list[int]]:
 
 def scores(trainer: Any, pairs: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """Return (chosen, rejected) summed log-probabilities of some pairs under the policy as it is, without dropout."""
-    batch = trainer._prepare_inputs(trainer.data_collator([{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in pairs]))
+    batch = trainer._prepare_inputs(
+        trainer.data_collator(
+            [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in pairs]
+        )
+    )
     with without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         summed = trainer.log_probabilities(batch).tolist()
     return list(zip(summed[: len(pairs)], summed[len(pairs) :], strict=True))
 
 
-def prove_reference(trainer: Any, pairs: list[dict[str, Any]], reference: Reference, count: int = 2) -> tuple[float, float]:
+def prove_reference(
+    trainer: Any, pairs: list[dict[str, Any]], reference: Reference, count: int = 2
+) -> tuple[float, float]:
     """Return the largest |policy - reference| in nats over the first batches, and TRL's sigmoid loss of the first steps.
 
     The same pairs are scored in the same batches again, so that rounding is the same: 0 on a CPU. Then TRL computes its
@@ -122,16 +138,24 @@ def prove_reference(trainer: Any, pairs: list[dict[str, Any]], reference: Refere
     largest = 0.0
     for rows in batches(pairs, reference.batch)[:count]:
         for row, policy in zip(rows, scores(trainer, [pairs[row] for row in rows]), strict=True):
-            largest = max(largest, *(abs(mine - kept) for mine, kept in zip(policy, reference.values[row], strict=True)))
-    alone = trainer.loss_types == ["sigmoid"] and not (trainer.use_weighting or trainer.aux_loss_enabled)
+            largest = max(
+                largest,
+                *(
+                    abs(mine - kept)
+                    for mine, kept in zip(policy, reference.values[row], strict=True)
+                ),
+            )
+    alone = trainer.loss_types == ["sigmoid"] and not (
+        trainer.use_weighting or trainer.aux_loss_enabled
+    )
     loss = _first_loss(trainer, count) if alone else math.log(2)
     room = trainer.beta * (ROUNDING if half_precision(trainer) else TOLERANCE)
     if not largest <= TOLERANCE or not abs(loss - math.log(2)) <= room:
         raise TrainingError(
-            "dpo: reference",
-            f"policy and reference differ by {largest:.4f} nats before the first step, and the loss is {loss:.4f}",
-            f"0 and ln 2 = {math.log(2):.4f}: the SFT policy is the reference",
-            "this is a fault of the set-up, not of your data: report it",
+            where="dpo: reference",
+            found=f"policy and reference differ by {largest:.4f} nats before the first step, and the loss is {loss:.4f}",
+            expected=f"0 and ln 2 = {math.log(2):.4f}: the SFT policy is the reference",
+            fix="this is a fault of the set-up, not of your data: report it",
         )
     return largest, loss
 
@@ -141,7 +165,9 @@ def _first_loss(trainer: Any, count: int) -> float:
     losses = []
     with without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for _, batch in zip(range(count), trainer.get_train_dataloader(), strict=False):
-            losses.append(float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))))
+            losses.append(
+                float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)))
+            )
     trainer._metrics["train"].clear()  # these are no steps
     trainer._total_train_tokens = 0
     weight = trainer.loss_weights[0]
@@ -151,4 +177,8 @@ def _first_loss(trainer: Any, count: int) -> float:
 def half_precision(trainer: Any) -> bool:
     """Return whether anything is computed in 16 bits."""
     kinds = (torch.bfloat16, torch.float16)
-    return trainer.args.bf16 or trainer.args.fp16 or any(parameter.dtype in kinds for parameter in trainer.model.parameters())
+    return (
+        trainer.args.bf16
+        or trainer.args.fp16
+        or any(parameter.dtype in kinds for parameter in trainer.model.parameters())
+    )

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from ft_assets.errors import ConfigError
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+}
 FOLDER = "tensorboard"
 
 
@@ -19,7 +24,10 @@ def require_trackers(names: list[str], key: str, checkpoints: Path) -> list[str]
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ConfigError(
-                f"{key}.report_to", f"{name}: its package is not installed", "an installed tracker", f"pip install {PACKAGES[name]}"
+                where=f"{key}.report_to",
+                found=f"{name}: its package is not installed",
+                expected="an installed tracker",
+                fix=f"pip install {PACKAGES[name]}",
             )
     if "tensorboard" in names:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints / FOLDER)

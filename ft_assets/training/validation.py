@@ -14,22 +14,31 @@ from transformers import TrainerCallback
 
 from ft_assets.config import TrainSettings
 from ft_assets.errors import TrainingError
-from ft_assets.evaluation.losses import answer_losses
+from ft_assets.inference.losses import answer_losses
 from ft_assets.job import Report
-from ft_assets.training.adapter import copy_trained, save_trained
+from ft_assets.models.adapter_files import copy_trained
+from ft_assets.training.adapter import save_trained
 from ft_assets.training.checkpoints import WholeCheckpoints, disk_is_full, full_disk, publish_folder
-from ft_assets.training.plan import Plan
+from ft_assets.training.memory_plan.plan import Plan
 from ft_assets.training.precision import autocast_if_mixed
 
-Measure = Callable[[Any], dict[str, float]]  # of a model: "validation_loss", and what else is known of the slice
+Measure = Callable[
+    [Any], dict[str, float]
+]  # of a model: "validation_loss", and what else is known of the slice
 
 
 class LogsValidation(WholeCheckpoints):
     """Mixin before a TRL trainer: whole checkpoints, and trackers (report_to) get the validation loss with the step it was taken after."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        taken = [entry for entry in self.state.log_history[-2:] if "validation_loss" in entry and entry["step"] == self.state.global_step]
-        super().log({**logs, **({"eval_loss": taken[0]["validation_loss"]} if taken else {})}, start_time)
+        taken = [
+            entry
+            for entry in self.state.log_history[-2:]
+            if "validation_loss" in entry and entry["step"] == self.state.global_step
+        ]
+        super().log(
+            {**logs, **({"eval_loss": taken[0]["validation_loss"]} if taken else {})}, start_time
+        )
 
 
 class Validation(TrainerCallback):
@@ -40,8 +49,23 @@ class Validation(TrainerCallback):
     nothing to measure, and `why_not` says why. `key`: where the settings stand (sft, dpo).
     """
 
-    def __init__(self, measure: Measure | None, settings: TrainSettings, key: str, folder: Path, report: Report, why_not: str = "") -> None:
-        self.measure, self.settings, self.key, self.folder, self.report, self.why_not = measure, settings, key, folder, report, why_not
+    def __init__(
+        self,
+        measure: Measure | None,
+        settings: TrainSettings,
+        key: str,
+        folder: Path,
+        report: Report,
+        why_not: str = "",
+    ) -> None:
+        self.measure, self.settings, self.key, self.folder, self.report, self.why_not = (
+            measure,
+            settings,
+            key,
+            folder,
+            report,
+            why_not,
+        )
         self.losses: list[dict[str, float]] = []
         self.stopped_early = False
 
@@ -53,7 +77,11 @@ class Validation(TrainerCallback):
 
     def weights(self) -> Path | None:
         """Return where the best weights lie; None if they are those of the last step, or the last are to be kept."""
-        if self.settings.keep == "last" or self.best is None or self.best["step"] == self.losses[-1]["step"]:
+        if (
+            self.settings.keep == "last"
+            or self.best is None
+            or self.best["step"] == self.losses[-1]["step"]
+        ):
             return None
         return self.folder / f"best-{self.best['step']}"
 
@@ -69,7 +97,9 @@ class Validation(TrainerCallback):
         kept = self.best if self.settings.keep == "best" else self.losses[-1]
         return {
             "kept_step": kept["step"],
-            "kept_why": "the lowest validation loss" if self.settings.keep == "best" else f"{self.key}.keep is last",
+            "kept_why": "the lowest validation loss"
+            if self.settings.keep == "best"
+            else f"{self.key}.keep is last",
             **{name: value for name, value in kept.items() if name.startswith("validation_")},
             "stopped_early": self.stopped_early,
         }
@@ -79,25 +109,45 @@ class Validation(TrainerCallback):
         self.losses = [entry for entry in state.log_history if "validation_loss" in entry]
         self.stopped_early = self._enough()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         self.restore(state)
         if self.measure and not self.losses:
             self._take(model, state)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         # Before the step's checkpoint is written, so that a resume after it has this measurement.
         last = state.global_step >= state.max_steps
-        due = state.global_step % self.settings.eval_steps == 0 if self.settings.eval_steps else float(state.epoch).is_integer()
+        due = (
+            state.global_step % self.settings.eval_steps == 0
+            if self.settings.eval_steps
+            else float(state.epoch).is_integer()
+        )
         if not self.measure or not (due or last):
             return
         self._take(model, state)
-        if args.should_save and self.settings.keep == "best" and self.best and self.best["step"] == state.global_step and not last:
+        if (
+            args.should_save
+            and self.settings.keep == "best"
+            and self.best
+            and self.best["step"] == state.global_step
+            and not last
+        ):
             self._put_aside(model, state.global_step)
         if self._enough() and not last:
             self.stopped_early = True
-            state.max_steps = state.global_step  # a resume from this step's checkpoint knows that it was the last
+            state.max_steps = (
+                state.global_step
+            )  # a resume from this step's checkpoint knows that it was the last
             control.should_training_stop = control.should_save = True
-            self.report("stopped early", step=state.global_step, best_step=self.best["step"] if self.best else 0)
+            self.report(
+                "stopped early",
+                step=state.global_step,
+                best_step=self.best["step"] if self.best else 0,
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop the weights that were the best before: no checkpoint leads back to them any more."""
@@ -116,7 +166,11 @@ class Validation(TrainerCallback):
 
     def _take(self, model: Any, state: Any) -> None:
         measured = {name: round(value, 4) for name, value in self._measured(model).items()}
-        entry = {"epoch": round(float(state.epoch or 0.0), 3), "step": state.global_step, **measured}
+        entry = {
+            "epoch": round(float(state.epoch or 0.0), 3),
+            "step": state.global_step,
+            **measured,
+        }
         self.losses.append(entry)
         state.log_history.append(entry)
         self.report("validation", **entry)
@@ -125,14 +179,16 @@ class Validation(TrainerCallback):
         assert self.measure is not None
         try:
             return self.measure(model)
-        except torch.OutOfMemoryError as error:  # a smaller micro-batch of the training would not help
+        except (
+            torch.OutOfMemoryError
+        ) as error:  # a smaller micro-batch of the training would not help
             said = str(error).split("\n")[0].partition(". ")[0]
             error.__traceback__ = None  # its frames hold the activations
         raise TrainingError(
-            f"{self.key}: validation loss",
-            f"a row of the validation slice does not fit into memory ({said})",
-            "room for it",
-            "lower chat.max_length, or lora.method: qlora, or set data.validation_share: 0",
+            where=f"{self.key}: validation loss",
+            found=f"a row of the validation slice does not fit into memory ({said})",
+            expected="room for it",
+            fix="lower chat.max_length, or lora.method: qlora, or set data.validation_share: 0",
         )
 
     def _put_aside(self, model: Any, step: int) -> None:

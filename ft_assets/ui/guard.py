@@ -40,31 +40,53 @@ class Guard:
 
     def _refused(self, scope: Scope) -> tuple[int, str] | None:
         """Return the status and the reason if a request is refused."""
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         host = headers.get("host", "").lower()
         if host not in self.hosts:
-            return 400, f"the Host is {host!r}, expected one of {sorted(self.hosts)}; behind a proxy, name its host with ft ui --host-name"
+            return (
+                400,
+                f"the Host is {host!r}, expected one of {sorted(self.hosts)}; behind a proxy, name its host with ft ui --host-name",
+            )
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() not in self.hosts:
             return 403, f"the request comes from {origin}, not from this server's own page"
         reads = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
         page = reads and headers.get("sec-fetch-mode") == "navigate" and not _is_api(scope["path"])
         site = headers.get("sec-fetch-site")
-        if site is not None and site not in OURS and not page:  # a link on another page may open ours
-            return 403, f"the browser says that the request comes from elsewhere (Sec-Fetch-Site: {site})"
+        if (
+            site is not None and site not in OURS and not page
+        ):  # a link on another page may open ours
+            return (
+                403,
+                f"the browser says that the request comes from elsewhere (Sec-Fetch-Site: {site})",
+            )
         if scope["type"] == "websocket" or not _is_api(scope["path"]):
             return None
         if reads and _is_mutation(scope["query_string"]):
             return 405, "a mutation by GET; what changes something is sent by POST"
-        if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            return 415, f"the content type is {headers.get('content-type')!r}; expected application/json"
+        if (
+            scope["method"] == "POST"
+            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
+        ):
+            return (
+                415,
+                f"the content type is {headers.get('content-type')!r}; expected application/json",
+            )
         return None
 
 
 def _is_api(path: str) -> bool:
-    return path.rstrip("/").endswith(("/graphql", "/report_asset_materialization", "/report_asset_check", "/report_asset_observation")) or (
-        "/report_asset" in path
-    )
+    return path.rstrip("/").endswith(
+        (
+            "/graphql",
+            "/report_asset_materialization",
+            "/report_asset_check",
+            "/report_asset_observation",
+        )
+    ) or ("/report_asset" in path)
 
 
 def _is_mutation(query_string: bytes) -> bool:
@@ -72,7 +94,11 @@ def _is_mutation(query_string: bytes) -> bool:
     texts = parse_qs(query_string.decode("latin-1")).get("query", [])
     for text in texts:
         try:
-            operations = [node for node in parse(text).definitions if isinstance(node, OperationDefinitionNode)]
+            operations = [
+                node
+                for node in parse(text).definitions
+                if isinstance(node, OperationDefinitionNode)
+            ]
         except GraphQLError:
             return True
         if any(node.operation != OperationType.QUERY for node in operations):

@@ -37,7 +37,10 @@ def serve(module: str, port: int, names: Sequence[str], read_only: bool) -> int:
         *(["--read-only"] if read_only else []),
     ]
     daemon = [sys.executable, "-m", "dagster._daemon", "run", "-m", module]
-    running = [subprocess.Popen(command, env=environment) for command in ([web] if read_only else [web, daemon])]
+    running = [
+        subprocess.Popen(command, env=environment)
+        for command in ([web] if read_only else [web, daemon])
+    ]
     stopped = False
 
     def stop(signum: int, frame: FrameType | None) -> None:

@@ -9,5 +9,9 @@ import pytest
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     outcome: Any = yield
-    if outcome.get_result().when == "call" and outcome.get_result().failed and "person" in getattr(item, "funcargs", {}):
+    if (
+        outcome.get_result().when == "call"
+        and outcome.get_result().failed
+        and "person" in getattr(item, "funcargs", {})
+    ):
         item.funcargs["person"].shot(f"failed_{item.name}")  # type: ignore[attr-defined]

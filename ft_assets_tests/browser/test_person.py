@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, sync_playwright
 
-from ft_assets_tests.conftest import edit
+from ft_assets_tests.factories import edit
 from ft_assets_tests.test_ui import Server
 
 CHROMIUM = "/usr/bin/chromium"
@@ -27,9 +27,7 @@ FLAGS = [
 ]  # fmt: skip
 SECONDS = 240  # until something must have happened: a tick of the daemon is 30 s, a busy machine doubles all
 NODES = "query($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) { assetKey { path } isPartitioned staleStatus%s } }"
-RUNS = (
-    "query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) { ... on Runs { results { runId status tags { key value } } } } }"
-)
+RUNS = "query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) { ... on Runs { results { runId status tags { key value } } } } }"
 STOP = "mutation($run: String!) { terminateRun(runId: $run, terminatePolicy: MARK_AS_CANCELED_IMMEDIATELY) { __typename } }"
 
 
@@ -42,7 +40,9 @@ class Person:
         self.seen: list[str] = []  # every page as it was left, and every answer
 
     def ask(self, query: str, **variables: Any) -> Any:
-        response = self.server.client.post("/graphql", json={"query": query, "variables": variables})
+        response = self.server.client.post(
+            "/graphql", json={"query": query, "variables": variables}
+        )
         self.seen.append(response.text)
         answer = response.json()
         assert "errors" not in answer, answer
@@ -62,7 +62,9 @@ class Person:
         found = self.ask(RUNS, tags=[{"key": key, "value": value} for key, value in tags.items()])
         return found["runsOrError"]["results"]
 
-    def materialize(self, asset: str, base_model: str, meanwhile: Callable[[str], None] = lambda run: None) -> str:
+    def materialize(
+        self, asset: str, base_model: str, meanwhile: Callable[[str], None] = lambda run: None
+    ) -> str:
         """Materialize one partition from the asset's page; return the status with which its run ended."""
         before = {run["runId"] for run in self.runs()}
         self.open(f"/assets/{asset}")
@@ -73,12 +75,17 @@ class Person:
         self.page.get_by_role("menuitem", name=re.compile("^Select all")).wait_for()
         for item in self.page.get_by_role("menuitem").all():
             name = item.inner_text().split()[0]
-            if name != "Select" and item.get_by_role("checkbox").is_checked() != (name == base_model):
+            if name != "Select" and item.get_by_role("checkbox").is_checked() != (
+                name == base_model
+            ):
                 item.click()
         dialog.get_by_text(f"Launch runs to materialize {asset}").click()  # closes the list
         self.shot(f"materialize_{asset}")
         self.page.get_by_role("button", name=re.compile("^Launch")).last.click()
-        run = wait(lambda: next((run["runId"] for run in self.runs() if run["runId"] not in before), None), f"a run of {asset}")
+        run = wait(
+            lambda: next((run["runId"] for run in self.runs() if run["runId"] not in before), None),
+            f"a run of {asset}",
+        )
         meanwhile(run)
         return self.ended(run)
 
@@ -94,7 +101,9 @@ class Person:
         nodes = self.ask(NODES % "")["assetNodes"]
         partitioned = [node["assetKey"] for node in nodes if node["isPartitioned"]]
         nodes = [node for node in nodes if not node["isPartitioned"]]
-        nodes += self.ask(NODES % '(partition: "tiny")', keys=[{"path": key["path"]} for key in partitioned])["assetNodes"]
+        nodes += self.ask(
+            NODES % '(partition: "tiny")', keys=[{"path": key["path"]} for key in partitioned]
+        )["assetNodes"]
         return {node["assetKey"]["path"][0] for node in nodes if node["staleStatus"] == "STALE"}
 
     def switch(self, name: str) -> None:
@@ -102,7 +111,9 @@ class Person:
         self.open("/automation")
         self.page.get_by_text(name, exact=True).first.wait_for()
         self.page.wait_for_timeout(1500)  # rows move while others arrive
-        self.near(self.page.get_by_text(name, exact=True), self.page.locator("label[class*=formatSwitch]")).click()
+        self.near(
+            self.page.get_by_text(name, exact=True), self.page.locator("label[class*=formatSwitch]")
+        ).click()
         self.page.wait_for_timeout(1500)
 
     def materialize_unsynced(self, wanted: set[str]) -> None:
@@ -121,7 +132,10 @@ class Person:
             self.near(dialog.get_by_text(asset, exact=True), dialog.locator("label")).click()
         self.shot("materialize_unsynced")
         dialog.get_by_role("button", name=f"Materialize {len(wanted)} assets").click()
-        run = wait(lambda: next((run["runId"] for run in self.runs() if run["runId"] not in before), None), "a run")
+        run = wait(
+            lambda: next((run["runId"] for run in self.runs() if run["runId"] not in before), None),
+            "a run",
+        )
         assert self.ended(run) == "SUCCESS"
 
     def near(self, text: Locator, candidates: Locator) -> Locator:
@@ -129,7 +143,10 @@ class Person:
         text.first.wait_for()
         box = text.first.bounding_box()
         assert box is not None
-        return min(candidates.all(), key=lambda found: abs((found.bounding_box() or {"y": 1e9})["y"] - box["y"]))
+        return min(
+            candidates.all(),
+            key=lambda found: abs((found.bounding_box() or {"y": 1e9})["y"] - box["y"]),
+        )
 
 
 def wait(look: Callable[[], Any], what: str) -> Any:
@@ -150,8 +167,17 @@ def person(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     import yaml
 
     model = yaml.safe_load((folder / "finetune.yaml").read_text())["base_models"]["tiny"]
-    little = {"learning_rate": 1e-4, "max_steps": 2}  # an adapter that changes nothing at all would not even be scored
-    edit(folder, sft=little, dpo=little, base_models={"tiny": model, "second": model}, schedule={"cron": "* * * * *"})
+    little = {
+        "learning_rate": 1e-4,
+        "max_steps": 2,
+    }  # an adapter that changes nothing at all would not even be scored
+    edit(
+        folder,
+        sft=little,
+        dpo=little,
+        base_models={"tiny": model, "second": model},
+        schedule={"cron": "* * * * *"},
+    )
     assert Path(CHROMIUM).exists(), f"{CHROMIUM} is not there: make browser installs it"
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HF_TOKEN", TOKEN)
@@ -174,8 +200,13 @@ def test_one_partition_is_materialized_and_its_progress_watched(person: Person) 
         person.shot("progress")
 
     assert person.materialize("lora_adapter", "tiny", watch) == "SUCCESS"
-    assert person.runs(**{"dagster/partition": "tiny", "ft/base_model": "tiny"})[0]["status"] == "SUCCESS"
-    assert not (person.folder / ".ft/store/lora_adapter/second").exists()  # the other one was left alone
+    assert (
+        person.runs(**{"dagster/partition": "tiny", "ft/base_model": "tiny"})[0]["status"]
+        == "SUCCESS"
+    )
+    assert not (
+        person.folder / ".ft/store/lora_adapter/second"
+    ).exists()  # the other one was left alone
 
 
 def test_bad_adapter_fails_its_check_and_the_merge_refuses(person: Person) -> None:
@@ -188,18 +219,25 @@ def test_bad_adapter_fails_its_check_and_the_merge_refuses(person: Person) -> No
     person.page.get_by_text(re.compile("^(FAIL|INCONCLUSIVE): ")).first.wait_for()
     person.shot("failed_check")
     judged = person.runs(**{"dagster/partition": "tiny"})[0]
-    assert {tag["key"]: tag["value"] for tag in judged["tags"]}["ft/verdict"] in ("FAIL", "INCONCLUSIVE")
+    assert {tag["key"]: tag["value"] for tag in judged["tags"]}["ft/verdict"] in (
+        "FAIL",
+        "INCONCLUSIVE",
+    )
 
     def refusal(run: str) -> None:
         person.open(f"/runs/{run}")
-        person.page.get_by_text(re.compile("the verdict is (FAIL|INCONCLUSIVE)")).first.wait_for(timeout=SECONDS * 1000)
+        person.page.get_by_text(re.compile("the verdict is (FAIL|INCONCLUSIVE)")).first.wait_for(
+            timeout=SECONDS * 1000
+        )
         person.shot("refused_merge")
 
     assert person.materialize("merged_model", "tiny", refusal) == "FAILURE"
     assert merged.read_text() == before
 
 
-def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(person: Person) -> None:
+def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(
+    person: Person,
+) -> None:
     def reported() -> int:
         return len(person.ask('{ assetNodeOrError(assetKey: {path: ["data_files"]}) { ... on AssetNode { assetMaterializations { runId } } } }')["assetNodeOrError"]["assetMaterializations"])  # fmt: skip
 
@@ -210,14 +248,21 @@ def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(pe
     assert not before & {*raw, "chat_dataset", "heldout_split"}
     seen = reported()
     with (person.folder / "data/pairs.jsonl").open("a") as file:
-        file.write(json.dumps({"prompt": "what is the new winter bread 1", "chosen": "yes", "rejected": "no no"}) + "\n")
+        file.write(
+            json.dumps(
+                {"prompt": "what is the new winter bread 1", "chosen": "yes", "rejected": "no no"}
+            )
+            + "\n"
+        )
     wait(lambda: reported() > seen, "the report of the changed file")
     assert person.stale() - before == raw
     person.open("/asset-groups/")
     person.page.wait_for_timeout(2000)
     person.shot("stale")
     person.materialize_unsynced(raw)
-    assert person.stale() - before == {"chat_dataset"}  # the conversations were read again and are the same
+    assert person.stale() - before == {
+        "chat_dataset"
+    }  # the conversations were read again and are the same
     assert person.materialize("chat_dataset", "tiny") == "SUCCESS"
     assert person.stale() - before == {"heldout_split"}
 
@@ -226,12 +271,17 @@ def test_schedule_is_switched_on_and_ticks(person: Person) -> None:
     person.switch("retrain_schedule")
     person.shot("automation")
     scheduled = {"dagster/schedule_name": "retrain_schedule"}
-    runs = wait(lambda: (found := person.runs(**scheduled)) and len(found) > 1 and found, "a tick of the schedule")
+    runs = wait(
+        lambda: (found := person.runs(**scheduled)) and len(found) > 1 and found,
+        "a tick of the schedule",
+    )
     person.open("/locations/ft_assets.definitions/schedules/retrain_schedule")
     person.page.get_by_text("2 runs requested").first.wait_for()
     person.shot("tick")
     person.switch("retrain_schedule")  # off again
-    assert {tag["value"] for run in runs for tag in run["tags"] if tag["key"] == "ft/base_model"} == {"tiny", "second"}
+    assert {
+        tag["value"] for run in runs for tag in run["tags"] if tag["key"] == "ft/base_model"
+    } == {"tiny", "second"}
     for run in runs:
         person.ask(STOP, run=run["runId"])
 
@@ -244,5 +294,9 @@ def test_token_of_the_environment_was_shown_on_no_page_and_written_nowhere(perso
     person.ask(everything)
     assert len(person.seen) > 10
     assert not [text[:100] for text in person.seen if TOKEN in text]
-    written = [path for path in person.folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    written = [
+        path
+        for path in person.folder.rglob("*")
+        if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]
     assert written == []

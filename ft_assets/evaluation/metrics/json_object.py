@@ -35,17 +35,36 @@ def _same(left: Any, right: Any) -> bool:
 
 class JsonObject(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
-        return evaluate.MetricInfo(description="Strict JSON object", citation="", inputs_description="texts", features=features)
+        features = datasets.Features(
+            {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        )
+        return evaluate.MetricInfo(
+            description="Strict JSON object",
+            citation="",
+            inputs_description="texts",
+            features=features,
+        )
 
-    def _compute(self, predictions: list[str], references: list[str], fields: list[str]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scores: dict[str, list[float]] = {"exact": [], "valid_json": [], "field_f1": [], **{f"field_{name}": [] for name in fields}}
+    def _compute(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, predictions: list[str], references: list[str], fields: list[str]
+    ) -> dict[str, Any]:
+        scores: dict[str, list[float]] = {
+            "exact": [],
+            "valid_json": [],
+            "field_f1": [],
+            **{f"field_{name}": [] for name in fields},
+        }
         for answer, reference in zip(predictions, references, strict=True):
             given, expected = parse_object(answer), json.loads(reference)
-            right = {name: given is not None and name in given and _same(given[name], expected[name]) for name in fields}
+            right = {
+                name: given is not None and name in given and _same(given[name], expected[name])
+                for name in fields
+            }
             for name in fields:
                 scores[f"field_{name}"].append(float(right[name]))
             scores["valid_json"].append(float(given is not None and set(given) == set(fields)))
-            scores["exact"].append(float(given is not None and set(given) == set(fields) and all(right.values())))
+            scores["exact"].append(
+                float(given is not None and set(given) == set(fields) and all(right.values()))
+            )
             scores["field_f1"].append(2 * sum(right.values()) / (len(given or {}) + len(fields)))
         return scores

@@ -22,7 +22,11 @@ PARALLEL = 4
 
 
 def judge_scores(
-    settings: JudgeSettings, ids: list[str], prompts: list[list[dict[str, str]]], answers: list[str], rivals: list[str]
+    settings: JudgeSettings,
+    ids: list[str],
+    prompts: list[list[dict[str, str]]],
+    answers: list[str],
+    rivals: list[str],
 ) -> list[float]:
     """Return for each row 1, ½ or 0: the answer against the rival's. Raises EvaluationError naming the row the judge failed at."""
 
@@ -37,18 +41,28 @@ def judge_scores(
         return list(pool.map(one, range(len(ids))))
 
 
-def _ask(settings: JudgeSettings, row: str, prompt: list[dict[str, str]], left: str, right: str) -> str:
+def _ask(
+    settings: JudgeSettings, row: str, prompt: list[dict[str, str]], left: str, right: str
+) -> str:
     conversation = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
     text = f"[Conversation]\n{conversation}\n\n[Answer A]\n{left}\n\n[Answer B]\n{right}"
     body = {
         "model": settings.model,
         "temperature": 0,
         "max_tokens": 8,
-        "messages": [{"role": "system", "content": INSTRUCTION.format(criteria=settings.criteria)}, {"role": "user", "content": text}],
+        "messages": [
+            {"role": "system", "content": INSTRUCTION.format(criteria=settings.criteria)},
+            {"role": "user", "content": text},
+        ],
     }
     said = str(_post(settings, row, body)).strip().strip(".*\"'").upper()
     if said not in ("A", "B", "TIE"):
-        raise EvaluationError(f"evaluation.judge, row {row}", f"the judge said {said[:80]!r}", "A, B or TIE", "use a stronger judge")
+        raise EvaluationError(
+            where=f"evaluation.judge, row {row}",
+            found=f"the judge said {said[:80]!r}",
+            expected="A, B or TIE",
+            fix="use a stronger judge",
+        )
     return said
 
 
@@ -57,16 +71,33 @@ def _post(settings: JudgeSettings, row: str, body: dict[str, Any]) -> Any:
     if settings.api_key_env:
         key = os.environ.get(settings.api_key_env)
         if not key:
-            raise EvaluationError("evaluation.judge.api_key_env", f"{settings.api_key_env} is not set", "the judge's key", "export it")
+            raise EvaluationError(
+                where="evaluation.judge.api_key_env",
+                found=f"{settings.api_key_env} is not set",
+                expected="the judge's key",
+                fix="export it",
+            )
         headers["Authorization"] = f"Bearer {key}"
     # httpx and not the hub's client: that one refuses any address while HF_HUB_OFFLINE is set.
     try:
-        response = httpx.post(f"{settings.base_url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=settings.timeout)
+        response = httpx.post(
+            f"{settings.base_url.rstrip('/')}/chat/completions",
+            json=body,
+            headers=headers,
+            timeout=settings.timeout,
+        )
         return response.raise_for_status().json()["choices"][0]["message"]["content"]
-    except (httpx.HTTPError, httpx.InvalidURL, KeyError, IndexError, TypeError, ValueError) as error:
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise EvaluationError(
-            f"evaluation.judge, row {row}",
-            f"{settings.base_url} failed ({type(error).__name__}: {error})",
-            "an OpenAI-compatible /chat/completions",
-            "check base_url, model and key; a failed judgement is never a score",
+            where=f"evaluation.judge, row {row}",
+            found=f"{settings.base_url} failed ({type(error).__name__}: {error})",
+            expected="an OpenAI-compatible /chat/completions",
+            fix="check base_url, model and key; a failed judgement is never a score",
         ) from None

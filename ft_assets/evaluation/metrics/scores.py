@@ -6,7 +6,7 @@ from typing import Any
 
 from ft_assets.config import EvaluationSettings
 from ft_assets.errors import EvaluationError
-from ft_assets.evaluation.metrics.form import Label, Pattern, Schema, normal_label
+from ft_assets.evaluation.metrics.format import Label, Pattern, Schema, normal_label
 from ft_assets.evaluation.metrics.json_object import JsonObject
 from ft_assets.evaluation.metrics.text_exact import TextExact
 from ft_assets.evaluation.metrics.text_overlap import Bleu, Chrf, Rouge
@@ -15,7 +15,10 @@ OVERLAP = {"rouge": Rouge, "bleu": Bleu, "chrf": Chrf}
 
 
 def score_answers(
-    answers: list[str], references: list[str], settings: EvaluationSettings, schema: Mapping[str, Any] | None = None
+    answers: list[str],
+    references: list[str],
+    settings: EvaluationSettings,
+    schema: Mapping[str, Any] | None = None,
 ) -> dict[str, list[float]]:
     """Return {metric: one score in [0, 1] a row}. Raises EvaluationError if a reference is not what the task says."""
     texts = {"predictions": answers, "references": references}
@@ -55,10 +58,10 @@ def check_reference(where: str, reference: str, json_fields: list[str]) -> None:
         value = None
     if not isinstance(value, dict) or set(value) != set(json_fields):
         raise EvaluationError(
-            where,
-            f"the reference is {reference[:80]!r}",
-            f"a JSON object with the keys {', '.join(json_fields)}",
-            "correct the data, or evaluation.json_fields",
+            where=where,
+            found=f"the reference is {reference[:80]!r}",
+            expected=f"a JSON object with the keys {', '.join(json_fields)}",
+            fix="correct the data, or evaluation.json_fields",
         )
 
 
@@ -68,8 +71,8 @@ def check_labels(references: list[str], labels: list[str]) -> None:
     for index, reference in enumerate(references):
         if normal_label(reference) not in known:
             raise EvaluationError(
-                f"held-out row {index}",
-                f"the reference is {reference[:80]!r}",
-                f"one of the {len(labels)} labels of evaluation.labels",
-                "correct the data, or evaluation.labels",
+                where=f"held-out row {index}",
+                found=f"the reference is {reference[:80]!r}",
+                expected=f"one of the {len(labels)} labels of evaluation.labels",
+                fix="correct the data, or evaluation.labels",
             )

@@ -8,21 +8,28 @@ from typing import Any
 import datasets
 import evaluate
 
-FEATURES = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+FEATURES = datasets.Features(
+    {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+)
 
 
 class Rouge(evaluate.Metric):
     """ROUGE-1, -2 and -L F-measures without stemming (Lin 2004)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(description="ROUGE", citation="", inputs_description="texts", features=FEATURES)
+        return evaluate.MetricInfo(
+            description="ROUGE", citation="", inputs_description="texts", features=FEATURES
+        )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from rouge_score.rouge_scorer import RougeScorer
 
         kinds = ["rouge1", "rouge2", "rougeL"]
         scorer = RougeScorer(kinds, tokenizer=Words())
-        rows = [scorer.score(reference, answer) for answer, reference in zip(predictions, references, strict=True)]
+        rows = [
+            scorer.score(reference, answer)
+            for answer, reference in zip(predictions, references, strict=True)
+        ]
         return {kind: [float(row[kind].fmeasure) for row in rows] for kind in kinds}
 
 
@@ -39,23 +46,37 @@ class Bleu(evaluate.Metric):
     """Sentence BLEU with effective order and sacrebleu's default smoothing (Post 2018)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(description="BLEU", citation="", inputs_description="texts", features=FEATURES)
+        return evaluate.MetricInfo(
+            description="BLEU", citation="", inputs_description="texts", features=FEATURES
+        )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from sacrebleu import BLEU
 
         scorer = BLEU(effective_order=True)
-        return {"bleu": [scorer.sentence_score(answer, [ref]).score / 100 for answer, ref in zip(predictions, references, strict=True)]}
+        return {
+            "bleu": [
+                scorer.sentence_score(answer, [ref]).score / 100
+                for answer, ref in zip(predictions, references, strict=True)
+            ]
+        }
 
 
 class Chrf(evaluate.Metric):
     """chrF2, character 6-grams (Popović 2015)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(description="chrF", citation="", inputs_description="texts", features=FEATURES)
+        return evaluate.MetricInfo(
+            description="chrF", citation="", inputs_description="texts", features=FEATURES
+        )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from sacrebleu import CHRF
 
         scorer = CHRF()
-        return {"chrf": [scorer.sentence_score(answer, [ref]).score / 100 for answer, ref in zip(predictions, references, strict=True)]}
+        return {
+            "chrf": [
+                scorer.sentence_score(answer, [ref]).score / 100
+                for answer, ref in zip(predictions, references, strict=True)
+            ]
+        }

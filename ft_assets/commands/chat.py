@@ -1,0 +1,99 @@
+"""The base, the champion and the challenger, asked the same: what a person tries before she trusts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ft_assets.artifacts import ArtifactStore, open_store, verify_files
+from ft_assets.chat.rendering import ProofFailed, Renderer
+from ft_assets.config import Project
+from ft_assets.data.tables import read_table
+from ft_assets.errors import TemplateError
+from ft_assets.hardware import compute_dtype, free_memory, free_unused
+from ft_assets.inference.generation import generate
+from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.release.champion import identity, state_of
+from ft_assets.release.lookup import need_model
+
+
+def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
+    """Return (who, folder): the base; the released champion if there is one; the newest merged model where it is another.
+
+    Raises ArtifactError if there is no merged model, or a file of one is not as it was published.
+    """
+    merged, released = store.need("merged_model", name), store.current("release", name)
+    found = [("base", store.need("base_model", name).path)]
+    champion = state_of(released).champion if released else None
+    models = (
+        [("merged", merged)]
+        if champion is None
+        else [("champion", need_model(store, name, champion, f"release[{name}]"))]
+    )
+    if champion is not None and champion["identity"] != identity(merged):
+        models.append(("challenger", merged))
+    for _, artifact in models:
+        verify_files(artifact)
+    return [*found, *((who, artifact.path) for who, artifact in models)]
+
+
+class SideBySide:
+    """The models, which keep no history: each message is answered on its own.
+
+    All are loaded at once where they fit into the free memory, else one after the other, which `note` says.
+    """
+
+    def __init__(self, project: Project, name: str, system: str | None) -> None:
+        store = open_store(project)
+        self.asked = contenders(store, name)
+        self.settings = project.recipe(name).evaluation
+        self.system = (
+            system if system is not None else _usual_system(store.need("heldout_split", name).path)
+        )
+        self.renderers = {
+            who: Renderer(load_tokenizer(path), stop_ids(path)) for who, path in self.asked
+        }
+        needed, free = sum(_bytes_loaded(path) for _, path in self.asked), free_memory()
+        self.note: str | None = None
+        if needed > free:
+            self.note = f"{len(self.asked)} models take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: each is loaded for each answer"
+        self.loaded = {} if self.note else {who: load_base(path) for who, path in self.asked}
+
+    def answers(self, message: str) -> Iterator[tuple[str, str]]:
+        """Yield (who, answer) for one user message."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": message})
+        for who, path in self.asked:
+            prompt = self.renderers[who].prompts([{"messages": messages}])[0]
+            if isinstance(prompt, ProofFailed):
+                raise TemplateError(
+                    where="the message",
+                    found=str(prompt),
+                    expected="a message that the template takes",
+                    fix="ask otherwise",
+                )
+            yield who, self._answer(who, path, prompt)
+
+    def _answer(self, who: str, path: Path, prompt: list[int]) -> str:
+        model, renderer = self.loaded.get(who) or load_base(path), self.renderers[who]
+        text = generate(
+            model, renderer.tokenizer, [prompt], renderer.stop_ids, self.settings.max_new_tokens
+        )[0].text.strip()
+        if who not in self.loaded:
+            del model
+            free_unused()
+        return text
+
+
+def _bytes_loaded(folder: Path) -> float:
+    """Return what a snapshot takes in memory: its bf16 weights in the compute dtype, and a tenth for what it computes."""
+    return (
+        sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        * compute_dtype().itemsize
+        / 2
+        * 1.1
+    )
+
+
+def _usual_system(split: Any) -> str | None:
+    first = read_table(split / "heldout.parquet")[0]["messages"][0]
+    return first["content"] if first["role"] == "system" else None

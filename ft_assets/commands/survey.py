@@ -1,0 +1,100 @@
+"""`ft init`, the data file: reads its first rows and reports their format, their columns and the form of their answers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_assets.commands.answers import Answers
+from ft_assets.data.canonical import conversation, preference
+from ft_assets.data.file_formats import read_rows
+from ft_assets.data.messages import RowProblem
+from ft_assets.data.row_formats import COMPLETION, CONVERSATIONS, PROMPT, renamed
+from ft_assets.errors import DataError
+
+LOOKED_AT = 1000
+
+
+SHOWN = 3
+
+
+@dataclass
+class Found:
+    """What the rows of a file say. `total` counts all rows that were read; `valid` and `reasons` are of the first 1000."""
+
+    shape: str
+    columns: dict[str, str]
+    answers: Answers
+    looked_at: int = 0
+    valid: int = 0
+    total: int = 0
+    ended: bool = True  # whether the file was read to its end
+    reasons: tuple[str, ...] = ()
+
+
+def look(path: Path, columns: dict[str, str]) -> Found:
+    """Read the first rows of a file, and more while all answers have one form. Raises DataError if none can be used."""
+    if not path.is_file():
+        raise DataError(
+            where=str(path),
+            found="there is no such file",
+            expected="a data file of conversations",
+            fix="correct the path",
+        )
+    found, reasons = Found("", columns, Answers()), list[str]()
+    for row in read_rows(path):
+        # What is seen in 1000 rows must hold in all of them: a label that comes later would stop the evaluation.
+        if found.total >= LOOKED_AT and not found.answers.have_a_form:
+            found.ended = False
+            break
+        found.total += 1
+        first = found.total <= LOOKED_AT
+        found.looked_at += first
+        try:
+            if row.value is None:
+                raise RowProblem(row.problem or "is no object")
+            raw = renamed(row.value, columns) if columns else row.value
+            messages = conversation(raw)["messages"]
+        except RowProblem as problem:
+            if first and len(reasons) < SHOWN:
+                reasons.append(f"{row.where}: {problem}{_preferences(row.value)}")
+            continue
+        found.valid += first
+        found.shape = found.shape or shape_of(raw)
+        found.answers.add(str(messages[-1].get("content") or ""))
+    found.reasons = tuple(reasons)
+    if not found.answers.count:
+        raise DataError(
+            where=str(path),
+            found="has no row that can be used" + "".join(f"\n    {reason}" for reason in reasons)
+            if found.total
+            else "has no rows",
+            expected="conversations: messages, ShareGPT, Alpaca, or prompt and completion",
+            fix="name the columns: --prompt COLUMN --completion COLUMN"
+            if found.total
+            else "give a file with rows",
+        )
+    return found
+
+
+def _preferences(raw: dict[str, Any] | None) -> str:
+    try:
+        preference(raw or {})
+    except RowProblem:
+        return ""
+    return " (it is a preference: such a file belongs under data.preferences, beside one of conversations)"
+
+
+def shape_of(raw: dict[str, Any]) -> str:
+    """Return what shape a valid conversation row has, with the keys that say so."""
+    key = next((name for name in CONVERSATIONS if isinstance(raw.get(name), list)), None)
+    if key is not None:
+        spelling = set().union(*(turn for turn in raw[key] if isinstance(turn, dict)))
+        return (
+            f"ShareGPT ({key} of from and value)"
+            if "from" in spelling
+            else f"conversations ({key} of role and content)"
+        )
+    prompt = next((name for name in PROMPT if raw.get(name)), PROMPT[0])
+    completion = next((name for name in COMPLETION if raw.get(name)), COMPLETION[0])
+    name = "Alpaca" if prompt == "instruction" else "prompt and completion"
+    return f"{name} ({prompt} and {completion})"

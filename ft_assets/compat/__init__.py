@@ -1,0 +1,1 @@
+"""Hooks into private APIs of Dagster, TRL, transformers and accelerate: one function for each hook."""

@@ -1,0 +1,88 @@
+"""The gate of `merged_model`: a PASS for exactly these versions, recomputed from the numbers, or nothing.
+
+A verdict is never believed: the report's files are checked against their hashes and the verdict is decided again.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ft_assets.artifacts import Artifact, verify_files
+from ft_assets.config import GateSettings
+from ft_assets.errors import ArtifactError, VerdictError
+from ft_assets.evaluation.verdict.decision import PASS, decide
+
+BOUND = ("base_model", "lora_adapter", "dpo_adapter", "heldout", "retention", "evaluation")
+MADE_FROM = (  # (artifact, what it must have been made from)
+    ("heldout_split", "chat_dataset"),
+    ("chat_dataset", "base_model"),
+    ("lora_adapter", "base_model"),
+    ("dpo_adapter", "base_model"),
+    ("dpo_adapter", "lora_adapter"),
+)
+
+
+def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
+    """Raise VerdictError unless the artifacts were made from each other: no adapter of another base, no rows tokenized
+    with another template."""
+    for name, source in MADE_FROM:
+        then, now = used[name].manifest["inputs"].get(source), used[source].data_version
+        if then != now:
+            raise VerdictError(
+                where=where,
+                found=f"{name} was made from another {source} ({then}, now {now})",
+                expected=f"a {name} of this {source}",
+                fix=f"materialize {name} again (ft run)",
+            )
+
+
+def bound_versions(used: Mapping[str, Artifact], evaluation: str) -> dict[str, str]:
+    """Return the identity of what is judged. The base's version covers its weights, tokenizer and template; `evaluation`
+    is the version of the evaluation's settings, with the files they name."""
+    return {
+        **{name: used[name].data_version for name in ("base_model", "lora_adapter", "dpo_adapter")},
+        **{part: used["heldout_split"].part_version(part) for part in ("heldout", "retention")},
+        "evaluation": evaluation,
+    }
+
+
+def require_pass(
+    report: Artifact | None, versions: Mapping[str, str], gate: GateSettings, where: str
+) -> dict[str, Any]:
+    """Return the verdict if it is a PASS for exactly these versions (or overridden by config). Raises VerdictError."""
+    if report is None:
+        raise VerdictError(
+            where=where,
+            found="there is no eval_report",
+            expected="a PASS verdict",
+            fix="materialize eval_report first",
+        )
+    try:
+        verify_files(report)
+        numbers = json.loads((report.path / "report.json").read_text())
+    except (ArtifactError, OSError, json.JSONDecodeError) as error:
+        raise VerdictError(
+            where=where,
+            found=f"the eval_report cannot be trusted: {error}",
+            expected="the report as it was written",
+            fix="materialize eval_report again",
+        ) from None
+    verdict = decide(numbers, gate)
+    for name in BOUND:
+        if verdict["bound_to"].get(name) != versions[name]:
+            raise VerdictError(
+                where=where,
+                found=f"the verdict is about another {name} ({verdict['bound_to'].get(name)}, now {versions[name]})",
+                expected="a verdict about exactly these versions",
+                fix="materialize eval_report again",
+            )
+    if verdict["status"] == PASS:
+        return verdict
+    if gate.override:
+        return {**verdict, "candidate": verdict["speaker"], "override": gate.override}
+    raise VerdictError(
+        where=where,
+        found=f"the verdict is {verdict['status']}: {'; '.join(verdict['reasons'])}",
+        expected=PASS,
+        fix="see eval_report for what to try; gate.override takes a written reason and is recorded",
+    )

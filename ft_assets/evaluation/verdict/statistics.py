@@ -1,0 +1,135 @@
+"""Paired statistics of two candidates on the same rows, by scipy and statsmodels.
+
+Every difference is oriented so that more is better: for a loss it is rival − candidate.
+"""
+
+import math
+import statistics as stats
+from typing import Any
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import binom, bootstrap, permutation_test
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower, normal_sample_size_one_tail
+
+POWER = 0.8
+DRAWS = 9999
+
+
+def interval(values: list[float], confidence: float, seed: int) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean (9,999 draws; the point itself if all values are equal)."""
+    if len(set(values)) <= 1:
+        return values[0], values[0]
+    result = bootstrap(
+        (np.asarray(values),),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=DRAWS,
+        batch=1000,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def compare(
+    candidate: list[float],
+    rival: list[float],
+    confidence: float,
+    seed: int,
+    lower_is_better: bool = False,
+) -> dict[str, Any]:
+    """Return the paired difference of two candidates, row by row.
+
+    mean, low, high: the mean difference and its bootstrap interval. p: two-sided, McNemar's exact test for scores that
+    are all 0 or 1, else a sign-flip permutation test of the mean; `test` says which. wins, ties, losses, n: rows.
+    detectable: the smallest difference that this n would find with 80 % power at this confidence, None if the rows do
+    not differ. rows_needed: the n at which a difference of the observed size would be found with that power.
+    """
+    sign = -1.0 if lower_is_better else 1.0
+    differences = [sign * (left - right) for left, right in zip(candidate, rival, strict=True)]
+    low, high = interval(differences, confidence, seed)
+    mean, wins, losses = (
+        stats.fmean(differences),
+        sum(value > 0 for value in differences),
+        sum(value < 0 for value in differences),
+    )
+    binary = set(candidate) | set(rival) <= {0.0, 1.0}
+    return {
+        "mean": mean, "low": low, "high": high, "wins": wins, "losses": losses,
+        "ties": len(differences) - wins - losses, "n": len(differences),
+        "test": "McNemar" if binary else "permutation",
+        "p": _mcnemar(wins, losses) if binary else _permutation(differences, seed),
+        "detectable": _detectable(differences, binary, 1 - confidence),
+        "rows_needed": _rows_needed(mean, differences, 1 - confidence),
+    }  # fmt: skip
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Return Holm's adjusted p-values (Holm 1979): the chance of one false finding among all of them stays at the level."""
+    if not p_values:
+        return {}
+    adjusted: Any = multipletests(list(p_values.values()), method="holm")[1]
+    return dict(zip(p_values, map(float, adjusted), strict=True))
+
+
+def _mcnemar(wins: int, losses: int) -> float:
+    result: Any = mcnemar([[0, wins], [losses, 0]], exact=True) if wins + losses else None
+    return float(result.pvalue) if result is not None else 1.0
+
+
+def _permutation(differences: list[float], seed: int) -> float:
+    if not any(differences):
+        return 1.0
+    # Paired samples: under no difference each sign is as likely as the other.
+    result: Any = permutation_test(
+        (np.asarray(differences),),
+        lambda values, axis: np.mean(values, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=DRAWS,
+        batch=1000,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def _detectable(differences: list[float], binary: bool, alpha: float) -> float | None:
+    n, deviation = len(differences), float(np.std(differences))
+    if n < 5 or deviation == 0.0:
+        return None
+    if not binary:
+        return float(deviation * TTestPower().solve_power(nobs=n, alpha=alpha, power=POWER))  # pyright: ignore[reportArgumentType]
+    discordant = sum(value != 0 for value in differences) / n
+    if mcnemar_power(n, discordant, 1.0, alpha) < POWER:
+        return None
+
+    def missing(difference: float) -> float:
+        return mcnemar_power(n, discordant, difference, alpha) - POWER
+
+    return float(brentq(missing, 0.0, 1.0))  # pyright: ignore[reportArgumentType]
+
+
+def mcnemar_power(n: int, discordant: float, difference: float, alpha: float) -> float:
+    """Return the power of McNemar's exact two-sided test to find a better candidate: n pairs, a true difference of the
+    two shares, and the share of pairs that disagree (at least the difference). Averaged over the number of
+    disagreeing pairs (Duffy 1984, Biometrics 40:1005)."""
+    discordant = max(discordant, difference)
+    if discordant <= 0:
+        return 0.0
+    pairs = np.arange(n + 1)
+    largest = binom.ppf(
+        alpha / 2, pairs, 0.5
+    )  # smallest k with P(losses ≤ k) ≥ α/2; one less rejects unless it is exact
+    largest = np.where(binom.cdf(largest, pairs, 0.5) <= alpha / 2, largest, largest - 1)
+    found = binom.cdf(largest, pairs, (1 - difference / discordant) / 2)
+    return float(np.sum(binom.pmf(pairs, n, discordant) * found))
+
+
+def _rows_needed(mean: float, differences: list[float], alpha: float) -> int | None:
+    deviation = float(np.std(differences))
+    if mean == 0.0 or deviation == 0.0:
+        return None
+    return math.ceil(normal_sample_size_one_tail(abs(mean), POWER, alpha / 2, std_null=deviation))

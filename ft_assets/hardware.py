@@ -1,0 +1,104 @@
+"""What this machine has: GPUs, memory, the number format it computes in. Module level imports no torch."""
+
+import functools
+import gc
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as nvidia-smi reports it: memory in bytes."""
+
+    name: str
+    free: float
+    total: float
+    driver: str
+
+
+def first_gpu() -> Gpu | None:
+    """Return the first GPU that nvidia-smi reports, or None if there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.free,memory.total,driver_version",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return None
+    name, free, total, driver = (part.strip() for part in lines[0].rsplit(",", 3))
+    return Gpu(name, float(free) * 2**20, float(total) * 2**20, driver)
+
+
+def available_memory() -> int | None:
+    """Return the bytes of main memory that are available (MemAvailable of /proc/meminfo), or None if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
+    )
+
+
+def peak_memory_gb() -> float:
+    """Return the largest resident memory of this process so far, in GB (1e9 bytes)."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@functools.cache
+def compute_dtype() -> Any:
+    """Return bfloat16 on a GPU, and on a CPU with AVX512-BF16 or AMX; else float32.
+
+    Without them bf16 matrix products are some 20 times slower than fp32. What the CPU can do is asked, not measured: on a
+    busy machine a measurement chose otherwise in the next process, and a resumed run ended with other weights.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    able = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return torch.bfloat16 if any(ask() for ask in able if ask) else torch.float32
+
+
+def free_memory() -> float:
+    """Return the bytes that are free where `load_base` puts a model: on the GPU if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    memory = available_memory()
+    return 8e9 if memory is None else float(memory)
+
+
+def free_unused() -> None:
+    """Give back the memory of models that nobody holds any more: torch keeps a GPU's for itself."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else NVIDIA's device files."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+        return names[: names.index("-1")] if "-1" in names else names
+    numbers = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
+    return sorted((number for number in numbers if number.isdigit()), key=int)

@@ -1,0 +1,187 @@
+"""Teacher-forced scores: what a model thinks of the reference answer, without generating anything.
+
+The head is computed at the supervised positions only, and of these so many at once that the logits stay small: a batch takes
+about what the decoder's forward pass takes, whatever the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ft_assets.inference.generation import prefill, repeated, shared_prefix
+from ft_assets.models.sharding import is_sharded
+
+Row = dict[
+    str, Any
+]  # {"input_ids": tokens, "supervised": which of them are the answer and its end of turn}
+LOGITS = 2**25  # at once: 256 positions of a vocabulary of 128k, 0.5 GB with all of its copies
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of one row: the summed cross-entropy of its supervised tokens in nats, how many were the most likely one, how many there are."""
+
+    nats: float
+    right: int
+    count: int
+
+
+@torch.no_grad()  # not inference_mode: it is asked in the middle of a training, and FSDP trains on with what it has gathered here
+def answer_losses(
+    model: Any, rows: list[Row], batch_size: int, pad: int, most_tokens: int | None = None
+) -> tuple[list[float], list[float]]:
+    """Return, for each tokenized row, (mean cross-entropy of its supervised tokens in nats a token, share of them that
+    were the most likely token). At once: `batch_size` rows, of `most_tokens` with their padding, and half as many each
+    time that memory runs out. Raises torch.OutOfMemoryError where one row does not fit."""
+    scored = _scores(model, rows, batch_size, pad, most_tokens)
+    return [row.nats / row.count for row in scored], [row.right / row.count for row in scored]
+
+
+@torch.inference_mode()
+def sequence_log_probabilities(
+    model: Any, rows: list[Row], batch_size: int, pad: int
+) -> list[float]:
+    """Return, for each tokenized row, the summed log-probability of its supervised tokens in nats."""
+    return [-row.nats for row in _scores(model, rows, batch_size, pad)]
+
+
+def _scores(
+    model: Any, rows: list[Row], batch_size: int, pad: int, most_tokens: int | None = None
+) -> list[Scored]:
+    """Return each row's scores. Rows of like length go together; what all prompts begin with is computed once."""
+    model.eval()
+    prefix = (
+        shared_prefix([row["input_ids"][: row["supervised"].index(True)] for row in rows])
+        if rows
+        else []
+    )
+    cache = prefill(model, prefix) if prefix else None
+    found: dict[int, Scored] = {}
+    for batch in _batches([len(row["input_ids"]) for row in rows], batch_size, most_tokens):
+        scored = _halving(
+            lambda part: _score_batch(
+                model, [rows[index] for index in part], cache, len(prefix), pad
+            ),
+            batch,
+            model,
+        )
+        found.update(zip(batch, scored, strict=True))
+    return [found[index] for index in range(len(rows))]
+
+
+def _batches(lengths: list[int], batch_size: int, most_tokens: int | None) -> Iterator[list[int]]:
+    """Yield row numbers, the shortest rows first; a row that is longer than `most_tokens` alone."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if batch and (
+            len(batch) == batch_size
+            or (most_tokens and (len(batch) + 1) * lengths[index] > most_tokens)
+        ):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _halving(
+    score: Callable[[list[int]], list[Scored]], batch: list[int], model: Any
+) -> list[Scored]:
+    """Return the scores of a batch, in two halves where it does not fit into memory."""
+    try:
+        return score(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1 or is_sharded(model):  # other ranks wait in the middle of this pass
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return [*_halving(score, batch[:half], model), *_halving(score, batch[half:], model)]
+
+
+def _score_batch(model: Any, rows: list[Row], cache: Any, skip: int, pad: int) -> list[Scored]:
+    """Return the scores of rows whose first `skip` tokens are in `cache`."""
+    chosen = [(row["input_ids"][skip:], row["supervised"][skip:]) for row in rows]
+    width = max(len(ids) for ids, _ in chosen)
+    ids = torch.tensor(
+        [tokens + [pad] * (width - len(tokens)) for tokens, _ in chosen], device=model.device
+    )
+    mask = torch.tensor(
+        [[1] * (skip + len(tokens)) + [0] * (width - len(tokens)) for tokens, _ in chosen],
+        device=model.device,
+    )
+    keep = torch.tensor(
+        [flags + [False] * (width - len(flags)) for _, flags in chosen], device=model.device
+    )[:, 1:]
+    past = (
+        {"past_key_values": repeated(cache, len(rows))}
+        if cache is not None
+        else {"use_cache": False}
+    )
+    hidden, kind = _last_hidden(model, input_ids=ids, attention_mask=mask, **past)
+    hidden = hidden[:, :-1][keep]
+    tokens, counts = ids[:, 1:][keep], keep.sum(1).tolist()
+    losses, right = [], []
+    at_once = max(1, LOGITS // model.config.get_text_config().vocab_size)
+    for part, wanted in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
+        logits = _logits(model, part, kind).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        right.append(logits.argmax(-1) == wanted)
+        del logits  # else these and the next are there together
+    nats, hits = (
+        [float(part.sum()) for part in torch.cat(parts).split(counts)] for parts in (losses, right)
+    )
+    return [Scored(*row) for row in zip(nats, map(int, hits), counts, strict=True)]
+
+
+def _decoder(model: Any) -> Any:
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+
+
+def _last_hidden(model: Any, **inputs: Any) -> tuple[torch.Tensor, type[Any]]:
+    """Return what the head would read, (rows, positions, hidden), and in what kind of outputs the decoder hands it over. The
+    model itself is called, not its decoder: an autocast that the trainer has put around it holds here too."""
+    seen: list[tuple[torch.Tensor, type[Any]]] = []
+    hook = _decoder(model).register_forward_hook(
+        lambda _, __, outputs: seen.append((outputs.last_hidden_state, type(outputs)))
+    )
+    try:
+        model(**inputs, **_no_routing_loss(model), logits_to_keep=1)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _logits(model: Any, hidden: torch.Tensor, kind: type[Any]) -> torch.Tensor:
+    """Return the logits (positions, vocabulary) of hidden states (positions, hidden), with whatever the model does around
+    its head (soft-capping, scales, trained copies, autocast): it is called with a decoder that returns them, as its own `kind`
+    of outputs."""
+    outputs = kind(last_hidden_state=hidden[None])
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    with _returning(_decoder(model), outputs):
+        return model(input_ids=ids, use_cache=False, **_no_routing_loss(model)).logits[0]
+
+
+def _no_routing_loss(model: Any) -> dict[str, bool]:
+    """A mixture of experts that trains with its routing loss would collect every router's logits for it here too."""
+    return (
+        {"output_router_logits": False}
+        if hasattr(model.config.get_text_config(), "output_router_logits")
+        else {}
+    )
+
+
+@contextmanager
+def _returning(module: Any, outputs: Any) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # where a library has put its own around it
+    module.forward = lambda *_, **__: outputs
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

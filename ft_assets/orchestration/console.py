@@ -1,0 +1,136 @@
+"""What a terminal shows of a run: one line an event that a person cares about. The UI keeps all of them."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import dagster as dg
+
+INTERRUPTED = "DagsterExecutionInterruptedError"
+
+
+class RunFormatter(logging.Formatter):
+    """Formats the events of a run; returns "" for those that say nothing to a person."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = time.time()
+
+    def format(self, record: logging.LogRecord) -> str:
+        meta: Any = getattr(record, "dagster_meta", None) or {}
+        event = getattr(record, "dagster_event", None) or (
+            meta.get("dagster_event") if isinstance(meta, dict) else None
+        )
+        if event is None and (
+            record.levelno < logging.INFO or "Dependencies for step" in record.getMessage()
+        ):
+            return ""  # what is not executed after a failure is said by its absence
+        text = self._event(event) if event is not None else self._line(meta, record)
+        clock = divmod(int(time.time() - self.begun), 60)
+        return (
+            "\n".join(f"{clock[0]:2d}:{clock[1]:02d}  {line}" for line in text.splitlines())
+            if text
+            else ""
+        )
+
+    def _line(self, meta: Any, record: logging.LogRecord) -> str:
+        name = meta.get("step_key") if isinstance(meta, dict) else None
+        text = meta.get("orig_message") if isinstance(meta, dict) else None
+        return f"  {name or '':<16} {text or record.getMessage()}"
+
+    def _event(self, event: Any) -> str:
+        kind = event.event_type_value
+        if kind == "ASSET_MATERIALIZATION":
+            materialization = event.step_materialization_data.materialization
+            metadata = materialization.metadata
+            how = (
+                "reused"
+                if "reused" in metadata and metadata["reused"].value
+                else f"{metadata['made_in_seconds'].value:.1f} s"
+                if "made_in_seconds" in metadata
+                else ""
+            )
+            partition = f"[{materialization.partition}]" if materialization.partition else ""
+            return f"● {materialization.asset_key.to_user_string()}{partition}  {how}"
+        if kind == "ASSET_CHECK_EVALUATION":
+            data = event.event_specific_data
+            mark = (
+                "✓" if data.passed else "✗" if data.severity == dg.AssetCheckSeverity.ERROR else "!"
+            )
+            return f"    {mark} {data.check_name}: {data.description or ''}"
+        if kind == "STEP_FAILURE":
+            return f"✗ {event.step_key} failed"
+        if kind == "ENGINE_EVENT" and (event.message or "").startswith(
+            "Step blocked by limit"
+        ):  # said once; then it is "still blocked"
+            return f"  {event.step_key:<16} waits: another run holds the pool {event.message.rpartition(' ')[2]}"
+        return ""
+
+
+def failures(events: Iterable[Any]) -> list[str]:
+    """Return why a run failed, a text a cause: of its steps, else of what failed outside them (storage, a pool's slot)."""
+    events = list(events)
+    causes = [cause(event) for event in events if event.event_type_value == "STEP_FAILURE"]
+    if causes:
+        return [cause for cause in causes if cause]
+    outside = [
+        error
+        for event in events
+        if (error := getattr(event.event_specific_data, "error", None)) is not None
+    ]
+    return [(error.cause or error).message.strip() for error in outside] or [
+        event.message or "the run failed"
+        for event in events
+        if event.event_type_value == "PIPELINE_FAILURE"
+    ]
+
+
+def interrupted(events: Iterable[Any]) -> bool:
+    """Return whether a run ended because somebody interrupted its process: Dagster makes a failure of that."""
+    errors = [
+        getattr(event.event_specific_data, "error", None) for event in events if event.is_failure
+    ]
+    return any(
+        link.cls_name == INTERRUPTED
+        for error in errors
+        if error
+        for link in (error, error.cause)
+        if link
+    )
+
+
+def cause(event: Any) -> str:
+    """Return why a step failed: the user's error as it was written, else what Dagster says."""
+    failure = event.event_specific_data
+    user = failure.user_failure_data
+    if user is not None and user.description:
+        return user.description
+    error = failure.error.cause or failure.error
+    # A failed blocking check is a line of its own already.
+    return "" if error.cls_name == "DagsterAssetCheckFailedError" else error.message.strip()
+
+
+class RunHandler(logging.StreamHandler):
+    """Writes formatted events to stderr and leaves out the empty ones."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if text := self.format(record):
+                self.stream.write(text + "\n")
+                self.flush()
+        except Exception:  # as logging's own handlers do: a line that cannot be written ends no run
+            self.handleError(record)
+
+
+def _console(init_context: dg.InitLoggerContext) -> logging.Logger:
+    """Return the logger of a run's terminal."""
+    logger = logging.Logger("ft", level=logging.DEBUG)
+    handler = RunHandler(sys.stderr)
+    handler.setFormatter(RunFormatter())
+    logger.addHandler(handler)
+    return logger
+
+
+console = dg.LoggerDefinition(_console, description="One line an event that a person cares about.")

@@ -1,0 +1,253 @@
+"""What every asset works with: the project, the artifact store, the launcher; and the one way to make an artifact.
+
+An artifact whose fingerprint is in the store already is returned as it is ("reused"); Dagster itself never skips.
+"""
+
+import contextlib
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from ft_assets.artifacts import Artifact, fingerprint, open_store
+from ft_assets.artifacts.environment import library_versions
+from ft_assets.config import Project
+from ft_assets.errors import FtError, InfrastructureFault
+from ft_assets.job import Job, StepResult
+from ft_assets.launchers import StepFailed, make_launcher
+
+Inputs = Mapping[
+    str, tuple[Artifact, str | None]
+]  # name -> artifact and the part of it that is read
+Make = Callable[[Path], StepResult]
+
+OBSERVE_EVERY_SECONDS = 5.0
+GPU_POOL = "gpu"
+ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """All that decides the content of an artifact that is asked for."""
+
+    asset: str
+    partition: str | None
+    code_version: str
+    settings: Any
+    inputs: dict[str, str]
+    environment: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, context: dg.AssetExecutionContext, settings: Any, inputs: Inputs, libraries: str | None
+    ) -> "Wanted":
+        return cls(
+            asset=context.asset_key.path[-1],
+            partition=context.partition_key
+            if context.has_partition_key and context.assets_def.partitions_def
+            else None,
+            code_version=context.assets_def.code_versions_by_key[context.asset_key] or "1",
+            settings=settings,
+            inputs={name: artifact.part_version(part) for name, (artifact, part) in inputs.items()},
+            environment=library_versions(libraries),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(
+            self.asset, self.code_version, self.settings, self.inputs, self.environment
+        )
+
+
+class Materializer:
+    """A Dagster resource: holds no connection, only paths and settings."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.store = open_store(project)
+        self.launcher = make_launcher(project.launcher, project.root)
+
+    def materialize(
+        self,
+        context: dg.AssetExecutionContext,
+        *,
+        settings: Any,
+        inputs: Inputs | None = None,
+        libraries: str | None = None,
+        step: str | None = None,
+        make: Make | None = None,
+        step_settings: dict[str, Any] | None = None,
+        space: int = 0,
+    ) -> tuple[Artifact, bool]:
+        """Return (artifact, reused). Made by a step (a child process) or by `make` (in this process).
+
+        `settings` are what decides the content; `step_settings` what the step gets besides. Raises dg.Failure with the
+        user's error, without a retry.
+        """
+        inputs = inputs or {}
+        wanted = Wanted.of(context, settings, inputs, libraries)
+        if wanted.partition:
+            tag_run(context, base_model=wanted.partition)
+        asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
+        if (known := self.store.find(asset, partition, version)) is not None:
+            self.store.make_current(known, partition)
+            context.log.info(
+                f"reused {asset} {version[:8]}: nothing that it depends on has changed"
+            )
+            return known, True
+        started = time.time()
+        self.store.require_space(space or 50_000_000, asset)
+        with self.store.staging(asset, partition) as staged:
+            if step is not None:
+                job = Job(
+                    step=step,
+                    asset=asset,
+                    partition=partition,
+                    fingerprint=version,
+                    settings={
+                        **(settings if isinstance(settings, dict) else {}),
+                        **(step_settings or {}),
+                    },
+                    inputs={
+                        name.partition("#")[0]: artifact.path
+                        for name, (artifact, _) in inputs.items()
+                    },
+                    output=staged,
+                    checkpoints=self.store.checkpoints(asset, partition, version),
+                    work=self.store.root / ".work" / "jobs" / f"{asset}-{uuid.uuid4().hex[:8]}",
+                )
+                result = self.launcher.run(job, Live(context, partition))
+            else:
+                assert make is not None, "either a step or a function makes an artifact"
+                result = make(staged)
+            published = self.store.publish(
+                staged,
+                asset=asset,
+                partition=partition,
+                version=version,
+                code_version=wanted.code_version,
+                settings=settings,
+                inputs=wanted.inputs,
+                environment=wanted.environment,
+                metrics=result.metrics,
+                parts=result.parts,
+                started=started,
+            )
+        shutil.rmtree(self.store.checkpoints(asset, partition, version), ignore_errors=True)
+        return published, False
+
+    def keep(
+        self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str
+    ) -> tuple[Artifact, bool]:
+        """Return the current artifact as it is: the asset finds nothing to do. `above` are the assets that could change that."""
+        context.log.info(f"kept {artifact.asset} {artifact.fingerprint[:8]}: {why}")
+        return artifact, True
+
+
+def tag_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, **tags: str) -> None:
+    """Tag the run that executes, `ft/<name>`: the UI's list of runs is filtered by it."""
+    context.instance.add_run_tags(
+        context.run.run_id, {f"ft/{name}": value for name, value in tags.items()}
+    )
+
+
+class Live:
+    """Shows a step's progress while it runs: a line in the log, and observations that the UI plots as `live/…`."""
+
+    def __init__(self, context: dg.AssetExecutionContext, partition: str | None) -> None:
+        self.context, self.partition, self.last = context, partition, 0.0
+
+    def __call__(self, message: Mapping[str, Any]) -> None:
+        numbers = {key: value for key, value in message.items() if key not in ("time", "message")}
+        training = message["message"] == "train"
+        if (
+            training
+            and message["time"] - self.last < OBSERVE_EVERY_SECONDS
+            and numbers["step"] not in (1, numbers["steps"])
+        ):
+            return
+        self.context.log.info(_line(message["message"], numbers))
+        if training or message["message"] == "validation":
+            self.last = message["time"] if training else self.last
+            metadata = {f"live/{key}": float(value) for key, value in numbers.items()}
+            self.context.log_event(
+                dg.AssetObservation(
+                    self.context.asset_key, partition=self.partition, metadata=metadata
+                )
+            )
+
+
+def _line(message: str, numbers: Mapping[str, Any]) -> str:
+    if message == "train":
+        left = divmod(int(numbers["seconds_left"]), 60)
+        return f"step {numbers['step']}/{numbers['steps']}  loss {numbers['loss']:.4f}  {numbers['tokens_per_s']:.0f} tokens/s  {numbers['memory_gb']:.1f} GB  {left[0]}:{left[1]:02d} left"
+    return message + "".join(f"  {key} {value}" for key, value in numbers.items())
+
+
+def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeResult:
+    """Return what Dagster stores of an artifact: its data version, its numbers, and where it lies."""
+    numbers = {
+        key: value
+        for key, value in artifact.metrics.items()
+        if value is not None and isinstance(value, str | int | float | bool)
+    }
+    seconds = artifact.manifest["finished"] - artifact.manifest["started"]
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(artifact.data_version),
+        metadata={
+            **numbers,
+            "reused": reused,
+            "made_in_seconds": round(seconds, 1),
+            "fingerprint": artifact.fingerprint,
+            "path": dg.MetadataValue.path(str(artifact.path)),
+            **metadata,
+        },
+    )
+
+
+class user_errors(contextlib.ContextDecorator):
+    """Context, and decorator, that turns the user's errors into Dagster failures that are not retried and show one screen of text.
+
+    Only a fault of the infrastructure is tried again, as often as `launcher.retries` says, each time after twice the wait.
+    """
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, FtError):
+            raise dg.Failure(
+                description=str(error),
+                metadata={key: value for key, value in error.to_dict().items() if value},
+                allow_retries=False,
+            ) from None
+        if isinstance(error, InfrastructureFault):
+            _again(error)
+        if isinstance(error, StepFailed):
+            raise dg.Failure(
+                description=str(error),
+                metadata={
+                    "output": dg.MetadataValue.md(f"```\n{error.tail}\n```"),
+                    "exit_code": error.code,
+                },
+                allow_retries=False,
+            ) from None
+        if isinstance(error, InfrastructureFault):
+            raise dg.Failure(description=str(error), allow_retries=False) from None
+
+
+def _again(error: InfrastructureFault) -> None:
+    """Ask Dagster for another try of the asset that runs here, if there is one left. Raises dg.RetryRequested."""
+    context = dg.OpExecutionContext.get()
+    settings, tried = context.resources.materializer.project.launcher, context.retry_number
+    if tried < settings.retries:
+        wait = settings.retry_seconds * 2**tried
+        context.log.warning(
+            f"not the step's fault; try {tried + 2} of {settings.retries + 1} follows in {wait:.0f} s: {error}"
+        )
+        raise dg.RetryRequested(max_retries=settings.retries, seconds_to_wait=wait) from error

@@ -1,0 +1,261 @@
+"""What a run would do, and why, without doing it: the graph is walked with a materializer that only compares versions.
+
+What lies behind a step that would run is compared with the versions of today; whether it runs depends on whether that
+step's content changes. Times and memory are those of the last time the step ran.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import dagster as dg
+
+from ft_assets.artifacts import Artifact
+from ft_assets.config import Project
+from ft_assets.orchestration.console import cause
+from ft_assets.orchestration.materializer import Inputs, Materializer, Wanted
+from ft_assets.orchestration.memory_forecast import Forecast, forecast
+
+RUNS, MAYBE, REUSED, REFUSED, STOPPED = (
+    "runs",
+    "runs if that changes",
+    "reused",
+    "refused",
+    "not reached",
+)
+Build = Callable[[Project], dg.Definitions]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What would happen to one asset. `seconds` and `memory_gb`: as the last time, None if it never ran.
+    `predicted_gb`: by the memory plan, None where it needs what is not made yet, or nobody knows what GPU there will be."""
+
+    asset: str
+    partition: str | None
+    action: str
+    why: list[str]
+    seconds: float | None = None
+    memory_gb: float | None = None
+    predicted_gb: float | None = None
+    version: str | None = (
+        None  # the fingerprint that it would have, made of what there is today; None if that cannot be told
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Planner(Materializer):
+    """A materializer that makes nothing and notes what it would make."""
+
+    def __init__(self, project: Project) -> None:
+        super().__init__(project)
+        self.steps: dict[str, Step] = {}
+        self.versions: dict[str, str] = {}
+
+    def materialize(
+        self,
+        context: dg.AssetExecutionContext,
+        *,
+        settings: Any,
+        inputs: Inputs | None = None,
+        libraries: str | None = None,
+        **_: Any,
+    ) -> tuple[Artifact, bool]:
+        """Note whether the artifact would be made, and return the current one. Raises dg.Failure where there is none."""
+        wanted = Wanted.of(context, settings, inputs or {}, libraries)
+        self.versions[wanted.asset] = wanted.fingerprint
+        current, known = (
+            self.store.current(wanted.asset, wanted.partition),
+            self.store.find(wanted.asset, wanted.partition, wanted.fingerprint),
+        )
+        above = sorted(
+            {name.partition("#")[0].partition("[")[0] for name in wanted.inputs}
+            & {name for name, step in self.steps.items() if step.action in (RUNS, MAYBE)}
+        )
+        if known is None:
+            action, why = RUNS, reasons(wanted, current)
+        elif above:
+            action, why = MAYBE, [f"after {', '.join(above)}"]
+        else:
+            action, why = REUSED, [] if current == known else ["made before; taken again"]
+        if known is not None:  # what lies below reads what the run would have made current
+            self.store.assume(known, wanted.partition)
+        shown = known or current
+        seconds = (
+            round(shown.manifest["finished"] - shown.manifest["started"], 1) if shown else None
+        )
+        memory = shown.metrics.get("peak_train_memory_gb") if shown else None
+        ahead = (
+            forecast(self.project, self.store, wanted.asset, wanted.partition)
+            if action != REUSED
+            else Forecast()
+        )
+        if ahead.refused:
+            action, why = REFUSED, [ahead.refused]
+        self.steps[wanted.asset] = Step(
+            wanted.asset,
+            wanted.partition,
+            action,
+            why + ([ahead.note] if ahead.note else []),
+            seconds,
+            memory,
+            ahead.peak_gb,
+        )
+        if shown is None:
+            raise dg.Failure(description=NOT_YET)
+        return shown, True
+
+    def keep(
+        self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str
+    ) -> tuple[Artifact, bool]:
+        """Note that nothing is to do, unless what lies above would change."""
+        moving = sorted(
+            name
+            for name in above
+            if name in self.steps and self.steps[name].action in (RUNS, MAYBE)
+        )
+        partition = artifact.manifest["partition"]
+        action, reason = (MAYBE, [f"after {', '.join(moving)}"]) if moving else (REUSED, [])
+        self.steps[artifact.asset] = Step(artifact.asset, partition, action, reason)
+        return artifact, True
+
+
+NOT_YET = "would be made for the first time"
+
+
+def reasons(wanted: Wanted, current: Artifact | None) -> list[str]:
+    """Return what differs between what is wanted and what there is."""
+    if current is None:
+        return ["never made"]
+    was, found = current.manifest, []
+    if was["code_version"] != wanted.code_version:
+        found.append(f"its code changed (version {was['code_version']} → {wanted.code_version})")
+    found += [f"{name} changed" for name in _changed(was["inputs"], wanted.inputs)]
+    found += [
+        f"{name} {was['environment'].get(name, '–')} → {wanted.environment.get(name, '–')}"
+        for name in _changed(was["environment"], wanted.environment)
+    ]
+    found += [f"setting {path}" for path in _paths(was["settings"], wanted.settings)]
+    return found or ["an older version of it is current"]
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+
+
+def _paths(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Return the settings that differ, `sft.learning_rate 0.1 → 0.2`."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return [
+            text
+            for key in _changed(before, now)
+            for text in _paths(
+                before.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key)
+            )
+        ]
+    if prefix.startswith("files"):
+        return ["data files: " + prefix.partition(".")[2]]
+    shown = [str(value) if len(str(value)) < 40 else "…" for value in (before, now)]
+    return [f"{prefix} {shown[0]} → {shown[1]}" if shown[0] != shown[1] else prefix]
+
+
+def _silent(_: dg.InitLoggerContext) -> logging.Logger:
+    logger = logging.getLogger("ft.plan.silent")
+    logger.handlers = [
+        logging.NullHandler()
+    ]  # without a handler Python's last resort prints errors, with their traces
+    logger.propagate = False
+    return logger
+
+
+def plan(
+    project: Project, build: Build, keys: Sequence[dg.AssetKey], partition: str | None
+) -> list[Step]:
+    """Return a step for each asset of `keys`, in the graph's order."""
+    once = project.launcher.model_copy(
+        update={"retries": 0}
+    )  # a server that does not answer is told, not waited for
+    planner, definitions = Planner(project.model_copy(update={"launcher": once})), build(project)
+    selection = dg.AssetSelection.assets(*keys).without_checks()
+    job = dg.Definitions(
+        assets=definitions.assets,
+        resources={"materializer": planner},
+        executor=dg.in_process_executor,
+        jobs=[dg.define_asset_job("plan", selection=selection)],
+        loggers={"console": dg.LoggerDefinition(_silent)},  # a step that is not made is no news
+    ).resolve_job_def("plan")
+    with dg.DagsterInstance.ephemeral() as instance:
+        quiet = {"loggers": {"console": {}}}
+        outcome = job.execute_in_process(
+            instance=instance, partition_key=partition, raise_on_error=False, run_config=quiet
+        )
+    refused = {
+        event.step_key: cause(event) for event in outcome.all_events if event.is_step_failure
+    }
+    graph, steps = definitions.resolve_asset_graph(), dict[str, Step]()
+    for key in (
+        key
+        for level in graph.toposorted_asset_keys_by_level
+        for key in sorted(level)
+        if key in keys
+    ):
+        name = key.to_user_string()
+        parents = sorted(
+            {parent.to_user_string() for parent in graph.get(key).parent_keys} & steps.keys()
+        )
+        above = [parent for parent in parents if steps[parent].action in (RUNS, MAYBE)]
+        stopped = [parent for parent in parents if steps[parent].action in (REFUSED, STOPPED)]
+        if stopped:
+            steps[name] = Step(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
+        elif name in planner.steps:
+            steps[name] = replace(planner.steps[name], version=planner.versions.get(name))
+        elif above:  # not reached, or refused with the artifacts of today
+            there = (
+                name in refused
+                or planner.store.current(name, partition if graph.get(key).is_partitioned else None)
+                is not None
+            )
+            steps[name] = Step(
+                name, partition, MAYBE if there else RUNS, [f"after {', '.join(above)}"]
+            )
+        else:
+            steps[name] = Step(name, partition, REFUSED, [refused.get(name, "")])
+    return list(steps.values())
+
+
+def table(steps: Sequence[Step]) -> str:
+    """Return the steps as text, and what is known of the time that they take."""
+    wide = max(len(step.asset) for step in steps)
+    lines = [
+        f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}  {memory_of(step):>9}  {'; '.join(step.why)}".rstrip()
+        for step in steps
+    ]
+    refused = sum(step.action == REFUSED for step in steps)
+    stopped = sum(step.action == STOPPED for step in steps)
+    working = [step for step in steps if step.action in (RUNS, MAYBE)]
+    known = [step.seconds for step in working if step.seconds is not None]
+    if working:
+        time = f", {sum(known) / 60:.1f} min as the last time" if known else ""
+        lines.append(
+            f"  {len(working)} of {len(steps)} steps{time}"
+            + (f" ({len(working) - len(known)} never ran)" if len(known) < len(working) else "")
+        )
+    elif not refused:
+        lines.append("  nothing to do")
+    if refused:
+        lines.append(f"  {refused} refused; {stopped} below would not be reached")
+    return "\n".join(lines)
+
+
+def _took(step: Step) -> str:
+    return "–" if step.seconds is None else f"{step.seconds:.0f} s"
+
+
+def memory_of(step: Step) -> str:
+    """Return the GPU memory that a training will take by the memory plan, with a sign that it is foretold; else what it took the last time."""
+    if step.predicted_gb is not None:
+        return f"≈ {step.predicted_gb:.1f} GB"
+    return "" if step.memory_gb is None else f"{step.memory_gb:.1f} GB"

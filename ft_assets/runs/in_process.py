@@ -1,0 +1,49 @@
+"""Runs that execute in the process that asks for them (`ft run`): the process is written into their tags, as the launcher's are, so that
+the next one finds those whose process was killed. Nobody else would: they would hold their place in the pool for ever.
+"""
+
+import sys
+import time
+
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster._core.utils import make_new_run_id
+
+from ft_assets.runs.launcher import end_run
+from ft_assets.runs.process import TAG, RunProcess
+
+LAST_CHECKPOINT_SECONDS = (
+    40.0  # a step whose run died has 30 seconds for a checkpoint, and holds the GPU so long
+)
+UNDER_WAY = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
+
+
+def new_run() -> tuple[str, dict[str, str]]:
+    """Return the id of a run that this process will execute, and the tag that says so."""
+    run_id = make_new_run_id()
+    return run_id, {TAG: RunProcess.this(run_id).model_dump_json()}
+
+
+def end_dead_runs(instance: DagsterInstance) -> list[str]:
+    """Mark failed what a killed process of this machine left under way, and free its places in the pools. Returns the ids.
+
+    Where it has just died, waits until its step, which ends by itself, has had its time.
+    """
+    ended = []
+    for run in instance.get_runs(RunsFilter(statuses=UNDER_WAY)):
+        process = RunProcess.of(run.run_id, run.tags)
+        if process is None or not process.here or process.alive:
+            continue
+        events = instance.event_log_storage.get_records_for_run(
+            run.run_id, limit=1, ascending=False
+        ).records
+        wait = LAST_CHECKPOINT_SECONDS - (time.time() - events[0].timestamp) if events else 0.0
+        if wait > 0:
+            print(
+                f"run {run.run_id[:8]} was killed just now: waiting {wait:.0f} s for the checkpoint of its step",
+                file=sys.stderr,
+            )
+            time.sleep(wait)
+        end_run(instance, run.run_id, f"{process} has ended without a word")
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+        ended.append(run.run_id)
+    return ended

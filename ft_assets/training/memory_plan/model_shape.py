@@ -1,0 +1,164 @@
+"""A model's shape from its config.json and the headers of its weights: what memory and arithmetic are computed from. No torch."""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+PRESETS = {
+    "attention-qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder. `linear_parameters`: of the layers' matrices (NF4 holds them); `other_parameters`: the rest.
+    `tensors`: numbers of each tensor by its name, where the weights are there."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    linear_parameters: int
+    other_parameters: int
+    tensors: tuple[tuple[str, int], ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.other_parameters
+
+    @property
+    def multiplied(self) -> int:
+        """Return the parameters that each token is multiplied with: all but the embeddings, and the head."""
+        return self.linear_parameters + self.vocabulary * self.hidden
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Return (in, out) of a layer's matrices by name."""
+        return {
+            "q_proj": (self.hidden, self.query),
+            "k_proj": (self.hidden, self.keys),
+            "v_proj": (self.hidden, self.keys),
+            "o_proj": (self.query, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    def targets(self, targets: str | Sequence[str]) -> list[tuple[int, int]]:
+        """Return (in, out) of a layer's targets. One of another name counts as a square one."""
+        sizes = self.linears()
+        return [
+            sizes.get(name, (self.hidden, self.hidden))
+            for name in (PRESETS[targets] if isinstance(targets, str) else targets)
+        ]
+
+    def adapter_parameters(self, r: int, targets: str | Sequence[str], dora: bool = False) -> int:
+        """Return r (in + out) summed over all targets, and with DoRA a magnitude for each output."""
+        return self.layers * sum(
+            r * (read + made) + dora * made for read, made in self.targets(targets)
+        )
+
+    def module_parameters(self, names: Sequence[str]) -> dict[str, int]:
+        """Return how many numbers PEFT copies for each of lora.modules_to_save, over all modules whose path ends so.
+
+        Tied or not, PEFT copies the embeddings and the head each for itself; a tied head is not among the tensors.
+        """
+        ends = {
+            "embed_tokens": self.vocabulary * self.hidden,
+            "lm_head": self.vocabulary * self.hidden,
+        }
+        known = self.tensors or tuple(
+            (f"layers.{layer}.{name}.weight", read * made)
+            for layer in range(self.layers)
+            for name, (read, made) in self.linears().items()
+        )
+        return {
+            name: sum(
+                count
+                for tensor, count in known
+                if any(path.endswith(name) for path in _paths(tensor))
+            )
+            or ends.get(name, 0)
+            for name in names
+        }
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    """Return the shape that a config.json describes; a model with parts (vision) by its text part."""
+    text = {**config, **config.get("text_config", {})}
+    hidden, heads = text["hidden_size"], text["num_attention_heads"]
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or hidden // heads
+    layers, intermediate, vocabulary = (
+        text["num_hidden_layers"],
+        text["intermediate_size"],
+        text["vocab_size"],
+    )
+    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
+    tied = bool(text.get("tie_word_embeddings", False))
+    return Shape(
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=vocabulary,
+        tied=tied,
+        linear_parameters=layers * (attention + 3 * hidden * intermediate),
+        other_parameters=vocabulary * hidden * (1 if tied else 2) + (2 * layers + 1) * hidden,
+    )
+
+
+def snapshot_shape(snapshot: Path) -> Shape:
+    """Return the shape of a snapshot, its parameters counted in the headers of its safetensors files."""
+    shape = shape_of(json.loads((snapshot / "config.json").read_text()))
+    linear = other = 0
+    tensors = [(name, sizes, math.prod(sizes)) for name, sizes in _tensors(snapshot)]
+    for name, sizes, count in tensors:
+        if len(sizes) >= 2 and ".layers." in name:
+            linear += count
+        else:
+            other += count
+    if not linear:
+        return shape
+    return replace(
+        shape,
+        linear_parameters=linear,
+        other_parameters=other,
+        tensors=tuple((name, count) for name, _, count in tensors),
+    )
+
+
+def _paths(tensor: str) -> Iterator[str]:
+    """Yield the paths of the modules that hold a tensor: a.b.c.weight is in a, a.b and a.b.c."""
+    parts = tensor.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
+
+
+def _tensors(snapshot: Path) -> list[tuple[str, list[int]]]:
+    found = []
+    for path in sorted(snapshot.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        found += [
+            (name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"
+        ]
+    return found

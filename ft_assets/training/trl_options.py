@@ -1,0 +1,97 @@
+"""Turn our settings into TRL's options: the shared part of SFT and DPO."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer import Trainer
+
+from ft_assets.config import TrainSettings
+from ft_assets.errors import ConfigError
+from ft_assets.hardware import compute_dtype
+from ft_assets.training.distributed import accumulation
+from ft_assets.training.trackers import require_trackers
+from ft_assets.training.trl_refused_options import check_trainer
+
+
+def trainer_options(
+    settings: TrainSettings, key: str, checkpoints: Path, kind: type
+) -> dict[str, Any]:
+    """Return keyword arguments of TRL's config class `kind`. Raises ConfigError for an option that cannot be set."""
+    check_trainer(settings, key, {field.name for field in dataclasses.fields(kind)})
+    on_gpu = torch.cuda.is_available()
+    options: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": accumulation(settings, key),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "gradient_checkpointing": False,  # setup.py turns it on for the layers that need it
+        "bf16": compute_dtype() == torch.bfloat16,
+        "use_cpu": not on_gpu,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show the mean of earlier losses instead of nan
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps,
+        "save_total_limit": 2,
+        "report_to": require_trackers(list(settings.report_to), key, checkpoints),
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+    }
+    return {**options, **settings.trainer}
+
+
+def trl_config(kind: Any, options: dict[str, Any], key: str) -> Any:
+    """Return TRL's config. Raises ConfigError where TRL refuses a value, or where the optimizer's package is missing."""
+    with told(key):
+        config = kind(**options)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(config)
+    except ImportError as error:
+        raise _refusal(f"{key}.trainer.optim", error) from None
+    except (TypeError, ValueError):  # some ask for the model: they are asked again when it is there
+        pass
+    return config
+
+
+@contextlib.contextmanager
+def told(key: str) -> Iterator[None]:
+    """Raise ConfigError, with TRL's own words, for what TRL and transformers say of options that they cannot take."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
+        raise _refusal(f"{key}.trainer", error) from error
+
+
+def _refusal(where: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        where=where, found=str(error), expected="values that TRL takes", fix="change or remove them"
+    )
+
+
+class ToldOptions:
+    """Mixin before a TRL trainer: a loader, optimizer or schedule that cannot be made is an error of `<key>.trainer`."""
+
+    key = ""
+
+    def get_train_dataloader(self) -> Any:
+        with told(self.key):
+            return super().get_train_dataloader()  # type: ignore[misc]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with told(self.key):
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with told(self.key):
+            return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
