@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ft_assets.evaluation.verdict.statistics import _mcnemar as compare_p
-from ft_assets.evaluation.verdict.statistics import compare, holm, interval, mcnemar_power
+from ft_assets.evaluation.verdict.holm import holm
+from ft_assets.evaluation.verdict.statistics import compare, interval, mcnemar_power
 
 
 def test_interval_of_a_mean_covers_it_and_narrows_with_rows() -> None:
@@ -61,6 +62,16 @@ def test_holm_makes_the_second_test_pay_for_the_first() -> None:
         {"a": 0.03, "b": 0.06, "c": 0.06}
     )
     assert holm({}) == {}
+
+
+def test_holm_agrees_with_statsmodels() -> None:
+    from statsmodels.stats.multitest import multipletests
+
+    chance = np.random.default_rng(4)
+    for count in (1, 2, 7):
+        values = {str(index): float(chance.random() ** 4) for index in range(count)}
+        expected = multipletests(list(values.values()), method="holm")[1]
+        assert list(holm(values).values()) == pytest.approx(list(expected), abs=0)
 
 
 def test_detectable_difference_shrinks_with_rows_and_has_the_stated_power() -> None:

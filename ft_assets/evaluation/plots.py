@@ -17,12 +17,13 @@ COLORS = {"base": "#9aa5b1", "few_shot": "#7b8794", "sft": "#2f855a", "dpo": "#2
 
 
 def _axes(height: float = 2.4) -> tuple[Any, Any]:
-    import matplotlib
+    # Not pyplot: it takes most of a second to import and keeps every figure until it is closed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(6, height), dpi=90)
+    figure = Figure(figsize=(6, height), dpi=90)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
 
 
 def score_plot(report: Mapping[str, Any]) -> bytes:
@@ -111,12 +112,9 @@ def curve_plot(
 
 
 def _png(figure: Any) -> bytes:
-    import matplotlib.pyplot as plt
-
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png")
-    plt.close(figure)
     return buffer.getvalue()
 
 

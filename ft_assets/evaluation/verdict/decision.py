@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ft_assets.config import GateSettings
+from ft_assets.evaluation.verdict.holm import holm
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 Reasons = tuple[list[str], list[str], list[str]]  # what fails, what cannot be told, what is proven
@@ -86,8 +87,6 @@ def adjusted_p(
 ) -> dict[str, dict[str, float]]:
     """Return {candidate: {metric: p}}, by Holm over all candidates and all metrics that must be better: each is a chance
     of a false PASS. `against` is {candidate: its differences to the base by metric}."""
-    from ft_assets.evaluation.verdict.statistics import holm
-
     wanted = [name for name, goal in goals(metric, gate).items() if goal == "better"]
     adjusted = holm(
         {

@@ -11,7 +11,6 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binom, bootstrap, permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower, normal_sample_size_one_tail
 
 POWER = 0.8
@@ -65,14 +64,6 @@ def compare(
         "detectable": _detectable(differences, binary, 1 - confidence),
         "rows_needed": _rows_needed(mean, differences, 1 - confidence),
     }  # fmt: skip
-
-
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Return Holm's adjusted p-values (Holm 1979): the chance of one false finding among all of them stays at the level."""
-    if not p_values:
-        return {}
-    adjusted: Any = multipletests(list(p_values.values()), method="holm")[1]
-    return dict(zip(p_values, map(float, adjusted), strict=True))
 
 
 def _mcnemar(wins: int, losses: int) -> float:
