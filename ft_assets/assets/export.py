@@ -8,6 +8,7 @@ import dagster as dg
 from ft_assets.assets.raw_data import OWNERS
 from ft_assets.errors import ReleaseError
 from ft_assets.export.tools import identities
+from ft_assets.models.license import snapshot_license
 from ft_assets.orchestration.materializer import (
     ERROR,
     GPU_POOL,
@@ -16,7 +17,6 @@ from ft_assets.orchestration.materializer import (
     result,
     user_errors,
 )
-from ft_assets.release.card_facts import NO_LICENSE
 from ft_assets.release.lookup import adapter_of, by_content, need_champion
 
 
@@ -51,7 +51,6 @@ def export_assets(
                     fix="restore it from a backup",
                 )
             adapter, split = adapter_of(store, name, champion), store.need("heldout_split", name)
-            license_ = base.path / "info" / "license.json"
             identity = base.manifest["settings"].get(
                 "identity", {}
             )  # of the champion's own base: today's may be another
@@ -81,9 +80,7 @@ def export_assets(
                 step_settings={
                     "facts": {
                         "name": name,
-                        "license": (
-                            json.loads(license_.read_text()) if license_.exists() else NO_LICENSE
-                        )["license"],
+                        "license": snapshot_license(base.path).identifier,
                         "llama_cpp": str(llama_cpp) if llama_cpp else None,
                         **source,
                         "base": source["base"] or str(base.path),

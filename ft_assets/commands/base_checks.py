@@ -1,18 +1,17 @@
 """`ft doctor`, a base model: can its source be reached, under which licence, has it a chat template. Loads no weights."""
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-
-import yaml
 
 from ft_assets.artifacts import open_store
 from ft_assets.commands.checkup import Check, fail, first_line, ok, warn, within
 from ft_assets.commands.store_view import in_bytes, size
 from ft_assets.config import BaseModelSettings, Project
-from ft_assets.models.source import ALTERNATIVES, PACKAGE, locate_folder, locate_gguf, read_template
+from ft_assets.models.license import stated_license
+from ft_assets.models.source import ALTERNATIVES, locate_folder, locate_gguf, read_template
 
 PATIENCE_SECONDS = 3.0
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -100,7 +99,7 @@ def _cached(hub: str, revision: str | None, file: str = "config.json") -> Path |
 
 
 def _folders(name: str, settings: BaseModelSettings, project: Project) -> list[Path]:
-    """Return the folders in which a model card or a tokenizer may lie: the snapshot's, the source's."""
+    """Return the folders that may hold the tokenizer: the snapshot's and the source's."""
     made = open_store(project).current("base_model", name)
     folders = [made.path] if made else []
     if settings.folder:
@@ -113,48 +112,21 @@ def _folders(name: str, settings: BaseModelSettings, project: Project) -> list[P
 
 
 def licence(name: str, settings: BaseModelSettings, project: Project) -> Iterator[Check]:
+    """Check that the base states a licence: the one that base_model records for the model card."""
     label = f"{name}: licence"
-    for folder in _folders(name, settings, project):
-        if found := _card_licence(folder / "README.md"):
-            yield ok(label, found)
-            return
-    if (
-        settings.gguf
-        and settings.gguf.startswith(PACKAGE)
-        and (found := _package_licence(settings.gguf))
-    ):
-        yield ok(label, found)
+    advice = "read the licence at the model's source before you share a merged model"
+    read = partial(stated_license, name, settings, project.root, settings.revision)
+    try:
+        stated = within(PATIENCE_SECONDS, read) if settings.hub else read()
+    except TimeoutError as error:
+        yield warn(label, f"not known: {error} from the hub", advice)
         return
-    yield warn(
-        label,
-        "no model card says which",
-        "read the licence where the model is from before you give a merged model away",
-    )
-
-
-def _card_licence(card: Path) -> str | None:
-    """Return the licence of a model card's front matter."""
-    if not card.is_file():
-        return None
-    head, *rest = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
-    if head.strip() or len(rest) < 2:
-        return None
-    try:
-        facts = yaml.safe_load(rest[0])
-    except yaml.YAMLError:
-        return None
-    found = facts.get("license_name") or facts.get("license") if isinstance(facts, dict) else None
-    return ", ".join(map(str, found)) if isinstance(found, list) else str(found) if found else None
-
-
-def _package_licence(gguf: str) -> str | None:
-    package = gguf.removeprefix(PACKAGE).partition("/")[0]
-    try:
-        facts = importlib.metadata.metadata(package).json
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    found = facts.get("license_expression") or facts.get("license")
-    return f"{str(found).splitlines()[0][:60]} (of the package {package})" if found else None
+    if stated.identifier is None:
+        place = f" ({stated.stated_in})" if stated.stated_in else ""
+        yield warn(label, f"the base's metadata states none{place}", advice)
+        return
+    more = f" ({stated.name})" if stated.name else ""
+    yield ok(label, f"{stated.identifier}{more}, stated in {stated.stated_in}")
 
 
 def template(name: str, settings: BaseModelSettings, project: Project) -> Iterator[Check]:

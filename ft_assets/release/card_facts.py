@@ -14,8 +14,8 @@ from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import ChatSettings, Project
 from ft_assets.data.sources import shown
 from ft_assets.data.tables import read_table
+from ft_assets.models.license import snapshot_license
 
-NO_LICENSE = {"license": None, "name": None, "link": None, "stated_in": None, "derived_from": None}
 TRAINED = (
     "train_rows",
     "train_tokens",
@@ -48,7 +48,7 @@ def card_facts(
     return {
         "partition": name,
         "base": _base(project, name, base),
-        "license": _license(base),
+        "license": snapshot_license(base.path).model_dump(mode="json"),
         "data": _data(raw, split, store.current("raw_preferences", None)),
         "data_note": _left_out(raw, split),
         "hub_datasets": _hub_datasets(project),
@@ -93,11 +93,6 @@ def _words(chat: ChatSettings, base: Artifact) -> dict[str, Any]:
         **chat.model_dump(mode="json", include={"template_name", "template_kwargs", "system_turn"}),
         "settled": json.loads(path.read_text()) if path.exists() else None,
     }
-
-
-def _license(base: Artifact) -> dict[str, Any]:
-    path = base.path / "info" / "license.json"
-    return json.loads(path.read_text()) if path.exists() else NO_LICENSE
 
 
 def _data(raw: Artifact, split: Artifact, preferences: Artifact | None) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ft_assets.config import BaseModelSettings, ChatSettings
 from ft_assets.job import Job, Report, StepResult
-from ft_assets.models.license import stated_license
+from ft_assets.models.license import LICENSE_FILE, stated_license
 from ft_assets.models.source import write_snapshot
 from ft_assets.step_runner import main
 
@@ -18,13 +18,11 @@ def step(job: Job, report: Report) -> StepResult:
     facts = write_snapshot(
         name, settings, root, identity, job.settings["template"], job.output, chat
     )
-    info = (
-        job.output / "info"
-    )  # no part of the content: a licence that is stated elsewhere retrains nothing
-    info.mkdir(exist_ok=True)
-    (info / "license.json").write_text(
-        json.dumps(stated_license(name, settings, root, identity), indent=1)
-    )
+    # Below info/, which is not part of the content: a change of the licence text retrains nothing.
+    path = job.output / LICENSE_FILE
+    path.parent.mkdir(exist_ok=True)
+    license_ = stated_license(name, settings, root, identity.get("commit"))
+    path.write_text(json.dumps(license_.model_dump(mode="json"), indent=1))
     return StepResult(facts)
 
 
