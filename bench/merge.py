@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ft_assets.config.training import TARGETS
 from ft_assets.merging.tensor_files import INDEX, blocks, entries_of, read_folder, read_tensor
-from ft_assets.models.loading import TARGETS
 
 SHAPES: dict[str, dict[str, int]] = {
     "1b": {"vocab_size": 64_128, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15, "num_attention_heads": 32, "num_key_value_heads": 8},

@@ -4,8 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+from torch.nn import Linear, Module
 
 from ft_assets.chat.rendering import ProofFailed, render, render_supervised
+from ft_assets.config import LoraSettings
+from ft_assets.config.training import ALL_LINEAR, TARGETS
+from ft_assets.models.loading import target_modules
 from ft_assets_tests.factories import CHATML, tiny_tokenizer
 
 MESSAGES = [
@@ -81,3 +86,17 @@ def test_batched_answers_with_a_shared_prefix_equal_answers_one_by_one(tiny_mode
         dataclasses.astuple(answer) for answer in alone
     ]
     assert len({answer.text for answer in together}) > 1  # else the prompts would not matter
+
+
+def test_a_misspelt_preset_of_target_modules_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValidationError, match="'atention' is not a known preset; did you mean"):
+        LoraSettings.model_validate({"target_modules": "atention"})
+
+
+def test_every_preset_of_target_modules_names_modules_for_peft() -> None:
+    model = Module()
+    for name in {module for modules in TARGETS.values() for module in modules}:
+        model.add_module(name, Linear(2, 2))
+    for preset, modules in TARGETS.items():
+        expected = preset if preset == ALL_LINEAR else list(modules)
+        assert target_modules(model, preset) == expected

@@ -18,6 +18,13 @@ OTHER_TRAINERS = {
     "simpo": "SimPO, a loss of the CPO trainer", "bco": "BCO, another trainer", "grpo": "GRPO, another trainer", "ppo": "PPO, another trainer",
     "rloo": "RLOO, another trainer",
 }  # fmt: skip
+# lora.target_modules by name: the linear layers of a decoder layer that get an adapter.
+TARGETS = {
+    "attention-qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+ALL_LINEAR = "all-linear"  # PEFT knows the name too, and finds linear layers of any name
 REPORT_TO = ("tensorboard", "wandb", "mlflow", "trackio")
 # What decides when and where something is written, and nothing of what is trained: no part of a fingerprint.
 ASIDE = {"save_steps", "report_to"}
@@ -32,7 +39,10 @@ class LoraSettings(Section):
     r: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
-    target_modules: Literal["attention-qv", "attention", "all-linear"] | list[str] = "attention"
+    target_modules: str | list[str] = Field(
+        default="attention",
+        description=f"The layers that get an adapter: {', '.join(TARGETS)}, or a list of names.",
+    )
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] = Field(
@@ -59,7 +69,10 @@ class LoraSettings(Section):
 
     @field_validator("target_modules")
     @classmethod
-    def _no_head(cls, value: str | list[str]) -> str | list[str]:
+    def _known_targets(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str) and value not in TARGETS:
+            known = f"use one of {', '.join(TARGETS)}, or a list of module names"
+            raise ValueError(f"{value!r} is not a known preset; {nearest(value, TARGETS, known)}")
         if any(name.rsplit(".", 1)[-1] == "lm_head" for name in value if isinstance(value, list)):
             raise ValueError(
                 "an adapter on lm_head would never be trained: TRL computes the loss from lm_head's own weight; remove it from the list"

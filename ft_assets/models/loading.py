@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ft_assets.config.training import ALL_LINEAR, TARGETS
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype
 
@@ -57,18 +58,11 @@ def load_base(
     return AutoModelForCausalLM.from_pretrained(snapshot, **kwargs)
 
 
-TARGETS = {
-    "attention-qv": ["q_proj", "v_proj"],
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "all-linear": "all-linear",
-}
-
-
 def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
     """Return the module names of a preset or a list. Raises TrainingError naming what the model has."""
-    wanted = TARGETS[targets] if isinstance(targets, str) else targets
-    if isinstance(wanted, str):
-        return wanted
+    if targets == ALL_LINEAR:
+        return targets
+    wanted = list(TARGETS[targets]) if isinstance(targets, str) else targets
     import torch
 
     linear = {

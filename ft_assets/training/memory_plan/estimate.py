@@ -9,7 +9,8 @@ docs/training.md holds the table of predicted and measured peaks.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ft_assets.training.memory_plan.model_shape import PRESETS, Shape
+from ft_assets.config.training import TARGETS
+from ft_assets.training.memory_plan.model_shape import Shape
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 PLAIN_SCALES = 4 / 64  # linears.py keeps the scales dequantized
@@ -60,7 +61,7 @@ class Setup:
     ) -> "Setup":
         """Return a setup whose trained parameters follow from rank and targets, the modules trained whole and the number of
         token embeddings trained alone."""
-        names = PRESETS[targets] if isinstance(targets, str) else tuple(targets)
+        names = TARGETS[targets] if isinstance(targets, str) else tuple(targets)
         whole = tuple(sorted(shape.module_parameters(modules).values(), reverse=True))
         adapter = shape.adapter_parameters(r, targets, bool(given.get("dora")))
         rows = tokens_alone * shape.hidden

@@ -8,11 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-PRESETS = {
-    "attention-qv": ("q_proj", "v_proj"),
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
+from ft_assets.config.training import TARGETS
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Shape:
         sizes = self.linears()
         return [
             sizes.get(name, (self.hidden, self.hidden))
-            for name in (PRESETS[targets] if isinstance(targets, str) else targets)
+            for name in (TARGETS[targets] if isinstance(targets, str) else targets)
         ]
 
     def adapter_parameters(self, r: int, targets: str | Sequence[str], dora: bool = False) -> int:
