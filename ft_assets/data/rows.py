@@ -1,0 +1,158 @@
+"""The rows of the data tables, as types.
+
+Rows travel as Arrow tables and reach chat templates as dicts, so they are TypedDicts: a check
+costs nothing at run time, and a million rows keep their speed. A key that is not required is
+absent where it has no value; it is never None. tables.py holds the schema of each table.
+Not here: rows of the evaluation report.
+"""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+# The fields of a row of a user's file. Their shape is unknown until row_formats.py and
+# messages.py have checked them: a Parquet file also has dates and bytes.
+RawFields = dict[str, Any]
+
+# A value that JSON holds: the arguments of a call, the parameters of a tool.
+Json = bool | int | float | str | None | list["Json"] | dict[str, "Json"]
+JsonObject = dict[str, Json]
+
+
+class FunctionCall(TypedDict):
+    name: str
+    arguments: JsonObject
+
+
+class ToolCall(TypedDict):
+    """A call of one function in OpenAI's spelling."""
+
+    id: NotRequired[str]
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ToolFunction(TypedDict):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: NotRequired[str]
+    parameters: NotRequired[JsonObject]
+
+
+class Tool(TypedDict):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class Message(TypedDict):
+    """One turn of a conversation: what chat templates call a message.
+
+    `train` is False on an assistant turn that is context only. `tool_call_id` and `name` belong
+    to tool turns. A plain text is one message of the role `text`.
+    """
+
+    role: str  # system, user, assistant, tool or text
+    content: str
+    train: NotRequired[bool]
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+class Conversation(TypedDict):
+    """The part of a row that a chat template renders."""
+
+    messages: list[Message]
+    tools: NotRequired[list[Tool]]
+
+
+class DataRow(Conversation):
+    """The part that all tables of conversations and preferences share.
+
+    `id` is a hash of the content. Rows of one `group` stay on one side of the split. `stratum` is
+    the value of the field that data.stratify names. `digest` is a hash of the stored row.
+    """
+
+    id: str
+    group: str
+    stratum: NotRequired[str]
+    digest: NotRequired[str]
+
+
+class ConversationRow(DataRow):
+    """A row of the raw dataset; `source` is the file it came from."""
+
+    source: str
+
+
+class Preference(DataRow):
+    """A prompt (`messages`) with the preferred and the other answer."""
+
+    chosen: str
+    rejected: str
+
+
+class PreferenceRow(Preference):
+    """A row of the raw preferences; `source` is the file it came from."""
+
+    source: str
+
+
+class TokenSequence(TypedDict):
+    """Token ids and, for each, whether the loss covers it."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+class TokenizedRow(DataRow, TokenSequence):
+    """A conversation in the model's own template.
+
+    `judged`: a whole conversation that ends in an answer. Only such a row can be held out.
+    """
+
+    judged: bool
+
+
+class PairRow(DataRow):
+    """A tokenized preference pair: the ids of the prompt and of both answers."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class MemberRow(TypedDict):
+    """The columns that decide the side of a row; `judged` is absent in a table of pairs."""
+
+    id: str
+    group: str
+    stratum: NotRequired[str]
+    judged: NotRequired[bool]
+
+
+class TextRow(TypedDict):
+    """The columns that are compared to find copies; `chosen` and `rejected` only in pairs."""
+
+    id: str
+    group: str
+    messages: list[Message]
+    chosen: NotRequired[str]
+    rejected: NotRequired[str]
+
+
+class CopyRow(TypedDict):
+    """A row (`id`, on `side`) that repeats another row (`of`), and how similar they are."""
+
+    kind: Literal["near-duplicate", "quoted", "within"]
+    side: str
+    id: str
+    of: str
+    similarity: float
+
+
+class RejectedRow(TypedDict):
+    """A raw row that cannot be used: its file and line, the reason, and its text."""
+
+    where: str
+    problem: str
+    row: str
