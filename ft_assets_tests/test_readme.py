@@ -6,16 +6,34 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ft_assets.config import load_project
 from ft_assets_tests.factories import ft
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / name / "README.md" for name in ("data", "deploy")),
+        *(ROOT / "docs").glob("*.md"),
+    ]
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub builds them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
@@ -59,3 +77,34 @@ def test_yaml_is_a_valid_finetune_yaml(tmp_path: Path, text: str) -> None:
 def test_links_and_pictures_are_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).is_file(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_between_pages_are_there(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def test_index_names_every_page() -> None:
+    named = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/README.md").read_text())
+    assert set(named) == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        pytest.param(page, text, id=f"{name_of(page)}-{number}")
+        for page in PAGES
+        for number, text in enumerate(blocks("yaml", page.read_text()))
+    ],
+)
+def test_yaml_of_the_documentation_is_valid(tmp_path: Path, page: Path, text: str) -> None:
+    needed = {"data": {"train": ["a.jsonl"]}, "base_models": {"b": {"folder": "b"}}}
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({**needed, **yaml.safe_load(text)}))
+    project = load_project(tmp_path / "finetune.yaml")
+    for name in project.base_models:
+        project.recipe(name)
