@@ -1,1 +1,5 @@
-"""Hooks into private APIs of Dagster, TRL, transformers and accelerate: one function for each hook."""
+"""Hooks into private, patched or replaced APIs of the libraries: one function for each hook.
+
+Each module imports its library inside its functions. The tests in test_compat_*.py fail if a new
+version of a library changes the shape of a hook.
+"""

@@ -8,11 +8,13 @@ those of any other training. Not here: when it is done (plan.py).
 import os
 from typing import Any
 
-import accelerate.accelerator
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+from ft_assets.compat.accelerate import allow_sharded_weights_in_ddp
+from ft_assets.compat.torch import ignore_in_ddp
 
 
 def shard_base(model: Any, ranks: int) -> None:
@@ -40,11 +42,9 @@ def shard_base(model: Any, ranks: int) -> None:
     fully_shard(decoder, mesh=mesh, ignored_params=whole | outside)
     _place_rest(model, device)
     # DDP averages gradients and copies the first rank's numbers: of what is trained only.
-    model._ddp_params_and_buffers_to_ignore = [
-        name for name, weight in model.named_parameters() if not weight.requires_grad
-    ]
-    # On GPUs Accelerate refuses to wrap a model with any DTensor in DDP, also where DDP ignores each of them.
-    accelerate.accelerator.model_has_dtensor = lambda _: False
+    frozen = (name for name, weight in model.named_parameters() if not weight.requires_grad)
+    ignore_in_ddp(model, frozen)
+    allow_sharded_weights_in_ddp()
 
 
 def _place_rest(model: Any, device: torch.device) -> None:
@@ -53,7 +53,7 @@ def _place_rest(model: Any, device: torch.device) -> None:
             if not isinstance(weight, DTensor):
                 weight.data = weight.data.to(device)
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+            setattr(module, name, buffer.to(device))
 
 
 def is_sharded(model: Any) -> bool:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ft_assets.compat.transformers import forget_source_path
 from ft_assets.config import BaseModelSettings, ChatSettings
 from ft_assets.errors import ConfigError, ModelError, SourceUnreachable, TemplateError, may_pass
 from ft_assets.models.chat_template import DATE_KEY, bake, broken_markers, end_of_turn, reads
@@ -198,7 +199,7 @@ def write_snapshot(
     settled = _settle_stop_tokens(model, tokenizer)
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
-    model.config._name_or_path = ""  # a path of this machine would be no identity
+    forget_source_path(model)  # a path of this machine would not identify the model
     model.save_pretrained(output)
     linears = linear_weights(model)
     renamed = unstored(linears, output)

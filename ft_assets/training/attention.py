@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ft_assets.compat.torch import varlen_attention
+
 NAME = "packed_varlen"
 LARGEST_HEAD = 256  # of the kernel in torch
 
@@ -135,13 +137,9 @@ def _kernel(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    # The operator behind torch.nn.attention.varlen: it takes grouped key/value heads as they are in every torch since 2.9.
-    tokens = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    out = torch.ops.aten._flash_attention_forward(
-        *tokens, bounds, bounds, longest, longest, dropout, True, False,
-        scale=scaling, window_size_left=window - 1 if window else -1, window_size_right=0,
-    )[0]  # fmt: skip
-    return out.unsqueeze(0)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
+    out = varlen_attention(q, k, v, bounds, longest, dropout, scaling, window)
+    return out.unsqueeze(0)  # (1, T, H, D)
 
 
 def _document_by_document(

@@ -18,6 +18,8 @@ from transformers.trainer_utils import set_seed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from ft_assets.compat.transformers import prepare_inputs
+from ft_assets.compat.trl import drop_reference_copy, expect_reference_scores, fused_head
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.split import LEAST_WATCHED_PAIRS
 from ft_assets.errors import TrainingError
@@ -97,14 +99,11 @@ class PairTrainer(LogsValidation, ToldOptions, DPOTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        if (
-            isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
-        ):  # TRL's copy of the adapter is not needed
-            self.model.delete_adapter("ref")
+        drop_reference_copy(self.model)  # it is not needed
         full_precision_adapter(
             model, exact
         )  # before the reference is scored, and before there is an optimizer
-        self.precompute_ref_logps = True
+        expect_reference_scores(self)
         self.shares = shares and not (self.use_weighting or self.aux_loss_enabled)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +133,7 @@ class PairTrainer(LogsValidation, ToldOptions, DPOTrainer):
         model: Any = SharedPrompts(self.model, inputs) if shares else self.model
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return model(**asked, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        return fused_head(model, **asked, labels=labels, use_cache=False).log_probs
 
     def log_probabilities(self, inputs: Any) -> torch.Tensor:
         """Return the summed log-probability of each answer in nats, (2B,), chosen first; with ld_alpha as TRL weighs it."""
@@ -149,10 +148,11 @@ class PairTrainer(LogsValidation, ToldOptions, DPOTrainer):
 
     def answer_scores(self, pairs: list[dict[str, Any]], shares: bool) -> list[torch.Tensor]:
         """Return the log-probabilities of each answer's tokens: of the chosen ones, then of the rejected ones."""
-        batch = self._prepare_inputs(
+        batch = prepare_inputs(
+            self,
             self.data_collator(
                 [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in pairs]
-            )
+            ),
         )
         scored = batch["completion_mask"][:, 1:] == 1
         return [

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
+from ft_assets.compat.peft import active_lora, is_plain
+
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -48,9 +50,7 @@ def _parents(module: Any) -> Iterator[Any]:
 
 def _simple(module: Any) -> bool:
     base = module.base_layer if isinstance(module, LoraLayer) else module
-    if isinstance(module, LoraLayer) and (
-        module.lora_variant or any(module.use_dora.values()) or any(module.lora_bias.values())
-    ):
+    if isinstance(module, LoraLayer) and not is_plain(module):
         return False
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         return False  # trained whole: lora.modules_to_save
@@ -114,27 +114,17 @@ def _base(member: Any) -> Any:
 
 
 def _adapter(member: Any) -> Any:
-    """Return (A, B, scale, dropout) of the one active adapter, None without one, NOT_PLAIN where PEFT must compute."""
-    if not hasattr(member, "lora_A"):
+    """Return the one active adapter (ActiveLora), None for a plain linear, NOT_PLAIN where PEFT must compute."""
+    if not isinstance(member, LoraLayer):
         return None
-    active = [name for name in member.active_adapters if name in member.lora_A]
-    if member.disable_adapters or member.merged or len(active) != 1:
-        return NOT_PLAIN
-    name = active[0]
-    dropout = getattr(member.lora_dropout[name], "p", 0.0) if member.training else 0.0
-    return (
-        member.lora_A[name].weight,
-        member.lora_B[name].weight,
-        float(member.scaling[name]),
-        dropout,
-    )
+    return active_lora(member) or NOT_PLAIN
 
 
 def _compute(x: torch.Tensor, bases: list[Any], adapters: list[Any]) -> tuple[torch.Tensor, ...]:
-    dropout = max((adapter[3] for adapter in adapters if adapter), default=0.0)
+    dropout = max((adapter.dropout for adapter in adapters if adapter), default=0.0)
     seed = _draw(x.device) if dropout else 0
-    scales = [adapter[2] if adapter else None for adapter in adapters]
-    weights = [tensor for adapter in adapters if adapter for tensor in adapter[:2]]
+    scales = [adapter.scale if adapter else None for adapter in adapters]
+    weights = [tensor for adapter in adapters if adapter for tensor in (adapter.a, adapter.b)]
     return _Linears.apply(x, bases, scales, dropout, seed, *weights)  # type: ignore[no-any-return]
 
 

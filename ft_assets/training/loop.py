@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+from ft_assets.compat.transformers import load_checkpoint_weights, save_checkpoint
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.training.checkpoints import last_whole, step_of
@@ -125,7 +126,7 @@ def _train(trainer: Any, checkpoint: Path | None) -> None:
         if (
             state.global_step >= state.max_steps
         ):  # it was done; transformers would train on to the end of the epoch
-            trainer._load_from_checkpoint(str(checkpoint))
+            load_checkpoint_weights(trainer, checkpoint)
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -137,4 +138,4 @@ def _keep(trainer: Any, resumed: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if trainer.state.global_step > resumed:
-        trainer._save_checkpoint(trainer.model, None)
+        save_checkpoint(trainer)

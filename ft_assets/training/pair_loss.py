@@ -1,12 +1,12 @@
 """The DPO loss of pairs that are watched and not trained on: TRL's own loss, with its accuracy and margin."""
 
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from ft_assets.compat.accelerate import without_gathering
+from ft_assets.compat.transformers import prepare_inputs
+from ft_assets.compat.trl import separate_metrics, step_metrics
 from ft_assets.models.sharding import is_sharded
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.reference import batches
@@ -44,38 +44,21 @@ class PairLoss:
         trainer, means = self.trainer, dict.fromkeys(("validation_loss", *MEASURED), 0.0)
         # In training mode, as the reference is scored: an evaluating pass would repack a CPU's NF4 weights for good.
         with (
-            _apart(trainer),
+            separate_metrics(trainer),
+            without_gathering(trainer.accelerator),
             without_dropout(trainer.model),
             torch.no_grad(),
             trainer.accelerator.autocast(),
         ):
             for rows in batches(self.pairs, self.batch):
-                trainer._metrics["train"].clear()
-                inputs = trainer._prepare_inputs(
-                    trainer.data_collator([self.pairs[row] for row in rows])
+                step_metrics(trainer).clear()
+                inputs = prepare_inputs(
+                    trainer, trainer.data_collator([self.pairs[row] for row in rows])
                 )
                 found = {"validation_loss": float(trainer.compute_loss(trainer.model, inputs))}
                 found |= {
-                    name: trainer._metrics["train"][theirs][0] for name, theirs in MEASURED.items()
+                    name: step_metrics(trainer)[theirs][0] for name, theirs in MEASURED.items()
                 }
                 for name, value in found.items():
                     means[name] += value * len(rows) / len(self.pairs)
         return means
-
-
-@contextmanager
-def _apart(trainer: Any) -> Iterator[None]:
-    """Let TRL's metrics be those of what is measured here, and put back those of the step that is under way. Every rank measures
-    all pairs, so that nothing is gathered: at the end of an epoch Accelerate would also cut what it gathers."""
-    metrics, tokens, accelerator = (
-        trainer._metrics["train"],
-        trainer._total_train_tokens,
-        trainer.accelerator,
-    )
-    trainer._metrics["train"] = defaultdict(list)
-    accelerator.gather = accelerator.gather_for_metrics = lambda value, *_, **__: value
-    try:
-        yield
-    finally:
-        trainer._metrics["train"], trainer._total_train_tokens = metrics, tokens
-        del accelerator.gather, accelerator.gather_for_metrics

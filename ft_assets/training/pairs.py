@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from ft_assets.compat.trl import TOKEN_OUTPUTS, fused_head
 from ft_assets.training.precision import autocast_if_mixed
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)
 SHARED = ("shared_ids", "shared_positions", "shared_segments", "shared_labels", "shared_places")
-OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 def row_length(row: dict[str, Any]) -> int:
@@ -135,8 +135,8 @@ def score_rows(model: Any, ids: Any, positions: Any, segments: Any, labels: Any)
     if (
         ids.is_cuda or inner is not model
     ):  # TRL's head scores the supervised positions only on a GPU; DDP must see the whole pass
-        outputs = model(**asked, shift_labels=labels, fused_lm_head=True)
-        return {name: getattr(outputs, name) for name in OUTPUTS}
+        outputs = fused_head(model, **asked, shift_labels=labels)
+        return {name: getattr(outputs, name) for name in TOKEN_OUTPUTS}
     return _head_on_cpu(model, asked, labels)
 
 

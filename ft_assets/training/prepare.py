@@ -11,6 +11,9 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ft_assets.compat.liger import apply_kernels
+from ft_assets.compat.torch import use_expandable_segments
+from ft_assets.compat.trl import fused_head
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype, free_memory
@@ -40,9 +43,7 @@ def this_machine(memory_limit_gb: float | None = None) -> Machine:
             _least(min(filter(None, (free_memory(), limit))), state),
             compute_dtype().itemsize,
         )
-    torch.cuda.memory._set_allocator_settings(
-        "expandable_segments:True"
-    )  # micro-batches differ in length: no holes
+    use_expandable_segments()
     free, total = torch.cuda.mem_get_info()
     if limit and limit < free:
         torch.cuda.set_per_process_memory_fraction((limit - CONTEXT_BYTES) / total)
@@ -178,16 +179,7 @@ def apply_liger(base: Any) -> bool:
     """Use liger's kernels for norms, SwiGLU and rotary embeddings where they are installed and know the architecture."""
     if base.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
         return False
-    from liger_kernel.transformers.monkey_patch import (  # type: ignore[import-not-found]
-        MODEL_TYPE_TO_APPLY_LIGER_FN,
-        _apply_liger_kernel_to_instance,
-    )
-
-    if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return False
-    # TRL's fused head stays: liger's would replace the forward that it has patched.
-    _apply_liger_kernel_to_instance(base, cross_entropy=False, fused_linear_cross_entropy=False)
-    return True
+    return apply_kernels(base)
 
 
 def checkpoint_layers(base: Any, plan: Plan) -> None:
@@ -230,7 +222,7 @@ class WholeSteps:
         )
         if not own or self.aux_loss_enabled or inputs["input_ids"].device.type not in self.quiet_on:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+        outputs = fused_head(model, **{**inputs, "use_cache": False})
         loss = -outputs.log_probs.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return (
             loss * self.accelerator.num_processes

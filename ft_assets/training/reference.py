@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ft_assets.compat.transformers import prepare_inputs
+from ft_assets.compat.trl import discard_step_metrics
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError
 from ft_assets.models.sharding import is_sharded
@@ -115,10 +117,11 @@ def batches(pairs: list[dict[str, Any]], size: int) -> list[list[int]]:
 
 def scores(trainer: Any, pairs: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """Return (chosen, rejected) summed log-probabilities of some pairs under the policy as it is, without dropout."""
-    batch = trainer._prepare_inputs(
+    batch = prepare_inputs(
+        trainer,
         trainer.data_collator(
             [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in pairs]
-        )
+        ),
     )
     with without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         summed = trainer.log_probabilities(batch).tolist()
@@ -165,11 +168,9 @@ def _first_loss(trainer: Any, count: int) -> float:
     losses = []
     with without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for _, batch in zip(range(count), trainer.get_train_dataloader(), strict=False):
-            losses.append(
-                float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)))
-            )
-    trainer._metrics["train"].clear()  # these are no steps
-    trainer._total_train_tokens = 0
+            inputs = prepare_inputs(trainer, batch)
+            losses.append(float(trainer.compute_loss(trainer.model, inputs)))
+    discard_step_metrics(trainer)
     weight = trainer.loss_weights[0]
     return max((loss / weight for loss in losses), key=lambda loss: abs(loss - math.log(2)))
 
