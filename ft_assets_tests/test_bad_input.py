@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets import raw_data as data
+from ft_assets.assets import raw_rows
 from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import failure, materialize
 
@@ -231,14 +231,14 @@ def test_no_disk_space(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_file_that_changes_while_it_is_read_is_refused(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = data.read_rows
+    real = raw_rows.read_rows
 
     def read_rows(path: Path, *rest: Any) -> Iterator[Any]:
         yield from real(path, *rest)
         if path.name == "train.jsonl":  # somebody saves it while it is read
             write_jsonl(path, conversations(121, lambda _: "yes"))
 
-    monkeypatch.setattr(data, "read_rows", read_rows)
+    monkeypatch.setattr(raw_rows, "read_rows", read_rows)
     said = failure(materialize(project, "raw_dataset"))
     assert "data.train: data/train.jsonl: changed while it was read" in said
     assert ArtifactStore(project / ".ft/store").current("raw_dataset", None) is None

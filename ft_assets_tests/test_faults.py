@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets import raw_data as data
+from ft_assets.assets import raw_rows
 from ft_assets.config import load_project
 from ft_assets.errors import ConfigError, DataError, StoreUnreachable
 from ft_assets.job import Job, StepResult
@@ -72,7 +72,7 @@ def test_store_that_does_not_answer_a_reader_is_asked_again(
     project: Path, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
     faults = iter([StoreUnreachable("s3://models", "timeout")] * 2)
-    name, module = ("need", ArtifactStore) if reader == "the check" else ("_rejected", data)
+    name, module = ("need", ArtifactStore) if reader == "the check" else ("_rejected", raw_rows)
     real: Any = getattr(module, name)
 
     def unsteady(*given: Any) -> Any:

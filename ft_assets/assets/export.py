@@ -5,118 +5,95 @@ from typing import Any
 
 import dagster as dg
 
-from ft_assets.assets.raw_data import OWNERS
 from ft_assets.errors import ReleaseError
 from ft_assets.export.tools import identities
 from ft_assets.models.license import snapshot_license
-from ft_assets.orchestration.materializer import (
-    ERROR,
-    GPU_POOL,
-    WARN,
-    Materializer,
-    result,
-    user_errors,
-)
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
 from ft_assets.release.lookup import adapter_of, by_content, need_champion
 
 
-def export_assets(
-    base_models: dg.PartitionsDefinition,
-) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
-    """Return the asset and its checks, partitioned by base model."""
+def _summary(metrics: Metrics) -> str:
+    return f"forms: {metrics['forms']}"
 
-    @dg.asset(
-        partitions_def=base_models,
-        deps=[dg.AssetKey("release"), dg.AssetKey("heldout_split"), dg.AssetKey("base_model")],
-        group_name="release",
-        owners=OWNERS,
-        kinds={"gguf"},
-        code_version="2",
-        pool=GPU_POOL,
-    )
-    def export(
-        context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.MaterializeResult:
-        """Serving forms of the champion: GGUF with an Ollama Modelfile, NF4, the adapter alone; each answers as it should."""
-        name, project, store = context.partition_key, materializer.project, materializer.store
-        with user_errors():
-            where = f"export[{name}]"
-            released, champion = need_champion(store, name, where)
-            base = by_content(store, "base_model", name, champion.manifest["inputs"]["base_model"])
-            if base is None:
-                raise ReleaseError(
-                    where=where,
-                    found="the champion's base is not in the store any more",
-                    expected="its base_model",
-                    fix="restore it from a backup",
-                )
-            adapter, split = adapter_of(store, name, champion), store.need("heldout_split", name)
-            identity = base.manifest["settings"].get(
-                "identity", {}
-            )  # of the champion's own base: today's may be another
-            source = {"base": identity.get("hub"), "revision": identity.get("commit")}
-            llama_cpp = (
-                project.path(project.release.llama_cpp) if project.release.llama_cpp else None
-            )
-            settings = {
-                "forms": project.release.forms,
-                "smoke_rows": project.release.smoke_rows,
-                "max_new_tokens": project.recipe(name).evaluation.max_new_tokens,
-                **({"source": source} if "adapter" in (project.release.forms or []) else {}),
-                "tools": identities(project.release.forms or ["gguf-q8_0"], llama_cpp),
-            }
-            size = sum(entry["bytes"] for entry in champion.manifest["files"].values())
-            artifact, reused = materializer.materialize(
-                context,
-                settings=settings,
-                inputs={
-                    "release#champion": (released, "champion"),
-                    "champion": (champion, None),
-                    "base_model": (base, None),
-                    "heldout_split#heldout": (split, "heldout"),
-                    **({"champion_adapter": (adapter, None)} if adapter else {}),
-                },
-                step="export",
-                step_settings={
-                    "facts": {
-                        "name": name,
-                        "license": snapshot_license(base.path).identifier,
-                        "llama_cpp": str(llama_cpp) if llama_cpp else None,
-                        **source,
-                        "base": source["base"] or str(base.path),
-                    }
-                },
-                libraries="infer",
-                space=size * max(1, len(project.release.forms or [1])) + 100_000_000,
-            )
-            return result(
-                artifact,
-                reused,
-                forms_and_how_to_serve_them=dg.MetadataValue.md(
-                    (artifact.path / "README.md").read_text()
-                ),
-            )
 
-    @dg.asset_check(
-        asset=export,
-        blocking=True,
-        partitions_def=base_models,
-        description="Each exported form answers held-out prompts as the merged model does.",
-    )
-    @user_errors()
-    def forms_answer_alike(
-        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.AssetCheckResult:
-        """Fail below release.min_form_agreement, if template, stop tokens or tokens were lost, or if nothing could read a form; warn
-        of a form that was refused and of a reader that failed."""
-        document = json.loads(
-            (
-                materializer.store.need("export", context.partition_key).path / "export.json"
-            ).read_text()
+@asset(
+    deps=["release", "heldout_split", "base_model"],
+    group="release",
+    kinds=["gguf"],
+    code_version="2",
+    gpu=True,
+    summary=_summary,
+)
+def export(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """Serving forms of the champion: GGUF with an Ollama Modelfile, NF4, the adapter alone; each answers as it should."""
+    name, project, store = context.partition_key, materializer.project, materializer.store
+    where = f"export[{name}]"
+    released, champion = need_champion(store, name, where)
+    base = by_content(store, "base_model", name, champion.manifest["inputs"]["base_model"])
+    if base is None:
+        raise ReleaseError(
+            where=where,
+            found="the champion's base is not in the store any more",
+            expected="its base_model",
+            fix="restore it from a backup",
         )
-        return verdict_on_forms(document, materializer.project.release.min_form_agreement)
+    adapter, split = adapter_of(store, name, champion), store.need("heldout_split", name)
+    identity = base.manifest["settings"].get(
+        "identity", {}
+    )  # of the champion's own base: today's may be another
+    source = {"base": identity.get("hub"), "revision": identity.get("commit")}
+    llama_cpp = project.path(project.release.llama_cpp) if project.release.llama_cpp else None
+    settings = {
+        "forms": project.release.forms,
+        "smoke_rows": project.release.smoke_rows,
+        "max_new_tokens": project.recipe(name).evaluation.max_new_tokens,
+        **({"source": source} if "adapter" in (project.release.forms or []) else {}),
+        "tools": identities(project.release.forms or ["gguf-q8_0"], llama_cpp),
+    }
+    size = sum(entry["bytes"] for entry in champion.manifest["files"].values())
+    artifact, reused = materializer.materialize(
+        context,
+        settings=settings,
+        inputs={
+            "release#champion": (released, "champion"),
+            "champion": (champion, None),
+            "base_model": (base, None),
+            "heldout_split#heldout": (split, "heldout"),
+            **({"champion_adapter": (adapter, None)} if adapter else {}),
+        },
+        step="export",
+        step_settings={
+            "facts": {
+                "name": name,
+                "license": snapshot_license(base.path).identifier,
+                "llama_cpp": str(llama_cpp) if llama_cpp else None,
+                **source,
+                "base": source["base"] or str(base.path),
+            }
+        },
+        libraries="infer",
+        space=size * max(1, len(project.release.forms or [1])) + 100_000_000,
+    )
+    return result(
+        artifact,
+        reused,
+        forms_and_how_to_serve_them=dg.MetadataValue.md((artifact.path / "README.md").read_text()),
+    )
 
-    return [export], [forms_answer_alike]
+
+@check(
+    export,
+    blocking=True,
+    description="Each exported form answers held-out prompts as the merged model does.",
+)
+def forms_answer_alike(checked: Checked) -> dg.AssetCheckResult:
+    """Fail below release.min_form_agreement, if template, stop tokens or tokens were lost, or if nothing could read a form; warn
+    of a form that was refused and of a reader that failed."""
+    document = json.loads((checked.artifact.path / "export.json").read_text())
+    return verdict_on_forms(document, checked.project.release.min_form_agreement)
 
 
 FOUR_BITS = ("gguf-q4_k_m", "nf4")  # what they cost a small model is real, and no fault of the file

@@ -1,43 +1,36 @@
-"""The asset `hub_model`: the champion on the hub. It is in the graph only if `release.push` names a repository."""
+"""The asset `hub_model`: the champion on the hub. A project has it if `release.push` is set."""
 
 import dagster as dg
 
-from ft_assets.assets.raw_data import OWNERS
-from ft_assets.config import PushSettings
-from ft_assets.orchestration.materializer import Materializer, result, user_errors
+from ft_assets.config import Project
+from ft_assets.orchestration.declarations import asset
+from ft_assets.orchestration.materializer import Materializer, result
 from ft_assets.release.lookup import champion_since, need_champion
 
 
-def hub_assets(
-    base_models: dg.PartitionsDefinition, push: PushSettings | None
-) -> list[dg.AssetsDefinition]:
-    """Return the asset, partitioned by base model; none without a repository."""
-    if push is None:
-        return []
+def _is_pushed(project: Project) -> bool:
+    return project.release.push is not None
 
-    @dg.asset(
-        partitions_def=base_models,
-        deps=[dg.AssetKey("release")],
-        group_name="release",
-        owners=OWNERS,
-        kinds={"huggingface"},
-        code_version="2",
+
+@asset(
+    deps=["release"], group="release", kinds=["huggingface"], code_version="2", only_if=_is_pushed
+)
+def hub_model(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """The champion in a hub repository, private by default.
+
+    It is pushed once each time a model becomes champion, with the token in HF_TOKEN.
+    """
+    name, push = context.partition_key, materializer.project.release.push
+    assert push is not None, "the graph has this asset only if release.push is set"
+    released, champion = need_champion(materializer.store, name, f"hub_model[{name}]")
+    chosen = {"repo": push.repo.replace("{base_model}", name), "private": push.private}
+    artifact, reused = materializer.materialize(
+        context,
+        # After a rollback the champion was pushed before, but the hub serves the withdrawn model.
+        settings={"push": chosen, "champion_since": champion_since(released)},
+        inputs={"release#champion": (released, "champion"), "champion": (champion, None)},
+        step="push",
     )
-    def hub_model(
-        context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.MaterializeResult:
-        """The champion in a hub repository, private by default. Pushed once each time a model becomes champion; HF_TOKEN's token."""
-        name = context.partition_key
-        with user_errors():
-            released, champion = need_champion(materializer.store, name, f"hub_model[{name}]")
-            chosen = {"repo": push.repo.replace("{base_model}", name), "private": push.private}
-            artifact, reused = materializer.materialize(
-                context,
-                # A model that is rolled back to was pushed before, but the hub serves the one withdrawn.
-                settings={"push": chosen, "champion_since": champion_since(released)},
-                inputs={"release#champion": (released, "champion"), "champion": (champion, None)},
-                step="push",
-            )
-            return result(artifact, reused)
-
-    return [hub_model]
+    return result(artifact, reused)

@@ -11,13 +11,13 @@ import dagster as dg
 import pyarrow.parquet as pq
 
 from ft_assets.artifacts import Artifact
-from ft_assets.assets.raw_data import OWNERS
 from ft_assets.errors import ArtifactError, FtError
 from ft_assets.evaluation.leaderboard import Entry, failed_entry, judged_entry, rank, table
 from ft_assets.evaluation.plots import data_uri, leaderboard_plot
 from ft_assets.evaluation.verdict.gate import bound_versions
 from ft_assets.job import Job, StepResult
-from ft_assets.orchestration.materializer import Materializer, result, user_errors
+from ft_assets.orchestration.declarations import Metrics, asset
+from ft_assets.orchestration.materializer import Materializer, result
 
 CHAIN = (
     "base_model",
@@ -29,62 +29,53 @@ CHAIN = (
 )
 
 
-def leaderboard_asset() -> dg.AssetsDefinition:
-    """Return the asset; it is not partitioned."""
+def _summary(metrics: Metrics) -> str:
+    return f"{metrics['judged']} of {metrics['base_models']} judged"
 
-    @dg.asset(
-        deps=[dg.AssetKey(name) for name in ("eval_report", "merged_model", "release")],
-        group_name="release",
-        owners=OWNERS,
-        kinds={"table"},
-        code_version="3",
+
+@asset(
+    deps=["eval_report", "merged_model", "release"],
+    group="release",
+    kinds=["table"],
+    code_version="3",
+    per_base_model=False,
+    summary=_summary,
+)
+def leaderboard(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """All base models on the same held-out rows: score, gain, what was forgotten, memory, time and size; failures with their reason."""
+    ranked = rank([entry_of(materializer, name) for name in materializer.project.base_models])
+
+    def make(output: Path) -> StepResult:
+        (output / "leaderboard.json").write_text(json.dumps(ranked, indent=1, ensure_ascii=False))
+        (output / "leaderboard.md").write_text(table(ranked))
+        (output / "info").mkdir()
+        drawn = [entry for entry in ranked if entry["rank"]]
+        (output / "info" / "picture.txt").write_text(
+            data_uri(leaderboard_plot(drawn)) if drawn else ""
+        )
+        best = drawn[0]["name"] if drawn else None
+        return StepResult(
+            {
+                "base_models": len(ranked),
+                "judged": sum(bool(entry["verdict"]) for entry in ranked),
+                "best": best,
+            }
+        )
+
+    reports = {
+        name: _readable(materializer, "eval_report", name)
+        for name in materializer.project.base_models
+    }
+    known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
+    artifact, reused = materializer.materialize(
+        context, settings={"entries": ranked}, inputs=known, make=make
     )
-    @user_errors()
-    def leaderboard(
-        context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.MaterializeResult:
-        """All base models on the same held-out rows: score, gain, what was forgotten, memory, time and size; failures with their reason."""
-        with user_errors():
-            ranked = rank(
-                [entry_of(materializer, name) for name in materializer.project.base_models]
-            )
-
-        def make(output: Path) -> StepResult:
-            (output / "leaderboard.json").write_text(
-                json.dumps(ranked, indent=1, ensure_ascii=False)
-            )
-            (output / "leaderboard.md").write_text(table(ranked))
-            (output / "info").mkdir()
-            drawn = [entry for entry in ranked if entry["rank"]]
-            (output / "info" / "picture.txt").write_text(
-                data_uri(leaderboard_plot(drawn)) if drawn else ""
-            )
-            best = drawn[0]["name"] if drawn else None
-            return StepResult(
-                {
-                    "base_models": len(ranked),
-                    "judged": sum(bool(entry["verdict"]) for entry in ranked),
-                    "best": best,
-                }
-            )
-
-        with user_errors():
-            reports = {
-                name: _readable(materializer, "eval_report", name)
-                for name in materializer.project.base_models
-            }
-            known = {
-                f"eval_report[{name}]": (report, None) for name, report in reports.items() if report
-            }
-            artifact, reused = materializer.materialize(
-                context, settings={"entries": ranked}, inputs=known, make=make
-            )
-        picture = (artifact.path / "info" / "picture.txt").read_text()
-        text = (artifact.path / "leaderboard.md").read_text()
-        shown = f"![leaderboard]({picture})\n\n{text}" if picture else text
-        return result(artifact, reused, leaderboard=dg.MetadataValue.md(shown))
-
-    return leaderboard
+    picture = (artifact.path / "info" / "picture.txt").read_text()
+    text = (artifact.path / "leaderboard.md").read_text()
+    shown = f"![leaderboard]({picture})\n\n{text}" if picture else text
+    return result(artifact, reused, leaderboard=dg.MetadataValue.md(shown))
 
 
 def entry_of(materializer: Materializer, name: str) -> Entry:

@@ -3,18 +3,10 @@
 import dagster as dg
 
 from ft_assets.assets.eval_report import TRAINED, judged, numbers
-from ft_assets.assets.raw_data import OWNERS
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
-from ft_assets.orchestration.materializer import (
-    ERROR,
-    GPU_POOL,
-    WARN,
-    Materializer,
-    result,
-    tag_run,
-    user_errors,
-)
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
 from ft_assets.release.card_facts import card_body, card_facts
 
 OF_THE_FILE = {
@@ -25,150 +17,130 @@ OF_THE_FILE = {
 }  # what the gate asks of every merged file
 
 
-def release_assets(
-    base_models: dg.PartitionsDefinition,
-) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
-    """Return the asset and its checks, partitioned by base model."""
-    eval_report = dg.AssetKey("eval_report")
+def _summary(metrics: Metrics) -> str:
+    return f"top-1 agreement {metrics['top1_agreement']:.4f}"
 
-    @dg.asset(
-        partitions_def=base_models,
-        deps=[*TRAINED, eval_report],
-        group_name="release",
-        owners=OWNERS,
-        kinds={"huggingface"},
-        code_version="7",
-        pool=GPU_POOL,
-    )
-    def merged_model(
-        context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.MaterializeResult:
-        """The bf16 model to serve: base + proven adapter, compared with them from disk. Exists only behind a PASS."""
-        name, project, store = context.partition_key, materializer.project, materializer.store
-        with user_errors():
-            used, versions = judged(materializer, "merged_model", name)
-            report = store.current("eval_report", name)
-            verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
-            assert report is not None
-            adapter = used[f"{'dpo' if verdict['candidate'] == 'dpo' else 'lora'}_adapter"]
-            size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
-            method = adapter.metrics.get(
-                "method", adapter.manifest["settings"]["lora"]["method"]
-            )  # auto: what the plan took
-            artifact, reused = materializer.materialize(
-                context,
-                settings={
-                    "candidate": verdict["candidate"],
-                    "override": verdict.get("override"),
-                    "method": method,
-                    # After QLoRA one of the two merges is no model that the report judged: the whole gate is asked about it.
-                    "gate": project.gate.model_dump(
-                        mode="json",
-                        include=None if method == "qlora" else OF_THE_FILE,
-                        exclude={"override"},
-                    ),
-                },
-                inputs={
-                    "base_model": (used["base_model"], None),
-                    "adapter": (adapter, None),
-                    "eval_report": (report, None),
-                    **{
-                        f"heldout_split#{part}": (used["heldout_split"], part)
-                        for part in ("heldout", "retention")
-                    },
-                },
-                step="merge",
-                step_settings={
-                    "verdict": verdict,
-                    "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
-                    "schema": read_schema(project, project.recipe(name).evaluation),
-                    "root": str(project.root),
-                    "card": card_facts(project, materializer.store, name, used, versions),
-                },
-                libraries="infer",
-                space=size * (2 if method == "qlora" else 1)
-                + 100_000_000,  # after QLoRA both merges are on disk for a while
-            )
-            tag_run(context, version=artifact.fingerprint)
-            card = card_body((artifact.path / "README.md").read_text())
-            return result(artifact, reused, model_card=dg.MetadataValue.md(card))
 
-    @dg.asset_check(
-        asset=merged_model,
-        blocking=True,
-        partitions_def=base_models,
-        description="The merged model, read from disk, answers as base + adapter do.",
-    )
-    @user_errors()
-    def merge_is_equivalent(
-        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.AssetCheckResult:
-        """Fail below gate.min_top1_agreement, or if tokenizer or template differ."""
-        metrics, least = (
-            materializer.store.need("merged_model", context.partition_key).metrics,
-            materializer.project.gate.min_top1_agreement,
-        )
-        whole = (
-            metrics["modules_proven"] == metrics["adapter_modules"]
-            and metrics["same_tokenizer_and_template"]
-        )
-        onto = {
-            "original": "the original weights",
-            "dequantized": "the weights NF4 makes of the base",
-        }.get(metrics.get("merge_base", ""))
-        metric = materializer.project.recipe(context.partition_key).evaluation.metric
-        both = {
-            name: metrics.get(f"merged_onto_{name}_{metric}")
-            for name in ("original", "dequantized")
-        }
-        chosen = (
-            f"; merged onto {onto}: {metric} {both['original']:.3f} onto the original, {both['dequantized']:.3f} onto NF4's"
-            if None not in both.values()
-            else ""
-        )
-        broken = {name: metrics.get(f"merged_onto_{name}_breaks_the_gate") for name in both}
-        chosen += "".join(f"; {name} breaks the gate: {why}" for name, why in broken.items() if why)
-        return dg.AssetCheckResult(
-            passed=bool(metrics["top1_agreement"] >= least and whole),
-            description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows ({metrics['top1_ties']} of {metrics['compared_tokens']} tokens are ties), greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",
-            metadata={
-                name: metrics[name]
-                for name in (
-                    "top1_agreement",
-                    "top1_ties",
-                    "greedy_agreement",
-                    "kl_mean",
-                    "logit_difference_max",
-                )
+@asset(
+    deps=[*TRAINED, "eval_report"],
+    group="release",
+    kinds=["huggingface"],
+    code_version="7",
+    gpu=True,
+    summary=_summary,
+)
+def merged_model(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """The bf16 model to serve: base + proven adapter, compared with them from disk. Exists only behind a PASS."""
+    name, project, store = context.partition_key, materializer.project, materializer.store
+    used, versions = judged(materializer, "merged_model", name)
+    report = store.current("eval_report", name)
+    verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
+    assert report is not None
+    adapter = used[f"{'dpo' if verdict['candidate'] == 'dpo' else 'lora'}_adapter"]
+    size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
+    method = adapter.metrics.get(
+        "method", adapter.manifest["settings"]["lora"]["method"]
+    )  # auto: what the plan took
+    artifact, reused = materializer.materialize(
+        context,
+        settings={
+            "candidate": verdict["candidate"],
+            "override": verdict.get("override"),
+            "method": method,
+            # After QLoRA one of the two merges is no model that the report judged: the whole gate is asked about it.
+            "gate": project.gate.model_dump(
+                mode="json",
+                include=None if method == "qlora" else OF_THE_FILE,
+                exclude={"override"},
+            ),
+        },
+        inputs={
+            "base_model": (used["base_model"], None),
+            "adapter": (adapter, None),
+            "eval_report": (report, None),
+            **{
+                f"heldout_split#{part}": (used["heldout_split"], part)
+                for part in ("heldout", "retention")
             },
-        )
-
-    @dg.asset_check(
-        asset=merged_model,
-        blocking=True,
-        partitions_def=base_models,
-        description="The merged file itself, answering from disk, beats the base on the held-out rows.",
+        },
+        step="merge",
+        step_settings={
+            "verdict": verdict,
+            "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
+            "schema": read_schema(project, project.recipe(name).evaluation),
+            "root": str(project.root),
+            "card": card_facts(project, materializer.store, name, used, versions),
+        },
+        libraries="infer",
+        space=size * (2 if method == "qlora" else 1)
+        + 100_000_000,  # after QLoRA both merges are on disk for a while
     )
-    @user_errors()
-    def file_is_better_than_base(
-        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.AssetCheckResult:
-        """Fail if rounding to bf16 cost the gain (only an override merges such a file at all)."""
-        name = context.partition_key
-        metrics, metric = (
-            materializer.store.need("merged_model", name).metrics,
-            materializer.project.recipe(name).evaluation.metric,
-        )
-        gain = {
-            "mean": metrics["merged_gain"],
-            "low": metrics["merged_gain_low"],
-            "high": metrics["merged_gain_high"],
-        }
-        return dg.AssetCheckResult(
-            passed=bool(metrics["merged_beats_base"]),
-            severity=ERROR if materializer.project.gate.override is None else WARN,
-            description=f"{metric} {metrics[f'merged_{metric}']:.3f}, {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}], stop rate {metrics['merged_stop_rate']:.2f}",
-            metadata=numbers(gain),
-        )
+    tag_run(context, version=artifact.fingerprint)
+    card = card_body((artifact.path / "README.md").read_text())
+    return result(artifact, reused, model_card=dg.MetadataValue.md(card))
 
-    return [merged_model], [merge_is_equivalent, file_is_better_than_base]
+
+@check(
+    merged_model,
+    blocking=True,
+    description="The merged model, read from disk, answers as base + adapter do.",
+)
+def merge_is_equivalent(checked: Checked) -> dg.AssetCheckResult:
+    """Fail below gate.min_top1_agreement, or if tokenizer or template differ."""
+    metrics, least = checked.metrics, checked.project.gate.min_top1_agreement
+    whole = (
+        metrics["modules_proven"] == metrics["adapter_modules"]
+        and metrics["same_tokenizer_and_template"]
+    )
+    onto = {
+        "original": "the original weights",
+        "dequantized": "the weights NF4 makes of the base",
+    }.get(metrics.get("merge_base", ""))
+    metric = checked.project.recipe(checked.name).evaluation.metric
+    both = {
+        name: metrics.get(f"merged_onto_{name}_{metric}") for name in ("original", "dequantized")
+    }
+    chosen = (
+        f"; merged onto {onto}: {metric} {both['original']:.3f} onto the original, {both['dequantized']:.3f} onto NF4's"
+        if None not in both.values()
+        else ""
+    )
+    broken = {name: metrics.get(f"merged_onto_{name}_breaks_the_gate") for name in both}
+    chosen += "".join(f"; {name} breaks the gate: {why}" for name, why in broken.items() if why)
+    return dg.AssetCheckResult(
+        passed=bool(metrics["top1_agreement"] >= least and whole),
+        description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows ({metrics['top1_ties']} of {metrics['compared_tokens']} tokens are ties), greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",
+        metadata={
+            name: metrics[name]
+            for name in (
+                "top1_agreement",
+                "top1_ties",
+                "greedy_agreement",
+                "kl_mean",
+                "logit_difference_max",
+            )
+        },
+    )
+
+
+@check(
+    merged_model,
+    blocking=True,
+    description="The merged file itself, answering from disk, beats the base on the held-out rows.",
+)
+def file_is_better_than_base(checked: Checked) -> dg.AssetCheckResult:
+    """Fail if rounding to bf16 cost the gain (only an override merges such a file at all)."""
+    metrics, metric = checked.metrics, checked.project.recipe(checked.name).evaluation.metric
+    gain = {
+        "mean": metrics["merged_gain"],
+        "low": metrics["merged_gain_low"],
+        "high": metrics["merged_gain_high"],
+    }
+    return dg.AssetCheckResult(
+        passed=bool(metrics["merged_beats_base"]),
+        severity=ERROR if checked.project.gate.override is None else WARN,
+        description=f"{metric} {metrics[f'merged_{metric}']:.3f}, {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}], stop rate {metrics['merged_stop_rate']:.2f}",
+        metadata=numbers(gain),
+    )

@@ -9,20 +9,12 @@ from pydantic import Field
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.assets.eval_report import TRAINED, judged, numbers
-from ft_assets.assets.raw_data import OWNERS
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.job import StepResult
-from ft_assets.orchestration.materializer import (
-    ERROR,
-    GPU_POOL,
-    WARN,
-    Materializer,
-    Wanted,
-    result,
-    user_errors,
-)
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, Wanted, result
 from ft_assets.release import champion as rules
 from ft_assets.release.lookup import find_model, need_adapter, need_champion, need_model
 
@@ -45,106 +37,88 @@ class ReleaseConfig(dg.Config):
     )
 
 
-def champion_assets(
-    base_models: dg.PartitionsDefinition,
-) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
-    """Return the asset `release` and its checks, partitioned by base model."""
+def _summary(metrics: Metrics) -> str:
+    return f"{metrics['decision']}: merged_model {metrics['champion'][:8]}"
 
-    @dg.asset(
-        partitions_def=base_models,
-        deps=[*TRAINED, *(dg.AssetKey(name) for name in ABOVE)],
-        group_name="release",
-        owners=OWNERS,
-        kinds={"huggingface"},
-        code_version="2",
-        pool=GPU_POOL,
+
+@asset(
+    deps=[*TRAINED, *ABOVE],
+    group="release",
+    kinds=["huggingface"],
+    code_version="2",
+    gpu=True,
+    summary=_summary,
+)
+def release(
+    context: dg.AssetExecutionContext,
+    materializer: dg.ResourceParam[Materializer],
+    config: ReleaseConfig,
+) -> dg.MaterializeResult:
+    """The champion: today's merged model replaces it if it beats the base and is not worse than it on today's held-out rows.
+
+    To roll back, materialize this asset alone with `rollback_to: previous` and a `reason` in the launchpad.
+    """
+    artifact, reused = (
+        _roll_back(context, materializer, config)
+        if config.rollback_to
+        else _release(context, materializer)
     )
-    def release(
-        context: dg.AssetExecutionContext,
-        materializer: dg.ResourceParam[Materializer],
-        config: ReleaseConfig,
-    ) -> dg.MaterializeResult:
-        """The champion: today's merged model replaces it if it beats the base and is not worse than it on today's held-out rows.
-
-        To roll back, materialize this asset alone with `rollback_to: previous` and a `reason` in the launchpad.
-        """
-        with user_errors():
-            artifact, reused = (
-                _roll_back(context, materializer, config)
-                if config.rollback_to
-                else _release(context, materializer)
-            )
-            _, merged = need_champion(
-                materializer.store, context.partition_key, f"release[{context.partition_key}]"
-            )
-            text = (artifact.path / "release.md").read_text()
-            return result(
-                artifact,
-                reused,
-                serve=dg.MetadataValue.path(str(merged.path)),
-                history=dg.MetadataValue.md(text),
-            )
-
-    @dg.asset_check(
-        asset=release,
-        blocking=True,
-        partitions_def=base_models,
-        description="The released model beats its base on today's held-out rows.",
+    _, merged = need_champion(
+        materializer.store, context.partition_key, f"release[{context.partition_key}]"
     )
-    @user_errors()
-    def champion_beats_base(
-        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.AssetCheckResult:
-        """Fail if it does not; warn if it was not measured on today's rows (a rollback), or was released by override."""
-        return _beats_base(materializer, context.partition_key)
-
-    @dg.asset_check(
-        asset=release,
-        blocking=True,
-        partitions_def=base_models,
-        description="Every file of the released model is the one that was proven, byte for byte.",
+    text = (artifact.path / "release.md").read_text()
+    return result(
+        artifact,
+        reused,
+        serve=dg.MetadataValue.path(str(merged.path)),
+        history=dg.MetadataValue.md(text),
     )
-    @user_errors()
-    def released_files_are_whole(
-        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.AssetCheckResult:
-        """Fail naming the first file that is missing or was changed."""
-        name = context.partition_key
-        try:
-            _, merged = need_champion(materializer.store, name, f"release[{name}]")
-            verify_files(merged)
-        except (ReleaseError, ArtifactError) as error:
-            return dg.AssetCheckResult(passed=False, severity=ERROR, description=str(error))
-        files = merged.manifest["files"]
-        size = sum(entry["bytes"] for entry in files.values())
-        return dg.AssetCheckResult(
-            passed=True,
-            description=f"{len(files)} files, {size / 1e9:.2f} GB, all as they were published",
-        )
 
-    @dg.asset_check(
-        asset=release,
-        partitions_def=base_models,
-        description="Today's merged model is the released one.",
+
+@check(
+    release,
+    blocking=True,
+    description="The released model beats its base on today's held-out rows.",
+)
+def champion_beats_base(checked: Checked) -> dg.AssetCheckResult:
+    """Fail if it does not; warn if it was not measured on today's rows (a rollback), or was released by override."""
+    return _beats_base(checked)
+
+
+@check(
+    release,
+    blocking=True,
+    description="Every file of the released model is the one that was proven, byte for byte.",
+)
+def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
+    """Fail naming the first file that is missing or was changed."""
+    store, name = checked.materializer.store, checked.name
+    try:
+        _, merged = need_champion(store, name, f"release[{name}]")
+        verify_files(merged)
+    except (ReleaseError, ArtifactError) as error:
+        return dg.AssetCheckResult(passed=False, severity=ERROR, description=str(error))
+    files = merged.manifest["files"]
+    size = sum(entry["bytes"] for entry in files.values())
+    return dg.AssetCheckResult(
+        passed=True,
+        description=f"{len(files)} files, {size / 1e9:.2f} GB, all as they were published",
     )
-    @user_errors()
-    def challenger_was_promoted(
-        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
-    ) -> dg.AssetCheckResult:
-        """Warn, with the reason, if the champion was kept or rolled back to."""
-        name = context.partition_key
-        released, merged = (
-            materializer.store.need("release", name),
-            materializer.store.need("merged_model", name),
-        )
-        state = rules.state_of(released)
-        assert state.champion is not None
-        last = state.history[-1]
-        same = rules.identity(merged) == state.champion["identity"]
-        text = f"{last['decision']}: {'; '.join(last['reasons'])}"
-        return dg.AssetCheckResult(passed=same, severity=WARN, description=text)
 
-    return [release], [champion_beats_base, released_files_are_whole, challenger_was_promoted]
+
+@check(
+    release,
+    description="Today's merged model is the released one.",
+)
+def challenger_was_promoted(checked: Checked) -> dg.AssetCheckResult:
+    """Warn, with the reason, if the champion was kept or rolled back to."""
+    state = rules.state_of(checked.artifact)
+    merged = checked.materializer.store.need("merged_model", checked.name)
+    assert state.champion is not None
+    last = state.history[-1]
+    same = rules.identity(merged) == state.champion["identity"]
+    text = f"{last['decision']}: {'; '.join(last['reasons'])}"
+    return dg.AssetCheckResult(passed=same, severity=WARN, description=text)
 
 
 def _release(
@@ -340,11 +314,9 @@ def _roll_back(
     )
 
 
-def _beats_base(materializer: Materializer, name: str) -> dg.AssetCheckResult:
-    released, merged = (
-        materializer.store.need("release", name),
-        materializer.store.current("merged_model", name),
-    )
+def _beats_base(checked: Checked) -> dg.AssetCheckResult:
+    released = checked.artifact
+    merged = checked.materializer.store.current("merged_model", checked.name)
     champion = rules.state_of(released).champion
     assert champion is not None
     metrics = dict(released.metrics)
@@ -354,7 +326,7 @@ def _beats_base(materializer: Materializer, name: str) -> dg.AssetCheckResult:
     measured = today or metrics["measured_today"]
     gain = {key: metrics[f"champion_gain_{key}"] for key in ("mean", "low", "high")}
     passed = bool(metrics["champion_beats_base"]) and measured
-    text = f"{materializer.project.recipe(name).evaluation.metric} {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    text = f"{checked.project.recipe(checked.name).evaluation.metric} {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}]"
     if not measured:
         text += "; measured when it was merged, not on today's rows: it was rolled back to"
     if champion["override"]:

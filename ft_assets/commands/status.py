@@ -1,16 +1,18 @@
 """`ft status`: what has been made, when, and its key number. What is out of date is `ft plan`'s to say."""
 
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ft_assets.artifacts import Artifact, ArtifactStore, open_store
+from ft_assets.assets import declared
 from ft_assets.commands.store_view import columns, free_bytes, in_bytes, in_utc, size, versions
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError
+from ft_assets.orchestration.declarations import Summary
 
-Metrics = Mapping[str, Any]
 NOT_MADE = "–"
 
 
@@ -145,62 +147,13 @@ def _said(line: Line) -> str:
     return line.problem or line.key or ("" if line.made is not None else "not made yet")
 
 
-def _rows(metrics: Metrics) -> str:
-    rejected = metrics.get("rejected")
-    return f"{metrics['conversations_rows']} rows" + (f", {rejected} rejected" if rejected else "")
-
-
-def _pairs(metrics: Metrics) -> str:
-    return f"{metrics.get('preferences_rows', metrics.get('rows'))} pairs"
-
-
-def _split(metrics: Metrics) -> str:
-    return f"{metrics['train_rows']} train, {metrics['heldout_rows']} held-out rows"
-
-
-def _loss(metrics: Metrics) -> str:
-    return f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}, {metrics['train_rows']} rows"
-
-
-def _dpo(metrics: Metrics) -> str:
-    if not metrics["pairs"]:
-        return "no preference data: no DPO"
-    return (
-        f"{metrics['pairs']} pairs, loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
-    )
-
-
-def _verdict(metrics: Metrics) -> str:
-    gain = metrics.get("gain_vs_base")
-    return (
-        metrics["verdict"]
-        + (f", {gain:+.3f} against base" if gain is not None else "")
-        + f", {metrics['heldout_rows']} held-out rows"
-    )
-
-
-KEYS: dict[str, Callable[[Metrics], str]] = {
-    "raw_dataset": _rows,
-    "raw_preferences": _pairs,
-    "base_model": lambda metrics: f"{metrics['parameters'] / 1e6:,.1f}M parameters",
-    "chat_dataset": lambda metrics: (
-        f"{metrics['tokens']:,} tokens in {metrics['conversations_rows']} rows"
-    ),
-    "heldout_split": _split,
-    "lora_adapter": _loss,
-    "dpo_adapter": _dpo,
-    "eval_report": _verdict,
-    "merged_model": lambda metrics: f"top-1 agreement {metrics['top1_agreement']:.4f}",
-    "release": lambda metrics: f"{metrics['decision']}: merged_model {metrics['champion'][:8]}",
-    "export": lambda metrics: f"forms: {metrics['forms']}",
-    "leaderboard": lambda metrics: f"{metrics['judged']} of {metrics['base_models']} judged",
-}
-
-
 def key_number(artifact: Artifact) -> str:
-    """Return the number that says most of an artifact; of an unknown asset, or an older version's metrics, the first two."""
+    """Return the summary that an artifact's asset declares.
+
+    For an asset without a summary, or metrics of an older version, return the first two metrics.
+    """
     try:
-        return KEYS[artifact.asset](artifact.metrics)
+        return _summaries()[artifact.asset](artifact.metrics)
     except (KeyError, TypeError, ValueError):
         known = [
             (name, value)
@@ -208,3 +161,8 @@ def key_number(artifact: Artifact) -> str:
             if isinstance(value, int | float | str) and value != ""
         ]
         return ", ".join(f"{name} {value}" for name, value in known[:2])
+
+
+@functools.cache
+def _summaries() -> dict[str, Summary]:
+    return {asset.name: asset.summary for asset in declared().assets if asset.summary}

@@ -1,0 +1,113 @@
+"""The asset `chat_dataset`: rows rendered and tokenized with the model's own template."""
+
+import json
+
+import dagster as dg
+
+from ft_assets.artifacts import Artifact
+from ft_assets.data.ingest import require_valid
+from ft_assets.data.tables import TOKENIZED
+from ft_assets.evaluation.plots import data_uri, length_plot
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
+
+
+def _summary(metrics: Metrics) -> str:
+    return f"{metrics['tokens']:,} tokens in {metrics['conversations_rows']} rows"
+
+
+@asset(
+    deps=["raw_dataset", "raw_preferences", "base_model", "recipe"],
+    group="data",
+    kinds=["huggingface", "parquet"],
+    code_version="4",
+    schema=TOKENIZED,
+    summary=_summary,
+)
+def chat_dataset(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """Every conversation rendered and tokenized with this model's template, with the loss mask.
+
+    Each row is proven.
+    """
+    store, name = materializer.store, context.partition_key
+    raw, pairs = store.need("raw_dataset", None), store.need("raw_preferences", None)
+    for source in (raw, pairs):  # a failed check blocks only within its own run
+        require_valid(source.metrics, materializer.project.data.max_invalid, source.asset)
+    artifact, reused = materializer.materialize(
+        context,
+        settings=materializer.project.recipe(name).chat.model_dump(include={"max_length"}),
+        inputs={
+            "base_model": (store.need("base_model", name), None),
+            **{
+                f"raw_dataset#{part}": (raw, part)
+                for part in ("conversations", "rehearsal", "heldout", "retention")
+            },
+            "raw_preferences": (pairs, None),
+        },
+        step="chat",
+        libraries="text",
+    )
+    return result(
+        artifact,
+        reused,
+        **_lengths(artifact, name),
+        **{"dagster/partition_row_count": artifact.metrics["conversations_rows"]},
+    )
+
+
+def _lengths(artifact: Artifact, name: str) -> dict[str, dg.MarkdownMetadataValue]:
+    """Plot the lengths of the conversations, with the cost of other values of chat.max_length."""
+    lengths = json.loads((artifact.path / "info" / "lengths.json").read_text())["conversations"]
+    if not lengths["counts"]:
+        return {}
+    picture = data_uri(length_plot(lengths, artifact.metrics["max_length"]))
+    lines = ["| chat.max_length | rows filtered | tokens kept |", "|---:|---:|---:|"]
+    lines += [
+        f"| {limit} | {cost['left_out']} | {cost['tokens_percent']} % |"
+        for limit, cost in lengths["limits"].items()
+    ]
+    shown = f"![lengths of {name}]({picture})\n\n" + "\n".join(lines)
+    return {"lengths": dg.MetadataValue.md(shown)}
+
+
+@check(
+    chat_dataset,
+    blocking=True,
+    description="On every row the train context equals the generation context, the loss mask "
+    "covers the answer and its end of turn, and there is one BOS.",
+)
+def every_row_is_proven(checked: Checked) -> dg.AssetCheckResult:
+    """Fail if a row is not proven, or if base and fine-tune would answer in different modes."""
+    metrics = checked.metrics
+    text = f"{metrics['refused']} of {metrics['total']} rows could not be proven"
+    if metrics["refused"]:
+        text += f", first {metrics['first_refused']}"
+    if switch := metrics["template_switch"]:
+        # The base would think aloud and be cut off. The fine-tune has learnt not to think aloud.
+        # The comparison would flatter the fine-tune.
+        text += (
+            f"; the template writes {metrics['template_adds']} before answers: "
+            f"set chat.template_kwargs: {{{switch}: false}}"
+        )
+    return dg.AssetCheckResult(passed=metrics["refused"] == 0 and not switch, description=text)
+
+
+@check(
+    chat_dataset,
+    blocking=True,
+    description="Few rows are longer than chat.max_length. A longer row is filtered, never cut.",
+)
+def few_rows_are_too_long(checked: Checked) -> dg.AssetCheckResult:
+    """Fail above chat.max_truncated. Warn if any row is too long."""
+    metrics, chat = checked.metrics, checked.project.recipe(checked.name).chat
+    filtered = sum(value for key, value in metrics.items() if key.endswith("_too_long"))
+    total = metrics["total"]
+    share = filtered / total if total else 0.0
+    return dg.AssetCheckResult(
+        passed=filtered == 0,
+        severity=ERROR if share > chat.max_truncated else WARN,
+        description=f"{filtered} of {total} rows are longer than {metrics['max_length']} tokens "
+        "and were filtered",
+    )

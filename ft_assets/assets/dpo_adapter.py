@@ -1,0 +1,81 @@
+"""The asset `dpo_adapter`: preference training (DPO) on top of the SFT adapter."""
+
+import dagster as dg
+
+from ft_assets.assets.training_curves import loss_curve, overfitting_check
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import Materializer, result
+
+NO_PREFERENCES = "no preference data: no DPO"
+
+
+def _summary(metrics: Metrics) -> str:
+    if not metrics["pairs"]:
+        return NO_PREFERENCES
+    loss = f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
+    return f"{metrics['pairs']} pairs, {loss}"
+
+
+@asset(
+    deps=["base_model", "recipe", "heldout_split", "lora_adapter"],
+    group="training",
+    kinds=["pytorch"],
+    code_version="5",
+    gpu=True,
+    summary=_summary,
+)
+def dpo_adapter(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """DPO on top of the SFT policy, with the SFT policy as the frozen reference.
+
+    One adapter holds SFT and DPO.
+    """
+    store, name = materializer.store, context.partition_key
+    chosen = materializer.project.recipe(name)
+    split = store.need("heldout_split", name)
+    pairs = ("preferences", "preferences_validation")
+    artifact, reused = materializer.materialize(
+        context,
+        settings={"lora": chosen.lora.model_dump(mode="json"), "dpo": chosen.dpo.decisive()},
+        inputs={
+            "base_model": (store.need("base_model", name), None),
+            "lora_adapter": (store.need("lora_adapter", name), None),
+            **{f"heldout_split#{part}": (split, part) for part in pairs},
+        },
+        step="dpo",
+        step_settings={
+            "dpo": chosen.dpo.model_dump(mode="json"),
+            "memory_limit_gb": materializer.project.memory_limit_gb,
+        },
+        libraries="train",
+        space=500_000_000,
+    )
+    return result(artifact, reused, **loss_curve(artifact, "DPO loss"))
+
+
+@check(
+    dpo_adapter,
+    blocking=True,
+    description="Before the first step policy and reference agree: the reference is the SFT "
+    "policy, not the base.",
+)
+def reference_is_the_sft_policy(checked: Checked) -> dg.AssetCheckResult:
+    """Fail if their log-probabilities differ by more than a thousandth of a nat."""
+    metrics = checked.metrics
+    if metrics["pairs"] == 0:
+        return dg.AssetCheckResult(passed=True, description=NO_PREFERENCES)
+    difference = metrics["reference_difference"]
+    return dg.AssetCheckResult(
+        passed=difference <= 1e-3,
+        description=f"largest difference before the first step: {difference:.2g} nats",
+    )
+
+
+@check(
+    dpo_adapter,
+    description="The validation loss of the pairs fell as long as the training loss did.",
+)
+def no_overfitting(checked: Checked) -> dg.AssetCheckResult:
+    """Warn if the training loss still falls while the validation loss is above its minimum."""
+    return overfitting_check(checked.artifact)

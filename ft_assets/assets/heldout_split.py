@@ -1,0 +1,116 @@
+"""The asset `heldout_split`: train, validation and held-out rows by hash of their prompt."""
+
+import json
+
+import dagster as dg
+
+from ft_assets.data.leakage import leaks
+from ft_assets.data.split import make_split
+from ft_assets.data.tables import TOKENIZED
+from ft_assets.job import StepResult
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import WARN, Materializer, result
+
+SPLITTING = {
+    "heldout_share",
+    "validation_share",
+    "split_salt",
+    "near_duplicate",
+    "quoted",
+    "stratify",
+}
+Strata = dict[str, dict[str, int]]  # {stratum: {side of the split: rows}}
+
+
+def _summary(metrics: Metrics) -> str:
+    return f"{metrics['train_rows']} train, {metrics['heldout_rows']} held-out rows"
+
+
+@asset(
+    deps=["chat_dataset", "raw_dataset"],
+    group="data",
+    kinds=["parquet"],
+    code_version="6",
+    schema=TOKENIZED,
+    summary=_summary,
+)
+def heldout_split(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """Train and held-out rows by hash of their prompt.
+
+    The split is the same for every base model, and growing data moves no row.
+    """
+    data, store = materializer.project.data, materializer.store
+    chat = store.need("chat_dataset", context.partition_key)
+    raw = store.need("raw_dataset", None)
+    targets = raw.path / "contamination.parquet"
+    artifact, reused = materializer.materialize(
+        context,
+        settings=data.model_dump(mode="json", include=SPLITTING),
+        inputs={
+            "chat_dataset": (chat, None),
+            "raw_dataset#contamination": (raw, "contamination"),
+        },
+        make=lambda output: StepResult(*make_split(chat.path, targets, output, data)),
+    )
+    strata: Strata = json.loads((artifact.path / "info" / "strata.json").read_text())
+    shown = {"strata": dg.MetadataValue.md(_table(strata))} if strata else {}
+    rows = artifact.metrics["train_rows"]
+    return result(artifact, reused, **shown, **{"dagster/partition_row_count": rows})
+
+
+def _table(strata: Strata) -> str:
+    lines = ["| stratum | train | validation | held-out |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {name} | {sides['train']} | {sides['validation']} | {sides['heldout']} |"
+        for name, sides in sorted(strata.items())
+    ]
+    return "\n".join(lines)
+
+
+@check(
+    heldout_split,
+    blocking=True,
+    description="No prompt is on two sides: train, preferences, held-out, retention.",
+)
+def nothing_leaks(checked: Checked) -> dg.AssetCheckResult:
+    """Fail with the first offending pair of ids. Train and preferences may share prompts."""
+    split, data = checked.artifact.path, checked.project.data
+    raw = checked.materializer.store.need("raw_dataset", None).path
+    found, counts = leaks(split, raw / "contamination.parquet", raw / "few_shot.parquet", data)
+    if found:
+        text = f"{found[0]} ({len(found)} in all)"
+    else:
+        text = "no prompt is on two sides"
+        if data.near_duplicate:
+            text += f", nor one that is {data.near_duplicate:.0%} alike"
+    return dg.AssetCheckResult(passed=not found, description=text, metadata=counts)
+
+
+@check(heldout_split, description="Every value of data.stratify's field has held-out rows.")
+def strata_are_held_out(checked: Checked) -> dg.AssetCheckResult:
+    """Warn with the strata that have no held-out row: the verdict does not cover them."""
+    file = checked.artifact.path / "info" / "strata.json"
+    strata: Strata = json.loads(file.read_text())
+    missing = [name for name, sides in strata.items() if not sides["heldout"]]
+    text = "data.stratify is not set"
+    if strata:
+        text = f"{len(strata) - len(missing)} of {len(strata)} strata have held-out rows"
+    if missing:
+        text += f"; none: {', '.join(missing[:10])}; raise data.stratify.shares for them"
+    return dg.AssetCheckResult(passed=not missing, severity=WARN, description=text)
+
+
+@check(
+    heldout_split, description="There are enough held-out rows to tell a better model from luck."
+)
+def heldout_is_large_enough(checked: Checked) -> dg.AssetCheckResult:
+    """Warn below gate.min_heldout_rows."""
+    rows = checked.metrics["heldout_rows"]
+    least = checked.project.gate.min_heldout_rows
+    return dg.AssetCheckResult(
+        passed=rows >= least,
+        severity=WARN,
+        description=f"{rows} held-out rows; gate.min_heldout_rows is {least}",
+    )

@@ -1,0 +1,66 @@
+"""The asset `lora_adapter`: supervised fine-tuning (SFT)."""
+
+import dagster as dg
+
+from ft_assets.assets.training_curves import loss_curve, overfitting_check
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import WARN, Materializer, result
+
+
+def _summary(metrics: Metrics) -> str:
+    loss = f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
+    return f"{loss}, {metrics['train_rows']} rows"
+
+
+@asset(
+    deps=["base_model", "recipe", "heldout_split"],
+    group="training",
+    kinds=["pytorch"],
+    code_version="5",
+    gpu=True,
+    summary=_summary,
+)
+def lora_adapter(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """SFT: an adapter (LoRA, QLoRA by the memory plan, …) or all weights.
+
+    The loss is on the assistant's answers only.
+    """
+    store, name = materializer.store, context.partition_key
+    chosen = materializer.project.recipe(name)
+    split = store.need("heldout_split", name)
+    artifact, reused = materializer.materialize(
+        context,
+        settings={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.decisive()},
+        inputs={
+            "base_model": (store.need("base_model", name), None),
+            **{f"heldout_split#{part}": (split, part) for part in ("train", "validation")},
+        },
+        step="sft",
+        step_settings={
+            "sft": chosen.sft.model_dump(mode="json"),
+            "memory_limit_gb": materializer.project.memory_limit_gb,
+        },
+        libraries="train",
+        space=500_000_000,
+    )
+    return result(artifact, reused, **loss_curve(artifact, "SFT loss"))
+
+
+@check(lora_adapter, description="The loss fell and the adapter is not zero.")
+def something_was_learnt(checked: Checked) -> dg.AssetCheckResult:
+    """Warn if the loss of the last steps is not below that of the first steps."""
+    metrics = checked.metrics
+    first, last, largest = (metrics[key] for key in ("loss_first", "loss_last", "largest_update"))
+    return dg.AssetCheckResult(
+        passed=last < first and largest > 0,
+        severity=WARN,
+        description=f"loss {first:.3f} → {last:.3f}, largest update {largest:.2g}",
+    )
+
+
+@check(lora_adapter, description="The validation loss fell as long as the training loss did.")
+def no_overfitting(checked: Checked) -> dg.AssetCheckResult:
+    """Warn if the training loss still falls while the validation loss is above its minimum."""
+    return overfitting_check(checked.artifact)

@@ -1,0 +1,49 @@
+"""The asset `raw_dataset`: validated conversations in one canonical form."""
+
+import dagster as dg
+
+from ft_assets.assets.raw_rows import ingested, validity
+from ft_assets.data.canonical import conversation
+from ft_assets.data.content import CONVERSATIONS
+from ft_assets.data.ingest import target
+from ft_assets.data.tables import CONVERSATION
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import Materializer
+
+
+def _summary(metrics: Metrics) -> str:
+    rejected = metrics.get("rejected")
+    return f"{metrics['conversations_rows']} rows" + (f", {rejected} rejected" if rejected else "")
+
+
+@asset(
+    deps=["data_files"],
+    group="data",
+    kinds=["json", "parquet"],
+    code_version="4",
+    schema=CONVERSATION,
+    per_base_model=False,
+    summary=_summary,
+)
+def raw_dataset(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """Validated conversations in one canonical form, each row with a stable id.
+
+    Tables: training, held-out, retention, few-shot and contamination rows.
+    """
+    sources = {
+        key: (table, target if key == "contamination" else conversation)
+        for key, table in CONVERSATIONS.items()
+    }
+    return ingested(context, materializer, sources, CONVERSATION, "conversations")
+
+
+@check(
+    raw_dataset,
+    blocking=True,
+    description="At most data.max_invalid of the rows of each source are invalid.",
+)
+def rows_are_valid(checked: Checked) -> dg.AssetCheckResult:
+    """Fail above data.max_invalid in any source. Warn if any row was rejected."""
+    return validity(checked)

@@ -1,0 +1,43 @@
+"""The asset `raw_preferences`: validated preference triples."""
+
+import dagster as dg
+
+from ft_assets.assets.raw_rows import ingested, validity
+from ft_assets.data.canonical import preference
+from ft_assets.data.tables import PREFERENCE
+from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.materializer import Materializer
+
+
+def _summary(metrics: Metrics) -> str:
+    return f"{metrics.get('preferences_rows', metrics.get('rows'))} pairs"
+
+
+@asset(
+    deps=["data_files"],
+    group="data",
+    kinds=["json", "parquet"],
+    code_version="4",
+    schema=PREFERENCE,
+    per_base_model=False,
+    summary=_summary,
+)
+def raw_preferences(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """Validated preference triples: a prompt, the chosen answer, the rejected answer.
+
+    Empty if finetune.yaml names no preferences.
+    """
+    sources = {"preferences": ("preferences", preference)}
+    return ingested(context, materializer, sources, PREFERENCE, "preferences")
+
+
+@check(
+    raw_preferences,
+    blocking=True,
+    description="At most data.max_invalid of the preference pairs are invalid.",
+)
+def pairs_are_valid(checked: Checked) -> dg.AssetCheckResult:
+    """Fail above data.max_invalid. Warn if any pair was rejected."""
+    return validity(checked)

@@ -1,0 +1,179 @@
+"""Read, validate and store the rows of data files: what raw_dataset and raw_preferences share."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from ft_assets.artifacts import Artifact
+from ft_assets.config import Project
+from ft_assets.data.content import Hashes, data_content
+from ft_assets.data.file_formats import RawRow, read_rows, resolve_files
+from ft_assets.data.ingest import Form, Ingest, worst
+from ft_assets.data.kto import pair_labels
+from ft_assets.data.tables import REJECTED, TableWriter, read_table
+from ft_assets.errors import DataError
+from ft_assets.job import StepResult
+from ft_assets.orchestration.declarations import Checked
+from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
+
+ToCanonical = Callable[..., Any]  # of a raw row, and of its format if the key can have one
+Sources = Mapping[str, tuple[str, ToCanonical]]  # {key of data: (table, its rows' form)}
+
+
+def ingested(
+    context: dg.AssetExecutionContext,
+    materializer: Materializer,
+    sources: Sources,
+    schema: pa.Schema,
+    table: str,
+) -> dg.MaterializeResult:
+    """Materialize the rows of `sources` and show a sample of `table`."""
+    project = materializer.project
+    files = data_content(project, list(sources))
+    artifact, reused = materializer.materialize(
+        context,
+        settings={"files": files, **_reading(project)},
+        make=lambda output: _write(project, output, files, sources, schema),
+    )
+    return result(
+        artifact,
+        reused,
+        sample=_sample(artifact, table),
+        **_rejected(artifact),
+        **{"dagster/row_count": artifact.metrics[f"{table}_rows"]},
+    )
+
+
+def _reading(project: Project) -> dict[str, Any]:
+    """Return the settings that decide how rows are read."""
+    return project.data.model_dump(
+        mode="json", include={"columns", "format", "encoding", "stratify"}
+    )
+
+
+def _write(
+    project: Project, output: Path, files: Hashes, sources: Sources, schema: pa.Schema
+) -> StepResult:
+    """Write a table a source, and one table with the rejected rows of all sources.
+
+    Raises DataError if a file changed after `files` were hashed.
+    """
+    metrics: dict[str, Any] = {}
+    parts: dict[str, str] = {}
+    first: list[str] = []
+    with (
+        tempfile.TemporaryDirectory(dir=output) as scratch,
+        TableWriter(output / "info" / "rejected.parquet", REJECTED) as rejected,
+    ):
+        ingest = Ingest(output, Path(scratch), rejected)
+        for key, (table, form) in sources.items():
+            done = ingest.source(
+                table,
+                _rows(project, key),
+                _with_format(project, key, form),
+                schema,
+                _columns(project, key),
+                _stratum(project, key),
+            )
+            if done.total or not metrics:  # no metrics for a source that finetune.yaml omits
+                metrics |= done.metrics(table)
+            parts[table] = done.version
+            first += done.first
+    _require_unchanged(project, files)
+    count = sum(value for key, value in metrics.items() if key.endswith("_rejected"))
+    shown = "\n".join(first[:5]) or None
+    return StepResult({**metrics, "rejected": count, "first_rejected": shown}, parts)
+
+
+def _rows(project: Project, key: str) -> Iterable[RawRow]:
+    """Yield the rows of a key's files. Labelled answers to one prompt come as pairs."""
+    row_format = _of_key(project, "format", key)
+    files = resolve_files(project.root, getattr(project.data, key), f"data.{key}")
+    rows = (row for path in files for row in read_rows(path, project.data.encoding, row_format))
+    if key != "preferences":
+        return rows
+    return pair_labels(rows, row_format, _of_key(project, "columns", key))
+
+
+def _of_key(project: Project, setting: str, key: str) -> Any:
+    """Return the entry of data.columns or data.format for a key, or None."""
+    return {str(name): value for name, value in getattr(project.data, setting).items()}.get(key)
+
+
+def _with_format(project: Project, key: str, form: ToCanonical) -> Form:
+    row_format = _of_key(project, "format", key)
+    return partial(form, format=row_format) if row_format else form
+
+
+def _columns(project: Project, key: str) -> Mapping[str, str] | None:
+    """Return the columns to rename. `pair_labels` has renamed those of preferences already."""
+    return None if key == "preferences" else _of_key(project, "columns", key)
+
+
+def _stratum(project: Project, key: str) -> str | None:
+    stratify = project.data.stratify
+    return stratify.field if stratify and key == "train" else None
+
+
+def _require_unchanged(project: Project, files: Hashes) -> None:
+    """Raise DataError if a file changed while it was read.
+
+    Its rows would be stored under the hash of its former content.
+    """
+    for key, now in data_content(project, list(files)).items():
+        if now != files[key]:
+            name = next(name for name, _ in sorted(set(now) ^ set(files[key])))
+            raise DataError(
+                where=f"finetune.yaml: data.{key}: {name}",
+                found="changed while it was read",
+                expected="a file that does not change during the run",
+                fix="run again",
+            )
+
+
+def _sample(artifact: Artifact, table: str) -> dg.MarkdownMetadataValue:
+    lines = ["| id | turns |", "|---|---|"]
+    for row in read_table(artifact.path / f"{table}.parquet", limit=5):
+        turns = "<br>".join(f"**{turn['role']}** {turn['content']}" for turn in row["messages"])
+        lines.append(f"| `{row['id'][:8]}` | {_cell(turns)} |")
+    return dg.MetadataValue.md("\n".join(lines))
+
+
+def _rejected(artifact: Artifact) -> dict[str, dg.MarkdownMetadataValue]:
+    """Return the first 20 rejected rows as a table. info/rejected.parquet has all of them."""
+    rows = read_table(artifact.path / "info" / "rejected.parquet", limit=20)
+    if not rows:
+        return {}
+    lines = ["| where | problem | row |", "|---|---|---|"]
+    for row in rows:
+        text = f"`{row['row'][:200].replace('`', ' ')}`" if row["row"] else ""
+        lines.append(f"| {_cell(row['where'])} | {_cell(row['problem'])} | {_cell(text)} |")
+    return {"rejected_rows": dg.MetadataValue.md("\n".join(lines))}
+
+
+def _cell(text: str) -> str:
+    """Escape text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def validity(checked: Checked) -> dg.AssetCheckResult:
+    """Fail if more than data.max_invalid of a source was rejected. Warn if any row was."""
+    metrics, most = checked.metrics, checked.project.data.max_invalid
+    name, rejected, total = worst(metrics)
+    share = rejected / total if total else 0.0
+    text = "every row can be used"
+    if rejected:
+        text = f"{rejected} of {total} rows of {name} cannot be used"
+        text += f" (data.max_invalid: {most:.1%}):\n{metrics['first_rejected']}"
+    duplicates = sum(value for key, value in metrics.items() if key.endswith("_duplicates"))
+    return dg.AssetCheckResult(
+        passed=rejected == 0,
+        severity=ERROR if share > most else WARN,
+        description=text,
+        metadata={"rejected": metrics["rejected"], "duplicates": duplicates},
+    )

@@ -1,0 +1,177 @@
+"""Declare assets and asset checks at module level, before the base models of a project are known.
+
+`@asset` and `@check` record a function. `bind` gives it what every asset and check of the graph has:
+the partitions (one a base model), the owner, and `user_errors`, which retries faults of the
+infrastructure and turns a user's error into a failure of one sentence. No function can forget one
+of them, and each function can be imported, called and tested alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from ft_assets.artifacts import Artifact
+from ft_assets.config import Project
+from ft_assets.orchestration.column_schema import column_schema
+from ft_assets.orchestration.materializer import GPU_POOL, Materializer, user_errors
+
+OWNER = "team:ml"
+AssetBody = Callable[..., dg.MaterializeResult]
+Metrics = Mapping[str, Any]  # of a manifest
+Summary = Callable[[Metrics], str]
+
+
+@dataclass(frozen=True, eq=False)
+class Asset:
+    """An asset of the graph without its partitions. Its name is that of its function.
+
+    `summary` formats an artifact's metrics for `ft status`. `only_if` decides whether a project
+    has the asset.
+    """
+
+    body: AssetBody
+    group: str
+    kinds: tuple[str, ...]
+    code_version: str
+    deps: tuple[str, ...] = ()
+    gpu: bool = False
+    per_base_model: bool = True
+    schema: pa.Schema | None = None
+    summary: Summary | None = None
+    only_if: Callable[[Project], bool] = lambda project: True
+
+    @property
+    def name(self) -> str:
+        return self.body.__name__
+
+    def __call__(self, *arguments: Any) -> dg.MaterializeResult:
+        """Call the function alone, without Dagster's wrapper."""
+        return self.body(*arguments)
+
+    def bind(self, base_models: dg.PartitionsDefinition) -> dg.AssetsDefinition:
+        """Build the Dagster asset for a project's base models."""
+        return dg.asset(
+            name=self.name,
+            partitions_def=base_models if self.per_base_model else None,
+            deps=list(self.deps),
+            group_name=self.group,
+            owners=[OWNER],
+            kinds=set(self.kinds),
+            code_version=self.code_version,
+            pool=GPU_POOL if self.gpu else None,
+            metadata=column_schema(self.schema) if self.schema else None,
+        )(user_errors()(self.body))
+
+
+def asset(
+    *,
+    group: str,
+    kinds: Sequence[str],
+    code_version: str,
+    deps: Sequence[str] = (),
+    gpu: bool = False,
+    per_base_model: bool = True,
+    schema: pa.Schema | None = None,
+    summary: Summary | None = None,
+    only_if: Callable[[Project], bool] = lambda project: True,
+) -> Callable[[AssetBody], Asset]:
+    """Declare an asset: a function of (context, materializer) that returns `result(...)`."""
+
+    def declare(body: AssetBody) -> Asset:
+        return Asset(
+            body=body,
+            group=group,
+            kinds=tuple(kinds),
+            code_version=code_version,
+            deps=tuple(deps),
+            gpu=gpu,
+            per_base_model=per_base_model,
+            schema=schema,
+            summary=summary,
+            only_if=only_if,
+        )
+
+    return declare
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The asset that a check judges, of one base model (None if the asset has no partitions)."""
+
+    context: dg.AssetCheckExecutionContext
+    materializer: Materializer
+    asset: str
+    base_model: str | None
+
+    @property
+    def project(self) -> Project:
+        return self.materializer.project
+
+    @property
+    def name(self) -> str:
+        """The base model of a partitioned asset."""
+        assert self.base_model is not None, f"{self.asset} has no partitions"
+        return self.base_model
+
+    @property
+    def artifact(self) -> Artifact:
+        """The current version. Raises ArtifactError if there is none."""
+        return self.materializer.store.need(self.asset, self.base_model)
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.artifact.metrics
+
+
+CheckBody = Callable[[Checked], dg.AssetCheckResult]
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """A check of an asset without its partitions. Its name is that of its function."""
+
+    body: CheckBody
+    asset: Asset
+    description: str
+    blocking: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.body.__name__
+
+    def __call__(self, checked: Checked) -> dg.AssetCheckResult:
+        """Call the function alone, without Dagster's wrapper."""
+        return self.body(checked)
+
+    def bind(self, base_models: dg.PartitionsDefinition) -> dg.AssetChecksDefinition:
+        """Build the Dagster check for a project's base models."""
+        partitioned = self.asset.per_base_model
+
+        def judge(
+            context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
+        ) -> dg.AssetCheckResult:
+            base_model = context.partition_key if partitioned else None
+            with user_errors():
+                return self.body(Checked(context, materializer, self.asset.name, base_model))
+
+        return dg.asset_check(
+            asset=dg.AssetKey(self.asset.name),
+            name=self.name,
+            description=self.description,
+            blocking=self.blocking,
+            partitions_def=base_models if partitioned else None,
+        )(judge)
+
+
+def check(
+    asset: Asset, *, description: str, blocking: bool = False
+) -> Callable[[CheckBody], Check]:
+    """Declare a check of `asset`: a function of what is checked that returns an AssetCheckResult."""
+
+    def declare(body: CheckBody) -> Check:
+        return Check(body, asset, description, blocking)
+
+    return declare
