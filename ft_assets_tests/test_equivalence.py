@@ -58,7 +58,7 @@ class Bench:
         proof = self.prove(merged)
         with pytest.raises(VerdictError, match="is not what was proven"):
             require_same(proof, GateSettings(), "merged_model[tiny]")
-        return "\n".join(proof.faults) or f"top-1 agreement {proof.numbers['top1_agreement']}"
+        return "\n".join(proof.faults) or f"top-1 agreement {proof.metrics()['top1_agreement']}"
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def altered(
 def test_the_right_merge_is_proven(bench: Bench) -> None:
     proof = bench.prove(bench.merge())
     require_same(proof, GateSettings(), "")
-    numbers = proof.numbers
+    numbers = proof.metrics()
     assert proof.faults == []
     assert numbers["modules_proven"] == numbers["adapter_modules"] == 14
     assert numbers["top1_agreement"] == 1
@@ -120,7 +120,7 @@ def test_the_right_merge_is_proven(bench: Bench) -> None:
 
 def test_greedy_answers_are_compared_with_the_judged_ones_row_by_row(bench: Bench) -> None:
     bench.judged[3] = {**bench.judged[3], "answer": bench.judged[3]["answer"] + "!"}
-    assert bench.prove(bench.merge()).numbers["greedy_agreement"] == pytest.approx(11 / 12)
+    assert bench.prove(bench.merge()).metrics()["greedy_agreement"] == pytest.approx(11 / 12)
 
 
 def test_sharded_merge_is_proven_and_every_tensor_of_a_zeroed_shard_is_named(bench: Bench) -> None:
@@ -135,7 +135,7 @@ def test_sharded_merge_is_proven_and_every_tensor_of_a_zeroed_shard_is_named(ben
     assert len(shards) > 2
     proof = bench.prove(merged)
     require_same(proof, GateSettings(), "")
-    assert (proof.faults, proof.numbers["greedy_agreement"]) == ([], 1)
+    assert (proof.faults, proof.metrics()["greedy_agreement"]) == ([], 1)
     lost = set(load_file(shards[1]))
     changed(merged, lambda key, value: value * 0, shards[1].name)
     bench.faults(merged)
@@ -148,9 +148,9 @@ def test_numbers_do_not_depend_on_the_pieces_they_are_computed_in(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged = bench.merge()
-    whole = bench.prove(merged).numbers
+    whole = bench.prove(merged).metrics()
     monkeypatch.setattr(verify, "POSITIONS", 1)
-    assert bench.prove(merged).numbers == pytest.approx(whole, rel=1e-5)
+    assert bench.prove(merged).metrics() == pytest.approx(whole, rel=1e-5)
 
 
 def test_rows_beyond_the_scratch_space_are_counted_as_not_compared(
@@ -158,7 +158,7 @@ def test_rows_beyond_the_scratch_space_are_counted_as_not_compared(
 ) -> None:
     row = bench.task.heldout[0]
     monkeypatch.setattr(verify, "LOGITS_BYTES", 3 * 4 * 400 * sum(row["supervised"]))
-    numbers = bench.prove(bench.merge()).numbers
+    numbers = bench.prove(bench.merge()).metrics()
     assert 1 <= numbers["compared_rows"] < numbers["heldout_rows"] == 12
     assert not list(bench.scratch.glob("*.f32"))
 
@@ -308,7 +308,7 @@ def test_answers_alone_would_not_have_caught_a_dropped_module(
         return result
 
     monkeypatch.setattr(verify, "audit", blind)
-    numbers = bench.prove(merged).numbers
+    numbers = bench.prove(merged).metrics()
     assert numbers["top1_agreement"] > 0.9
     assert numbers["kl_mean"] > 0
 
@@ -323,11 +323,8 @@ def test_two_tokens_that_bf16_cannot_tell_apart_are_a_tie_and_counted(
     for dtype, ties in ((torch.bfloat16, 1), (torch.float32, 0)):
         theirs.numpy().tofile(tmp_path / "logits")
         numbers = verify.compare_logits(SimpleNamespace(dtype=dtype), [{}], tmp_path / "logits")
-        assert (numbers["top1_ties"], numbers["top1_agreement"], numbers["compared_tokens"]) == (
-            ties,
-            (1 + ties) / 4,
-            4,
-        )
+        assert (numbers.top1_ties, numbers.top1_agreement) == (ties, (1 + ties) / 4)
+        assert numbers.compared_tokens == 4
 
 
 def test_a_published_file_that_is_damaged_later_does_not_answer(copy: Path) -> None:
@@ -354,7 +351,7 @@ def test_dpo_on_sft_is_one_adapter(bench: Bench, finished: Path) -> None:
         0 < value < 0.2 for value in step.values()
     )  # it went on from the SFT weights, a little
     merged = bench.merge()
-    assert bench.prove(merged).numbers["top1_agreement"] == 1
+    assert bench.prove(merged).metrics()["top1_agreement"] == 1
     twice = bench.merge(
         "twice", base=bench.merge("sft", adapter=artifact(finished, "lora_adapter"))
     )

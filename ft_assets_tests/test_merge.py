@@ -188,14 +188,14 @@ def test_fully_trained_weights_are_taken_as_they_are(tmp_path: Path) -> None:
         parameter.data.mul_(1.25)
     trained.save_pretrained(tmp_path / "trained")
     (tmp_path / "merged").mkdir()
-    assert merge(base, tmp_path / "trained", tmp_path / "merged")["method"] == "copy"
+    assert merge(base, tmp_path / "trained", tmp_path / "merged").method == "copy"
     assert (tmp_path / "merged/model.safetensors").read_bytes() == (
         tmp_path / "trained/model.safetensors"
     ).read_bytes()
     other = base_of(tmp_path / "other", tied=True, dtype=torch.bfloat16)
     with pytest.raises(
         ModelError,
-        match=r"1 tensors are not the base's in name, shape or dtype, e.g. lm_head.weight",
+        match=r"1 tensors differ from the base's in name, shape or dtype, e.g. lm_head.weight",
     ):
         merge(other, tmp_path / "trained", tmp_path / "merged")
 
@@ -288,7 +288,7 @@ def smaller_base(base: Path, adapter: Path) -> None:
         (packed, "its dtype is U8"),
         (
             other_shape,
-            r"model\.safetensors: .*proj\.weight: the adapter's part does not fit",
+            r"model\.safetensors: .*proj\.weight: the adapter's update does not fit the shape",
         ),
         (not_finite, r"layers\.1\.mlp\.up_proj\.weight: the merged weight is not finite"),
         (half_a_pair, r"there is no .*layers\.0\.mlp\.up_proj\.lora_B\.weight"),
@@ -331,7 +331,7 @@ def test_a_disk_too_small_is_said_before_anything_is_written(
 MEASURE = """
 import sys
 from pathlib import Path
-from ft_assets.release.merge import merge
+from ft_assets.merging.merge import merge
 import torch; torch.addmm(torch.ones(64, 64), torch.ones(64, 64), torch.ones(64, 64))
 def peak():  # not getrusage: ru_maxrss is inherited from the process that started this one
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -1,19 +1,23 @@
-"""Merge an adapter into its base from disk to disk: W + s·BA in fp32, rounded once to the base's dtype.
+"""Merge an adapter into its base from disk to disk.
 
-Each output file has its base file's header; bytes that no update touches are copied inside the kernel, the rest goes
-through memory in blocks of rows. Nothing is ever merged into a 4-bit base: the update is smaller than an NF4 step and
-would be rounded away. After QLoRA the base may be the original weights or what NF4 makes of them (`nf4.py`).
+The merge computes W + s·BA in fp32 and rounds once to the base's dtype.
+
+Each output file has the header of its base file. Bytes that no update touches are copied inside the
+kernel; the others go through memory in blocks of rows. An adapter is never merged into a 4-bit
+base, because its update is smaller than an NF4 step and would be rounded away. After QLoRA the base
+is either the original weights or their NF4 round trip (`nf4.py`).
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 
@@ -36,200 +40,233 @@ from ft_assets.merging.updates import EMBEDDING, Update, Updates, read_updates
 from ft_assets.models.source import require_unquantized
 
 MergeBase = Literal["original", "dequantized"]
-BLOCK_BYTES = (
-    1 << 19
-)  # of the base's dtype: its fp32 copies stay in the cache, and malloc reuses them instead of mapping fresh pages
-MOST_THREADS = 8
-NOT_OF_THE_MODEL = {"manifest.json", "facts.json", INDEX}
+# Bytes in the base's dtype. The fp32 copies of a block stay in the cache, and malloc reuses them
+# instead of mapping fresh pages.
+BLOCK_BYTES = 1 << 19
+MAX_THREADS = 8
+SPARE_BYTES = 50_000_000  # for the tokenizer, the configs and the card
+NOT_COPIED = {"manifest.json", "facts.json", INDEX}  # these are not files of the model
 
 
-def merge(
-    snapshot: Path, adapter: Path, output: Path, base: MergeBase = "original"
-) -> dict[str, Any]:
-    """Write the merged model into the empty folder `output`. Returns {"merged_modules", "merged_tensors", "bytes", "method"}.
+@dataclass(frozen=True)
+class MergeResult:
+    """The size of a merge. method: `streaming`, or `copy` if all weights were trained."""
 
-    An `adapter` without adapter_config.json is the trained weights themselves (full fine-tuning): they are copied, once
-    their names, shapes and dtypes are found to be the base's. Raises ModelError, and ArtifactError if the disk is too small.
+    merged_modules: int
+    merged_tensors: int
+    bytes: int
+    method: Literal["streaming", "copy"]
+
+
+class Placed(NamedTuple):
+    """A tensor of the base, its byte offset in the output file, and its name there."""
+
+    entry: Entry
+    offset: int
+    name: str
+
+
+class HeaderEntry(TypedDict):
+    """A tensor in a safetensors header; the offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """The plan of one output file: its source, its header, and its tensors in byte order."""
+
+    source: TensorFile
+    path: Path
+    header: bytes
+    tensors: list[Placed]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(placed.entry.bytes for placed in self.tensors)
+
+
+def merge(snapshot: Path, adapter: Path, output: Path, base: MergeBase = "original") -> MergeResult:
+    """Write the merged model into the empty folder `output`.
+
+    An `adapter` without adapter_config.json is the trained weights themselves (full fine-tuning).
+    They are copied after their names, shapes and dtypes are found equal to the base's.
+    Raises ModelError, and ArtifactError if the disk is too small.
     """
     require_unquantized(str(snapshot), snapshot)
     files = read_folder(snapshot)
     require_space(output, sum(file.size for file in files))
-    for path in sorted(snapshot.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in NOT_OF_THE_MODEL:
-            shutil.copy2(path, output / path.name)
+    _copy_other_files(snapshot, output)
     if not (adapter / "adapter_config.json").exists():
         return _copy_full(files, adapter, output)
-    tied = bool(
-        json.loads((snapshot / "config.json").read_text()).get("tie_word_embeddings", False)
-    ) or _head_is_absent(files)
-    updates = read_updates(adapter, entries_of(files), tied)
+    updates = read_updates(adapter, entries_of(files), _is_tied(snapshot, files))
     rounded = quantized_tensors(snapshot) if base == "dequantized" else frozenset[str]()
-    plan = _plan(files, updates, output)
-    with _one_thread_each():
-        for source, target, header, moved in plan:
-            _write_file(source, target, header, moved, updates, rounded)
+    plan = [_plan_file(file, updates, output) for file in files]
+    with _one_torch_thread():
+        for planned in plan:
+            _write_file(planned, updates, rounded)
     _write_index(snapshot, output, plan)
     if updates.untie:
         _untie(output / "config.json")
-    return {
-        "merged_modules": len(updates.changes),
-        "merged_tensors": sum(len(moved) for *_, moved in plan),
-        "bytes": sum(target.stat().st_size for _, target, _, _ in plan),
-        "method": "streaming",
-    }
+    return MergeResult(
+        merged_modules=len(updates.changes),
+        merged_tensors=sum(len(planned.tensors) for planned in plan),
+        bytes=sum(planned.path.stat().st_size for planned in plan),
+        method="streaming",
+    )
 
 
-def require_space(output: Path, needed: int) -> None:
-    """Raise ArtifactError if fewer than `needed` bytes are free where `output` lies."""
-    free = shutil.disk_usage(output).free
-    if free < needed + 50_000_000:
+def require_space(folder: Path, needed: int) -> None:
+    """Raise ArtifactError if fewer than `needed` bytes are free on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
         raise ArtifactError(
-            where=str(output),
+            where=str(folder),
             found=f"{free / 1e9:.2f} GB free",
             expected=f"{needed / 1e9:.2f} GB for the merged weights",
             fix="free some space, or set store: to another disk",
         )
 
 
-def _head_is_absent(files: list[TensorFile]) -> bool:
+def _copy_other_files(snapshot: Path, output: Path) -> None:
+    for path in sorted(snapshot.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in NOT_COPIED:
+            shutil.copy2(path, output / path.name)
+
+
+def _is_tied(snapshot: Path, files: list[TensorFile]) -> bool:
+    """Return True if the head of a model is its embedding, by its config or its tensors."""
+    config = json.loads((snapshot / "config.json").read_text())
     names = entries_of(files)
-    return any(EMBEDDING.search(name) for name in names) and not any(
-        name.endswith("lm_head.weight") for name in names
+    has_embedding = any(EMBEDDING.search(name) for name in names)
+    has_head = any(name.endswith("lm_head.weight") for name in names)
+    return bool(config.get("tie_word_embeddings", False)) or (has_embedding and not has_head)
+
+
+def _plan_file(file: TensorFile, updates: Updates, output: Path) -> OutputFile:
+    """Plan an output file. An untied lm_head is appended to the file that holds the embedding."""
+    tensors = [Placed(entry, entry.begin, name) for name, entry in file.entries.items()]
+    embedding = next(
+        (entry for name, entry in file.entries.items() if EMBEDDING.search(name)), None
     )
+    if not updates.untie or embedding is None:
+        return OutputFile(file, output / file.path.name, file.header, tensors)
+    end = sum(entry.bytes for entry in file.entries.values())
+    header = _header_with_head(file, embedding, end)
+    shift = len(header) - len(file.header)
+    tensors = [Placed(entry, offset + shift, name) for entry, offset, name in tensors]
+    tensors.append(Placed(embedding, len(header) + end, "lm_head.weight"))
+    return OutputFile(file, output / file.path.name, header, tensors)
 
 
-Moved = list[tuple[Entry, int, str]]  # (tensor of the base, offset in the new file, its name there)
+def _header_with_head(file: TensorFile, embedding: Entry, end: int) -> bytes:
+    """Build the header of `file` with an lm_head of the embedding's shape at data offset `end`."""
+    start = len(file.header)
+    described = {
+        name: _described(entry, entry.begin - start) for name, entry in file.entries.items()
+    }
+    described["lm_head.weight"] = _described(embedding, end)
+    text = json.dumps({"__metadata__": dict(file.metadata), **described}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _plan(
-    files: list[TensorFile], updates: Updates, output: Path
-) -> list[tuple[TensorFile, Path, bytes, Moved]]:
-    """Return what goes where. A head that parts from its embedding is appended to the embedding's file."""
-    plan = []
-    for file in files:
-        moved: Moved = [(entry, entry.begin, name) for name, entry in file.entries.items()]
-        header = file.header
-        embedding = next(
-            (entry for name, entry in file.entries.items() if EMBEDDING.search(name)), None
-        )
-        if updates.untie and embedding is not None:
-            end = sum(entry.bytes for entry in file.entries.values())
-            described = {
-                name: {
-                    "dtype": entry.dtype,
-                    "shape": entry.shape,
-                    "data_offsets": [entry.begin - len(header), entry.end - len(header)],
-                }
-                for name, entry in file.entries.items()
-            }
-            described["lm_head.weight"] = {
-                "dtype": embedding.dtype,
-                "shape": embedding.shape,
-                "data_offsets": [end, end + embedding.bytes],
-            }
-            text = json.dumps({"__metadata__": dict(file.metadata), **described}).encode()
-            text += b" " * (-len(text) % 8)
-            header = len(text).to_bytes(8, "little") + text
-            shift = len(header) - len(file.header)
-            moved = [(entry, offset + shift, name) for entry, offset, name in moved] + [
-                (embedding, len(header) + end, "lm_head.weight")
-            ]
-        plan.append((file, output / file.path.name, header, moved))
-    return plan
+def _described(entry: Entry, offset: int) -> HeaderEntry:
+    end = offset + entry.bytes
+    return {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (offset, end)}
 
 
-def _write_file(
-    source: TensorFile,
-    target: Path,
-    header: bytes,
-    moved: Moved,
-    updates: Updates,
-    rounded: frozenset[str],
-) -> None:
-    reading = os.open(source.path, os.O_RDONLY)
-    writing = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+def _write_file(planned: OutputFile, updates: Updates, rounded: frozenset[str]) -> None:
+    source = os.open(planned.source.path, os.O_RDONLY)
+    target = os.open(planned.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        os.truncate(writing, len(header) + sum(entry.bytes for entry, _, _ in moved))
-        os.posix_fadvise(reading, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
-        os.pwrite(writing, header, 0)
-        touched = [item for item in moved if item[2] in updates.changes or item[0].name in rounded]
-        kept = [item for item in moved if item not in touched]
-        with ThreadPoolExecutor(max(1, min(MOST_THREADS, os.cpu_count() or 1))) as pool:
-            tasks: list[tuple[int, Callable[[], None]]] = [
-                (begin, partial(copy_range, reading, writing, begin, end, to))
-                for begin, end, to in _runs(kept)
-            ]
-            tasks += [
-                (
-                    entry.begin,
-                    partial(
-                        _write_tensor,
-                        reading,
-                        writing,
-                        entry,
-                        to,
-                        updates.changes.get(name),
-                        entry.name in rounded,
-                    ),
-                )
-                for entry, to, name in touched
-            ]
-            work = [
-                pool.submit(task) for _, task in sorted(tasks, key=lambda pair: pair[0])
-            ]  # in the order of the disk
+        os.truncate(target, planned.size)
+        os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
+        os.pwrite(target, planned.header, 0)
+        tasks = _tasks(source, target, planned.tensors, updates, rounded)
+        with ThreadPoolExecutor(max(1, min(MAX_THREADS, os.cpu_count() or 1))) as pool:
+            running = [pool.submit(task) for task in tasks]
             try:
-                for done in work:
-                    done.result()
+                for future in running:
+                    future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
     finally:
-        os.close(reading)
-        os.close(writing)
+        os.close(source)
+        os.close(target)
 
 
-def _runs(kept: Moved) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, end, to) of neighbouring tensors as one range."""
+def _tasks(
+    source: int,
+    target: int,
+    tensors: list[Placed],
+    updates: Updates,
+    rounded: frozenset[str],
+) -> list[Callable[[], None]]:
+    """List the copies and merges of one file in the order of their bytes on the disk."""
+    tasks: list[tuple[int, Callable[[], None]]] = []
+    kept = list[Placed]()
+    for placed in tensors:
+        entry, offset, name = placed
+        update = updates.changes.get(name)
+        if update is None and entry.name not in rounded:
+            kept.append(placed)
+            continue
+        nf4 = entry.name in rounded
+        task = partial(_write_tensor, source, target, entry, offset, update, nf4)
+        tasks.append((entry.begin, task))
+    for begin, end, offset in _joined(kept):
+        tasks.append((begin, partial(copy_range, source, target, begin, end, offset)))
+    return [task for _, task in sorted(tasks, key=lambda pair: pair[0])]
+
+
+def _joined(kept: Iterable[Placed]) -> Iterator[tuple[int, int, int]]:
+    """Yield (begin, end, output offset) of byte ranges; neighbouring tensors are one range."""
     run: tuple[int, int, int] | None = None
-    for entry, to, _ in kept:
-        if run is not None and entry.begin == run[1] and to == run[2] + run[1] - run[0]:
+    for entry, offset, _ in kept:
+        if run is not None and entry.begin == run[1] and offset == run[2] + run[1] - run[0]:
             run = (run[0], entry.end, run[2])
             continue
         if run is not None:
             yield run
-        run = (entry.begin, entry.end, to)
+        run = (entry.begin, entry.end, offset)
     if run is not None:
         yield run
 
 
 def _write_tensor(
-    reading: int, writing: int, entry: Entry, to: int, update: Update | None, rounded: bool
+    source: int, target: int, entry: Entry, offset: int, update: Update | None, nf4: bool
 ) -> None:
+    """Write one tensor, updated block by block; with `nf4`, the base's part after a round trip."""
     where = f"{entry.file.name}: {entry.name}"
     if entry.dtype not in FLOATING:
         raise ModelError(
             where=where,
             found=f"its dtype is {entry.dtype}",
             expected="16- or 32-bit weights",
-            fix="give the base in bf16: nothing is merged into quantized weights",
+            fix="give the base in bf16: an adapter cannot be merged into quantized weights",
         )
     apply = update.load() if update is not None else None
-    whole = round_trip(read_rows(reading, entry, 0, entry.rows)) if rounded else None
+    whole = round_trip(read_rows(source, entry, 0, entry.rows)) if nf4 else None
     for first, last in blocks(entry, BLOCK_BYTES):
-        rows = whole[first:last] if whole is not None else read_rows(reading, entry, first, last)
+        rows = whole[first:last] if whole is not None else read_rows(source, entry, first, last)
         try:
             merged = apply(rows.float(), first) if apply is not None else rows
         except (RuntimeError, IndexError) as error:
             raise ModelError(
                 where=where,
-                found=f"the adapter's part does not fit {entry.shape} ({error})",
+                found=f"the adapter's update does not fit the shape {entry.shape} ({error})",
                 expected="an adapter of this base",
                 fix="train it again",
             ) from None
         if merged.shape != rows.shape:
+            shapes = f"{tuple(merged.shape)} instead of {tuple(rows.shape)}"
             raise ModelError(
                 where=where,
-                found=f"the adapter's part makes {tuple(merged.shape)} of {tuple(rows.shape)}",
+                found=f"the adapter's update has the shape {shapes}",
                 expected="the base's shape",
                 fix="train it again",
             )
@@ -241,12 +278,12 @@ def _write_tensor(
                 expected="finite weights",
                 fix="train the adapter again",
             )
-        write_at(writing, merged, to + first * entry.row_bytes)
+        write_at(target, merged, offset + first * entry.row_bytes)
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Context in which torch uses one thread a tensor: tensors are merged side by side."""
+def _one_torch_thread() -> Iterator[None]:
+    """Limit torch to one thread per tensor for the block: tensors are merged in parallel."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -255,18 +292,14 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_index(
-    snapshot: Path, output: Path, plan: list[tuple[TensorFile, Path, bytes, Moved]]
-) -> None:
+def _write_index(snapshot: Path, output: Path, plan: list[OutputFile]) -> None:
     if not (snapshot / INDEX).exists():
         return
     index = json.loads((snapshot / INDEX).read_text())
-    index["weight_map"] = {
-        name: target.name for _, target, _, moved in plan for _, _, name in moved
-    }
-    index.setdefault("metadata", {})["total_size"] = sum(
-        entry.bytes for *_, moved in plan for entry, _, _ in moved
-    )
+    placed = [(tensor, planned.path.name) for planned in plan for tensor in planned.tensors]
+    index["weight_map"] = {tensor.name: file for tensor, file in placed}
+    total = sum(tensor.entry.bytes for tensor, _ in placed)
+    index.setdefault("metadata", {})["total_size"] = total
     (output / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
@@ -278,31 +311,33 @@ def _untie(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _copy_full(files: list[TensorFile], trained: Path, output: Path) -> dict[str, Any]:
-    """Copy fully trained weights, if they are this base's in name, shape and dtype."""
-    ours = read_folder(trained)
-    base, new = entries_of(files), entries_of(ours)
-    other = sorted(
+def _copy_full(files: list[TensorFile], trained: Path, output: Path) -> MergeResult:
+    """Copy fully trained weights. Raises ModelError unless names, shapes and dtypes are equal."""
+    trained_files = read_folder(trained)
+    base = entries_of(files)
+    new = entries_of(trained_files)
+    different = sorted(
         name
         for name in {*base, *new}
         if name not in base
         or name not in new
         or (base[name].shape, base[name].dtype) != (new[name].shape, new[name].dtype)
     )
-    if other:
+    if different:
+        count = f"{len(different)} tensors differ from the base's"
         raise ModelError(
             where=str(trained),
-            found=f"{len(other)} tensors are not the base's in name, shape or dtype, e.g. {other[0]}",
+            found=f"{count} in name, shape or dtype, e.g. {different[0]}",
             expected="weights trained from this base",
             fix="train again",
         )
-    for file in ours:
+    for file in trained_files:
         shutil.copyfile(file.path, output / file.path.name)
     if (trained / INDEX).exists():
         shutil.copyfile(trained / INDEX, output / INDEX)
-    return {
-        "merged_modules": len(new),
-        "merged_tensors": len(new),
-        "bytes": sum(file.size for file in ours),
-        "method": "copy",
-    }
+    return MergeResult(
+        merged_modules=len(new),
+        merged_tensors=len(new),
+        bytes=sum(file.size for file in trained_files),
+        method="copy",
+    )

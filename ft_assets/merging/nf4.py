@@ -1,7 +1,8 @@
-"""What NF4 with double quantization makes of a base's weights: the weights that a QLoRA adapter was trained against.
+"""Round a base's weights to NF4 with double quantization, as a QLoRA adapter saw them in training.
 
-Tensor by tensor, by bitsandbytes' own functions; not by a model loaded in 4 bits, whose weights a CPU's first forward
-pass repacks for good (bitsandbytes 0.50 with AVX512-BF16).
+The round trip is done tensor by tensor with bitsandbytes' own functions, not with a model loaded in
+4 bits: the first forward pass on a CPU repacks the weights of such a model permanently
+(bitsandbytes 0.50 with AVX512-BF16).
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 
 def round_trip(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight after NF4 quantization and back, in its own dtype (Dettmers et al. 2023, section 3)."""
+    """Quantize a weight to NF4 and back, in its own dtype (Dettmers et al. 2023, section 3)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     device = torch.device("cuda") if torch.cuda.is_available() else weight.device
@@ -22,7 +23,7 @@ def round_trip(weight: torch.Tensor) -> torch.Tensor:
 
 
 def quantized_tensors(snapshot: Path) -> frozenset[str]:
-    """Return the names of the weights that loading this snapshot in NF4 quantizes: all linear layers but the head."""
+    """Return the names of the weights that NF4 quantizes: all linear layers but the head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -33,7 +34,7 @@ def quantized_tensors(snapshot: Path) -> frozenset[str]:
 
 
 def quantized_linears(model: Any) -> list[tuple[str, Any]]:
-    """Return (name, module) of the linear layers that transformers quantizes in this model."""
+    """Return (name, module) of the linear layers that transformers quantizes."""
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -47,7 +48,7 @@ def quantized_linears(model: Any) -> list[tuple[str, Any]]:
 
 @torch.no_grad()
 def simulate(model: Any) -> None:
-    """Replace the weights of a loaded base by what NF4 makes of them, in place."""
+    """Replace the linear weights of a loaded base by their NF4 round trip, in place."""
     for _, module in quantized_linears(model):
         weight = module.weight.data
         module.weight.data = round_trip(weight.to(torch.bfloat16)).to(weight.dtype)

@@ -1,7 +1,8 @@
-"""Safetensors files as bytes: where each tensor lies, and copying or reading a part without loading the rest.
+"""Read and copy parts of safetensors files as bytes, without loading the rest.
 
-A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors
-(https://github.com/huggingface/safetensors, "Format"). Not here: what is done to a tensor.
+A file is an 8-byte little-endian header length, a JSON header
+{name: {dtype, shape, data_offsets}}, and the tensors
+(https://github.com/huggingface/safetensors, "Format"). Not here: changes to a tensor.
 """
 
 import json
@@ -10,19 +11,31 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ft_assets.errors import ModelError
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 FLOATING = {"F64", "F32", "F16", "BF16"}
 INDEX = "model.safetensors.index.json"
 COPY_BLOCK = 1 << 24
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+DAMAGED = "the file is damaged: fetch it or make it again"
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file's header, as it lies there, and its tensors by name in the order of their bytes."""
+    """A file's header, byte for byte, and its tensors by name in the order of their bytes."""
 
     path: Path
     header: bytes
@@ -67,72 +80,71 @@ class TensorFile:
 
 
 def read_file(path: Path) -> TensorFile:
-    """Return what a file's header says. Raises ModelError if the file is shorter or longer than that, or is no safetensors file."""
-    fix = "the file is damaged: fetch it or make it again"
-    actual = path.stat().st_size
+    """Read a file's header.
+
+    Raises ModelError if the file is not a safetensors file, or its length differs from the header.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if actual < 8 or length > min(actual - 8, 100_000_000):
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ModelError(
                 where=str(path),
-                found=f"is truncated, or no safetensors file: {actual} bytes",
+                found=f"is truncated, or not a safetensors file: {size} bytes",
                 expected=f"a header of {length} bytes and tensors",
-                fix=fix,
+                fix=DAMAGED,
             )
         text = file.read(length)
     try:
         parsed = json.loads(text)
         metadata = parsed.pop("__metadata__", None) or {}
-        begin = 8 + length
-        entries = [
-            Entry(
-                path,
-                name,
-                value["dtype"],
-                tuple(value["shape"]),
-                begin + value["data_offsets"][0],
-                begin + value["data_offsets"][1],
-            )
-            for name, value in parsed.items()
-        ]
+        entries = [_entry(path, name, value, 8 + length) for name, value in parsed.items()]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ModelError(
             where=str(path),
             found=f"its header cannot be read ({error})",
             expected="a safetensors header",
-            fix=fix,
+            fix=DAMAGED,
         ) from None
     entries.sort(key=lambda entry: (entry.begin, entry.end))
+    _require_contiguous(path, entries, 8 + length, size)
+    header = length.to_bytes(8, "little") + text
+    return TensorFile(path, header, metadata, {entry.name: entry for entry in entries})
+
+
+def _entry(path: Path, name: str, value: Mapping[str, Any], start: int) -> Entry:
+    first, last = value["data_offsets"]
+    return Entry(path, name, value["dtype"], tuple(value["shape"]), start + first, start + last)
+
+
+def _require_contiguous(path: Path, entries: list[Entry], begin: int, size: int) -> None:
+    """Raise ModelError unless the tensors fill the file from byte `begin` to its end."""
     end = begin
     for entry in entries:
         width = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
-        if entry.begin != end or (
-            width is not None and entry.bytes != width * math.prod(entry.shape)
-        ):
+        has_wrong_size = width is not None and entry.bytes != width * math.prod(entry.shape)
+        if entry.begin != end or has_wrong_size:
             raise ModelError(
                 where=f"{path}: {entry.name}",
-                found="its bytes are not where the header says",
+                found="its bytes are not at the offsets of the header",
                 expected="tensors one after the other",
-                fix=fix,
+                fix=DAMAGED,
             )
         end = entry.end
-    if end != actual:
+    if end != size:
         raise ModelError(
             where=str(path),
-            found=f"is {'truncated' if actual < end else 'too long'}: {actual} bytes",
+            found=f"is {'truncated' if size < end else 'too long'}: {size} bytes",
             expected=f"{end} bytes by its header",
-            fix=fix,
+            fix=DAMAGED,
         )
-    return TensorFile(
-        path,
-        length.to_bytes(8, "little") + text,
-        metadata,
-        {entry.name: entry for entry in entries},
-    )
 
 
 def read_folder(folder: Path) -> list[TensorFile]:
-    """Return the weight files of a model. Raises ModelError if the index names a file or tensor that is not there, or there are none."""
+    """Read the headers of a model's weight files.
+
+    Raises ModelError if there are none, or if the index and the files differ.
+    """
     files = [read_file(path) for path in sorted(folder.glob("model*.safetensors"))]
     names = {name: file.path.name for file in files for name in file.entries}
     if not files or len(names) != sum(len(file.entries) for file in files):
@@ -143,17 +155,24 @@ def read_folder(folder: Path) -> list[TensorFile]:
             fix="make the model again",
         )
     if (folder / INDEX).exists():
-        listed = json.loads((folder / INDEX).read_text())["weight_map"]
-        missing = sorted(name for name, file in listed.items() if names.get(name) != file)
-        if missing or len(listed) != len(names):
-            raise ModelError(
-                where=str(folder / INDEX),
-                found=f"does not fit its files: {len(listed)} tensors listed, {len(names)} found"
-                + (f", {listed[missing[0]]} lacks {missing[0]}" if missing else ""),
-                expected="the same tensors",
-                fix="fetch or make the model again",
-            )
+        _require_index(folder / INDEX, names)
     return files
+
+
+def _require_index(path: Path, names: Mapping[str, str]) -> None:
+    """Raise ModelError unless the index lists exactly these tensors in these files."""
+    listed = json.loads(path.read_text())["weight_map"]
+    missing = sorted(name for name, file in listed.items() if names.get(name) != file)
+    if not missing and len(listed) == len(names):
+        return
+    example = f", {listed[missing[0]]} lacks {missing[0]}" if missing else ""
+    counts = f"{len(listed)} tensors listed, {len(names)} found{example}"
+    raise ModelError(
+        where=str(path),
+        found=f"does not fit its files: {counts}",
+        expected="the same tensors",
+        fix="fetch or make the model again",
+    )
 
 
 def entries_of(files: list[TensorFile]) -> dict[str, Entry]:
@@ -162,9 +181,13 @@ def entries_of(files: list[TensorFile]) -> dict[str, Entry]:
 
 
 def read_rows(descriptor: int, entry: Entry, first: int, last: int) -> torch.Tensor:
-    """Return rows first … last-1 of a tensor in its own dtype, read (not mapped: mapped pages would count as resident)."""
+    """Read rows first … last-1 of a tensor in its own dtype.
+
+    They are read, not mapped: mapped pages would count as resident memory.
+    """
     raw = torch.empty((last - first) * entry.row_bytes, dtype=torch.uint8)
-    view, offset = raw.numpy().data, entry.begin + first * entry.row_bytes
+    view = raw.numpy().data
+    offset = entry.begin + first * entry.row_bytes
     while len(view):
         count = os.preadv(descriptor, [view], offset)
         if count == 0:
@@ -172,14 +195,15 @@ def read_rows(descriptor: int, entry: Entry, first: int, last: int) -> torch.Ten
                 where=f"{entry.file}: {entry.name}",
                 found="the file ended",
                 expected=f"{entry.end} bytes",
-                fix="it was cut while it was read: start again",
+                fix="it was truncated while it was read: start again",
             )
-        view, offset = view[count:], offset + count
+        view = view[count:]
+        offset += count
     return raw.view(DTYPES[entry.dtype]).reshape(entry.row_shape(last - first))
 
 
 def read_tensor(entry: Entry) -> torch.Tensor:
-    """Return a whole tensor in its own dtype."""
+    """Read a whole tensor in its own dtype."""
     descriptor = os.open(entry.file, os.O_RDONLY)
     try:
         return read_rows(descriptor, entry, 0, entry.rows)
@@ -199,11 +223,15 @@ def write_at(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
     view = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     while len(view):
         count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
+        view = view[count:]
+        offset += count
 
 
 def copy_range(source: int, target: int, begin: int, end: int, to: int) -> None:
-    """Copy bytes begin … end-1 to offset `to`, inside the kernel where it can (a file system with reflinks copies nothing)."""
+    """Copy bytes begin … end-1 to offset `to`, inside the kernel if it can.
+
+    A file system with reflinks shares the bytes instead of copying them.
+    """
     while begin < end:
         try:
             count = os.copy_file_range(source, target, min(end - begin, COPY_BLOCK), begin, to)
@@ -215,6 +243,7 @@ def copy_range(source: int, target: int, begin: int, end: int, to: int) -> None:
                 where="copying weights",
                 found=f"the file ended at byte {begin}",
                 expected=f"{end} bytes",
-                fix="it was cut while it was read: start again",
+                fix="it was truncated while it was read: start again",
             )
-        begin, to = begin + count, to + count
+        begin += count
+        to += count

@@ -1,11 +1,11 @@
-"""Prove that the merged model on disk is the base + adapter that was judged: its weights, its words, its answers.
+"""Prove that the merged model on disk is the judged base + adapter: weights, tokenizer, answers.
 
-Two passes, so that one model is in memory at a time: base + adapter writes its logits to a scratch file, the merged model
-is compared with them row by row.
+Two passes keep one model in memory at a time. Base + adapter writes its logits to a scratch file;
+then the merged model is compared with them row by row.
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,90 @@ from ft_assets.merging.merge import MergeBase, require_space
 from ft_assets.merging.nf4 import simulate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
-LOGITS_BYTES = 4_000_000_000  # of fp32 logits on disk: rows beyond are not compared, and counted
+LOGITS_BYTES = 4_000_000_000  # of fp32 logits on disk; rows beyond are not compared, and counted
 POSITIONS = 64  # compared at once: 64 x 128k logits are 33 MB in fp32
 PROBE = [
     {"role": "user", "content": "Ein Döner für 5 €, naïve?\n\n  2 + 2 = <b>4</b> 🦊"},
     {"role": "assistant", "content": "Yes."},
     {"role": "user", "content": "日本語も。"},
 ]
+TOKENIZER_FILES = (
+    "tokenizer",
+    "chat_template",
+    "special_tokens",
+    "generation_config",
+    "vocab",
+    "merges",
+)
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
-@dataclass
-class Proof:
-    """What was found. `faults`: one line each, none if the merged model is what was judged. `rows`: its own scored rows."""
+@dataclass(frozen=True)
+class LogitAgreement:
+    """The agreement of the merged model's logits with those of base + adapter.
 
-    numbers: dict[str, Any]
-    faults: list[str]
+    top1_agreement: the share of positions with the same most likely token, ties of two included.
+    kl_mean: KL(adapter || merged), in nats per position. logit_difference_mean, _max: of |Δlogit|.
+    """
+
+    top1_agreement: float
+    top1_ties: int
+    kl_mean: float
+    logit_difference_mean: float
+    logit_difference_max: float
+    compared_tokens: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The merged model's behaviour on the held-out rows; `rows` are its scored rows.
+
+    greedy_agreement: the share of its greedy answers that equal those of the evaluation.
+    compared_rows: the rows whose logits had room in the scratch file.
+    """
+
+    logits: LogitAgreement
+    greedy_agreement: float
+    compared_rows: int
     rows: Rows
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The comparison of a merged model with base + adapter.
+
+    faults: one line for each difference; [] if the merged model is the judged one. answers: None
+    if the weights have faults: the answers of a different model prove nothing.
+    """
+
+    weights: Audit
+    faults: list[str]
+    answers: Answers | None
+
+    @property
+    def rows(self) -> Rows:
+        """The scored held-out rows; [] if the model was not run."""
+        return self.answers.rows if self.answers else []
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers under their keys in the manifest."""
+        behaviour: dict[str, float] = {}
+        if self.answers is not None:
+            behaviour = {
+                **asdict(self.answers.logits),
+                "greedy_agreement": self.answers.greedy_agreement,
+                "same_tokenizer_and_template": not self.faults,
+                "compared_rows": self.answers.compared_rows,
+                "heldout_rows": len(self.answers.rows),
+            }
+        return {
+            **behaviour,
+            "modules_proven": self.weights.modules,
+            "adapter_modules": self.weights.adapter_modules,
+            "tensors": self.weights.tensors,
+            "largest_error_in_roundings": self.weights.worst,
+            "largest_update_error": self.weights.update_error,
+        }
 
 
 def prove(
@@ -50,56 +118,38 @@ def prove(
     scratch: Path,
     base: MergeBase = "original",
 ) -> Proof:
-    """Compare a merged model on disk with base + adapter (`base`: which base it was merged onto), and score it on held-out rows.
+    """Compare a merged model on disk with base + adapter, and score it on the held-out rows.
 
-    top1_agreement: share of the answers' positions with the same most likely token, or a tie of two; kl_mean: KL(adapter || merged) in nats a
-    position; greedy_agreement: share of greedy answers equal to those of the evaluation (`judged`). Raises ModelError if the
-    merged files cannot be read.
+    base_rows, judged: the evaluation's scored rows of the base and of the adapter. base: the
+    weights that the adapter was merged onto. Raises ModelError if the merged files cannot be read.
     """
-    words = same_in_effect(snapshot, merged, task.heldout)
+    faults = tokenizer_faults(snapshot, merged, task.heldout)
     logits = scratch / "logits.f32"
     try:
         weights, compared = _reference(snapshot, adapter, merged, task.heldout, logits, base)
-        if weights.faults:  # nothing is gained by asking a model that is known to be another
-            return Proof(_said_of_weights(weights), words + weights.faults, [])
+        if weights.faults:
+            return Proof(weights, faults + weights.faults, None)
         model = load_base(merged)
-        numbers = compare_logits(model, compared, logits)
+        agreement = compare_logits(model, compared, logits)
     finally:
         logits.unlink(missing_ok=True)
-    words += _generation_of(model, snapshot)
-    rows = Scorer(model, load_tokenizer(merged), stop_ids(merged), task).heldout(
-        task.heldout, base_rows
-    )
-    numbers |= {
-        "greedy_agreement": statistics.fmean(
-            float(row["answer"] == before["answer"])
-            for row, before in zip(rows, judged, strict=True)
-        ),
-        "same_tokenizer_and_template": not words,
-        "compared_rows": len(compared),
-        "heldout_rows": len(task.heldout),
-        **_said_of_weights(weights),
-    }
-    return Proof(numbers, words, rows)
-
-
-def _said_of_weights(weights: Audit) -> dict[str, Any]:
-    return {
-        "modules_proven": weights.modules,
-        "adapter_modules": weights.adapter_modules,
-        "tensors": weights.tensors,
-        "largest_error_in_roundings": weights.worst,
-        "largest_update_error": weights.update_error,
-    }
+    faults += _generation_faults(model, snapshot)
+    scorer = Scorer(model, load_tokenizer(merged), stop_ids(merged), task)
+    rows = scorer.heldout(task.heldout, base_rows)
+    equal = [
+        float(row["answer"] == before["answer"]) for row, before in zip(rows, judged, strict=True)
+    ]
+    return Proof(weights, faults, Answers(agreement, statistics.fmean(equal), len(compared), rows))
 
 
 def _reference(
     snapshot: Path, adapter: Path, merged: Path, rows: Rows, logits: Path, base: MergeBase
 ) -> tuple[Audit, Rows]:
-    """Audit the merged weights and write the logits of base + adapter; return what was found and the rows that had room."""
-    if not (
-        adapter / "adapter_config.json"
-    ).exists():  # all weights were trained: they are the adapter
+    """Audit the merged weights and write the logits of base + adapter.
+
+    Returns the audit and the rows that had room in the file; [] if the audit found faults.
+    """
+    if not (adapter / "adapter_config.json").exists():  # full fine-tuning: these are all weights
         weights = audit(adapter, snapshot, merged)
         return weights, [] if weights.faults else write_logits(load_base(adapter), rows, logits)
     model = load_base(snapshot)
@@ -112,21 +162,24 @@ def _reference(
 
 @torch.inference_mode()
 def answer_logits(model: Any, row: dict[str, Any]) -> torch.Tensor:
-    """Return the fp32 logits that predict a tokenized row's supervised tokens, (tokens, vocabulary)."""
+    """Compute the logits that predict a tokenized row's supervised tokens: (tokens, V), fp32."""
     model.eval()
-    ids, flags = torch.tensor([row["input_ids"]], device=model.device), row["supervised"]
+    ids = torch.tensor([row["input_ids"]], device=model.device)
+    flags = row["supervised"]
     first = flags.index(True)
     logits = model(input_ids=ids, logits_to_keep=len(flags) - first + 1).logits[0, :-1]
     return logits[torch.tensor(flags[first:], device=logits.device)].float().cpu()
 
 
 def write_logits(model: Any, rows: Rows, path: Path) -> Rows:
-    """Append each row's logits to a file of raw fp32 until LOGITS_BYTES; return the rows that were written, the first by id."""
-    vocabulary, written, used = model.config.get_text_config().vocab_size, [], 0
+    """Write the rows' logits to a file of raw fp32, at most LOGITS_BYTES; return the written rows.
+
+    The rows are taken in the order of their ids, which are hashes of content: a random sample.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    used = 0
     chosen = []
-    for row in sorted(
-        rows, key=lambda row: row["id"]
-    ):  # ids are hashes of content: the first are a random sample
+    for row in sorted(rows, key=lambda row: row["id"]):
         used += 4 * vocabulary * sum(row["supervised"])
         if used > LOGITS_BYTES and chosen:
             break
@@ -135,104 +188,114 @@ def write_logits(model: Any, rows: Rows, path: Path) -> Rows:
     with path.open("wb") as file:
         for row in chosen:
             answer_logits(model, row).numpy().tofile(file)
-            written.append(row)
-    return written
+    return chosen
 
 
-def compare_logits(model: Any, rows: Rows, path: Path) -> dict[str, float]:
-    """Compare a model's logits with those in the file, one row's in memory at a time.
+def compare_logits(model: Any, rows: Rows, path: Path) -> LogitAgreement:
+    """Compare a model's logits with those in the file, one row in memory at a time.
 
-    A position counts for top-1 agreement if the most likely token is the same, or if the file's logits hold the two tokens for
-    equal as far as `model.dtype` can tell them apart: bf16 logits of 16 to 32 lie 0.125 apart, and which of two that
-    round alike comes first is chance. `top1_ties` counts these.
+    A position agrees if the most likely token is the same, or if the file's logits of the two
+    tokens are equal within the rounding of `model.dtype`: bf16 logits of 16 to 32 are 0.125 apart,
+    and which of two equally rounded logits comes first is chance. `top1_ties` counts the latter.
     """
     rounding = torch.finfo(model.dtype).eps
-    agree, tied, kl, difference, largest, positions, count = 0, 0, 0.0, 0.0, 0.0, 0, 0
+    agree = ties = positions = count = 0
+    kl = difference = largest = 0.0
     with path.open("rb") as file:
         for row in rows:
             ours = answer_logits(model, row)
-            theirs = torch.from_numpy(
-                np.fromfile(file, dtype=np.float32, count=ours.numel())
-            ).reshape(ours.shape)
+            raw = np.fromfile(file, dtype=np.float32, count=ours.numel())
+            theirs = torch.from_numpy(raw).reshape(ours.shape)
             for left, right in zip(theirs.split(POSITIONS), ours.split(POSITIONS), strict=True):
-                first, second = (logits.argmax(-1, keepdim=True) for logits in (left, right))
-                top, chosen = left.gather(-1, first), left.gather(-1, second)
-                tied += int(((first != second) & (top - chosen <= rounding * top.abs())).sum())
+                first = left.argmax(-1, keepdim=True)
+                second = right.argmax(-1, keepdim=True)
+                top = left.gather(-1, first)
+                gap = top - left.gather(-1, second)
+                ties += int(((first != second) & (gap <= rounding * top.abs())).sum())
                 agree += int((first == second).sum())
-                before, after = (
-                    logits.double().log_softmax(-1) for logits in (left, right)
-                )  # a small KL cancels in fp32
-                kl += float(
-                    torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum")
-                )
+                kl += _kl(left, right)
                 apart = (left - right).abs()
                 difference += float(apart.double().sum())
                 largest = max(largest, float(apart.max()))
-                positions, count = positions + len(left), count + left.numel()
-    return {
-        "top1_agreement": (agree + tied) / positions,
-        "top1_ties": tied,
-        "kl_mean": kl / positions,
-        "logit_difference_mean": difference / count,
-        "logit_difference_max": largest,
-        "compared_tokens": positions,
-    }
+                positions += len(left)
+                count += left.numel()
+    return LogitAgreement(
+        top1_agreement=(agree + ties) / positions,
+        top1_ties=ties,
+        kl_mean=kl / positions,
+        logit_difference_mean=difference / count,
+        logit_difference_max=largest,
+        compared_tokens=positions,
+    )
 
 
-def same_in_effect(snapshot: Path, merged: Path, rows: Rows) -> list[str]:
-    """Return how the merged model's words differ from the base's: held-out rows and a probe rendered by both tokenizers, special
-    tokens, stop tokens, generation settings, the files themselves. [] if they do not."""
-    ours, theirs = load_tokenizer(merged), load_tokenizer(snapshot)
+def _kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
+    """Sum KL(reference || logits) over positions, in nats; in fp64: a small KL cancels in fp32."""
+    before = reference.double().log_softmax(-1)
+    after = logits.double().log_softmax(-1)
+    return float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
+
+
+def tokenizer_faults(snapshot: Path, merged: Path, rows: Rows) -> list[str]:
+    """List the differences from the base in tokenizer, template, generation settings and config.
+
+    Compares the tokens of the held-out rows and of a probe, special and stop tokens, the settings
+    as transformers reads them, and the files themselves. Returns [] if all are equal.
+    """
+    ours = load_tokenizer(merged)
+    theirs = load_tokenizer(snapshot)
     stops = stop_ids(merged)
     faults = []
     if ours.chat_template != theirs.chat_template:
         faults.append("chat template: is not the base's")
-    other = template_mismatches(Renderer(ours, stops), rows)
-    if other:
-        faults.append(
-            f"chat template: {len(other)} of {len(rows)} held-out rows become other tokens than those that were judged"
-        )
-    probes = [
-        Renderer(tokenizer, stops).prompts([{"messages": PROBE}])[0] for tokenizer in (ours, theirs)
-    ]
-    if not any(isinstance(probe, ProofFailed) for probe in probes) and probes[0] != probes[1]:
-        faults.append("tokenizer: a probe conversation becomes other tokens")
-    if ours.encode(PROBE[0]["content"]) != theirs.encode(PROBE[0]["content"]):
-        faults.append("tokenizer: a probe text becomes other tokens")
+    mismatches = template_mismatches(Renderer(ours, stops), rows)
+    if mismatches:
+        count = f"{len(mismatches)} of {len(rows)} held-out rows"
+        faults.append(f"chat template: {count} become other tokens than those that were judged")
+    faults += _probe_faults(ours, theirs, stops)
     faults += [
         f"tokenizer: {name} is {getattr(ours, name)}, the base's {getattr(theirs, name)}"
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+        for name in SPECIAL_TOKENS
         if getattr(ours, name) != getattr(theirs, name)
     ]
-    if stops != stop_ids(snapshot):
-        faults.append(
-            f"generation config: stops at {sorted(stops)}, the base at {sorted(stop_ids(snapshot))}"
-        )
-    saved, base = (
-        GenerationConfig.from_pretrained(folder, local_files_only=True).to_diff_dict()
-        for folder in (merged, snapshot)
-    )
-    if saved != base:
-        faults.append(
-            f"generation config: {sorted(key for key in {*saved, *base} if saved.get(key) != base.get(key))} differ"
-        )
-    saved, base = (_architecture(folder) for folder in (merged, snapshot))
-    if saved != base:
-        faults.append(
-            f"config: {sorted(key for key in {*saved, *base} if saved.get(key) != base.get(key))} differ"
-        )
+    expected = stop_ids(snapshot)
+    if stops != expected:
+        both = f"stops at {sorted(stops)}, the base at {sorted(expected)}"
+        faults.append(f"generation config: {both}")
+    faults += _differing_keys("generation config", _generation(merged), _generation(snapshot))
+    faults += _differing_keys("config", _architecture(merged), _architecture(snapshot))
     for path in sorted(snapshot.iterdir()):
-        if path.name.startswith(
-            ("tokenizer", "chat_template", "special_tokens", "generation_config", "vocab", "merges")
-        ):
+        if path.name.startswith(TOKENIZER_FILES):
             target = merged / path.name
             if not target.is_file() or target.read_bytes() != path.read_bytes():
                 faults.append(f"{path.name}: is not the base's file")
     return faults
 
 
+def _probe_faults(ours: Any, theirs: Any, stops: frozenset[int]) -> list[str]:
+    faults = []
+    probes = [
+        Renderer(tokenizer, stops).prompts([{"messages": PROBE}])[0] for tokenizer in (ours, theirs)
+    ]
+    failed = any(isinstance(probe, ProofFailed) for probe in probes)
+    if not failed and probes[0] != probes[1]:
+        faults.append("tokenizer: a probe conversation becomes other tokens")
+    if ours.encode(PROBE[0]["content"]) != theirs.encode(PROBE[0]["content"]):
+        faults.append("tokenizer: a probe text becomes other tokens")
+    return faults
+
+
+def _differing_keys(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    keys = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    return [f"{name}: {keys} differ"] if ours != theirs else []
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    return GenerationConfig.from_pretrained(folder, local_files_only=True).to_diff_dict()
+
+
 def _architecture(folder: Path) -> dict[str, Any]:
-    """Return a model's config but for whether its head is its embedding: an adapter may part them."""
+    """Read a model's config, without the key that ties its head: an adapter may untie it."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
     config.pop("_name_or_path", None)
     for section in (config, config.get("text_config") or {}):
@@ -240,13 +303,12 @@ def _architecture(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _generation_of(model: Any, snapshot: Path) -> list[str]:
-    """Return whether the loaded model itself would stop and pad as the base does."""
-    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+def _generation_faults(model: Any, snapshot: Path) -> list[str]:
+    """Compare the stop and pad tokens of the loaded model with the base's."""
+    eos = model.generation_config.eos_token_id
+    pad = model.generation_config.pad_token_id
     stops = frozenset(eos if isinstance(eos, list) else [eos])
     base = GenerationConfig.from_pretrained(snapshot, local_files_only=True)
-    return (
-        []
-        if (stops, pad) == (stop_ids(snapshot), base.pad_token_id)
-        else [f"generation config: loaded, it stops at {sorted(stops)}, pads with {pad}"]
-    )
+    if (stops, pad) == (stop_ids(snapshot), base.pad_token_id):
+        return []
+    return [f"generation config: loaded, it stops at {sorted(stops)}, pads with {pad}"]

@@ -10,7 +10,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import compare_columns, score_columns, to_json
 from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, judge, quality
 from ft_assets.job import Job, Report, StepResult
-from ft_assets.merging.merge import MergeBase, merge
+from ft_assets.merging.merge import MergeBase, MergeResult, merge
 from ft_assets.merging.verify import Proof, prove
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.release.card import model_card
@@ -60,14 +60,14 @@ def step(job: Job, report: Report) -> StepResult:
         name: job.output if name == "original" else job.work / name for name in bases
     }
     job.work.mkdir(parents=True, exist_ok=True)
-    merged: dict[MergeBase, dict[str, Any]] = {}
+    merged: dict[MergeBase, MergeResult] = {}
     proofs: dict[MergeBase, Proof] = {}
     for name, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         merged[name] = merge(snapshot, job.inputs["adapter"], folder, name)
         report(
             "merged",
-            modules=merged[name]["merged_modules"],
+            modules=merged[name].merged_modules,
             **({"base": name} if len(bases) > 1 else {}),
         )
         proofs[name] = prove(
@@ -78,7 +78,7 @@ def step(job: Job, report: Report) -> StepResult:
             "compared",
             **{
                 key: value
-                for key, value in proofs[name].numbers.items()
+                for key, value in proofs[name].metrics().items()
                 if isinstance(value, float)
             },
         )
@@ -117,7 +117,7 @@ def step(job: Job, report: Report) -> StepResult:
     shutil.rmtree(job.work / "dequantized", ignore_errors=True)
     numbers = json.loads((evaluated / "report.json").read_text())
     same = (
-        proofs[chosen].numbers
+        proofs[chosen].metrics()
         | standing.gains[chosen]
         | {f"adapter_{settings.metric}": numbers["scores"][candidate][settings.metric]}
     )
@@ -146,7 +146,7 @@ def step(job: Job, report: Report) -> StepResult:
     (job.output / "verdict.json").write_text(to_json(verdict))
     return StepResult(
         {
-            **merged[chosen],
+            **asdict(merged[chosen]),
             **{
                 name: round(value, 6) if isinstance(value, float) else value
                 for name, value in same.items()
@@ -211,7 +211,7 @@ def better_base(scores: dict[MergeBase, float], metric: str) -> MergeBase:
 
 def require_same(proof: Proof, gate: GateSettings, where: str) -> None:
     """Raise VerdictError unless the merged model is what was judged."""
-    agreement, least = proof.numbers.get("top1_agreement"), gate.min_top1_agreement
+    agreement, least = proof.metrics().get("top1_agreement"), gate.min_top1_agreement
     faults = proof.faults + (
         [f"top-1 agreement {agreement:.4f}"]
         if agreement is not None and not agreement >= least
