@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_links_between_pages_are_there(page: Path) -> None:
         file = (page.parent / target).resolve() if target else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def test_map_of_the_rooms_follows_the_import_contract() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, re.MULTILINE)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = [layer.split(" | ") for layer in contracts["contracts"][0]["layers"]]
+    assert len(rooms) == sum(map(len, layers))
+    for layer in layers:
+        here, rooms = rooms[: len(layer)], rooms[len(layer) :]
+        assert sorted(here) == sorted(layer)
 
 
 def test_index_names_every_page() -> None:
