@@ -114,7 +114,8 @@ from ft_assets.job import Job
 from {module} import *
 {launcher}.run(Job.model_validate_json(Path({str(folder / "given.json")!r}).read_text()), lambda _: None)
 """
-    return subprocess.Popen([sys.executable, "-c", code])
+    # Without `env` it would also get what libraries have set in C, which os.environ does not show.
+    return subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
 
 
 def stop_services(*services: "subprocess.Popen[bytes]") -> None:

@@ -61,7 +61,7 @@ defs = dg.Definitions(assets=[trained], executor=dg.in_process_executor)
 STEP = """
 import os, subprocess, sys, time
 from ft_assets.job import StepResult
-from ft_assets.steps._run import main
+from ft_assets.step_runner import main
 
 def step(job, report):
     job.checkpoints.mkdir(exist_ok=True)

@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ft_assets.job import Job, StepResult
 from ft_assets.launchers.base import HEAVY_STEPS, OnProgress, ProgressReader, outcome, prepare
 from ft_assets.launchers.devices import held_gpu
+from ft_assets.launchers.forking import ForkServer, start_forked
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = (20.0, 5.0)  # after INT (time for a checkpoint), after TERM
@@ -26,9 +28,26 @@ LAST_WORDS_SECONDS = (
     5.0  # a rank that failed waits for nobody, but the others may be about to say why
 )
 
+_server: ForkServer | None = None  # of this process; its steps are forked from it
+
+
+class StepProcess(Protocol):
+    """A started process that leads a group: a child of ours, or one of our fork server."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
 
 class LocalLauncher:
     """Runs a step as `python -m ft_assets.steps.<step> job.json` and streams its progress."""
+
+    def warm_up(self) -> None:
+        """Import the steps' libraries in the background: a step will probably follow."""
+        warm_up()
 
     def command(self, job_file: Path, job: Job) -> list[str]:
         return [sys.executable, "-m", f"ft_assets.steps.{job.step}", str(job_file)]
@@ -44,23 +63,17 @@ class LocalLauncher:
             os.pipe()
         )  # the lifeline: a child ends when our end closes, also if we are killed
         environment = step_environment(read_end)
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[StepProcess] = []
         ranks = self.ranks(job)
         alone = len(ranks) == 1 and job.step in HEAVY_STEPS
+        start_one = start_forked_or_fresh if len(ranks) == 1 else start
+        command = self.command(job_file, job)
         with held_gpu() if alone else contextlib.nullcontext(({}, [])) as (gpu, kept):
             try:
                 with job.log_file.open("wb") as log:
                     for rank in ranks:
-                        command = self.command(job_file, job)
-                        processes.append(
-                            start(
-                                command,
-                                {**environment, **rank, **gpu},
-                                read_end,
-                                log.fileno(),
-                                kept,
-                            )
-                        )
+                        own = {**environment, **rank, **gpu}
+                        processes.append(start_one(command, own, read_end, log.fileno(), kept))
                 os.close(read_end)
                 code = follow(processes, ProgressReader(job, on_progress))
             finally:
@@ -69,11 +82,56 @@ class LocalLauncher:
         return outcome(job, code)
 
 
-def step_environment(lifeline: int) -> dict[str, str]:
-    """Return the environment of a step's process: ours, and which descriptor is the lifeline."""
+def warm_up() -> None:
+    """Start importing the steps' libraries in the background, in a server that steps are forked from.
+
+    FT_FRESH_STEPS=1 turns the server off. FT_STEP_SERVER is the address of one that several
+    commands share.
+    """
+    global _server
+    if sys.platform != "linux" or os.environ.get("FT_FRESH_STEPS") == "1":
+        return
+    if "FT_STEP_SERVER" in os.environ or (_server is not None and _server.alive):
+        return
+    _server = ForkServer(["ft_assets.steps.preload"], step_environment())
+
+
+def start_forked_or_fresh(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    lifeline: int,
+    log: int,
+    kept: Sequence[int] = (),
+) -> StepProcess:
+    """Start a process as `start` does. A Python module of ours is forked where that is equal."""
+    if [sys.executable, "-m"] == list(command[:2]) and (address := _server_address()):
+        with Path(os.devnull).open("rb") as nothing:
+            forked = start_forked(
+                address,
+                command[2],
+                command[3:],
+                environment,
+                (nothing.fileno(), log, log),
+                lifeline=lifeline,
+                kept=kept,
+            )
+        if forked is not None:
+            return forked
+    return start(command, environment, lifeline, log, kept)
+
+
+def _server_address() -> str | None:
+    if os.environ.get("FT_FRESH_STEPS") == "1":
+        return None
+    warm_up()
+    return os.environ.get("FT_STEP_SERVER") or (_server.address if _server is not None else None)
+
+
+def step_environment(lifeline: int | None = None) -> dict[str, str]:
+    """Return the environment of a step's process: ours, and the descriptor of the lifeline."""
     return {
         **os.environ,
-        "FT_LIFELINE_FD": str(lifeline),
+        **({} if lifeline is None else {"FT_LIFELINE_FD": str(lifeline)}),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -99,7 +157,7 @@ def start(
     )
 
 
-def follow(processes: Sequence[subprocess.Popen[bytes]], meanwhile: Callable[[], None]) -> int:
+def follow(processes: Sequence[StepProcess], meanwhile: Callable[[], None]) -> int:
     """Do `meanwhile` until all ended or one failed. Returns 0, or the code that says most: a signal before an exit code."""
     failed_at: float | None = None
     while True:
@@ -115,7 +173,7 @@ def follow(processes: Sequence[subprocess.Popen[bytes]], meanwhile: Callable[[],
     return min((code for code in codes if code), default=0)
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def stop(processes: Sequence[StepProcess]) -> None:
     """Stop processes that lead a group each, with all their children: INT (checkpoint), TERM, KILL. Meanwhile we hear no INT: a second
     one (an impatient person's, systemd's) would end us, and with us the step before its checkpoint."""
     with _no_interrupt():
@@ -134,7 +192,7 @@ def _no_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Sequence[StepProcess]) -> None:
     for signum, grace in zip((signal.SIGINT, signal.SIGTERM), GRACE_SECONDS, strict=True):
         alive = [process for process in processes if process.poll() is None]
         for process in alive:
@@ -151,7 +209,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _signal(process: subprocess.Popen[bytes], signum: signal.Signals) -> None:
+def _signal(process: StepProcess, signum: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signum)
 

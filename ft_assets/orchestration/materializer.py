@@ -19,7 +19,7 @@ from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import Project
 from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.job import Job, StepResult
-from ft_assets.launchers import StepFailed, make_launcher
+from ft_assets.launchers import LocalLauncher, StepFailed, make_launcher
 
 Inputs = Mapping[
     str, tuple[Artifact, str | None]
@@ -101,6 +101,8 @@ class Materializer:
             )
             return known, True
         started = time.time()
+        if isinstance(self.launcher, LocalLauncher):
+            self.launcher.warm_up()  # while light assets are made
         self.store.require_space(space or 50_000_000, asset)
         with self.store.staging(asset, partition) as staged:
             if step is not None:
