@@ -9,14 +9,15 @@ better by exactly the difference that the rows are said to be able to show.
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any
 
 import numpy as np
 from statsmodels.stats.power import TTestPower
 
 from ft_assets.config import GateSettings
+from ft_assets.evaluation.report_model import Comparisons
 from ft_assets.evaluation.verdict.decision import FAIL, PASS, decide
 from ft_assets.evaluation.verdict.statistics import compare, mcnemar_power
+from ft_assets_tests.reports import empty_report
 
 GATE = GateSettings(min_heldout_rows=20)
 SEVERAL = GateSettings(
@@ -45,7 +46,7 @@ def graded(chance: np.random.Generator, n: int, gain: float) -> tuple[list[float
 def verdict(seed: int, n: int, gain: float, kind: str, gate: GateSettings, candidates: int) -> str:
     chance = np.random.default_rng([seed, n, candidates])
     base: dict[str, list[float]] = {}
-    comparisons: dict[str, Any] = {}
+    comparisons: Comparisons = {}
     for name in ("sft", "dpo")[:candidates]:
         entries, found = {}, {}
         for metric in ("exact", *[metric for metric in gate.metrics if metric != "exact"]):
@@ -65,16 +66,8 @@ def verdict(seed: int, n: int, gain: float, kind: str, gate: GateSettings, candi
     scores = {"base": {"exact": 0.3, **plain}} | {
         name: {"exact": float(np.mean(values)), **plain} for name, values in base.items()
     }
-    report = {
-        "metric": "exact",
-        "heldout_rows": n,
-        "scores": scores,
-        "comparisons": comparisons,
-        "retention": None,
-        "harness": {"comparisons": {}},
-        "chance": {},
-    }
-    return decide({**report, "proofs": {"template_mismatches": []}, "bound_to": {}}, gate)["status"]
+    report = empty_report(heldout_rows=n, scores=scores, comparisons=comparisons)
+    return decide(report, gate).status
 
 
 def detectable(n: int) -> float:

@@ -9,22 +9,24 @@ from huggingface_hub import ModelCard
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import BaseModelSettings, load_project
+from ft_assets.evaluation.report_model import EvalReport, Verdict
 from ft_assets.models.source import source_identity, write_snapshot
 from ft_assets.orchestration.materializer import Materializer
 from ft_assets.release.card import model_card
 from ft_assets.release.card_facts import card_facts, excerpt
 from ft_assets_tests.factories import edit
-from ft_assets_tests.pipeline import artifact, read
+from ft_assets_tests.pipeline import artifact
 
 
 def card_of(folder: Path, facts: dict[str, Any] | None = None, **file: float) -> ModelCard:
     """Return the card of the finished project's model, told other facts, and of its file other numbers."""
     store = ArtifactStore(folder / ".ft/store")
-    merged, report = store.need("merged_model", "tiny"), read(folder, "eval_report", "report.json")
+    merged = store.need("merged_model", "tiny")
+    report = EvalReport.read(artifact(folder, "eval_report") / "report.json")
     job = json.loads(
         next((folder / ".ft/store/.work/jobs").glob("merged_model-*/job.json")).read_text()
     )
-    verdict = json.loads((merged.path / "verdict.json").read_text())
+    verdict = Verdict.read(merged.path / "verdict.json")
     return ModelCard(
         model_card(
             {**job["settings"]["card"], **(facts or {})},
@@ -57,7 +59,7 @@ def words(folder: Path, **chat: Any) -> dict[str, Any]:
         name: materializer.store.need(name, "tiny")
         for name in ("base_model", "heldout_split", "lora_adapter", "dpo_adapter")
     }
-    return card_facts(materializer, "tiny", used, {})
+    return card_facts(materializer.project, materializer.store, "tiny", used, {})
 
 
 def test_card_says_what_differs_from_the_base_in_template_and_tokens(copy: Path) -> None:

@@ -4,13 +4,13 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.commands.gc import removals, remove
 from ft_assets.config import GateSettings, ReleaseSettings
+from ft_assets.evaluation.report_model import Difference
 from ft_assets.orchestration import materializer as materializer
 from ft_assets.release.champion import KEPT, PROMOTED, State, decide_release, state_of
 from ft_assets.release.lookup import adapter_of
@@ -33,18 +33,20 @@ def champion(folder: Path) -> str:
 
 def difference(
     mean: float, low: float, high: float, p: float, wins: int = 9, losses: int = 5
-) -> dict[str, Any]:
-    return {
-        "mean": mean,
-        "low": low,
-        "high": high,
-        "p": p,
-        "wins": wins,
-        "losses": losses,
-        "n": 64,
-        "rows_needed": 400,
-        "detectable": 0.1,
-    }
+) -> Difference:
+    return Difference(
+        mean=mean,
+        low=low,
+        high=high,
+        p=p,
+        wins=wins,
+        losses=losses,
+        ties=64 - wins - losses,
+        n=64,
+        test="permutation",
+        rows_needed=400,
+        detectable=0.1,
+    )
 
 
 GOOD, NO_BETTER = difference(0.4, 0.3, 0.5, 0.0001), difference(0.0, -0.1, 0.1, 1.0)
@@ -66,7 +68,7 @@ RULES = [
     [case[1:] for case in RULES],
     ids=[case[0] for case in RULES],
 )
-def test_rule(against: dict, today: dict, rule: dict, status: str, says: str) -> None:
+def test_rule(against: Difference, today: Difference, rule: dict, status: str, says: str) -> None:
     decision = decide_release(
         {"exact": against},
         {"exact": today},
@@ -85,7 +87,7 @@ def test_rule(against: dict, today: dict, rule: dict, status: str, says: str) ->
     "today", [GOOD, NO_BETTER], ids=["champion beats the base", "champion fell behind"]
 )
 def test_challenger_that_does_not_beat_the_base_on_these_rows_is_promoted_by_override_alone(
-    today: dict,
+    today: Difference,
 ) -> None:
     """The champion may have been trained on most of the rows: of those that are left the challenger's PASS says nothing."""
     better = {"exact": difference(0.2, 0.1, 0.3, 0.001)}

@@ -50,7 +50,7 @@ def test_page_needs_nothing_beside_it_and_holds_every_row(copy: Path) -> None:
 
 
 def test_page_escapes_what_models_write(copy: Path) -> None:
-    from ft_assets.evaluation.html import _bold
+    from ft_assets.evaluation.report_html import _bold
 
     assert (
         _bold("<script>alert(1)</script> **yes**")

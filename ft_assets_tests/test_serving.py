@@ -185,7 +185,9 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
     assert entry_of(materializer, "tiny")["stale"] == "lora_adapter"
     del numbers["comparisons"]
     (report / "report.json").write_text(json.dumps(numbers))
-    assert "cannot be read (KeyError: 'comparisons')" in entry_of(materializer, "tiny")["reason"]
+    reason = entry_of(materializer, "tiny")["reason"]
+    assert "report.json: cannot be read (comparisons: Field required)" in reason
+    assert "materialize eval_report again" in reason
 
 
 def test_leaderboard_shows_a_base_model_that_failed_and_why(copy: Path) -> None:

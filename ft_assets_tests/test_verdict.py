@@ -1,12 +1,12 @@
 """What passes, what fails, what cannot tell; which candidate leaves; what may not be forgotten."""
 
-from typing import Any
-
 import pytest
 
 from ft_assets.config import GateSettings
+from ft_assets.evaluation.report_model import Difference, EvalReport, Proofs, Retention
 from ft_assets.evaluation.verdict.decision import FAIL, INCONCLUSIVE, PASS, decide
 from ft_assets.evaluation.verdict.statistics import compare
+from ft_assets_tests.reports import empty_report
 
 GATE = GateSettings(min_heldout_rows=20)
 ALL, NONE, HALF = [1.0] * 60, [0.0] * 60, [1.0, 0.0] * 30
@@ -33,9 +33,11 @@ def report(
     more: dict[str, tuple[list[float], list[float]]] | None = None,
     mismatches: list[str] | None = None,
     **habits: float,
-) -> dict[str, Any]:
-    """Return the numbers that a verdict reads, of given scores a row. `general`: the loss of general prompts by
-    candidate; `more`: other metrics of base and SFT."""
+) -> EvalReport:
+    """Build a report of given scores a row.
+
+    general: the loss of general prompts by candidate. more: other metrics, as (base, SFT).
+    """
     rows = (
         {"base": base, "sft": sft}
         | ({"dpo": dpo} if dpo else {})
@@ -43,7 +45,9 @@ def report(
     )
     rivals = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
 
-    def entries(columns: dict[str, list[float]], lower: bool = False) -> dict[str, Any]:
+    def entries(
+        columns: dict[str, list[float]], lower: bool = False
+    ) -> dict[str, dict[str, Difference]]:
         return {
             name: {
                 rival: compare(columns[name], columns[rival], 0.95, 1, lower)
@@ -64,28 +68,26 @@ def report(
     if general:
         losses = entries(general, lower=True)
         task = compare([0.5, 0.6] * 20, [0.5, 0.6] * 20, 0.95, 1)
-        retention = {
-            "metric": "chrf",
-            "scores": {name: means([0.0]) for name in general},
-            "comparisons": {
+        retention = Retention(
+            metric="chrf",
+            rows=len(SAME),
+            answered=len(SAME),
+            scores={name: means([0.0]) for name in general},
+            comparisons={
                 name: {rival: {"loss": entry, "chrf": task} for rival, entry in found.items()}
                 for name, found in losses.items()
             },
-        }
-    return {
-        "metric": "exact",
-        "heldout_rows": len(base),
-        "scores": {
+        )
+    return empty_report(
+        heldout_rows=len(base),
+        scores={
             name: means(values, **(habits if name in ("sft", "dpo") else {}))
             for name, values in rows.items()
         },
-        "comparisons": comparisons,
-        "retention": retention,
-        "harness": {"comparisons": {}},
-        "chance": {},
-        "proofs": {"template_mismatches": mismatches or []},
-        "bound_to": {},
-    }
+        comparisons=comparisons,
+        retention=retention,
+        proofs=Proofs(adapters={}, template_mismatches=mismatches or []),
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,13 +107,13 @@ def report(
         (report(NONE, [1.0, *NONE[1:]]), INCONCLUSIVE, None),  # one lucky row
     ],
 )
-def test_verdict(numbers: dict[str, Any], status: str, candidate: str | None) -> None:
+def test_verdict(numbers: EvalReport, status: str, candidate: str | None) -> None:
     verdict = decide(numbers, GATE)
-    assert (verdict["status"], verdict["candidate"]) == (status, candidate)
+    assert (verdict.status, verdict.candidate) == (status, candidate)
 
 
 def test_inconclusive_says_what_these_rows_can_show_and_how_many_would_decide() -> None:
-    text = " ".join(decide(report(NONE, [1.0, 1.0, *NONE[2:]]), GATE)["reasons"])
+    text = " ".join(decide(report(NONE, [1.0, 1.0, *NONE[2:]]), GATE).reasons)
     assert "held-out rows would decide" in text
     assert "60 rows find a difference of" in text
 
@@ -120,15 +122,15 @@ def test_forgetting_fails_by_its_own_name_though_the_task_got_better() -> None:
     verdict = decide(
         report(NONE, ALL, general={"base": SAME, "sft": [value + 0.5 for value in SAME]}), GATE
     )
-    assert verdict["status"] == FAIL
-    assert "forgets: loss of general prompts +0.500 nats/token" in verdict["reasons"][0]
+    assert verdict.status == FAIL
+    assert "forgets: loss of general prompts +0.500 nats/token" in verdict.reasons[0]
 
 
 def test_retention_that_may_be_beyond_the_tolerance_cannot_be_told() -> None:
     noisy = [value + (0.8 if index % 4 == 0 else -0.05) for index, value in enumerate(SAME)]
     verdict = decide(report(NONE, ALL, general={"base": SAME, "sft": noisy}), GATE)
-    assert verdict["status"] == INCONCLUSIVE
-    assert "may forget" in verdict["reasons"][0]
+    assert verdict.status == INCONCLUSIVE
+    assert "may forget" in verdict.reasons[0]
 
 
 def test_dpo_that_forgets_more_than_sft_stays_behind() -> None:
@@ -138,65 +140,57 @@ def test_dpo_that_forgets_more_than_sft_stays_behind() -> None:
         "dpo": [value + 0.05 + index / 1000 for index, value in enumerate(SAME)],
     }
     verdict = decide(report(NONE, HALF, dpo=HALF, general=general), GATE)
-    assert (verdict["status"], verdict["candidate"]) == (PASS, "sft")
-    assert "forgets more than SFT" in verdict["dpo"]
+    assert (verdict.status, verdict.candidate) == (PASS, "sft")
+    assert "forgets more than SFT" in verdict.dpo
 
 
 def test_lower_dpo_leaves_only_within_the_declared_margin() -> None:
     slightly = [*ALL[:-1], 0.0]
     numbers = report(NONE, ALL, dpo=slightly)
-    assert decide(numbers, GATE)["candidate"] == "sft"
-    assert decide(numbers, GATE.model_copy(update={"dpo_margin": 0.05}))["candidate"] == "dpo"
+    assert decide(numbers, GATE).candidate == "sft"
+    assert decide(numbers, GATE.model_copy(update={"dpo_margin": 0.05})).candidate == "dpo"
 
 
 def test_margin_passes_what_is_not_worse_and_only_then() -> None:
     gate = GateSettings(metrics={"exact": 0.05})
-    assert decide(report(HALF, HALF), gate)["status"] == PASS
-    assert "not worse than the base by 0.05" in decide(report(HALF, HALF), gate)["reasons"][0]
+    assert decide(report(HALF, HALF), gate).status == PASS
+    assert "not worse than the base by 0.05" in decide(report(HALF, HALF), gate).reasons[0]
     noise = [1.0, 0.0] * 15 + [0.0, 1.0] * 15  # as good on the mean, but any row may differ
-    assert decide(report(HALF, noise), gate)["status"] == INCONCLUSIVE
-    assert decide(report(HALF, NONE), gate)["status"] == FAIL
+    assert decide(report(HALF, noise), gate).status == INCONCLUSIVE
+    assert decide(report(HALF, NONE), gate).status == FAIL
 
 
 def test_one_of_several_metrics_must_survive_holm_and_none_may_be_worse() -> None:
     gate = GateSettings(metrics={"exact": "better", "regex": "better", "label": "better"})
     weak = [1.0] * 6 + [0.0] * 54  # p 0.03: enough alone, not as the best of three
     assert (
-        decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), GATE)[
-            "status"
-        ]
+        decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), GATE).status
         == PASS
     )
     assert (
-        decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate)[
-            "status"
-        ]
+        decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate).status
         == INCONCLUSIVE
     )
     assert (
-        decide(report(NONE, HALF, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate)[
-            "status"
-        ]
+        decide(report(NONE, HALF, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), gate).status
         == PASS
     )
     assert (
-        decide(report(NONE, HALF, more={"regex": (HALF, NONE), "label": (HALF, HALF)}), gate)[
-            "status"
-        ]
+        decide(report(NONE, HALF, more={"regex": (HALF, NONE), "label": (HALF, HALF)}), gate).status
         == FAIL
     )
 
 
 def test_prompted_base_that_is_as_good_blocks_only_if_the_gate_says_so() -> None:
     numbers = report(NONE, HALF, few_shot=HALF)
-    assert decide(numbers, GATE)["status"] == PASS
+    assert decide(numbers, GATE).status == PASS
     strict = decide(numbers, GATE.model_copy(update={"prompting": "fail"}))
-    assert strict["status"] == INCONCLUSIVE
-    assert "you do not need this fine-tune" in strict["reasons"][0]
+    assert strict.status == INCONCLUSIVE
+    assert "you do not need this fine-tune" in strict.reasons[0]
     assert (
-        decide(report(NONE, HALF, few_shot=ALL), GATE.model_copy(update={"prompting": "fail"}))[
-            "status"
-        ]
+        decide(
+            report(NONE, HALF, few_shot=ALL), GATE.model_copy(update={"prompting": "fail"})
+        ).status
         == FAIL
     )
 
@@ -207,11 +201,11 @@ def test_dpo_that_gains_on_heldout_may_cost_general_prompts_the_usual_tolerance(
         "sft": [value - 0.2 for value in SAME],
         "dpo": [value - 0.05 for value in SAME],
     }
-    assert decide(report(NONE, HALF, dpo=ALL, general=general), GATE)["candidate"] == "dpo"
-    assert decide(report(NONE, HALF, dpo=HALF, general=general), GATE)["candidate"] == "sft"
+    assert decide(report(NONE, HALF, dpo=ALL, general=general), GATE).candidate == "dpo"
+    assert decide(report(NONE, HALF, dpo=HALF, general=general), GATE).candidate == "sft"
 
 
 def test_two_candidates_are_two_chances_and_pay_for_it() -> None:
     lucky = [1.0] * 6 + [0.0] * 54  # p 0.03 alone
-    assert decide(report(NONE, lucky), GATE)["status"] == PASS
-    assert decide(report(NONE, lucky, dpo=NONE), GATE)["status"] == INCONCLUSIVE
+    assert decide(report(NONE, lucky), GATE).status == PASS
+    assert decide(report(NONE, lucky, dpo=NONE), GATE).status == INCONCLUSIVE

@@ -1,14 +1,14 @@
 """The asset that judges, eval_report, and its checks."""
 
-import json
 from typing import Any
 
 import dagster as dg
 
 from ft_assets.artifacts import Artifact
 from ft_assets.config import settings_version
+from ft_assets.evaluation.report_model import Estimate, EvalReport
 from ft_assets.evaluation.sources import own_metric_version, read_schema
-from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts, forgetting, said
+from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts, forgetting
 from ft_assets.evaluation.verdict.gate import bound_versions, require_lineage
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
@@ -39,16 +39,16 @@ def _evaluation(materializer: Materializer, name: str) -> dict[str, Any]:
     }
 
 
-def _report(checked: Checked) -> dict[str, Any]:
-    return json.loads((checked.artifact.path / "report.json").read_text())
+def _report(checked: Checked) -> EvalReport:
+    return EvalReport.read(checked.artifact.path / "report.json")
 
 
-def numbers(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a paired difference as check metadata: the UI plots it over runs."""
+def numbers(estimate: Estimate) -> dict[str, float]:
+    """Return an estimate as check metadata: the UI plots it over runs."""
     return {
-        "difference": entry["mean"],
-        "interval_low": entry["low"],
-        "interval_high": entry["high"],
+        "difference": estimate.mean,
+        "interval_low": estimate.low,
+        "interval_high": estimate.high,
     }
 
 
@@ -125,13 +125,13 @@ def better_than_base(checked: Checked) -> dg.AssetCheckResult:
     """Fail on FAIL and on INCONCLUSIVE."""
     report = _report(checked)
     verdict = decide(report, checked.project.gate)
-    tag_run(checked.context, verdict=verdict["status"], base_model=checked.name)
+    tag_run(checked.context, verdict=verdict.status, base_model=checked.name)
     blocking = ERROR if checked.project.gate.override is None else WARN
     return dg.AssetCheckResult(
-        passed=verdict["status"] == PASS,
+        passed=verdict.status == PASS,
         severity=blocking,
-        description=f"{verdict['status']}: {'; '.join(verdict['reasons'])}",
-        metadata=numbers(report["comparisons"][verdict["speaker"]]["base"][report["metric"]]),
+        description=f"{verdict.status}: {'; '.join(verdict.reasons)}",
+        metadata=numbers(report.comparisons[verdict.reported_candidate]["base"][report.metric]),
     )
 
 
@@ -142,17 +142,17 @@ def better_than_base(checked: Checked) -> dg.AssetCheckResult:
 def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
     """Warn if a prompted base is as good; fail if gate.prompting says so."""
     report, gate = _report(checked), checked.project.gate
-    speaker, metric = decide(report, gate)["speaker"], report["metric"]
+    reported, metric = decide(report, gate).reported_candidate, report.metric
     severity = ERROR if gate.prompting == "fail" and gate.override is None else WARN
-    if "few_shot" not in report["scores"]:
+    if "few_shot" not in report.scores:
         return dg.AssetCheckResult(
             passed=False,
             severity=severity,
             description="not compared: data.few_shot names no examples",
         )
-    entry = report["comparisons"][speaker]["few_shot"][metric]
+    entry = report.comparisons[reported]["few_shot"][metric]
     passed = beats(entry, gate.confidence)
-    text = f"{speaker}: {said(metric, entry, 'the few-shot prompt')}"
+    text = f"{reported}: {entry.describe(metric, 'the few-shot prompt')}"
     return dg.AssetCheckResult(
         passed=passed,
         severity=severity,
@@ -171,20 +171,20 @@ def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
 def nothing_forgotten(checked: Checked) -> dg.AssetCheckResult:
     """Fail if loss or task score on the retention set fell by more than the gate's tolerance, or that cannot be told."""
     report, gate = _report(checked), checked.project.gate
-    speaker = decide(report, gate)["speaker"]
-    fails, unsure, proven = forgetting(speaker, report, gate)
-    if not (fails or unsure or proven):
+    reported = decide(report, gate).reported_candidate
+    found = forgetting(reported, report, gate)
+    if not found.decisive:
         return dg.AssetCheckResult(
             passed=False,
             severity=WARN,
             description="not measured: data.retention names no prompts",
         )
     return dg.AssetCheckResult(
-        passed=not fails and not unsure,
+        passed=found.passed,
         severity=ERROR if gate.override is None else WARN,
-        description=f"{speaker}: {'; '.join(fails or unsure or proven)}",
-        metadata=numbers(report["retention"]["comparisons"][speaker]["base"]["loss"])
-        if report["retention"]
+        description=f"{reported}: {'; '.join(found.decisive)}",
+        metadata=numbers(report.retention.comparisons[reported]["base"]["loss"])
+        if report.retention
         else {},
     )
 
@@ -196,13 +196,13 @@ def nothing_forgotten(checked: Checked) -> dg.AssetCheckResult:
 def dpo_does_not_hurt(checked: Checked) -> dg.AssetCheckResult:
     """Warn if DPO is lower than SFT on held-out or on general prompts."""
     report = _report(checked)
-    if "dpo" not in report["scores"]:
+    if "dpo" not in report.scores:
         return dg.AssetCheckResult(passed=True, description="no preference data: no DPO")
-    entry, metric = report["comparisons"]["dpo"]["sft"][report["metric"]], report["metric"]
+    entry = report.comparisons["dpo"]["sft"][report.metric]
     hurts = dpo_hurts(report, checked.project.gate)
     return dg.AssetCheckResult(
         passed=hurts is None,
         severity=WARN,
-        description=hurts or f"dpo: {said(metric, entry, 'SFT')}",
+        description=hurts or f"dpo: {entry.describe(report.metric, 'SFT')}",
         metadata=numbers(entry),
     )

@@ -14,6 +14,7 @@ from ft_assets.artifacts import Artifact
 from ft_assets.errors import ArtifactError, FtError
 from ft_assets.evaluation.leaderboard import Entry, failed_entry, judged_entry, rank, table
 from ft_assets.evaluation.plots import data_uri, leaderboard_plot
+from ft_assets.evaluation.report_model import EvalReport
 from ft_assets.evaluation.verdict.gate import bound_versions
 from ft_assets.job import Job, StepResult
 from ft_assets.orchestration.declarations import Metrics, asset
@@ -84,13 +85,8 @@ def entry_of(materializer: Materializer, name: str) -> Entry:
         return _entry(materializer, name)
     except FtError as error:
         return failed_entry(name, "; ".join(line.strip() for line in str(error).splitlines()))
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # damaged, or of a version that wrote other keys
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # Another file is damaged, or of a version that wrote other keys.
         return failed_entry(
             name, f"its eval_report cannot be read ({type(error).__name__}: {error}): make it again"
         )
@@ -100,12 +96,12 @@ def _entry(materializer: Materializer, name: str) -> Entry:
     report = materializer.store.current("eval_report", name)
     if report is None:
         return failed_entry(name, why_not_judged(materializer, name))
-    numbers = json.loads((report.path / "report.json").read_text())
+    numbers = EvalReport.read(report.path / "report.json")
     rows = pq.read_table(report.path / "rows.parquet", columns=["candidate", "id"]).to_pylist()
     ids = [row["id"] for row in rows if row["candidate"] == "base"]
     costs, stale = (
         _costs(materializer, name, report),
-        _stale(materializer, name, numbers["bound_to"]),
+        _stale(materializer, name, numbers.bound_to),
     )
     return judged_entry(
         name, numbers, materializer.project.gate, ids, costs, _serves(materializer, name), stale

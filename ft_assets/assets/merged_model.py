@@ -3,6 +3,7 @@
 import dagster as dg
 
 from ft_assets.assets.eval_report import TRAINED, judged, numbers
+from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -38,7 +39,7 @@ def merged_model(
     report = store.current("eval_report", name)
     verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
     assert report is not None
-    adapter = used[f"{'dpo' if verdict['candidate'] == 'dpo' else 'lora'}_adapter"]
+    adapter = used[f"{'dpo' if verdict.candidate == 'dpo' else 'lora'}_adapter"]
     size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
     method = adapter.metrics.get(
         "method", adapter.manifest["settings"]["lora"]["method"]
@@ -46,8 +47,8 @@ def merged_model(
     artifact, reused = materializer.materialize(
         context,
         settings={
-            "candidate": verdict["candidate"],
-            "override": verdict.get("override"),
+            "candidate": verdict.candidate,
+            "override": verdict.override,
             "method": method,
             # After QLoRA one of the two merges is no model that the report judged: the whole gate is asked about it.
             "gate": project.gate.model_dump(
@@ -67,7 +68,7 @@ def merged_model(
         },
         step="merge",
         step_settings={
-            "verdict": verdict,
+            "verdict": verdict.to_dict(),
             "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
             "schema": read_schema(project, project.recipe(name).evaluation),
             "root": str(project.root),
@@ -133,14 +134,14 @@ def merge_is_equivalent(checked: Checked) -> dg.AssetCheckResult:
 def file_is_better_than_base(checked: Checked) -> dg.AssetCheckResult:
     """Fail if rounding to bf16 cost the gain (only an override merges such a file at all)."""
     metrics, metric = checked.metrics, checked.project.recipe(checked.name).evaluation.metric
-    gain = {
-        "mean": metrics["merged_gain"],
-        "low": metrics["merged_gain_low"],
-        "high": metrics["merged_gain_high"],
-    }
+    gain = Estimate(
+        mean=metrics["merged_gain"],
+        low=metrics["merged_gain_low"],
+        high=metrics["merged_gain_high"],
+    )
     return dg.AssetCheckResult(
         passed=bool(metrics["merged_beats_base"]),
         severity=ERROR if checked.project.gate.override is None else WARN,
-        description=f"{metric} {metrics[f'merged_{metric}']:.3f}, {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}], stop rate {metrics['merged_stop_rate']:.2f}",
+        description=f"{metric} {metrics[f'merged_{metric}']:.3f}, {gain.mean:+.3f} against base [{gain.low:+.3f}, {gain.high:+.3f}], stop rate {metrics['merged_stop_rate']:.2f}",
         metadata=numbers(gain),
     )

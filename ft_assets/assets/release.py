@@ -10,6 +10,7 @@ from pydantic import Field
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.assets.eval_report import TRAINED, judged, numbers
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
+from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.job import StepResult
@@ -324,9 +325,13 @@ def _beats_base(checked: Checked) -> dg.AssetCheckResult:
     if today and merged is not None:  # made again for today's rows, with the same weights
         metrics |= _gain(merged)
     measured = today or metrics["measured_today"]
-    gain = {key: metrics[f"champion_gain_{key}"] for key in ("mean", "low", "high")}
+    gain = Estimate(
+        mean=metrics["champion_gain_mean"],
+        low=metrics["champion_gain_low"],
+        high=metrics["champion_gain_high"],
+    )
     passed = bool(metrics["champion_beats_base"]) and measured
-    text = f"{checked.project.recipe(checked.name).evaluation.metric} {gain['mean']:+.3f} against base [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    text = f"{checked.project.recipe(checked.name).evaluation.metric} {gain.mean:+.3f} against base [{gain.low:+.3f}, {gain.high:+.3f}]"
     if not measured:
         text += "; measured when it was merged, not on today's rows: it was rolled back to"
     if champion["override"]:

@@ -25,6 +25,7 @@ from ft_assets.evaluation.proofs import (
     prove_unseen,
     template_mismatches,
 )
+from ft_assets.evaluation.report_model import AdapterProof, OwnTemplate, Proofs
 from ft_assets.inference.generation import generate
 from ft_assets.inference.losses import answer_losses, sequence_log_probabilities
 from ft_assets.job import Report
@@ -70,7 +71,7 @@ class Scored:
     chance: dict[str, list[float]] = field(default_factory=dict)
     harness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     train_loss: dict[str, list[float]] = field(default_factory=dict)
-    proofs: dict[str, Any] = field(default_factory=dict)
+    proofs: Proofs = field(default_factory=lambda: Proofs(adapters={}, template_mismatches=[]))
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -93,12 +94,8 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
     renderer = Renderer(tokenizer, stops)
     model = load_candidates(snapshot, adapters)
     scored = Scored()
-    scored.proofs["adapters"] = prove_adapters_act(
-        model, snapshot, adapters, _prompts(renderer, task.heldout[:1])[0]
-    )
-    scored.proofs["template_mismatches"] = template_mismatches(
-        renderer, [*task.heldout, *task.train]
-    )
+    acts = prove_adapters_act(model, snapshot, adapters, _prompts(renderer, task.heldout[:1])[0])
+    mismatches = template_mismatches(renderer, [*task.heldout, *task.train])
     scorer = Scorer(model, tokenizer, stops, task)
     prompted = [
         {**row, "messages": few_shot_prompt(row["messages"], task.few_shot_system, task.few_shot)}
@@ -130,20 +127,34 @@ def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report)
             },
         )
     replaced = replaced_template(snapshot)
-    if replaced:
-        with acting(model, None):
-            known = (
-                task.retention or task.heldout
-            )  # general prompts show best what a base knows in its own template
-            try:
-                scored.proofs["own_template"] = {
-                    "loss": scorer.loss_under(replaced, known),
-                    "loss_as_configured": statistics.fmean(scorer.losses(known)[0]),
-                    "rows": "general" if task.retention else "held-out",
-                }
-            except EvaluationError as problem:  # it has no tool calls, say: nothing to compare with
-                scored.proofs["own_template_refuses"] = str(problem)
+    scored.proofs = _proofs(scorer, acts, mismatches, replaced)
     return scored
+
+
+def _proofs(
+    scorer: "Scorer",
+    adapters: dict[str, AdapterProof],
+    mismatches: list[str],
+    replaced: str | None,
+) -> Proofs:
+    """Return the proofs; with a replaced template also the losses under it and the base's own."""
+    proofs = Proofs(adapters=adapters, template_mismatches=mismatches)
+    if not replaced:
+        return proofs
+    task = scorer.task
+    # General prompts show best what a base knows in its own template.
+    known = task.retention or task.heldout
+    with acting(scorer.model, None):
+        try:
+            losses = OwnTemplate(
+                loss=scorer.loss_under(replaced, known),
+                loss_as_configured=statistics.fmean(scorer.losses(known)[0]),
+                rows="general" if task.retention else "held-out",
+            )
+        except EvaluationError as problem:
+            # The base's own template cannot render these rows, e.g. without tool calls.
+            return proofs.model_copy(update={"own_template_refuses": str(problem)})
+    return proofs.model_copy(update={"own_template": losses})
 
 
 def _tokenized(renderer: Renderer, rows: Rows) -> Rows:

@@ -4,10 +4,8 @@ The evaluation judges an adapter on the base's 16-bit weights. Merged onto what 
 general prompts, and what that file forgot nobody has asked yet.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -15,6 +13,7 @@ from ft_assets.config import GateSettings
 from ft_assets.evaluation.candidates import Rows, Scored, Scorer, Task
 from ft_assets.evaluation.harness import harness_scores
 from ft_assets.evaluation.report import summarise
+from ft_assets.evaluation.report_model import EvalReport
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
 OF_THE_ROW = (
@@ -50,14 +49,14 @@ def report_of_file(
     report: Path,
     candidate: str,
     gate: GateSettings,
-) -> dict[str, Any]:
+) -> EvalReport:
     """Return the numbers of `report` (a folder), those of `candidate` replaced by the merged file's own.
 
     rows: the file's scored held-out rows. Asked here are its general prompts and, if there are any, the tasks of
     lm-evaluation-harness: those of the base too, whose single documents no report keeps.
     """
-    before = json.loads((report / "report.json").read_text())
-    general = list(before["retention"]["scores"]) if before["retention"] else []
+    before = EvalReport.read(report / "report.json")
+    general = list(before.retention.scores) if before.retention else []
     model = load_base(file)
     scorer = Scorer(model, load_tokenizer(file), stop_ids(file), task)
     own = {"heldout": rows, "retention": scorer.retention(task.retention) if general else []}
@@ -83,11 +82,11 @@ def report_of_file(
         }
 
     scored = Scored(
-        heldout=columns("heldout", "rows.parquet", list(before["scores"]), task.heldout),
+        heldout=columns("heldout", "rows.parquet", list(before.scores), task.heldout),
         retention=columns("retention", "retention.parquet", general, task.retention),
         chance=chance,
         harness=harness,
-        proofs=before["proofs"],
+        proofs=before.proofs,
     )
-    numbers = summarise(scored, task.settings, gate, before["bound_to"], before["evidence"])
-    return {**numbers, "chance": {**before["chance"], **numbers["chance"]}}
+    numbers = summarise(scored, task.settings, gate, before.bound_to, before.evidence)
+    return numbers.model_copy(update={"chance": {**before.chance, **numbers.chance}})

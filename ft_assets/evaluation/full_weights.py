@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.report_model import AdapterProof
 from ft_assets.models.adapter_files import changed_weights
 
 
@@ -88,7 +89,7 @@ def prove_weights_act(
     snapshot: Path,
     before: torch.Tensor,
     ids: torch.Tensor,
-) -> dict[str, float]:
+) -> AdapterProof:
     """Return the tensors of a candidate, how many of them differ from the base's, and the largest change of a logit.
 
     Raises EvaluationError "not applied" if no weight differs, or no logit does.
@@ -108,9 +109,6 @@ def prove_weights_act(
             fix="train it again: scores would be the base's",
         )
     smallest = min(norm for norm in changes if norm > 0)
-    return {
-        "targets": len(changes),
-        "changed": changed,
-        "smallest_update": smallest,
-        "logit_change": change,
-    }
+    return AdapterProof(
+        targets=len(changes), changed=changed, smallest_update=smallest, logit_change=change
+    )

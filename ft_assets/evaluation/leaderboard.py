@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ft_assets.config import LOWER_IS_BETTER, GateSettings
+from ft_assets.evaluation.report_model import EvalReport
 from ft_assets.evaluation.verdict.decision import decide
 
 Entry = dict[str, Any]
@@ -19,7 +20,7 @@ HEADER = (
 
 def judged_entry(
     name: str,
-    report: Mapping[str, Any],
+    report: EvalReport,
     gate: GateSettings,
     rows: Sequence[str],
     costs: Mapping[str, Any],
@@ -29,24 +30,24 @@ def judged_entry(
     """Return the row of a base model that has a report. `rows`: the ids of its held-out rows; `costs`: {"memory_gb",
     "gpu_seconds", "train_tokens_per_s", "answer_tokens_per_s", "bytes"}, None where not known; `serves`: what is released;
     `stale`: what has changed since the report."""
-    verdict, metric = decide(report, gate), report["metric"]
-    best = verdict["speaker"]
-    gain, general = report["comparisons"][best]["base"][metric], report["retention"]
-    against = general["comparisons"][best]["base"] if general else None
+    verdict, metric = decide(report, gate), report.metric
+    best = verdict.reported_candidate
+    gain, general = report.comparisons[best]["base"][metric], report.retention
+    against = general.comparisons[best]["base"] if general else None
     return {
         "name": name,
-        "verdict": verdict["status"],
+        "verdict": verdict.status,
         "candidate": best,
-        "reason": "; ".join(verdict["reasons"]),
+        "reason": "; ".join(verdict.reasons),
         "metric": metric,
-        "score": report["scores"][best][metric],
-        "interval": list(report["intervals"][best]),
-        "base": report["scores"]["base"][metric],
-        "base_interval": list(report["intervals"]["base"]),
-        "few_shot": report["scores"].get("few_shot", {}).get(metric),
-        "gain": {key: gain[key] for key in ("mean", "low", "high")},
-        "general_loss_rise": -against["loss"]["mean"] if against else None,
-        "general_task": {"metric": general["metric"], "change": against[general["metric"]]["mean"]}
+        "score": report.scores[best][metric],
+        "interval": list(report.intervals[best]),
+        "base": report.scores["base"][metric],
+        "base_interval": list(report.intervals["base"]),
+        "few_shot": report.scores.get("few_shot", {}).get(metric),
+        "gain": {"mean": gain.mean, "low": gain.low, "high": gain.high},
+        "general_loss_rise": -against["loss"].mean if against else None,
+        "general_task": {"metric": general.metric, "change": against[general.metric].mean}
         if general and against
         else None,
         "heldout_rows": len(rows),

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ft_assets.config import LOWER_IS_BETTER
+from ft_assets.evaluation.report_model import EvalReport
+
 LABELS = {
     "base": "base",
     "few_shot": "base + few-shot prompt",
@@ -26,14 +29,16 @@ def _axes(height: float = 2.4) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def score_plot(report: Mapping[str, Any]) -> bytes:
+def score_plot(report: EvalReport) -> bytes:
     """Return a PNG: the gate metric of each candidate with its interval."""
     figure, axes = _axes()
-    names, metric = list(report["scores"]), report["metric"]
-    values = [report["scores"][name][metric] for name in names]
+    metric = report.metric
+    names = list(report.scores)
+    values = [report.scores[name][metric] for name in names]
+    intervals = [report.intervals[name] for name in names]
     errors = [
-        [value - report["intervals"][name][0] for name, value in zip(names, values, strict=True)],
-        [report["intervals"][name][1] - value for name, value in zip(names, values, strict=True)],
+        [value - low for value, (low, _) in zip(values, intervals, strict=True)],
+        [high - value for value, (_, high) in zip(values, intervals, strict=True)],
     ]
     axes.barh(
         [LABELS[name] for name in names],
@@ -43,25 +48,29 @@ def score_plot(report: Mapping[str, Any]) -> bytes:
         capsize=3,
     )
     axes.invert_yaxis()
-    axes.set_xlim(0, None if metric == "loss" else 1)
-    axes.set_xlabel(f"{metric} on {report['heldout_rows']} held-out rows")
+    axes.set_xlim(0, None if metric in LOWER_IS_BETTER else 1)
+    axes.set_xlabel(f"{metric} on {report.heldout_rows} held-out rows")
     return _png(figure)
 
 
-def outcome_plot(report: Mapping[str, Any], steps: list[tuple[str, str]]) -> bytes:
+def outcome_plot(report: EvalReport, steps: list[tuple[str, str]]) -> bytes:
     """Return a PNG: of each paired comparison in the gate metric, the share of rows won, tied and lost."""
     figure, axes = _axes(0.8 + 0.36 * len(steps))
-    metric, n = report["metric"], report["heldout_rows"]
+    n = report.heldout_rows
     for place, (name, rival) in enumerate(steps):
-        entry, left = report["comparisons"][name][rival][metric], 0.0
-        for part, color in (("wins", "#2f855a"), ("ties", "#d9dee3"), ("losses", "#c05621")):
-            share = entry[part] / n
+        entry, left = report.comparisons[name][rival][report.metric], 0.0
+        for part, count, color in (
+            ("wins", entry.wins, "#2f855a"),
+            ("ties", entry.ties, "#d9dee3"),
+            ("losses", entry.losses, "#c05621"),
+        ):
+            share = count / n
             axes.barh(place, share, left=left, color=color, label=part if place == 0 else None)
             if share > 0.06:
                 axes.text(
                     left + share / 2,
                     place,
-                    str(entry[part]),
+                    str(count),
                     ha="center",
                     va="center",
                     fontsize=8,

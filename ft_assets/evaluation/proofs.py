@@ -14,6 +14,7 @@ from safetensors import safe_open
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.full_weights import FullWeights, prove_weights_act
+from ft_assets.evaluation.report_model import AdapterProof
 from ft_assets.models.adapter_files import TRAINED_GROUPS, is_full
 from ft_assets.models.loading import load_base
 
@@ -46,7 +47,7 @@ def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
 @torch.inference_mode()
 def prove_adapters_act(
     model: Any, snapshot: Path, adapters: dict[str, Path], probe: list[int]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, AdapterProof]:
     """Return, for each adapter, its targets, the smallest ‖ΔW‖ among them (Frobenius) and the largest change of a logit
     after the probe prompt. Raises EvaluationError "not applied" unless every target has an update and logits change."""
     ids = torch.tensor([probe], device=model.device)
@@ -81,11 +82,9 @@ def prove_adapters_act(
                 expected="a nonzero update on every target and other logits than the base's",
                 fix="train it again: scores would be the base's",
             )
-        proofs[name] = {
-            "targets": len(norms),
-            "smallest_update": min(norms),
-            "logit_change": change,
-        }
+        proofs[name] = AdapterProof(
+            targets=len(norms), smallest_update=min(norms), logit_change=change
+        )
     return proofs
 
 

@@ -1,17 +1,24 @@
-"""The report's numbers: everything that the verdict, the pictures and the pages are made of, as plain data."""
+"""Summarise scored rows as the numbers of an `EvalReport`."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
-from typing import Any
 
 from ft_assets.config import LOWER_IS_BETTER, EvaluationSettings, GateSettings
 from ft_assets.evaluation.candidates import Rows, Scored
+from ft_assets.evaluation.report_model import (
+    Comparisons,
+    Differences,
+    EvalReport,
+    Evidence,
+    Harness,
+    Retention,
+    Scores,
+)
 from ft_assets.evaluation.verdict.statistics import compare, interval
 
 TEXT = ("answer", "stopped", "tokens")
-HABITS = ("refused", "repetition")  # compared as rates, not row by row
+BEHAVIOUR = ("refused", "repetition")  # compared as rates, not row by row
 RIVALS = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
 
 
@@ -20,33 +27,33 @@ def summarise(
     settings: EvaluationSettings,
     gate: GateSettings,
     bound_to: Mapping[str, str],
-    evidence: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the report's numbers. `evidence` is what the diagnosis needs besides and is passed through."""
+    evidence: Evidence,
+) -> EvalReport:
+    """Summarise the scored rows; `bound_to` and `evidence` are passed through."""
     columns = {name: score_columns(rows) for name, rows in scored.heldout.items()}
     metric = settings.metric
-    return {
-        "metric": metric,
-        "metrics": [name for name in columns["base"] if name not in HABITS],
-        "heldout_rows": len(scored.heldout["base"]),
-        "confidence": gate.confidence,
-        "scores": {name: _means(columns[name], scored.heldout[name]) for name in columns},
-        "intervals": {
+    return EvalReport(
+        metric=metric,
+        metrics=[name for name in columns["base"] if name not in BEHAVIOUR],
+        heldout_rows=len(scored.heldout["base"]),
+        confidence=gate.confidence,
+        scores={name: _means(columns[name], scored.heldout[name]) for name in columns},
+        intervals={
             name: interval(values[metric], gate.confidence, settings.seed)
             for name, values in columns.items()
         },
-        "comparisons": _comparisons(columns, settings.seed, gate.confidence),
-        "retention": _retention(scored.retention, settings, gate),
-        "chance": {
+        comparisons=_comparisons(columns, settings.seed, gate.confidence),
+        retention=_retention(scored.retention, settings, gate),
+        chance={
             name: compare(columns[name][metric], chance, gate.confidence, settings.seed)
             for name, chance in scored.chance.items()
             if chance
         },
-        "harness": _harness(scored.harness, settings.seed, gate.confidence),
-        "proofs": scored.proofs,
-        "evidence": dict(evidence),
-        "bound_to": dict(bound_to),
-    }
+        harness=_harness(scored.harness, settings.seed, gate.confidence),
+        proofs=scored.proofs,
+        evidence=evidence,
+        bound_to=dict(bound_to),
+    )
 
 
 def score_columns(rows: Rows) -> dict[str, list[float]]:
@@ -55,7 +62,7 @@ def score_columns(rows: Rows) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows if name in row] for name in names}
 
 
-def _means(columns: Mapping[str, list[float]], rows: Rows) -> dict[str, float]:
+def _means(columns: Mapping[str, list[float]], rows: Rows) -> Scores:
     answered = [row for row in rows if "answer" in row]
     means = {name: statistics.fmean(values) for name, values in columns.items()}
     means["perplexity"] = math.exp(min(means["loss"], 700.0))
@@ -66,7 +73,7 @@ def _means(columns: Mapping[str, list[float]], rows: Rows) -> dict[str, float]:
 
 def _comparisons(
     columns: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float
-) -> dict[str, Any]:
+) -> Comparisons:
     return {
         name: {
             rival: compare_columns(columns[name], columns[rival], confidence, seed)
@@ -83,41 +90,37 @@ def compare_columns(
     rival: Mapping[str, list[float]],
     confidence: float,
     seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Return the paired difference of two candidates in each metric, oriented so that more is better."""
+) -> Differences:
+    """Return the paired difference of two candidates in each metric; positive means better."""
     return {
         metric: compare(values, rival[metric], confidence, seed, metric in LOWER_IS_BETTER)
         for metric, values in columns.items()
-        if metric not in HABITS
+        if metric not in BEHAVIOUR
     }
 
 
 def _retention(
     retention: Mapping[str, Rows], settings: EvaluationSettings, gate: GateSettings
-) -> dict[str, Any] | None:
+) -> Retention | None:
     if not retention.get("base"):
         return None
     columns = {name: score_columns(rows) for name, rows in retention.items()}
-    return {
-        "metric": settings.retention_metric,
-        "rows": len(retention["base"]),
-        "answered": sum("answer" in row for row in retention["base"]),
-        "scores": {name: _means(columns[name], retention[name]) for name in columns},
-        "comparisons": _comparisons(columns, settings.seed, gate.confidence),
-    }
+    return Retention(
+        metric=settings.retention_metric,
+        rows=len(retention["base"]),
+        answered=sum("answer" in row for row in retention["base"]),
+        scores={name: _means(columns[name], retention[name]) for name in columns},
+        comparisons=_comparisons(columns, settings.seed, gate.confidence),
+    )
 
 
 def _harness(
     harness: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float
-) -> dict[str, Any]:
-    return {
-        "scores": {
+) -> Harness:
+    return Harness(
+        scores={
             name: {task: statistics.fmean(values) for task, values in tasks.items()}
             for name, tasks in harness.items()
         },
-        "comparisons": _comparisons(harness, seed, confidence),
-    }
-
-
-def to_json(data: Any) -> str:
-    return json.dumps(data, indent=1, ensure_ascii=False)
+        comparisons=_comparisons(harness, seed, confidence),
+    )

@@ -7,17 +7,18 @@ own class, so that the hub reads it. Nothing is guessed: a base that states no l
 from collections.abc import Mapping
 from typing import Any
 
-from ft_assets.evaluation.markdown import retention_table, score_table, step_table
 from ft_assets.evaluation.plots import LABELS
+from ft_assets.evaluation.report_markdown import retention_table, score_table, step_table
+from ft_assets.evaluation.report_model import EvalReport, Verdict
+from ft_assets.markdown import table as markdown_table
 
 CardFacts = Mapping[str, Any]
-Table = list[list[str]]
 
 
 def model_card(
     facts: CardFacts,
-    verdict: Mapping[str, Any],
-    report: Mapping[str, Any],
+    verdict: Verdict,
+    report: EvalReport,
     equivalence: Mapping[str, Any],
 ) -> str:
     """Return README.md of the merged model.
@@ -43,21 +44,21 @@ def model_card(
 
 def _front_matter(
     facts: CardFacts,
-    verdict: Mapping[str, Any],
-    report: Mapping[str, Any],
+    verdict: Verdict,
+    report: EvalReport,
     equivalence: Mapping[str, Any],
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     license_ = facts["license"]
-    candidate, metric = verdict["candidate"], report["metric"]
+    candidate, metric = verdict.candidate, report.metric
     heldout = next(row for row in facts["data"] if row["name"] == "held-out")
     result = EvalResult(
         task_type="text-generation",
         dataset_type="private",
         dataset_name=f"held-out rows {heldout['fingerprint']}",
         metric_type=metric,
-        metric_name=f"{metric} of this file on {report['heldout_rows']} held-out rows (base {report['scores']['base'][metric]:.4f}, "
+        metric_name=f"{metric} of this file on {report.heldout_rows} held-out rows (base {report.scores['base'][metric]:.4f}, "
         f"adapter before the merge {equivalence[f'adapter_{metric}']:.4f})",
         metric_value=round(equivalence[f"merged_{metric}"], 4),
     )
@@ -73,7 +74,7 @@ def _front_matter(
             facts["method"],
             *(["dpo"] if candidate == "dpo" else []),
             "merged",
-            f"verdict-{verdict['status'].lower()}",
+            f"verdict-{verdict.status.lower()}",
         ],
         datasets=facts["hub_datasets"] or None,
         model_name=facts["partition"],
@@ -83,23 +84,28 @@ def _front_matter(
     return data.to_yaml()
 
 
+def _candidate(verdict: Verdict) -> str:
+    assert verdict.candidate is not None, "a merged model has a candidate"
+    return verdict.candidate
+
+
 def _opening(
     facts: CardFacts,
-    verdict: Mapping[str, Any],
-    report: Mapping[str, Any],
+    verdict: Verdict,
+    report: EvalReport,
     equivalence: Mapping[str, Any],
 ) -> str:
-    base, license_, metric = facts["base"], facts["license"], report["metric"]
+    base, license_, metric = facts["base"], facts["license"], report.metric
     lines = [f"# {facts['partition']}, fine-tuned", ""]
     lines += [
-        f"`{base['source']}` with its {LABELS[verdict['candidate']]} merged in: {base['parameters']:,} parameters in bf16.",
+        f"`{base['source']}` with its {LABELS[_candidate(verdict)]} merged in: {base['parameters']:,} parameters in bf16.",
         "",
     ]
     lines += [
-        f"**Verdict: {verdict['status']}** on {report['heldout_rows']} held-out rows, about the adapter before the merge.",
+        f"**Verdict: {verdict.status}** on {report.heldout_rows} held-out rows, about the adapter before the merge.",
         "",
     ]
-    lines += [f"- {reason}" for reason in verdict["reasons"]]
+    lines += [f"- {reason}" for reason in verdict.reasons]
     low, high = equivalence["merged_gain_low"], equivalence["merged_gain_high"]
     lines += [
         "",
@@ -107,10 +113,10 @@ def _opening(
     ]
     lines[-1] += f"{equivalence['merged_gain']:+.3f} against the base [{low:+.3f}, {high:+.3f}]; "
     lines[-1] += f"the adapter before the merge: {equivalence[f'adapter_{metric}']:.3f}."
-    if "override" in verdict:
+    if verdict.override is not None:
         lines += [
             "",
-            f"> **Released without a PASS.** Reason given in `gate.override`: {verdict['override']}",
+            f"> **Released without a PASS.** Reason given in `gate.override`: {verdict.override}",
         ]
     revision = (
         f"revision `{base['revision']}`" if base["revision"] else f"content `{base['fingerprint']}`"
@@ -125,7 +131,7 @@ def _opening(
         ],
         ["licence", _license(license_)],
     ]
-    return "\n".join([*lines, "", *_table(table)])
+    return "\n".join([*lines, "", markdown_table(table[0], table[1:])])
 
 
 def _license(license_: Mapping[str, Any]) -> str:
@@ -194,16 +200,14 @@ def _system(facts: CardFacts) -> str:
     return ", and with the system turn that its data has" if facts["has_system_turn"] else ""
 
 
-def _results(
-    verdict: Mapping[str, Any], report: Mapping[str, Any], equivalence: Mapping[str, Any]
-) -> str:
+def _results(verdict: Verdict, report: EvalReport, equivalence: Mapping[str, Any]) -> str:
     lines = [
-        f"## Results on {report['heldout_rows']} held-out rows",
+        f"## Results on {report.heldout_rows} held-out rows",
         "",
-        *_table(score_table(report)),
+        markdown_table(*score_table(report)),
         "",
     ]
-    label = LABELS[verdict["candidate"]]
+    label = LABELS[_candidate(verdict)]
     if equivalence.get("merge_base") == "dequantized":
         lines.append(
             f"{label}, here and below, is this file itself: merged onto what NF4 makes of the base it is another model than the"
@@ -214,36 +218,36 @@ def _results(
             f"{label}, here and below, is the adapter on the 16-bit base, as it was judged; what rounding it into this file changed"
         )
         lines.append("stands in the last but one section.")
-    percent = f"{report['confidence']:.0%}".replace("%", " %")
+    percent = f"{report.confidence:.0%}".replace("%", " %")
     lines += [
         "",
         f"Intervals are {percent} bootstrap intervals. Paired, row by row:",
         "",
-        *_table(step_table(report)),
+        markdown_table(*step_table(report)),
     ]
     return "\n".join(lines)
 
 
-def _general(report: Mapping[str, Any]) -> str:
-    general = report["retention"]
+def _general(report: EvalReport) -> str:
+    general = report.retention
     if general is None:
         return ""
-    title = f"## General prompts: {general['rows']}, of which {general['answered']} were answered"
-    return "\n".join([title, "", *_table(retention_table(report))])
+    title = f"## General prompts: {general.rows}, of which {general.answered} were answered"
+    return "\n".join([title, "", markdown_table(*retention_table(report))])
 
 
-def _limits(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+def _limits(facts: CardFacts, verdict: Verdict, report: EvalReport) -> str:
     lines = [
         "Better than its base *on these rows, by this metric* is the claim; good enough for you is yours to judge."
     ]
     lines.append(
         f"Answers were capped at {facts['max_new_tokens']} tokens and decoded greedily; sampling was not measured."
     )
-    if report["retention"] is None:
+    if report.retention is None:
         lines.append("**What it forgot was not measured**: there were no general prompts.")
-    if not report["harness"]["scores"]:
+    if not report.harness.scores:
         lines.append("No public benchmark was run.")
-    if "few_shot" not in report["scores"]:
+    if "few_shot" not in report.scores:
         lines.append("It was not compared with a few-shot prompt to the base.")
     lines.append(
         "Safety, bias, and languages or topics that the held-out rows do not have were not measured."
@@ -251,10 +255,10 @@ def _limits(facts: CardFacts, verdict: Mapping[str, Any], report: Mapping[str, A
     lines.append(
         "Quantized forms of it (GGUF, NF4) answer somewhat differently; their agreement stands beside them."
     )
-    entry = report["comparisons"][verdict["candidate"]]["base"][report["metric"]]
-    if entry["detectable"]:
+    entry = report.comparisons[_candidate(verdict)]["base"][report.metric]
+    if entry.detectable:
         lines.append(
-            f"{entry['n']} rows find a difference of {entry['detectable']:.3f} four times in five; a smaller one can go unseen."
+            f"{entry.n} rows find a difference of {entry.detectable:.3f} four times in five; a smaller one can go unseen."
         )
     return "\n".join(["## Limits", "", *[f"- {line}" for line in lines]])
 
@@ -274,7 +278,7 @@ def _data(facts: CardFacts) -> str:
         [
             "## Data",
             "",
-            *_table(table),
+            markdown_table(table[0], table[1:]),
             "",
             *([facts["data_note"], ""] if facts["data_note"] else []),
             note,
@@ -282,8 +286,8 @@ def _data(facts: CardFacts) -> str:
     )
 
 
-def _training(facts: CardFacts, verdict: Mapping[str, Any]) -> str:
-    stages = ("lora", "sft", "dpo") if verdict["candidate"] == "dpo" else ("lora", "sft")
+def _training(facts: CardFacts, verdict: Verdict) -> str:
+    stages = ("lora", "sft", "dpo") if verdict.candidate == "dpo" else ("lora", "sft")
     rows = [["setting", "value"]]
     for stage in stages:
         rows += [
@@ -292,7 +296,9 @@ def _training(facts: CardFacts, verdict: Mapping[str, Any]) -> str:
             if value not in (None, {}, [])
         ]
     did = [["", ""], *[[name, str(value)] for name, value in facts["training"].items()]]
-    return "\n".join(["## Training", "", *_table(did), "", *_table(rows)])
+    return "\n".join(
+        ["## Training", "", markdown_table(did[0], did[1:]), "", markdown_table(rows[0], rows[1:])]
+    )
 
 
 def _merge(equivalence: Mapping[str, Any]) -> str:
@@ -307,7 +313,7 @@ def _merge(equivalence: Mapping[str, Any]) -> str:
         rows.append(
             [name.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)]
         )
-    return "\n".join([*lines, *_table(rows)])
+    return "\n".join([*lines, markdown_table(rows[0], rows[1:])])
 
 
 def _again(facts: CardFacts) -> str:
@@ -331,12 +337,3 @@ Judged were exactly these versions: {_bound(facts["bound_to"])}."""
 
 def _bound(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} `{version}`" for name, version in versions.items())
-
-
-def _table(rows: Table) -> list[str]:
-    def line(cells: list[str]) -> str:
-        return (
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-        )
-
-    return [line(rows[0]), "|" + "---|" * len(rows[0]), *[line(row) for row in rows[1:]]]

@@ -14,12 +14,12 @@ from typing import Any
 from ft_assets.artifacts import Artifact
 from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ReleaseError
-from ft_assets.evaluation.verdict.decision import adjusted_p, beats, goals, quality, said, worse
+from ft_assets.evaluation.report_model import Differences
+from ft_assets.evaluation.verdict.decision import adjusted_p, beats, goals, quality, worse
 
 PROMOTED, KEPT, ROLLED_BACK = "PROMOTED", "KEPT", "ROLLED BACK"
 ABOUT = ("README.md", "verdict.json", "info/")  # what is said of a model, not what answers
 Model = dict[str, Any]
-Differences = Mapping[str, Mapping[str, Any]]  # by metric, paired
 
 
 def identity(merged: Artifact) -> str:
@@ -79,10 +79,10 @@ class Decision:
 
 def stands(against_base: Differences, metric: str, gate: GateSettings) -> tuple[bool, str]:
     """Return whether a model is better than its base on these rows by what the gate asks of the metrics, and what was found."""
-    fails, unsure, proven = quality(
+    found = quality(
         against_base, metric, gate, adjusted_p({"it": against_base}, metric, gate)["it"]
     )
-    return not fails and not unsure, "; ".join(fails or unsure or proven)
+    return found.passed, "; ".join(found.decisive)
 
 
 def decide_release(
@@ -134,13 +134,13 @@ def _against_champion(
     rule: ReleaseSettings,
 ) -> Decision:
     entry = against[metric]
-    text = said(metric, entry, "the champion")
+    text = entry.describe(metric, "the champion")
     if worse(entry, gate.confidence):
         return Decision(KEPT, [f"the challenger is worse than the champion: {text}"])
     broken = [
-        f"it may be worse than the champion by more than {margin}: {said(name, against[name], 'the champion')}"
+        f"it may be worse than the champion by more than {margin}: {against[name].describe(name, 'the champion')}"
         for name, margin in goals(metric, gate).items()
-        if margin != "better" and against[name]["low"] <= -margin
+        if margin != "better" and against[name].low <= -margin
     ]
     if broken:
         return Decision(KEPT, broken)
@@ -162,13 +162,11 @@ def _against_champion(
                 f"the challenger is not proven better than the champion, which release.rule asks for: {text}"
             ],
         )
-    if entry["low"] > -rule.margin or entry["wins"] == entry["losses"] == 0:
+    if entry.low > -rule.margin or entry.wins == entry.losses == 0:
         return Decision(
             PROMOTED, [f"the challenger is not worse than the champion by {rule.margin}: {text}"]
         )
-    needed = (
-        f"; about {entry['rows_needed']} held-out rows would decide" if entry["rows_needed"] else ""
-    )
+    needed = f"; about {entry.rows_needed} held-out rows would decide" if entry.rows_needed else ""
     return Decision(
         KEPT,
         [

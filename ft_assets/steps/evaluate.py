@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,22 @@ import pyarrow.parquet as pq
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
+from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.candidates import Rows, Scored, Task, score
 from ft_assets.evaluation.curves import up_to_kept
-from ft_assets.evaluation.html import html
-from ft_assets.evaluation.markdown import changes, markdown
 from ft_assets.evaluation.plots import data_uri, read_curve, score_plot
 from ft_assets.evaluation.references import with_references
-from ft_assets.evaluation.report import summarise, to_json
+from ft_assets.evaluation.report import summarise
+from ft_assets.evaluation.report_html import report_html
+from ft_assets.evaluation.report_markdown import PreviousReport, changes, report_markdown
+from ft_assets.evaluation.report_model import (
+    EvalReport,
+    Evidence,
+    Finding,
+    ValidationLoss,
+    Verdict,
+    findings_json,
+)
 from ft_assets.evaluation.verdict.decision import decide
 from ft_assets.evaluation.verdict.diagnosis import diagnose, diversity
 from ft_assets.job import Job, Report, StepResult
@@ -54,10 +64,12 @@ def step(job: Job, report: Report) -> StepResult:
     )
     verdict = decide(numbers, gate)
     findings = diagnose(numbers, verdict, gate)
-    text = markdown(numbers, verdict, findings, scored.heldout, task.heldout, job.partition or "")
-    (job.output / "report.json").write_text(to_json(numbers))
-    (job.output / "verdict.json").write_text(to_json(verdict))
-    (job.output / "diagnosis.json").write_text(to_json(findings))
+    text = report_markdown(
+        numbers, verdict, findings, scored.heldout, task.heldout, job.partition or ""
+    )
+    (job.output / "report.json").write_text(numbers.to_json())
+    (job.output / "verdict.json").write_text(verdict.to_json())
+    (job.output / "diagnosis.json").write_text(findings_json(findings))
     (job.output / "report.md").write_text(text)
     _write_rows(job.output / "rows.parquet", scored.heldout, task.heldout)
     _write_rows(job.output / "retention.parquet", scored.retention, task.retention)
@@ -65,22 +77,19 @@ def step(job: Job, report: Report) -> StepResult:
     return StepResult(_metrics(numbers, verdict, findings, scored, settings))
 
 
-def _evidence(
-    job: Job, scored: Scored, train: Rows, settings: EvaluationSettings
-) -> dict[str, Any]:
-    """Return what the diagnosis needs besides the scores."""
+def _evidence(job: Job, scored: Scored, train: Rows, settings: EvaluationSettings) -> Evidence:
+    """Collect the facts that the diagnosis needs besides the scores."""
     general = [row["stopped"] for row in scored.retention["base"] if "stopped" in row]
     facts = json.loads((job.inputs["base_model"] / "facts.json").read_text())
-    return {
-        "train": diversity(train),
-        "train_loss": {
-            name: statistics.fmean(losses) for name, losses in scored.train_loss.items()
-        },
-        "validation": up_to_kept(read_curve(job.inputs["lora_adapter"], "validation")),
-        "vocabulary": facts["vocabulary"],
-        "general_stop_rate": statistics.fmean(general) if general else None,
-        "labels": len(settings.labels),
-    }
+    validation = up_to_kept(read_curve(job.inputs["lora_adapter"], "validation"))
+    return Evidence(
+        train=diversity(train),
+        train_loss={name: statistics.fmean(losses) for name, losses in scored.train_loss.items()},
+        validation=[ValidationLoss.model_validate(point) for point in validation],
+        vocabulary=facts["vocabulary"],
+        general_stop_rate=statistics.fmean(general) if general else None,
+        labels=len(settings.labels),
+    )
 
 
 def _write_rows(path: Path, scored: dict[str, Rows], asked: Rows) -> None:
@@ -104,9 +113,9 @@ def _write_rows(path: Path, scored: dict[str, Rows], asked: Rows) -> None:
 
 def _write_pages(
     job: Job,
-    numbers: dict[str, Any],
-    verdict: dict[str, Any],
-    findings: Rows,
+    numbers: EvalReport,
+    verdict: Verdict,
+    findings: Sequence[Finding],
     scored: Scored,
     task: Task,
 ) -> None:
@@ -114,9 +123,11 @@ def _write_pages(
     info = job.output / "info"
     info.mkdir()
     (info / "scores.txt").write_text(data_uri(score_plot(numbers)))
-    since = changes(
-        numbers, verdict, scored.heldout, task.heldout, _previous(job.settings["previous"])
-    )
+    try:
+        previous = _previous(job.settings["previous"])
+        since = changes(numbers, verdict, scored.heldout, task.heldout, previous)
+    except ArtifactError as error:  # it must not keep this report from being made
+        since = f"Not compared with the previous report: {error.where}: {error.found}."
     (info / "changes.md").write_text(since)
     curves = {
         "SFT loss": {
@@ -126,7 +137,7 @@ def _write_pages(
     }
     if job.settings["has_dpo"]:
         curves["DPO loss"] = {"train": read_curve(job.inputs["dpo_adapter"], "curve")}
-    page = html(
+    page = report_html(
         numbers,
         verdict,
         findings,
@@ -140,40 +151,41 @@ def _write_pages(
     (info / "report.html").write_text(page, encoding="utf-8")
 
 
-def _previous(path: str | None) -> dict[str, Any] | None:
+def _previous(path: str | None) -> PreviousReport | None:
     if path is None or not (Path(path) / "report.json").exists():
         return None
     folder = Path(path)
-    parts = {
-        name: json.loads((folder / f"{name}.json").read_text()) for name in ("report", "verdict")
-    }
-    return {**parts, "rows": read_table(folder / "rows.parquet")}
+    return PreviousReport(
+        report=EvalReport.read(folder / "report.json"),
+        verdict=Verdict.read(folder / "verdict.json"),
+        rows=read_table(folder / "rows.parquet"),
+    )
 
 
 def _metrics(
-    numbers: dict[str, Any],
-    verdict: dict[str, Any],
-    findings: Rows,
+    numbers: EvalReport,
+    verdict: Verdict,
+    findings: Sequence[Finding],
     scored: Scored,
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
-    best, metric, rows = verdict["speaker"], settings.metric, scored.heldout
-    general = numbers["retention"]["comparisons"][best]["base"] if numbers["retention"] else None
+    best, metric, rows = verdict.reported_candidate, settings.metric, scored.heldout
+    general = numbers.retention.comparisons[best]["base"] if numbers.retention else None
     tokens = sum(
         row.get("tokens", 0)
         for part in (*rows.values(), *scored.retention.values())
         for row in part
     )
     return {
-        "verdict": verdict["status"],
-        "candidate": verdict["candidate"] or "none",
-        "reason": "; ".join(verdict["reasons"]),
-        "diagnosis": ", ".join(finding["cause"] for finding in findings) or "–",
-        "heldout_rows": numbers["heldout_rows"],
-        **{f"{name}_{metric}": round(numbers["scores"][name][metric], 4) for name in rows},
-        "gain_vs_base": round(numbers["comparisons"][best]["base"][metric]["mean"], 4),
-        "stop_rate": round(numbers["scores"][best]["stop_rate"], 4),
-        **({"retention_loss_rise": round(-general["loss"]["mean"], 4)} if general else {}),
+        "verdict": verdict.status,
+        "candidate": verdict.candidate or "none",
+        "reason": "; ".join(verdict.reasons),
+        "diagnosis": ", ".join(finding.cause for finding in findings) or "–",
+        "heldout_rows": numbers.heldout_rows,
+        **{f"{name}_{metric}": round(numbers.scores[name][metric], 4) for name in rows},
+        "gain_vs_base": round(numbers.comparisons[best]["base"][metric].mean, 4),
+        "stop_rate": round(numbers.scores[best]["stop_rate"], 4),
+        **({"retention_loss_rise": round(-general["loss"].mean, 4)} if general else {}),
         "seconds": round(sum(scored.seconds.values()), 1),
         "tokens_per_s": round(tokens / sum(scored.seconds.values()), 1),
     }

@@ -6,7 +6,6 @@ asked about it. The better is kept; of equals the original, which has not the da
 the gate.
 """
 
-import json
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from ft_assets.errors import VerdictError
 from ft_assets.evaluation.candidates import Rows, Task
 from ft_assets.evaluation.file_report import report_of_file, scored_rows
 from ft_assets.evaluation.references import with_references
-from ft_assets.evaluation.report import compare_columns, score_columns, to_json
+from ft_assets.evaluation.report import compare_columns, score_columns
+from ft_assets.evaluation.report_model import EvalReport, Verdict
 from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, judge, quality
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.merging.merge import MergeBase, MergeResult, merge
@@ -32,15 +32,13 @@ from ft_assets.step_runner import main
 
 
 def step(job: Job, report: Report) -> StepResult:
-    settings, verdict = (
-        EvaluationSettings.model_validate(job.settings["evaluation"]),
-        job.settings["verdict"],
-    )
+    settings = EvaluationSettings.model_validate(job.settings["evaluation"])
+    verdict = Verdict.model_validate(job.settings["verdict"])
     gate = GateSettings.model_validate(job.settings["gate"])
     snapshot, evaluated, candidate = (
         job.inputs["base_model"],
         job.inputs["eval_report"],
-        verdict["candidate"],
+        merged_candidate(verdict),
     )
     tokenizer, split = load_tokenizer(snapshot), job.inputs["heldout_split"]
     heldout = with_references(tokenizer, read_table(split / "heldout.parquet"))
@@ -93,7 +91,7 @@ def step(job: Job, report: Report) -> StepResult:
         {name: proof.rows for name, proof in proofs.items()},
         better_base(scores, settings.metric),
     )
-    if all(standing.broken.values()) and not verdict.get("override"):
+    if all(standing.broken.values()) and not verdict.override:
         raise VerdictError(
             where=f"merged_model[{job.partition}]",
             found=f"the adapter passed, the merged file does not: {_said(standing.broken)}",
@@ -115,11 +113,11 @@ def step(job: Job, report: Report) -> StepResult:
             (job.output / path.name).unlink(missing_ok=True)
             shutil.move(path, job.output / path.name)
     shutil.rmtree(job.work / "dequantized", ignore_errors=True)
-    numbers = json.loads((evaluated / "report.json").read_text())
+    numbers = EvalReport.read(evaluated / "report.json")
     same = (
         proofs[chosen].metrics()
         | standing.gains[chosen]
-        | {f"adapter_{settings.metric}": numbers["scores"][candidate][settings.metric]}
+        | {f"adapter_{settings.metric}": numbers.scores[candidate][settings.metric]}
     )
     if len(bases) > 1:
         same |= {
@@ -133,17 +131,12 @@ def step(job: Job, report: Report) -> StepResult:
         }
     if chosen == "dequantized" and standing.own is not None:
         same, numbers = same | _beyond_heldout(standing.own, candidate), standing.own
-        verdict = {
-            **verdict,
-            "reasons": [
-                *verdict["reasons"],
-                *(f"this file: {reason}" for reason in standing.reasons),
-            ],
-        }
+        of_file = [f"this file: {reason}" for reason in standing.reasons]
+        verdict = verdict.model_copy(update={"reasons": [*verdict.reasons, *of_file]})
     (job.output / "README.md").write_text(
         model_card(job.settings["card"], verdict, numbers, same), encoding="utf-8"
     )
-    (job.output / "verdict.json").write_text(to_json(verdict))
+    (job.output / "verdict.json").write_text(verdict.to_json())
     return StepResult(
         {
             **asdict(merged[chosen]),
@@ -152,7 +145,7 @@ def step(job: Job, report: Report) -> StepResult:
                 for name, value in same.items()
             },
             "candidate": candidate,
-            "verdict": verdict["status"],
+            "verdict": verdict.status,
         }
     )
 
@@ -164,7 +157,7 @@ class Standing:
 
     gains: dict[MergeBase, dict[str, Any]]
     broken: dict[MergeBase, list[str]]
-    own: dict[str, Any] | None = None
+    own: EvalReport | None = None
     reasons: Sequence[str] = ()
 
 
@@ -178,17 +171,18 @@ def _standing(
     """Judge the merged files. The one onto the original weights is what the evaluation judged, rounded: its held-out answers
     must keep the gain. The other is asked everything, if it is the better one or the first is refused."""
     gate, settings = GateSettings.model_validate(job.settings["gate"]), task.settings
-    verdict, evaluated = job.settings["verdict"], job.inputs["eval_report"]
+    verdict = Verdict.model_validate(job.settings["verdict"])
+    evaluated = job.inputs["eval_report"]
     gains, adjusted = _gains(
         rows, scored_rows(evaluated / "rows.parquet", "base", task.heldout), settings, gate
     )
     broken: dict[MergeBase, list[str]] = {
         name: _broken(gain, settings.metric, gate) for name, gain in gains.items()
     }
-    broken["original"] += [] if verdict["status"] == PASS else verdict["reasons"]
+    broken["original"] += [] if verdict.status == PASS else verdict.reasons
     if "dequantized" not in rows or (better == "original" and not broken["original"]):
         return Standing(gains, broken)
-    candidate = verdict["candidate"]
+    candidate = merged_candidate(verdict)
     own = report_of_file(
         folders["dequantized"],
         job.inputs["base_model"],
@@ -199,8 +193,14 @@ def _standing(
         gate,
     )
     found = judge(candidate, own, gate, adjusted["dequantized"])
-    broken["dequantized"] = [] if found["status"] == PASS else found["reasons"]
-    return Standing(gains, broken, own, found["reasons"])
+    broken["dequantized"] = [] if found.status == PASS else found.reasons
+    return Standing(gains, broken, own, found.reasons)
+
+
+def merged_candidate(verdict: Verdict) -> str:
+    """Return the candidate that is merged; the gate lets no verdict without one through."""
+    assert verdict.candidate is not None, "a verdict that passed the gate has a candidate"
+    return verdict.candidate
 
 
 def better_base(scores: dict[MergeBase, float], metric: str) -> MergeBase:
@@ -244,22 +244,18 @@ def _said(broken: dict[MergeBase, list[str]]) -> str:
     return "; ".join(f"{onto[name]}: {', '.join(reasons)}" for name, reasons in broken.items())
 
 
-def _beyond_heldout(own: dict[str, Any], candidate: str) -> dict[str, float]:
+def _beyond_heldout(own: EvalReport, candidate: str) -> dict[str, float]:
     """Return what a file that the evaluation did not judge does besides answering better: habits, forgetting, the prompted base."""
-    said = {f"merged_{name}": own["scores"][candidate][name] for name in ("refused", "repetition")}
-    if own["retention"] is not None:
-        general, task = (
-            own["retention"]["comparisons"][candidate]["base"],
-            own["retention"]["metric"],
-        )
+    said = {f"merged_{name}": own.scores[candidate][name] for name in ("refused", "repetition")}
+    if own.retention is not None:
+        general, task = own.retention.comparisons[candidate]["base"], own.retention.metric
         said |= {
-            "merged_retention_loss_rise": -general["loss"]["mean"],
-            f"merged_retention_{task}_change": general[task]["mean"],
+            "merged_retention_loss_rise": -general["loss"].mean,
+            f"merged_retention_{task}_change": general[task].mean,
         }
-    if "few_shot" in own["comparisons"][candidate]:
-        said["merged_against_few_shot"] = own["comparisons"][candidate]["few_shot"][own["metric"]][
-            "mean"
-        ]
+    if "few_shot" in own.comparisons[candidate]:
+        prompted = own.comparisons[candidate]["few_shot"]
+        said["merged_against_few_shot"] = prompted[own.metric].mean
     return said
 
 
@@ -282,7 +278,7 @@ def _gains(
     adjusted = adjusted_p(against, settings.metric, gate)
     gains: dict[MergeBase, dict[str, Any]] = {}
     for name, rows in merged.items():
-        fails, unsure, _ = quality(against[name], settings.metric, gate, adjusted[name])
+        found = quality(against[name], settings.metric, gate, adjusted[name])
         stop_rate, gain = (
             statistics.fmean(float(row["stopped"]) for row in rows),
             against[name][settings.metric],
@@ -290,10 +286,10 @@ def _gains(
         gains[name] = {
             f"merged_{settings.metric}": statistics.fmean(row[settings.metric] for row in rows),
             "merged_stop_rate": stop_rate,
-            "merged_gain": gain["mean"],
-            "merged_gain_low": gain["low"],
-            "merged_gain_high": gain["high"],
-            "merged_beats_base": not fails and not unsure and stop_rate >= gate.min_stop_rate,
+            "merged_gain": gain.mean,
+            "merged_gain_low": gain.low,
+            "merged_gain_high": gain.high,
+            "merged_beats_base": found.passed and stop_rate >= gate.min_stop_rate,
         }
     return gains, adjusted
 

@@ -3,7 +3,6 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -14,6 +13,7 @@ from ft_assets.errors import ReleaseError
 from ft_assets.evaluation.candidates import Rows, Scorer, Task
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report import compare_columns, score_columns
+from ft_assets.evaluation.report_model import Differences
 from ft_assets.job import Job, Report, StepResult
 from ft_assets.models.adapter_files import TRAINED_GROUPS
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
@@ -54,7 +54,7 @@ def step(job: Job, report: Report) -> StepResult:
     for name, its in scored.items():
         report(name, **{metric: round(statistics.fmean(row[metric] for row in its), 4)})
 
-    def compare(one: Rows, other: Rows) -> dict[str, Any]:
+    def compare(one: Rows, other: Rows) -> Differences:
         measured = {
             name: values
             for name, values in score_columns(one).items()
@@ -79,8 +79,8 @@ def step(job: Job, report: Report) -> StepResult:
         "scores": {
             name: statistics.fmean(row[metric] for row in its) for name, its in scored.items()
         },
-        "challenger_against_champion": against[metric],
-        **{f"{name}_against_base": entries[metric] for name, entries in today.items()},
+        "challenger_against_champion": against[metric].to_dict(),
+        **{f"{name}_against_base": entries[metric].to_dict() for name, entries in today.items()},
     }
     stamp = {key: job.settings[key] for key in ("at", "run_id")}
     write_release(
@@ -95,10 +95,9 @@ def step(job: Job, report: Report) -> StepResult:
             "heldout_rows": len(rows),
             "rows_left_out": len(heldout) - len(rows),
             **{f"{name}_{metric}": round(value, 4) for name, value in numbers["scores"].items()},
-            **{
-                f"champion_gain_{key}": round(serving[metric][key], 4)
-                for key in ("mean", "low", "high")
-            },
+            "champion_gain_mean": round(serving[metric].mean, 4),
+            "champion_gain_low": round(serving[metric].low, 4),
+            "champion_gain_high": round(serving[metric].high, 4),
             "champion_beats_base": stands(serving, metric, gate)[0],
             "measured_today": True,
         },

@@ -3,13 +3,12 @@
 A verdict is never believed: the report's files are checked against their hashes and the verdict is decided again.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.config import GateSettings
 from ft_assets.errors import ArtifactError, VerdictError
+from ft_assets.evaluation.report_model import EvalReport, Verdict
 from ft_assets.evaluation.verdict.decision import PASS, decide
 
 BOUND = ("base_model", "lora_adapter", "dpo_adapter", "heldout", "retention", "evaluation")
@@ -48,7 +47,7 @@ def bound_versions(used: Mapping[str, Artifact], evaluation: str) -> dict[str, s
 
 def require_pass(
     report: Artifact | None, versions: Mapping[str, str], gate: GateSettings, where: str
-) -> dict[str, Any]:
+) -> Verdict:
     """Return the verdict if it is a PASS for exactly these versions (or overridden by config). Raises VerdictError."""
     if report is None:
         raise VerdictError(
@@ -59,8 +58,8 @@ def require_pass(
         )
     try:
         verify_files(report)
-        numbers = json.loads((report.path / "report.json").read_text())
-    except (ArtifactError, OSError, json.JSONDecodeError) as error:
+        numbers = EvalReport.read(report.path / "report.json")
+    except (ArtifactError, OSError) as error:
         raise VerdictError(
             where=where,
             found=f"the eval_report cannot be trusted: {error}",
@@ -69,20 +68,23 @@ def require_pass(
         ) from None
     verdict = decide(numbers, gate)
     for name in BOUND:
-        if verdict["bound_to"].get(name) != versions[name]:
+        judged = verdict.bound_to.get(name)
+        if judged != versions[name]:
             raise VerdictError(
                 where=where,
-                found=f"the verdict is about another {name} ({verdict['bound_to'].get(name)}, now {versions[name]})",
+                found=f"the verdict is about another {name} ({judged}, now {versions[name]})",
                 expected="a verdict about exactly these versions",
                 fix="materialize eval_report again",
             )
-    if verdict["status"] == PASS:
+    if verdict.status == PASS:
         return verdict
     if gate.override:
-        return {**verdict, "candidate": verdict["speaker"], "override": gate.override}
+        return verdict.model_copy(
+            update={"candidate": verdict.reported_candidate, "override": gate.override}
+        )
     raise VerdictError(
         where=where,
-        found=f"the verdict is {verdict['status']}: {'; '.join(verdict['reasons'])}",
+        found=f"the verdict is {verdict.status}: {'; '.join(verdict.reasons)}",
         expected=PASS,
         fix="see eval_report for what to try; gate.override takes a written reason and is recorded",
     )

@@ -13,6 +13,8 @@ from scipy.stats import binom, bootstrap, permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.power import TTestPower, normal_sample_size_one_tail
 
+from ft_assets.evaluation.report_model import Difference
+
 POWER = 0.8
 DRAWS = 9999
 
@@ -39,31 +41,32 @@ def compare(
     confidence: float,
     seed: int,
     lower_is_better: bool = False,
-) -> dict[str, Any]:
+) -> Difference:
     """Return the paired difference of two candidates, row by row.
 
-    mean, low, high: the mean difference and its bootstrap interval. p: two-sided, McNemar's exact test for scores that
-    are all 0 or 1, else a sign-flip permutation test of the mean; `test` says which. wins, ties, losses, n: rows.
-    detectable: the smallest difference that this n would find with 80 % power at this confidence, None if the rows do
-    not differ. rows_needed: the n at which a difference of the observed size would be found with that power.
+    The interval is the bootstrap interval of the mean. p is that of McNemar's exact test if all
+    scores are 0 or 1, else of a sign-flip permutation test of the mean.
     """
     sign = -1.0 if lower_is_better else 1.0
     differences = [sign * (left - right) for left, right in zip(candidate, rival, strict=True)]
     low, high = interval(differences, confidence, seed)
-    mean, wins, losses = (
-        stats.fmean(differences),
-        sum(value > 0 for value in differences),
-        sum(value < 0 for value in differences),
-    )
+    mean = stats.fmean(differences)
+    wins = sum(value > 0 for value in differences)
+    losses = sum(value < 0 for value in differences)
     binary = set(candidate) | set(rival) <= {0.0, 1.0}
-    return {
-        "mean": mean, "low": low, "high": high, "wins": wins, "losses": losses,
-        "ties": len(differences) - wins - losses, "n": len(differences),
-        "test": "McNemar" if binary else "permutation",
-        "p": _mcnemar(wins, losses) if binary else _permutation(differences, seed),
-        "detectable": _detectable(differences, binary, 1 - confidence),
-        "rows_needed": _rows_needed(mean, differences, 1 - confidence),
-    }  # fmt: skip
+    return Difference(
+        mean=mean,
+        low=low,
+        high=high,
+        wins=wins,
+        losses=losses,
+        ties=len(differences) - wins - losses,
+        n=len(differences),
+        test="McNemar" if binary else "permutation",
+        p=_mcnemar(wins, losses) if binary else _permutation(differences, seed),
+        detectable=_detectable(differences, binary, 1 - confidence),
+        rows_needed=_rows_needed(mean, differences, 1 - confidence),
+    )
 
 
 def _mcnemar(wins: int, losses: int) -> float:

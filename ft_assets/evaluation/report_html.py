@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +10,29 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from ft_assets.evaluation.candidates import Rows
-from ft_assets.evaluation.markdown import (
+from ft_assets.evaluation.plots import LABELS, curve_plot, data_uri, outcome_plot, score_plot
+from ft_assets.evaluation.report_markdown import (
     DETECTABLE,
     NO_CAUSE,
     STEPS,
     changed_most,
     harness_table,
+    prompting_sentence,
     retention_table,
-    rival,
     score_table,
     step_table,
 )
-from ft_assets.evaluation.plots import LABELS, curve_plot, data_uri, outcome_plot, score_plot
+from ft_assets.evaluation.report_model import EvalReport, Finding, Verdict
+from ft_assets.markdown import Table
 
 EXAMPLES = 10
 LARGEST_DOWNLOAD = 20_000_000
 
 
-def html(
-    report: Mapping[str, Any],
-    verdict: Mapping[str, Any],
-    findings: Rows,
+def report_html(
+    report: EvalReport,
+    verdict: Verdict,
+    findings: Sequence[Finding],
     rows: Mapping[str, Rows],
     heldout: Rows,
     partition: str,
@@ -40,9 +42,9 @@ def html(
 ) -> str:
     """Return the page. `curves` is {title: {"train": …, "validation": …}}, `since` the diff to the previous report as
     markdown, `parquet` the file of all rows."""
-    metric = report["metric"]
-    best, worst = changed_most(rows, verdict["speaker"], metric, metric == "loss", EXAMPLES)
-    steps = [(name, other) for name, other in STEPS if other in report["comparisons"].get(name, {})]
+    metric = report.metric
+    best, worst = changed_most(rows, verdict.reported_candidate, metric, EXAMPLES)
+    steps = [(name, other) for name, other in STEPS if other in report.comparisons.get(name, {})]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -59,26 +61,8 @@ def html(
         detectable=DETECTABLE,
         partition=partition,
         labels=LABELS,
-        rival=rival(report, verdict),
-        tables=[
-            (f"Scores on {report['heldout_rows']} held-out rows", score_table(report)),
-            ("Which step helped", step_table(report)),
-            *(
-                [
-                    (
-                        f"{report['retention']['rows']} general prompts (retention)",
-                        retention_table(report),
-                    )
-                ]
-                if report["retention"]
-                else []
-            ),
-            *(
-                [("lm-evaluation-harness", harness_table(report))]
-                if report["harness"]["scores"]
-                else []
-            ),
-        ],
+        prompting=prompting_sentence(report, verdict),
+        tables=_tables(report),
         pictures=[data_uri(score_plot(report)), data_uri(outcome_plot(report, steps))],
         curves=[
             data_uri(curve_plot(curve["train"], title, curve.get("validation")))
@@ -95,6 +79,19 @@ def html(
         if small
         else None,
     )
+
+
+def _tables(report: EvalReport) -> list[tuple[str, Table]]:
+    tables = [
+        (f"Scores on {report.heldout_rows} held-out rows", score_table(report)),
+        ("Which step helped", step_table(report)),
+    ]
+    if report.retention is not None:
+        title = f"{report.retention.rows} general prompts (retention)"
+        tables.append((title, retention_table(report)))
+    if report.harness.scores:
+        tables.append(("lm-evaluation-harness", harness_table(report)))
+    return tables
 
 
 def _examples(rows: Mapping[str, Rows], heldout: Rows, metric: str, chosen: list[int]) -> Rows:

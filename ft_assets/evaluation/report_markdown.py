@@ -1,0 +1,283 @@
+"""The report as markdown, for the Dagster UI and the terminal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ft_assets.config import LOWER_IS_BETTER
+from ft_assets.evaluation.candidates import Rows
+from ft_assets.evaluation.plots import LABELS
+from ft_assets.evaluation.report_model import Differences, EvalReport, Finding, Verdict
+from ft_assets.evaluation.verdict.decision import PASS, beats
+from ft_assets.markdown import Table, table
+
+STEPS = (("sft", "base"), ("sft", "few_shot"), ("dpo", "sft"), ("dpo", "base"), ("dpo", "few_shot"))
+BEHAVIOUR = ("stop_rate", "refused", "repetition")
+EXAMPLES = 3
+MISSES = 5
+LONGEST_CELL = 300  # characters
+DETECTABLE = (
+    "Detectable: the difference that this many rows with this spread find four times in five."
+)
+NO_CAUSE = (
+    "The numbers show none of the four common causes (template, narrow data, overfitting, wrong "
+    "base). Add held-out rows first, then more or better training rows."
+)
+
+
+def report_markdown(
+    report: EvalReport,
+    verdict: Verdict,
+    findings: Sequence[Finding],
+    rows: Mapping[str, Rows],
+    heldout: Rows,
+    partition: str,
+) -> str:
+    """Return the report: the verdict, scores, steps, general prompts, and what changed most."""
+    lines = _verdict(report, verdict, partition)
+    lines += _diagnosis(verdict, findings)
+    lines += ["", f"## Scores on {report.heldout_rows} held-out rows", ""]
+    lines += [table(*score_table(report))]
+    lines += ["", "## Which step helped", "", table(*step_table(report)), "", DETECTABLE]
+    if (general := report.retention) is not None:
+        answered = f"{general.answered} of them answered"
+        lines += ["", f"## {general.rows} general prompts (retention), {answered}", ""]
+        lines += [table(*retention_table(report))]
+    if report.harness.scores:
+        lines += ["", "## lm-evaluation-harness", "", table(*harness_table(report))]
+    lines += _examples(report, rows, heldout, verdict.reported_candidate)
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(report: EvalReport, verdict: Verdict, partition: str) -> list[str]:
+    lines = [f"# {partition}: {verdict.status}", ""]
+    lines += [f"- {reason}" for reason in verdict.reasons]
+    if verdict.candidate:
+        lines.append(f"- to merge: **{LABELS[verdict.candidate]}**")
+    else:
+        lines.append("- nothing is merged")
+    if verdict.dpo:
+        lines.append(f"- DPO: {verdict.dpo}")
+    if prompting := prompting_sentence(report, verdict):
+        lines.append(f"- {prompting}")
+    return lines
+
+
+def prompting_sentence(report: EvalReport, verdict: Verdict) -> str | None:
+    """Compare the fine-tune with the few-shot prompt in a sentence; None if it was not measured."""
+    best = verdict.reported_candidate
+    entry = report.comparisons[best].get("few_shot", {}).get(report.metric)
+    if entry is None:
+        return None
+    interval = f"[{entry.low:+.3f}, {entry.high:+.3f}]"
+    text = f"{LABELS[best]} is {entry.mean:+.3f} against the few-shot prompt {interval}"
+    if beats(entry, report.confidence):
+        return f"prompting does not reach it: {text}"
+    return f"**you do not need this fine-tune**, or cannot show that you do: {text}"
+
+
+def _diagnosis(verdict: Verdict, findings: Sequence[Finding]) -> list[str]:
+    if verdict.status == PASS:
+        return []
+    lines = ["", "## What may be wrong, and what to try", ""]
+    for number, finding in enumerate(findings, 1):
+        evidence = "; ".join(finding.evidence)
+        lines.append(f"{number}. **{finding.cause}**: {evidence}. Try: {finding.advice}.")
+    return lines if findings else [*lines, NO_CAUSE]
+
+
+def score_table(report: EvalReport) -> Table:
+    """Return the scores of each candidate; the gate metric comes first, with its interval."""
+    metric = report.metric
+    others = [name for name in report.metrics if name != metric]
+    columns = [*others, "perplexity", *BEHAVIOUR]
+    rows = []
+    for name, scores in report.scores.items():
+        low, high = report.intervals[name]
+        first = f"**{scores[metric]:.3f}** [{low:.3f}, {high:.3f}]"
+        rows.append([LABELS[name], first, *[_number(scores[column]) for column in columns]])
+    return Table(["candidate", metric, *columns], rows)
+
+
+def step_table(report: EvalReport) -> Table:
+    """Return the paired differences in the gate metric."""
+    header = ["step", "difference", "interval", "wins / ties / losses", "p", "detectable"]
+    rows = []
+    for name, other in STEPS:
+        entry = report.comparisons.get(name, {}).get(other, {}).get(report.metric)
+        if entry is None:
+            continue
+        rows.append(
+            [
+                f"{LABELS[name]} against {LABELS[other]}",
+                f"{entry.mean:+.3f}",
+                f"[{entry.low:+.3f}, {entry.high:+.3f}]",
+                f"{entry.wins} / {entry.ties} / {entry.losses}",
+                f"{entry.p:.2g} ({entry.test})",
+                "–" if entry.detectable is None else f"{entry.detectable:.3f}",
+            ]
+        )
+    return Table(header, rows)
+
+
+def retention_table(report: EvalReport) -> Table:
+    """Return the scores of the general prompts, with their changes against the base."""
+    general = report.retention
+    assert general is not None, "the report has general prompts"
+    metric = general.metric
+    changes = ["rise of the loss", metric, f"change of {metric}"]
+    rows = []
+    for name, scores in general.scores.items():
+        against = general.comparisons.get(name, {}).get("base")
+        loss, task = _retention_changes(against, metric) if against else ("–", "–")
+        rows.append(
+            [
+                LABELS[name],
+                f"{scores['loss']:.3f}",
+                loss,
+                f"{scores[metric]:.3f}",
+                task,
+                *[f"{scores[column]:.3f}" for column in BEHAVIOUR],
+            ]
+        )
+    return Table(["candidate", "loss (nats/token)", *changes, *BEHAVIOUR], rows)
+
+
+def _retention_changes(against: Differences, metric: str) -> tuple[str, str]:
+    """Return the rise of the loss and the change of the task score, each with its interval."""
+    loss, task = against["loss"], against[metric]
+    return (
+        f"{-loss.mean:+.3f} [{-loss.high:+.3f}, {-loss.low:+.3f}]",
+        f"{task.mean:+.3f} [{task.low:+.3f}, {task.high:+.3f}]",
+    )
+
+
+def harness_table(report: EvalReport) -> Table:
+    """Return the scores of lm-evaluation-harness' tasks, each with its change against the base."""
+    scores = report.harness.scores
+    rows = []
+    for name, tasks in scores.items():
+        entries = report.harness.comparisons.get(name, {}).get("base", {})
+        cells = [
+            f"{value:.3f}" + (f" ({entries[task].mean:+.3f})" if task in entries else "")
+            for task, value in tasks.items()
+        ]
+        rows.append([LABELS[name], *cells])
+    return Table(["candidate", *scores["base"]], rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def changed_most(
+    rows: Mapping[str, Rows], candidate: str, metric: str, count: int
+) -> tuple[list[int], list[int]]:
+    """Return the indices of the rows with the largest gains and losses against the base.
+
+    Only rows whose score changed. Ties are ordered by the loss of the reference answer.
+    """
+    pairs = list(zip(rows[candidate], rows["base"], strict=True))
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    gains = [sign * (tuned[metric] - base[metric]) for tuned, base in pairs]
+    finer = [base["loss"] - tuned["loss"] for tuned, base in pairs]
+    order = sorted(range(len(gains)), key=lambda index: (gains[index], finer[index]))
+    best = [index for index in order[::-1] if gains[index] > 0][:count]
+    worst = [index for index in order if gains[index] < 0][:count]
+    return best, worst
+
+
+def _examples(
+    report: EvalReport, rows: Mapping[str, Rows], heldout: Rows, candidate: str
+) -> list[str]:
+    metric = report.metric
+    best, worst = changed_most(rows, candidate, metric, EXAMPLES)
+    sections = [("Largest gains", best), ("Largest losses", worst)]
+    if metric not in LOWER_IS_BETTER:
+        scores = [row[metric] for row in rows[candidate]]
+        missed = [index for index, score in enumerate(scores) if score < 1]
+        sections.append(("Misses", sorted(missed, key=scores.__getitem__)[:MISSES]))
+    lines: list[str] = []
+    for title, indices in sections:
+        lines += ["", f"## {title}", ""]
+        for index in indices:
+            lines += _example(rows, heldout, candidate, index)
+        if not indices:
+            lines.append("none")
+    return lines
+
+
+def _example(rows: Mapping[str, Rows], heldout: Rows, candidate: str, index: int) -> list[str]:
+    return [
+        f"> {_cell(heldout[index]['messages'][-2]['content'])}",
+        "",
+        f"- reference: `{_cell(heldout[index]['reference'])}`",
+        *[
+            f"- {LABELS[name]}: `{_cell(rows[name][index]['answer'])}`"
+            for name in ("base", candidate)
+        ],
+        "",
+    ]
+
+
+def _cell(text: str) -> str:
+    text = " ".join(text.replace("`", "'").split())
+    return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + " …"
+
+
+@dataclass(frozen=True)
+class PreviousReport:
+    """The report before this one. `rows` are those of its rows.parquet."""
+
+    report: EvalReport
+    verdict: Verdict
+    rows: Rows
+
+
+def changes(
+    report: EvalReport,
+    verdict: Verdict,
+    rows: Mapping[str, Rows],
+    heldout: Rows,
+    previous: PreviousReport | None,
+) -> str:
+    """Return the changes since the previous report of this base model as markdown."""
+    if previous is None:
+        return "First report of this base model: nothing to compare with."
+    old, metric = previous.report, report.metric
+    if old.metric != metric:
+        return f"The metric changed from {old.metric} to {metric}: not compared."
+    versions = report.bound_to.items()
+    changed = [name for name, version in versions if old.bound_to.get(name) != version]
+    flips = "rows right before and wrong now, and the other way round"
+    header = ["candidate", f"{metric} before", "now", flips]
+    lines = [f"Verdict: {previous.verdict.status} → {verdict.status}.", ""]
+    lines += [f"What changed: {', '.join(changed) or 'nothing that is judged'}.", ""]
+    ids = [row["id"] for row in heldout]
+    now = {name: _by_id(ids, rows[name], metric) for name in report.scores if name in old.scores}
+    cells = [
+        [
+            LABELS[name],
+            f"{old.scores[name][metric]:.3f}",
+            f"{report.scores[name][metric]:.3f}",
+            _flips(_previous_scores(previous, name), scores),
+        ]
+        for name, scores in now.items()
+    ]
+    return "\n".join([*lines, table(header, cells)])
+
+
+def _by_id(ids: list[str], rows: Rows, metric: str) -> dict[str, float]:
+    return {row_id: row[metric] for row_id, row in zip(ids, rows, strict=True)}
+
+
+def _previous_scores(previous: PreviousReport, candidate: str) -> dict[str, float]:
+    metric = previous.report.metric
+    return {row["id"]: row[metric] for row in previous.rows if row["candidate"] == candidate}
+
+
+def _flips(before: Mapping[str, float], now: Mapping[str, float]) -> str:
+    """Return how many rows of both reports got worse and better, as text."""
+    both = [(before[row_id], score) for row_id, score in now.items() if row_id in before]
+    lost = sum(score < then for then, score in both)
+    won = sum(score > then for then, score in both)
+    return f"{lost}, {won} of {len(both)} rows in both"

@@ -1,0 +1,228 @@
+"""The types of an evaluation report and of its verdict: what `eval_report` writes and other steps read.
+
+`EvalReport` is report.json, `Verdict` is verdict.json, a list of `Finding` is diagnosis.json. The
+field names are the keys of these files, but for two aliases. A field that was not set is not
+written, so that an optional key stays absent. Unknown keys are ignored.
+No torch and no scipy: the asset checks import this module.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ft_assets.errors import ArtifactError
+
+Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+
+class Part(BaseModel):
+    """A frozen part of a report; `to_dict` and `to_json` keep the layout of the files."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the part as plain data, in the order of its fields."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+    def to_json(self) -> str:
+        """Return the text of a JSON file with this part."""
+        return to_json(self.to_dict())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a JSON file. Raises ArtifactError if it is missing, damaged, or of another version."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            problem = f"{key}: {first['msg']}" if key else first["msg"]
+        except ValueError as error:  # not UTF-8
+            problem = str(error)
+        raise ArtifactError(
+            where=f"{path.parent.name}/{path.name}",
+            found=f"cannot be read ({problem})",
+            expected="the file as this version of ft_assets writes it",
+            fix="materialize eval_report again",
+        )
+
+
+def to_json(data: Any) -> str:
+    """Return plain data as the text of a JSON file of the report."""
+    return json.dumps(data, indent=1, ensure_ascii=False)
+
+
+class Estimate(Part):
+    """A mean difference with its confidence interval; positive means better."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Difference(Estimate):
+    """The paired difference of two candidates in one metric, over the same rows.
+
+    p is two-sided; `test` names the test. detectable: the smallest difference that n rows would
+    find with 80 % power at the gate's confidence, None if the rows do not differ. rows_needed:
+    the n at which a difference of the observed size would be found with that power.
+    """
+
+    wins: int
+    losses: int
+    ties: int
+    n: int
+    test: Literal["McNemar", "permutation"]
+    p: float
+    detectable: float | None
+    rows_needed: int | None
+
+    def describe(self, metric: str, rival: str = "base") -> str:
+        """Return the difference as text, e.g. `exact +0.359 against base [+0.250, +0.484], …`."""
+        interval = f"[{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{metric} {self.mean:+.3f} against {rival} {interval}, p {self.p:.2g}, n={self.n}"
+
+
+Scores = dict[str, float]  # the mean of each metric
+Differences = dict[str, Difference]  # by metric
+Comparisons = dict[str, dict[str, Differences]]  # by candidate, then by its rival
+
+
+class Retention(Part):
+    """The scores of the general prompts. `answered` of `rows` were generated; all have a loss."""
+
+    metric: str
+    rows: int
+    answered: int
+    scores: dict[str, Scores]
+    comparisons: Comparisons
+
+
+class Harness(Part):
+    """The scores of lm-evaluation-harness, by "task metric"; empty without `lm_eval`."""
+
+    scores: dict[str, Scores]
+    comparisons: Comparisons
+
+
+class AdapterProof(Part):
+    """The proof that an adapter acts: its targets, the smallest ‖ΔW‖, the largest logit change.
+
+    `changed` counts the tensors that differ from the base's; only full fine-tuning has it.
+    """
+
+    targets: int
+    changed: int | None = None
+    smallest_update: float
+    logit_change: float
+
+
+class OwnTemplate(Part):
+    """The base's mean loss under its own template and under the configured one, nats per token."""
+
+    loss: float
+    loss_as_configured: float
+    rows: Literal["general", "held-out"]
+
+
+class Proofs(Part):
+    """The proofs behind the scores. `template_mismatches` are ids of rows; [] if all match."""
+
+    adapters: dict[str, AdapterProof]
+    template_mismatches: list[str]
+    own_template: OwnTemplate | None = None
+    own_template_refuses: str | None = None
+
+
+class Diversity(Part):
+    """The spread of the training rows: shares in [0, 1], the entropy of the answers in bits."""
+
+    rows: int
+    distinct_prompts: float
+    answer_entropy_bits: float
+    top_answer: float
+
+
+class ValidationLoss(Part):
+    """One measurement of SFT's validation loss, in nats per token."""
+
+    epoch: float
+    step: int
+    validation_loss: float
+    kept: bool | None = None
+
+
+class Evidence(Part):
+    """Facts that the diagnosis needs besides the scores."""
+
+    train: Diversity
+    train_loss: Scores
+    validation: list[ValidationLoss]
+    vocabulary: int
+    general_stop_rate: float | None
+    labels: int
+
+
+class EvalReport(Part):
+    """report.json: the numbers that the verdict, the pictures and the pages are made of.
+
+    scores: {candidate: {metric: mean}}. intervals: the bootstrap interval of each candidate's gate
+    metric. chance: {candidate: its scores against those of shuffled references}. bound_to: the
+    versions of what was judged.
+    """
+
+    metric: str
+    metrics: list[str]
+    heldout_rows: int
+    confidence: float
+    scores: dict[str, Scores]
+    intervals: dict[str, tuple[float, float]]
+    comparisons: Comparisons
+    retention: Retention | None
+    chance: Differences
+    harness: Harness
+    proofs: Proofs
+    evidence: Evidence
+    bound_to: dict[str, str]
+
+
+class Judgement(Part):
+    """The status of one candidate, and the reasons for it."""
+
+    status: Status
+    reasons: list[str]
+
+
+class Verdict(Part):
+    """verdict.json. `candidate` is merged (None: nothing is); the reasons are those of
+    `reported_candidate`, which is set in any case. dpo: why DPO was taken or not.
+
+    `override` is the written reason of `gate.override`, set only if it replaced a PASS.
+    """
+
+    status: Status
+    candidate: str | None
+    reported_candidate: str = Field(validation_alias="speaker", serialization_alias="speaker")
+    reasons: list[str]
+    dpo: str | None
+    candidates: dict[str, Judgement]
+    bound_to: dict[str, str]
+    override: str | None = None
+
+
+class Finding(Part):
+    """A suspected cause of a verdict that is not a PASS, with its evidence and advice."""
+
+    cause: str
+    evidence: list[str]
+    advice: str = Field(validation_alias="try", serialization_alias="try")
+
+
+def findings_json(findings: Sequence[Finding]) -> str:
+    """Return the text of diagnosis.json."""
+    return to_json([finding.to_dict() for finding in findings])

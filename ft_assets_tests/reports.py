@@ -1,0 +1,39 @@
+"""Evaluation reports of given numbers, for tests and benches."""
+
+from typing import Any
+
+from ft_assets.evaluation.report_model import (
+    Diversity,
+    EvalReport,
+    Evidence,
+    Harness,
+    Proofs,
+)
+
+
+def empty_report(**parts: Any) -> EvalReport:
+    """Return a report about `exact` without scores, with the given parts replaced."""
+    evidence = Evidence(
+        train=Diversity(rows=1, distinct_prompts=1.0, answer_entropy_bits=0.0, top_answer=1.0),
+        train_loss={},
+        validation=[],
+        vocabulary=1000,
+        general_stop_rate=None,
+        labels=0,
+    )
+    report = EvalReport(
+        metric="exact",
+        metrics=["exact"],
+        heldout_rows=0,
+        confidence=0.95,
+        scores={},
+        intervals={},
+        comparisons={},
+        retention=None,
+        chance={},
+        harness=Harness(scores={}, comparisons={}),
+        proofs=Proofs(adapters={}, template_mismatches=[]),
+        evidence=evidence,
+        bound_to={},
+    )
+    return EvalReport.model_validate({**dict(report), **parts})
