@@ -1,18 +1,49 @@
-"""The error tree. Every error a user can cause says where, what was found, what was expected, and what to do."""
+"""All errors that cross a module, in one tree. Each class owns its exit code.
+
+    Exception
+    ├── FtError                   the user can fix it: where, found, expected, fix     2
+    │   ├── ConfigError           finetune.yaml, or an option of ft
+    │   ├── DataError             a data file, or a row of it
+    │   ├── ModelError            a base model
+    │   ├── TemplateError         a chat template
+    │   ├── ArtifactError         an artifact of the store
+    │   ├── TrainingError         a training run, or one of its proofs
+    │   ├── MemoryPlanError       the memory that training needs
+    │   ├── EvaluationError       a score
+    │   ├── VerdictError          the PASS verdict that a step needs
+    │   └── ReleaseError          a release, rollback, export, server or push
+    ├── StepFailed                a step ended without a result                        1
+    │   └── StepLost              … because of the infrastructure                     75
+    └── InfrastructureFault       a machine, a cluster or the network: retry          75
+        ├── StoreUnreachable      the object store
+        ├── SourceUnreachable     a server of data or base models
+        ├── ClusterUnreachable    the scheduler of a cluster
+        ├── RunGone               the run that a cluster's job belongs to
+        └── StepLost
+
+Not here: exceptions that their own package always catches, e.g. `RowProblem` (data) and
+`ProofFailed` (chat).
+"""
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class FtError(Exception):
-    """Base of all errors that are the user's to fix: shown without a stack trace, exit code 2."""
+    """Base of all errors that the user can fix. The CLI shows them without a stack trace."""
+
+    exit_code: ClassVar[int] = 2
 
     def __init__(self, *, where: str, found: str, expected: str = "", fix: str = "") -> None:
-        self.where, self.found, self.expected, self.fix = where, found, expected, fix
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.fix = fix
         super().__init__(self.render())
 
     def render(self) -> str:
-        """Return the message as one line a fact."""
+        """Return the message, one fact a line."""
         lines = [f"{self.where}: {self.found}"]
         if self.expected:
             lines.append(f"  expected: {self.expected}")
@@ -21,7 +52,7 @@ class FtError(Exception):
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, str]:
-        """Return plain data that crosses the process wall; `from_dict` reads it."""
+        """Return plain data that another process can read with `from_dict`."""
         return {
             "kind": type(self).__name__,
             "where": self.where,
@@ -32,7 +63,7 @@ class FtError(Exception):
 
     @staticmethod
     def from_dict(data: dict[str, str]) -> "FtError":
-        """Rebuild the error of the class it had in the child process."""
+        """Return the error with the class that it had in the process that raised it."""
         kinds = {kind.__name__: kind for kind in (FtError, *FtError.__subclasses__())}
         kind = kinds.get(data["kind"], FtError)
         return kind(
@@ -41,11 +72,11 @@ class FtError(Exception):
 
 
 class ConfigError(FtError):
-    """finetune.yaml (or a flag) says something that cannot be."""
+    """A value in finetune.yaml, or of a command-line option, is invalid."""
 
 
 class DataError(FtError):
-    """A data file or a row of it cannot be used."""
+    """A data file, or a row of it, cannot be used."""
 
 
 class ModelError(FtError):
@@ -53,7 +84,7 @@ class ModelError(FtError):
 
 
 class TemplateError(FtError):
-    """A chat template is missing or cannot be proven right for the data."""
+    """A chat template is missing, or cannot be proven right for the data."""
 
 
 class ArtifactError(FtError):
@@ -65,11 +96,11 @@ class TrainingError(FtError):
 
 
 class MemoryPlanError(FtError):
-    """The model and its settings do not fit into the memory there is."""
+    """The model with these settings does not fit into the available memory."""
 
 
 class EvaluationError(FtError):
-    """A score cannot be computed; it is never replaced by a guess."""
+    """A score cannot be computed. No guess replaces it."""
 
 
 class VerdictError(FtError):
@@ -81,7 +112,9 @@ class ReleaseError(FtError):
 
 
 class InfrastructureFault(Exception):
-    """Not the user's error and not the step's: a machine, a cluster or the network failed, and trying again may help."""
+    """A machine, a cluster or the network failed. A retry may succeed without any change."""
+
+    exit_code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class StoreUnreachable(InfrastructureFault):
@@ -92,30 +125,71 @@ class StoreUnreachable(InfrastructureFault):
 
 
 class SourceUnreachable(InfrastructureFault):
-    """A server that data or a base model come from does not answer, or says that it is its own fault."""
+    """A server of data or base models does not answer, or reports an error of its own."""
 
     def __init__(self, where: str, found: str, fix: str) -> None:
         super().__init__(f"{where}: {found}\n  to do:    {fix}")
 
 
-# Classes of the clients of the hub, of web servers and of object stores (httpx, requests, aiohttp, botocore), none of which is imported here.
-NO_ANSWER = {"TimeoutException", "NetworkError", "RemoteProtocolError", "Timeout", "ClientConnectionError", "ClientPayloadError", "HTTPClientError"}  # fmt: skip
+class ClusterUnreachable(InfrastructureFault):
+    """The scheduler of a cluster does not answer, or refuses requests for now."""
 
 
-def may_pass(error: BaseException, status: object = None) -> bool:
-    """Return whether what a client raised is the network's or the server's fault: no answer, or a `status` of 5xx or 429."""
+class RunGone(InfrastructureFault):
+    """The run of a cluster's job was cancelled, or sends no heartbeat any more."""
+
+
+class StepFailed(Exception):
+    """A step ended without a result. `tail` holds the last lines of its output."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, step: str, code: int, tail: str, how: str = "") -> None:
+        self.step = step
+        self.code = code
+        self.tail = tail
+        how = how or (
+            f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        )
+        super().__init__(f"step {step} {how}; the last lines of its output:\n{tail}")
+
+
+class StepLost(StepFailed, InfrastructureFault):
+    """The machine, the cluster or the network of a step failed. A retry of the job may succeed."""
+
+    exit_code: ClassVar[int] = InfrastructureFault.exit_code
+
+
+# Names of classes, because none of these clients is imported here.
+NO_ANSWER = frozenset(
+    {
+        *("TimeoutError", "ConnectionError", "gaierror"),  # Python
+        *("TimeoutException", "NetworkError", "RemoteProtocolError"),  # httpx
+        "Timeout",  # requests
+        *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
+        "HTTPClientError",  # botocore
+    }
+)
+OFFLINE = "OfflineModeIsEnabled"  # a ConnectionError of huggingface_hub, but the user's own choice
+TOO_MANY_REQUESTS = 429
+SERVER_ERROR = 500  # and above
+
+
+def is_transient(error: BaseException, status: int | str | None = None) -> bool:
+    """Return True if a client's error is a fault of the network or the server.
+
+    That is an HTTP `status` of 5xx or 429, or no answer at all.
+    """
     code = int(str(status)) if str(status).isdigit() else 0
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    silent = (
-        bool(kinds & {"TimeoutError", "ConnectionError", "gaierror", *NO_ANSWER})
-        and "OfflineModeIsEnabled" not in kinds
-    )
-    return code >= 500 or code == 429 or (silent and not code)
+    if code:
+        return code >= SERVER_ERROR or code == TOO_MANY_REQUESTS
+    classes = {kind.__name__ for kind in type(error).__mro__}
+    return OFFLINE not in classes and not NO_ANSWER.isdisjoint(classes)
 
 
 def nearest(
     word: str, known: Iterable[str], otherwise: str = "remove it, or see the README"
 ) -> str:
-    """Return the fix for a name that is not known: the one it is close to, if there is one."""
+    """Return the fix for an unknown name: the known name that is most similar, or `otherwise`."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise

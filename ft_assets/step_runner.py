@@ -49,7 +49,7 @@ def execute(step: Step, job: Job, report: Report, rank: int = 0) -> int:
             job.error_file.open("x") as file,
         ):  # the first rank that says why
             json.dump(error.to_dict(), file)
-        return 2
+        return FtError.exit_code
     finally:
         if rank:
             shutil.rmtree(apart, ignore_errors=True)

@@ -14,10 +14,16 @@ import yaml
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.assets import raw_rows
 from ft_assets.config import load_project
-from ft_assets.errors import ConfigError, DataError, StoreUnreachable
+from ft_assets.errors import (
+    ConfigError,
+    DataError,
+    InfrastructureFault,
+    StepFailed,
+    StepLost,
+    StoreUnreachable,
+)
 from ft_assets.job import Job, StepResult
-from ft_assets.launchers import StepFailed, StepLost
-from ft_assets.launchers.base import TEMPORARY, failed
+from ft_assets.launchers.base import failed
 from ft_assets_tests.factories import edit, ft
 from ft_assets_tests.pipeline import InProcessLauncher, checks, failure, materialize
 
@@ -124,7 +130,7 @@ def test_step_that_fails_by_itself_is_tried_once(project: Path, error: Exception
         (-9, "", True),  # the OOM killer
         (137, "", True),  # the same, as a container's runtime says it
         (143, "", True),  # a node that shuts down
-        (TEMPORARY, "", True),
+        (InfrastructureFault.exit_code, "", True),
         (1, "RuntimeError: CUDA error: uncorrectable ECC error encountered", True),
         (1, "torch.OutOfMemoryError: CUDA out of memory", False),
         (-11, "", False),  # a crash of its own: it would crash again

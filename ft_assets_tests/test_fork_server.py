@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ft_assets.launchers import LocalLauncher, StepLost
+from ft_assets.errors import StepLost
+from ft_assets.launchers import LocalLauncher
 from ft_assets.launchers.fork_server import refusal
 from ft_assets.launchers.forking import ForkedProcess, ForkServer
 from ft_assets.launchers.local import start_forked_or_fresh, step_environment

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.config.launcher import AccelerateSettings
-from ft_assets.errors import ConfigError, MemoryPlanError
+from ft_assets.errors import ConfigError, MemoryPlanError, StepLost
 from ft_assets.job import Job
-from ft_assets.launchers import StepLost
 from ft_assets.launchers.accelerate import AccelerateLauncher
 from ft_assets.step_runner import execute
 from ft_assets.training.memory_plan.estimate import Setup, predict

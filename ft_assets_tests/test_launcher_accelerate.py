@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ft_assets.config.launcher import AccelerateSettings
-from ft_assets.errors import ConfigError
-from ft_assets.launchers import LocalLauncher, StepLost
+from ft_assets.errors import ConfigError, StepLost
+from ft_assets.launchers import LocalLauncher
 from ft_assets.launchers.accelerate import AccelerateLauncher
 from ft_assets_tests.launching import (
     interrupted,

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 
 from ft_assets.commands.doctor import launcher_check
 from ft_assets.config.launcher import KubernetesSettings
-from ft_assets.errors import ConfigError
-from ft_assets.launchers import LocalLauncher, StepLost
+from ft_assets.errors import ConfigError, StepLost
+from ft_assets.launchers import LocalLauncher
 from ft_assets.launchers.base import failed
 from ft_assets.launchers.kubernetes import KubernetesLauncher
 from ft_assets.launchers.kubernetes_manifest import manifest
-from ft_assets.launchers.kubernetes_states import job_seen, pod_seen
+from ft_assets.launchers.kubernetes_states import job_without_pod_state, pod_state
 from ft_assets.launchers.local import free_port
 from ft_assets_tests.kubernetes_api import (
     VERSION,
@@ -103,7 +103,7 @@ def test_interrupt_leaves_a_checkpoint_and_no_process(
 def test_node_without_the_store_is_told(finished: Path, tmp_path: Path, cluster: Cluster) -> None:
     job = training_job(finished, tmp_path / "job")
     with pytest.raises(
-        ConfigError, match=r"store: [\s\S]*is not there on the node[\s\S]*there is no .*job.json"
+        ConfigError, match=r"store: [\s\S]*is missing on the node[\s\S]*job.json does not exist"
     ):
         # The stand-in's node has this machine's files: the job file is taken away before the pod reads it.
         launcher(tmp_path).run(job, lambda line: (job.work / "job.json").unlink(missing_ok=True))
@@ -184,7 +184,7 @@ def test_earlier_job_makes_way_when_it_has_ended(
         (
             (403, "jobs.batch is forbidden"),
             ConfigError,
-            r"launcher: kubernetes: 403: jobs.batch is forbidden[\s\S]*a role",
+            r"launcher: kubernetes: 403: jobs.batch is forbidden[\s\S]*permission to create, get and delete jobs[\s\S]*a role",
         ),
         ((404, "namespace not found"), ConfigError, r"launcher\.namespace: default"),
         ((422, "cpu: must be a quantity"), ConfigError, "must be a quantity"),
@@ -277,7 +277,7 @@ def test_secret_in_the_environment_is_refused_and_not_repeated(tmp_path: Path) -
 def test_store_that_no_volume_holds_is_told(
     finished: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
-    with pytest.raises(ConfigError, match=r"launcher\.volumes: none is mounted where"):
+    with pytest.raises(ConfigError, match=r"launcher\.volumes: none is mounted at"):
         launcher(tmp_path, volumes=[]).run(training_job(finished, tmp_path / "job"), lambda _: None)
 
 
@@ -302,8 +302,8 @@ def test_store_that_no_volume_holds_is_told(
 def test_end_that_the_cluster_brought_about_is_a_fault(
     tmp_path: Path, status: dict[str, Any]
 ) -> None:
-    end = pod_seen({"status": status}, settings(tmp_path))
-    assert isinstance(failed("sft", end.code, "", end.said), StepLost)
+    end = pod_state({"status": status}, settings(tmp_path))
+    assert isinstance(failed("sft", end.exit_code, "", end.detail), StepLost)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_pod_that_can_never_run_names_its_key(
     tmp_path: Path, status: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        pod_seen({"status": status}, settings(tmp_path))
+        pod_state({"status": status}, settings(tmp_path))
 
 
 def test_deadline_of_the_template_is_the_users(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_deadline_of_the_template_is_the_users(tmp_path: Path) -> None:
         }
     }
     with pytest.raises(ConfigError, match="activeDeadlineSeconds"):
-        job_seen(failed_job, settings(tmp_path))
+        job_without_pod_state(failed_job, settings(tmp_path))
 
 
 def test_doctor_asks_whether_the_cluster_answers(

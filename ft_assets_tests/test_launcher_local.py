@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ft_assets.errors import StepFailed
 from ft_assets.job import Job
-from ft_assets.launchers import LocalLauncher, StepFailed
+from ft_assets.launchers import LocalLauncher
 from ft_assets.launchers.forking import ForkServer
 from ft_assets.launchers.local import step_environment
 from ft_assets_tests.launching import interrupted, launched_elsewhere, process_groups

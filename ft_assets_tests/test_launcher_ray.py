@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ft_assets.config.launcher import RaySettings
-from ft_assets.errors import ConfigError
+from ft_assets.errors import ConfigError, InfrastructureFault, StepLost
 from ft_assets.job import Job
-from ft_assets.launchers import LocalLauncher, StepLost
+from ft_assets.launchers import LocalLauncher
 from ft_assets.launchers.local import free_port
 from ft_assets.launchers.ray import RayLauncher
 from ft_assets_tests.launching import (
@@ -138,7 +138,6 @@ def test_dead_queue_does_not_hide_what_the_run_came_to(
     from ray.exceptions import RayActorError
 
     from ft_assets.launchers import ray_driver
-    from ft_assets.launchers.base import TEMPORARY
 
     class Dead:
         """What is left of a queue, and of a training, whose node has died."""
@@ -160,4 +159,7 @@ def test_dead_queue_does_not_hide_what_the_run_came_to(
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Dead)
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    assert ray_driver.run(job, RaySettings(kind="ray", workers=1, use_gpu=False)) == TEMPORARY
+    assert (
+        ray_driver.run(job, RaySettings(kind="ray", workers=1, use_gpu=False))
+        == InfrastructureFault.exit_code
+    )

@@ -11,10 +11,11 @@ import pytest
 
 from ft_assets.commands.doctor import launcher_check
 from ft_assets.config.launcher import SlurmSettings
-from ft_assets.errors import ConfigError
-from ft_assets.launchers import LocalLauncher, StepLost
+from ft_assets.errors import ConfigError, StepLost
+from ft_assets.launchers import LocalLauncher
 from ft_assets.launchers.base import failed
-from ft_assets.launchers.slurm import SlurmLauncher, seen
+from ft_assets.launchers.cluster import Phase
+from ft_assets.launchers.slurm import SlurmLauncher, job_state
 from ft_assets_tests.launching import (
     interrupted,
     launched_elsewhere,
@@ -124,7 +125,7 @@ def test_job_ends_by_itself_when_its_launcher_is_killed(
     parent.wait()
     assert queue()
     wait_until(lambda: not queue() and not process_groups(job.work))
-    assert "nothing was heard of the run" in job.log_file.read_text()
+    assert "no heartbeat from the run" in job.log_file.read_text()
 
 
 def test_job_that_somebody_else_cancels_is_a_fault(
@@ -186,7 +187,7 @@ def test_machine_without_slurm_is_told(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="there is no sbatch on this machine"):
+    with pytest.raises(ConfigError, match="sbatch is not on this machine"):
         launcher().run(training_job(finished, tmp_path / "1"), lambda _: None)
 
 
@@ -203,14 +204,14 @@ def test_controller_that_does_not_answer_is_a_fault(
 
 @pytest.mark.parametrize("state", ["NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "OUT_OF_MEMORY"])
 def test_end_that_the_cluster_brought_about_is_a_fault(state: str) -> None:
-    end = seen(state, "None", 0, SlurmSettings(kind="slurm"))
-    assert isinstance(failed("sft", end.code, "", end.said), StepLost)
-    assert end.phase == "ended"
+    end = job_state(state, "None", 0, SlurmSettings(kind="slurm"))
+    assert isinstance(failed("sft", end.exit_code, "", end.detail), StepLost)
+    assert end.phase is Phase.ENDED
 
 
 def test_time_limit_names_its_key() -> None:
     with pytest.raises(ConfigError, match=r"launcher\.time: 1:00:00[\s\S]*last checkpoint"):
-        seen("TIMEOUT", "TimeLimit", 0, SlurmSettings(kind="slurm", time="1:00:00"))
+        job_state("TIMEOUT", "TimeLimit", 0, SlurmSettings(kind="slurm", time="1:00:00"))
 
 
 def steps(work: Path) -> list[int]:

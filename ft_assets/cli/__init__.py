@@ -1,15 +1,16 @@
-"""`ft`: a thin face on Dagster and core for those who live in a terminal. Exit codes: 0 done, 1 refused or failed, 2 the user's to fix,
-75 a machine, a store or the network failed: try again."""
+"""`ft`: a thin command-line face of the graph and of core.
+
+Exit codes: 0 success, 1 a negative answer or a failed step, 130 interrupted; errors own theirs
+(errors.py): 2 the user can fix it, 75 a machine, a store or the network failed: retry.
+"""
 
 import sys
 
 from ft_assets.errors import FtError, InfrastructureFault
 
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-
 
 def main() -> None:
-    """Entry point: a user's error is shown as one screen of text, a fault of the infrastructure as a sentence."""
+    """Run `ft`. A user's error ends as one screen of text, an infrastructure fault as one line."""
     from ft_assets.cli import graph, models, project  # noqa: F401  (each adds its commands)
     from ft_assets.cli.app import app  # not at module level: it would hide the module of that name
 
@@ -17,10 +18,8 @@ def main() -> None:
         app()
     except FtError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except InfrastructureFault as error:
-        print(
-            f"error: {error}\n  to do:    nothing is wrong with the project; try again when it answers",
-            file=sys.stderr,
-        )
-        sys.exit(TRY_AGAIN)
+        print(f"error: {error}", file=sys.stderr)
+        print("  to do:    nothing to change in the project; try again later", file=sys.stderr)
+        sys.exit(error.exit_code)

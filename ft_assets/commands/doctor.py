@@ -8,11 +8,11 @@ from ft_assets.commands import base_checks, machine
 from ft_assets.commands.checkup import FAIL, Check, fail, guarded, ok, warn
 from ft_assets.commands.store_view import in_bytes
 from ft_assets.config import CONFIG_NAME, DataSettings, Project, find_config, load_project
-from ft_assets.config.launcher import AnyLauncher
+from ft_assets.config.launcher import LauncherSettings
 from ft_assets.data.file_formats import resolve_files
-from ft_assets.errors import FtError
+from ft_assets.errors import ClusterUnreachable, FtError
 from ft_assets.launchers import make_launcher
-from ft_assets.launchers.cluster import ClusterLauncher, NoAnswer
+from ft_assets.launchers.cluster import ClusterLauncher
 
 
 def examine() -> list[Check]:
@@ -107,14 +107,14 @@ def _files(project: Project, key: str, patterns: list[str]) -> Iterator[Check]:
         yield ok(name, found)
 
 
-def launcher_check(settings: AnyLauncher, root: Path) -> Check:
+def launcher_check(settings: LauncherSettings, root: Path) -> Check:
     """Return what there is to say of `launcher:`. Raises ConfigError for a library, a tool, a partition or a right that is missing."""
     launcher = make_launcher(settings, root)
     if not isinstance(launcher, ClusterLauncher):
         return ok("launcher", settings.kind)
     try:
-        return ok("launcher", f"{settings.kind} answers: {launcher.greet()}")
-    except NoAnswer as error:
+        return ok("launcher", f"{settings.kind} answers: {launcher.ping()}")
+    except ClusterUnreachable as error:
         return fail(
             "launcher",
             f"{settings.kind} does not answer ({error})",

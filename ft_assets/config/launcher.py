@@ -1,51 +1,129 @@
-"""`launcher:` of finetune.yaml: where the heavy steps run. A name alone means that launcher with its defaults.
+"""`launcher:` of finetune.yaml: where heavy steps run. A bare name is a launcher with its defaults.
 
-Nothing here is part of a fingerprint: where a step ran does not decide what it made.
+A launcher is a settings class here, and the class that `implementation` names. The settings class
+registers itself: finetune.yaml, `ft plan`, `ft doctor` and `make_launcher` read it from `KINDS`.
+
+Launcher settings are not fingerprinted: where a step ran does not decide what it made.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    GetCoreSchemaHandler,
+    field_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from ft_assets.config.section import Section
+from ft_assets.errors import ConfigError
+from ft_assets.hardware import visible_gpus
 
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+Sharding = Literal["auto", "ddp", "fsdp"]
+
+KINDS: dict[str, type["LauncherSettings"]] = {}  # by kind, in the order of the classes below
 
 
-class Retries(Section):
-    """What every launcher has: how often a step is tried again when its machine, cluster or network failed; never for an error of its own."""
+class LauncherSettings(BaseModel, frozen=True, extra="forbid"):
+    """The settings that all launchers share, and what the memory plan needs from a launcher.
 
+    A subclass with a literal `kind` is a launcher. Retries apply to infrastructure faults only,
+    never to a step's own failure.
+    """
+
+    implementation: ClassVar[
+        str
+    ]  # module:class, constructed with (settings, folder of the project)
+    on_this_machine: ClassVar[bool] = (
+        False  # so that the memory plan reads the GPUs of this machine
+    )
+
+    kind: str
     retries: int = Field(
         default=2,
         ge=0,
         le=10,
-        description="Tries after the first; only for faults of the infrastructure.",
+        description="Retries after the first try; only for faults of the infrastructure.",
     )
     retry_seconds: float = Field(
         default=20.0,
         ge=0,
-        description="Wait before the first of them; each further wait is twice as long.",
+        description="Wait before the first retry; each further wait is twice as long.",
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        kind = get_args(cls.__annotations__.get("kind"))
+        if kind:
+            KINDS[kind[0]] = cls
 
-class LocalSettings(Retries):
+    def ranks(self) -> int:
+        """Return the number of ranks of a training step. Raises ConfigError."""
+        return 1
+
+    def sharding_mode(self) -> Sharding:
+        """Return how the ranks of a training step share the base model."""
+        return "ddp"
+
+    def on_gpu(self) -> bool:
+        """Return True if a training step runs on GPUs."""
+        return bool(visible_gpus())
+
+
+class LocalSettings(LauncherSettings, frozen=True):
+    implementation = "ft_assets.launchers.local:LocalLauncher"
+    on_this_machine = True
+
     kind: Literal["local"] = "local"
 
 
-class AccelerateSettings(Retries):
+class AccelerateSettings(LauncherSettings, frozen=True):
+    implementation = "ft_assets.launchers.accelerate:AccelerateLauncher"
+    on_this_machine = True
+
     kind: Literal["accelerate"]
     processes: int | None = Field(
-        default=None, ge=1, description="Ranks; by default one a GPU of this machine."
+        default=None, ge=1, description="Ranks; by default one for each GPU of this machine."
     )
-    sharding: Literal["auto", "ddp", "fsdp"] = Field(
+    sharding: Sharding = Field(
         default="auto",
-        description="ddp: each rank holds the whole base; fsdp: the ranks divide the base's layers among them; "
-        "auto: fsdp only where the memory plan finds that one GPU does not hold it.",
+        description="ddp: each rank holds the whole base; fsdp: the base's layers are sharded over "
+        "the ranks; auto: fsdp only if, by the memory plan, the base does not fit on one GPU.",
     )
 
+    def ranks(self) -> int:
+        """Return the number of ranks of a training step.
 
-class RaySettings(Retries):
+        Raises ConfigError for more ranks than GPUs, and for a single rank with `sharding: fsdp`.
+        """
+        gpus = len(visible_gpus())
+        count = self.processes or gpus or 1
+        if gpus and count > gpus:
+            raise ConfigError(
+                where="launcher.processes",
+                found=str(count),
+                expected=f"at most the {gpus} GPUs of this machine",
+                fix="lower it, or remove it",
+            )
+        if count == 1 and self.sharding == "fsdp":
+            raise ConfigError(
+                where="launcher.sharding: fsdp",
+                found="one process",
+                expected="at least 2 processes to shard the base over",
+                fix="set processes, or sharding: auto",
+            )
+        return count
+
+    def sharding_mode(self) -> Sharding:
+        return self.sharding
+
+
+class RaySettings(LauncherSettings, frozen=True):
+    implementation = "ft_assets.launchers.ray:RayLauncher"
+
     kind: Literal["ray"]
     address: str = Field(
         default="auto",
@@ -53,59 +131,73 @@ class RaySettings(Retries):
         description="auto: the cluster that this machine is part of; else host:6379.",
     )
     workers: int = Field(default=1, ge=1, description="Ranks of a training step.")
-    use_gpu: bool = Field(default=True, description="One GPU a worker.")
+    use_gpu: bool = Field(default=True, description="One GPU for each worker.")
     resources: dict[str, float] = Field(
-        default={}, description="What each worker needs besides, e.g. {CPU: 8}."
+        default={}, description="Further resources of each worker, e.g. {CPU: 8}."
     )
     ship_code: bool = Field(
-        default=True, description="Send this package to the nodes; false: it is installed there."
+        default=True,
+        description="Send this package to the nodes; false: it is installed on them.",
     )
 
+    def ranks(self) -> int:
+        return self.workers
 
-class ClusterSettings(Retries):
-    """What clusters with a queue have in common."""
+    def on_gpu(self) -> bool:
+        return self.use_gpu
+
+
+class ClusterSettings(LauncherSettings, frozen=True):
+    """The settings of clusters with a queue."""
 
     poll_seconds: float = Field(
-        default=10.0, gt=0, description="How often the cluster is asked for the state of a job."
+        default=10.0, gt=0, description="Interval between two requests for the state of a job."
     )
     patience_seconds: float = Field(
-        default=600.0, gt=0, description="A cluster that does not answer for so long is a fault."
+        default=600.0,
+        gt=0,
+        description="A cluster that does not answer for this long counts as a fault.",
     )
     silence_seconds: float = Field(
         default=120.0,
         gt=0,
-        description="A job that hears nothing of its run for so long ends its step, e.g. when the run was killed.",
+        description="A job without a heartbeat from its run for this long stops its step, e.g. "
+        "when the run was killed.",
     )
     settle_seconds: float = Field(
         default=60.0,
         ge=0,
-        description="How late the shared disk may show a file that a node wrote.",
+        description="Longest delay before the shared disk shows a file that a node wrote.",
     )
 
 
-class SlurmSettings(ClusterSettings):
+class SlurmSettings(ClusterSettings, frozen=True):
+    implementation = "ft_assets.launchers.slurm:SlurmLauncher"
+
     kind: Literal["slurm"]
     partition: str | None = Field(default=None, description="By default the cluster's.")
     account: str | None = Field(default=None, description="By default the user's.")
     time: str | None = Field(
         default=None,
-        description="The limit of a job as sbatch takes it, e.g. 12:00:00; by default the partition's.",
+        description="Time limit of a job in sbatch's format, e.g. 12:00:00; by default the "
+        "partition's.",
     )
     nodes: int = Field(
-        default=1, ge=1, description="Nodes of a training step; other steps take one."
+        default=1, ge=1, description="Nodes of a training step; other steps use one."
     )
     gpus: int = Field(default=1, ge=0, description="GPUs of each node; 0 trains on CPUs with gloo.")
     gres: str | None = Field(
-        default=None, description="A typed request in the place of gpus, e.g. gpu:a100:4."
+        default=None, description="A typed request instead of gpus, e.g. gpu:a100:4."
     )
     tasks_per_node: int | None = Field(
         default=None,
         ge=1,
-        description="Ranks of a training step on each node; by default one a GPU.",
+        description="Ranks of a training step on each node; by default one for each GPU.",
     )
     sbatch: dict[str, str | int | float | bool] = Field(
         default={},
-        description="More options of sbatch by their long names, e.g. {mem: 64G, cpus-per-task: 8, exclusive: true}.",
+        description="Further options of sbatch by their long names, e.g. "
+        "{mem: 64G, cpus-per-task: 8, exclusive: true}.",
     )
     python: str | None = Field(
         default=None,
@@ -114,55 +206,64 @@ class SlurmSettings(ClusterSettings):
 
     @property
     def ranks_per_node(self) -> int:
-        """Return the ranks of a training step on each node."""
+        """The ranks of a training step on each node."""
         return self.tasks_per_node or self.gpus or 1
+
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def on_gpu(self) -> bool:
+        return bool(self.gpus or self.gres)
 
 
 class VolumeSettings(Section):
     claim: str = Field(description="The name of a PersistentVolumeClaim of the namespace.")
     path: str = Field(
-        pattern="^/", description="Where it is mounted: where this machine has it too."
+        pattern="^/", description="The mount path, which must be the same as on this machine."
     )
     sub_path: str | None = Field(
-        default=None, description="A folder of the volume instead of the whole."
+        default=None, description="A folder of the volume instead of the whole volume."
     )
 
 
-class KubernetesSettings(ClusterSettings):
+class KubernetesSettings(ClusterSettings, frozen=True):
+    implementation = "ft_assets.launchers.kubernetes:KubernetesLauncher"
+
     kind: Literal["kubernetes"]
     image: str = Field(description="An image with this package and the libraries of this machine.")
     volumes: list[VolumeSettings] = Field(
-        default=[], description="What each pod mounts; one of them holds the store."
+        default=[], description="The volumes of each pod; one of them holds the store."
     )
     namespace: str = "default"
     context: str | None = Field(
         default=None,
-        description="A context of kubeconfig; by default the current one, in a pod that pod's cluster.",
+        description="A context of kubeconfig; by default the current one, and in a pod the cluster "
+        "of that pod.",
     )
     gpus: int = Field(
         default=1,
         ge=0,
         description="GPUs (nvidia.com/gpu) and ranks of a training step; 0 trains on CPUs.",
     )
-    cpu: str | None = Field(default=None, description="CPUs that are asked for, e.g. 8 or 500m.")
+    cpu: str | None = Field(default=None, description="The CPU request, e.g. 8 or 500m.")
     memory: str | None = Field(
-        default=None, description="Memory that is asked for, and the limit, e.g. 64Gi."
+        default=None, description="The memory request and the memory limit, e.g. 64Gi."
     )
     node_selector: dict[str, str] = Field(default={}, description="Labels that a node must have.")
     tolerations: list[dict[str, str | int]] = Field(
-        default=[], description="Taints that are tolerated, as in a pod's spec."
+        default=[], description="Tolerated taints, as in a pod's spec."
     )
     service_account: str | None = Field(default=None, description="By default the namespace's.")
     env: dict[str, str] = Field(
         default={},
-        description="Environment of the step. No secrets: they would stand in the manifest.",
+        description="Environment of the step. No secrets: the manifest shows it to its readers.",
     )
     env_from_secrets: list[str] = Field(
         default=[], description="Secrets of the namespace whose keys become environment variables."
     )
     template: str | None = Field(
         default=None,
-        description="A YAML file with parts of a Job's manifest; what is set here goes over it.",
+        description="A YAML file with parts of a Job's manifest; the keys here override it.",
     )
     python: str = Field(default="python", description="The interpreter in the image.")
 
@@ -172,24 +273,32 @@ class KubernetesSettings(ClusterSettings):
         for name in env:
             if SECRET.search(name):
                 raise ValueError(
-                    f"{name} looks like a secret: put it into a Secret of the cluster and name that in env_from_secrets"
+                    f"{name} looks like a secret: store it in a Secret of the cluster and list "
+                    "that Secret in env_from_secrets"
                 )
         return env
 
+    def ranks(self) -> int:
+        return max(1, self.gpus)
 
-AnyLauncher = LocalSettings | AccelerateSettings | RaySettings | SlurmSettings | KubernetesSettings
+    def on_gpu(self) -> bool:
+        return self.gpus > 0
 
 
-def _named(value: Any) -> Any:
+class _ByKind:
+    """Validates `launcher:` by the class that `kind` names: a union of all classes in `KINDS`."""
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        choices = {kind: handler.generate_schema(settings) for kind, settings in KINDS.items()}
+        union = core_schema.tagged_union_schema(choices, discriminator="kind")
+        return core_schema.no_info_before_validator_function(_with_kind, union)
+
+
+def _with_kind(value: Any) -> Any:
     """Read `ray` as {kind: ray}."""
     return {"kind": value} if isinstance(value, str) else value
 
 
-KINDS: dict[str, type[Retries]] = {
-    "local": LocalSettings,
-    "accelerate": AccelerateSettings,
-    "ray": RaySettings,
-    "slurm": SlurmSettings,
-    "kubernetes": KubernetesSettings,
-}
-LauncherSettings = Annotated[AnyLauncher, Field(discriminator="kind"), BeforeValidator(_named)]
+AnyLauncher = Annotated[LauncherSettings, _ByKind()]

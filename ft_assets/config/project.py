@@ -11,7 +11,7 @@ from ft_assets.config.automation import AlertSettings, FreshnessSettings, Schedu
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
-from ft_assets.config.launcher import LauncherSettings, LocalSettings
+from ft_assets.config.launcher import AnyLauncher, LocalSettings
 from ft_assets.config.release import ReleaseSettings
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
@@ -83,7 +83,7 @@ class Project(Section):
     schedule: ScheduleSettings | None = None
     freshness: FreshnessSettings | None = None
     alerts: AlertSettings = AlertSettings()
-    launcher: LauncherSettings = LocalSettings()
+    launcher: AnyLauncher = LocalSettings()
     memory_limit_gb: float | None = Field(
         default=None, gt=0, description="Most that training may take of a GPU. None: what is free."
     )

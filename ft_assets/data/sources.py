@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from ft_assets.artifacts import file_sha256
 from ft_assets.data.file_types import DATA, suffixes
-from ft_assets.errors import DataError, InfrastructureFault, SourceUnreachable, may_pass
+from ft_assets.errors import DataError, InfrastructureFault, SourceUnreachable, is_transient
 
 CREDENTIALS = {  # of the protocols that are read: where the credentials come from
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_ENDPOINT_URL for another store than Amazon's)",
@@ -271,7 +271,7 @@ def _problem(error: Exception, protocol: str, where: str) -> DataError | SourceU
             fix=f"set {CREDENTIALS[protocol]}",
         )
     fix = "check the URL and the network; a local copy of the file works too"
-    if may_pass(error, status):
+    if is_transient(error, status):
         return SourceUnreachable(where, f"cannot be fetched ({said})", f"try again later; {fix}")
     return DataError(
         where=where, found=f"cannot be fetched ({said})", expected="a server that answers", fix=fix

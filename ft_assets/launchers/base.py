@@ -1,4 +1,4 @@
-"""The contract of a launcher, and how it tells a step's own failure from a fault of what the step ran on."""
+"""The contract of a launcher, and the difference between a failed step and a failed machine."""
 
 import contextlib
 import json
@@ -7,73 +7,62 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from ft_assets.errors import FtError, InfrastructureFault
+from ft_assets.errors import FtError, InfrastructureFault, StepFailed, StepLost
 from ft_assets.job import Job, StepResult
 
-OnProgress = Callable[[Mapping[str, Any]], None]
+# A line of the job's progress file: its time, its message, and numbers.
+OnProgress = Callable[[Mapping[str, str | float]], None]
 TAIL_LINES = 30
 TRAINING_STEPS = frozenset({"sft", "dpo"})  # these can run as several ranks
-HEAVY_STEPS = TRAINING_STEPS | {
-    "evaluate",
-    "merge",
-    "release",
-    "export",
-}  # these want a GPU: a cluster's launcher sends them to it
-TEMPORARY = 75  # sysexits.h: a helper process of ours says with it that the cluster failed
+# These need a GPU: the launcher of a cluster sends them to it.
+HEAVY_STEPS = TRAINING_STEPS | {"evaluate", "merge", "release", "export"}
 
-# Sent from outside: the OOM killer, a shutdown, a scheduler that takes the node back, a disk or memory that went away. SEGV, ABRT
-# and ILL are not among them: a program that crashes by itself does it again.
+# Signals from outside: the OOM killer, a shutdown, a scheduler that reclaims the node, a failed
+# disk or memory. Not SEGV, ABRT and ILL: a program that crashes by itself crashes again.
 FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGBUS})
-# What the libraries say when the hardware or the network below them failed; whoever says it ends with exit code 1.
+# What libraries print when the hardware or the network failed. Such a process ends with code 1.
 HARDWARE = re.compile(
-    r"uncorrectable ECC error|CUDA error: (?:unspecified launch failure|device unavailable)|GPU has fallen off the bus"
-    r"|NCCL error.*(?:remote process exited|network|unhandled system error)|Connection closed by peer|Connection reset by peer"
+    r"uncorrectable ECC error"
+    r"|CUDA error: (?:unspecified launch failure|device unavailable)"
+    r"|GPU has fallen off the bus"
+    r"|NCCL error.*(?:remote process exited|network|unhandled system error)"
+    r"|Connection closed by peer|Connection reset by peer"
     r"|Stale file handle|Transport endpoint is not connected"
 )
 
 
 class Launcher(Protocol):
-    """Runs a job to its end, wherever that is."""
+    """Runs a job to its end."""
 
     def run(self, job: Job, on_progress: OnProgress) -> StepResult:
-        """Return the step's result; the files are in `job.output`.
+        """Run the job and return its result; its files are in `job.output`.
 
-        Raises the step's own FtError, StepFailed if it ended without a result, or StepLost if that was not its
-        doing. When interrupted, nothing of the step goes on.
+        An interrupt stops all processes of the step.
+
+        Raises the step's own FtError, StepFailed if it ended without a result, or StepLost if the
+        infrastructure failed.
         """
         ...
 
 
-class StepFailed(Exception):
-    """A step ended without a result. Holds the last lines of its output."""
-
-    def __init__(self, step: str, code: int, tail: str, how: str = "") -> None:
-        self.step, self.code, self.tail = step, code, tail
-        how = how or (
-            f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        )
-        super().__init__(f"step {step} {how}; the last lines of its output:\n{tail}")
-
-
-class StepLost(StepFailed, InfrastructureFault):
-    """The machine, the cluster or the network failed, not the step: the same job may succeed when it is tried again."""
-
-
 def failed(step: str, code: int, tail: str, how: str = "") -> StepFailed:
-    """Return the error of a step that ended with this code: a negative one is a signal, above 128 a shell's word for one."""
+    """Return the error of a step that ended with this exit code.
+
+    A negative code is a signal; a shell reports the same signal as 128 plus its number.
+    """
     number = -code if code < 0 else code - 128
-    outside = (
-        code == TEMPORARY
+    is_fault = (
+        code == InfrastructureFault.exit_code
         or number in {int(known) for known in FROM_OUTSIDE}
         or HARDWARE.search(tail) is not None
     )
-    return (StepLost if outside else StepFailed)(step, code, tail, how)
+    return (StepLost if is_fault else StepFailed)(step, code, tail, how)
 
 
 def prepare(job: Job) -> Path:
-    """Make the job's work folder, clear what an earlier try left in it, write job.json. Returns its path."""
+    """Make the job's work folder without files of an earlier try, and return its job.json."""
     job.work.mkdir(parents=True, exist_ok=True)
     for left in (job.result_file, job.error_file, job.progress_file):
         left.unlink(missing_ok=True)
@@ -83,7 +72,7 @@ def prepare(job: Job) -> Path:
 
 
 def outcome(job: Job, code: int, how: str = "") -> StepResult:
-    """Return what the step left in its work folder. Raises its FtError, StepFailed or StepLost."""
+    """Return the result in the job's work folder. Raises its FtError, StepFailed or StepLost."""
     if code == 0 and job.result_file.exists():
         result = json.loads(job.result_file.read_text())
         return StepResult(result["metrics"], result["parts"])
@@ -93,31 +82,33 @@ def outcome(job: Job, code: int, how: str = "") -> StepResult:
 
 
 def save_error(job: Job, error: FtError) -> None:
-    """Leave a user's error in the work folder, as a step does; of several only the first stays."""
+    """Write a user's error to the work folder, as a step does. The first error of a job stays."""
     print(error, file=sys.stderr)
     with contextlib.suppress(FileExistsError), job.error_file.open("x") as file:
         json.dump(error.to_dict(), file)
 
 
 class ProgressReader:
-    """Passes on the lines that the step has added to its progress file; half a line waits for its end."""
+    """Passes on the lines that a step adds to its progress file, once they are complete."""
 
     def __init__(self, job: Job, on_progress: OnProgress) -> None:
-        self._path, self._on_progress, self._seen = job.progress_file, on_progress, 0
+        self._path = job.progress_file
+        self._on_progress = on_progress
+        self._offset = 0
 
     def __call__(self) -> None:
-        for line in self._lines():
+        for line in self._new_lines():
             self._on_progress(json.loads(line))
 
-    def _lines(self) -> Iterator[bytes]:
+    def _new_lines(self) -> Iterator[bytes]:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            file.seek(self._seen)
+            file.seek(self._offset)
             chunk = file.read()
-        whole = chunk[: chunk.rfind(b"\n") + 1]
-        self._seen += len(whole)
-        yield from whole.splitlines()
+        complete = chunk[: chunk.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        yield from complete.splitlines()
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> str:

@@ -1,7 +1,8 @@
-"""Heavy steps on a cluster with a queue: submitted from here, watched from here, and ended from here.
+"""Heavy steps on a cluster with a queue: this process submits, follows and cancels their jobs.
 
-The launcher lives in the run's own process. Progress, results and errors are files of the job's work folder, which the
-nodes share. Nothing outlives the run: it cancels what it submitted, and a job whose run was killed ends itself (node.py).
+The launcher is part of the run's own process. Progress, results and errors are files of the job's
+work folder, which the nodes share. Nothing outlives the run: the launcher cancels what it
+submitted, and a job whose run was killed ends itself (node.py).
 """
 
 import contextlib
@@ -9,18 +10,22 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Literal
 
 from ft_assets.config.launcher import ClusterSettings
-from ft_assets.errors import ConfigError
+from ft_assets.errors import (
+    ClusterUnreachable,
+    ConfigError,
+    FtError,
+    InfrastructureFault,
+    StepLost,
+)
 from ft_assets.job import Job, StepResult
 from ft_assets.launchers.base import (
     HEAVY_STEPS,
-    TEMPORARY,
     OnProgress,
     ProgressReader,
-    StepLost,
     outcome,
     prepare,
     tail,
@@ -28,47 +33,70 @@ from ft_assets.launchers.base import (
 from ft_assets.launchers.heartbeat import Heartbeat
 from ft_assets.launchers.local import GRACE_SECONDS, LocalLauncher
 
-NO_STORE = 66  # sysexits.h: the node does not see the job's folder
-TICK_SECONDS = 1.0  # how often the progress file is read; the cluster is asked less often
+STORE_NOT_MOUNTED = 66  # EX_NOINPUT of sysexits.h: the node does not see the job's folder
+TICK_SECONDS = 1.0  # interval between two reads of the progress file; the cluster is polled less
+
+
+class Phase(Enum):
+    """The life of a job on a cluster. The value is the word in the progress messages."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a cluster says of a job. `said`: why it waits, where it runs, or how it ended; `code`: as a process's, TEMPORARY for a fault."""
+class JobState:
+    """A job as its cluster reports it.
 
-    phase: Literal["waiting", "running", "ended"]
-    said: str = ""
-    code: int = 0
+    `detail` is why it waits, where it runs, or how it ended. `exit_code` is that of a process:
+    negative for a signal, and that of `InfrastructureFault` for a fault of the cluster.
+    """
 
+    phase: Phase
+    detail: str = ""
+    exit_code: int = 0
 
-class NoAnswer(Exception):
-    """The cluster did not answer, or only that it cannot now."""
+    @classmethod
+    def lost(cls, detail: str) -> "JobState":
+        """Return the state of a job that the cluster ended."""
+        return cls(Phase.ENDED, detail, InfrastructureFault.exit_code)
 
 
 class ClusterLauncher(ABC):
-    """What every cluster has in common. Light steps run here."""
+    """Runs heavy steps as jobs of a cluster, and light steps on this machine.
+
+    A subclass implements four verbs: submit, poll, cancel_and_clean_up and ping. Each of them
+    raises ClusterUnreachable if the cluster does not answer.
+    """
 
     def __init__(self, settings: ClusterSettings) -> None:
         self.cluster_settings = settings
 
     @abstractmethod
     def submit(self, job: Job, job_file: Path) -> str:
-        """Return the cluster's name of the job. Raises ConfigError if the cluster refuses it, NoAnswer."""
+        """Submit the job and return the cluster's name of it. Raises ConfigError if refused."""
 
     @abstractmethod
-    def look(self, name: str) -> Seen:
-        """Return what the cluster says of the job. Raises ConfigError for a job that can never run, NoAnswer."""
+    def poll(self, name: str) -> JobState:
+        """Return the state of the job. Raises ConfigError for a job that can never run."""
 
     @abstractmethod
-    def close(self, name: str, job: Job) -> None:
-        """End the job if it has not ended, keep its last words, remove it. Returns when nothing of it runs; raises NoAnswer."""
+    def cancel_and_clean_up(self, name: str, job: Job) -> None:
+        """Cancel the job unless it has ended, keep the end of its output, and delete it.
+
+        Returns when none of its processes runs.
+        """
 
     @abstractmethod
-    def greet(self) -> str:
-        """Return a few words about the cluster. Raises ConfigError for what it does not offer, NoAnswer."""
+    def ping(self) -> str:
+        """Return a short description of the cluster. Raises ConfigError if it lacks a setting."""
 
     def run(self, job: Job, on_progress: OnProgress) -> StepResult:
-        """Run the job to its end. Raises the step's own FtError, ConfigError, StepFailed or StepLost; stops all on interrupt."""
+        """Run the job to its end. An interrupt cancels it.
+
+        Raises the step's own FtError, ConfigError, StepFailed or StepLost.
+        """
         if job.step not in HEAVY_STEPS:
             return LocalLauncher().run(job, on_progress)
         job_file = prepare(job)
@@ -76,104 +104,113 @@ class ClusterLauncher(ABC):
         with Heartbeat(job, self.cluster_settings.silence_seconds) as heartbeat:
             try:
                 name = self.submit(job, job_file)
-            except NoAnswer as error:
-                raise StepLost(job.step, TEMPORARY, str(error), "could not be submitted") from None
+            except ClusterUnreachable as error:
+                raise _lost(job, "could not be submitted", error) from None
             try:
                 end = self._follow(name, job, on_progress)
             except BaseException:
                 self._stop(name, job, heartbeat)
                 raise
-            with contextlib.suppress(NoAnswer):
-                self.close(name, job)
+            with contextlib.suppress(ClusterUnreachable):
+                self.cancel_and_clean_up(name, job)
         return self._outcome(job, end)
 
-    def _follow(self, name: str, job: Job, on_progress: OnProgress) -> Seen:
-        """Pass on progress and what the cluster says until the job ends. Raises StepLost when the cluster is silent for too long."""
-        progress, last, asked, answered = (
-            ProgressReader(job, on_progress),
-            Seen("waiting"),
-            0.0,
-            time.monotonic(),
-        )
-        _say(on_progress, f"submitted as {name}")
+    def _follow(self, name: str, job: Job, on_progress: OnProgress) -> JobState:
+        """Pass on progress and changes of state until the job ends, and return its last state.
+
+        Raises StepLost if the cluster does not answer for `patience_seconds`.
+        """
+        progress = ProgressReader(job, on_progress)
+        last = JobState(Phase.QUEUED)
+        polled = 0.0
+        answered = time.monotonic()
+        _report(on_progress, f"submitted as {name}")
         while True:
             progress()
-            left_something = (
-                job.result_file.exists() or job.error_file.exists()
-            )  # then it is about to end
-            if left_something or time.monotonic() - asked >= self.cluster_settings.poll_seconds:
-                asked = time.monotonic()
-                try:
-                    seen = self.look(name)
-                except NoAnswer as error:
-                    if time.monotonic() - answered > self.cluster_settings.patience_seconds:
-                        raise StepLost(
-                            job.step,
-                            TEMPORARY,
-                            str(error),
-                            "was lost sight of: the cluster does not answer",
-                        ) from None
-                else:
+            # A job that has left a result or an error is about to end.
+            is_ending = job.result_file.exists() or job.error_file.exists()
+            if is_ending or time.monotonic() - polled >= self.cluster_settings.poll_seconds:
+                polled = time.monotonic()
+                state = self._try_poll(name, job, answered)
+                if state is not None:
                     answered = time.monotonic()
-                    if seen.phase == "ended":
+                    if state.phase is Phase.ENDED:
                         progress()
-                        return seen
-                    if (seen.phase, seen.said) != (last.phase, last.said):
-                        _say(
-                            on_progress,
-                            f"{'queued' if seen.phase == 'waiting' else 'running'}: {seen.said}",
-                        )
-                    last = seen
-            time.sleep(min(TICK_SECONDS, self.cluster_settings.poll_seconds))
+                        return state
+                    if state != last:
+                        _report(on_progress, f"{state.phase.value}: {state.detail}")
+                    last = state
+            self._wait()
+
+    def _try_poll(self, name: str, job: Job, answered: float) -> JobState | None:
+        """Return the state of the job, or None if the cluster has not answered for a short time."""
+        try:
+            return self.poll(name)
+        except ClusterUnreachable as error:
+            if time.monotonic() - answered > self.cluster_settings.patience_seconds:
+                raise _lost(job, "was lost: the cluster does not answer", error) from None
+            return None
 
     def _stop(self, name: str, job: Job, heartbeat: Heartbeat) -> None:
-        """Ask a step that runs for a checkpoint, then end the job. A cluster that does not answer is left to the silence."""
+        """Let a running step write a checkpoint, then cancel the job.
+
+        If the cluster does not answer, the job ends itself when the heartbeat is missing.
+        """
         try:
             heartbeat.stop()
             deadline = time.monotonic() + sum(GRACE_SECONDS)
-            with contextlib.suppress(NoAnswer, ConfigError):
-                while self.look(name).phase == "running" and time.monotonic() < deadline:
-                    time.sleep(min(TICK_SECONDS, self.cluster_settings.poll_seconds))
+            with contextlib.suppress(ClusterUnreachable, ConfigError):
+                while self.poll(name).phase is Phase.RUNNING and time.monotonic() < deadline:
+                    self._wait()
         finally:
-            with contextlib.suppress(NoAnswer):
-                self.close(name, job)
+            with contextlib.suppress(ClusterUnreachable):
+                self.cancel_and_clean_up(name, job)
 
-    def _outcome(self, job: Job, end: Seen) -> StepResult:
-        code = end.code
-        if code == NO_STORE:
+    def _wait(self) -> None:
+        time.sleep(min(TICK_SECONDS, self.cluster_settings.poll_seconds))
+
+    def _outcome(self, job: Job, end: JobState) -> StepResult:
+        """Return the result that the job left. Raises its FtError, StepFailed or StepLost."""
+        code = end.exit_code
+        if code == STORE_NOT_MOUNTED:
             raise ConfigError(
                 where=f"store: {job.output.parent}",
-                found=f"is not there on the node: {tail(job.log_file, 1)}",
+                found=f"is missing on the node: {tail(job.log_file, 1)}",
                 expected="the store on a file system that every node mounts at the same path",
                 fix="set store: (or store_cache:) to a folder of such a file system",
             )
-        if code and code != TEMPORARY and first_failure(job).exists():
+        if code not in (0, InfrastructureFault.exit_code) and first_failure(job).exists():
             code = int(first_failure(job).read_text())
-        elif code in (
-            0,
-            2,
-        ):  # a network file system may show the file a little later than the cluster the end
-            deadline = time.monotonic() + self.cluster_settings.settle_seconds
-            while (
-                not (job.result_file.exists() or job.error_file.exists())
-                and time.monotonic() < deadline
-            ):
-                time.sleep(0.2)
-        return outcome(job, code, end.said)
+        elif code in (0, FtError.exit_code):
+            self._wait_for_files(job)
+        return outcome(job, code, end.detail)
+
+    def _wait_for_files(self, job: Job) -> None:
+        """Wait for the result: a network file system may show it later than the job's end."""
+        deadline = time.monotonic() + self.cluster_settings.settle_seconds
+        while time.monotonic() < deadline:
+            if job.result_file.exists() or job.error_file.exists():
+                return
+            time.sleep(0.2)
 
 
 def first_failure(job: Job) -> Path:
-    """Return the file with the code of the rank that failed first."""
+    """Return the path of the file that holds the exit code of the first rank that failed."""
     return job.work / "first-failure"
 
 
 def unique_name(job: Job) -> str:
-    """Return a name that jobs share which would write the same checkpoints: the cluster lets only one of them run.
+    """Return a name that is equal for jobs with the same checkpoints: only one of them may run.
 
-    Letters, digits and hyphens, at most 63, as Kubernetes wants it.
+    At most 63 letters, digits and hyphens, as Kubernetes requires.
     """
-    return f"ft-{job.asset.replace('_', '-').lower()[:40]}-{hashlib.sha256(str(job.checkpoints).encode()).hexdigest()[:12]}"
+    asset = job.asset.replace("_", "-").lower()[:40]
+    return f"ft-{asset}-{hashlib.sha256(str(job.checkpoints).encode()).hexdigest()[:12]}"
 
 
-def _say(on_progress: OnProgress, message: str) -> None:
+def _lost(job: Job, how: str, error: ClusterUnreachable) -> StepLost:
+    return StepLost(job.step, InfrastructureFault.exit_code, str(error), how)
+
+
+def _report(on_progress: OnProgress, message: str) -> None:
     on_progress({"time": time.time(), "message": message})

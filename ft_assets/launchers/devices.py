@@ -1,8 +1,8 @@
-"""The GPUs of this machine, and one for a step that takes one.
+"""One GPU of this machine for a step that needs one.
 
-A process that sees two GPUs trains on both through nn.DataParallel, which transformers turns on by itself; and two steps side
-by side (pool gpu with a limit of 2) would both take the first. So a step of one process sees one GPU, the first that no other
-step of this user holds.
+A process that sees two GPUs trains on both with nn.DataParallel, because transformers enables it.
+Two concurrent steps (pool gpu with a limit of 2) would both use the first GPU. So a step of one
+process sees a single GPU: the first that no other step of this user holds.
 """
 
 import contextlib
@@ -17,29 +17,30 @@ from ft_assets.hardware import visible_gpus
 
 @contextlib.contextmanager
 def held_gpu() -> Iterator[tuple[dict[str, str], list[int]]]:
-    """Context that holds a GPU: what its process gets in its environment, and the descriptors that it must inherit.
+    """Hold a GPU; yield the environment of its process and the descriptors that it must inherit.
 
-    The lock is the descriptor's: a process that inherits it holds the GPU to its own end, also if its launcher is killed.
-    Where all are held (the pool admits more steps than there are GPUs) the step shares the first.
+    The lock belongs to the descriptor: a process that inherits it holds the GPU until it ends, even
+    if its launcher is killed. If all GPUs are held (the pool admits more steps than there are
+    GPUs), the step shares the first.
     """
     gpus = visible_gpus()
     if len(gpus) < 2:
         yield {}, []
         return
+    folder = Path(tempfile.gettempdir())
     with contextlib.ExitStack() as stack:
         for gpu in gpus:
-            file = stack.enter_context(
-                (Path(tempfile.gettempdir()) / f"ft-gpu-{os.getuid()}-{gpu}.lock").open("wb")
-            )
+            lock = folder / f"ft-gpu-{os.getuid()}-{gpu}.lock"
+            file = stack.enter_context(lock.open("wb"))
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield _alone(gpu), [file.fileno()]
+                yield _only(gpu), [file.fileno()]
                 return
-        yield _alone(gpus[0]), []
+        yield _only(gpus[0]), []
 
 
-def _alone(gpu: str) -> dict[str, str]:
-    # The numbers of nvidia-smi and of the device files: CUDA's own order would be by speed.
+def _only(gpu: str) -> dict[str, str]:
+    # PCI_BUS_ID: the numbers of nvidia-smi and of the device files. CUDA's own order is by speed.
     return {
         "CUDA_VISIBLE_DEVICES": gpu,
         "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),

@@ -1,7 +1,8 @@
-"""Heavy steps as Jobs of a Kubernetes cluster, by its official client.
+"""Heavy steps as Jobs of a Kubernetes cluster, through its official client.
 
-Why not dagster-k8s's PipesK8sClient: it blocks until its pod runs, so that nobody sees why one waits; an eviction and a
-step's own failure are the same exception; and a pod goes on when the run's process is killed.
+Not dagster-k8s's PipesK8sClient: it blocks until its pod runs, so the reason why a pod waits is not
+visible; it raises the same exception for an eviction and for a step's own failure; and its pod goes
+on when the run's process is killed.
 """
 
 import contextlib
@@ -15,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.config.launcher import KubernetesSettings
-from ft_assets.errors import ConfigError
+from ft_assets.errors import ClusterUnreachable, ConfigError
 from ft_assets.job import Job
-from ft_assets.launchers.cluster import ClusterLauncher, NoAnswer, Seen
+from ft_assets.launchers.cluster import ClusterLauncher, JobState, Phase
 from ft_assets.launchers.kubernetes_manifest import CONTAINER, manifest
-from ft_assets.launchers.kubernetes_states import job_seen, pod_seen
+from ft_assets.launchers.kubernetes_states import Pod, job_without_pod_state, pod_state
 
 ANSWER_SECONDS = (5.0, 30.0)  # connect, read
-CLOSE_SECONDS = 60.0
+CLEAN_UP_SECONDS = 60.0
 LOG_LINES = 200
+PERMISSIONS = "permission to create, get and delete jobs, and to list pods, their logs and events"
 
 
 class KubernetesLauncher(ClusterLauncher):
-    """Each heavy step is a Job of one pod; a training step has a rank for each GPU of it."""
+    """Runs each heavy step as a Job of one pod. A training step has one rank for each GPU of it."""
 
     def __init__(self, settings: KubernetesSettings, root: Path = Path()) -> None:
         if importlib.util.find_spec("kubernetes") is None:
@@ -38,87 +40,90 @@ class KubernetesLauncher(ClusterLauncher):
                 fix='pip install "ft_assets[kubernetes]"',
             )
         super().__init__(settings)
-        self.settings, self._root = settings, root
+        self.settings = settings
+        self._root = root
 
     def submit(self, job: Job, job_file: Path) -> str:
         body = manifest(job, job_file, self.settings, self._root)
         name = body["metadata"]["name"]
-        self._make_way(name)
-        if self._ask(self._batch.create_namespaced_job, self.settings.namespace, body) is None:
+        self._wait_for_earlier_job(name)
+        if self._call(self._batch.create_namespaced_job, self.settings.namespace, body) is None:
             raise ConfigError(
                 where=f"launcher.namespace: {self.settings.namespace}",
-                found="is not known to the cluster",
-                expected="a namespace",
-                fix="create or correct it",
+                found="does not exist on the cluster",
+                expected="a namespace of the cluster",
+                fix="create the namespace, or correct its name",
             )
         return name
 
-    def look(self, name: str) -> Seen:
+    def poll(self, name: str) -> JobState:
         if pods := self._pods(name):
-            seen = pod_seen(pods[-1], self.settings)
-            about = pods[-1]["metadata"]["name"]
+            state = pod_state(pods[-1], self.settings)
+            about = pods[-1].get("metadata", {}).get("name", "")
         else:
-            found = self._ask(self._batch.read_namespaced_job, name, self.settings.namespace)
-            seen, about = job_seen(found, self.settings), name
-        if (
-            seen.phase == "waiting"
-            and (warning := self._warning(about))
-            and warning not in seen.said
-        ):
-            return Seen("waiting", f"{seen.said}: {warning}")
-        return seen
+            state = job_without_pod_state(self._read_job(name), self.settings)
+            about = name
+        if state.phase is Phase.QUEUED:
+            warning = self._warning(about)
+            if warning and warning not in state.detail:
+                return JobState(Phase.QUEUED, f"{state.detail}: {warning}")
+        return state
 
-    def close(self, name: str, job: Job) -> None:
-        with contextlib.suppress(NoAnswer, ConfigError):
-            self._keep_words(name, job)
+    def cancel_and_clean_up(self, name: str, job: Job) -> None:
+        with contextlib.suppress(ClusterUnreachable, ConfigError):
+            self._keep_log(name, job)
         self._delete(name)
 
-    def greet(self) -> str:
-        self._ask(self._core.list_namespaced_pod, self.settings.namespace, limit=1)
+    def ping(self) -> str:
+        self._call(self._core.list_namespaced_pod, self.settings.namespace, limit=1)
         return f"{self._client.configuration.host}, namespace {self.settings.namespace}"
 
     def _delete(self, name: str) -> None:
-        """Delete the Job; return when its pods are gone."""
-        deadline = time.monotonic() + CLOSE_SECONDS
-        self._ask(
+        """Delete the Job, and wait until its pods are gone."""
+        deadline = time.monotonic() + CLEAN_UP_SECONDS
+        self._call(
             self._batch.delete_namespaced_job,
             name,
             self.settings.namespace,
             propagation_policy="Background",
         )
         while self._pods(name) and time.monotonic() < deadline:
-            time.sleep(min(1.0, self.settings.poll_seconds))
+            self._pause()
 
-    def _make_way(self, name: str) -> None:
-        """Wait for an earlier Job that writes the same checkpoints; it ends itself if its run is gone. Raises NoAnswer if it stays."""
-        deadline = time.monotonic() + self.settings.silence_seconds + CLOSE_SECONDS
-        while (
-            earlier := self._ask(self._batch.read_namespaced_job, name, self.settings.namespace)
-        ) is not None:
-            if job_seen(earlier, self.settings, strict=False).phase == "ended":
+    def _wait_for_earlier_job(self, name: str) -> None:
+        """Wait for the end of an earlier Job that writes the same checkpoints.
+
+        It ends itself if its run is gone. Raises ClusterUnreachable if it does not end.
+        """
+        deadline = time.monotonic() + self.settings.silence_seconds + CLEAN_UP_SECONDS
+        while (earlier := self._read_job(name)) is not None:
+            state = job_without_pod_state(earlier, self.settings, strict=False)
+            if state.phase is Phase.ENDED:
                 self._delete(name)
             elif time.monotonic() > deadline:
-                raise NoAnswer(f"the Job {name} makes the same artifact and goes on")
-            time.sleep(min(1.0, self.settings.poll_seconds))
+                raise ClusterUnreachable(f"the Job {name} makes the same artifact and does not end")
+            self._pause()
 
-    def _pods(self, name: str) -> list[dict[str, Any]]:
+    def _pause(self) -> None:
+        time.sleep(min(1.0, self.settings.poll_seconds))
+
+    def _read_job(self, name: str) -> Any:
+        return self._call(self._batch.read_namespaced_job, name, self.settings.namespace)
+
+    def _pods(self, name: str) -> list[Pod]:
         """Return the pods of a Job, the newest last."""
-        found = (
-            self._ask(
-                self._core.list_namespaced_pod,
-                self.settings.namespace,
-                label_selector=f"job-name={name}",
-            )
-            or {}
+        answer = self._call(
+            self._core.list_namespaced_pod,
+            self.settings.namespace,
+            label_selector=f"job-name={name}",
         )
-        return sorted(
-            found.get("items", []), key=lambda pod: pod["metadata"].get("creationTimestamp") or ""
-        )
+        pods: list[Pod] = (answer or {}).get("items", [])
+        return sorted(pods, key=lambda pod: pod.get("metadata", {}).get("creationTimestamp") or "")
 
     def _warning(self, name: str) -> str:
-        """Return the newest warning about a pod or a Job; nothing if events may not be read."""
+        """Return the newest warning about a pod or a Job; "" without permission to list events."""
         try:
-            found = self._ask(
+            answer = self._call(
                 self._core.list_namespaced_event,
                 self.settings.namespace,
                 field_selector=f"involvedObject.name={name},type=Warning",
@@ -126,28 +131,32 @@ class KubernetesLauncher(ClusterLauncher):
         except ConfigError:
             return ""
         events = sorted(
-            (found or {}).get("items", []),
+            (answer or {}).get("items", []),
             key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "",
         )
         return f"{events[-1].get('reason')}: {events[-1].get('message')}" if events else ""
 
-    def _keep_words(self, name: str, job: Job) -> None:
-        """Add what the pod printed to the job's log: what was said where the step could not begin."""
+    def _keep_log(self, name: str, job: Job) -> None:
+        """Append the pod's output to the job's log. It explains a step that could not start."""
         for pod in self._pods(name):
-            words = self._ask(
-                self._core.read_namespaced_pod_log, pod["metadata"]["name"], self.settings.namespace, container=CONTAINER,
-                tail_lines=LOG_LINES, as_text=True,
-            )  # fmt: skip
-            if words:
+            text = self._call(
+                self._core.read_namespaced_pod_log,
+                pod.get("metadata", {}).get("name", ""),
+                self.settings.namespace,
+                container=CONTAINER,
+                tail_lines=LOG_LINES,
+                as_text=True,
+            )
+            if text:
                 with job.log_file.open("a") as log:
-                    log.write(words)
+                    log.write(text)
 
     @cached_property
     def _client(self) -> Any:
         from kubernetes import client, config
 
         settings: Any = client.Configuration()
-        settings.retries = 0  # the next poll is the next try
+        settings.retries = 0  # the next poll is the retry
         try:
             if self.settings.context is None and "KUBERNETES_SERVICE_HOST" in os.environ:
                 config.load_incluster_config(client_configuration=settings)
@@ -162,7 +171,7 @@ class KubernetesLauncher(ClusterLauncher):
                 where=f"launcher.context: {self.settings.context or 'the current one'}",
                 found=str(error),
                 expected="a context of kubeconfig",
-                fix="kubectl config get-contexts",
+                fix="kubectl config get-contexts lists them",
             ) from None
         return client.ApiClient(settings)
 
@@ -178,10 +187,13 @@ class KubernetesLauncher(ClusterLauncher):
 
         return client.CoreV1Api(self._client)
 
-    def _ask(
+    def _call(
         self, call: Callable[..., Any], *arguments: Any, as_text: bool = False, **options: Any
     ) -> Any:
-        """Return the answer as plain data, None for what is not there. Raises ConfigError if it is refused, NoAnswer."""
+        """Return the answer as plain data, or None if the object does not exist.
+
+        Raises ConfigError if the cluster refuses, ClusterUnreachable.
+        """
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -192,28 +204,30 @@ class KubernetesLauncher(ClusterLauncher):
         except ApiException as error:
             if error.status == 404:
                 return None
-            said = _message(error)
-            if error.status in (409, 429) or not 400 <= (error.status or 0) < 500:
-                raise NoAnswer(said) from None
-            if error.status in (401, 403):
-                fix = "a role that may create, get and delete jobs, and list pods, their logs and events"
-                raise ConfigError(
-                    where="launcher: kubernetes", found=said, expected="the right to", fix=fix
-                ) from None
-            where = (
-                f"launcher.template: {self.settings.template}"
-                if self.settings.template
-                else "launcher: kubernetes"
-            )
-            raise ConfigError(
-                where=where,
-                found=said,
-                expected="a Job that the cluster takes",
-                fix="correct launcher: or the template",
-            ) from None
+            raise self._meaning(error) from None
         except (HTTPError, OSError) as error:
-            raise NoAnswer(f"{type(error).__name__}: {error}") from None
+            raise ClusterUnreachable(f"{type(error).__name__}: {error}") from None
         return data.decode(errors="replace") if as_text else json.loads(data)
+
+    def _meaning(self, error: Any) -> ConfigError | ClusterUnreachable:
+        """Return our error for an ApiException."""
+        message = _message(error)
+        if error.status in (409, 429) or not 400 <= (error.status or 0) < 500:
+            return ClusterUnreachable(message)
+        if error.status in (401, 403):
+            return ConfigError(
+                where="launcher: kubernetes",
+                found=message,
+                expected=PERMISSIONS,
+                fix="give the user or the service account a role with these permissions",
+            )
+        template = self.settings.template
+        return ConfigError(
+            where=f"launcher.template: {template}" if template else "launcher: kubernetes",
+            found=message,
+            expected="a Job that the cluster accepts",
+            fix="correct launcher: or the template",
+        )
 
 
 def _message(error: Any) -> str:

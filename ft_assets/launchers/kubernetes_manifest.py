@@ -1,4 +1,7 @@
-"""The manifest of a step's Job: what `launcher:` says, over the user's template. Plain data; no cluster is asked."""
+"""The manifest of a step's Job: the keys of `launcher:` over the user's template.
+
+Manifests are plain dicts, because their schema is Kubernetes's. No cluster is contacted.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,49 +16,32 @@ from ft_assets.launchers.cluster import unique_name
 from ft_assets.launchers.local import GRACE_SECONDS
 
 CONTAINER = "step"
-KEPT_SECONDS = 3600  # a Job whose run was killed is removed so long after its end
+KEPT_SECONDS = 3600  # the cluster removes a Job whose run was killed this long after its end
+LABELS = {"app.kubernetes.io/managed-by": "ft-assets"}
 
 
 def manifest(job: Job, job_file: Path, settings: KubernetesSettings, root: Path) -> dict[str, Any]:
-    """Return a batch/v1 Job of one pod. Raises ConfigError for a template that cannot be read, or if the store is not mounted."""
-    # One pod a step: its ranks share a machine. Training over several machines is what slurm and ray are for.
+    """Return a batch/v1 Job of one pod.
+
+    Raises ConfigError for a template that cannot be read, or if no volume holds the store.
+    """
+    # One pod for each step: its ranks share a machine. Use slurm or ray to train on several
+    # machines.
     gpus = settings.gpus if job.step in TRAINING_STEPS else min(1, settings.gpus)
-    limits = {"nvidia.com/gpu": str(gpus)} if gpus else {}
-    limits |= {"memory": settings.memory} if settings.memory else {}
-    requests = {name: value for name in ("cpu", "memory") if (value := getattr(settings, name))}
-    volumes, mounts = _volumes(settings, shared_memory=gpus > 1)
-    container = {
-        "name": CONTAINER,
-        "image": settings.image,
-        "command": [
-            settings.python, "-m", "ft_assets.launchers.node", str(job_file), str(settings.silence_seconds), str(max(1, gpus))
-        ],
-        "env": [{"name": name, "value": value} for name, value in settings.env.items()],
-        "envFrom": [{"secretRef": {"name": name}} for name in settings.env_from_secrets],
-        "resources": {"limits": limits, "requests": requests},
-        "volumeMounts": mounts,
-    }  # fmt: skip
-    pod = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": int(sum(GRACE_SECONDS))
-        + 5,  # the step writes a checkpoint
-        "serviceAccountName": settings.service_account,
-        "nodeSelector": settings.node_selector,
-        "tolerations": settings.tolerations,
-        "containers": [container],
-        "volumes": volumes,
-    }
-    name, labels = unique_name(job), {"app.kubernetes.io/managed-by": "ft-assets"}
     made = {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": name, "namespace": settings.namespace, "labels": labels},
+        "metadata": {
+            "name": unique_name(job),
+            "namespace": settings.namespace,
+            "labels": LABELS,
+        },
         "spec": {
-            "backoffLimit": 0,  # tries are the graph's affair
+            "backoffLimit": 0,  # the graph handles retries
             "completions": 1,
             "parallelism": 1,
             "ttlSecondsAfterFinished": KEPT_SECONDS,
-            "template": {"metadata": {"labels": labels}, "spec": pod},
+            "template": {"metadata": {"labels": LABELS}, "spec": _pod(job_file, settings, gpus)},
         },
     }
     whole = merged(_template(settings, root), _without_empty(made))
@@ -63,15 +49,57 @@ def manifest(job: Job, job_file: Path, settings: KubernetesSettings, root: Path)
     return whole
 
 
+def _pod(job_file: Path, settings: KubernetesSettings, gpus: int) -> dict[str, Any]:
+    """Return the spec of the pod."""
+    limits = {"nvidia.com/gpu": str(gpus)} if gpus else {}
+    limits |= {"memory": settings.memory} if settings.memory else {}
+    requests = {name: value for name in ("cpu", "memory") if (value := getattr(settings, name))}
+    volumes = [
+        {"name": f"ft-{number}", "persistentVolumeClaim": {"claimName": volume.claim}}
+        for number, volume in enumerate(settings.volumes)
+    ]
+    mounts = [
+        {"name": f"ft-{number}", "mountPath": volume.path, "subPath": volume.sub_path}
+        for number, volume in enumerate(settings.volumes)
+    ]
+    if gpus > 1:  # a container has 64 MB of shared memory, which is too little for NCCL
+        volumes.append({"name": "ft-shm", "emptyDir": {"medium": "Memory"}})
+        mounts.append({"name": "ft-shm", "mountPath": "/dev/shm"})
+    node = [settings.python, "-m", "ft_assets.launchers.node"]
+    container = {
+        "name": CONTAINER,
+        "image": settings.image,
+        "command": [*node, str(job_file), str(settings.silence_seconds), str(max(1, gpus))],
+        "env": [{"name": name, "value": value} for name, value in settings.env.items()],
+        "envFrom": [{"secretRef": {"name": name}} for name in settings.env_from_secrets],
+        "resources": {"limits": limits, "requests": requests},
+        "volumeMounts": mounts,
+    }
+    return {
+        "restartPolicy": "Never",
+        # Time for the step to write a checkpoint.
+        "terminationGracePeriodSeconds": int(sum(GRACE_SECONDS)) + 5,
+        "serviceAccountName": settings.service_account,
+        "nodeSelector": settings.node_selector,
+        "tolerations": settings.tolerations,
+        "containers": [container],
+        "volumes": volumes,
+    }
+
+
 def merged(under: Any, over: Any) -> Any:
-    """Return `over` on `under`: mappings key by key, lists of named things by name, lists of others joined, all else replaced."""
+    """Return `over` merged onto `under`.
+
+    Mappings are merged key by key, lists of named items by name. Other lists of mappings are
+    joined. Everything else is replaced, also a list of strings such as a command.
+    """
     if isinstance(under, dict) and isinstance(over, dict):
         both = {key: merged(under[key], over[key]) for key in under.keys() & over.keys()}
         return {**under, **over, **both}
-    if not (isinstance(under, list) and isinstance(over, list)) or all(
-        isinstance(item, str) for item in over
-    ):
-        return over  # a command is one thing
+    if not (isinstance(under, list) and isinstance(over, list)):
+        return over
+    if all(isinstance(item, str) for item in over):
+        return over
     if not all(isinstance(item, dict) and "name" in item for item in (*under, *over)):
         return [*under, *over]
     named = {item["name"]: item for item in over}
@@ -81,27 +109,12 @@ def merged(under: Any, over: Any) -> Any:
     ]
 
 
-def _volumes(
-    settings: KubernetesSettings, shared_memory: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    volumes: list[dict[str, Any]] = []
-    mounts: list[dict[str, Any]] = []
-    for number, volume in enumerate(settings.volumes):
-        name = f"ft-{number}"
-        volumes.append({"name": name, "persistentVolumeClaim": {"claimName": volume.claim}})
-        mounts.append({"name": name, "mountPath": volume.path, "subPath": volume.sub_path})
-    if shared_memory:  # a container's own 64 MB are too few for NCCL
-        volumes.append({"name": "ft-shm", "emptyDir": {"medium": "Memory"}})
-        mounts.append({"name": "ft-shm", "mountPath": "/dev/shm"})
-    return volumes, mounts
-
-
 def _template(settings: KubernetesSettings, root: Path) -> dict[str, Any]:
     if settings.template is None:
         return {}
-    path, where = root / settings.template, f"launcher.template: {settings.template}"
+    where = f"launcher.template: {settings.template}"
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load((root / settings.template).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             where=where,
@@ -113,7 +126,7 @@ def _template(settings: KubernetesSettings, root: Path) -> dict[str, Any]:
         kind = found.get("kind") if isinstance(found, dict) else type(found).__name__
         raise ConfigError(
             where=where,
-            found=f"holds a {kind}",
+            found=f"contains a {kind}",
             expected="parts of a Job's manifest (spec: {template: {spec: …}})",
             fix="correct it",
         )
@@ -121,7 +134,7 @@ def _template(settings: KubernetesSettings, root: Path) -> dict[str, Any]:
 
 
 def _without_empty(value: Any) -> Any:
-    """Drop what was not set; an `emptyDir: {medium: …}` is not empty."""
+    """Return the value without unset items. `emptyDir: {medium: …}` is set."""
     if isinstance(value, dict):
         return {
             key: kept
@@ -141,10 +154,10 @@ def _require_store(whole: dict[str, Any], job: Job, settings: KubernetesSettings
     ]
     for path in (job.work, job.output, job.checkpoints):
         if not any(path.is_relative_to(mount) for mount in mounts):
+            listed = f" (mounted: {', '.join(mounts)})" if mounts else ""
             raise ConfigError(
                 where="launcher.volumes",
-                found=f"none is mounted where {path} lies"
-                + (f" (there are {', '.join(mounts)})" if mounts else ""),
-                expected="a volume with the store, at the path that this machine has it at",
+                found=f"none is mounted at {path}{listed}",
+                expected="a volume with the store, at the same path as on this machine",
                 fix="add {claim: …, path: …}",
             )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ft_assets.config.launcher import LocalSettings
 from ft_assets.job import Job, StepResult
 from ft_assets.launchers.base import HEAVY_STEPS, OnProgress, ProgressReader, outcome, prepare
 from ft_assets.launchers.devices import held_gpu
@@ -44,6 +45,9 @@ class StepProcess(Protocol):
 
 class LocalLauncher:
     """Runs a step as `python -m ft_assets.steps.<step> job.json` and streams its progress."""
+
+    def __init__(self, settings: LocalSettings | None = None, root: Path = Path()) -> None:
+        """Take the arguments that every launcher takes. A local step needs neither."""
 
     def warm_up(self) -> None:
         """Import the steps' libraries in the background: a step will probably follow."""

@@ -1,7 +1,10 @@
-"""On a node of a cluster: `python -m ft_assets.launchers.node job.json SILENCE_SECONDS [RANKS]` runs the step and ends it with its run.
+"""The wrapper of a step on a node of a cluster. It ends the step when the step's run ends.
 
-Under Slurm each task is one rank. Elsewhere (a pod) this is the only process, and starts RANKS on the GPUs of its machine.
-The step gets a lifeline as it does at home, whose other end is held here.
+    python -m ft_assets.launchers.node job.json SILENCE_SECONDS [RANKS]
+
+Under Slurm each task is one rank. Elsewhere (in a pod) this is the only process, and it starts
+RANKS processes on the GPUs of its machine. It holds the other end of the step's lifeline, as a
+local launcher does.
 """
 
 import contextlib
@@ -13,29 +16,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ft_assets.config.launcher import AccelerateSettings
-from ft_assets.errors import FtError
+from ft_assets.errors import FtError, RunGone
 from ft_assets.job import Job
 from ft_assets.launchers.accelerate import AccelerateLauncher, on_one_machine
-from ft_assets.launchers.base import TEMPORARY, save_error
-from ft_assets.launchers.cluster import NO_STORE, first_failure
-from ft_assets.launchers.heartbeat import RunGone, Watch
+from ft_assets.launchers.base import save_error
+from ft_assets.launchers.cluster import STORE_NOT_MOUNTED, first_failure
+from ft_assets.launchers.heartbeat import Watch
 from ft_assets.launchers.local import follow, start, step_environment, stop
 
 
 def slurm_rank(given: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the rank that a Slurm task is; MASTER_PORT comes from the batch script."""
+    """Return the environment of a Slurm task's rank. MASTER_PORT comes from the batch script."""
     count = int(given["SLURM_NTASKS"])
     if count == 1:
         return {}
     nodes = int(given["SLURM_NNODES"])
-    # `--gpus-per-task` and the like leave each task a GPU of its own, which is then its first.
-    alone = len([name for name in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]) == 1
+    # With `--gpus-per-task` and the like, each task sees a single GPU, which is its device 0.
+    visible = [name for name in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     rank = {
         "RANK": given["SLURM_PROCID"],
         "WORLD_SIZE": str(count),
-        "LOCAL_RANK": "0" if alone else given["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if len(visible) == 1 else given["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(count // nodes),
-        # srun runs on the first node, as rank 0 does: an address, because a node's name need not resolve on the others.
+        # srun runs on the first node, like rank 0. An address, because the name of a node need not
+        # resolve on the others.
         "MASTER_ADDR": "127.0.0.1" if nodes == 1 else given["SLURM_LAUNCH_NODE_IPADDR"],
         "MASTER_PORT": given["MASTER_PORT"],
     }
@@ -43,26 +47,27 @@ def slurm_rank(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def run(job_file: Path, job: Job, silence_seconds: float, ranks: int | None) -> int:
-    """Run the step here. Returns 0 or the code that says most; raises RunGone when the run ended, after the step was stopped."""
+    """Run the step here and return its exit code; of several ranks, that of the first failure.
+
+    Raises RunGone after it has stopped the step, if the run was cancelled or sends no heartbeat.
+    """
     watch = Watch(job, silence_seconds)
     watch.wait_for_beat()
     if ranks is None:
         environments = [slurm_rank(os.environ)]
     else:
-        environments = AccelerateLauncher(
-            AccelerateSettings(kind="accelerate", processes=ranks)
-        ).ranks(job)
+        settings = AccelerateSettings(kind="accelerate", processes=ranks)
+        environments = AccelerateLauncher(settings).ranks(job)
     read_end, write_end = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     command = [sys.executable, "-m", f"ft_assets.steps.{job.step}", str(job_file)]
     with contextlib.ExitStack() as stack:
-        # Slurm collects the output of its tasks by itself; a pod's would go with the pod.
+        # Slurm collects the output of its tasks. The output of a pod disappears with the pod.
         log = None if ranks is None else stack.enter_context(job.log_file.open("ab")).fileno()
         try:
             for environment in environments:
-                processes.append(
-                    start(command, {**step_environment(read_end), **environment}, read_end, log)
-                )
+                whole = {**step_environment(read_end), **environment}
+                processes.append(start(command, whole, read_end, log))
             os.close(read_end)
             return follow(processes, watch)
         finally:
@@ -71,24 +76,26 @@ def run(job_file: Path, job: Job, silence_seconds: float, ranks: int | None) -> 
 
 
 def main() -> None:
-    job_file, silence_seconds = Path(sys.argv[1]), float(sys.argv[2])
+    job_file = Path(sys.argv[1])
+    silence_seconds = float(sys.argv[2])
     ranks = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    node = os.uname().nodename
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         job = Job.model_validate_json(job_file.read_text())
     except FileNotFoundError:
-        print(f"{os.uname().nodename}: there is no {job_file}", file=sys.stderr)
-        sys.exit(NO_STORE)
+        print(f"{node}: {job_file} does not exist", file=sys.stderr)
+        sys.exit(STORE_NOT_MOUNTED)
     try:
         code = run(job_file, job, silence_seconds, ranks)
     except RunGone as error:
-        print(f"{os.uname().nodename}: {error}; the step was ended", file=sys.stderr)
-        sys.exit(TEMPORARY)
+        print(f"{node}: {error}; the step was stopped", file=sys.stderr)
+        sys.exit(error.exit_code)
     except FtError as error:
         save_error(job, error)
-        code = 2
-    if code:  # the scheduler ends the other ranks, whose codes say nothing then
+        code = error.exit_code
+    if code:  # the scheduler then ends the other ranks, whose own codes mean nothing
         with contextlib.suppress(FileExistsError), first_failure(job).open("x") as file:
             file.write(str(code))
     sys.exit(code if code >= 0 else 128 - code)

@@ -1,6 +1,7 @@
-"""Heavy steps on a Ray cluster. The driver is a child process here, so that it streams, fails and is stopped as any step.
+"""Heavy steps on a Ray cluster, driven by a child process of this machine.
 
-Ray ends everything of a job whose driver ends: a cancelled or killed run leaves nobody training.
+The driver streams, fails and stops like any step. Ray ends all workers of a job whose driver ends,
+so a cancelled or killed run leaves no training behind.
 """
 
 import importlib.util
@@ -15,9 +16,12 @@ from ft_assets.launchers.local import LocalLauncher
 
 
 class RayLauncher(LocalLauncher):
-    """Training steps run as `workers` ranks of Ray Train, evaluation, merge, release and export as one; the light steps stay here."""
+    """Runs a training step as `workers` ranks of Ray Train, and other heavy steps as one.
 
-    def __init__(self, settings: RaySettings) -> None:
+    Light steps run on this machine.
+    """
+
+    def __init__(self, settings: RaySettings, root: Path = Path()) -> None:
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(
                 where="launcher: ray",
@@ -30,10 +34,5 @@ class RayLauncher(LocalLauncher):
     def command(self, job_file: Path, job: Job) -> list[str]:
         if job.step not in HEAVY_STEPS:
             return super().command(job_file, job)
-        return [
-            sys.executable,
-            "-m",
-            "ft_assets.launchers.ray_driver",
-            str(job_file),
-            self.settings.model_dump_json(),
-        ]
+        driver = [sys.executable, "-m", "ft_assets.launchers.ray_driver"]
+        return [*driver, str(job_file), self.settings.model_dump_json()]

@@ -1,8 +1,10 @@
-"""The driver of one step on a Ray cluster: `python -m ft_assets.launchers.ray_driver job.json '{"kind": "ray", …}'`.
+"""The driver of one step on a Ray cluster, a process of this machine.
 
-Ray Train starts the workers and joins them to a process group (NCCL, or gloo without GPUs); in it the step runs as it
-does anywhere. What it reports and returns comes back through a queue; its files lie on the store's file system, which
-every node must see.
+    python -m ft_assets.launchers.ray_driver job.json '{"kind": "ray", …}'
+
+Ray Train starts the workers and joins them to a process group (NCCL, or gloo without GPUs). In each
+of them the step runs as anywhere else. Its progress comes back through a queue; its files are on
+the store's file system, which every node must mount.
 """
 
 import contextlib
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ft_assets.config.launcher import RaySettings
-from ft_assets.errors import ArtifactError, ConfigError, FtError
+from ft_assets.errors import ArtifactError, ConfigError, FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, ProgressFile
-from ft_assets.launchers.base import TEMPORARY, TRAINING_STEPS
+from ft_assets.launchers.base import TRAINING_STEPS, save_error
 from ft_assets.step_runner import execute, watch_lifeline
 
 PASSED_ON = (
@@ -34,45 +36,39 @@ CONNECT_SECONDS = 10.0
 
 
 def work(config: dict[str, Any]) -> None:
-    """Run the step in one worker; the queue gets ("progress", …) of the first rank."""
+    """Run the step in one worker; Ray Train calls this with `job` (JSON) and `queue`.
+
+    The queue gets ("progress", (message, numbers)) from rank 0.
+    """
     job = Job.model_validate_json(config["job"])
     queue = config["queue"]
     if not job.output.is_dir():
         raise ArtifactError(
             where=f"node {socket.gethostname()}: {job.output}",
-            found="is not there",
-            expected="the store on a file system that every node of the cluster mounts at the same path",
+            found="does not exist",
+            expected="the store on a file system that every node mounts at the same path",
             fix="set store: to a folder of such a file system",
         )
+
+    def report(message: str, **numbers: float) -> None:
+        queue.put(("progress", (message, numbers)))
+
     step = importlib.import_module(f"ft_assets.steps.{job.step}").step
-    rank = int(os.environ["RANK"])
-    code = execute(
-        step, job, lambda message, **numbers: queue.put(("progress", (message, numbers))), rank
-    )
-    if code:
+    if execute(step, job, report, int(os.environ["RANK"])):
         raise FtError.from_dict(json.loads(job.error_file.read_text()))
 
 
 def run(job: Job, settings: RaySettings) -> int:
-    """Submit the job, pass its progress on, wait for its end. Returns the exit code."""
+    """Submit the job, pass on its progress until it ends, and return the exit code."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
 
-    import ft_assets
-
-    runtime: dict[str, Any] = {
-        "env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    }
-    runtime["env_vars"]["TOKENIZERS_PARALLELISM"] = "false"
-    if settings.ship_code:
-        runtime["py_modules"] = [ft_assets]
-    _connect(ray, settings, runtime)
+    _connect(ray, settings)
     queue = Queue(actor_options={"num_cpus": 0})
-    listener = threading.Thread(
-        target=_listen, args=(queue, ProgressFile(job.progress_file)), daemon=True
-    )
+    report = ProgressFile(job.progress_file)
+    listener = threading.Thread(target=_listen, args=(queue, report), daemon=True)
     listener.start()
     try:
         TorchTrainer(
@@ -83,28 +79,32 @@ def run(job: Job, settings: RaySettings) -> int:
                 use_gpu=settings.use_gpu,
                 resources_per_worker=settings.resources or None,
             ),
-            # Tries are the graph's affair: it knows which faults are worth one.
             run_config=RunConfig(
                 name=job.work.name,
                 storage_path=str(job.work / "ray"),
+                # The graph handles retries: it can tell which faults are worth one.
                 failure_config=FailureConfig(max_failures=0),
             ),
         ).fit()
-    except (
-        Exception
-    ) as error:  # Ray's errors have no common root; what they mean is told by _meaning
-        return _meaning(error, job)
+    except Exception as error:  # Ray's errors have no common base class
+        return _exit_code(error, job)
     finally:
-        with contextlib.suppress(
-            Exception
-        ):  # its actor may have died with its node; that must not hide what the run came to
+        # The queue's actor may have died with its node. That must not hide the outcome of the run.
+        with contextlib.suppress(Exception):
             queue.put(END)
         listener.join(10)
         ray.shutdown()
     return 0
 
 
-def _connect(ray: Any, settings: RaySettings, runtime: dict[str, Any]) -> None:
+def _connect(ray: Any, settings: RaySettings) -> None:
+    """Connect to the cluster. Ends the process with the code of a fault if it does not answer."""
+    import ft_assets
+
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    runtime: dict[str, Any] = {"env_vars": {**passed_on, "TOKENIZERS_PARALLELISM": "false"}}
+    if settings.ship_code:
+        runtime["py_modules"] = [ft_assets]
     if settings.address != "auto":
         _require_answer(settings.address)
     try:
@@ -115,13 +115,13 @@ def _connect(ray: Any, settings: RaySettings, runtime: dict[str, Any]) -> None:
         raise ConfigError(
             where="launcher.address: auto",
             found="no Ray cluster runs on this machine",
-            expected="a cluster",
-            fix="start one (ray start --head), or name its address",
+            expected="a machine that is part of a Ray cluster",
+            fix="start one (ray start --head), or set launcher.address to that of a cluster",
         ) from None
 
 
 def _require_answer(address: str) -> None:
-    """End as a fault if nobody listens there: Ray itself asks for minutes before it says so."""
+    """End as a fault if the port is closed. Ray itself retries for minutes before it fails."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
@@ -131,7 +131,7 @@ def _require_answer(address: str) -> None:
 
 def _no_answer(address: str, error: Exception) -> NoReturn:
     print(f"the Ray cluster at {address} does not answer: {error}", file=sys.stderr)
-    sys.exit(TEMPORARY)
+    sys.exit(InfrastructureFault.exit_code)
 
 
 def _listen(queue: Any, report: ProgressFile) -> None:
@@ -143,31 +143,29 @@ def _listen(queue: Any, report: ProgressFile) -> None:
         report(message, **numbers)
 
 
-def _meaning(error: Exception, job: Job) -> int:
-    """Return the exit code for what Ray raised: the step's own error is in the work folder, a lost worker may come back."""
+def _exit_code(error: Exception, job: Job) -> int:
+    """Return the exit code for an error of Ray.
+
+    A user's error of the step is saved in the work folder. A lost worker is a fault.
+    """
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    own = next(
-        (cause for failure in failures for cause in _causes(failure) if isinstance(cause, FtError)),
-        None,
-    )
+    causes = [cause for failure in failures for cause in _causes(failure)]
+    own = next((cause for cause in causes if isinstance(cause, FtError)), None)
     if own is not None:
-        if not job.error_file.exists():
-            job.error_file.write_text(json.dumps(own.to_dict()))
-        print(own, file=sys.stderr)
-        return 2
-    lost = (NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError)
+        save_error(job, own)
+        return own.exit_code
     for failure in failures:
         print(failure, file=sys.stderr)
-    return (
-        TEMPORARY
-        if any(isinstance(cause, lost) for failure in failures for cause in _causes(failure))
-        else 1
-    )
+    lost = (NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError)
+    if any(isinstance(cause, lost) for cause in causes):
+        return InfrastructureFault.exit_code
+    return StepFailed.exit_code
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
+    """Return the error and the chain of its causes."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
@@ -179,14 +177,13 @@ def main() -> None:
     job_file, settings = sys.argv[1:]
     job = Job.model_validate_json(Path(job_file).read_text())
     watch_lifeline()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = run(job, RaySettings.model_validate_json(settings))
     except FtError as error:
-        job.error_file.write_text(json.dumps(error.to_dict()))
-        print(error, file=sys.stderr)
-        code = 2
+        save_error(job, error)
+        code = error.exit_code
     sys.exit(code)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ft_assets.compat.transformers import forget_source_path
 from ft_assets.config import BaseModelSettings, ChatSettings
-from ft_assets.errors import ConfigError, ModelError, SourceUnreachable, TemplateError, may_pass
+from ft_assets.errors import ConfigError, ModelError, SourceUnreachable, TemplateError, is_transient
 from ft_assets.models.chat_template import DATE_KEY, bake, broken_markers, end_of_turn, reads
 from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 
@@ -110,7 +110,7 @@ def resolve_revision(name: str, hub: str, revision: str | None) -> str:
         commit = HfApi().model_info(hub, revision=revision, timeout=20).sha
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         said = f"{hub} cannot be reached ({type(error).__name__}: {(str(error).splitlines() or ['no more is said'])[0][:160]})"
-        if may_pass(error, getattr(getattr(error, "response", None), "status_code", None)):
+        if is_transient(error, getattr(getattr(error, "response", None), "status_code", None)):
             raise SourceUnreachable(
                 f"base_models.{name}.hub", said, f"try again later; {ALTERNATIVES}"
             ) from None

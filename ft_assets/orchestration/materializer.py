@@ -17,9 +17,9 @@ import dagster as dg
 from ft_assets.artifacts import Artifact, fingerprint, open_store
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import Project
-from ft_assets.errors import FtError, InfrastructureFault
+from ft_assets.errors import FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, StepResult
-from ft_assets.launchers import LocalLauncher, StepFailed, make_launcher
+from ft_assets.launchers import LocalLauncher, make_launcher
 
 Inputs = Mapping[
     str, tuple[Artifact, str | None]

@@ -10,17 +10,8 @@ import pyarrow.parquet as pq
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import Project
-from ft_assets.config.launcher import (
-    AccelerateSettings,
-    AnyLauncher,
-    KubernetesSettings,
-    LocalSettings,
-    RaySettings,
-    SlurmSettings,
-)
 from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.hardware import Gpu, first_gpu
-from ft_assets.launchers.accelerate import ranks_of
 from ft_assets.training.flops import peak_flops
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
 from ft_assets.training.memory_plan.plan import Data, Machine, make_plan
@@ -47,15 +38,7 @@ def forecast(project: Project, store: ArtifactStore, asset: str, partition: str 
     )
     if base is None or split is None or partition is None:
         return Forecast()
-    here = isinstance(project.launcher, LocalSettings | AccelerateSettings)
-    unknown = Gpu("", math.inf, math.inf, "")
-    gpu = (
-        first_gpu()
-        if here
-        else unknown
-        if project.memory_limit_gb and _on_gpus(project.launcher)
-        else None
-    )
+    gpu = _gpu(project)
     if gpu is None:
         return Forecast()
     part, key = TRAINING[asset]
@@ -75,7 +58,9 @@ def forecast(project: Project, store: ArtifactStore, asset: str, partition: str 
 
     def peak(memory: float) -> float:
         memory = min(memory, (project.memory_limit_gb or math.inf) * 1e9)
-        machine = Machine(True, memory, 2, True, peak_flops(gpu.name), *_ranks(project.launcher))
+        launcher = project.launcher
+        ranks, sharding = launcher.ranks(), launcher.sharding_mode()
+        machine = Machine(True, memory, 2, True, peak_flops(gpu.name), ranks, sharding)
         return round(make_plan(shape, recipe.lora, settings, data, machine, key).predicted / 1e9, 1)
 
     try:
@@ -107,29 +92,13 @@ def _lengths(path: Path, key: str) -> list[int]:
     ]
 
 
-def _ranks(launcher: AnyLauncher) -> tuple[int, str]:
-    """Return how many ranks a training has, and whether they may divide the base. Raises ConfigError."""
-    match launcher:
-        case AccelerateSettings():
-            return ranks_of(launcher), launcher.sharding
-        case RaySettings():
-            return launcher.workers, "ddp"
-        case SlurmSettings():
-            return launcher.nodes * launcher.ranks_per_node, "ddp"
-        case KubernetesSettings():
-            return max(1, launcher.gpus), "ddp"
-        case _:
-            return 1, "ddp"
+def _gpu(project: Project) -> Gpu | None:
+    """Return the GPU that a training step gets, with unlimited memory if it is on a cluster.
 
-
-def _on_gpus(launcher: AnyLauncher) -> bool:
-    """Return whether a cluster's launcher asks for GPUs."""
-    match launcher:
-        case RaySettings():
-            return launcher.use_gpu
-        case SlurmSettings():
-            return bool(launcher.gpus or launcher.gres)
-        case KubernetesSettings():
-            return launcher.gpus > 0
-        case _:
-            return False
+    None without a GPU, and on a cluster without `memory_limit_gb`: then the memory is unknown.
+    """
+    if project.launcher.on_this_machine:
+        return first_gpu()
+    if project.memory_limit_gb and project.launcher.on_gpu():
+        return Gpu("", math.inf, math.inf, "")
+    return None
