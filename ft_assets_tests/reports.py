@@ -10,17 +10,26 @@ from ft_assets.evaluation.report_model import (
     Proofs,
 )
 
+EVIDENCE = Evidence(
+    train=Diversity(rows=1, distinct_prompts=1.0, answer_entropy_bits=0.0, top_answer=1.0),
+    train_loss={},
+    validation=[],
+    vocabulary=1000,
+    general_stop_rate=None,
+    labels=0,
+)
+
+
+def scored_row(answer: str, **scores: float) -> dict[str, Any]:
+    """Return a held-out row with an answer that stopped by itself, and its scores."""
+    behaviour = {"refused": 0.0, "repetition": 0.0}
+    likelihood = {"loss": 1.0, "token_accuracy": 0.5}
+    answered = {"answer": answer, "stopped": True, "tokens": len(answer.split())}
+    return {**answered, **behaviour, **scores, **likelihood}
+
 
 def empty_report(**parts: Any) -> EvalReport:
     """Return a report about `exact` without scores, with the given parts replaced."""
-    evidence = Evidence(
-        train=Diversity(rows=1, distinct_prompts=1.0, answer_entropy_bits=0.0, top_answer=1.0),
-        train_loss={},
-        validation=[],
-        vocabulary=1000,
-        general_stop_rate=None,
-        labels=0,
-    )
     report = EvalReport(
         metric="exact",
         metrics=["exact"],
@@ -33,7 +42,7 @@ def empty_report(**parts: Any) -> EvalReport:
         chance={},
         harness=Harness(scores={}, comparisons={}),
         proofs=Proofs(adapters={}, template_mismatches=[]),
-        evidence=evidence,
+        evidence=EVIDENCE,
         bound_to={},
     )
     return EvalReport.model_validate({**dict(report), **parts})

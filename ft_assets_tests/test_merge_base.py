@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ft_assets.artifacts import ArtifactStore
+from ft_assets.config import EvaluationSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ModelError, VerdictError
 from ft_assets.evaluation.file_report import scored_rows
@@ -197,9 +198,10 @@ def test_nothing_is_published_if_both_merges_break_the_gate(job: Job, tmp_path: 
 
 
 def test_of_equals_the_original_weights_are_taken() -> None:
-    assert better_base({"dequantized": 0.5, "original": 0.5}, "exact") == "original"
-    assert better_base({"original": 0.5, "dequantized": 0.6}, "exact") == "dequantized"
-    assert better_base({"original": 0.5, "dequantized": 0.6}, "loss") == "original"
+    exact, loss = EvaluationSettings(), EvaluationSettings(metric="loss")
+    assert better_base({"dequantized": 0.5, "original": 0.5}, exact) == "original"
+    assert better_base({"original": 0.5, "dequantized": 0.6}, exact) == "dequantized"
+    assert better_base({"original": 0.5, "dequantized": 0.6}, loss) == "original"
 
 
 def test_qlora_runs_through_the_graph_and_says_what_it_was_merged_onto(copy: Path) -> None:

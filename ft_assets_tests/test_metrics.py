@@ -11,10 +11,10 @@ import pytest
 
 from ft_assets.config import EvaluationSettings, JudgeSettings
 from ft_assets.errors import EvaluationError
-from ft_assets.evaluation.metrics import retention_scores, score_answers
-from ft_assets.evaluation.metrics.behaviour import refusal_pattern, repetition
-from ft_assets.evaluation.metrics.judge import judge_scores
-from ft_assets.evaluation.metrics.user_function import load_function, own_scores
+from ft_assets.evaluation.answer_scores import retention_scores, score_answers
+from ft_assets.evaluation.behaviour import refusal_pattern, repetition
+from ft_assets.metrics.judge import judge_scores
+from ft_assets.metrics.user_function import load_function, user_scores
 
 
 def test_text_metrics_are_one_score_a_row_and_equal_their_libraries() -> None:
@@ -44,7 +44,9 @@ def test_rouge_counts_words_of_every_script() -> None:
 
 
 def test_schema_regex_and_labels_judge_the_whole_answer() -> None:
-    settings = EvaluationSettings(regex=r"\{.*\}", labels=["yes", "no"], metric="regex")
+    settings = EvaluationSettings(
+        regex=r"\{.*\}", labels=["yes", "no"], json_schema="schema.json", metric="regex"
+    )
     schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
     answers = ['{"a": 1}', '{"a": "1"}', 'Sure! {"a": 1}', '{"a": NaN}', " Yes. "]
     scores = score_answers(answers, ["yes"] * 5, settings, schema)
@@ -89,7 +91,7 @@ def test_repetition_is_the_share_of_4_grams_seen_before() -> None:
     assert repetition("ha ha ha ha ha ha ha ha") == pytest.approx(0.8)
 
 
-def test_own_metric_is_called_with_answer_reference_and_conversation(tmp_path: Path) -> None:
+def test_user_metric_is_called_with_answer_reference_and_conversation(tmp_path: Path) -> None:
     (tmp_path / "own_metric_here.py").write_text(
         "def shorter(answer, reference, messages):\n    assert messages[-1]['role'] == 'user'\n    return len(answer) <= len(reference)\n"
         "def broken(answer, reference, messages):\n    return 1 / len(answer)\n"
@@ -99,7 +101,7 @@ def test_own_metric_is_called_with_answer_reference_and_conversation(tmp_path: P
 
     def scores(name: str) -> list[float]:
         function = load_function(f"own_metric_here:{name}", tmp_path)
-        return own_scores(function, name, ["row a", "row b"], ["x", ""], ["xx", "y"], prompts)
+        return user_scores(function, name, ["row a", "row b"], ["x", ""], ["xx", "y"], prompts)
 
     assert scores("shorter") == [1.0, 1.0]
     with pytest.raises(EvaluationError, match=r"row row b: raised ZeroDivisionError"):
@@ -159,7 +161,7 @@ def test_judge_counts_a_win_only_in_both_orders(judge: JudgeSettings) -> None:
 def test_failed_judgement_is_an_error_never_a_score(
     judge: JudgeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(EvaluationError, match="the judge said 'I THINK THAT A IS BETTER'"):
+    with pytest.raises(EvaluationError, match="the judge replied 'I THINK THAT A IS BETTER'"):
         judged(judge, "talks")
     with pytest.raises(EvaluationError, match=r"row .*failed \(HTTPStatusError"):
         judged(judge, "fails")
@@ -178,3 +180,82 @@ def test_metric_that_is_not_measured_is_refused_with_those_that_are() -> None:
         "loss",
         "token_accuracy",
     ]
+
+
+def test_metrics_are_in_the_order_of_their_settings_whatever_the_order_of_their_files() -> None:
+    judge = JudgeSettings(base_url="http://127.0.0.1:1/v1", model="any")
+    settings = EvaluationSettings(
+        json_fields=["a", "b"],
+        json_schema="schema.json",
+        metrics=["chrf", "rouge"],
+        regex="x",
+        labels=["yes"],
+        choice=True,
+        python="module:function",
+        judge=judge,
+    )
+    assert settings.metric_names() == [
+        "exact",
+        "valid_json",
+        "field_f1",
+        "field_a",
+        "field_b",
+        "schema",
+        "chrf",
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "regex",
+        "label",
+        "known_label",
+        "loss",
+        "token_accuracy",
+        "choice",
+        "function",
+        "judge",
+    ]
+
+
+def test_json_objects_are_compared_field_by_field() -> None:
+    settings = EvaluationSettings(json_fields=["a", "b"])
+    answers = [
+        '{"a": 1, "b": 2}',
+        '{"a": 1, "b": true}',
+        '{"a": 1}',
+        "no JSON",
+        '{"a": 1, "b": 2, "c": 3}',
+    ]
+    scores = score_answers(answers, ['{"a": 1, "b": 2}'] * 5, settings)
+    assert scores["exact"] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert scores["valid_json"] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert scores["field_a"] == [1.0, 1.0, 1.0, 0.0, 1.0]
+    assert scores["field_b"] == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert scores["field_f1"] == [1.0, 0.5, pytest.approx(2 / 3), 0.0, pytest.approx(4 / 5)]
+    with pytest.raises(EvaluationError, match="held-out row 0: the reference is '\\[1\\]'"):
+        score_answers(["x"], ["[1]"], settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"metrics": ["chrff"]}, r"not one of rouge, bleu, chrf; did you mean 'chrf'\?"),
+        ({"retention_metric": "regex"}, r"not one of exact, rouge1, rouge2, rougeL, bleu, chrf"),
+        ({"python": "no_function"}, "python is written module:function"),
+        ({"python": {"function": "no_function"}}, "python is written module:function"),
+        ({"python": {"function": "a:b", "higher": True}}, "Extra inputs are not permitted"),
+    ],
+)
+def test_wrong_metric_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        EvaluationSettings(**settings)
+
+
+def test_user_metric_may_be_a_loss_and_its_short_form_is_kept() -> None:
+    short = EvaluationSettings(python="module:distance", metric="distance")
+    assert short.model_dump(mode="json")["python"] == "module:distance"
+    assert short.lower_is_better() == ["loss"]
+    loss = EvaluationSettings.model_validate(
+        {"python": {"function": "module:distance", "higher_is_better": False}, "metric": "distance"}
+    )
+    assert loss.lower_is_better() == ["loss", "distance"]
+    assert EvaluationSettings.model_validate(loss.model_dump(mode="json")) == loss

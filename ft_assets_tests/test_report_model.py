@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.errors import ArtifactError
+from ft_assets.evaluation.candidates import Scored
+from ft_assets.evaluation.leaderboard import judged_entry, rank
+from ft_assets.evaluation.report import summarise
 from ft_assets.evaluation.report_model import AdapterProof, Difference, EvalReport, Finding, Verdict
-from ft_assets_tests.reports import empty_report
+from ft_assets.evaluation.verdict.decision import decide
+from ft_assets_tests.reports import EVIDENCE, empty_report, scored_row
 
 DIFFERENCE = """{
  "mean": 0.3,
@@ -104,3 +109,28 @@ def test_file_that_cannot_be_read_is_an_error(
     with pytest.raises(ArtifactError, match=r"report\.json: cannot be read") as raised:
         EvalReport.read(path)
     assert problem in str(raised.value)
+
+
+def test_user_metric_that_is_a_loss_is_judged_and_ranked_as_one() -> None:
+    settings = EvaluationSettings.model_validate(
+        {"python": {"function": "module:distance", "higher_is_better": False}, "metric": "distance"}
+    )
+    heldout = {
+        name: [
+            scored_row("answer", exact=0.0, distance=distance + index / 100) for index in range(30)
+        ]
+        for name, distance in (("base", 5.0), ("sft", 2.0))
+    }
+    report = summarise(Scored(heldout=heldout), settings, GateSettings(), {}, EVIDENCE)
+    assert report.lower_is_better == ["distance"]
+    assert report.comparisons["sft"]["base"]["distance"].mean == pytest.approx(3.0)
+    assert report.comparisons["sft"]["base"]["distance"].wins == 30
+    assert decide(report, GateSettings()).status == "PASS"
+    costs = dict.fromkeys(
+        ("memory_gb", "gpu_seconds", "train_tokens_per_s", "answer_tokens_per_s", "bytes")
+    )
+    far, near = (
+        {**judged_entry(name, report, GateSettings(), ["row"], costs, "–"), "score": score}
+        for name, score in (("far", 9.0), ("near", 1.0))
+    )
+    assert [entry["name"] for entry in rank([far, near])] == ["near", "far"]

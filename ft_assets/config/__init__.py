@@ -11,7 +11,6 @@ from ft_assets.config.automation import (
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings, StratifySettings
 from ft_assets.config.evaluation import (
-    LOWER_IS_BETTER,
     EvaluationSettings,
     GateSettings,
     JudgeSettings,
@@ -24,7 +23,6 @@ from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings, Tr
 
 __all__ = [
     "CONFIG_NAME",
-    "LOWER_IS_BETTER",
     "AlertSettings",
     "BaseModelSettings",
     "ChatSettings",

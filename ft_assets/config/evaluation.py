@@ -1,24 +1,29 @@
 """`evaluation:` and `gate:` of finetune.yaml: what is measured, and what a PASS needs."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ft_assets.config.section import Section
+from ft_assets.errors import nearest
+from ft_assets.metrics import Metric, Option, registered
+from ft_assets.metrics.judge import JudgeSettings
+from ft_assets.metrics.user_function import UserMetric
 
 
-class JudgeSettings(Section):
-    """A judge: any OpenAI-compatible chat endpoint. It compares a candidate's answer with the base's, in both orders."""
+def _require_one_of(name: str, known: list[str]) -> None:
+    if name not in known:
+        raise ValueError(f"not one of {', '.join(known)}; {nearest(name, known)}")
 
-    base_url: str = Field(description="e.g. https://api.openai.com/v1, or http://127.0.0.1:8000/v1")
-    model: str
-    api_key_env: str | None = Field(
-        default=None, description="Name of the environment variable that holds the key."
-    )
-    criteria: str = Field(
-        default="Which answer serves the user better?", description="What the judge is asked."
-    )
-    timeout: float = Field(default=60, gt=0, description="Seconds a request.")
+
+def _python_form(value: Any) -> str:
+    return "text" if isinstance(value, str) else "mapping"
+
+
+Python = Annotated[
+    Annotated[str, Tag("text")] | Annotated[UserMetric, Tag("mapping")],
+    Discriminator(_python_form),
+]
 
 
 class EvaluationSettings(Section):
@@ -35,9 +40,7 @@ class EvaluationSettings(Section):
     json_schema: str | None = Field(
         default=None, description="File with a JSON schema the answer must meet: metric `schema`."
     )
-    metrics: list[Literal["rouge", "bleu", "chrf"]] = Field(
-        default=[], description="Text metrics measured besides."
-    )
+    metrics: list[str] = Field(default=[], description="Further metrics: rouge, bleu, chrf, …")
     regex: str | None = Field(
         default=None, description="The whole answer must match it: metric `regex`."
     )
@@ -48,9 +51,10 @@ class EvaluationSettings(Section):
         default=False,
         description="Also pick the most likely of `labels` by log-probability: metric `choice`.",
     )
-    python: str | None = Field(
+    python: Python | None = Field(
         default=None,
-        description="Own metric, module:function(answer, reference, messages) -> number.",
+        description="Own metric, module:function(answer, reference, messages) -> number; or "
+        "{function: module:function, higher_is_better: false}.",
     )
     judge: JudgeSettings | None = Field(
         default=None, description="An LLM judge: metric `judge`. Off by default."
@@ -61,8 +65,8 @@ class EvaluationSettings(Section):
     retention_answers: int = Field(
         default=64, ge=2, description="Of these, how many are answered too; the loss is of all."
     )
-    retention_metric: Literal["chrf", "rougeL", "exact"] = Field(
-        default="chrf", description="Task score of general prompts."
+    retention_metric: str = Field(
+        default="chrf", description="Task score of general prompts: chrf, rougeL, exact, …"
     )
     lm_eval: list[str] = Field(
         default=[],
@@ -81,39 +85,76 @@ class EvaluationSettings(Section):
     seed: int = 42
 
     @property
-    def own_metric(self) -> str | None:
-        """The name of the user's own metric: the function of `python`."""
-        return self.python.partition(":")[2] if self.python else None
+    def user_metric(self) -> UserMetric | None:
+        """The user's own metric."""
+        return UserMetric(function=self.python) if isinstance(self.python, str) else self.python
+
+    def measured(self) -> list[Metric]:
+        """Return the metrics that these settings measure, in the order of their columns.
+
+        Metrics of the answer come first, and those that are always measured. The others follow the
+        order of the keys of `evaluation:` and of the entries of `metrics`.
+        """
+        found = [one for known in registered() for one in self._switched_on(known)]
+        if self.user_metric is not None:
+            found.append(self.user_metric.descriptor())
+        keys = list(type(self).model_fields)
+
+        def order(metric: Metric) -> tuple[bool, int, int]:
+            entry = metric.listed_as()
+            place = self.metrics.index(entry) if entry else 0
+            key = -1 if metric.always else keys.index(metric.config or "metrics")
+            return not metric.of_answer, key, place
+
+        return sorted(found, key=order)
+
+    def _switched_on(self, metric: Metric) -> list[Metric]:
+        if metric.each:
+            return [metric.for_item(item) for item in self.option(metric)]
+        entry = metric.listed_as()
+        on = metric.always or (entry in self.metrics if entry else bool(self.option(metric)))
+        return [metric] if on else []
+
+    def option(self, metric: Metric) -> Option:
+        """Return the value that the metric's function gets; None if it has no key."""
+        return getattr(self, metric.config) if metric.config else None
 
     def metric_names(self) -> list[str]:
         """Return the names of the metrics that these settings measure."""
-        names = ["exact"]
-        if self.json_fields:
-            names += ["valid_json", "field_f1", *[f"field_{name}" for name in self.json_fields]]
-        names += ["schema"] if self.json_schema else []
-        names += ["rouge1", "rouge2", "rougeL"] if "rouge" in self.metrics else []
-        names += [name for name in ("bleu", "chrf") if name in self.metrics]
-        names += ["regex"] if self.regex else []
-        names += ["label", "known_label"] if self.labels else []
-        names += ["choice"] if self.choice else []
-        names += [self.own_metric] if self.own_metric else []
-        names += ["judge"] if self.judge else []
-        return [*names, "loss", "token_accuracy"]
+        return [metric.name for metric in self.measured()]
+
+    def lower_is_better(self) -> list[str]:
+        """Return the names of the measured metrics that are better when they are lower."""
+        return [metric.name for metric in self.measured() if not metric.higher_is_better]
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_entries(cls, entries: list[str]) -> list[str]:
+        known = dict.fromkeys(filter(None, (metric.listed_as() for metric in registered())))
+        for entry in entries:
+            _require_one_of(entry, list(known))
+        return entries
+
+    @field_validator("retention_metric")
+    @classmethod
+    def _scores_texts(cls, name: str) -> str:
+        texts = [one for one in registered() if one.of_answer and one.needs_reference]
+        _require_one_of(name, [one.name for one in texts if one.listed_as() or one.always])
+        return name
 
     @model_validator(mode="after")
     def _known_metric(self) -> "EvaluationSettings":
-        if self.metric not in self.metric_names():
+        names = self.metric_names()
+        if self.metric not in names:
             raise ValueError(
-                f"metric {self.metric!r} is not measured; with these settings there are {', '.join(self.metric_names())}"
+                f"metric {self.metric!r} is not measured; "
+                f"with these settings there are {', '.join(names)}"
             )
         if self.choice and not self.labels:
             raise ValueError("choice needs labels")
-        if self.own_metric is not None and not self.own_metric.isidentifier():
+        if self.user_metric is not None and not self.user_metric.name.isidentifier():
             raise ValueError("python is written module:function")
         return self
-
-
-LOWER_IS_BETTER = frozenset({"loss"})
 
 
 class GateSettings(Section):

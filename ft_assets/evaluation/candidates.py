@@ -13,12 +13,9 @@ from typing import Any
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import EvaluationSettings
 from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.answer_scores import retention_scores, score_answers
+from ft_assets.evaluation.behaviour import refusal_pattern, repetition
 from ft_assets.evaluation.harness import harness_scores
-from ft_assets.evaluation.metrics import retention_scores, score_answers
-from ft_assets.evaluation.metrics.behaviour import refusal_pattern, repetition
-from ft_assets.evaluation.metrics.format import normal_label
-from ft_assets.evaluation.metrics.judge import judge_scores
-from ft_assets.evaluation.metrics.user_function import load_function, own_scores
 from ft_assets.evaluation.proofs import (
     load_candidates,
     prove_adapters_act,
@@ -29,21 +26,14 @@ from ft_assets.evaluation.report_model import AdapterProof, OwnTemplate, Proofs
 from ft_assets.inference.generation import generate
 from ft_assets.inference.losses import answer_losses, sequence_log_probabilities
 from ft_assets.job import Report
+from ft_assets.metrics.judge import judge_scores
+from ft_assets.metrics.label import choice
+from ft_assets.metrics.user_function import load_function, user_scores
 from ft_assets.models.loading import load_tokenizer, stop_ids
 
 Rows = list[dict[str, Any]]
 LOSS_BATCH = 32
 SHUFFLES = 10
-NOT_OF_TEXT = (
-    "loss",
-    "token_accuracy",
-    "choice",
-    "judge",
-    "valid_json",
-    "schema",
-    "regex",
-    "known_label",
-)
 
 
 @dataclass(frozen=True)
@@ -206,7 +196,8 @@ class Scorer:
         )
         self.renderer = Renderer(tokenizer, stops)
         self.refusal = refusal_pattern(task.settings.refusals)
-        self.own = load_function(task.settings.python, task.root) if task.settings.python else None
+        user = task.settings.user_metric
+        self.user_function = load_function(user.function, task.root) if user else None
 
     def tokenized(self, rows: Rows) -> Rows:
         """Return rows whose tokens may be another tokenizer's, with this one's."""
@@ -264,9 +255,9 @@ class Scorer:
         scores["loss"], scores["token_accuracy"] = self.losses(rows)
         if settings.choice:
             scores["choice"] = self.choices(rows, references)
-        if self.own is not None and settings.python and settings.own_metric:
-            scores[settings.own_metric] = own_scores(
-                self.own, settings.python, ids, texts, references, prompts
+        if self.user_function is not None and (user := settings.user_metric):
+            scores[user.name] = user_scores(
+                self.user_function, user.function, ids, texts, references, prompts
             )
         if settings.judge:
             rivals = texts if base is None else [row["answer"] for row in base]
@@ -285,17 +276,19 @@ class Scorer:
             [row["answer"] for row in scored],
             [row["reference"] for row in self.task.heldout],
         )
-        if len(set(references)) == 1 or self.settings.metric in (
-            *NOT_OF_TEXT,
-            self.settings.own_metric,
-        ):
+        gate = next(one for one in self.settings.measured() if one.name == self.settings.metric)
+        if len(set(references)) == 1 or not (gate.of_answer and gate.needs_reference):
             return []
         count = min(SHUFFLES, len(references) - 1)
         offsets = random.Random(self.settings.seed).sample(range(1, len(references)), count)
         drawn = [
             score_answers(
-                answers, references[offset:] + references[:offset], self.settings, self.task.schema
-            )[self.settings.metric]
+                answers,
+                references[offset:] + references[:offset],
+                self.settings,
+                self.task.schema,
+                only=gate.name,
+            )[gate.name]
             for offset in offsets
         ]
         return [statistics.fmean(values) for values in zip(*drawn, strict=True)]
@@ -315,14 +308,8 @@ class Scorer:
             self.settings.batch_size or LOSS_BATCH,
             self.tokenizer.pad_token_id,
         )
-        picked = [
-            max(range(count), key=sums[begin : begin + count].__getitem__)
-            for begin in range(0, len(sums), count)
-        ]
-        return [
-            float(normal_label(labels[index]) == normal_label(ref))
-            for index, ref in zip(picked, references, strict=True)
-        ]
+        by_row = [sums[begin : begin + count] for begin in range(0, len(sums), count)]
+        return choice(by_row, references, labels)
 
     def retention(self, rows: Rows) -> Rows:
         """Return the general prompts' rows: the loss of all, and the first `retention_answers` answered and scored."""

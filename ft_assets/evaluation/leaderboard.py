@@ -7,9 +7,10 @@ the reason. Not here: where the numbers come from (assets/leaderboard.py).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ft_assets.config import LOWER_IS_BETTER, GateSettings
+from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import EvalReport
 from ft_assets.evaluation.verdict.decision import decide
+from ft_assets.metrics import higher_is_better
 
 Entry = dict[str, Any]
 HEADER = (
@@ -55,6 +56,7 @@ def judged_entry(
         "serves": serves,
         "stale": stale,
         **costs,
+        **({"lower_is_better": True} if metric in (report.lower_is_better or ()) else {}),
     }
 
 
@@ -73,7 +75,8 @@ def rank(entries: Sequence[Entry]) -> list[Entry]:
     shared, apart = [], []
     for entry, kind in zip(judged, kinds, strict=True):
         (shared if kind == usual and not entry["stale"] else apart).append(entry)
-    sign = 1 if usual and usual[0] in LOWER_IS_BETTER else -1
+    lower = any(entry.get("lower_is_better") for entry in shared)
+    sign = 1 if lower or (usual and not higher_is_better(usual[0])) else -1
     shared.sort(key=lambda entry: (sign * entry["score"], entry["name"]))
     placed = [{**entry, "rank": place, "apart": None} for place, entry in enumerate(shared, 1)]
     placed += [{**entry, "rank": None, "apart": _why_apart(entry, usual)} for entry in apart]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ft_assets.config import LOWER_IS_BETTER
 from ft_assets.evaluation.report_model import EvalReport
 
 LABELS = {
@@ -48,7 +47,7 @@ def score_plot(report: EvalReport) -> bytes:
         capsize=3,
     )
     axes.invert_yaxis()
-    axes.set_xlim(0, None if metric in LOWER_IS_BETTER else 1)
+    axes.set_xlim(0, 1 if report.higher_is_better(metric) else None)
     axes.set_xlabel(f"{metric} on {report.heldout_rows} held-out rows")
     return _png(figure)
 

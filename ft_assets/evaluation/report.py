@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping
 
-from ft_assets.config import LOWER_IS_BETTER, EvaluationSettings, GateSettings
+from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.evaluation.candidates import Rows, Scored
 from ft_assets.evaluation.report_model import (
     Comparisons,
@@ -16,6 +16,7 @@ from ft_assets.evaluation.report_model import (
     Scores,
 )
 from ft_assets.evaluation.verdict.statistics import compare, interval
+from ft_assets.metrics import higher_is_better
 
 TEXT = ("answer", "stopped", "tokens")
 BEHAVIOUR = ("refused", "repetition")  # compared as rates, not row by row
@@ -32,6 +33,9 @@ def summarise(
     """Summarise the scored rows; `bound_to` and `evidence` are passed through."""
     columns = {name: score_columns(rows) for name, rows in scored.heldout.items()}
     metric = settings.metric
+    # Only a user's own metric is not known by its name.
+    lower = [name for name in settings.lower_is_better() if higher_is_better(name)]
+    optional = {"lower_is_better": lower} if lower else {}
     return EvalReport(
         metric=metric,
         metrics=[name for name in columns["base"] if name not in BEHAVIOUR],
@@ -42,17 +46,24 @@ def summarise(
             name: interval(values[metric], gate.confidence, settings.seed)
             for name, values in columns.items()
         },
-        comparisons=_comparisons(columns, settings.seed, gate.confidence),
+        comparisons=_comparisons(columns, settings, gate),
         retention=_retention(scored.retention, settings, gate),
         chance={
-            name: compare(columns[name][metric], chance, gate.confidence, settings.seed)
+            name: compare(
+                columns[name][metric],
+                chance,
+                gate.confidence,
+                settings.seed,
+                metric in settings.lower_is_better(),
+            )
             for name, chance in scored.chance.items()
             if chance
         },
-        harness=_harness(scored.harness, settings.seed, gate.confidence),
+        harness=_harness(scored.harness, settings, gate),
         proofs=scored.proofs,
         evidence=evidence,
         bound_to=dict(bound_to),
+        **optional,
     )
 
 
@@ -72,11 +83,13 @@ def _means(columns: Mapping[str, list[float]], rows: Rows) -> Scores:
 
 
 def _comparisons(
-    columns: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float
+    columns: Mapping[str, Mapping[str, list[float]]],
+    settings: EvaluationSettings,
+    gate: GateSettings,
 ) -> Comparisons:
     return {
         name: {
-            rival: compare_columns(columns[name], columns[rival], confidence, seed)
+            rival: compare_columns(columns[name], columns[rival], settings, gate)
             for rival in RIVALS[name]
             if rival in columns
         }
@@ -88,12 +101,13 @@ def _comparisons(
 def compare_columns(
     columns: Mapping[str, list[float]],
     rival: Mapping[str, list[float]],
-    confidence: float,
-    seed: int,
+    settings: EvaluationSettings,
+    gate: GateSettings,
 ) -> Differences:
     """Return the paired difference of two candidates in each metric; positive means better."""
+    lower = settings.lower_is_better()
     return {
-        metric: compare(values, rival[metric], confidence, seed, metric in LOWER_IS_BETTER)
+        metric: compare(values, rival[metric], gate.confidence, settings.seed, metric in lower)
         for metric, values in columns.items()
         if metric not in BEHAVIOUR
     }
@@ -110,17 +124,19 @@ def _retention(
         rows=len(retention["base"]),
         answered=sum("answer" in row for row in retention["base"]),
         scores={name: _means(columns[name], retention[name]) for name in columns},
-        comparisons=_comparisons(columns, settings.seed, gate.confidence),
+        comparisons=_comparisons(columns, settings, gate),
     )
 
 
 def _harness(
-    harness: Mapping[str, Mapping[str, list[float]]], seed: int, confidence: float
+    harness: Mapping[str, Mapping[str, list[float]]],
+    settings: EvaluationSettings,
+    gate: GateSettings,
 ) -> Harness:
     return Harness(
         scores={
             name: {task: statistics.fmean(values) for task, values in tasks.items()}
             for name, tasks in harness.items()
         },
-        comparisons=_comparisons(harness, seed, confidence),
+        comparisons=_comparisons(harness, settings, gate),
     )

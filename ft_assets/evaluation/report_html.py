@@ -43,7 +43,7 @@ def report_html(
     """Return the page. `curves` is {title: {"train": …, "validation": …}}, `since` the diff to the previous report as
     markdown, `parquet` the file of all rows."""
     metric = report.metric
-    best, worst = changed_most(rows, verdict.reported_candidate, metric, EXAMPLES)
+    best, worst = changed_most(report, rows, verdict.reported_candidate, EXAMPLES)
     steps = [(name, other) for name, other in STEPS if other in report.comparisons.get(name, {})]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ft_assets.config import LOWER_IS_BETTER
 from ft_assets.evaluation.candidates import Rows
 from ft_assets.evaluation.plots import LABELS
 from ft_assets.evaluation.report_model import Differences, EvalReport, Finding, Verdict
@@ -170,14 +169,15 @@ def _number(value: float) -> str:
 
 
 def changed_most(
-    rows: Mapping[str, Rows], candidate: str, metric: str, count: int
+    report: EvalReport, rows: Mapping[str, Rows], candidate: str, count: int
 ) -> tuple[list[int], list[int]]:
     """Return the indices of the rows with the largest gains and losses against the base.
 
     Only rows whose score changed. Ties are ordered by the loss of the reference answer.
     """
     pairs = list(zip(rows[candidate], rows["base"], strict=True))
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    metric = report.metric
+    sign = 1 if report.higher_is_better(metric) else -1
     gains = [sign * (tuned[metric] - base[metric]) for tuned, base in pairs]
     finer = [base["loss"] - tuned["loss"] for tuned, base in pairs]
     order = sorted(range(len(gains)), key=lambda index: (gains[index], finer[index]))
@@ -190,9 +190,9 @@ def _examples(
     report: EvalReport, rows: Mapping[str, Rows], heldout: Rows, candidate: str
 ) -> list[str]:
     metric = report.metric
-    best, worst = changed_most(rows, candidate, metric, EXAMPLES)
+    best, worst = changed_most(report, rows, candidate, EXAMPLES)
     sections = [("Largest gains", best), ("Largest losses", worst)]
-    if metric not in LOWER_IS_BETTER:
+    if report.higher_is_better(metric):
         scores = [row[metric] for row in rows[candidate]]
         missed = [index for index, score in enumerate(scores) if score < 1]
         sections.append(("Misses", sorted(missed, key=scores.__getitem__)[:MISSES]))

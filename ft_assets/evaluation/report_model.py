@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ft_assets.errors import ArtifactError
+from ft_assets.metrics import higher_is_better
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -173,7 +174,7 @@ class EvalReport(Part):
 
     scores: {candidate: {metric: mean}}. intervals: the bootstrap interval of each candidate's gate
     metric. chance: {candidate: its scores against those of shuffled references}. bound_to: the
-    versions of what was judged.
+    versions of what was judged. lower_is_better: of a user's own metrics those that are a loss.
     """
 
     metric: str
@@ -189,6 +190,11 @@ class EvalReport(Part):
     proofs: Proofs
     evidence: Evidence
     bound_to: dict[str, str]
+    lower_is_better: list[str] | None = None
+
+    def higher_is_better(self, metric: str) -> bool:
+        """Return False if a metric of this report is better when it is lower."""
+        return higher_is_better(metric) and metric not in (self.lower_is_better or ())
 
 
 class Judgement(Part):

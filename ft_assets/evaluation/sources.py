@@ -34,9 +34,10 @@ def read_schema(project: Project, settings: EvaluationSettings) -> dict[str, Any
 
 def own_metric_version(project: Project, settings: EvaluationSettings) -> str | None:
     """Return the hash of the module of evaluation.python, or None. Raises ConfigError if there is no such module."""
-    if settings.python is None:
+    if settings.user_metric is None:
         return None
-    module = settings.python.partition(":")[0]
+    name = settings.user_metric.function
+    module = name.partition(":")[0]
     path = project.path(f"{module.replace('.', '/')}.py")
     if path.is_file():
         return file_sha256(path)
@@ -46,7 +47,7 @@ def own_metric_version(project: Project, settings: EvaluationSettings) -> str | 
         found = None
     if found is None or found.origin is None:
         raise ConfigError(
-            where=f"evaluation.python: {settings.python}",
+            where=f"evaluation.python: {name}",
             found=f"there is no module {module}",
             expected=f"{path}, or an installed module",
             fix="correct the name",

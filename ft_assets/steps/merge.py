@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.config import EvaluationSettings, GateSettings
-from ft_assets.config.evaluation import LOWER_IS_BETTER
 from ft_assets.data.tables import read_table
 from ft_assets.errors import VerdictError
 from ft_assets.evaluation.candidates import Rows, Task
@@ -89,7 +88,7 @@ def step(job: Job, report: Report) -> StepResult:
         task,
         folders,
         {name: proof.rows for name, proof in proofs.items()},
-        better_base(scores, settings.metric),
+        better_base(scores, settings),
     )
     if all(standing.broken.values()) and not verdict.override:
         raise VerdictError(
@@ -107,7 +106,7 @@ def step(job: Job, report: Report) -> StepResult:
     sound: dict[MergeBase, float] = {
         name: score for name, score in scores.items() if not standing.broken[name]
     }
-    chosen = better_base(sound or scores, settings.metric)
+    chosen = better_base(sound or scores, settings)
     if chosen != "original":
         for path in sorted(folders[chosen].iterdir()):
             (job.output / path.name).unlink(missing_ok=True)
@@ -203,9 +202,9 @@ def merged_candidate(verdict: Verdict) -> str:
     return verdict.candidate
 
 
-def better_base(scores: dict[MergeBase, float], metric: str) -> MergeBase:
+def better_base(scores: dict[MergeBase, float], settings: EvaluationSettings) -> MergeBase:
     """Return the merge base whose merged model scores better by the gate's metric; of equals the original weights."""
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = -1 if settings.metric in settings.lower_is_better() else 1
     return max(scores, key=lambda name: (sign * scores[name], name == "original"))
 
 
@@ -272,7 +271,7 @@ def _gains(
         for name, rows in merged.items()
     }
     against = {
-        name: compare_columns(columns, score_columns(base), gate.confidence, settings.seed)
+        name: compare_columns(columns, score_columns(base), settings, gate)
         for name, columns in judged.items()
     }
     adjusted = adjusted_p(against, settings.metric, gate)

@@ -60,7 +60,7 @@ def step(job: Job, report: Report) -> StepResult:
             for name, values in score_columns(one).items()
             if name in settings.metric_names()
         }
-        return compare_columns(measured, score_columns(other), gate.confidence, settings.seed)
+        return compare_columns(measured, score_columns(other), settings, gate)
 
     against, today = (
         compare(scored["challenger"], scored["champion"]),

@@ -22,12 +22,16 @@ from ft_assets.evaluation.report_model import (
     Verdict,
 )
 from ft_assets.evaluation.verdict.decision import PASS, forgetting
+from ft_assets.metrics import registered
 
 NARROW_TOP_ANSWER = 0.9  # share of one answer among all
 NARROW_DISTINCT = 0.5  # share of distinct prompts
 OVERFIT_GAP = 0.5  # nats/token between train and held-out, beyond the base's own gap
 OVERFIT_TURN = 0.05  # relative rise of the validation loss above its lowest epoch
 UNTRAINED = 0.7  # of ln(vocabulary): the loss of a model that has learnt next to no language
+NAMES_A_LABEL = [
+    metric.name for metric in registered() if metric.binary and metric.needs_reference
+]  # 1 if the answer is the right label
 FOREIGN_TEMPLATE_STOPS = 0.05  # stop rate of a base that does not know the end of a turn
 
 
@@ -194,7 +198,7 @@ def _never_stops(report: EvalReport, evidence: Evidence) -> str | None:
 
 
 def _at_chance(report: EvalReport, labels: int, candidate: str) -> str | None:
-    if not labels or report.metric not in ("label", "choice", "exact"):
+    if not labels or report.metric not in NAMES_A_LABEL:
         return None
     base, tuned = (report.scores[name][report.metric] for name in ("base", candidate))
     if not tuned <= 1.5 / labels >= base:

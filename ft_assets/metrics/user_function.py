@@ -1,4 +1,4 @@
-"""The user's own metric: a Python function named in finetune.yaml, called once a row."""
+"""The user's own metric: a Python function named in finetune.yaml, called once for each row."""
 
 import importlib
 import math
@@ -7,18 +7,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from ft_assets.errors import EvaluationError
+from ft_assets.metrics.registry import Metric
 
 Function = Callable[[str, str, list[dict[str, str]]], float]
 
 
+class UserMetric(BaseModel):
+    """`evaluation.python` as a mapping."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    function: str = Field(description="module:function(answer, reference, messages) -> number.")
+    higher_is_better: bool = Field(default=True, description="False if a lower number is better.")
+
+    @property
+    def name(self) -> str:
+        """The name of the metric: that of the function."""
+        return self.function.partition(":")[2]
+
+    def descriptor(self) -> Metric:
+        """Return the descriptor of the metric."""
+        return Metric(
+            self.name, higher_is_better=self.higher_is_better, config="python", of_answer=False
+        )
+
+
 def load_function(name: str, root: Path) -> Function:
-    """Return the function of `module:function`, the module also found beside finetune.yaml. Raises EvaluationError."""
+    """Load the function of `module:function`; the module may be in `root`. Raises EvaluationError."""
     module, _, function = name.partition(":")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:
-        found = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise EvaluationError(
             where=f"evaluation.python: {name}",
@@ -26,10 +49,9 @@ def load_function(name: str, root: Path) -> Function:
             expected=f"a module beside {root / 'finetune.yaml'}, or an installed one",
             fix="correct the name",
         ) from None
-    return found
 
 
-def own_scores(
+def user_scores(
     function: Function,
     name: str,
     ids: list[str],
@@ -37,7 +59,11 @@ def own_scores(
     references: list[str],
     prompts: list[list[dict[str, str]]],
 ) -> list[float]:
-    """Return the function's number for each row. Raises EvaluationError naming the row at which it raised or gave no number."""
+    """Score each row with the user's function.
+
+    Raises EvaluationError with the id of the row if the function raises or does not return a finite
+    number.
+    """
     scores = []
     for row, answer, reference, messages in zip(ids, answers, references, prompts, strict=True):
         try:
@@ -49,13 +75,12 @@ def own_scores(
                 expected="a number",
                 fix="correct the function",
             ) from error
-        if isinstance(value, bool | int | float) and math.isfinite(value):
-            scores.append(float(value))
-        else:
+        if not isinstance(value, bool | int | float) or not math.isfinite(value):
             raise EvaluationError(
                 where=f"evaluation.python: {name}, row {row}",
                 found=f"returned {value!r}",
                 expected="a finite number",
                 fix="correct the function",
             )
+        scores.append(float(value))
     return scores

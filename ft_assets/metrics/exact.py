@@ -1,0 +1,18 @@
+"""Exact match: of the stripped text, or of the JSON object that the task asks for."""
+
+from ft_assets.metrics.json_object import parse_object, reference_objects, right_fields
+from ft_assets.metrics.registry import Metric
+
+
+@Metric("exact", binary=True, config="json_fields", always=True)
+def exact(answers: list[str], references: list[str], json_fields: list[str]) -> list[float]:
+    """Score 1 if the answer is the reference: as stripped text, or as JSON with `json_fields`."""
+    pairs = zip(answers, references, strict=True)
+    if not json_fields:
+        return [float(answer.strip() == reference.strip()) for answer, reference in pairs]
+    scores = []
+    for answer, expected in zip(answers, reference_objects(references, json_fields), strict=True):
+        given = parse_object(answer)
+        complete = given is not None and set(given) == set(json_fields)
+        scores.append(float(complete and len(right_fields(given, expected)) == len(json_fields)))
+    return scores

@@ -1,0 +1,128 @@
+"""An LLM judge behind any OpenAI-compatible endpoint: it compares two answers in both orders.
+
+A judge prefers the first answer more often than it should (Zheng et al. 2023, section 3.3), so a
+win counts only if it holds in both orders: 1 for two wins, 0 for two losses, else ½. The base's own
+score is ½ by definition, so a candidate with a mean above ½ wins more often than it loses.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ft_assets.errors import EvaluationError
+from ft_assets.metrics.registry import Metric
+
+INSTRUCTION = (
+    "You compare two answers to the same conversation. {criteria}\n"
+    "Judge the content alone, not the order or the length. "
+    "Reply with exactly one word: A, B or TIE."
+)
+PARALLEL = 4
+
+
+class JudgeSettings(BaseModel):
+    """A judge: any OpenAI-compatible chat endpoint.
+
+    It compares a candidate's answer with the base's, in both orders.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_url: str = Field(description="e.g. https://api.openai.com/v1, or http://127.0.0.1:8000/v1")
+    model: str
+    api_key_env: str | None = Field(
+        default=None, description="Name of the environment variable that holds the key."
+    )
+    criteria: str = Field(
+        default="Which answer serves the user better?", description="The question to the judge."
+    )
+    timeout: float = Field(default=60, gt=0, description="Timeout of a request in seconds.")
+
+
+@Metric("judge", config="judge", of_answer=False)
+def judge_scores(
+    settings: JudgeSettings,
+    ids: list[str],
+    prompts: list[list[dict[str, str]]],
+    answers: list[str],
+    rivals: list[str],
+) -> list[float]:
+    """Score 1, ½ or 0 for each row: the answer against the rival's.
+
+    Raises EvaluationError with the id of the row at which the judge failed.
+    """
+
+    def one(index: int) -> float:
+        if answers[index] == rivals[index]:
+            return 0.5
+        first = _ask(settings, ids[index], prompts[index], answers[index], rivals[index])
+        second = _ask(settings, ids[index], prompts[index], rivals[index], answers[index])
+        return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((first, second), 0.5)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        return list(pool.map(one, range(len(ids))))
+
+
+def _ask(
+    settings: JudgeSettings, row: str, prompt: list[dict[str, str]], left: str, right: str
+) -> str:
+    conversation = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    text = f"[Conversation]\n{conversation}\n\n[Answer A]\n{left}\n\n[Answer B]\n{right}"
+    messages = [
+        {"role": "system", "content": INSTRUCTION.format(criteria=settings.criteria)},
+        {"role": "user", "content": text},
+    ]
+    reply = str(_post(settings, row, messages)).strip().strip(".*\"'").upper()
+    if reply not in ("A", "B", "TIE"):
+        raise EvaluationError(
+            where=f"evaluation.judge, row {row}",
+            found=f"the judge replied {reply[:80]!r}",
+            expected="one word: A, B or TIE",
+            fix="use a stronger judge",
+        )
+    return reply
+
+
+def _post(settings: JudgeSettings, row: str, messages: list[dict[str, str]]) -> Any:
+    # httpx and not the hub's client, which refuses any address while HF_HUB_OFFLINE is set.
+    import httpx
+
+    body = {"model": settings.model, "temperature": 0, "max_tokens": 8, "messages": messages}
+    try:
+        response = httpx.post(
+            f"{settings.base_url.rstrip('/')}/chat/completions",
+            json=body,
+            headers=_authorization(settings),
+            timeout=settings.timeout,
+        )
+        return response.raise_for_status().json()["choices"][0]["message"]["content"]
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise EvaluationError(
+            where=f"evaluation.judge, row {row}",
+            found=f"{settings.base_url} failed ({type(error).__name__}: {error})",
+            expected="an OpenAI-compatible /chat/completions",
+            fix="check base_url, model and key; a failed judgement is never a score",
+        ) from None
+
+
+def _authorization(settings: JudgeSettings) -> dict[str, str]:
+    if not settings.api_key_env:
+        return {}
+    key = os.environ.get(settings.api_key_env)
+    if not key:
+        raise EvaluationError(
+            where="evaluation.judge.api_key_env",
+            found=f"{settings.api_key_env} is not set",
+            expected="the judge's key in this environment variable",
+            fix=f"export {settings.api_key_env}=…",
+        )
+    return {"Authorization": f"Bearer {key}"}

@@ -1,0 +1,55 @@
+"""Metrics of an answer that must be one of a closed set of labels."""
+
+from ft_assets.errors import EvaluationError
+from ft_assets.metrics.registry import Metric
+
+
+@Metric("label", binary=True, config="labels")
+def label(answers: list[str], references: list[str], labels: list[str]) -> list[float]:
+    """Score 1 if the answer is the reference, but for case, blanks and a final full stop."""
+    _require_labels(references, labels)
+    return [
+        float(normal_label(answer) == normal_label(reference))
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+
+
+@Metric("known_label", binary=True, needs_reference=False, config="labels")
+def known_label(answers: list[str], labels: list[str]) -> list[float]:
+    """Score 1 if the answer is any of the labels."""
+    known = {normal_label(label) for label in labels}
+    return [float(normal_label(answer) in known) for answer in answers]
+
+
+@Metric("choice", binary=True, config="choice", of_answer=False)
+def choice(
+    log_probabilities: list[list[float]], references: list[str], labels: list[str]
+) -> list[float]:
+    """Score 1 if the reference is the most likely label.
+
+    log_probabilities: for each row one number for each label, summed over its tokens and the end
+    of turn.
+    """
+    picked = [labels[max(range(len(row)), key=row.__getitem__)] for row in log_probabilities]
+    return [
+        float(normal_label(answer) == normal_label(reference))
+        for answer, reference in zip(picked, references, strict=True)
+    ]
+
+
+def normal_label(text: str) -> str:
+    """Return a label without case, outer blanks, quotes and a final full stop."""
+    return " ".join(text.casefold().split()).strip("\"'. ")
+
+
+def _require_labels(references: list[str], labels: list[str]) -> None:
+    """Raise EvaluationError unless every reference is one of the labels."""
+    known = {normal_label(label) for label in labels}
+    for index, reference in enumerate(references):
+        if normal_label(reference) not in known:
+            raise EvaluationError(
+                where=f"held-out row {index}",
+                found=f"the reference is {reference[:80]!r}",
+                expected=f"one of the {len(labels)} labels of evaluation.labels",
+                fix="correct the data, or evaluation.labels",
+            )

@@ -1,0 +1,86 @@
+"""The descriptor of a metric, which registers the function that it decorates."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from ft_assets.errors import EvaluationError
+
+Function = TypeVar("Function", bound=Callable[..., list[float]])
+Option = Any  # the value of one key of `evaluation:`; each metric's function has its real type
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The descriptor of a metric: one score for each row.
+
+    name: the column of the score.
+    higher_is_better: False for a loss.
+    binary: each score is 0 or 1.
+    needs_reference: the function takes the references besides the answers.
+    config: the key of `evaluation:` that switches the metric on; the function gets its value.
+    entry: without `config`, the entry of `evaluation.metrics` that switches it on; by default the
+    name.
+    always: it is measured in any case.
+    each: there is one such metric for each item of the list `config`; `{}` in the name is the item.
+    of_answer: False if it needs more than answers and references: the model, the conversation or
+    the base's answers. evaluation/candidates.py then computes it.
+    """
+
+    name: str
+    higher_is_better: bool = True
+    binary: bool = False
+    needs_reference: bool = True
+    config: str | None = None
+    entry: str | None = None
+    always: bool = False
+    each: bool = False
+    of_answer: bool = True
+    function: Callable[..., list[float]] | None = None
+    item: str | None = None
+
+    def __call__(self, function: Function) -> Function:
+        """Register the metric with its function."""
+        assert self.name not in _METRICS, f"two metrics have the name {self.name}"
+        _METRICS[self.name] = replace(self, function=function)
+        return function
+
+    def register(self) -> None:
+        """Register a metric without a function: a forward pass of the model gives its scores."""
+        _METRICS[self.name] = self
+
+    def listed_as(self) -> str | None:
+        """Return the entry of `evaluation.metrics` that switches the metric on, if one does."""
+        return None if self.config or self.always else self.entry or self.name
+
+    def for_item(self, item: str) -> "Metric":
+        """Return the metric of one item of the list `config`."""
+        return replace(self, name=self.name.format(item), item=item)
+
+    def score(self, answers: list[str], references: list[str], option: Option) -> list[float]:
+        """Score each answer. Raises EvaluationError unless there is one score for each."""
+        assert self.function is not None and self.of_answer, f"{self.name} needs more than texts"
+        texts = [answers, references] if self.needs_reference else [answers]
+        options = [] if self.config is None else [self.item if self.each else option]
+        scores = self.function(*texts, *options)
+        if len(scores) != len(answers):
+            raise EvaluationError(
+                where=f"metric {self.name}",
+                found=f"returned {len(scores)} scores for {len(answers)} answers",
+                expected="one score for each answer",
+                fix="correct the metric's function",
+            )
+        return scores
+
+
+_METRICS: dict[str, Metric] = {}
+
+
+def registered() -> list[Metric]:
+    """Return all metrics in the order of their registration."""
+    return list(_METRICS.values())
+
+
+def higher_is_better(name: str) -> bool:
+    """Return False if the metric of this name is better when it is lower."""
+    return name not in _METRICS or _METRICS[name].higher_is_better
