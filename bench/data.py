@@ -52,9 +52,9 @@ def load(path: Path, pairs: bool, columns: dict[str, str] | None) -> Loaded:
         folder = Path(name)
         with TableWriter(folder / "rejected.parquet", REJECTED) as rejected:
             raw = pair_labels(read_rows(path), None, columns) if pairs else read_rows(path)
-            form, schema = (preference, PREFERENCE) if pairs else (conversation, CONVERSATION)
+            form, layout = (preference, PREFERENCE) if pairs else (conversation, CONVERSATION)
             counts = Ingest(folder, folder, rejected).source(
-                "rows", raw, form, schema, None if pairs else columns
+                "rows", raw, form, layout, None if pairs else columns
             )
         problems = Counter(row["problem"] for row in read_table(folder / "rejected.parquet"))
         return Loaded(
@@ -66,7 +66,7 @@ def shown(path: Path, found: Loaded) -> None:
     """Print what a file holds."""
     counts, rows = found.counts, found.rows
     print(
-        f"{path.name}: {counts.total} rows, {counts.rows} used, {counts.duplicates} doubles, {counts.rejected} rejected, "
+        f"{path.name}: {counts.total} rows, {counts.rows} used, {counts.duplicates} duplicates, {counts.rejected} rejected, "
         f"{counts.total / found.seconds:.0f} rows/s"
     )
     for reason, count in found.problems.most_common(3):
@@ -92,7 +92,7 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
     print(
         f"{len(words[0] & words[1])} texts of {names[0]} stand in {names[1]} but for case and white space,"
     )
-    print(f"{len({match[1] for match in same})} but for punctuation too;")
+    print(f"{len({overlap.id for overlap in same})} but for punctuation too;")
     print(
         f"{len({match[1] for match in near})} are at least 0.8 alike, found in {seconds:.1f} s; the least alike of them:"
     )

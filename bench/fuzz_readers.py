@@ -26,12 +26,12 @@ except ImportError:
         "fuzz_readers.py: atheris is not installed\n  to do:    pip install atheris (it is not a dependency: Linux and few Pythons only)"
     )
 
-with atheris.instrument_imports(include=["ft_assets.data"]):
+with atheris.instrument_imports(include=["ft_assets.data", "ft_assets.rows"]):
     from ft_assets.data.canonical import conversation, preference
     from ft_assets.data.file_formats import read_rows
     from ft_assets.data.kto import pair_labels
-    from ft_assets.data.row_formats import RowProblem
     from ft_assets.errors import DataError
+    from ft_assets.rows.values import RowProblem
 
 import pyarrow as pa
 import pyarrow.feather as feather

@@ -24,7 +24,8 @@ import yaml
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.data.canonical import conversation
 from ft_assets.data.file_formats import read_rows
-from ft_assets.data.row_formats import RowProblem, renamed
+from ft_assets.rows.row_formats import renamed
+from ft_assets.rows.values import RowProblem
 
 ASSETS = ("raw_dataset", "chat_dataset", "heldout_split")
 REPLACED = 0.35

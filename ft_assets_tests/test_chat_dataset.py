@@ -104,7 +104,9 @@ def test_labelled_answers_become_pairs_and_lonely_ones_are_rejected_by_name(proj
     said = checks(materialize(project, "raw_preferences"))["pairs_are_valid"]
     assert not said.passed
     assert said.severity == dg.AssetCheckSeverity.ERROR
-    assert "pairs.jsonl:21: is a good answer (label true); no bad one" in (said.description or "")
+    assert "pairs.jsonl:21: is a good answer (label true); no bad answer" in (
+        said.description or ""
+    )
     edit(project, data={"max_invalid": "10%"})
     result = materialize(project, "raw_preferences")
     assert checks(result)["pairs_are_valid"].severity == dg.AssetCheckSeverity.WARN

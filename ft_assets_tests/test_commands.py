@@ -25,7 +25,7 @@ from ft_assets.commands.init import write_project
 from ft_assets.commands.status import status
 from ft_assets.commands.survey import look
 from ft_assets.config import Project, load_project
-from ft_assets.data.file_formats import resolve_files
+from ft_assets.data.data_files import resolve_files
 from ft_assets.errors import ConfigError, DataError, ModelError
 from ft_assets.job import Job
 from ft_assets_tests.factories import conversations, edit, ft, write_jsonl

@@ -14,11 +14,21 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from ft_assets.commands.survey import shape_of
+from ft_assets.config import DataSettings
 from ft_assets.data.canonical import conversation, preference
-from ft_assets.data.file_formats import RawRow, read_rows, resolve_files
-from ft_assets.data.row_formats import RowProblem, renamed
+from ft_assets.data.data_files import resolve_files
+from ft_assets.data.file_formats import RawRow, read_rows
 from ft_assets.errors import DataError
+from ft_assets.rows.row_formats import (
+    CONVERSATION_FORMATS,
+    PREFERENCE_FORMATS,
+    RowFormat,
+    renamed,
+)
+from ft_assets.rows.values import RowProblem
 
 ROWS = [
     {"prompt": "Grüße, 今天?", "completion": 'a "quoted", answer\nin two lines'},
@@ -89,11 +99,11 @@ def test_latin_1_is_refused_by_line_and_read_when_it_is_named(tmp_path: Path) ->
     [
         ("rows.csv", b'a,b\n"open,1\n', r"rows.csv:\d+: is not CSV"),
         ("rows.csv", b"a,a\n1,2\n", "distinct column names"),
-        ("rows.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-4], "is not a whole .gz file"),
-        ("rows.jsonl.zst", b"no zstd", "is not a whole .zst file"),
+        ("rows.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-4], "is not a complete .gz file"),
+        ("rows.jsonl.zst", b"no zstd", "is not a complete .zst file"),
         ("rows.parquet", b"PAR1", "cannot be read"),
         ("rows.xlsx", b"", "has the ending .xlsx"),
-        ("rows.json", b'[{"a": NaN}]', "NaN is no JSON value"),
+        ("rows.json", b'[{"a": NaN}]', "NaN is not a JSON value"),
     ],
 )
 def test_file_that_cannot_be_read_is_named(
@@ -297,3 +307,53 @@ def test_what_json_and_csv_writers_write_is_read_back(
     folder = tmp_path_factory.getbasetemp()
     (folder / "back.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert values(folder / "back.jsonl") == rows
+
+
+def _question_list(raw: dict[str, Any]) -> list[Any]:
+    return [
+        {"role": role, "content": text}
+        for pair in raw["exchanges"]
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+EXCHANGES = RowFormat(
+    name="exchanges",
+    label="exchanges ({})",
+    keys="`exchanges`: a list of pairs of question and answer",
+    required=("exchanges",),
+    optional=(),
+    read=_question_list,
+    found=lambda raw: ("exchanges",) if "exchanges" in raw else None,
+)
+
+
+def test_one_entry_adds_a_row_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = {"exchanges": [["hi", "hello"]]}
+    with pytest.raises(RowProblem, match="has the keys exchanges"):
+        conversation(raw)
+    monkeypatch.setitem(CONVERSATION_FORMATS, "exchanges", EXCHANGES)
+    for format in (None, "exchanges"):
+        assert conversation(raw, format)["messages"] == [USER, ANSWER]
+    assert shape_of(raw) == "exchanges (exchanges)"
+    assert DataSettings(train=["x"], format={"train": "exchanges"}).format["train"] == "exchanges"
+    with pytest.raises(ValidationError, match="did you mean 'exchanges'"):
+        DataSettings(train=["x"], format={"train": "exchange"})
+    with pytest.raises(RowProblem, match="or exchanges "):
+        conversation({"prompt": "hi"})
+
+
+@pytest.mark.parametrize("formats", [CONVERSATION_FORMATS, PREFERENCE_FORMATS])
+def test_docs_list_every_row_format(formats: dict[str, RowFormat[Any]]) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    table = "\n".join(f"| `{name}` | {known.keys} |" for name, known in formats.items())
+    assert f"| `data.format` | keys |\n|---|---|\n{table}\n\n" in docs
+
+
+def test_unknown_format_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValidationError, match=r"format\.train: alpacca .*did you mean 'alpaca'"):
+        DataSettings(train=["x"], format={"train": "alpacca"})
+    with pytest.raises(ValidationError, match=r"format\.heldout: text has no answer to compare"):
+        DataSettings(train=["x"], format={"heldout": "text"})
+    with pytest.raises(ValidationError, match=r"format\.preferences: alpaca is not one of"):
+        DataSettings(train=["x"], format={"preferences": "alpaca"})

@@ -87,8 +87,9 @@ class Workplace:
         write_table(self.targets, targets or [], CONVERSATION)
         write_table(self.few_shot, few_shot or [], CONVERSATION)
         self.data = DataSettings(train=["unused"], **settings)
-        counts, self.versions = make_split(self.chat, self.targets, self.out, self.data)
-        return counts
+        split = make_split(self.chat, self.targets, self.out, self.data)
+        self.versions = split.versions
+        return split.counts
 
     def ids(self, side: str) -> set[str]:
         return {row["id"] for row in read_table(self.out / f"{side}.parquet")}
@@ -97,7 +98,7 @@ class Workplace:
         return read_table(self.out / "info/near_duplicates.parquet")
 
     def leaks(self) -> list[str]:
-        return leaks(self.out, self.targets, self.few_shot, self.data)[0]
+        return leaks(self.out, self.targets, self.few_shot, self.data).sentences
 
 
 @pytest.fixture
@@ -283,8 +284,8 @@ def test_strata_have_their_own_shares_and_are_counted(place: Workplace) -> None:
 
 def test_doubles_within_a_side_are_counted_and_shown_and_stay(place: Workplace) -> None:
     rows = [talk(words(number)) for number in range(100)]
-    doubles = [talk(words(number), answer="another answer") for number in range(3)]
-    counts = place.split([*rows, *doubles])
+    duplicates = [talk(words(number), answer="another answer") for number in range(3)]
+    counts = place.split([*rows, *duplicates])
     assert (
         sum(counts[f"{side}_near_duplicates_within"] for side in ("train", "validation", "heldout"))
         == 3
@@ -347,4 +348,4 @@ def test_order_changes_neither_rows_nor_versions(place: Workplace, tmp_path: Pat
     assert read_table(place.out / "info/near_duplicates.parquet") == read_table(
         other.out / "info/near_duplicates.parquet"
     )
-    assert set(NEAR_DUPLICATE.names) == {"kind", "side", "id", "of", "similarity"}
+    assert set(NEAR_DUPLICATE.schema.names) == {"kind", "side", "id", "of", "similarity"}

@@ -14,7 +14,13 @@ from ft_assets.data.ingest import Ingest, Ingested, require_valid, target, worst
 from ft_assets.data.ledger import Ledger
 from ft_assets.data.tables import (
     CONVERSATION,
+    NEAR_DUPLICATE,
+    PREFERENCE,
     REJECTED,
+    TOKENIZED,
+    TOKENIZED_PREFERENCE,
+    TURN,
+    Layout,
     Table,
     TableWriter,
     Version,
@@ -23,6 +29,7 @@ from ft_assets.data.tables import (
     write_table,
 )
 from ft_assets.errors import DataError
+from ft_assets.rows.types import Message
 
 CALL = {
     "type": "function",
@@ -88,23 +95,24 @@ def test_two_empty_sets_are_equal_and_unlike_a_row_of_digest_zero() -> None:
     assert str(empty) != str(zero)
 
 
-def test_sorted_rows_keep_the_first_of_doubles(tmp_path: Path) -> None:
+def test_sorted_rows_keep_the_first_of_duplicates(tmp_path: Path) -> None:
     order = [f"{number:05d}" for number in range(3000)]
     random.Random(1).shuffle(order)
     rows = [row(identity, identity, "first") for identity in order] + [
         row(identity, identity, "second") for identity in order[:7]
     ]
-    kept, doubles, version = write_sorted(tmp_path / "s.parquet", rows, CONVERSATION, tmp_path)
+    written = write_sorted(tmp_path / "s.parquet", rows, CONVERSATION, tmp_path)
     back = read_table(tmp_path / "s.parquet")
-    assert (kept, doubles) == (3000, 7)
+    assert (written.rows, written.duplicates) == (3000, 7)
     assert [one["id"] for one in back] == sorted(order)
     assert {one["source"] for one in back} == {"first"}
-    assert version == Table(tmp_path / "s.parquet").version()
+    assert written.version == Table(tmp_path / "s.parquet").version()
     assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
 
 
 def test_nothing_to_sort(tmp_path: Path) -> None:
-    assert write_sorted(tmp_path / "s.parquet", [], CONVERSATION, tmp_path)[:2] == (0, 0)
+    written = write_sorted(tmp_path / "s.parquet", [], CONVERSATION, tmp_path)
+    assert (written.rows, written.duplicates) == (0, 0)
     assert read_table(tmp_path / "s.parquet") == []
 
 
@@ -146,7 +154,7 @@ def raw(number: int, **fields: Any) -> RawRow:
     )
 
 
-def test_each_row_is_kept_a_double_or_rejected_with_its_text(tmp_path: Path) -> None:
+def test_each_row_is_kept_a_duplicate_or_rejected_with_its_text(tmp_path: Path) -> None:
     rows = [
         raw(1),
         raw(2),
@@ -228,3 +236,16 @@ def test_ledger_counts_what_each_limit_costs() -> None:
         "4096": 0,
     }
     assert sum(histogram["counts"]) == 4
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [CONVERSATION, PREFERENCE, TOKENIZED, TOKENIZED_PREFERENCE, NEAR_DUPLICATE, REJECTED],
+    ids=lambda layout: layout.row.__name__,
+)
+def test_row_type_has_the_columns_of_its_table(layout: Layout[Any]) -> None:
+    assert set(layout.row.__annotations__) == set(layout.schema.names)
+
+
+def test_message_type_has_the_fields_of_a_stored_turn() -> None:
+    assert set(Message.__annotations__) == {field.name for field in TURN}

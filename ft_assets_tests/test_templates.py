@@ -356,7 +356,7 @@ def test_variable_that_the_template_does_not_read_is_refused() -> None:
         settle_template(
             "m", tiny_tokenizer(), None, ChatSettings(template_kwargs={"enable_thinking": False})
         )
-    with pytest.raises(ValueError, match="'messages' is no variable"):
+    with pytest.raises(ValueError, match="'messages' is not a variable"):
         ChatSettings(template_kwargs={"messages": []})
 
 

@@ -21,7 +21,7 @@ def _summary(metrics: Metrics) -> str:
     group="data",
     kinds=["huggingface", "parquet"],
     code_version="4",
-    schema=TOKENIZED,
+    schema=TOKENIZED.schema,
     summary=_summary,
 )
 def chat_dataset(

@@ -1,9 +1,11 @@
 """The asset `heldout_split`: train, validation and held-out rows by hash of their prompt."""
 
 import json
+from pathlib import Path
 
 import dagster as dg
 
+from ft_assets.config import DataSettings
 from ft_assets.data.leakage import leaks
 from ft_assets.data.split import make_split
 from ft_assets.data.tables import TOKENIZED
@@ -31,7 +33,7 @@ def _summary(metrics: Metrics) -> str:
     group="data",
     kinds=["parquet"],
     code_version="6",
-    schema=TOKENIZED,
+    schema=TOKENIZED.schema,
     summary=_summary,
 )
 def heldout_split(
@@ -52,12 +54,17 @@ def heldout_split(
             "chat_dataset": (chat, None),
             "raw_dataset#contamination": (raw, "contamination"),
         },
-        make=lambda output: StepResult(*make_split(chat.path, targets, output, data)),
+        make=lambda output: _split(chat.path, targets, output, data),
     )
     strata: Strata = json.loads((artifact.path / "info" / "strata.json").read_text())
     shown = {"strata": dg.MetadataValue.md(_table(strata))} if strata else {}
     rows = artifact.metrics["train_rows"]
     return result(artifact, reused, **shown, **{"dagster/partition_row_count": rows})
+
+
+def _split(chat: Path, targets: Path, output: Path, data: DataSettings) -> StepResult:
+    split = make_split(chat, targets, output, data)
+    return StepResult(split.counts, split.versions)
 
 
 def _table(strata: Strata) -> str:
@@ -78,14 +85,16 @@ def nothing_leaks(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the first offending pair of ids. Train and preferences may share prompts."""
     split, data = checked.artifact.path, checked.project.data
     raw = checked.materializer.store.need("raw_dataset", None).path
-    found, counts = leaks(split, raw / "contamination.parquet", raw / "few_shot.parquet", data)
-    if found:
-        text = f"{found[0]} ({len(found)} in all)"
+    found = leaks(split, raw / "contamination.parquet", raw / "few_shot.parquet", data)
+    if found.sentences:
+        text = f"{found.sentences[0]} ({len(found.sentences)} in all)"
     else:
         text = "no prompt is on two sides"
         if data.near_duplicate:
             text += f", nor one that is {data.near_duplicate:.0%} alike"
-    return dg.AssetCheckResult(passed=not found, description=text, metadata=counts)
+    return dg.AssetCheckResult(
+        passed=not found.sentences, description=text, metadata=dict(found.counts)
+    )
 
 
 @check(heldout_split, description="Every value of data.stratify's field has held-out rows.")

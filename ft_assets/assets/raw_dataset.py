@@ -21,7 +21,7 @@ def _summary(metrics: Metrics) -> str:
     group="data",
     kinds=["json", "parquet"],
     code_version="4",
-    schema=CONVERSATION,
+    schema=CONVERSATION.schema,
     per_base_model=False,
     summary=_summary,
 )

@@ -18,7 +18,7 @@ def _summary(metrics: Metrics) -> str:
     group="data",
     kinds=["json", "parquet"],
     code_version="4",
-    schema=PREFERENCE,
+    schema=PREFERENCE.schema,
     per_base_model=False,
     summary=_summary,
 )

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import pyarrow as pa
 
 from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
 from ft_assets.data.content import Hashes, data_content
-from ft_assets.data.file_formats import RawRow, read_rows, resolve_files
-from ft_assets.data.ingest import Form, Ingest, worst
+from ft_assets.data.data_files import resolve_files
+from ft_assets.data.file_formats import RawRow, read_rows
+from ft_assets.data.ingest import Canonical, Ingest, worst
 from ft_assets.data.kto import pair_labels
-from ft_assets.data.tables import REJECTED, TableWriter, read_table
+from ft_assets.data.tables import REJECTED, Layout, TableWriter, read_table
 from ft_assets.errors import DataError
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
+from ft_assets.rows.types import DataRow, RejectedRow
 
 ToCanonical = Callable[..., Any]  # of a raw row, and of its format if the key can have one
 Sources = Mapping[str, tuple[str, ToCanonical]]  # {key of data: (table, its rows' form)}
@@ -29,7 +30,7 @@ def ingested(
     context: dg.AssetExecutionContext,
     materializer: Materializer,
     sources: Sources,
-    schema: pa.Schema,
+    layout: Layout[Any],
     table: str,
 ) -> dg.MaterializeResult:
     """Materialize the rows of `sources` and show a sample of `table`."""
@@ -38,7 +39,7 @@ def ingested(
     artifact, reused = materializer.materialize(
         context,
         settings={"files": files, **_reading(project)},
-        make=lambda output: _write(project, output, files, sources, schema),
+        make=lambda output: _write(project, output, files, sources, layout),
     )
     return result(
         artifact,
@@ -57,7 +58,7 @@ def _reading(project: Project) -> dict[str, Any]:
 
 
 def _write(
-    project: Project, output: Path, files: Hashes, sources: Sources, schema: pa.Schema
+    project: Project, output: Path, files: Hashes, sources: Sources, layout: Layout[Any]
 ) -> StepResult:
     """Write a table a source, and one table with the rejected rows of all sources.
 
@@ -76,7 +77,7 @@ def _write(
                 table,
                 _rows(project, key),
                 _with_format(project, key, form),
-                schema,
+                layout,
                 _columns(project, key),
                 _stratum(project, key),
             )
@@ -105,7 +106,7 @@ def _of_key(project: Project, setting: str, key: str) -> Any:
     return {str(name): value for name, value in getattr(project.data, setting).items()}.get(key)
 
 
-def _with_format(project: Project, key: str, form: ToCanonical) -> Form:
+def _with_format(project: Project, key: str, form: ToCanonical) -> Canonical:
     row_format = _of_key(project, "format", key)
     return partial(form, format=row_format) if row_format else form
 
@@ -138,7 +139,7 @@ def _require_unchanged(project: Project, files: Hashes) -> None:
 
 def _sample(artifact: Artifact, table: str) -> dg.MarkdownMetadataValue:
     lines = ["| id | turns |", "|---|---|"]
-    for row in read_table(artifact.path / f"{table}.parquet", limit=5):
+    for row in read_table(artifact.path / f"{table}.parquet", limit=5, row=DataRow):
         turns = "<br>".join(f"**{turn['role']}** {turn['content']}" for turn in row["messages"])
         lines.append(f"| `{row['id'][:8]}` | {_cell(turns)} |")
     return dg.MetadataValue.md("\n".join(lines))
@@ -146,7 +147,7 @@ def _sample(artifact: Artifact, table: str) -> dg.MarkdownMetadataValue:
 
 def _rejected(artifact: Artifact) -> dict[str, dg.MarkdownMetadataValue]:
     """Return the first 20 rejected rows as a table. info/rejected.parquet has all of them."""
-    rows = read_table(artifact.path / "info" / "rejected.parquet", limit=20)
+    rows = read_table(artifact.path / "info" / "rejected.parquet", limit=20, row=RejectedRow)
     if not rows:
         return {}
     lines = ["| where | problem | row |", "|---|---|---|"]

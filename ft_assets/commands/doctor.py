@@ -9,7 +9,7 @@ from ft_assets.commands.checkup import FAIL, Check, fail, guarded, ok, warn
 from ft_assets.commands.store_view import in_bytes
 from ft_assets.config import CONFIG_NAME, DataSettings, Project, find_config, load_project
 from ft_assets.config.launcher import LauncherSettings
-from ft_assets.data.file_formats import resolve_files
+from ft_assets.data.data_files import resolve_files
 from ft_assets.errors import ClusterUnreachable, FtError
 from ft_assets.launchers import make_launcher
 from ft_assets.launchers.cluster import ClusterLauncher

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ft_assets.commands.answers import Answers
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.file_formats import read_rows
-from ft_assets.data.messages import RowProblem
-from ft_assets.data.row_formats import COMPLETION, CONVERSATIONS, PROMPT, renamed
 from ft_assets.errors import DataError
+from ft_assets.rows.row_formats import recognise, renamed
+from ft_assets.rows.types import RawFields
+from ft_assets.rows.values import RowProblem
 
 LOOKED_AT = 1000
 
@@ -76,7 +76,7 @@ def look(path: Path, columns: dict[str, str]) -> Found:
     return found
 
 
-def _preferences(raw: dict[str, Any] | None) -> str:
+def _preferences(raw: RawFields | None) -> str:
     try:
         preference(raw or {})
     except RowProblem:
@@ -84,17 +84,10 @@ def _preferences(raw: dict[str, Any] | None) -> str:
     return " (it is a preference: such a file belongs under data.preferences, beside one of conversations)"
 
 
-def shape_of(raw: dict[str, Any]) -> str:
-    """Return what shape a valid conversation row has, with the keys that say so."""
-    key = next((name for name in CONVERSATIONS if isinstance(raw.get(name), list)), None)
-    if key is not None:
-        spelling = set().union(*(turn for turn in raw[key] if isinstance(turn, dict)))
-        return (
-            f"ShareGPT ({key} of from and value)"
-            if "from" in spelling
-            else f"conversations ({key} of role and content)"
-        )
-    prompt = next((name for name in PROMPT if raw.get(name)), PROMPT[0])
-    completion = next((name for name in COMPLETION if raw.get(name)), COMPLETION[0])
-    name = "Alpaca" if prompt == "instruction" else "prompt and completion"
-    return f"{name} ({prompt} and {completion})"
+def shape_of(raw: RawFields) -> str:
+    """Return the format of a valid conversation row, with the keys that show it."""
+    recognised = recognise(raw)
+    if recognised is None:
+        return ""
+    row_format, keys = recognised
+    return row_format.label.format(*keys)

@@ -1,4 +1,4 @@
-"""`chat:` of finetune.yaml: the template and what is too long."""
+"""`chat:` of finetune.yaml: the chat template and the longest row."""
 
 import datetime
 from typing import Any, Literal
@@ -24,11 +24,12 @@ class ChatSettings(Section):
         default=None, description="Template file for a base that has none."
     )
     template_name: str | None = Field(
-        default=None, description="Which one, for a base with several chat templates."
+        default=None, description="Name of the template, for a base with several chat templates."
     )
     template_kwargs: dict[str, Any] = Field(
         default={},
-        description="Variables of the template, e.g. {enable_thinking: false}; baked into the snapshot and the served model.",
+        description="Variables of the template, e.g. {enable_thinking: false}; baked into the "
+        "snapshot and the served model.",
     )
     system_turn: Literal["template", "user"] = Field(
         default="template",
@@ -36,13 +37,13 @@ class ChatSettings(Section):
     )
     date: datetime.date = Field(
         default=datetime.date(2025, 1, 1),
-        description="What a template that prints today's date prints.",
+        description="The date that a template prints as today's.",
     )
     max_length: int = Field(
-        default=1024, ge=16, description="Tokens; a longer conversation is left out and counted."
+        default=1024, ge=16, description="Tokens; a longer conversation is filtered and counted."
     )
     max_truncated: Share = Field(
-        default=0.01, ge=0, le=1, description="Share of left-out rows above which it stops."
+        default=0.01, ge=0, le=1, description="Share of filtered rows above which the graph stops."
     )
 
     @field_validator("template_kwargs")
@@ -51,7 +52,8 @@ class ChatSettings(Section):
         for name in value:
             if not name.isidentifier() or name in TEMPLATE_INPUTS:
                 raise ValueError(
-                    f"{name!r} is no variable that can be set; {', '.join(sorted(TEMPLATE_INPUTS))} are given by the caller"
+                    f"{name!r} is not a variable that can be set; "
+                    f"the caller gives {', '.join(sorted(TEMPLATE_INPUTS))}"
                 )
         return value
 

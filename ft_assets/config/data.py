@@ -1,14 +1,19 @@
-"""`data:` of finetune.yaml: which files, which rows are held out, what may be left out."""
+"""`data:` of finetune.yaml: the files, the rows that are held out, the rows that are filtered."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ft_assets.config.section import Section, Share
+from ft_assets.errors import nearest
+from ft_assets.rows.row_formats import CONVERSATION_FORMATS, PREFERENCE_FORMATS
 
 
 class StratifySettings(Section):
-    """Which side a row is on depends on its own hash alone; a stratum can only have another share than the rest."""
+    """Held-out shares by the value of a field.
+
+    The side of a row depends on its own hash alone, so a stratum can only have its own share.
+    """
 
     field: str = Field(description="A field of the train rows, e.g. category.")
     shares: dict[str, float] = Field(
@@ -17,9 +22,7 @@ class StratifySettings(Section):
     )
 
 
-ConversationFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
-PreferenceFormat = Literal["preference", "sharegpt_preference", "ranked", "kto"]
-Format = ConversationFormat | PreferenceFormat
+RowSource = Literal["train", "rehearsal", "preferences", "heldout", "retention", "few_shot"]
 
 
 class DataSettings(Section):
@@ -51,23 +54,21 @@ class DataSettings(Section):
         default=0.05,
         ge=0,
         lt=0.9,
-        description="Share of the train rows (and of the pairs, where it makes 8 or more) that is watched each epoch and never trained on: it shows overfitting.",
+        description="Share of the train rows (and of the pairs, where it makes 8 or more) that is "
+        "validation: measured each epoch and never trained on, it shows overfitting.",
     )
     split_salt: str = Field(
         default="", description="Changes which rows are held out; change it only deliberately."
     )
-    columns: dict[
-        Literal["train", "rehearsal", "preferences", "heldout", "retention", "few_shot"],
-        dict[str, str],
-    ] = Field(
+    columns: dict[RowSource, dict[str, str]] = Field(
         default={},
-        description="Names of columns that are not recognised: {train: {prompt: text, completion: category}}.",
+        description="Names of columns that are not recognised: "
+        "{train: {prompt: text, completion: category}}.",
     )
-    format: dict[
-        Literal["train", "rehearsal", "preferences", "heldout", "retention", "few_shot"], Format
-    ] = Field(
+    format: dict[RowSource, str] = Field(
         default={},
-        description="What rows are where their keys do not say it: {train: alpaca, rehearsal: text}; default: by each row's keys.",
+        description="Formats of rows, by source: {train: alpaca, rehearsal: text}. Default: the "
+        "keys of each row decide.",
     )
     encoding: str | None = Field(
         default=None, description="Of text files that are not UTF-8, e.g. latin-1."
@@ -76,16 +77,18 @@ class DataSettings(Section):
         default=0.8,
         gt=0,
         le=1,
-        description="Jaccard similarity from which a trained prompt is a copy of a held-out one and is left out; null: off.",
+        description="Jaccard similarity from which a trained prompt is a copy of a held-out one "
+        "and is filtered; null: off.",
     )
     quoted: float | None = Field(
         default=0.5,
         gt=0,
         le=1,
-        description="Share of a held-out prompt's 13-word runs from which a trained text quotes it and is left out; null: off.",
+        description="Share of a held-out prompt's 13-word runs from which a trained text quotes it "
+        "and is filtered; null: off.",
     )
     contamination: list[str] = Field(
-        default=[], description="Evaluation files of yours: what is trained must not stand in them."
+        default=[], description="Your evaluation files: trained rows must not be in them."
     )
     stratify: StratifySettings | None = Field(
         default=None, description="A field whose values are held out by their own shares."
@@ -94,17 +97,20 @@ class DataSettings(Section):
         default=0.01,
         ge=0,
         le=1,
-        description="Share of unusable rows of a source above which it stops, e.g. 1%.",
+        description="Share of rejected rows of a source above which the graph stops, e.g. 1%.",
     )
 
     @model_validator(mode="after")
     def _formats_fit(self) -> "DataSettings":
         for key, name in self.format.items():
-            known = get_args(PreferenceFormat if key == "preferences" else ConversationFormat)
-            if name not in known:
-                raise ValueError(f"format.{key}: {name} is not one of {', '.join(known)}")
-            if name == "text" and key not in ("train", "rehearsal"):
+            formats = PREFERENCE_FORMATS if key == "preferences" else CONVERSATION_FORMATS
+            if name not in formats:
+                advice = nearest(name, formats, "use one of these")
                 raise ValueError(
-                    f"format.{key}: a text has no answer to compare; text is for train and rehearsal"
+                    f"format.{key}: {name} is not one of {', '.join(formats)}; {advice}"
+                )
+            if not formats[name].has_answer and key not in ("train", "rehearsal"):
+                raise ValueError(
+                    f"format.{key}: {name} has no answer to compare; it is for train and rehearsal"
                 )
         return self

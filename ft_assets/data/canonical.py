@@ -1,20 +1,23 @@
-"""Canonical conversations and preferences: one form, validated with index-exact messages, ids by content.
+"""Turn raw rows into canonical, validated conversations and preferences, with ids by content.
 
-A conversation is `{"id", "messages": [{"role", "content"}], "source", "group"}`, with `tools` where the row offers any
-(turns.py says what else a turn can have); a preference adds `chosen` and `rejected`, each a string that the assistant
-answers to `messages`. A plain text is one message of the role text. Ids are hashes of normalised content, so that they
-survive reordering and renaming of files. `group` is what must stay on one side of the split: rows that share their
-first user message (or a declared `group`) share it.
+The messages of a RowProblem name the index of the wrong turn. Ids are hashes of normalised
+content, so they survive reordering and renaming of files. `group` must stay on one side of the
+split: rows that share their first user message (or a declared `group`) share it.
 """
 
 import hashlib
 import json
 import re
 import unicodedata
-from typing import Any
 
-from ft_assets.data.messages import checked, text, tools
-from ft_assets.data.row_formats import RowProblem, conversation_turns, preference_turns
+from ft_assets.rows.messages import checked
+from ft_assets.rows.row_formats import conversation_turns, preference_turns
+from ft_assets.rows.tools import tools
+from ft_assets.rows.types import DataRow, FunctionCall, Message, Preference, RawFields, Tool
+from ft_assets.rows.values import RowProblem, text
+
+# A message as its id sees it: role, text, and the other parts if it has any.
+_Identified = tuple[str, str] | tuple[str, str, dict[str, bool | list[FunctionCall]]]
 
 
 def normalise(text: str) -> str:
@@ -27,40 +30,49 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 
-def conversation(raw: dict[str, Any], format: str | None = None) -> dict[str, Any]:
-    """Return the canonical form of a conversation row, of the named format or of what its keys say. Raises RowProblem."""
+def conversation(raw: RawFields, format: str | None = None) -> DataRow:
+    """Return the canonical form of a conversation row.
+
+    The row has the named format, or the format that its keys show. Raises RowProblem.
+    """
     try:
-        given = conversation_turns(raw, format)
+        turns = conversation_turns(raw, format)
         if format == "text":
-            messages = [{"role": "text", "content": text("text", given[0]["content"])}]
-            # No user asks for it: the text itself is what must stay on one side of the split.
-            return {
-                "id": _identity(messages, []),
-                "messages": messages,
-                "group": _group(raw, messages[0]["content"]),
-            }
-        messages = checked("messages", given)
+            return _plain_text(raw, text("text", turns[0]["content"]))
+        messages = checked("messages", turns)
         offered = tools(raw)
     except RecursionError:
         raise RowProblem("is nested too deeply") from None
     if messages[-1]["role"] != "assistant":
         raise RowProblem(
-            f"messages[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the assistant's answer"
+            f"messages[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; "
+            "expected the assistant's answer"
         )
     if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
         raise RowProblem(
             "messages: no assistant turn is to be trained (train: false or weight: 0 on each)"
         )
-    row = {
+    row: DataRow = {
         "id": _identity(messages, offered),
         "messages": messages,
-        "group": _group(raw, _asked(messages)),
+        "group": _group(raw, _first_question(messages)),
     }
-    return {**row, "tools": offered} if offered else row
+    if offered:
+        row["tools"] = offered
+    return row
 
 
-def preference(raw: dict[str, Any], format: str | None = None) -> dict[str, Any]:
-    """Return the canonical form of a preference row, of the named format or of what its keys say. Raises RowProblem."""
+def _plain_text(raw: RawFields, content: str) -> DataRow:
+    messages: list[Message] = [{"role": "text", "content": content}]
+    # It has no user turn: the text itself must stay on one side of the split.
+    return {"id": _identity(messages, []), "messages": messages, "group": _group(raw, content)}
+
+
+def preference(raw: RawFields, format: str | None = None) -> Preference:
+    """Return the canonical form of a preference row.
+
+    The row has the named format, or the format that its keys show. Raises RowProblem.
+    """
     try:
         turns, *answers = preference_turns(raw, format)
         messages = checked("prompt", turns)
@@ -69,65 +81,62 @@ def preference(raw: dict[str, Any], format: str | None = None) -> dict[str, Any]
         raise RowProblem("is nested too deeply") from None
     if messages[-1]["role"] not in ("user", "tool"):
         raise RowProblem(
-            f"prompt[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; expected the user's"
+            f"prompt[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; "
+            "expected the user's"
         )
     chosen, rejected = (
         text(name, value) for name, value in zip(("chosen", "rejected"), answers, strict=True)
     )
     if chosen.strip() == rejected.strip():
         raise RowProblem("chosen and rejected are equal; expected two different answers")
-    row = {
-        "id": _identity(
-            [
-                *messages,
-                {"role": "assistant", "content": chosen},
-                {"role": "rejected", "content": rejected},
-            ],
-            offered,
-        ),
+    answered: list[Message] = [
+        *messages,
+        {"role": "assistant", "content": chosen},
+        {"role": "rejected", "content": rejected},
+    ]
+    row: Preference = {
+        "id": _identity(answered, offered),
         "messages": messages,
         "chosen": chosen,
         "rejected": rejected,
-        "group": _group(raw, _asked(messages)),
+        "group": _group(raw, _first_question(messages)),
     }
-    return {**row, "tools": offered} if offered else row
+    if offered:
+        row["tools"] = offered
+    return row
 
 
-def _identity(messages: list[dict[str, Any]], offered: list[dict[str, Any]]) -> str:
-    """Return the id: roles and texts alone where a row has no more, so that ids of plain conversations never change."""
-    turns = [
-        (turn["role"], turn["content"].strip(), *([extra] if (extra := _extra(turn)) else []))
-        for turn in messages
-    ]
-    return digest(
-        json.dumps(
-            {"turns": turns, "tools": offered} if offered else turns,
-            ensure_ascii=False,
-            sort_keys=True,
-        )
-    )
+def _identity(messages: list[Message], offered: list[Tool]) -> str:
+    """Return the id of a row.
+
+    It hashes only roles and texts where a row has nothing else, so that the ids of plain
+    conversations never change.
+    """
+    turns = [_identified(turn) for turn in messages]
+    content = {"turns": turns, "tools": offered} if offered else turns
+    return digest(json.dumps(content, ensure_ascii=False, sort_keys=True))
 
 
-def _extra(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return what a turn says besides role and text. Ids of calls are not part of it: they are random."""
-    extra: dict[str, Any] = {"train": False} if turn.get("train") is False else {}
-    return (
-        {**extra, "tool_calls": [call["function"] for call in turn["tool_calls"]]}
-        if "tool_calls" in turn
-        else extra
-    )
+def _identified(turn: Message) -> _Identified:
+    """Return the parts of a turn that its id covers. Ids of calls are random, so it skips them."""
+    extra: dict[str, bool | list[FunctionCall]] = {}
+    if turn.get("train") is False:
+        extra["train"] = False
+    if "tool_calls" in turn:
+        extra["tool_calls"] = [call["function"] for call in turn["tool_calls"]]
+    role, content = turn["role"], turn["content"].strip()
+    return (role, content, extra) if extra else (role, content)
 
 
-def _asked(messages: list[dict[str, Any]]) -> str:
+def _first_question(messages: list[Message]) -> str:
     return next(turn["content"] for turn in messages if turn["role"] == "user")
 
 
-def _group(raw: dict[str, Any], asked: str) -> str:
+def _group(raw: RawFields, question: str) -> str:
     group = raw.get("group")
-    if group is None or (
-        isinstance(group, str) and not group.strip()
-    ):  # an empty cell of a table is no group
-        return digest("prompt", normalise(asked))
+    # An empty cell of a table is not a group.
+    if group is None or (isinstance(group, str) and not group.strip()):
+        return digest("prompt", normalise(question))
     if not isinstance(group, str | int):
         raise RowProblem(f"group: is a {type(group).__name__}; expected a text or a whole number")
     return digest("group", text("group", str(group)))

@@ -1,22 +1,28 @@
-"""Rows of Parquet and Arrow files, in batches: Parquet by row groups, Arrow out of a memory map."""
+"""Read the rows of Parquet and Arrow files in batches.
+
+Parquet is read by row groups, Arrow from a memory map.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 
 from ft_assets.errors import DataError
+from ft_assets.rows.types import RawFields
 
-BATCH = 1000  # rows that are Python objects at once
+BATCH = 1000  # rows that are Python objects at the same time
 OLD_FEATHER = b"FEA1"
 ARROW_FILE = b"ARROW1"
 
 
-def table_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a .parquet, .arrow or .feather file. Raises DataError for one that cannot be read."""
+def table_rows(path: Path, kind: str) -> Iterator[RawFields]:
+    """Yield the rows of a .parquet, .arrow or .feather file.
+
+    Raises DataError if the file cannot be read.
+    """
     batches = _parquet(path) if kind == ".parquet" else _arrow(path)
     while True:
         try:
@@ -25,7 +31,8 @@ def table_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
                 return
             batch.validate(full=True)  # a damaged Arrow file would be read outside its buffers
             values = batch.to_pylist()
-        # OverflowError, ValueError: dates that Python has not; UnicodeDecodeError, a ValueError: strings that are none
+        # OverflowError, ValueError: dates that Python does not have. UnicodeDecodeError, a
+        # ValueError: strings that are not text.
         except (
             pa.ArrowException,
             OSError,
@@ -34,10 +41,10 @@ def table_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             MemoryError,
             RecursionError,
         ) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
             raise DataError(
                 where=str(path),
-                found=f"cannot be read ({said})",
+                found=f"cannot be read ({reason})",
                 expected=f"a {kind} file",
                 fix="write it again",
             ) from None
@@ -47,11 +54,11 @@ def table_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
 def _sliced(
     path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    doubles = sorted({name for name in schema.names if schema.names.count(name) > 1})
-    if doubles:
+    repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if repeated:
         raise DataError(
             where=str(path),
-            found=f"has the column {doubles[0]!r} more than once",
+            found=f"has the column {repeated[0]!r} more than once",
             expected="distinct column names",
             fix="rename one of them",
         )
@@ -68,7 +75,7 @@ def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
 def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
     with path.open("rb") as file:
         magic = file.read(len(ARROW_FILE))
-    if magic.startswith(OLD_FEATHER):  # only read whole
+    if magic.startswith(OLD_FEATHER):  # can only be read as a whole
         table = feather.read_table(path)
         yield from _sliced(path, table.schema, iter(table.to_batches()))
         return
@@ -80,6 +87,6 @@ def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
                 reader.schema,
                 (reader.get_batch(index) for index in range(reader.num_record_batches)),
             )
-        else:  # datasets writes the stream form
+        else:  # datasets writes the stream format
             stream = pa.ipc.open_stream(source)
             yield from _sliced(path, stream.schema, iter(stream))

@@ -1,10 +1,11 @@
-"""The content of the data files that finetune.yaml names: their hashes, which decide the rows."""
+"""Hash the content of the data files that finetune.yaml names. The content decides the rows."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ft_assets.artifacts import file_sha256
 from ft_assets.config import Project
-from ft_assets.data.file_formats import resolve_files
+from ft_assets.data.data_files import resolve_files
 
 CONVERSATIONS = {  # key of data: table
     "train": "conversations",
@@ -14,23 +15,22 @@ CONVERSATIONS = {  # key of data: table
     "few_shot": "few_shot",
     "contamination": "contamination",
 }
-
-
-Hashes = dict[
-    str, list[tuple[str, str]]
-]  # {key of data: its files, each with the hash of its content}
+# {key of data: its files, each with the hash of its content}
+Hashes = dict[str, list[tuple[str, str]]]
 
 
 def data_content(project: Project, keys: Sequence[str]) -> Hashes:
-    """Return, for each key of `data`, its files with their hashes: what decides the rows."""
+    """Return the files of each key of `data`, with the hashes of their content."""
     settings = project.data.model_dump()
     return {
         key: [
-            (
-                str(path.relative_to(project.root) if path.is_relative_to(project.root) else path),
-                file_sha256(path),
-            )
+            (_name(project, path), file_sha256(path))
             for path in resolve_files(project.root, settings[key], f"data.{key}")
         ]
         for key in keys
     }
+
+
+def _name(project: Project, path: Path) -> str:
+    inside = path.is_relative_to(project.root)
+    return str(path.relative_to(project.root) if inside else path)

@@ -1,8 +1,9 @@
-"""Read data files into raw rows. A row keeps the file and line it came from, for the messages.
+"""Read data files into raw rows. A row keeps its file and line, for the messages.
 
-Containers: JSON lines, a JSON list (by content, whatever the file is called), CSV and TSV with a header, Parquet,
-Arrow, and texts of one row each; text files also compressed (gz, xz, bz2, zst). All but a JSON list and a text are read
-in pieces. Not here: what a row means (shapes.py, canonical.py).
+Formats: JSON lines, a JSON list (by content, whatever the file is called), CSV and TSV with a
+header, Parquet, Arrow, and plain texts of one row each. Text files can be compressed (gz, xz, bz2,
+zst). All but a JSON list and a plain text are read in pieces.
+Not here: the meaning of a row (rows/row_formats.py, canonical.py).
 """
 
 import csv
@@ -15,21 +16,20 @@ from typing import Any
 
 from ft_assets.data.columnar import table_rows
 from ft_assets.data.file_types import DATA, TABLES, TEXT, suffixes
-from ft_assets.data.sources import resolve_files
 from ft_assets.data.streams import printable, split_lines, text_pieces, whole
 from ft_assets.errors import DataError
+from ft_assets.rows.types import RawFields
 
-__all__ = ["RawRow", "read_rows", "resolve_files"]
 LARGEST_FIELD = 2**27  # characters of a CSV field; the csv module's own limit is 128 KiB
 TO_LINES = "write one object a line (JSON lines): `jq -c '.[]' old.json > new.jsonl`"
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it stands in a file; `problem` says why it is not an object."""
+    """A row of a file; `problem` is the reason why it is not an object."""
 
     where: str
-    value: dict[str, Any] | None
+    value: RawFields | None
     problem: str | None = None
 
 
@@ -38,8 +38,9 @@ def read_rows(
 ) -> Iterator[RawRow]:
     """Yield the rows of a data file. Raises DataError for a file that cannot be read.
 
-    Text is UTF-8 (with or without BOM) or has a UTF-16/32 BOM, unless `encoding` names another. A .txt file is one row
-    {"text": …} where `format` is text, else refused. What is wrong late in a file is raised after the rows before it.
+    Text is UTF-8 (with or without BOM) or has a UTF-16/32 BOM, unless `encoding` names another
+    encoding. A .txt file is one row {"text": …} if `format` is text, else it is a DataError. An
+    error late in a file is raised after the rows before it.
     """
     kind, packed = suffixes(path)
     if kind in TABLES:
@@ -47,25 +48,23 @@ def read_rows(
             yield RawRow(f"{printable(path)}[{index}]", value)
         return
     if kind not in DATA and kind != TEXT:
-        known = ", ".join(DATA)
         raise DataError(
             where=str(path),
             found=f"has the ending {kind or '(none)'}",
-            expected=f"one of {known}, or a compressed one",
+            expected=f"one of {', '.join(DATA)}; text files may be compressed",
             fix="rename or convert it",
         )
     if kind == TEXT and format != "text":
         raise DataError(
             where=str(path),
             found="is a plain text",
-            expected="rows of a conversation",
+            expected="rows of conversations",
             fix="name it in data.format, {train: text}, to train on its text",
         )
     pieces = text_pieces(path, packed, encoding)
     if kind == TEXT:
-        yield RawRow(
-            printable(path), {"text": whole(path, pieces, "a text", "split it into several files")}
-        )
+        text = whole(path, pieces, "a text", "split it into several files")
+        yield RawRow(printable(path), {"text": text})
     elif kind in (".csv", ".tsv"):
         yield from _csv(path, split_lines(path, pieces, ""), "\t" if kind == ".tsv" else ",")
     else:
@@ -73,7 +72,7 @@ def read_rows(
 
 
 def _json(path: Path, pieces: Iterator[str]) -> Iterator[RawRow]:
-    """Yield the rows of JSON lines, or of a JSON list: the first character that is no blank decides."""
+    """Yield the rows of JSON lines or of a JSON list: the first non-blank character decides."""
     begun: list[str] = []
     for piece in pieces:
         begun.append(piece)
@@ -99,15 +98,13 @@ def _json_line(where: str, line: str) -> RawRow:
 
 
 def _row(where: str, value: Any) -> RawRow:
-    return (
-        RawRow(where, value)
-        if isinstance(value, dict)
-        else RawRow(where, None, f"is a {type(value).__name__}, not an object")
-    )
+    if isinstance(value, dict):
+        return RawRow(where, value)
+    return RawRow(where, None, f"is a {type(value).__name__}, not an object")
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _json_list(path: Path, text: str) -> Iterator[RawRow]:
@@ -132,7 +129,10 @@ def _json_list(path: Path, text: str) -> Iterator[RawRow]:
 
 
 def _csv(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[RawRow]:
-    """Yield rows by the header. `where` names the line on which a row ends: quoted fields may hold line breaks."""
+    """Yield rows with the header's names.
+
+    `where` names the line on which a row ends, because quoted fields may hold line breaks.
+    """
     csv.field_size_limit(LARGEST_FIELD)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -142,7 +142,7 @@ def _csv(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[RawRow]:
         except StopIteration:
             return
         except csv.Error as error:
-            # Past a broken quote nobody knows where a row begins.
+            # After a broken quote the beginning of the next row is unknown.
             raise DataError(
                 where=f"{path}:{reader.line_num}",
                 found=f"is not CSV: {error}",
@@ -151,14 +151,7 @@ def _csv(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[RawRow]:
             ) from None
         if header is None:
             header = fields
-            doubles = {name for name in header if header.count(name) > 1}
-            if doubles or not any(header):
-                raise DataError(
-                    where=f"{path}:1",
-                    found=f"the header is {fields!r}",
-                    expected="distinct column names",
-                    fix="add or correct the header",
-                )
+            _check_header(path, header)
             continue
         if not fields:
             continue
@@ -167,3 +160,13 @@ def _csv(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[RawRow]:
             yield RawRow(where, None, f"has {len(fields)} fields; the header has {len(header)}")
         else:
             yield RawRow(where, dict(zip(header, fields, strict=True)))
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    if len(set(header)) < len(header) or not any(header):
+        raise DataError(
+            where=f"{path}:1",
+            found=f"the header is {header!r}",
+            expected="distinct column names",
+            fix="add or correct the header",
+        )

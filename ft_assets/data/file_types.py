@@ -1,4 +1,4 @@
-"""What a file's name says of its container: the kinds that are read, and how they may be compressed."""
+"""The kinds of data files and their compressions, by the endings of file names."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ LINES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 DATA = (*LINES, *TABLES)
-TEXT = ".txt"  # one row a file, and only where data.format says text
+TEXT = ".txt"  # one row a file, and only if data.format is text
 
 
 def suffixes(path: Path) -> tuple[str, str]:

@@ -1,27 +1,31 @@
-"""Raw rows -> canonical rows in a table, in one pass: each is valid, a double, or rejected with its reason and its text."""
+"""Write raw rows as canonical rows of a table, in one pass.
+
+Each row is valid, a duplicate, or rejected; a rejected row is stored with its reason and its text.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import Any, cast
 
 from ft_assets.data.canonical import digest, normalise
 from ft_assets.data.file_formats import RawRow
-from ft_assets.data.row_formats import RowProblem, conversation_turns, renamed
-from ft_assets.data.tables import TableWriter, write_sorted
+from ft_assets.data.tables import Layout, RowT, TableWriter, write_sorted
 from ft_assets.errors import DataError
+from ft_assets.rows.row_formats import conversation_turns, renamed
+from ft_assets.rows.types import DataRow, RawFields, RejectedRow
+from ft_assets.rows.values import RowProblem
 
 SHOWN = 2000  # characters of a rejected row that are kept
-Form = Callable[[dict[str, Any]], dict[str, Any]]
+FIRST = 5  # rejected rows of a source that the metrics show
+Canonical = Callable[[RawFields], DataRow]
 
 
 @dataclass
 class Ingested:
-    """The counts of one source, the first rejected rows, and the version of the rows that are left."""
+    """The counts of one source, its first rejected rows, and the version of its valid rows."""
 
     rows: int
     duplicates: int
@@ -33,7 +37,7 @@ class Ingested:
     def total(self) -> int:
         return self.rows + self.duplicates + self.rejected
 
-    def metrics(self, name: str) -> dict[str, Any]:
+    def metrics(self, name: str) -> dict[str, int]:
         return {
             f"{name}_rows": self.rows,
             f"{name}_duplicates": self.duplicates,
@@ -42,88 +46,103 @@ class Ingested:
 
 
 class Ingest:
-    """Writes the valid rows of one source after the other, and all rejected ones to one table."""
+    """Writes the valid rows of one source after the other, and all rejected rows to one table."""
 
-    def __init__(self, output: Path, scratch: Path, rejected: TableWriter) -> None:
-        self.output, self.scratch, self.rejected = output, scratch, rejected
+    def __init__(self, output: Path, scratch: Path, rejected: TableWriter[RejectedRow]) -> None:
+        self.output = output
+        self.scratch = scratch
+        self.rejected = rejected
 
     def source(
         self,
         name: str,
         rows: Iterable[RawRow],
-        form: Form,
-        schema: pa.Schema,
+        form: Canonical,
+        layout: Layout[RowT],
         columns: Mapping[str, str] | None = None,
         stratum: str | None = None,
     ) -> Ingested:
-        """Write `<name>.parquet`, sorted by id so that file order changes nothing; exact doubles are dropped and counted.
+        """Write `<name>.parquet`, sorted by id so that the order of files changes nothing.
 
-        `columns` are the user's names for ours, {"prompt": "text"}; `stratum` is the field whose value a row is stratified by.
+        Exact duplicates are counted and filtered. `columns` are the user's names for our columns,
+        {"prompt": "text"}. `stratum` is the field by whose value rows are stratified.
         """
-        before, first = self.rejected.rows, []
+        before = self.rejected.rows
+        first: list[str] = []
 
-        def valid() -> Iterator[dict[str, Any]]:
+        def valid() -> Iterator[RowT]:
             for row in rows:
                 try:
-                    yield _canonical(row, form, dict(columns or {}), stratum)
+                    yield cast(RowT, _canonical(row, form, dict(columns or {}), stratum))
                 except RowProblem as problem:
-                    if len(first) < 5:
+                    if len(first) < FIRST:
                         first.append(f"{row.where}: {problem}")
-                    text = (
-                        json.dumps(row.value, ensure_ascii=False, default=str)[:SHOWN]
-                        if row.value is not None
-                        else ""
+                    self.rejected.write(
+                        {"where": row.where, "problem": str(problem), "row": _row_text(row)}
                     )
-                    text = text.encode("utf-8", "replace").decode()
-                    self.rejected.write({"where": row.where, "problem": str(problem), "row": text})
 
-        kept, doubles, version = write_sorted(
-            self.output / f"{name}.parquet", valid(), schema, self.scratch
-        )
-        return Ingested(kept, doubles, self.rejected.rows - before, first, version)
+        written = write_sorted(self.output / f"{name}.parquet", valid(), layout, self.scratch)
+        rejected = self.rejected.rows - before
+        return Ingested(written.rows, written.duplicates, rejected, first, written.version)
+
+
+def _row_text(row: RawRow) -> str:
+    if row.value is None:
+        return ""
+    text = json.dumps(row.value, ensure_ascii=False, default=str)[:SHOWN]
+    return text.encode("utf-8", "replace").decode()
 
 
 def _canonical(
-    row: RawRow, form: Form, columns: dict[str, str], stratum: str | None
-) -> dict[str, Any]:
+    row: RawRow, form: Canonical, columns: dict[str, str], stratum: str | None
+) -> DataRow:
+    """Return the canonical row, with the name of its file as `source`. Raises RowProblem."""
     if row.value is None:
         raise RowProblem(row.problem or "cannot be read")
-    canonical = {
-        **form(renamed(row.value, columns) if columns else row.value),
-        "source": row.where.rsplit(":", 1)[0].rsplit("[", 1)[0],
-    }
+    canonical: Any = form(renamed(row.value, columns) if columns else row.value)
+    canonical["source"] = row.where.rsplit(":", 1)[0].rsplit("[", 1)[0]
     if stratum is not None:
         value = row.value.get(stratum)
         if value is None or isinstance(value, dict | list):
-            raise RowProblem(
-                f"{stratum}: is {'missing' if value is None else 'not a plain value'}; data.stratify.field names it"
-            )
+            found = "missing" if value is None else "not a plain value"
+            raise RowProblem(f"{stratum}: is {found}; data.stratify.field names it")
         canonical["stratum"] = str(value)
     return canonical
 
 
-def target(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of an evaluation file that must not be trained on: a conversation's turns, else all texts of the row."""
+def target(raw: RawFields) -> DataRow:
+    """Return the canonical form of a row of an evaluation file that must not be trained on.
+
+    Its text is the user turns of a conversation, else all texts of the row. Raises RowProblem.
+    """
+    texts = _target_texts(raw)
+    text = "\n".join(texts)
+    if not normalise(text):
+        raise RowProblem(f"has no text; it has the keys {', '.join(sorted(raw)) or '(none)'}")
+    content = json.dumps(raw, sort_keys=True, default=str)
+    return {
+        "id": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "messages": [{"role": "user", "content": text}],
+        "group": digest("prompt", normalise(texts[0])),
+    }
+
+
+def _target_texts(raw: RawFields) -> list[str]:
     try:
-        said = [
+        return [
             str(turn["content"])
             for turn in conversation_turns(raw)
             if isinstance(turn, dict) and turn.get("role") == "user"
         ]
     except RowProblem:
-        said = [value for value in raw.values() if isinstance(value, str)]
-    text = "\n".join(said)
-    if not normalise(text):
-        raise RowProblem(f"has no text; it has the keys {', '.join(sorted(raw)) or '(none)'}")
-    messages = [{"role": "user", "content": text}]
-    identity = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()[
-        :16
-    ]
-    return {"id": identity, "messages": messages, "group": digest("prompt", normalise(said[0]))}
+        return [value for value in raw.values() if isinstance(value, str)]
 
 
 def worst(metrics: Mapping[str, Any]) -> tuple[str, int, int]:
-    """Return (source, rejected rows, all rows) of the source of an artifact with the largest share of rejected rows."""
+    """Return the source of an artifact with the largest share of rejected rows.
+
+    The result is (source, its rejected rows, all its rows).
+    """
     names = [key.removesuffix("_duplicates") for key in metrics if key.endswith("_duplicates")]
     counted = [
         (
@@ -137,12 +156,16 @@ def worst(metrics: Mapping[str, Any]) -> tuple[str, int, int]:
 
 
 def require_valid(metrics: Mapping[str, Any], most: float, asset: str) -> None:
-    """Raise DataError if more than the share `most` of any source was rejected: what is left may be a skewed rest."""
+    """Raise DataError if more than the share `most` of any source was rejected.
+
+    The valid rows may then be a skewed sample.
+    """
     name, rejected, total = worst(metrics)
     if total and rejected / total > most:
         raise DataError(
             where=f"{asset}: {name}",
             found=f"{rejected} of {total} rows cannot be used, first {metrics['first_rejected']}",
             expected=f"at most {most:.1%} (data.max_invalid)",
-            fix=f"correct the rows (info/rejected.parquet of {asset} has them all), or raise data.max_invalid to leave them out",
+            fix=f"correct the rows (info/rejected.parquet of {asset} has them all), "
+            "or raise data.max_invalid to train without them",
         )

@@ -1,6 +1,7 @@
-"""Labelled answers (KTO) -> preference pairs: a good and a bad answer to the same prompt, in the order they come.
+"""Pair labelled answers (KTO) into preferences: a good and a bad answer to the same prompt.
 
-Only answers that wait for their other are held. Not here: whether a pair can be used (canonical.py).
+Answers are paired in the order they come. Only unpaired answers are in memory.
+Not here: the check of a pair (canonical.py).
 """
 
 import hashlib
@@ -9,32 +10,30 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ft_assets.data.canonical import conversation
 from ft_assets.data.file_formats import RawRow
-from ft_assets.data.messages import shown
-from ft_assets.data.row_formats import RowProblem, renamed
+from ft_assets.rows.row_formats import renamed
+from ft_assets.rows.types import Message, RawFields
+from ft_assets.rows.values import RowProblem, shown
 
-SPELLED = {
-    "true": True,
-    "1": True,
-    "false": False,
-    "0": False,
-}  # of a label in a table of texts, read only where kto is named
+# Labels in a table of texts; they are read only where data.format is kto.
+SPELLED = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
 class _Answer:
+    """A labelled answer: its turns, and the other fields that its pair gets."""
+
     number: int
     where: str
-    turns: list[dict[str, Any]]
-    beside: dict[str, Any]
+    turns: list[Message]
+    other_fields: RawFields
 
 
 @dataclass
-class _Waiting:
-    """The answers to one prompt that have no other yet; never of both labels at once."""
+class _Unpaired:
+    """The unpaired answers to one prompt, by label; never of both labels at the same time."""
 
     answers: dict[bool, deque[_Answer]] = field(
         default_factory=lambda: {True: deque(), False: deque()}
@@ -44,13 +43,14 @@ class _Waiting:
 def pair_labels(
     rows: Iterable[RawRow], format: str | None = None, columns: Mapping[str, str] | None = None
 ) -> Iterator[RawRow]:
-    """Yield rows with labelled answers made pairs; rows without a label pass as they are.
+    """Yield rows with labelled answers made pairs; rows without a label pass unchanged.
 
-    A labelled answer is {prompt | messages | …, completion, label: true | false}. Each without another comes last, with
-    the problem. With `format` kto a row without a label is a problem, and labels may be 0, 1 or their texts. `columns` are
-    the user's names for ours; rows come out under ours, so that nobody may rename them again.
+    A labelled answer is {prompt | messages | …, completion, label: true | false}. Answers without
+    a partner come last, each with its problem. If `format` is kto, a row without a label is a
+    problem, and labels may be 0, 1 or their texts. `columns` are the user's names for our columns;
+    rows are yielded with our names, so do not rename them again.
     """
-    waiting: dict[str, _Waiting] = {}
+    unpaired: dict[str, _Unpaired] = {}
     for number, row in enumerate(rows):
         if row.value is None:
             yield row
@@ -66,52 +66,44 @@ def pair_labels(
             yield RawRow(row.where, None, str(problem))
             continue
         key = _prompt_key(answer)
-        others = waiting.setdefault(key, _Waiting()).answers
-        if not others[not label]:
-            others[label].append(answer)
+        answers = unpaired.setdefault(key, _Unpaired()).answers
+        if not answers[not label]:
+            answers[label].append(answer)
             continue
-        other = others[not label].popleft()
-        if not any(others.values()):
-            del waiting[key]
-        yield _pair(answer, other) if label else _pair(other, answer)
-    yield from _alone(waiting)
+        partner = answers[not label].popleft()
+        if not any(answers.values()):
+            del unpaired[key]
+        yield _pair(answer, partner) if label else _pair(partner, answer)
+    yield from _problems(unpaired)
 
 
-def _label(value: dict[str, Any], format: str | None) -> bool | None:
-    """Return the label of a row, or None for one that is no labelled answer. Raises RowProblem."""
+def _label(value: RawFields, format: str | None) -> bool | None:
+    """Return the label of a row, or None if it is not a labelled answer. Raises RowProblem."""
     label = value.get("label")
     if format != "kto":
-        return (
-            label
-            if isinstance(label, bool) and "chosen" not in value and "rejected" not in value
-            else None
-        )
+        is_pair = "chosen" in value or "rejected" in value
+        return label if isinstance(label, bool) and not is_pair else None
     if isinstance(label, bool):
         return label
     if isinstance(label, int | str) and str(label).strip().lower() in SPELLED:
         return SPELLED[str(label).strip().lower()]
-    raise RowProblem(
-        f"label: is {'missing' if label is None else shown(label)}; expected true or false (data.format: kto)"
-    )
+    found = "missing" if label is None else shown(label)
+    raise RowProblem(f"label: is {found}; expected true or false (data.format: kto)")
 
 
-def _answer(number: int, where: str, value: dict[str, Any]) -> _Answer:
+def _answer(number: int, where: str, value: RawFields) -> _Answer:
     row = conversation({key: part for key, part in value.items() if key != "label"})
-    last = row["messages"][-1]
-    if "tool_calls" in last:
+    if "tool_calls" in row["messages"][-1]:
         raise RowProblem(
             "the labelled answer has tool calls; the two answers of a preference are texts"
         )
-    beside = {
-        key: given
-        for key, given in (("tools", row.get("tools")), ("group", value.get("group")))
-        if given is not None
-    }
-    return _Answer(number, where, row["messages"], beside)
+    given = {"tools": row.get("tools"), "group": value.get("group")}
+    other_fields = {key: part for key, part in given.items() if part is not None}
+    return _Answer(number, where, row["messages"], other_fields)
 
 
 def _prompt_key(answer: _Answer) -> str:
-    # Not canonical.normalise: it drops signs, and an answer to 2 + 2 is none to 2 - 2.
+    # canonical.normalise drops signs, and an answer to 2 + 2 is not an answer to 2 - 2.
     turns = [
         (
             turn["role"],
@@ -120,20 +112,23 @@ def _prompt_key(answer: _Answer) -> str:
         )
         for turn in answer.turns[:-1]
     ]
-    text = json.dumps([turns, answer.beside.get("tools")], sort_keys=True, ensure_ascii=False)
+    content = [turns, answer.other_fields.get("tools")]
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _pair(good: _Answer, bad: _Answer) -> RawRow:
-    chosen, rejected = good.turns[-1]["content"], bad.turns[-1]["content"]
-    return RawRow(
-        _both(good.where, bad.where),
-        {"messages": good.turns[:-1], "chosen": chosen, "rejected": rejected, **good.beside},
-    )
+    pair: RawFields = {
+        "messages": good.turns[:-1],
+        "chosen": good.turns[-1]["content"],
+        "rejected": bad.turns[-1]["content"],
+        **good.other_fields,
+    }
+    return RawRow(_both(good.where, bad.where), pair)
 
 
 def _both(one: str, other: str) -> str:
-    """Return where a pair stands: rows.jsonl:3+5, rows.json[3+5], or a.jsonl + b.jsonl:3+5."""
+    """Return the place of a pair: rows.jsonl:3+5, rows.json[3+5], or a.jsonl + b.jsonl:3+5."""
     mark = "[" if one.endswith("]") and other.endswith("]") else ":"
     file, _, row = one.rpartition(mark)
     other_file, _, other_row = other.rpartition(mark)
@@ -141,17 +136,18 @@ def _both(one: str, other: str) -> str:
     return f"{files}{mark}{row.rstrip(']')}+{other_row}"
 
 
-def _alone(waiting: Mapping[str, _Waiting]) -> Iterator[RawRow]:
+def _problems(unpaired: Mapping[str, _Unpaired]) -> Iterator[RawRow]:
     left = [
         (answer, label)
-        for entry in waiting.values()
+        for entry in unpaired.values()
         for label, answers in entry.answers.items()
         for answer in answers
     ]
     for answer, label in sorted(left, key=lambda entry: entry[0].number):
-        have, lack = ("good", "bad") if label else ("bad", "good")
+        kind, missing = ("good", "bad") if label else ("bad", "good")
         yield RawRow(
             answer.where,
             None,
-            f"is a {have} answer (label {str(label).lower()}); no {lack} one to the same prompt is left to pair it with",
+            f"is a {kind} answer (label {str(label).lower()}); "
+            f"no {missing} answer to the same prompt is left to pair it with",
         )

@@ -1,29 +1,64 @@
-"""What stands on two sides of a split: the same prompt, nearly the same, or quoted. The split removes it, the check looks again.
+"""Find rows on two sides of a split: the same prompt, nearly the same prompt, or a quoted prompt.
 
-What counts as a common instruction is decided once, by the split, and kept with it: the check asks the same question.
+The split removes them from the trained side, and the check looks again. The split decides once
+which features are a common instruction and stores them, so that both compare alike.
 """
 
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ft_assets.config import DataSettings
-from ft_assets.data.near_duplicates import NearIndex, boilerplate, in_order, near_within
+from ft_assets.data.near_duplicates import NearIndex, Rows, boilerplate, in_order, near_within
 from ft_assets.data.ngrams import GramIndex, grams
 from ft_assets.data.tables import Table
+from ft_assets.rows.types import CopyKind, CopyRow, MemberRow, TextRow
 
 TRAINED = ("train", "validation", "preferences", "preferences_validation")
-KEPT_OUT = ("heldout", "retention")
+HELD_OUT = ("heldout", "retention")
 TEXTS = ["id", "group", "messages"]
-Rows = Sequence[dict[str, Any]] | Any  # or what has a length and is iterated as often as needed
-Copy = dict[str, Any]
-Common = dict[str, frozenset[int]]
+VERBS = {"near-duplicate": "is nearly", "quoted": "quotes"}
+
+
+@dataclass(frozen=True)
+class Common:
+    """The features that many rows share: hashed word triples, and hashed runs of 13 words."""
+
+    triples: frozenset[int]
+    grams: frozenset[int]
+
+    def write(self, path: Path) -> None:
+        stored = {"triples": sorted(self.triples), "grams": sorted(self.grams)}
+        path.write_text(json.dumps(stored))
+
+    @classmethod
+    def read(cls, path: Path) -> "Common":
+        stored = json.loads(path.read_text())
+        return cls(frozenset(stored["triples"]), frozenset(stored["grams"]))
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two rows of one group on two sides."""
+
+    side: str
+    id: str
+    other_side: str
+    other_id: str
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """The leaks of a split, as sentences, and their counts by kind."""
+
+    sentences: list[str]
+    counts: dict[str, int]
 
 
 class Chain:
-    """Several sides, one after the other, as often as they are asked for."""
+    """Several sides, one after the other; it can be iterated more than once."""
 
     def __init__(self, sides: Iterable[Rows]) -> None:
         self.sides = list(sides)
@@ -31,100 +66,124 @@ class Chain:
     def __len__(self) -> int:
         return sum(map(len, self.sides))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[TextRow]:
         return itertools.chain.from_iterable(self.sides)
 
 
 def common_features(sides: Sequence[Rows], data: DataSettings) -> Common:
-    """Return what many rows share, and is no sign of a copy: word triples, and runs of 13 words."""
-    return {
-        "triples": boilerplate(*sides) if data.near_duplicate else frozenset(),
-        "grams": boilerplate(*sides, of=grams) if data.quoted else frozenset(),
-    }
+    """Return the features that many rows share, which do not show a copy."""
+    return Common(
+        triples=boilerplate(*sides) if data.near_duplicate else frozenset(),
+        grams=boilerplate(*sides, of=grams) if data.quoted else frozenset(),
+    )
 
 
 def find_copies(
-    trained: Mapping[str, Rows], kept_out: Iterable[Rows], data: DataSettings, common: Common
-) -> list[Copy]:
-    """Return the rows of `trained` that are nearly rows of `kept_out`, or quote their prompts: {kind, side, id, of, similarity}."""
-    indices: list[tuple[str, Any]] = []
+    trained: Mapping[str, Rows], held_out: Iterable[Rows], data: DataSettings, common: Common
+) -> list[CopyRow]:
+    """Return the rows of `trained` that are nearly rows of `held_out` or quote their prompts."""
+    held_out = list(held_out)
+    copies: list[CopyRow] = []
     if data.near_duplicate:
-        indices.append(
-            ("near-duplicate", NearIndex(Chain(kept_out), data.near_duplicate, common["triples"]))
-        )
+        near = NearIndex(Chain(held_out), data.near_duplicate, common.triples)
+        copies += _copies("near-duplicate", near, trained)
     if data.quoted:
-        indices.append(("quoted", GramIndex(Chain(kept_out), data.quoted, common["grams"])))
+        copies += _copies("quoted", GramIndex(Chain(held_out), data.quoted, common.grams), trained)
+    return copies
+
+
+def _copies(
+    kind: CopyKind, index: NearIndex | GramIndex, trained: Mapping[str, Rows]
+) -> list[CopyRow]:
+    if not len(index):
+        return []
     return [
-        {"kind": kind, "side": name, "id": one, "of": other, "similarity": score}
-        for kind, index in indices
-        if len(index)
+        _copy(kind, name, *match)
         for name, rows in trained.items()
-        for one, other, score in in_order(index.matches(rows))
+        for match in in_order(index.matches(rows))
     ]
 
 
-def within(sides: Mapping[str, Rows], data: DataSettings, common: Common) -> list[Copy]:
-    """Return the rows that are nearly an earlier row of their own side: they are counted and shown, not left out."""
+def _copy(kind: CopyKind, side: str, identity: str, of: str, similarity: float) -> CopyRow:
+    return {"kind": kind, "side": side, "id": identity, "of": of, "similarity": similarity}
+
+
+def within(sides: Mapping[str, Rows], data: DataSettings, common: Common) -> list[CopyRow]:
+    """Return the rows that are nearly an earlier row of their own side.
+
+    They are counted and shown, not filtered.
+    """
     if not data.near_duplicate:
         return []
     return [
-        {"kind": "within", "side": name, "id": one, "of": other, "similarity": score}
+        _copy("within", name, *match)
         for name, rows in sides.items()
-        for one, other, score in near_within(rows, data.near_duplicate, common["triples"])
+        for match in near_within(rows, data.near_duplicate, common.triples)
     ]
 
 
-def overlaps(**sides: Iterable[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Return (side, id, other side, id) for each group that stands on two sides."""
+def overlaps(**sides: Iterable[MemberRow]) -> list[Overlap]:
+    """Return an overlap for each row whose group is on another side too."""
     seen: dict[str, tuple[str, str]] = {}
-    found = []
+    found: list[Overlap] = []
     for name, rows in sides.items():
         for row in rows:
             side, identity = seen.setdefault(row["group"], (name, row["id"]))
             if side != name:
-                found.append((side, identity, name, row["id"]))
+                found.append(Overlap(side, identity, name, row["id"]))
     return found
 
 
-def leaks(
-    split: Path, targets: Path, few_shot: Path, data: DataSettings
-) -> tuple[list[str], dict[str, int]]:
-    """Return what leaks in a split as it was written, as sentences, and the counts by kind.
+def leaks(split: Path, targets: Path, few_shot: Path, data: DataSettings) -> Leaks:
+    """Return the leaks of a split as it was written.
 
     Train and preferences may share prompts: they are two trainings of one model.
     """
-    ids = {
-        name: Table(split / f"{name}.parquet", ["id", "group"]) for name in (*TRAINED, *KEPT_OUT)
+    shared = _shared_prompts(split, targets, few_shot)
+    copies = find_copies(
+        {name: _texts(split / f"{name}.parquet") for name in TRAINED},
+        [*(_texts(split / f"{name}.parquet") for name in HELD_OUT), _texts(targets)],
+        data,
+        Common.read(split / "info" / "boilerplate.json"),
+    )
+    sentences = [
+        f"{one.side} {one.id} and {one.other_side} {one.other_id} share their prompt"
+        for one in shared
+    ]
+    sentences += [
+        f"{copy['side']} {copy['id']} {VERBS[copy['kind']]} {copy['of']}, "
+        f"similarity {copy['similarity']:.2f}"
+        for copy in copies
+    ]
+    near = sum(copy["kind"] == "near-duplicate" for copy in copies)
+    counts = {
+        "overlaps": len(shared),
+        "near_duplicates": near,
+        "quotes": len(copies) - near,
     }
-    trained = Chain(ids[name] for name in TRAINED)
-    found = [
-        *overlaps(trained=trained, heldout=ids["heldout"], retention=ids["retention"]),
+    return Leaks(sentences, counts)
+
+
+def _shared_prompts(split: Path, targets: Path, few_shot: Path) -> list[Overlap]:
+    ids = {name: _members(split / f"{name}.parquet") for name in (*TRAINED, *HELD_OUT)}
+
+    def trained() -> Iterator[MemberRow]:
+        return itertools.chain.from_iterable(ids[name] for name in TRAINED)
+
+    return [
+        *overlaps(trained=trained(), heldout=ids["heldout"], retention=ids["retention"]),
         *overlaps(train=ids["train"], validation=ids["validation"]),
         *overlaps(
             preferences=ids["preferences"], preferences_validation=ids["preferences_validation"]
         ),
-        *overlaps(trained=trained, contamination=Table(targets, ["id", "group"])),
-        *overlaps(few_shot=Table(few_shot, ["id", "group"]), heldout=ids["heldout"]),
+        *overlaps(trained=trained(), contamination=_members(targets)),
+        *overlaps(few_shot=_members(few_shot), heldout=ids["heldout"]),
     ]
-    stored = json.loads((split / "info" / "boilerplate.json").read_text())
-    copies = find_copies(
-        {name: Table(split / f"{name}.parquet", TEXTS) for name in TRAINED},
-        [*(Table(split / f"{name}.parquet", TEXTS) for name in KEPT_OUT), Table(targets, TEXTS)],
-        data,
-        {name: frozenset(values) for name, values in stored.items()},
-    )
-    verbs = {"near-duplicate": "is nearly", "quoted": "quotes"}
-    sentences = [
-        f"{one} {identity} and {other} {same} share their prompt"
-        for one, identity, other, same in found
-    ]
-    sentences += [
-        f"{copy['side']} {copy['id']} {verbs[copy['kind']]} {copy['of']}, similarity {copy['similarity']:.2f}"
-        for copy in copies
-    ]
-    near = sum(copy["kind"] == "near-duplicate" for copy in copies)
-    return sentences, {
-        "overlaps": len(found),
-        "near_duplicates": near,
-        "quotes": len(copies) - near,
-    }
+
+
+def _members(path: Path) -> Table[MemberRow]:
+    return Table(path, ["id", "group"])
+
+
+def _texts(path: Path) -> Table[TextRow]:
+    return Table(path, TEXTS)

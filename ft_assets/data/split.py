@@ -1,8 +1,9 @@
-"""Which rows are held out, and what is left to train on.
+"""Split rows into the held-out side and the trained sides.
 
-By hash of a row's group: growing the data never moves a row. What is trained and stands in the held-out or general rows
-too (or in evaluation files of the user's), is nearly the same, or quotes one, is left out of training, and counted. Rows
-are streamed: held are the groups and prompts of the kept-out side, and the ids of what is left out.
+The hash of a row's group decides its side, so growing the data never moves a row. A row is removed
+from training, and counted, if it is also in the held-out rows, the general rows or the user's
+evaluation files, if it is nearly the same as one of these, or if it quotes one. Rows are streamed;
+only held-out groups and prompts and the ids of removed rows stay in memory.
 """
 
 import hashlib
@@ -10,17 +11,19 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
 from ft_assets.config import DataSettings
-from ft_assets.data.leakage import common_features, find_copies, within
+from ft_assets.data.leakage import Common, common_features, find_copies, within
 from ft_assets.data.tables import (
     NEAR_DUPLICATE,
     TOKENIZED,
     TOKENIZED_PREFERENCE,
+    Layout,
     Table,
     TableWriter,
     rows_of,
@@ -28,163 +31,198 @@ from ft_assets.data.tables import (
     write_table,
 )
 from ft_assets.errors import DataError
+from ft_assets.rows.types import CopyRow, MemberRow, TextRow
 
 SOURCES = ("conversations", "rehearsal", "heldout", "retention", "preferences")
+TRAINED_SOURCES = ("conversations", "rehearsal", "preferences")
 SIDES = ("train", "validation", "heldout", "retention", "preferences", "preferences_validation")
 PAIRS = ("preferences", "preferences_validation")
-LEAST_WATCHED_PAIRS = 8  # fewer say nothing of a DPO: they are trained on
+MIN_VALIDATION_PAIRS = 8  # fewer show nothing about a DPO: they are trained on
 MEMBERSHIP = ["id", "group", "stratum", "judged"]
 STRATIFIED = ("train", "validation", "heldout")
-PART = ""  # of a conversation that stands elsewhere whole: on no side, but nothing that is lost
-Row = dict[str, Any]
+PART = ""  # of a conversation that is elsewhere as a whole: on no side, and not lost
+Strata = dict[str, dict[str, int]]  # {stratum: {side: rows}}
 
 
+@dataclass(frozen=True)
+class Split:
+    """The outcome of `make_split`: the counts, and the version of each side."""
+
+    counts: dict[str, int | str | None]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Side:
-    """Some rows of a table, as often as they are asked for: those that `wanted` takes."""
+    """The rows of a table that `wanted` accepts; they can be iterated more than once."""
 
-    def __init__(self, path: Path, wanted: Callable[[Row], bool]) -> None:
-        self.path, self.wanted = path, wanted
+    path: Path
+    wanted: Callable[[MemberRow], bool]
 
     def __len__(self) -> int:
-        return sum(1 for row in Table(self.path, MEMBERSHIP) if self.wanted(row))
+        return sum(1 for row in _members(self.path) if self.wanted(row))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[TextRow]:
+        accepts = cast(Callable[[dict[str, Any]], bool], self.wanted)
         for batch in Table(self.path, [*MEMBERSHIP, "messages"]).batches():
-            yield from rows_of(select(batch, self.wanted, MEMBERSHIP))
+            yield from cast(list[TextRow], rows_of(select(batch, accepts, MEMBERSHIP)))
 
 
 def is_heldout(group: str, share: float, salt: str = "") -> bool:
-    """Return the side of a group. Depends on nothing but the group, the share and the salt."""
+    """Return True if a group is held out. Depends only on the group, the share and the salt."""
     value = int.from_bytes(hashlib.sha256(f"{salt}:{group}".encode()).digest()[:8], "big")
     return value / 2**64 < share
 
 
-def make_split(
-    chat: Path, targets: Path, output: Path, data: DataSettings
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Write the sides to `output`, and to its `info` what was left out and why. Returns (counts, version of each side).
+@dataclass
+class _Rules:
+    """The rules that decide the side of each row."""
 
-    `chat` holds the rendered conversations, rehearsal, heldout (fixed, or empty), retention and preferences; `targets` are
-    texts that must not be trained on. Raises DataError if no train or no held-out row is left.
-    """
-    tables = {name: chat / f"{name}.parquet" for name in SOURCES}
-    fixed = len(Table(tables["heldout"])) > 0
-    shares = data.stratify.shares if data.stratify else {}
+    data: DataSettings
+    fixed: bool  # data.heldout names a file: no other row is held out
+    held_out_groups: set[str] = field(default_factory=set)
+    removed: dict[str, set[str]] = field(default_factory=dict)  # ids of copies by source
+    validation_pairs: bool = False
 
-    def held(row: Row) -> bool:
+    def held_out(self, row: MemberRow) -> bool:
+        shares = self.data.stratify.shares if self.data.stratify else {}
+        share = shares.get(row.get("stratum") or "", self.data.heldout_share)
         return (
-            not fixed
-            and row["judged"]
-            and is_heldout(
-                row["group"],
-                shares.get(row.get("stratum") or "", data.heldout_share),
-                data.split_salt,
-            )
+            not self.fixed
+            and bool(row.get("judged"))
+            and is_heldout(row["group"], share, self.data.split_salt)
         )
 
-    kept = {
-        row["group"]
-        for path in (tables["retention"], tables["heldout"], targets)
-        for row in Table(path, ["group"])
-    }
-    kept |= {row["group"] for row in Table(tables["conversations"], MEMBERSHIP) if held(row)}
+    def trainable(self, row: MemberRow) -> bool:
+        return row["group"] not in self.held_out_groups
 
-    def rest(row: Row) -> bool:
-        return row["group"] not in kept
+    def validation(self, row: MemberRow) -> bool:
+        salt = f"{self.data.split_salt}:validation"
+        return is_heldout(row["group"], self.data.validation_share, salt)
 
-    trained = {
-        name: Side(tables[name], rest) for name in ("conversations", "rehearsal", "preferences")
-    }
-    kept_out = [
-        Side(tables["conversations"], held),
-        *(Side(path, _every) for path in (tables["heldout"], tables["retention"], targets)),
-    ]
-    common = common_features([*trained.values(), *kept_out], data)
-    copies = find_copies(trained, kept_out, data, common)
-    left_out = {name: {copy["id"] for copy in copies if copy["side"] == name} for name in trained}
+    def validation_pair(self, row: MemberRow) -> bool:
+        removed = row["id"] in self.removed["preferences"]
+        return self.trainable(row) and not removed and self.validation(row)
 
-    def watched(row: Row) -> bool:
-        return is_heldout(row["group"], data.validation_share, f"{data.split_salt}:validation")
-
-    pairs = Side(
-        tables["preferences"],
-        lambda row: rest(row) and row["id"] not in left_out["preferences"] and watched(row),
-    )
-    pairs_watched = len(pairs) >= LEAST_WATCHED_PAIRS
-
-    def side(source: str, row: Row) -> str | None:
+    def side(self, source: str, row: MemberRow) -> str | None:
+        """Return the side of a row of a source; PART, or None if the row is removed."""
         if source in ("heldout", "retention"):
-            return source if row["judged"] else PART
-        if source == "conversations" and held(row):
+            return source if row.get("judged") else PART
+        if source == "conversations" and self.held_out(row):
             return "heldout"
-        if not rest(row) or row["id"] in left_out[source]:
+        if not self.trainable(row) or row["id"] in self.removed[source]:
             return None if row.get("judged", True) else PART
         if source == "preferences":
-            return "preferences_validation" if pairs_watched and watched(row) else source
-        return "validation" if source == "conversations" and watched(row) else "train"
+            validation = self.validation_pairs and self.validation(row)
+            return "preferences_validation" if validation else source
+        return "validation" if source == "conversations" and self.validation(row) else "train"
 
-    counts, strata, versions = _write(tables, output, side)
-    for name in ("train", "heldout"):
-        if not counts[f"{name}_rows"]:
-            raise DataError(
-                where="split",
-                found=f"no {name.replace('heldout', 'held-out')} rows out of {len(Table(tables['conversations']))}",
-                expected="both sides filled",
-                fix="add data, or change data.heldout_share",
-            )
-    counts["near_duplicates_removed"] = sum(map(len, left_out.values()))
+
+def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> Split:
+    """Write the sides to `output`, and the removed rows with their reasons to its `info`.
+
+    `chat` holds the rendered conversations, rehearsal, heldout (a fixed file, or empty), retention
+    and preferences. `targets` are texts that must not be trained on. Raises DataError if no train
+    row or no held-out row is left.
+    """
+    tables = {name: chat / f"{name}.parquet" for name in SOURCES}
+    rules = _Rules(data, fixed=len(Table(tables["heldout"])) > 0)
+    rules.held_out_groups = _held_out_groups(rules, tables, targets)
+    copies, common = _find_copies(rules, tables, targets)
+    rules.removed = {
+        name: {copy["id"] for copy in copies if copy["side"] == name} for name in TRAINED_SOURCES
+    }
+    pairs = Side(tables["preferences"], rules.validation_pair)
+    rules.validation_pairs = len(pairs) >= MIN_VALIDATION_PAIRS
+    sources, strata, versions = _write(tables, output, rules)
+    counts: dict[str, int | str | None] = {**_counts(sources)}
+    _require_rows(counts, tables["conversations"])
+    counts["near_duplicates_removed"] = sum(map(len, rules.removed.values()))
     counts["first_near_duplicate"] = (
         "{side} {id} of {of}: {similarity:.2f}".format(**copies[0]) if copies else None
     )
-    inside = within(
-        {name: Side(output / f"{name}.parquet", _every) for name in SIDES}, data, common
-    )
-    counts |= {
-        f"{name}_near_duplicates_within": sum(copy["side"] == name for copy in inside)
-        for name in SIDES
+    sides = {name: Side(output / f"{name}.parquet", _every) for name in SIDES}
+    inside = within(sides, data, common)
+    for name in SIDES:
+        counts[f"{name}_near_duplicates_within"] = sum(copy["side"] == name for copy in inside)
+    info = output / "info"
+    info.mkdir()
+    write_table(info / "near_duplicates.parquet", [*copies, *inside], NEAR_DUPLICATE)
+    common.write(info / "boilerplate.json")
+    (info / "strata.json").write_text(json.dumps(strata, indent=1, ensure_ascii=False))
+    return Split(counts, versions)
+
+
+def _held_out_groups(rules: _Rules, tables: dict[str, Path], targets: Path) -> set[str]:
+    groups = {
+        row["group"]
+        for path in (tables["retention"], tables["heldout"], targets)
+        for row in Table[MemberRow](path, ["group"])
     }
-    (output / "info").mkdir()
-    write_table(output / "info" / "near_duplicates.parquet", [*copies, *inside], NEAR_DUPLICATE)
-    (output / "info" / "boilerplate.json").write_text(
-        json.dumps({name: sorted(values) for name, values in common.items()})
-    )
-    (output / "info" / "strata.json").write_text(json.dumps(strata, indent=1, ensure_ascii=False))
-    return counts, versions
+    held_out = (row["group"] for row in _members(tables["conversations"]) if rules.held_out(row))
+    return groups.union(held_out)
 
 
-def _every(_: Row) -> bool:
+def _find_copies(
+    rules: _Rules, tables: dict[str, Path], targets: Path
+) -> tuple[list[CopyRow], Common]:
+    trained = {name: Side(tables[name], rules.trainable) for name in TRAINED_SOURCES}
+    held_out = [
+        Side(tables["conversations"], rules.held_out),
+        *(Side(path, _every) for path in (tables["heldout"], tables["retention"], targets)),
+    ]
+    common = common_features([*trained.values(), *held_out], rules.data)
+    return find_copies(trained, held_out, rules.data, common), common
+
+
+def _members(path: Path) -> Table[MemberRow]:
+    return Table(path, MEMBERSHIP)
+
+
+def _every(_: MemberRow) -> bool:
     return True
 
 
 def _write(
-    tables: dict[str, Path], output: Path, side: Callable[[str, Row], str | None]
-) -> tuple[dict[str, Any], dict[str, dict[str, int]], dict[str, str]]:
-    """Write each row to its side. Returns the counts, {stratum: {side: rows}} and the versions."""
+    tables: dict[str, Path], output: Path, rules: _Rules
+) -> tuple[Counter[tuple[str, str | None]], Strata, dict[str, str]]:
+    """Write each row to its side.
+
+    Returns the number of rows by (source, side), the strata, and the version of each side.
+    """
     sources: Counter[tuple[str, str | None]] = Counter()
-    strata: dict[str, dict[str, int]] = {}
+    strata: Strata = {}
     with ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(
-                TableWriter(
-                    output / f"{name}.parquet", TOKENIZED_PREFERENCE if name in PAIRS else TOKENIZED
-                )
-            )
-            for name in SIDES
-        }
+        writers: dict[str, TableWriter[Any]] = {}
+        for name in SIDES:
+            layout: Layout[Any] = TOKENIZED_PREFERENCE if name in PAIRS else TOKENIZED
+            writers[name] = stack.enter_context(TableWriter(output / f"{name}.parquet", layout))
         for source, path in tables.items():
             for batch in Table(path).batches():
-                members = batch.select(
-                    [name for name in MEMBERSHIP if name in batch.schema.names]
-                ).to_pylist()
-                chosen = [side(source, row) for row in members]
+                members = _members_of(batch)
+                chosen = [rules.side(source, row) for row in members]
                 for name in dict.fromkeys(name for name in chosen if name):
                     writers[name].copy(batch.filter(pa.array([entry == name for entry in chosen])))
                 sources.update((source, name) for name in chosen)
-                for row, name in zip(members, chosen, strict=True):
-                    if row["stratum"] is not None and name in STRATIFIED:
-                        strata.setdefault(row["stratum"], dict.fromkeys(STRATIFIED, 0))[name] += 1
+                _count_strata(strata, members, chosen)
         versions = {name: writer.version for name, writer in writers.items()}
-    counts = {
+    return sources, strata, versions
+
+
+def _members_of(batch: pa.RecordBatch) -> list[MemberRow]:
+    columns = [name for name in MEMBERSHIP if name in batch.schema.names]
+    return cast(list[MemberRow], batch.select(columns).to_pylist())
+
+
+def _count_strata(strata: Strata, members: list[MemberRow], sides: list[str | None]) -> None:
+    for row, side in zip(members, sides, strict=True):
+        stratum = row.get("stratum")
+        if stratum is not None and side in STRATIFIED:
+            strata.setdefault(stratum, dict.fromkeys(STRATIFIED, 0))[side] += 1
+
+
+def _counts(sources: Counter[tuple[str, str | None]]) -> dict[str, int]:
+    return {
         "train_rows": sources[("conversations", "train")],
         "rehearsal_rows": sources[("rehearsal", "train")],
         "validation_rows": sources[("conversations", "validation")],
@@ -196,4 +234,15 @@ def _write(
         "rehearsal_rows_removed": sources[("rehearsal", None)],
         "pairs_removed": sources[("preferences", None)],
     }
-    return counts, strata, versions
+
+
+def _require_rows(counts: dict[str, int | str | None], conversations: Path) -> None:
+    for name in ("train", "heldout"):
+        if not counts[f"{name}_rows"]:
+            side = name.replace("heldout", "held-out")
+            raise DataError(
+                where="split",
+                found=f"no {side} rows out of {len(Table(conversations))}",
+                expected="at least one row on each side",
+                fix="add data, or change data.heldout_share",
+            )

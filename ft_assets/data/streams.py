@@ -1,6 +1,7 @@
-"""Text out of files, piece by piece: decompressed, decoded, split into lines. A byte that does not decode is named by line.
+"""Read text from files in pieces: decompressed, decoded, split into lines.
 
-No file is held whole. Not here: what a line means (formats.py).
+An error about a byte that does not decode names its line. No file is in memory as a whole.
+Not here: the meaning of a line (file_formats.py).
 """
 
 import bz2
@@ -19,10 +20,11 @@ import pyarrow as pa
 from ft_assets.errors import DataError
 
 CHUNK = 2**20  # bytes read at once
-LARGEST_WHOLE = 2**29  # characters of what must be held at once: a JSON list, a line, a text
+# Characters of a JSON list, a line or a text, which must be in memory as a whole.
+LARGEST_WHOLE = 2**29
 BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: it begins with that one's mark
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -30,14 +32,15 @@ BOMS = (
 
 
 def printable(path: Path) -> str:
-    """Return a file's name as text that can be stored: names need not be UTF-8."""
+    """Return the name of a file as text that can be stored: a name need not be UTF-8."""
     return path.name.encode("utf-8", "backslashreplace").decode()
 
 
 def text_pieces(path: Path, packed: str, encoding: str | None) -> Iterator[str]:
-    """Yield the text of a file in pieces. Raises DataError for bytes that are no text, with their line.
+    """Yield the text of a file in pieces.
 
-    Text is UTF-8, or has the mark (BOM) of UTF-16/32, unless `encoding` names another.
+    Text is UTF-8, or has the mark (BOM) of UTF-16/32, unless `encoding` names another encoding.
+    Raises DataError for bytes that are not text, with their line.
     """
     chunks = _chunks(path, packed)
     start = next(chunks, b"")
@@ -58,13 +61,13 @@ def text_pieces(path: Path, packed: str, encoding: str | None) -> Iterator[str]:
             lines += _valid(decoder, (kept + (chunk or b""))[: error.start]).count("\n")
             raise DataError(
                 where=f"{path}:{lines}",
-                found=f"is not {name.removesuffix('-sig').upper()} (byte {before - len(kept) + error.start})",
+                found=f"is not {name.removesuffix('-sig').upper()} "
+                f"(byte {before - len(kept) + error.start})",
                 expected="UTF-8 text",
-                fix="convert it, or name its encoding in data.encoding, e.g. latin-1: guessing would mangle some letters silently",
+                fix="convert it, or name its encoding in data.encoding, e.g. latin-1: "
+                "a guess would mangle some letters silently",
             ) from None
-        except (
-            UnicodeError
-        ) as error:  # what is not about one byte: a UTF-16 stream without its mark
+        except UnicodeError as error:  # not of one byte: a UTF-16 stream without its mark
             raise DataError(
                 where=f"{path}:{lines}",
                 found=f"is not {name.upper()} ({error})",
@@ -83,9 +86,8 @@ def split_lines(path: Path, pieces: Iterator[str], newline: str) -> Iterator[str
     length, number, held = 0, 1, ""
     for piece in itertools.chain(pieces, [None]):
         text = held + (piece or "")
-        held = (
-            "\r" if newline == "" and piece is not None and text.endswith("\r") else ""
-        )  # its "\n" may come with the next piece
+        # The "\n" of a last "\r" may come with the next piece.
+        held = "\r" if newline == "" and piece is not None and text.endswith("\r") else ""
         for line in io.StringIO(text.removesuffix(held) if held else text, newline=newline):
             open_line.append(line)
             length += len(line)
@@ -104,7 +106,7 @@ def split_lines(path: Path, pieces: Iterator[str], newline: str) -> Iterator[str
 
 
 def whole(path: Path, pieces: Iterator[str], what: str, advice: str) -> str:
-    """Return all the text. Raises DataError where it is too much to be held at once."""
+    """Return all the text. Raises DataError if it is too long to be in memory as a whole."""
     parts: list[str] = []
     length = 0
     for piece in pieces:
@@ -113,7 +115,7 @@ def whole(path: Path, pieces: Iterator[str], what: str, advice: str) -> str:
             raise DataError(
                 where=str(path),
                 found=f"is {what} of more than {LARGEST_WHOLE} characters",
-                expected="less than can be held in memory",
+                expected="a text that fits in memory",
                 fix=advice,
             )
         parts.append(piece)
@@ -123,14 +125,14 @@ def whole(path: Path, pieces: Iterator[str], what: str, advice: str) -> str:
 def _decoder(name: str) -> codecs.IncrementalDecoder:
     try:
         codecs.lookup(name)
-        b"a".decode(name)  # says of hex or zlib that they are no text encodings
+        b"a".decode(name)  # fails for hex and zlib, which are not text encodings
     except UnicodeDecodeError:
         pass
     except (LookupError, ValueError):
         raise DataError(
             where="finetune.yaml: data.encoding",
-            found=f"{name!r} is no encoding",
-            expected="e.g. latin-1 or cp1252",
+            found=f"{name!r} is not an encoding",
+            expected="the name of a text encoding, e.g. latin-1 or cp1252",
             fix="correct it",
         ) from None
     return codecs.getincrementaldecoder(name)("strict")
@@ -171,8 +173,8 @@ def _chunks(path: Path, packed: str) -> Iterator[bytes]:
 def _broken(path: Path, packed: str, error: Exception) -> DataError:
     return DataError(
         where=str(path),
-        found=f"is not a whole {packed} file ({error})",
-        expected=f"a {packed} file",
+        found=f"is not a complete {packed} file ({error})",
+        expected=f"a complete {packed} file",
         fix="copy it again",
     )
 

@@ -1,80 +1,127 @@
-"""Rows as parquet files, written and read in batches: no room holds a whole data set. And the version of a set of rows.
+"""Read and write tables of rows as Parquet files, in batches.
 
-A row is a dict (canonical.py); what is not flat in it is kept as JSON text: the calls of a turn, the tools of a
-conversation. Optional keys that a row does not have are absent, never None.
+No module has to load a whole data set. A row is a TypedDict (rows.py). Values that are not flat
+are stored as JSON text: the calls of a turn, the tools of a conversation. The module also computes
+the version of a set of rows.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, Self, TypeVar, cast, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ft_assets.rows.types import (
+    ConversationRow,
+    CopyRow,
+    Message,
+    PairRow,
+    PreferenceRow,
+    RejectedRow,
+    TokenizedRow,
+)
+
+BATCH = 1000  # rows that are Python objects at the same time
+MODULUS = 2**128
+
+RowT = TypeVar("RowT", bound=Mapping[str, object])
+# A row as Arrow holds it: every column of the schema, None where the row has no value, JSON texts.
+ArrowRow = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout(Generic[RowT]):
+    """The Parquet schema of a table whose rows have the type `row`."""
+
+    row: type[RowT]
+    schema: pa.Schema
+
 
 TURN = pa.struct(
     [
         ("role", pa.string()),
         ("content", pa.string()),
-        ("train", pa.bool_()),  # False: an answer that is context only
+        ("train", pa.bool_()),
         ("tool_calls", pa.string()),  # JSON
         ("tool_call_id", pa.string()),
         ("name", pa.string()),
     ]
 )
-ROW = [
+DATA_COLUMNS = [
     ("id", pa.string()),
-    ("group", pa.string()),  # what must stay on one side of the split
-    ("stratum", pa.string()),  # the value of data.stratify's field
+    ("group", pa.string()),
+    ("stratum", pa.string()),
     ("messages", pa.list_(TURN)),
     ("tools", pa.string()),  # JSON
 ]
-DIGEST = [("digest", pa.string())]  # of all that the row says; what versions are made of
+SOURCE = [("source", pa.string())]
+DIGEST = [("digest", pa.string())]  # versions are made of it
 IDS = pa.list_(pa.int32())
-CONVERSATION = pa.schema([*ROW, ("source", pa.string()), *DIGEST])
-PREFERENCE = pa.schema(
-    [*ROW, ("chosen", pa.string()), ("rejected", pa.string()), ("source", pa.string()), *DIGEST]
+
+CONVERSATION = Layout(ConversationRow, pa.schema([*DATA_COLUMNS, *SOURCE, *DIGEST]))
+PREFERENCE = Layout(
+    PreferenceRow,
+    pa.schema(
+        [*DATA_COLUMNS, ("chosen", pa.string()), ("rejected", pa.string()), *SOURCE, *DIGEST]
+    ),
 )
-TOKENIZED = pa.schema(
-    [
-        *ROW,
-        (
-            "judged",
-            pa.bool_(),
-        ),  # a whole conversation that ends in an answer: only such a row can be held out
-        ("input_ids", IDS),
-        ("supervised", pa.list_(pa.bool_())),
-        *DIGEST,
-    ]
+TOKENIZED = Layout(
+    TokenizedRow,
+    pa.schema(
+        [
+            *DATA_COLUMNS,
+            ("judged", pa.bool_()),
+            ("input_ids", IDS),
+            ("supervised", pa.list_(pa.bool_())),
+            *DIGEST,
+        ]
+    ),
 )
-TOKENIZED_PREFERENCE = pa.schema(
-    [*ROW, ("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), *DIGEST]
+TOKENIZED_PREFERENCE = Layout(
+    PairRow,
+    pa.schema(
+        [
+            *DATA_COLUMNS,
+            ("prompt_ids", IDS),
+            ("chosen_ids", IDS),
+            ("rejected_ids", IDS),
+            *DIGEST,
+        ]
+    ),
 )
-NEAR_DUPLICATE = pa.schema(
-    [
-        ("kind", pa.string()),
-        ("side", pa.string()),
-        ("id", pa.string()),
-        ("of", pa.string()),
-        ("similarity", pa.float64()),
-    ]
+NEAR_DUPLICATE = Layout(
+    CopyRow,
+    pa.schema(
+        [
+            ("kind", pa.string()),
+            ("side", pa.string()),
+            ("id", pa.string()),
+            ("of", pa.string()),
+            ("similarity", pa.float64()),
+        ]
+    ),
 )
-REJECTED = pa.schema([("where", pa.string()), ("problem", pa.string()), ("row", pa.string())])
-BATCH = 1000
-MODULUS = 2**128
+REJECTED = Layout(
+    RejectedRow,
+    pa.schema([("where", pa.string()), ("problem", pa.string()), ("row", pa.string())]),
+)
 
 
 class Version:
-    """The version of a set of rows: the sum of their digests, so that neither order nor batches count.
+    """The version of a set of rows: the sum of their digests, whatever their order and batches.
 
-    Equal sets have equal versions; that others have not holds by accident of 128 bits, not against an attacker
-    (Bellare & Micciancio 1997, AdHash).
+    Equal sets have equal versions. Distinct sets collide with probability about 2^-128; this is
+    not collision-resistant against an attacker (Bellare & Micciancio 1997, AdHash).
     """
 
     def __init__(self) -> None:
-        self.total, self.rows = 0, 0
+        self.total = 0
+        self.rows = 0
 
     def add(self, digests: Iterable[str]) -> None:
         for digest in digests:
@@ -85,15 +132,21 @@ class Version:
         return hashlib.sha256(f"{self.rows}:{self.total}".encode()).hexdigest()[:20]
 
 
-class TableWriter:
-    """Writes rows to a parquet file in batches. Use as a context; `rows` and `version` say what was written."""
+class TableWriter(Generic[RowT]):
+    """Writes rows to a Parquet file in batches. Use it as a context manager.
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    `rows` counts the rows written so far; `version` is their version.
+    """
+
+    def __init__(self, path: Path, layout: Layout[RowT]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.schema, self.rows = schema, 0
-        self._file, self._buffer, self._version = pq.ParquetWriter(path, schema), [], Version()
+        self.schema = layout.schema
+        self.rows = 0
+        self._file = pq.ParquetWriter(path, layout.schema)
+        self._buffer: list[ArrowRow] = []
+        self._version = Version()
 
-    def __enter__(self) -> "TableWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -108,26 +161,27 @@ class TableWriter:
 
     @property
     def version(self) -> str:
-        """The version of the rows written so far, of a schema with digests."""
+        """The version of the rows written so far. The layout must have digests."""
         self._flush()
         return str(self._version)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Add a row; keys outside the schema are left out, and so is nothing else."""
+    def write(self, row: RowT) -> None:
+        """Add a row. Keys that are not in the schema are dropped."""
         self._buffer.append(_stored(row, self.schema))
         self.rows += 1
         if len(self._buffer) >= BATCH:
             self._flush()
 
     def copy(self, batch: pa.RecordBatch) -> None:
-        """Add rows of a table of the same schema as they are."""
+        """Add the rows of a batch of the same schema, unchanged."""
         self._flush()
         self._append(batch)
         self.rows += batch.num_rows
 
     def _flush(self) -> None:
         if self._buffer:
-            batch, self._buffer = pa.RecordBatch.from_pylist(self._buffer, schema=self.schema), []
+            batch = pa.RecordBatch.from_pylist(self._buffer, schema=self.schema)
+            self._buffer = []
             self._append(batch)
 
     def _append(self, batch: pa.RecordBatch) -> None:
@@ -136,18 +190,22 @@ class TableWriter:
             self._version.add(batch.column("digest").to_pylist())
 
 
-class Table(Sequence[dict[str, Any]]):
-    """The rows of a parquet file, read in batches each time they are iterated."""
+class Table(Sequence[RowT]):
+    """The rows of a Parquet file, read in batches at each iteration.
+
+    Name the type of the rows: `Table[TokenizedRow](path)`.
+    """
 
     def __init__(self, path: Path, columns: list[str] | None = None) -> None:
-        self.path, self.columns = path, columns
+        self.path = path
+        self.columns = columns
 
     def __len__(self) -> int:
         return pq.read_metadata(self.path).num_rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[RowT]:
         for batch in self.batches():
-            yield from rows_of(batch)
+            yield from cast(list[RowT], rows_of(batch))
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError("a table is iterated, not indexed; read_table() returns a list")
@@ -155,6 +213,11 @@ class Table(Sequence[dict[str, Any]]):
     def batches(self) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(self.path) as file:
             yield from file.iter_batches(batch_size=BATCH, columns=self.columns)
+
+    def row_batches(self) -> Iterator[list[RowT]]:
+        """Yield the rows in lists of at most BATCH rows."""
+        for batch in self.batches():
+            yield cast(list[RowT], rows_of(batch))
 
     def version(self) -> str:
         """Return the version of the rows, from their digests."""
@@ -164,22 +227,29 @@ class Table(Sequence[dict[str, Any]]):
         return str(version)
 
 
-def rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return the rows of a batch as dicts."""
+def rows_of(batch: pa.RecordBatch) -> list[ArrowRow]:
+    """Return the rows of a batch, decoded."""
     return [_decoded(row) for row in batch.to_pylist()]
 
 
-def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> str:
-    """Write rows as a parquet file; columns outside the schema are left out. Returns their version."""
-    with TableWriter(path, schema) as table:
+def write_table(path: Path, rows: Iterable[RowT], layout: Layout[RowT]) -> str:
+    """Write rows as a Parquet file and return their version."""
+    with TableWriter(path, layout) as table:
         for row in rows:
             table.write(row)
         return table.version
 
 
-def read_table(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Read a parquet file, or its first rows, as a list of rows: for what is small or must be held whole."""
-    rows: list[dict[str, Any]] = []
+@overload
+def read_table(path: Path, limit: int | None = None) -> list[Any]: ...
+@overload
+def read_table(path: Path, limit: int | None = None, *, row: type[RowT]) -> list[RowT]: ...
+def read_table(path: Path, limit: int | None = None, *, row: Any = None) -> list[Any]:
+    """Return the rows of a table, or its first `limit` rows, as a list of rows of type `row`.
+
+    Use it for tables that are small or must be in memory as a whole.
+    """
+    rows: list[ArrowRow] = []
     for batch in Table(path).batches():
         rows += rows_of(batch if limit is None else batch.slice(0, limit - len(rows)))
         if limit is not None and len(rows) >= limit:
@@ -187,49 +257,61 @@ def read_table(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def write_sorted(
-    path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, scratch: Path
-) -> tuple[int, int, str]:
-    """Write rows sorted by id, of each id the first, so that the order of files changes nothing.
+@dataclass(frozen=True)
+class SortedTable:
+    """The outcome of `write_sorted`: rows written, duplicates dropped, version of the rows."""
 
-    Returns (rows, doubles left out, version). Sorts more rows than fit in memory: they lie in a memory-mapped Arrow file
-    in the folder `scratch` meanwhile, and only ids and positions are held.
+    rows: int
+    duplicates: int
+    version: str
+
+
+def write_sorted(
+    path: Path, rows: Iterable[RowT], layout: Layout[RowT], scratch: Path
+) -> SortedTable:
+    """Write rows sorted by id, so that the order of files changes nothing.
+
+    Of several rows with one id the first is kept. More rows than fit in memory can be sorted: they
+    are in a memory-mapped Arrow file in the folder `scratch` meanwhile, and only ids and positions
+    are in memory.
     """
     import numpy as np
     from datasets import Dataset
 
+    schema = layout.schema
     unsorted = scratch / f"{path.stem}.arrow"
     with pa.OSFile(str(unsorted), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for batch in _batched(rows):
-            stream.write_batch(
-                pa.RecordBatch.from_pylist([_stored(row, schema) for row in batch], schema=schema)
-            )
+            stored_rows = [_stored(row, schema) for row in batch]
+            stream.write_batch(pa.RecordBatch.from_pylist(stored_rows, schema=schema))
     stored = Dataset.from_file(str(unsorted))
     ids = np.asarray(stored.data.column("id").to_pylist(), dtype=str)
-    order = np.argsort(ids, kind="stable")  # of doubles the first stays first
+    order = np.argsort(ids, kind="stable")  # of duplicates the first stays first
     kept = order[np.append(True, ids[order][1:] != ids[order][:-1])] if len(ids) else order
-    with TableWriter(path, schema) as table:
+    with TableWriter(path, layout) as table:
         for start in range(0, len(kept), BATCH):
-            chunk: Any = stored.select(
-                kept[start : start + BATCH], keep_in_memory=True
-            ).with_format("arrow")[:]
+            part = stored.select(kept[start : start + BATCH], keep_in_memory=True)
+            chunk: Any = part.with_format("arrow")[:]
             table.copy(chunk.cast(schema).combine_chunks().to_batches()[0])
         version = table.version
     del stored
     unsorted.unlink()
-    return len(kept), len(ids) - len(kept), version
+    return SortedTable(len(kept), len(ids) - len(kept), version)
 
 
 def select(
-    batch: pa.RecordBatch, wanted: Callable[[dict[str, Any]], bool], columns: Sequence[str]
+    batch: pa.RecordBatch, wanted: Callable[[ArrowRow], bool], columns: Sequence[str]
 ) -> pa.RecordBatch:
-    """Return the rows of a batch that are wanted by their values in `columns`, of which the batch may lack some."""
+    """Return the rows of a batch for which `wanted` is true of their values in `columns`.
+
+    Columns that the batch does not have are skipped.
+    """
     values = batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
     return batch.filter(pa.array([wanted(row) for row in values], pa.bool_()))
 
 
-def _batched(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
+def _batched(rows: Iterable[RowT]) -> Iterator[list[RowT]]:
+    batch: list[RowT] = []
     for row in rows:
         batch.append(row)
         if len(batch) == BATCH:
@@ -239,42 +321,40 @@ def _batched(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield batch
 
 
-def _stored(row: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+def _stored(row: Mapping[str, object], schema: pa.Schema) -> ArrowRow:
     encoded = _encoded({name: row.get(name) for name in schema.names})
     return {**encoded, "digest": _digest(encoded)} if "digest" in schema.names else encoded
 
 
-def _digest(encoded: dict[str, Any]) -> str:
-    """Return the digest of a row as it is stored: not of the file it came from."""
-    said = {
+def _digest(encoded: ArrowRow) -> str:
+    """Return the digest of a stored row, without the name of the file it came from."""
+    content = {
         key: value
         for key, value in encoded.items()
         if key not in ("source", "digest") and value is not None
     }
-    return hashlib.sha256(
-        json.dumps(said, sort_keys=True, ensure_ascii=False).encode()
-    ).hexdigest()[:32]
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _encoded(row: dict[str, Any]) -> dict[str, Any]:
+def _encoded(row: ArrowRow) -> ArrowRow:
     if isinstance(row.get("messages"), list):
-        row["messages"] = [
-            {
-                **turn,
-                "tool_calls": json.dumps(turn["tool_calls"], sort_keys=True, ensure_ascii=False),
-            }
-            if turn.get("tool_calls")
-            else turn
-            for turn in row["messages"]
-        ]
+        row["messages"] = [_encoded_turn(turn) for turn in row["messages"]]
     if row.get("tools") is not None:
         row["tools"] = json.dumps(row["tools"], sort_keys=True, ensure_ascii=False)
     return row
 
 
-def _decoded(row: dict[str, Any]) -> dict[str, Any]:
+def _encoded_turn(turn: Message) -> ArrowRow | Message:
+    if not turn.get("tool_calls"):
+        return turn
+    calls = json.dumps(turn.get("tool_calls"), sort_keys=True, ensure_ascii=False)
+    return {**turn, "tool_calls": calls}
+
+
+def _decoded(row: ArrowRow) -> ArrowRow:
     if row.get("messages") is not None:
-        row["messages"] = [_turn(turn) for turn in row["messages"]]
+        row["messages"] = [_decoded_turn(turn) for turn in row["messages"]]
     for key in ("tools", "stratum"):
         if key in row and row[key] is None:
             del row[key]
@@ -283,7 +363,7 @@ def _decoded(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+def _decoded_turn(turn: ArrowRow) -> ArrowRow:
     kept = {key: value for key, value in turn.items() if value is not None}
     if "tool_calls" in kept:
         kept["tool_calls"] = json.loads(kept["tool_calls"])

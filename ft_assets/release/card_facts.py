@@ -12,7 +12,7 @@ import yaml
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import ChatSettings, Project
-from ft_assets.data.sources import shown
+from ft_assets.data.remote_files import without_secrets
 from ft_assets.data.tables import read_table
 from ft_assets.models.license import snapshot_license
 
@@ -82,7 +82,7 @@ def _base(project: Project, name: str, base: Artifact) -> dict[str, Any]:
 def _shareable(place: str) -> str:
     """Return a path or URL for a public page: of an absolute path only its last part, the rest is this machine's; of a URL
     what is no secret."""
-    return Path(place).name if Path(place).is_absolute() else shown(place)
+    return Path(place).name if Path(place).is_absolute() else without_secrets(place)
 
 
 def _words(chat: ChatSettings, base: Artifact) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def excerpt(project: Project, name: str) -> str:
             base[key] = _shareable(base[key])
     data = {
         "data": _each(written.pop("data"), _shareable),
-        **_each({"base_models": {name: base}, **written}, shown),
+        **_each({"base_models": {name: base}, **written}, without_secrets),
     }
     return yaml.safe_dump(
         data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120

@@ -21,7 +21,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from ft_assets.compat.transformers import prepare_inputs
 from ft_assets.compat.trl import drop_reference_copy, expect_reference_scores, fused_head
 from ft_assets.config import DpoSettings, LoraSettings
-from ft_assets.data.split import LEAST_WATCHED_PAIRS
+from ft_assets.data.split import MIN_VALIDATION_PAIRS
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype
 from ft_assets.job import Report
@@ -262,7 +262,7 @@ def train_dpo(
     trainers = [prepared]
     del prepared  # a try that failed leaves its trainer behind
     loss = PairLoss(watched, plan.micro_batch)
-    unwatched = f": of the pairs, fewer than {LEAST_WATCHED_PAIRS} would be watched"
+    unwatched = f": of the pairs, fewer than {MIN_VALIDATION_PAIRS} would be watched"
     watch = Validation(loss if watched else None, dpo, "dpo", checkpoints, report, unwatched)
     computed = sum(row_length(row) for row in rows) / tokens if shares else 1.0
     share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full", computed)

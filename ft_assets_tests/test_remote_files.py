@@ -11,7 +11,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from ft_assets.data.sources import resolve_files
+from ft_assets.data.data_files import resolve_files
 from ft_assets.errors import DataError, ModelError, SourceUnreachable
 from ft_assets.models.source import resolve_revision
 from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
@@ -82,7 +82,7 @@ def test_file_of_a_web_server_is_fetched_once_and_again_when_it_changes(
         ("{web}/absent.jsonl", "there is no such file"),
         ("{web}/*.jsonl", "HTTP has no folders"),
         ("http://ada:secret@127.0.0.1:9/train.jsonl", "credentials in the environment"),
-        ("ftp://example.org/train.jsonl", "ftp:// is not read"),
+        ("ftp://example.org/train.jsonl", "ftp:// is not supported"),
         ("hf://datasets/owner/name/train.parquet", "names no revision"),
     ],
 )

@@ -140,10 +140,13 @@ class TextRow(TypedDict):
     rejected: NotRequired[str]
 
 
+CopyKind = Literal["near-duplicate", "quoted", "within"]
+
+
 class CopyRow(TypedDict):
     """A row (`id`, on `side`) that repeats another row (`of`), and how similar they are."""
 
-    kind: Literal["near-duplicate", "quoted", "within"]
+    kind: CopyKind
     side: str
     id: str
     of: str

@@ -1,0 +1,71 @@
+"""Check single values of a raw row: texts, names, JSON.
+
+A value that cannot be used raises RowProblem.
+"""
+
+import json
+from typing import Any
+
+LONGEST_PROBLEM = 600  # characters: a row can have keys of any length
+
+
+class RowProblem(Exception):
+    """The reason why a row cannot be used, as text that can be stored whatever the row holds."""
+
+    def __init__(self, problem: str) -> None:
+        if len(problem) > LONGEST_PROBLEM:
+            problem = f"{problem[:LONGEST_PROBLEM]}…"
+        super().__init__(problem.encode("utf-8", "backslashreplace").decode())
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message; a value that is nested too deeply is shown by its type."""
+    try:
+        return repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__}"
+
+
+def text(where: str, value: Any, empty: bool = False) -> str:
+    """Return a text that can be trained on. Raises RowProblem."""
+    if not isinstance(value, str):
+        raise RowProblem(f"{where}: content is {_kind(value)}; expected text")
+    if not value.strip() and not empty:
+        raise RowProblem(f"{where}: empty content")
+    if "\x00" in value:
+        raise RowProblem(f"{where}: holds a NUL character; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowProblem(f"{where}: holds half of a surrogate pair; expected text") from None
+    return value
+
+
+def word(where: str, value: Any) -> str:
+    """Return a name or an id. Raises RowProblem."""
+    if not isinstance(value, str):
+        raise RowProblem(f"{where}: is {_kind(value)}; expected a name")
+    return text(where, value)
+
+
+def parsed(where: str, value: str) -> Any:
+    """Return the value of a JSON text. Raises RowProblem."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowProblem(f"{where}: is not JSON ({error})") from None
+
+
+def require_json(where: str, value: Any) -> None:
+    """Raise RowProblem for a value that JSON cannot hold.
+
+    JSON cannot hold NaN, the dates and bytes of a table, and half of a surrogate pair.
+    """
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False, sort_keys=True).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RowProblem(f"{where}: holds what JSON cannot ({error})") from None
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"
