@@ -120,7 +120,7 @@ def made_in(folder: Path) -> float:
     for home in store.root.iterdir():
         for partition in (None, *project.base_models) if not home.name.startswith(".") else ():
             if (made := store.current(home.name, partition)) is not None:
-                total += made.manifest["finished"] - made.manifest["started"]
+                total += made.manifest.finished - made.manifest.started
     return total
 
 

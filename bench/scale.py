@@ -121,7 +121,7 @@ def measure(rows: list[dict[str, Any]], count: int, folder: Path) -> dict[str, A
     store = ArtifactStore(folder / ".ft/store")
     made = {name: store.need(name, None if name == "raw_dataset" else "smollm2") for name in ASSETS}
     seconds = {
-        name: artifact.manifest["finished"] - artifact.manifest["started"]
+        name: artifact.manifest.finished - artifact.manifest.started
         for name, artifact in made.items()
     }
     split = made["heldout_split"].metrics

@@ -212,7 +212,7 @@ def test_status_shows_versions_times_and_key_numbers(finished: Path) -> None:
     assert lines["eval_report"]["fingerprint"] == report.fingerprint
     assert lines["eval_report"]["key"].startswith(report.metrics["verdict"])
     assert lines["eval_report"]["made"] == time.strftime(
-        "%Y-%m-%dT%H:%M:%SZ", time.gmtime(report.manifest["finished"])
+        "%Y-%m-%dT%H:%M:%SZ", time.gmtime(report.manifest.finished)
     )
     assert lines["raw_dataset"]["key"].startswith(
         f"{store.need('raw_dataset', None).metrics['conversations_rows']} rows"
@@ -249,8 +249,8 @@ def publish(
             staged, asset=asset, partition=partition, version=f"{asset[:4]}-{content}", code_version="1", settings={},
             inputs=inputs or {}, environment={}, metrics={}, parts=parts, started=0.0,
         )  # fmt: skip
-    manifest = {**made.manifest, "finished": time.time() - hours * HOUR}
-    (made.path / "manifest.json").write_text(json.dumps(manifest))
+    manifest = made.manifest.model_copy(update={"finished": time.time() - hours * HOUR})
+    (made.path / "manifest.json").write_text(manifest.to_text())
     return Artifact(made.path, manifest)
 
 

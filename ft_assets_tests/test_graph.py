@@ -53,12 +53,10 @@ def test_graph_ends_with_a_merged_model_behind_a_pass(finished: Path) -> None:
 
 
 def test_second_run_reuses_every_step(copy: Path) -> None:
-    before = {asset: store(copy).need(asset, "tiny").manifest["finished"] for asset in ASSETS}
+    before = {asset: store(copy).need(asset, "tiny").manifest.finished for asset in ASSETS}
     again = ft(copy, "run")
     assert again.returncode == 0, again.stderr
-    assert {
-        asset: store(copy).need(asset, "tiny").manifest["finished"] for asset in ASSETS
-    } == before
+    assert {asset: store(copy).need(asset, "tiny").manifest.finished for asset in ASSETS} == before
     assert again.stderr.count("reused") >= len(ASSETS)
 
 
@@ -74,7 +72,7 @@ def test_changed_preference_leaves_sft_untouched(copy: Path) -> None:
         "raw_preferences,chat_dataset,heldout_split,lora_adapter,dpo_adapter",
     )
     assert done.returncode == 0, done.stderr
-    assert store(copy).need("lora_adapter", "tiny").manifest["finished"] == sft.manifest["finished"]
+    assert store(copy).need("lora_adapter", "tiny").manifest.finished == sft.manifest.finished
     assert store(copy).need("dpo_adapter", "tiny").fingerprint != dpo
 
 

@@ -157,7 +157,7 @@ def test_gc_removes_old_versions_from_the_bucket_and_keeps_the_current(
     store = machine("one")
     for index in range(4):
         publish(store, str(index), f"v{index}")
-    late = store.need("a", "tiny").manifest["finished"] + 5 * HOUR
+    late = store.need("a", "tiny").manifest.finished + 5 * HOUR
     going, unreadable = removals(store, 1, now=late)
     assert ([removal.path.name for removal in going], unreadable) == (["v0", "v1", "v2"], [])
     assert all(remove(store, removal) for removal in going)

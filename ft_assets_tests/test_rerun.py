@@ -124,7 +124,7 @@ def made(folder: Path) -> dict[str, float]:
             artifact = store.current(home.name, partition)
             if artifact is not None:
                 times[home.name if partition in (None, "tiny") else f"{home.name}[{partition}]"] = (
-                    artifact.manifest["finished"]
+                    artifact.manifest.finished
                 )
     return times
 

@@ -177,7 +177,10 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
     }  # type: ignore[arg-type]
     assert entries["tiny"]["rank"] == 1
     assert "cannot be read (ArrowInvalid" in entries["cut"]["reason"]
-    assert "manifest.json: is not JSON" in entries["broken"]["reason"]
+    assert (
+        "manifest.json: is damaged or was written by another version of ft_assets (Invalid JSON"
+        in entries["broken"]["reason"]
+    )
     assert entries["old"]["verdict"] is None
     numbers = json.loads(kept["report.json"])
     numbers["bound_to"]["lora_adapter"] = "another"

@@ -4,8 +4,11 @@ import multiprocessing
 import time
 from pathlib import Path
 
+import pytest
+
 from ft_assets.artifacts import Artifact, ArtifactStore, verify_files
-from ft_assets.artifacts.store import MANIFEST
+from ft_assets.artifacts.manifest import MANIFEST, Manifest
+from ft_assets.errors import ArtifactError
 
 
 def publish(store: ArtifactStore, version: str = "v1", text: str = "rows") -> Artifact:
@@ -59,3 +62,63 @@ def test_what_a_plan_assumes_is_seen_by_itself_alone(tmp_path: Path) -> None:
     planning = ArtifactStore(tmp_path)
     planning.assume(old, None)
     assert (planning.need("raw_dataset", None), store.need("raw_dataset", None)) == (old, new)
+
+
+# Written by the first version of the store: key order, indent and floats are part of the layout.
+STORED = """{
+ "asset": "raw_dataset",
+ "partition": null,
+ "fingerprint": "v1",
+ "data_version": "4f53cda18c2baa0c0354",
+ "parts": {
+  "conversations": "é"
+ },
+ "code_version": "1",
+ "settings": {
+  "rate": 1e-05,
+  "names": [
+   "a"
+  ]
+ },
+ "inputs": {},
+ "environment": {
+  "torch": "2.9"
+ },
+ "metrics": {
+  "rows": 3,
+  "loss": NaN
+ },
+ "files": {
+  "0.txt": {
+   "bytes": 4,
+   "sha256": "ab"
+  }
+ },
+ "started": 1700000000.25,
+ "finished": 1700000001.5
+}"""
+
+
+def test_manifest_is_stored_as_it_was_read(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(STORED)
+    assert Manifest.read(tmp_path).to_text() == STORED
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (STORED[:200], "Invalid JSON"),
+        ("[1]", "should be an object"),
+        (STORED.replace('"files"', '"blobs"'), "files: Field required"),
+    ],
+)
+def test_damaged_or_foreign_manifest_is_one_sentence(tmp_path: Path, text: str, key: str) -> None:
+    made = publish(ArtifactStore(tmp_path))
+    (made.folder / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactError) as error:
+        ArtifactStore(tmp_path).need("raw_dataset", None)
+    assert error.value.where == str(made.folder / MANIFEST)
+    assert error.value.found.startswith("is damaged or was written by another version of ft_assets")
+    assert key in error.value.found
+    assert error.value.fix == f"delete {made.folder}"
+    assert ArtifactStore(tmp_path).versions() == ([], [str(made.folder)])

@@ -8,7 +8,6 @@ could not be sent waits in the cache, and is sent when it is asked for again. Cr
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 import uuid
@@ -17,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ft_assets.artifacts.manifest import Artifact, file_sha256, to_text
+from ft_assets.artifacts.documents import parse_document
+from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, file_sha256
 from ft_assets.artifacts.store import (
-    MANIFEST,
     UNPARTITIONED,
     ArtifactStore,
-    checked,
     fsync_tree,
     replace,
 )
@@ -77,16 +75,9 @@ class ObjectStore(ArtifactStore):
         if text is None:
             waiting = next(self._home(asset, partition).glob(f"{WAITING}{version}-*"), None)
             return self._send(waiting, (asset, partition, version)) if waiting else None
-        try:
-            return self._artifact(checked(text))
-        except (ValueError, KeyError, TypeError) as error:
-            where = f"{self.url}/{asset}/{partition or UNPARTITIONED}/{version}"
-            raise ArtifactError(
-                where=f"{where}/{MANIFEST}",
-                found=f"is not a manifest ({error})",
-                expected="a manifest",
-                fix=f"delete {where}",
-            ) from None
+        where = f"{self.url}/{asset}/{partition or UNPARTITIONED}/{version}"
+        fix = f"delete {where}"
+        return self._artifact(parse_document(f"{where}/{MANIFEST}", Manifest, text, fix))
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
         text = self._read_text(self._key(asset, partition, "CURRENT"))
@@ -99,33 +90,30 @@ class ObjectStore(ArtifactStore):
                 f"{artifact.fingerprint}\n".encode(),
             )
 
-    def _commit(self, staged: Path, manifest: dict[str, Any]) -> Artifact:
-        manifest["place"] = (
-            f"files-{uuid.uuid4().hex[:12]}"  # two machines that make the same version do not mix their files
-        )
-        (staged / MANIFEST).write_text(to_text(manifest))
+    def _commit(self, staged: Path, manifest: Manifest) -> Artifact:
+        # Two machines that make the same version must not mix their files.
+        manifest = manifest.model_copy(update={"place": f"files-{uuid.uuid4().hex[:12]}"})
+        (staged / MANIFEST).write_text(manifest.to_text())
         fsync_tree(staged)
-        waiting = staged.parent / f"{WAITING}{manifest['fingerprint']}-{manifest['place']}"
+        waiting = staged.parent / f"{WAITING}{manifest.fingerprint}-{manifest.place}"
         os.rename(staged, waiting)
-        return self._send(
-            waiting, (manifest["asset"], manifest["partition"], manifest["fingerprint"])
-        )
+        return self._send(waiting, (manifest.asset, manifest.partition, manifest.fingerprint))
 
     def _send(self, waiting: Path, home: tuple[str, str | None, str]) -> Artifact:
         """Send what waits. Of two processes that do so at once (of the same folder, or of the same version) both end well."""
         try:
-            manifest = checked((waiting / MANIFEST).read_text())
+            manifest = Manifest.read(waiting)
             with self._reached(self.url):
-                for name in manifest["files"]:
+                for name in manifest.files:
                     self._files.put_file(
-                        str(waiting / name), self._key(*home, manifest["place"], name)
+                        str(waiting / name), self._key(*home, manifest.place or "", name)
                     )
         except FileNotFoundError:  # another one has sent it, and moved it to where it is read
             if (text := self._read_text(self._key(*home, MANIFEST))) is None:
                 raise
-            return self._artifact(checked(text))
+            return self._artifact(Manifest.model_validate_json(text))
         with self._reached(self.url):
-            self._files.pipe_file(self._key(*home, MANIFEST), to_text(manifest).encode())
+            self._files.pipe_file(self._key(*home, MANIFEST), manifest.to_text().encode())
         artifact = self._artifact(manifest)
         if _holds(artifact.folder, manifest):  # somebody may be reading it
             shutil.rmtree(waiting, ignore_errors=True)
@@ -134,37 +122,38 @@ class ObjectStore(ArtifactStore):
                 replace(waiting, artifact.folder)
         return artifact
 
-    def _artifact(self, manifest: dict[str, Any]) -> Artifact:
-        folder = self._home(manifest["asset"], manifest["partition"]) / manifest["fingerprint"]
+    def _artifact(self, manifest: Manifest) -> Artifact:
+        folder = self._home(manifest.asset, manifest.partition) / manifest.fingerprint
         return Artifact(folder, manifest, functools.partial(self._fetch, folder, manifest))
 
-    def _fetch(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def _fetch(self, folder: Path, manifest: Manifest) -> None:
         """Make the cache hold this version. Raises ArtifactError naming an object that is not what was published."""
         if _holds(folder, manifest):
             return
         super().require_space(
-            sum(entry["bytes"] for entry in manifest["files"].values()) + 10_000_000,
-            f"a copy of {manifest['asset']}",
+            manifest.bytes + 10_000_000,
+            f"a copy of {manifest.asset}",
         )
-        with self.staging(manifest["asset"], manifest["partition"]) as staged:
-            for name, entry in manifest["files"].items():
+        with self.staging(manifest.asset, manifest.partition) as staged:
+            for name, entry in manifest.files.items():
                 target = staged / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._fetch_file(manifest, name, entry["sha256"], target)
-            (staged / MANIFEST).write_text(to_text(manifest))
+                self._fetch_file(manifest, name, entry.sha256, target)
+            (staged / MANIFEST).write_text(manifest.to_text())
             fsync_tree(staged)
             replace(staged, folder)
 
-    def _fetch_file(self, manifest: dict[str, Any], name: str, digest: str, target: Path) -> None:
+    def _fetch_file(self, manifest: Manifest, name: str, digest: str, target: Path) -> None:
         key = self._key(
-            manifest["asset"],
-            manifest["partition"],
-            manifest["fingerprint"],
-            manifest["place"],
+            manifest.asset,
+            manifest.partition,
+            manifest.fingerprint,
+            manifest.place or "",
             name,
         )
         where = f"{self._place.protocol}://{key}"
-        fix = f"delete {where.rpartition('/' + manifest['place'])[0]} and materialize {manifest['asset']} again"
+        version = where.rpartition(f"/{manifest.place}")[0]
+        fix = f"delete {version} and materialize {manifest.asset} again"
         with self._reached(where):
             try:
                 self._files.get_file(key, str(target))
@@ -197,13 +186,14 @@ class ObjectStore(ArtifactStore):
         found, unreadable = list[Artifact](), list[str]()
         for key in keys:
             try:
-                found.append(self._artifact(checked(self._read_text(key) or "")))
-            except (ValueError, KeyError, TypeError):
+                text = self._read_text(key) or ""
+                found.append(self._artifact(Manifest.model_validate_json(text)))
+            except ValueError:
                 unreadable.append(key)
         return found, unreadable
 
     def bytes_of(self, artifact: Artifact) -> int:
-        return sum(entry["bytes"] for entry in artifact.manifest["files"].values())
+        return artifact.manifest.bytes
 
     def remove(self, artifact: Artifact) -> bool:
         """Delete a version: its manifest first, so that nobody finds half of it; then its files, and the copy here."""
@@ -218,7 +208,7 @@ class ObjectStore(ArtifactStore):
                 ):  # a run went back to it between the two steps
                     self._files.pipe_file(
                         self._key(asset, partition, version, MANIFEST),
-                        to_text(artifact.manifest).encode(),
+                        artifact.manifest.to_text().encode(),
                     )
                     return False
                 self._files.rm(self._key(asset, partition, version), recursive=True)
@@ -275,9 +265,9 @@ class ObjectStore(ArtifactStore):
             raise StoreUnreachable(where, f"{type(error).__name__}: {error}") from error
 
 
-def _holds(folder: Path, manifest: dict[str, Any]) -> bool:
+def _holds(folder: Path, manifest: Manifest) -> bool:
     """Return whether the folder is a whole copy of a version's files."""
     try:
-        return json.loads((folder / MANIFEST).read_text())["files"] == manifest["files"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return Manifest.read(folder).files == manifest.files
+    except (FileNotFoundError, ValueError, ArtifactError):
         return False

@@ -5,7 +5,6 @@ that readers get. A version is staged under `.tmp-…`, fsynced and renamed, so 
 """
 
 import errno
-import json
 import os
 import shutil
 import uuid
@@ -14,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ft_assets.artifacts.manifest import Artifact, make_manifest, to_text
+from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, make_manifest
 from ft_assets.errors import ArtifactError
 
 UNPARTITIONED = "_"
-MANIFEST = "manifest.json"
 TRASH = ".trash-"
 
 
@@ -63,16 +61,9 @@ class ArtifactStore:
 
     def _read(self, path: Path) -> Artifact | None:
         try:
-            return Artifact(path, json.loads((path / MANIFEST).read_text()))
+            return Artifact.read(path)
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
-            raise ArtifactError(
-                where=str(path / MANIFEST),
-                found=f"is not JSON ({error})",
-                expected="a manifest",
-                fix=f"delete {path}",
-            ) from None
 
     def make_current(self, artifact: Artifact, partition: str | None) -> None:
         """Point CURRENT at an artifact, in one rename."""
@@ -149,18 +140,18 @@ class ArtifactStore:
             started=started,
             code_version=code_version,
             settings=settings,
-            inputs=dict(inputs),
-            environment=dict(environment),
-            metrics=dict(metrics),
+            inputs=inputs,
+            environment=environment,
+            metrics=metrics,
         )
         artifact = self._commit(staged, manifest)
         self.make_current(artifact, partition)
         return artifact
 
-    def _commit(self, staged: Path, manifest: dict[str, Any]) -> Artifact:
-        (staged / MANIFEST).write_text(to_text(manifest))
+    def _commit(self, staged: Path, manifest: Manifest) -> Artifact:
+        (staged / MANIFEST).write_text(manifest.to_text())
         fsync_tree(staged)
-        final = self._home(manifest["asset"], manifest["partition"]) / manifest["fingerprint"]
+        final = self._home(manifest.asset, manifest.partition) / manifest.fingerprint
         try:
             os.rename(staged, final)
         except OSError as error:
@@ -178,8 +169,8 @@ class ArtifactStore:
         found, unreadable = list[Artifact](), list[str]()
         for folder in _folders_with_manifest(self.root.joinpath(*below)):
             try:
-                found.append(Artifact(folder, checked((folder / MANIFEST).read_text())))
-            except (OSError, ValueError, KeyError, TypeError):
+                found.append(Artifact.read(folder))
+            except (OSError, ValueError, ArtifactError):
                 unreadable.append(str(folder))
         return found, unreadable
 
@@ -218,15 +209,6 @@ def replace(made: Path, folder: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
     else:
         os.rename(made, folder)
-
-
-def checked(text: str) -> dict[str, Any]:
-    """Return a manifest. Raises ValueError, KeyError or TypeError if it is none."""
-    manifest: Any = json.loads(text)
-    for key in ("asset", "partition", "fingerprint", "data_version", "inputs", "parts", "files"):
-        _ = manifest[key]
-    float(manifest["finished"])
-    return manifest
 
 
 def _folders_with_manifest(root: Path) -> Iterator[Path]:

@@ -32,7 +32,7 @@ def export(
     name, project, store = context.partition_key, materializer.project, materializer.store
     where = f"export[{name}]"
     released, champion = need_champion(store, name, where)
-    base = by_content(store, "base_model", name, champion.manifest["inputs"]["base_model"])
+    base = by_content(store, "base_model", name, champion.manifest.inputs["base_model"])
     if base is None:
         raise ReleaseError(
             where=where,
@@ -41,7 +41,7 @@ def export(
             fix="restore it from a backup",
         )
     adapter, split = adapter_of(store, name, champion), store.need("heldout_split", name)
-    identity = base.manifest["settings"].get(
+    identity = base.manifest.settings.get(
         "identity", {}
     )  # of the champion's own base: today's may be another
     source = {"base": identity.get("hub"), "revision": identity.get("commit")}
@@ -53,7 +53,7 @@ def export(
         **({"source": source} if "adapter" in (project.release.forms or []) else {}),
         "tools": identities(project.release.forms or ["gguf-q8_0"], llama_cpp),
     }
-    size = sum(entry["bytes"] for entry in champion.manifest["files"].values())
+    size = champion.manifest.bytes
     artifact, reused = materializer.materialize(
         context,
         settings=settings,

@@ -139,8 +139,8 @@ def _costs(materializer: Materializer, name: str, report: Artifact) -> dict[str,
     ]
     weights = (
         [
-            entry["bytes"]
-            for file, entry in merged.manifest["files"].items()
+            entry.bytes
+            for file, entry in merged.manifest.files.items()
             if file.endswith(".safetensors")
         ]
         if merged

@@ -40,9 +40,9 @@ def merged_model(
     verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
     assert report is not None
     adapter = used[f"{'dpo' if verdict.candidate == 'dpo' else 'lora'}_adapter"]
-    size = sum(entry["bytes"] for entry in used["base_model"].manifest["files"].values())
+    size = used["base_model"].manifest.bytes
     method = adapter.metrics.get(
-        "method", adapter.manifest["settings"]["lora"]["method"]
+        "method", adapter.manifest.settings["lora"]["method"]
     )  # auto: what the plan took
     artifact, reused = materializer.materialize(
         context,

@@ -99,8 +99,8 @@ def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
         verify_files(merged)
     except (ReleaseError, ArtifactError) as error:
         return dg.AssetCheckResult(passed=False, severity=ERROR, description=str(error))
-    files = merged.manifest["files"]
-    size = sum(entry["bytes"] for entry in files.values())
+    files = merged.manifest.files
+    size = merged.manifest.bytes
     return dg.AssetCheckResult(
         passed=True,
         description=f"{len(files)} files, {size / 1e9:.2f} GB, all as they were published",
@@ -206,7 +206,7 @@ def _former(store: Any, name: str, state: rules.State) -> dict[str, tuple[Artifa
 
 
 def _require_made_from(merged: Artifact, report: Artifact, where: str) -> None:
-    if merged.manifest["inputs"]["eval_report"] != report.data_version:
+    if merged.manifest.inputs["eval_report"] != report.data_version:
         raise VerdictError(
             where=where,
             found="merged_model was made from another eval_report than the current one",

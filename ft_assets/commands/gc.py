@@ -97,7 +97,7 @@ def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version
     """
     assets = {other.asset for other in found}
     wanted: dict[tuple[str, str | None], list[tuple[str | None, str]]] = defaultdict(list)
-    for name, data_version in version.artifact.manifest["inputs"].items():
+    for name, data_version in version.artifact.manifest.inputs.items():
         whole, _, part = name.partition("#")
         asset, _, partition = whole.removesuffix("]").partition("[")
         # An input may have a name of its own (merged_model's `adapter`): then any asset that has this content.
@@ -121,7 +121,7 @@ def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version
 
 def _has(version: Version, part: str | None, content: str) -> bool:
     manifest = version.artifact.manifest
-    return (manifest["data_version"] if part is None else manifest["parts"].get(part)) == content
+    return (manifest.data_version if part is None else manifest.parts.get(part)) == content
 
 
 def remove(store: ArtifactStore, removal: Removal) -> bool:

@@ -96,7 +96,7 @@ def _line(store: ArtifactStore, asset: str, partition: str | None) -> Line:
         return Line(asset, partition, problem=f"cannot be read: {said}")
     if artifact is None:
         return Line(asset, partition)
-    finished, started = artifact.manifest["finished"], artifact.manifest["started"]
+    finished, started = artifact.manifest.finished, artifact.manifest.started
     return Line(
         asset,
         partition,

@@ -29,12 +29,12 @@ class Version:
 
     @property
     def partition(self) -> str | None:
-        return self.artifact.manifest["partition"]
+        return self.artifact.manifest.partition
 
     @property
     def made(self) -> float:
         """Seconds since 1970."""
-        return float(self.artifact.manifest["finished"])
+        return self.artifact.manifest.finished
 
     @property
     def where(self) -> str:

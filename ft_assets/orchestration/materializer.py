@@ -198,7 +198,7 @@ def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeR
         for key, value in artifact.metrics.items()
         if value is not None and isinstance(value, str | int | float | bool)
     }
-    seconds = artifact.manifest["finished"] - artifact.manifest["started"]
+    seconds = artifact.manifest.seconds
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.data_version),
         metadata={

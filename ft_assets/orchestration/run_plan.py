@@ -84,9 +84,7 @@ class Planner(Materializer):
         if known is not None:  # what lies below reads what the run would have made current
             self.store.assume(known, wanted.partition)
         shown = known or current
-        seconds = (
-            round(shown.manifest["finished"] - shown.manifest["started"], 1) if shown else None
-        )
+        seconds = round(shown.manifest.seconds, 1) if shown else None
         memory = shown.metrics.get("peak_train_memory_gb") if shown else None
         ahead = (
             forecast(self.project, self.store, wanted.asset, wanted.partition)
@@ -117,7 +115,7 @@ class Planner(Materializer):
             for name in above
             if name in self.steps and self.steps[name].action in (RUNS, MAYBE)
         )
-        partition = artifact.manifest["partition"]
+        partition = artifact.manifest.partition
         action, reason = (MAYBE, [f"after {', '.join(moving)}"]) if moving else (REUSED, [])
         self.steps[artifact.asset] = Step(artifact.asset, partition, action, reason)
         return artifact, True
@@ -130,15 +128,15 @@ def reasons(wanted: Wanted, current: Artifact | None) -> list[str]:
     """Return what differs between what is wanted and what there is."""
     if current is None:
         return ["never made"]
-    was, found = current.manifest, []
-    if was["code_version"] != wanted.code_version:
-        found.append(f"its code changed (version {was['code_version']} → {wanted.code_version})")
-    found += [f"{name} changed" for name in _changed(was["inputs"], wanted.inputs)]
+    was, found = current.manifest, list[str]()
+    if was.code_version != wanted.code_version:
+        found.append(f"its code changed (version {was.code_version} → {wanted.code_version})")
+    found += [f"{name} changed" for name in _changed(was.inputs, wanted.inputs)]
     found += [
-        f"{name} {was['environment'].get(name, '–')} → {wanted.environment.get(name, '–')}"
-        for name in _changed(was["environment"], wanted.environment)
+        f"{name} {was.environment.get(name, '–')} → {wanted.environment.get(name, '–')}"
+        for name in _changed(was.environment, wanted.environment)
     ]
-    found += [f"setting {path}" for path in _paths(was["settings"], wanted.settings)]
+    found += [f"setting {path}" for path in _paths(was.settings, wanted.settings)]
     return found or ["an older version of it is current"]
 
 

@@ -69,7 +69,7 @@ def card_facts(
 
 
 def _base(project: Project, name: str, base: Artifact) -> dict[str, Any]:
-    settings, identity = project.base_model(name), base.manifest["settings"].get("identity", {})
+    settings, identity = project.base_model(name), base.manifest.settings.get("identity", {})
     return {
         "source": settings.hub or _shareable(settings.gguf or settings.folder or ""),
         "hub": settings.hub,

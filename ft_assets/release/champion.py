@@ -26,8 +26,8 @@ def identity(merged: Artifact) -> str:
     """Return what a merged model *is*: the hash of its weights, tokenizer, template and generation config. A new card is no
     new model."""
     files = {
-        name: entry["sha256"]
-        for name, entry in merged.manifest["files"].items()
+        name: entry.sha256
+        for name, entry in merged.manifest.files.items()
         if not name.startswith(ABOUT)
     }
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:20]
@@ -41,7 +41,7 @@ def describe(merged: Artifact) -> Model:
         "data_version": merged.data_version,
         "candidate": merged.metrics["candidate"],
         "verdict": merged.metrics["verdict"],
-        "override": merged.manifest["settings"].get("override"),
+        "override": merged.manifest.settings.get("override"),
     }
 
 

@@ -77,7 +77,7 @@ def champion_since(release: Artifact) -> str:
 
 def adapter_of(store: ArtifactStore, partition: str, merged: Artifact) -> Artifact | None:
     """Return the adapter that a merged model was made from, None if the store has it no more."""
-    version = merged.manifest["inputs"]["adapter"]
+    version = merged.manifest.inputs["adapter"]
     found = (
         by_content(store, asset, partition, version) for asset in ("lora_adapter", "dpo_adapter")
     )

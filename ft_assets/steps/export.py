@@ -24,7 +24,7 @@ def step(job: Job, report: Report) -> StepResult:
         job.inputs["base_model"],
         job.inputs.get("champion_adapter"),
     )
-    verify_files(Artifact(merged, json.loads((merged / "manifest.json").read_text())))
+    verify_files(Artifact.read(merged))
     forms, most = job.settings["forms"], job.settings["max_new_tokens"]
     skipped = None
     if forms is None:

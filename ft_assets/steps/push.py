@@ -10,12 +10,10 @@ from ft_assets.step_runner import main
 
 def step(job: Job, report: Report) -> StepResult:
     folder = job.inputs["champion"]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    verify_files(Artifact(folder, manifest))
+    model = Artifact.read(folder)
+    verify_files(model)
     repo, private = job.settings["push"]["repo"], job.settings["push"]["private"]
-    commit = push(
-        folder, manifest["files"], repo, private, f"merged_model {manifest['fingerprint']}"
-    )
+    commit = push(folder, model.manifest.files, repo, private, f"merged_model {model.fingerprint}")
     report("pushed", repo=repo, commit=commit)
     (job.output / "push.json").write_text(
         json.dumps({"repo": repo, "private": private, "commit": commit}, indent=1)
@@ -25,7 +23,7 @@ def step(job: Job, report: Report) -> StepResult:
             "repo": repo,
             "private": private,
             "commit": commit,
-            "merged_model": manifest["fingerprint"],
+            "merged_model": model.fingerprint,
         }
     )
 

@@ -29,8 +29,7 @@ def step(job: Job, report: Report) -> StepResult:
     )
     before, metric = State(**job.settings["state"]), settings.metric
     for name in ("merged_model", "champion"):
-        manifest = json.loads((job.inputs[name] / "manifest.json").read_text())
-        verify_files(Artifact(job.inputs[name], manifest))
+        verify_files(Artifact.read(job.inputs[name]))
     heldout = with_references(
         load_tokenizer(job.inputs["base_model"]),
         read_table(job.inputs["heldout_split"] / "heldout.parquet"),

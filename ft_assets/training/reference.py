@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ft_assets.artifacts.manifest import Manifest
 from ft_assets.compat.transformers import prepare_inputs
 from ft_assets.compat.trl import discard_step_metrics
 from ft_assets.config import LoraSettings
@@ -50,7 +51,7 @@ def data_version(artifact: Path) -> str:
     """Return the data version of a published artifact, or the hash of its files where it is a bare folder."""
     manifest = artifact / "manifest.json"
     if manifest.exists():
-        return json.loads(manifest.read_text())["data_version"]
+        return Manifest.read(artifact).data_version
     digest = hashlib.sha256()
     for path in sorted(artifact.glob("*.safetensors")):
         digest.update(path.read_bytes())

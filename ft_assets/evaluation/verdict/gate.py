@@ -25,7 +25,7 @@ def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
     """Raise VerdictError unless the artifacts were made from each other: no adapter of another base, no rows tokenized
     with another template."""
     for name, source in MADE_FROM:
-        then, now = used[name].manifest["inputs"].get(source), used[source].data_version
+        then, now = used[name].manifest.inputs.get(source), used[source].data_version
         if then != now:
             raise VerdictError(
                 where=where,
