@@ -3,9 +3,9 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready
 
-.PHONY: help setup demo ui chat browser slurm test lint types check clean
+.PHONY: help setup demo ui chat browser slurm test test-fast lint types check clean
 help:  ## Show this help
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -39,11 +39,17 @@ slurm:  ## Install Debian's Slurm, which the cluster tests use
 	    echo "without Slurm its tests are skipped: apt-get install slurmctld slurmd slurm-client munge, as root" >&2; exit 0; fi; \
 	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; }
 
-test: $(READY) browser slurm lint types  ## Lint, types and all tests
-	# One thread a worker: two workers of two threads each on two cores wait for each other most of the time.
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+# One thread a worker: two workers of two threads each on two cores mostly wait for each other.
+# Files stay whole: the tests of one share its fixtures.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(READY)  ## Run ruff and the import contracts
+test: $(READY) browser slurm lint types  ## Lint, types and all tests
+	$(PYTEST) --durations=20
+
+test-fast: $(READY)  ## The tests that start no step, browser or cluster (two minutes)
+	$(PYTEST) -m "not graph and not browser and not cluster and not slow"
+
+lint: $(READY)  ## Ruff, and the import contract
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports

@@ -1,6 +1,5 @@
 """Fixtures: a tiny random Llama with a real tokenizer and a real template, and projects around it."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ft_assets_tests import servers
 from ft_assets_tests.factories import (
     SETTINGS,
     WORDS,
@@ -18,7 +18,15 @@ from ft_assets_tests.factories import (
     write_jsonl,
 )
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the fast tier has not. Marks on a file or a test add to these.
+MARKS_OF_FIXTURES = {"finished": "graph", "copy": "graph", "healthy": "graph"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures that they request, so that `make test-fast` can skip them."""
+    for item in items:
+        for name in MARKS_OF_FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKS_OF_FIXTURES[name])
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -65,8 +73,16 @@ def project(tmp_path: Path, make_project: Callable[[Path], Path]) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that is run in this process tells its child processes its project by the environment: not the next test's."""
+def process_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the project of a command that runs in this process from the next test's children.
+
+    Launchers in this process share the step server that `ft` uses. Only tests that are marked
+    as a graph's start it.
+    """
+    if not servers.FRESH:
+        graph = request.node.get_closest_marker("graph")
+        address = servers.step_server().address if graph else servers.NO_SERVER
+        monkeypatch.setenv("FT_STEP_SERVER", address)
     for name in ("FT_CONFIG", "DAGSTER_HOME"):
         monkeypatch.setenv(name, "")  # else there is nothing that would be put back
         monkeypatch.delenv(name)

@@ -3,12 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ft_assets_tests import servers
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
@@ -139,12 +140,8 @@ def ft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")
     }
-    return subprocess.run(
-        [sys.executable, "-m", "ft_assets.cli", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=380,
-        check=False,
+    if arguments[:1] == ("run",) and not servers.FRESH:
+        environment["FT_STEP_SERVER"] = servers.step_server().address
+    return servers.run_module(
+        servers.ft_server, "ft_assets.cli", *arguments, cwd=folder, environment=environment
     )

@@ -8,11 +8,12 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ft_assets_tests import servers
 
 # point -> (module, dotted attribute, whether it is killed before or after the call)
 POINTS: dict[str, tuple[str, str, str]] = {
@@ -90,8 +91,13 @@ def work(folder: Path) -> None:
 
 def run(point: str, call: int, folder: Path) -> int:
     """Run the work in a child process; return its exit code (-9: killed)."""
-    command = [sys.executable, "-m", "ft_assets_tests.kill_points", point, str(call), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = servers.run_module(
+        servers.step_server,
+        "ft_assets_tests.kill_points",
+        *(point, str(call), str(folder)),
+        environment=servers.STEP_ENVIRONMENT,
+        timeout=300,
+    )
     (folder / f"log-{len(list(folder.glob('log-*')))}.txt").write_text(done.stdout + done.stderr)
     return done.returncode
 

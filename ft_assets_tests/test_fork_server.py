@@ -14,8 +14,9 @@ import pytest
 from ft_assets.errors import StepLost
 from ft_assets.launchers import LocalLauncher
 from ft_assets.launchers.fork_server import refusal
-from ft_assets.launchers.forking import ForkedProcess, ForkServer
+from ft_assets.launchers.forking import ForkedProcess, ForkServer, start_forked
 from ft_assets.launchers.local import start_forked_or_fresh, step_environment
+from ft_assets_tests import servers
 from ft_assets_tests.launching import process_groups, training_job, wait_until
 from ft_assets_tests.test_launcher_local import ModuleLauncher, job, parent_command, wait_for
 
@@ -242,3 +243,16 @@ def test_sft_of_a_forked_step_has_the_bits_of_a_fresh_one(
     assert [b"launchers.fork_server" in parent for parent in parents] == [True, False]
     assert adapters[0] == adapters[1]
     assert curves[0] == curves[1]
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("name", ["ft_server", "step_server"])
+def test_servers_of_these_tests_fork(name: str, tmp_path: Path) -> None:
+    """Where a server could not import its modules, every test would quietly use fresh processes."""
+    server = getattr(servers, name)()
+    environment = servers.STEP_ENVIRONMENT if name == "step_server" else servers.ENVIRONMENT
+    with (tmp_path / "log").open("wb") as log, Path(os.devnull).open("rb") as nothing:
+        streams = (nothing.fileno(), log.fileno(), log.fileno())
+        started = start_forked(server.address, "timeit", ["-n1", "pass"], environment, streams)
+    assert started is not None
+    assert started.wait(60) == 0

@@ -29,6 +29,8 @@ from ft_assets.training.memory_plan.plan import Data, Machine, Plan, make_plan
 from ft_assets_tests.launching import process_groups, require_same_training, trained
 from ft_assets_tests.training import make_pairs, make_rows, silent
 
+pytestmark = pytest.mark.slow
+
 # On CPUs that compute bf16, one process would round otherwise than two: here all compute in fp32, so that little may differ.
 FLOAT32 = """
 import importlib, json, sys, torch

@@ -20,6 +20,8 @@ from ft_assets_tests.launching import (
     wait_until,
 )
 
+pytestmark = pytest.mark.graph
+
 TWO = AccelerateLauncher(AccelerateSettings(kind="accelerate", processes=2))
 
 

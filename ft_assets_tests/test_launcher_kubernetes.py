@@ -40,6 +40,8 @@ from ft_assets_tests.launching import (
     wait_until,
 )
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:

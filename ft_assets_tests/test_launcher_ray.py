@@ -25,6 +25,8 @@ from ft_assets_tests.launching import (
     wait_until,
 )
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

@@ -28,6 +28,8 @@ from ft_assets_tests.launching import (
 )
 from ft_assets_tests.slurm_cluster import slurm_cluster
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

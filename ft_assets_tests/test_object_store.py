@@ -21,6 +21,8 @@ from ft_assets.release.lookup import by_content
 from ft_assets_tests.factories import ft
 from ft_assets_tests.pipeline import failure, materialize
 
+pytestmark = pytest.mark.cluster
+
 HOUR = 3600.0
 
 

@@ -32,6 +32,8 @@ from ft_assets.runs.process import TAG, RunProcess
 from ft_assets_tests.launching import stop_services
 from ft_assets_tests.test_launcher_local import gone
 
+pytestmark = pytest.mark.graph
+
 DEPLOY = Path(__file__).parent.parent / "deploy/dagster.yaml"
 MONITORING = {"poll_interval_seconds": 1, "free_slots_after_run_end_seconds": 2}
 LOCATION = """

@@ -17,6 +17,8 @@ from ft_assets.models.source import resolve_revision
 from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import artifact, materialize
 
+pytestmark = pytest.mark.cluster
+
 ROW = '{"prompt": "a", "completion": "b"}\n'
 
 

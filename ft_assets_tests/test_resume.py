@@ -34,6 +34,8 @@ from ft_assets_tests.kill_points import run
 from ft_assets_tests.launching import process_groups
 from ft_assets_tests.training import LORA, SFT, dpo, make_rows, same, sft, silent
 
+pytestmark = pytest.mark.graph
+
 STEPS = 15  # 18 rows, 4 a step, 3 epochs
 
 

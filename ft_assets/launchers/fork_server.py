@@ -233,7 +233,8 @@ def become(child: Child) -> NoReturn:
     sys.path[0] = request["cwd"]
     importlib.invalidate_caches()
     sys.argv = [request["module"], *request["arguments"]]
-    sys.modules.pop(request["module"], None)  # `python -m` executes the module anew
+    if not hasattr(sys.modules.get(request["module"]), "__path__"):
+        sys.modules.pop(request["module"], None)  # `python -m` executes the module anew
     _run(request["module"])
 
 

@@ -1,12 +1,23 @@
-"""What the fork server imports before it forks steps (see launchers/fork_server.py)."""
+"""What the fork server imports before it forks steps (see launchers/fork_server.py).
+
+peft and trl import bitsandbytes. Where there is a GPU that initializes CUDA, and a CUDA context
+does not survive a fork: there the steps import these themselves, and the server imports the
+rest. `torch.cuda.is_available` is not called, because it starts a thread of the driver.
+"""
 
 import datasets  # noqa: F401
-import torch
-import transformers  # noqa: F401
+import scipy.stats  # noqa: F401
+import torch  # noqa: F401
+import transformers.generation.utils
+import transformers.modeling_utils
+import transformers.models.llama.modeling_llama  # noqa: F401
 
-# peft and trl import bitsandbytes, which initializes CUDA where there is a GPU, and a CUDA context
-# does not survive a fork. The steps import these themselves there.
-if not torch.cuda.is_available():
+from ft_assets.hardware import visible_gpus
+
+if not visible_gpus():
+    import trl.trainer.dpo_trainer
+    import trl.trainer.sft_trainer  # noqa: F401
+
     from ft_assets.steps import (  # noqa: F401
         base_model,
         chat,

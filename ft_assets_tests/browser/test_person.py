@@ -18,6 +18,8 @@ from playwright.sync_api import Locator, Page, sync_playwright
 from ft_assets_tests.factories import edit
 from ft_assets_tests.test_ui import Server
 
+pytestmark = pytest.mark.browser
+
 CHROMIUM = "/usr/bin/chromium"
 TOKEN = "hf_planted-token-that-must-not-be-shown"
 # Without the last four the browser itself calls home while the test runs.

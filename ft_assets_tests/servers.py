@@ -1,0 +1,74 @@
+"""Fork servers of this test process: one for `ft`, one for the steps of every `ft` that it runs.
+
+Each saves its processes the imports that would be most of their time. What it starts is a real
+process with an environment, an exit code and output of its own (test_fork_server.py compares it
+with a fresh one). FT_FRESH_STEPS=1 runs all tests on fresh processes.
+"""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ft_assets.launchers.forking import ForkServer, start_forked
+from ft_assets.launchers.local import step_environment
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # conftest.py imports this module before any test runs
+ENVIRONMENT = dict(os.environ)
+STEP_ENVIRONMENT = step_environment()
+NO_SERVER = "@no-server"  # steps are then fresh processes
+FRESH = os.environ.get("FT_FRESH_STEPS") == "1" or sys.platform != "linux"
+
+
+@functools.cache
+def step_server() -> ForkServer:
+    """Return the server for steps. All `ft` of this process share it through FT_STEP_SERVER."""
+    return ForkServer(["ft_assets.steps.preload"], STEP_ENVIRONMENT)
+
+
+@functools.cache
+def ft_server() -> ForkServer:
+    """Return the server for `ft`, which has imported Dagster and the commands."""
+    return ForkServer(["ft_assets_tests.preload"], ENVIRONMENT)
+
+
+def run_module(
+    server: Callable[[], ForkServer],
+    module: str,
+    *arguments: str,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 380,
+) -> "subprocess.CompletedProcess[str]":
+    """Run `python -m module` to its end as `subprocess.run` does, forked where that is equal."""
+    command = [sys.executable, "-m", module, *arguments]
+    environment = dict(os.environ) if environment is None else environment
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as error,
+        Path(os.devnull).open("rb") as nothing,
+    ):
+        streams = (nothing.fileno(), out.fileno(), error.fileno())
+        started = None
+        if not FRESH:
+            started = start_forked(
+                server().address, module, arguments, environment, streams, cwd=cwd
+            )
+        if started is None:
+            started = subprocess.Popen(
+                command, cwd=cwd, env=environment, stdin=nothing, stdout=out, stderr=error
+            )
+        try:
+            code = started.wait(timeout)
+        except BaseException:
+            os.kill(started.pid, signal.SIGKILL)
+            raise
+        texts = []
+        for file in (out, error):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess(command, code, *texts)
