@@ -145,3 +145,22 @@ def ft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return servers.run_module(
         servers.ft_server, "ft_assets.cli", *arguments, cwd=folder, environment=environment
     )
+
+
+def prompt_ids(tokenizer: Any, messages: list[Any]) -> list[int]:
+    """Return the token ids that the model is given to answer the messages."""
+    from ft_assets.chat.rendering import Renderer
+
+    renderer = Renderer(tokenizer, frozenset())
+    return renderer.encode([renderer.text(messages, None, generation_prompt=True)])[0]
+
+
+def supervised(tokenizer: Any, messages: list[Any], stop_ids: frozenset[int]) -> Any:
+    """Return one conversation as one proven sequence. Raises ProofFailed."""
+    from ft_assets.chat.rendering import ProofFailed, Renderer
+
+    done = Renderer(tokenizer, stop_ids).train([{"messages": messages}])[0]
+    if isinstance(done, ProofFailed):
+        raise done
+    (sequence,) = done
+    return sequence

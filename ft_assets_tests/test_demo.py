@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ft_assets.config import load_project
+from ft_assets_tests.factories import prompt_ids, supervised
 
 ROOT = Path(__file__).parents[1]
 LABELS = {
@@ -90,16 +91,12 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_real_base_speaks_and_stops_by_itself(snapshot: Path) -> None:
-    from ft_assets.chat.rendering import render
     from ft_assets.inference.generation import generate
     from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(snapshot)
-    prompt = render(
-        tokenizer,
-        [{"role": "user", "content": "What is the capital of France?"}],
-        generation_prompt=True,
-    )
+    question = "What is the capital of France?"
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
     answer = generate(load_base(snapshot), tokenizer, [prompt], stop_ids(snapshot), 40, 1)[0]
     assert "Paris" in answer.text
     assert answer.stopped
@@ -108,16 +105,14 @@ def test_real_base_speaks_and_stops_by_itself(snapshot: Path) -> None:
 def test_loss_on_supervised_positions_equals_that_on_all(snapshot: Path) -> None:
     import torch
 
-    from ft_assets.chat.rendering import render_supervised
     from ft_assets.config import LoraSettings
     from ft_assets.models.loading import load_tokenizer, stop_ids
     from ft_assets.training.adapter import new_adapter
     from ft_assets.training.cpu_loss import supervised_loss
 
     tokenizer, model = load_tokenizer(snapshot), new_adapter(snapshot, LoraSettings()).float()
-    row = render_supervised(
-        tokenizer, rows("conversations.jsonl")[0]["messages"], stop_ids(snapshot)
-    )
+    messages = rows("conversations.jsonl")[0]["messages"]
+    row = supervised(tokenizer, messages, stop_ids(snapshot))
     ids = torch.tensor([row.input_ids])
     labels = torch.where(torch.tensor([row.supervised]), ids, -100)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

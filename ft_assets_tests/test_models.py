@@ -7,11 +7,11 @@ import pytest
 from pydantic import ValidationError
 from torch.nn import Linear, Module
 
-from ft_assets.chat.rendering import ProofFailed, render, render_supervised
+from ft_assets.chat.rendering import ProofFailed
 from ft_assets.config import LoraSettings
 from ft_assets.config.training import ALL_LINEAR, TARGETS
 from ft_assets.models.loading import target_modules
-from ft_assets_tests.factories import CHATML, tiny_tokenizer
+from ft_assets_tests.factories import CHATML, prompt_ids, supervised, tiny_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "what is the colour"},
@@ -24,7 +24,7 @@ MESSAGES = [
 
 def test_all_answers_and_their_ends_are_supervised_and_nothing_else() -> None:
     tokenizer = tiny_tokenizer()
-    rendered = render_supervised(tokenizer, MESSAGES, frozenset([tokenizer.eos_token_id]))
+    rendered = supervised(tokenizer, MESSAGES, frozenset([tokenizer.eos_token_id]))
     kept = [
         token for token, flag in zip(rendered.input_ids, rendered.supervised, strict=True) if flag
     ]
@@ -38,7 +38,7 @@ def test_all_answers_and_their_ends_are_supervised_and_nothing_else() -> None:
             CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>user\n'"),
             "differs from that given at generation",
         ),
-        (CHATML.replace("'<|im_end|>' + '\n'", "'\n'"), "no token at which generation stops"),
+        (CHATML.replace("'<|im_end|>' + '\n'", "'\n'"), "is not a token at which generation stops"),
         (CHATML.replace("message['content']", "(message['content'] | upper)"), "decode to 'YES'"),
         (
             CHATML.replace(
@@ -53,15 +53,15 @@ def test_a_template_that_would_train_something_else_is_refused(template: str, re
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ProofFailed, match=reason):
-        render_supervised(tokenizer, MESSAGES, frozenset([tokenizer.eos_token_id]))
+        supervised(tokenizer, MESSAGES, frozenset([tokenizer.eos_token_id]))
 
 
 def test_doubled_bos_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + CHATML
-    with pytest.raises(ProofFailed, match="BOS stands 2 times"):
-        render_supervised(tokenizer, MESSAGES, frozenset([tokenizer.eos_token_id]))
+    with pytest.raises(ProofFailed, match="BOS occurs 2 times"):
+        supervised(tokenizer, MESSAGES, frozenset([tokenizer.eos_token_id]))
 
 
 def test_batched_answers_with_a_shared_prefix_equal_answers_one_by_one(tiny_model: Path) -> None:
@@ -75,10 +75,7 @@ def test_batched_answers_with_a_shared_prefix_equal_answers_one_by_one(tiny_mode
     )
     system = {"role": "system", "content": "what is the colour of the apple stone river cloud"}
     texts = ["red", "green river train", "blue window chair garden music winter", "lamp"]
-    prompts = [
-        render(tokenizer, [system, {"role": "user", "content": text}], generation_prompt=True)
-        for text in texts
-    ]
+    prompts = [prompt_ids(tokenizer, [system, {"role": "user", "content": text}]) for text in texts]
     stops = frozenset([tokenizer.eos_token_id])
     together = generate(model, tokenizer, prompts, stops, 12, 3)
     alone = [generate(model, tokenizer, [prompt], stops, 12, 1)[0] for prompt in prompts]

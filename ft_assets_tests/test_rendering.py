@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ft_assets.chat.calls import missing_calls
-from ft_assets.chat.proofs import Facts, prove
 from ft_assets.chat.rendering import ProofFailed, Rendered, Renderer
+from ft_assets.chat.row_proofs import Facts, prove
 from ft_assets_tests.factories import CHATML, tiny_tokenizer
 
 TURNS = [
@@ -143,7 +143,7 @@ def test_plain_text_gets_bos_if_the_tokenizer_puts_one() -> None:
     (one,) = trained(which, [{"role": "text", "content": "red apple"}])
     assert which.facts.decode(one.input_ids) == "<|endoftext|>red apple<|im_end|>"
     with pytest.raises(
-        ProofFailed, match="BOS stands 0 times, nowhere; expected once"
+        ProofFailed, match="BOS occurs 0 times; expected once"
     ):  # the template does not write it
         trained(which, TURNS)
 
@@ -174,7 +174,8 @@ def last(rendered: Rendered) -> int:
 def test_mask_that_misses_the_end_of_turn_fails(right: tuple) -> None:
     facts, rendered, contexts = right
     with pytest.raises(
-        ProofFailed, match=r"messages\[4\].*no token at which generation stops.*not learn to stop"
+        ProofFailed,
+        match=r"messages\[4\].*which is not a token at which generation stops.*not learn to stop",
     ):
         prove(facts, flipped(rendered, last(rendered)), TURNS, contexts)
 
@@ -255,12 +256,12 @@ def test_one_bos_or_none_passes(bos: str, count: int) -> None:
         2: second.input_ids[: second.supervised.index(True)],
         4: second.input_ids[: last(second) - len(which.encode(["no no"])[0])],
     }
-    with pytest.raises(ProofFailed, match=f"BOS stands {count + 1} times"):
+    with pytest.raises(ProofFailed, match=f"BOS occurs {count + 1} times"):
         prove(which.facts, second, TURNS, contexts)
 
 
 def test_bos_twice_in_a_template_is_refused_and_bos_that_opens_turns_is_not() -> None:
-    with pytest.raises(ProofFailed, match="BOS stands 2 times"):
+    with pytest.raises(ProofFailed, match="BOS occurs 2 times"):
         trained(renderer("{{ bos_token }}{{ bos_token }}" + CHATML, "<|endoftext|>"), TURNS)
     which = renderer(CHATML, "<|im_start|>")
     assert learnt(which, trained(which, TURNS)[0]) == "yes<|im_end|>no no<|im_end|>"

@@ -1,22 +1,25 @@
-"""Tool calls: the forms in which templates want them, and the proof that a rendered text holds exactly the calls of a turn.
+"""Give tool calls the form that a template takes, and prove that a text has exactly a turn's calls.
 
-Templates write calls as JSON, or in a syntax of their own (`<parameter=city>`, `city="Bonn"`). Either way the name and
-every argument must be found again. A Python repr (`{'city': 'Bonn'}`) is refused, but for calls that are Python as a whole.
+Templates write calls as JSON or in a syntax of their own (`<parameter=city>`, `city="Bonn"`). In
+both, the name and every argument must be found again. A Python repr (`{'city': 'Bonn'}`) is
+refused, except in calls that are Python as a whole.
 """
 
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from ft_assets.rows.types import Json, JsonObject, Message, ToolCall
 
 NEAR = 80  # characters of the template's own syntax between an argument's name and its value
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a template takes calls: arguments as an object or as JSON text; without ids, or with ids it can use."""
+    """The form of calls: arguments as an object or as JSON text, own or short ids."""
 
     text_arguments: bool = False
     ids: Literal["own", "short"] = "own"
@@ -25,55 +28,57 @@ class CallForm:
 FORMS = [CallForm(text, ids) for ids in ("own", "short") for text in (False, True)]
 
 
-def shaped(messages: Sequence[Mapping[str, Any]], form: CallForm) -> list[dict[str, Any]]:
+def shaped(messages: Sequence[Message], form: CallForm) -> list[Message]:
     """Return the messages with their calls in `form`.
 
-    `short` numbers the calls with nine letters and digits, which is what Mistral's templates insist on, and gives the
-    tool turns that follow the same ids, in order.
+    The ids `short` have nine letters and digits, as Mistral's templates require. The tool turns
+    that follow the calls get the same ids, in order.
     """
-    result, open_ids = [], []
+    result: list[Message] = []
+    open_ids: list[str] = []
     for index, message in enumerate(messages):
-        turn = dict(message)
+        turn = message.copy()
         if calls := turn.get("tool_calls"):
             turn["tool_calls"] = [
                 _shaped_call(call, f"call{index % 1000:03d}{number % 100:02d}", form)
                 for number, call in enumerate(calls)
             ]
-            open_ids = [call.get("id") for call in turn["tool_calls"]]
+            open_ids = [call["id"] for call in turn["tool_calls"] if "id" in call]
         elif turn["role"] == "tool" and form.ids == "short" and open_ids:
             turn["tool_call_id"] = open_ids.pop(0)
         result.append(turn)
     return result
 
 
-def _shaped_call(call: Mapping[str, Any], number: str, form: CallForm) -> dict[str, Any]:
-    function = dict(call["function"])
+def _shaped_call(call: ToolCall, number: str, form: CallForm) -> ToolCall:
+    function: Any = call["function"].copy()
     if form.text_arguments and not isinstance(function["arguments"], str):
         function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-    return {**call, "function": function, **({"id": number} if form.ids == "short" else {})}
+    formed = call.copy()
+    formed["function"] = function
+    if form.ids == "short":
+        formed["id"] = number
+    return formed
 
 
-def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call as an object, in whichever form it is."""
-    arguments = call["function"]["arguments"]
+def arguments_of(call: ToolCall) -> JsonObject:
+    """Return the arguments of a call as an object, also if the call has them as JSON text."""
+    arguments: Any = call["function"]["arguments"]
     return json.loads(arguments) if isinstance(arguments, str) else arguments
 
 
-def missing_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return what of the calls `text` does not hold (None: nothing): the calls, in their order, and no call besides."""
+def missing_calls(text: str, calls: Sequence[ToolCall]) -> str | None:
+    """Return a description of the first call that `text` does not have.
+
+    Return None if the text has exactly these calls, in order.
+    """
     found = [value for value in _json_values(text) if isinstance(value, dict)]
-    as_json = [
-        [_is_call(value, call["function"]["name"], arguments_of(call)) for value in found]
-        for call in calls
-    ]
-    if all(any(row) for row in as_json):
+    if all(any(_is_call(value, call) for value in found) for call in calls):
         names = {call["function"]["name"] for call in calls}
-        written = sum(
-            bool(names & {item for item in _parts(value).values() if isinstance(item, str)})
-            for value in found
-        )
+        written = sum(bool(names & _texts(value)) for value in found)
         return None if written == len(calls) else f"{written} calls are written for {len(calls)}"
-    starts, position = [], 0
+    starts: list[int] = []
+    position = 0
     for call in calls:
         name = call["function"]["name"]
         position = text.find(name, position)
@@ -82,28 +87,34 @@ def missing_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str | None:
         starts.append(position)
         position += len(name)
     for call, begin, end in zip(calls, starts, [*starts[1:], len(text)], strict=True):
-        name, arguments = call["function"]["name"], arguments_of(call)
-        part = text[begin + len(name) : end]
-        if any(value == arguments for value in _json_values(part)):
-            continue
-        if _python_call(text[begin:end], name) == arguments:
-            continue
-        for value in (
-            arguments,
-            *(value for value in arguments.values() if isinstance(value, dict | list)),
-        ):
-            if (
-                value
-                and str(value) in part
-                and str(value) not in (json.dumps(value), json.dumps(value, ensure_ascii=False))
-            ):
-                return f"arguments of {name} are written as a Python repr, {str(value)[:60]},"
-        lost = next(
-            (key for key, value in arguments.items() if not _argument_in(part, key, value)), None
-        )
+        lost = _lost_arguments(text[begin:end], call)
         if lost is not None:
-            return f"argument {lost} of {name} ({json.dumps(arguments[lost], ensure_ascii=False)[:60]}) is missing or changed"
+            return lost
     return None
+
+
+def _lost_arguments(text: str, call: ToolCall) -> str | None:
+    """Return a description of the first argument that the text of a call does not have."""
+    name, arguments = call["function"]["name"], arguments_of(call)
+    part = text[len(name) :]
+    if any(value == arguments for value in _json_values(part)):
+        return None
+    if _python_call(text, name) == arguments:
+        return None
+    for value in (arguments, *arguments.values()):
+        if isinstance(value, dict | list) and value and _is_repr_in(part, value):
+            return f"arguments of {name} are written as a Python repr, {str(value)[:60]},"
+    for key, value in arguments.items():
+        if not _argument_in(part, key, value):
+            shown = json.dumps(value, ensure_ascii=False)[:60]
+            return f"argument {key} of {name} ({shown}) is missing or changed"
+    return None
+
+
+def _is_repr_in(text: str, value: Json) -> bool:
+    """Return True if a text has a value as a Python repr that is not also its JSON."""
+    as_json = (json.dumps(value), json.dumps(value, ensure_ascii=False))
+    return str(value) in text and str(value) not in as_json
 
 
 def _json_values(text: str) -> Iterator[Any]:
@@ -121,35 +132,37 @@ def _json_values(text: str) -> Iterator[Any]:
 
 
 def _python_call(text: str, name: str) -> Any:
-    """Return the arguments of a call that is written as in Python, name(city="Bonn"); None if it is not."""
+    """Return the arguments of a call in Python syntax, name(city="Bonn"), or None."""
     if not text.startswith(f"{name}("):
         return None
     for end in (match.end() for match in re.finditer(r"\)", text)):
         try:
             call = ast.parse(text[:end], mode="eval").body
-            return (
-                {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-                if isinstance(call, ast.Call)
-                else None
-            )
+            if not isinstance(call, ast.Call):
+                return None
+            return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
         except (SyntaxError, ValueError):
             continue
     return None
 
 
-def _parts(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's parts: of {"type": …, "function": {…}} those of the inner object."""
+def _parts(value: JsonObject) -> JsonObject:
+    """Return the parts of a call: the inner object of {"type": …, "function": {…}}."""
     inner = value.get("function")
-    return dict(inner) if isinstance(inner, dict) else dict(value)
+    return inner if isinstance(inner, dict) else value
 
 
-def _is_call(value: Mapping[str, Any], name: str, arguments: Mapping[str, Any]) -> bool:
-    parts = _parts(value)
-    if name not in [item for item in parts.values() if isinstance(item, str)]:
+def _texts(value: JsonObject) -> set[str]:
+    return {item for item in _parts(value).values() if isinstance(item, str)}
+
+
+def _is_call(value: JsonObject, call: ToolCall) -> bool:
+    if call["function"]["name"] not in _texts(value):
         return False
+    arguments = arguments_of(call)
     return any(
         item == arguments or (isinstance(item, str) and _parsed(item) == arguments)
-        for item in parts.values()
+        for item in _parts(value).values()
     )
 
 
@@ -161,7 +174,7 @@ def _parsed(text: str) -> Any:
 
 
 def _argument_in(text: str, key: str, value: Any) -> bool:
-    """Return whether the value stands shortly after its name, as JSON, as bare text, or as the words of a scalar."""
+    """Return True if a value is shortly after its name: as JSON, bare text, or a scalar's word."""
     for match in re.finditer(rf"(?<!\w){re.escape(key)}(?!\w)", text):
         after = text[match.end() :]
         if isinstance(value, dict | list):
@@ -176,7 +189,7 @@ def _argument_in(text: str, key: str, value: Any) -> bool:
 
 
 def _leaves_in(text: str, value: Any) -> bool:
-    """Return whether the keys and scalars of a list or object stand in order, each shortly after the one before: as tags."""
+    """Return True if the keys and scalars of a list or object follow closely, as tags."""
     for leaf in _leaves(value):
         form = next((form for form in _written(leaf) if _stands(text, form)), None)
         if form is None:
@@ -208,7 +221,7 @@ def _stands(text: str, form: str) -> bool:
         and text[end : end + 1] == quote
         and (quote in form.replace(f"\\{quote}", "") or "\n" in form)
     ):
-        return False  # a quoted text that its own quotes or line breaks cut short
+        return False  # its own quotes or line breaks cut a quoted text short
     cut_before = begin > 0 and form[:1].isalnum() and text[begin - 1].isalnum()
     cut_after = (
         end < len(text)
@@ -219,13 +232,8 @@ def _stands(text: str, form: str) -> bool:
 
 
 def _written(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return (
-            [
-                value,
-                *(json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)),
-            ]
-            if value
-            else ['""', "''", "><", ">\n"]
-        )
-    return [json.dumps(value), str(value)]
+    if not isinstance(value, str):
+        return [json.dumps(value), str(value)]
+    if not value:
+        return ['""', "''", "><", ">\n"]
+    return [value, *(json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]

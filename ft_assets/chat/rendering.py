@@ -1,67 +1,58 @@
-"""Render conversations with the model's own template, find what is supervised, and have it proven.
+"""Render conversations with the model's own template, find the supervised tokens, and prove both.
 
-The mask needs no markers in the template: each assistant turn is found by rendering the conversation up to it. Rows are
-rendered as texts and tokenized in one call a batch. Where a template writes earlier turns otherwise than it wrote them
-when they were last, a row becomes one sequence per supervised turn.
-Not here: the proofs themselves (proofs.py, structure.py), where the template comes from (models/), truncation and splitting.
+The mask needs no markers in the template: each assistant turn is found by rendering the
+conversation up to it. Rows are rendered as texts and tokenized in one call a batch. If a template
+writes earlier turns differently once later turns follow, a row becomes one sequence per supervised
+turn.
+Not here: the proofs (row_proofs.py, structure_proofs.py), the text that a template writes
+(template_text.py), the source of the template (models/), truncation and splitting.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-from ft_assets.chat.calls import FORMS, CallForm, missing_calls, shaped
-from ft_assets.chat.proofs import (
+from ft_assets.chat.row_proofs import (
     Block,
     Facts,
     Messages,
     ProofFailed,
     Rendered,
+    Tools,
     find_content,
+    first_difference,
     prove,
     prove_bos,
     prove_contents,
 )
-from ft_assets.chat.structure import CALL, PROBE, TOOL, Structures
-from ft_assets.models.chat_template import (
-    ANSWER,
-    QUESTION,
-    date_of,
-    fold_system,
-    frozen,
-    prints_date,
-)
+from ft_assets.chat.structure_proofs import Structures
+from ft_assets.chat.template_text import TemplateText
+from ft_assets.models.chat_template import ANSWER, fold_system, prints_date
+from ft_assets.rows.types import Conversation, Message
 
-__all__ = [
-    "Facts",
-    "ProofFailed",
-    "Rendered",
-    "Renderer",
-    "fold_system",
-    "prints_date",
-    "prove",
-    "render",
-]
+__all__ = ["Facts", "ProofFailed", "Rendered", "Renderer", "fold_system", "prints_date", "prove"]
 
-Row = Mapping[str, Any]
-Tools = Sequence[Mapping[str, Any]] | None
+PlanT = TypeVar("PlanT")
+NO_BLOCK: Block = ("", "")
 
 
 @dataclass
 class _Plan:
-    """A sequence before it is tokenized: its text, the turns it covers, and by supervised turn the text before it."""
+    """A sequence before it is tokenized.
+
+    `contexts`: by supervised turn, the text before its answer. `upto`: the text up to its end.
+    """
 
     text: str
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     contexts: dict[int, str]
     tools: Tools = None
     blocks: dict[int, Block] = field(default_factory=dict)
     upto: dict[int, str] = field(default_factory=dict)
 
     def turn_by_turn(self) -> "list[_Plan]":
-        """Return a plan for each supervised turn alone."""
+        """Return one plan for each supervised turn."""
         return [
             _Plan(
                 self.upto[index],
@@ -75,52 +66,41 @@ class _Plan:
         ]
 
 
-class Renderer:
-    """Renders rows {"messages", optional "tools"} for one model.
-
-    `stop_ids` are the tokens at which its generation stops; `day` is what a template prints that prints the date (None:
-    what the snapshot says).
-    """
+class Renderer(TemplateText):
+    """Renders the conversations of rows for one model."""
 
     def __init__(self, tokenizer: Any, stop_ids: frozenset[int], day: date | None = None) -> None:
-        self.tokenizer, self.stop_ids = tokenizer, stop_ids
-        self.day = day or date_of(tokenizer)
-        self._form: CallForm | None = None
+        super().__init__(tokenizer, stop_ids, day)
         self._blocks: set[Block] = set()
         self._structures = Structures(self.text)
 
-    @cached_property
-    def facts(self) -> Facts:
-        """What the proofs need to know of this model."""
-        return Facts(self.tokenizer, self.stop_ids, self._bos_use())
+    def train(self, rows: Sequence[Conversation]) -> list[list[Rendered] | ProofFailed]:
+        """Return the training sequences of each row.
 
-    def train(self, rows: Sequence[Row]) -> list[list[Rendered] | ProofFailed]:
-        """Return each row's training sequences: one, or one per supervised turn where the template rewrites earlier turns."""
-        plans = [
-            self._attempt(self._text_plan if _is_text(row) else self._train_plans, row)
-            for row in rows
-        ]
-        return self._finish(plans)
+        A row has one sequence, or one per supervised turn if the template rewrites earlier turns.
+        """
+        return self._finish([_attempt(self._train_plans, row) for row in rows])
 
-    def answers(self, rows: Sequence[Row]) -> list[tuple[list[int], list[int]] | ProofFailed]:
-        """Return (prompt ids, answer ids with the end of turn) of rows whose last message is the assistant's answer."""
+    def answers(
+        self, rows: Sequence[Conversation]
+    ) -> list[tuple[list[int], list[int]] | ProofFailed]:
+        """Return (prompt ids, answer ids with the end of turn) of each row.
+
+        The last message of a row is the assistant's answer.
+        """
         found: list[tuple[list[int], list[int]] | ProofFailed] = []
-        for done in self._finish([self._attempt(self._answer_plan, row) for row in rows]):
+        for done in self._finish([_attempt(self._answer_plan, row) for row in rows]):
             if isinstance(done, ProofFailed):
                 found.append(done)
-            else:
-                begin = done[0].supervised.index(True)
-                found.append(
-                    (
-                        done[0].input_ids[:begin],
-                        done[0].input_ids[begin : done[0].supervised.count(True) + begin],
-                    )
-                )
+                continue
+            ids, supervised = done[0].input_ids, done[0].supervised
+            begin = supervised.index(True)
+            found.append((ids[:begin], ids[begin : begin + supervised.count(True)]))
         return found
 
-    def prompts(self, rows: Sequence[Row]) -> list[list[int] | ProofFailed]:
-        """Return the token ids that the model is given to answer each row's messages."""
-        texts = [self._attempt(self._prompt_text, row) for row in rows]
+    def prompts(self, rows: Sequence[Conversation]) -> list[list[int] | ProofFailed]:
+        """Return the token ids that the model is given to answer the messages of each row."""
+        texts = [_attempt(self._prompt_text, row) for row in rows]
         encoded = iter(self.encode([text for text in texts if isinstance(text, str)]))
         found: list[list[int] | ProofFailed] = []
         for text in texts:
@@ -135,40 +115,12 @@ class Renderer:
                 found.append(problem)
         return found
 
-    def text(self, messages: Messages, tools: Tools = None, generation_prompt: bool = False) -> str:
-        """Return what the template writes. Raises ProofFailed with the template's own reason."""
-        turns = self._shaped(messages)
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                tools=list(tools) if tools else None,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                chat_template=frozen(self.tokenizer.chat_template, self.day),
-            )
-        except (
-            Exception
-        ) as error:  # jinja raises its own classes, templates raise through raise_exception
-            raise ProofFailed(_refusal(error, messages)) from error
+    # Plans: the text of each sequence, and the texts before its answers
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of rendered texts, all in one call; a template writes BOS itself."""
-        return (
-            self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
-                "input_ids"
-            ]
-            if texts
-            else []
-        )
-
-    def _attempt(self, plan: Any, row: Row) -> Any:
-        try:
-            return plan(row)
-        except ProofFailed as problem:
-            return problem
-
-    def _train_plans(self, row: Row) -> list[_Plan]:
+    def _train_plans(self, row: Conversation) -> list[_Plan]:
         messages, tools = row["messages"], row.get("tools")
+        if len(messages) == 1 and messages[0]["role"] == "text":
+            return self._text_plan(messages[0])
         turns = [
             index
             for index, turn in enumerate(messages)
@@ -176,32 +128,44 @@ class Renderer:
         ]
         if not turns:
             raise ProofFailed(
-                "no turn to learn from: there is no assistant turn, or each says train: false"
+                "no turn to learn from: there is no assistant turn, or each has train: false"
             )
         contexts = {index: self._context(messages, index, tools) for index in turns}
         upto = {index: self.text(messages[: index + 1], tools) for index in turns}
         for index in turns:
-            self._prove_prefix(upto[index], contexts[index], index, messages)
+            _prove_prefix(upto[index], contexts[index], index, messages)
         whole = upto[turns[-1]]
         kept = all(self._kept(whole, contexts[index], upto[index]) for index in turns[:-1])
         plan = self._plan(messages, tools, whole, contexts, upto)
         return [plan] if kept else plan.turn_by_turn()
 
-    def _answer_plan(self, row: Row) -> list[_Plan]:
+    def _answer_plan(self, row: Conversation) -> list[_Plan]:
         messages, tools = row["messages"], row.get("tools")
         last = len(messages) - 1
         if messages[last]["role"] != "assistant":
             raise ProofFailed(
-                f"messages[{last}] ({messages[last]['role']}): the last message must be the assistant's answer"
+                f"messages[{last}] ({messages[last]['role']}): "
+                "the last message must be the assistant's answer"
             )
-        whole, context = self.text(messages, tools), self._context(messages, last, tools)
-        self._prove_prefix(whole, context, last, messages)
+        whole = self.text(messages, tools)
+        context = self._context(messages, last, tools)
+        _prove_prefix(whole, context, last, messages)
         return [self._plan(messages, tools, whole, {last: context}, {last: whole})]
 
-    def _prompt_text(self, row: Row) -> str:
-        text = self.text(row["messages"], row.get("tools"), generation_prompt=True)
-        self._structures.prove(row["messages"], bool(row.get("tools")), generation_prompt=True)
-        prove_contents(text, row["messages"], row.get("tools"))
+    def _text_plan(self, message: Message) -> list[_Plan]:
+        tokenizer = self.tokenizer
+        if tokenizer.eos_token is None or tokenizer.eos_token_id not in self.facts.stop_ids:
+            raise ProofFailed(
+                f"messages[0] (text): the tokenizer's EOS {tokenizer.eos_token!r} is not a token "
+                "at which generation stops"
+            )
+        return [_Plan(message["content"], [message], {})]
+
+    def _prompt_text(self, row: Conversation) -> str:
+        messages, tools = row["messages"], row.get("tools")
+        text = self.text(messages, tools, generation_prompt=True)
+        self._structures.prove(messages, bool(tools), generation_prompt=True)
+        prove_contents(text, messages, tools)
         return text
 
     def _plan(
@@ -212,7 +176,7 @@ class Renderer:
         contexts: dict[int, str],
         upto: dict[int, str],
     ) -> _Plan:
-        covered = [dict(turn) for turn in messages[: max(contexts) + 1]]
+        covered = [turn.copy() for turn in messages[: max(contexts) + 1]]
         blocks = {
             index: block
             for index in contexts
@@ -223,98 +187,70 @@ class Renderer:
     def _context(self, messages: Messages, index: int, tools: Tools) -> str:
         if index == 0:
             raise ProofFailed(
-                "messages[0] (assistant): nothing stands before the answer; begin with a user turn, or say train: false"
+                "messages[0] (assistant): nothing is before the answer; "
+                "begin with a user turn, or set train: false"
             )
         return self.text(messages[:index], tools, generation_prompt=True)
 
-    def _prove_prefix(self, text: str, context: str, index: int, messages: Messages) -> None:
-        if text.startswith(context):
-            return
-        first = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        if first and find_content(context, first) >= 0 > find_content(text, first):
-            raise ProofFailed(
-                f"messages[0] (system): the template writes this turn at generation and drops it once messages[{index}] (assistant) follows: "
-                "set chat.system_turn: user, which puts it into the first user turn"
-            )
-        at = next(
-            (
-                place
-                for place, (left, right) in enumerate(zip(text, context, strict=False))
-                if left != right
-            ),
-            min(len(text), len(context)),
-        )
-        raise ProofFailed(
-            f"messages[{index}] (assistant): the text before the answer differs from that given at generation: "
-            f"after {context[max(0, at - 20) : at]!r} the model is given {context[at : at + 30]!r}, "
-            f"the conversation has {text[at : at + 30]!r}: set chat.template_kwargs (enable_thinking?) or chat.chat_template so that both agree"
-        )
-
     def _kept(self, whole: str, context: str, upto: str) -> bool:
-        """Return whether a turn stands in the whole as it stood when it was last: up to the end of turn, nothing differs."""
+        """Return True if the whole text has a turn as it was when the turn was the last one.
+
+        Everything up to its end of turn must be equal.
+        """
         if not whole.startswith(context):
             return False
         ends = [
             found + len(stop)
-            for stop in self._stops()
+            for stop in self.stops()
             if (found := upto.find(stop, len(context))) >= 0
         ]
         end = min(ends, default=len(upto))
         return whole[:end] == upto[:end]
 
-    def _stops(self) -> list[str]:
-        return [self.facts.decode([token]) for token in self.stop_ids]
-
     def _block(
         self, messages: Messages, index: int, tools: Tools, context: str, upto: str
     ) -> Block:
-        """Return what the template writes between the context and the answer, and between it and the end of turn.
+        """Return the texts that the template writes before the answer and before its end of turn.
 
-        It counts only if it is of markers, and the same whatever the answer is.
+        They count only if they are markers, and the same whatever the answer is.
         """
         turn = messages[index]
         found = self._around(upto[len(context) :], turn["content"].strip())
-        if turn.get("tool_calls") or not any(found) or found in self._blocks:
-            return found if found in self._blocks else ("", "")
-        probe = self.text([*messages[:index], {"role": "assistant", "content": ANSWER}], tools)
-        if self._around(probe[len(context) :], ANSWER) != found or not all(
-            self._marked(part) for part in found if part
-        ):
-            return ("", "")
+        if found in self._blocks:
+            return found
+        if turn.get("tool_calls") or not any(found):
+            return NO_BLOCK
+        probed: Message = {"role": "assistant", "content": ANSWER}
+        probe = self.text([*messages[:index], probed], tools)
+        same = self._around(probe[len(context) :], ANSWER) == found
+        if not same or not all(self._is_marker(part) for part in found if part):
+            return NO_BLOCK
         self._blocks.add(found)
         return found
 
     def _around(self, text: str, answer: str) -> Block:
         at = text.find(answer) if answer else -1
         if at < 0:
-            return ("", "")
+            return NO_BLOCK
         tail = text[at + len(answer) :]
-        end = min((found for stop in self._stops() if (found := tail.find(stop)) >= 0), default=0)
+        end = min((found for stop in self.stops() if (found := tail.find(stop)) >= 0), default=0)
         return text[:at].strip(), tail[:end].strip()
 
-    def _marked(self, block: str) -> bool:
-        """Return whether a block is of markers: between brackets, or with one of the vocabulary's added tokens."""
+    def _is_marker(self, block: str) -> bool:
+        """Return True if a block is in brackets or has an added token of the vocabulary."""
         bounded = block.startswith(("<", "[")) and block.endswith((">", "]"))
-        return bounded or any(
-            token in self.tokenizer.added_tokens_decoder for token in self.encode([block])[0]
-        )
+        added = self.tokenizer.added_tokens_decoder
+        return bounded or any(token in added for token in self.encode([block])[0])
 
-    def _text_plan(self, row: Row) -> list[_Plan]:
-        text, tokenizer = row["messages"][0]["content"], self.tokenizer
-        if tokenizer.eos_token is None or tokenizer.eos_token_id not in self.facts.stop_ids:
-            raise ProofFailed(
-                f"messages[0] (text): the tokenizer's EOS {tokenizer.eos_token!r} is no token at which generation stops"
-            )
-        return [_Plan(text, [dict(row["messages"][0])], {})]
+    # Sequences: tokens, masks, proofs
 
-    def _finish(self, plans: list[Any]) -> list[list[Rendered] | ProofFailed]:
-        """Tokenize the texts of all plans at once, make the masks, and prove them."""
+    def _finish(
+        self, plans: Sequence[list[_Plan] | ProofFailed]
+    ) -> list[list[Rendered] | ProofFailed]:
+        """Tokenize the texts of all plans in one call, make the masks, and prove them."""
         sequences = [plan for row in plans if not isinstance(row, ProofFailed) for plan in row]
-        encoded = iter(
-            self.encode(
-                [text for plan in sequences for text in (plan.text, *plan.contexts.values())]
-            )
-        )
+        texts = [text for plan in sequences for text in (plan.text, *plan.contexts.values())]
+        encoded = iter(self.encode(texts))
         finished: list[list[Rendered] | ProofFailed] = []
         for row in plans:
             if isinstance(row, ProofFailed):
@@ -335,151 +271,96 @@ class Renderer:
     def _sequences(
         self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]]
     ) -> list[Rendered]:
-        """Return the proven sequences of a plan: one, or one per turn where a token would reach from a context into its answer.
+        """Return the proven sequences of a plan.
 
-        At generation the context is tokenized alone, so then the answer is too.
+        A plan has one sequence, or one per turn if a token would reach from a context into its
+        answer. At generation the context is tokenized alone, so the answer is then too.
         """
         if not plan.contexts:
             return [self._plain(plan, ids)]
         if all(ids[: len(context)] == context for context in contexts.values()):
             return [self._sequence(plan, ids, contexts)]
-        found = []
+        found: list[Rendered] = []
         for alone in plan.turn_by_turn():
             ((index, text),) = alone.contexts.items()
+            context = {index: contexts[index]}
             whole, tail = self.encode([alone.text, alone.text[len(text) :]])
             if whole[: len(contexts[index])] == contexts[index]:
-                found.append(self._sequence(alone, whole, {index: contexts[index]}))
+                found.append(self._sequence(alone, whole, context))
                 continue
             joined = contexts[index] + tail
-            if self.facts.decode(joined) != self.facts.decode(
-                whole
-            ):  # tokenizers that put a space before a text
+            # Some tokenizers put a space before a text.
+            if self.facts.decode(joined) != self.facts.decode(whole):
                 joined = whole
-            found.append(self._sequence(alone, joined, {index: contexts[index]}, apart=True))
+            found.append(self._sequence(alone, joined, context, apart=True))
         return found
 
     def _sequence(
         self, plan: _Plan, ids: list[int], contexts: dict[int, list[int]], apart: bool = False
     ) -> Rendered:
+        stop_ids = self.facts.stop_ids
         supervised = [False] * len(ids)
         for context in contexts.values():
             begin = len(context)
-            end = next(
-                (
-                    place + 1
-                    for place in range(begin, len(ids))
-                    if ids[place] in self.facts.stop_ids
-                ),
-                len(ids),
-            )
+            places = (place + 1 for place in range(begin, len(ids)) if ids[place] in stop_ids)
+            end = next(places, len(ids))
             supervised[begin:end] = [True] * (end - begin)
-        rendered = Rendered(
-            ids,
-            supervised,
-            len(plan.messages),
-            tuple(sorted({part for block in plan.blocks.values() for part in block if part})),
-            apart,
-        )
+        added = sorted({part for block in plan.blocks.values() for part in block if part})
+        rendered = Rendered(ids, supervised, len(plan.messages), tuple(added), apart)
         prove(self.facts, rendered, plan.messages, contexts, plan.blocks)
         self._structures.prove(plan.messages, bool(plan.tools))
         prove_contents(plan.text, plan.messages, plan.tools)
         return rendered
 
     def _plain(self, plan: _Plan, ids: list[int]) -> Rendered:
-        """Return a plain text: BOS if the tokenizer's own encoding has one, the text, EOS; all of it supervised."""
-        tokenizer = self.tokenizer
+        """Return the sequence of a plain text: BOS if the tokenizer's encoding has it, text, EOS.
+
+        All of it is supervised.
+        """
+        tokenizer, decode = self.tokenizer, self.facts.decode
         stray = next((token for token in ids if token in self.facts.stop_ids), None)
         if stray is not None:
             raise ProofFailed(
-                f"messages[0] (text): holds {self.facts.decode([stray])!r}, at which generation stops; take it out"
+                f"messages[0] (text): holds {decode([stray])!r}, at which generation stops; "
+                "take it out"
             )
-        if self.facts.decode(ids).strip() != plan.text.strip():
+        if decode(ids).strip() != plan.text.strip():
             raise ProofFailed(
-                f"messages[0] (text): decodes to {self.facts.decode(ids)[:80]!r}, not to {plan.text[:80]!r}"
+                f"messages[0] (text): decodes to {decode(ids)[:80]!r}, not to {plan.text[:80]!r}"
             )
         bos = tokenizer.bos_token_id
         if bos is not None and bos in ids:
             raise ProofFailed(
-                f"messages[0] (text): holds BOS, {self.facts.decode([bos])!r}, which is put before the text; take it out"
+                f"messages[0] (text): holds BOS, {decode([bos])!r}, which is put before the text; "
+                "take it out"
             )
-        whole = [*([bos] if self._own_bos() else []), *ids, int(tokenizer.eos_token_id)]
+        whole = [*([bos] if self.own_bos() else []), *ids, int(tokenizer.eos_token_id)]
         return Rendered(whole, [True] * len(whole), 1)
 
-    def _shaped(self, messages: Messages) -> list[dict[str, Any]]:
-        if not any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
-            return [_sent(turn) for turn in messages]
-        if self._form is None:
-            self._form = FORMS[0]
-            self._form = next((form for form in FORMS if self._takes(form)), FORMS[0])
-        return shaped([_sent(turn) for turn in messages], self._form)
 
-    def _takes(self, form: CallForm) -> bool:
-        """Return whether the template writes a call in this form as a call."""
-        self._form = form
-        try:
-            context, text = self.text(PROBE[:1], [TOOL], True), self.text(PROBE[:2], [TOOL])
-            return missing_calls(text[len(context) :], [CALL]) is None and bool(
-                self.text(PROBE, [TOOL], True)
-            )
-        except ProofFailed:
-            return False
-
-    def _own_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
-
-    def _bos_use(self) -> Any:
-        bos = self.tokenizer.bos_token_id
-        turns = (
-            {"role": "user", "content": QUESTION},
-            {"role": "assistant", "content": ANSWER},
-            {"role": "user", "content": QUESTION},
-        )
-        counts = []
-        for count in (1, 2, 3):
-            try:
-                counts.append(self.encode([self.text(turns[:count])])[0].count(bos))
-            except ProofFailed:  # the rows' own proofs will say it
-                continue
-        if counts and max(counts) > counts[0]:
-            return "turns"
-        return "first" if self._own_bos() or any(counts) else "none"
+def _attempt(plan: Callable[[Conversation], PlanT], row: Conversation) -> PlanT | ProofFailed:
+    try:
+        return plan(row)
+    except ProofFailed as problem:
+        return problem
 
 
-def _is_text(row: Row) -> bool:
-    return len(row["messages"]) == 1 and row["messages"][0]["role"] == "text"
-
-
-def _sent(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the template sees of a message: `train` is ours."""
-    return {key: value for key, value in turn.items() if key != "train"}
-
-
-def _refusal(error: Exception, messages: Messages) -> str:
-    reason = f"the template refuses the conversation: {' '.join(str(error).split())[:200]}"
-    if messages and messages[0]["role"] == "system" and "system" in str(error).lower():
-        return (
-            reason
-            + ": set chat.system_turn: user, which puts the system turn into the first user turn"
-        )
-    return reason
-
-
-def render(
-    tokenizer: Any, messages: Messages, generation_prompt: bool = False, tools: Tools = None
-) -> list[int]:
-    """Return the token ids that the template makes of messages, unproven. Raises ProofFailed with its own reason."""
-    renderer = Renderer(tokenizer, frozenset())
-    return renderer.encode([renderer.text(messages, tools, generation_prompt)])[0]
-
-
-def render_supervised(tokenizer: Any, messages: Messages, stop_ids: frozenset[int]) -> Rendered:
-    """Return one conversation as one proven sequence. Raises ProofFailed, also where it takes one per turn."""
-    done = Renderer(tokenizer, stop_ids).train([{"messages": messages}])[0]
-    if isinstance(done, ProofFailed):
-        raise done
-    if len(done) > 1:
+def _prove_prefix(text: str, context: str, index: int, messages: Messages) -> None:
+    """Raise ProofFailed unless a text begins with the text that the model is given."""
+    if text.startswith(context):
+        return
+    first = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    if first and find_content(context, first) >= 0 > find_content(text, first):
         raise ProofFailed(
-            "the template rewrites earlier turns once later turns follow: the conversation is one sequence per turn"
+            "messages[0] (system): the template writes this turn at generation and drops it once "
+            f"messages[{index}] (assistant) follows: "
+            "set chat.system_turn: user, which puts it into the first user turn"
         )
-    return done[0]
+    at = first_difference(text, context)
+    raise ProofFailed(
+        f"messages[{index}] (assistant): "
+        "the text before the answer differs from that given at generation: "
+        f"after {context[max(0, at - 20) : at]!r} the model is given {context[at : at + 30]!r}, "
+        f"the conversation has {text[at : at + 30]!r}: "
+        "set chat.template_kwargs (enable_thinking?) or chat.chat_template so that both agree"
+    )

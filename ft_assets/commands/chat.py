@@ -14,6 +14,7 @@ from ft_assets.inference.generation import generate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.release.champion import identity, state_of
 from ft_assets.release.lookup import need_model
+from ft_assets.rows.types import Message
 
 
 def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
@@ -60,7 +61,9 @@ class SideBySide:
 
     def answers(self, message: str) -> Iterator[tuple[str, str]]:
         """Yield (who, answer) for one user message."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages: list[Message] = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
         messages.append({"role": "user", "content": message})
         for who, path in self.asked:
             prompt = self.renderers[who].prompts([{"messages": messages}])[0]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import EvaluationSettings
@@ -30,6 +30,7 @@ from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.label import choice
 from ft_assets.metrics.user_function import load_function, user_scores
 from ft_assets.models.loading import load_tokenizer, stop_ids
+from ft_assets.rows.types import Conversation, TokenSequence
 
 Rows = list[dict[str, Any]]
 LOSS_BATCH = 32
@@ -149,7 +150,8 @@ def _proofs(
 
 def _tokenized(renderer: Renderer, rows: Rows) -> Rows:
     tokenized = []
-    for row, rendered in zip(rows, renderer.answers(rows), strict=True):
+    answered = cast(list[Conversation], rows)
+    for row, rendered in zip(rows, renderer.answers(answered), strict=True):
         prompt, answer = _proven(row, rendered)
         tokenized.append(
             {
@@ -162,7 +164,7 @@ def _tokenized(renderer: Renderer, rows: Rows) -> Rows:
 
 
 def _prompts(renderer: Renderer, rows: Rows) -> list[list[int]]:
-    asked = [{**row, "messages": row["messages"][:-1]} for row in rows]
+    asked: list[Any] = [{**row, "messages": row["messages"][:-1]} for row in rows]
     return [_proven(row, prompt) for row, prompt in zip(rows, renderer.prompts(asked), strict=True)]
 
 
@@ -206,7 +208,10 @@ class Scorer:
     def losses(self, rows: Rows) -> tuple[list[float], list[float]]:
         """Return (nats a token, token accuracy) of the reference answers."""
         return answer_losses(
-            self.model, rows, self.settings.batch_size or LOSS_BATCH, self.tokenizer.pad_token_id
+            self.model,
+            cast(list[TokenSequence], rows),
+            self.settings.batch_size or LOSS_BATCH,
+            self.tokenizer.pad_token_id,
         )
 
     def loss_under(self, template: str, rows: Rows) -> float:
@@ -304,7 +309,7 @@ class Scorer:
         tokenized = _tokenized(self.renderer, asked)
         sums = sequence_log_probabilities(
             self.model,
-            tokenized,
+            cast(list[TokenSequence], tokenized),
             self.settings.batch_size or LOSS_BATCH,
             self.tokenizer.pad_token_id,
         )

@@ -122,13 +122,14 @@ def template_mismatches(renderer: Renderer, rows: list[dict[str, Any]]) -> list[
 
     Of a conversation what is compared is what the model is given before the last answer; a plain text is compared whole.
     """
-    texts = [row for row in rows if row["messages"][0]["role"] == "text"]
-    chats = [row for row in rows if row["messages"][0]["role"] != "text"]
+    texts: list[Any] = [row for row in rows if row["messages"][0]["role"] == "text"]
+    chats: list[Any] = [row for row in rows if row["messages"][0]["role"] != "text"]
     found = set()
     for row, rendered in zip(texts, renderer.train(texts), strict=True):
         if isinstance(rendered, ProofFailed) or rendered[0].input_ids != row["input_ids"]:
             found.add(row["id"])
-    prompts = renderer.prompts([{**row, "messages": row["messages"][:-1]} for row in chats])
+    asked: list[Any] = [{**row, "messages": row["messages"][:-1]} for row in chats]
+    prompts = renderer.prompts(asked)
     for row, prompt in zip(chats, prompts, strict=True):
         if (
             isinstance(prompt, ProofFailed)

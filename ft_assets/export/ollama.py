@@ -8,24 +8,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.models.loading import load_tokenizer, stop_ids
+from ft_assets.rows.types import Message
 
-Messages = Sequence[Mapping[str, Any]]
+Messages = Sequence[Message]
 Write = Callable[
     [Messages, bool], str
 ]  # messages, whether the generation prompt follows -> text. Raises ProofFailed
-SYSTEM, USER, ANSWER, AGAIN = (
-    {"role": role, "content": f"ft {word} text"}
-    for role, word in (
-        ("system", "first"),
-        ("user", "second"),
-        ("assistant", "third"),
-        ("user", "fourth"),
-    )
-)
+SYSTEM: Message = {"role": "system", "content": "ft first text"}
+USER: Message = {"role": "user", "content": "ft second text"}
+ANSWER: Message = {"role": "assistant", "content": "ft third text"}
+AGAIN: Message = {"role": "user", "content": "ft fourth text"}
 PROBES = ([USER], [SYSTEM, USER], [USER, ANSWER, AGAIN], [SYSTEM, USER, ANSWER, AGAIN])
 
 
@@ -112,7 +107,7 @@ def _taken_apart(write: Write) -> Pieces | None:
     return Pieces(first[0].removesuffix(before_user), around, write([USER], True).removeprefix(one))
 
 
-def _between(text: str, *turns: Mapping[str, str]) -> list[str] | None:
+def _between(text: str, *turns: Message) -> list[str] | None:
     """Return what stands before, between and after the turns' contents; None if one is not there."""
     parts = []
     for turn in turns:

@@ -19,8 +19,9 @@ from ft_assets.errors import ReleaseError
 from ft_assets.hardware import compute_dtype, free_memory
 from ft_assets.inference.generation import generate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.rows.types import Message
 
-Messages = list[dict[str, Any]]
+Messages = list[Message]
 SPARE = 64  # tokens of llama.cpp's context beyond prompt and answer: its own rendering may be a little longer
 
 

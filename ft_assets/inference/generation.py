@@ -1,6 +1,8 @@
-"""Greedy answers of one model to many prompts, in length-sorted batches, with the shared prefix computed once.
+"""Generate greedy answers of one model to many prompts.
 
-Not here: what an answer is worth. An answer that cannot be generated is an error, never an empty text.
+Batches are sorted by length, and the shared prefix is computed once. An answer that cannot be
+generated is an error, never an empty text.
+Not here: the scores of an answer.
 """
 
 import copy
@@ -17,8 +19,11 @@ MIN_PREFIX = 16
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, whether it ended by itself (a stop token before the cap), its length in tokens, and its tokens with the
-    one it stopped at."""
+    """A generated text.
+
+    `stopped`: it ended with a stop token before the limit. `tokens`: its length. `ids`: its tokens,
+    with the stop token.
+    """
 
     text: str
     stopped: bool
@@ -27,10 +32,11 @@ class Answer:
 
 
 def default_batch_size(model: Any, tokens: int) -> int:
-    """Return how many rows of `tokens` (prompt and answer) are generated at once where the settings do not say.
+    """Return the default number of rows of `tokens` (prompt and answer) in a batch.
 
-    32 on a CPU, where more gains little. On a GPU decoding is bound by reading the weights, so that tokens/s grow with
-    the rows: as many as half of the free memory holds of keys and values, at most 512.
+    It is 32 on a CPU, where more gains little. On a GPU decoding is bound by reading the weights,
+    so tokens/s grow with the rows: the keys and values of the rows fill half of the free memory, at
+    most 512 rows.
     """
     if model.device.type != "cuda":
         return 32
@@ -54,8 +60,8 @@ def generate(
 ) -> list[Answer]:
     """Return the greedy answers to `prompts` (token ids), in their order.
 
-    A batch that does not fit into memory is halved. Raises EvaluationError naming the row (by `ids`, else its number)
-    whose generation fails: a row without an answer is never scored.
+    A batch that does not fit into memory is halved. Raises EvaluationError with the row (its entry
+    of `ids`, else its number) whose generation fails: a row without an answer is never scored.
     """
     model.eval()
     prefix = shared_prefix(prompts)
@@ -84,17 +90,19 @@ def generate(
 def _carefully(
     answer: Callable[[list[int]], list[Answer]], batch: list[int], ids: list[str] | None
 ) -> list[Answer]:
-    """Return the answers of a batch; on a failure halve it, down to the row that fails."""
+    """Return the answers of a batch. On a failure halve it, down to the row that fails."""
     try:
         return answer(batch)
     except Exception as error:  # torch, CUDA and the model's own code raise anything
         if len(batch) == 1:
             row = ids[batch[0]] if ids else f"number {batch[0]}"
+            message = str(error).splitlines()[0][:200] if str(error) else ""
             raise EvaluationError(
                 where=f"held-out row {row}",
-                found=f"its answer cannot be generated ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})",
-                expected="an answer to every row; a missing one is never scored",
-                fix="lower evaluation.max_new_tokens or batch_size if memory ran out, or correct the row",
+                found=f"its answer cannot be generated ({type(error).__name__}: {message})",
+                expected="an answer to every row: a row without an answer is never scored",
+                fix="lower evaluation.max_new_tokens or batch_size if memory ran out, "
+                "or correct the row",
             ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -103,7 +111,10 @@ def _carefully(
 
 
 def shared_prefix(prompts: list[list[int]]) -> list[int]:
-    """Return the tokens that all prompts begin with (at least one is left to each), or [] if too few to pay."""
+    """Return the tokens that all prompts begin with, or [] if they are too few to pay.
+
+    Each prompt keeps at least one token of its own.
+    """
     shortest, first = min(len(prompt) for prompt in prompts), prompts[0]
     length = 0
     while length < shortest - 1 and all(prompt[length] == first[length] for prompt in prompts):
@@ -135,7 +146,7 @@ def _generate_batch(
     stops: frozenset[int],
     max_new_tokens: int,
 ) -> list[Answer]:
-    # Padding goes between the prefix and the rest, so that the cached prefix lies where it was computed.
+    # Padding is between the prefix and the rest: the cached prefix keeps its positions.
     width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id
     ids = [[*prefix, *[pad] * (width - len(prompt)), *prompt[len(prefix) :]] for prompt in prompts]

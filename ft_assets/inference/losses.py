@@ -1,10 +1,10 @@
-"""Teacher-forced scores: what a model thinks of the reference answer, without generating anything.
+"""Teacher-forced scores: the model's probability of the reference answer, without generation.
 
-The head is computed at the supervised positions only, and of these so many at once that the logits stay small: a batch takes
-about what the decoder's forward pass takes, whatever the vocabulary.
+The head is computed at the supervised positions only, and in parts, so that the logits stay small:
+a batch takes about the memory of the decoder's forward pass, whatever the vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,51 +13,68 @@ import torch
 
 from ft_assets.inference.generation import prefill, repeated, shared_prefix
 from ft_assets.models.sharding import is_sharded
+from ft_assets.rows.types import TokenSequence
 
-Row = dict[
-    str, Any
-]  # {"input_ids": tokens, "supervised": which of them are the answer and its end of turn}
-LOGITS = 2**25  # at once: 256 positions of a vocabulary of 128k, 0.5 GB with all of its copies
+# Logits in memory at the same time: 256 positions of a vocabulary of 128k, 0.5 GB with all copies.
+LOGITS = 2**25
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Of one row: the summed cross-entropy of its supervised tokens in nats, how many were the most likely one, how many there are."""
+    """The score of one row.
+
+    `nats`: summed cross-entropy of its supervised tokens. `right`: how many of these were the most
+    likely token. `count`: their number.
+    """
 
     nats: float
     right: int
     count: int
 
 
-@torch.no_grad()  # not inference_mode: it is asked in the middle of a training, and FSDP trains on with what it has gathered here
+# Not inference_mode: it runs in the middle of a training, and FSDP trains on with the weights that
+# it gathers here.
+@torch.no_grad()
 def answer_losses(
-    model: Any, rows: list[Row], batch_size: int, pad: int, most_tokens: int | None = None
+    model: Any,
+    rows: Sequence[TokenSequence],
+    batch_size: int,
+    pad: int,
+    most_tokens: int | None = None,
 ) -> tuple[list[float], list[float]]:
-    """Return, for each tokenized row, (mean cross-entropy of its supervised tokens in nats a token, share of them that
-    were the most likely token). At once: `batch_size` rows, of `most_tokens` with their padding, and half as many each
-    time that memory runs out. Raises torch.OutOfMemoryError where one row does not fit."""
+    """Return the losses and the accuracies of tokenized rows.
+
+    The loss is the mean cross-entropy of the supervised tokens in nats a token, the accuracy the
+    share of them that were the most likely token. A batch has `batch_size` rows and at most
+    `most_tokens` tokens with padding; it is halved each time that memory runs out. Raises
+    torch.OutOfMemoryError if one row does not fit.
+    """
     scored = _scores(model, rows, batch_size, pad, most_tokens)
     return [row.nats / row.count for row in scored], [row.right / row.count for row in scored]
 
 
 @torch.inference_mode()
 def sequence_log_probabilities(
-    model: Any, rows: list[Row], batch_size: int, pad: int
+    model: Any, rows: Sequence[TokenSequence], batch_size: int, pad: int
 ) -> list[float]:
-    """Return, for each tokenized row, the summed log-probability of its supervised tokens in nats."""
+    """Return the summed log-probability of each row's supervised tokens, in nats."""
     return [-row.nats for row in _scores(model, rows, batch_size, pad)]
 
 
 def _scores(
-    model: Any, rows: list[Row], batch_size: int, pad: int, most_tokens: int | None = None
+    model: Any,
+    rows: Sequence[TokenSequence],
+    batch_size: int,
+    pad: int,
+    most_tokens: int | None = None,
 ) -> list[Scored]:
-    """Return each row's scores. Rows of like length go together; what all prompts begin with is computed once."""
+    """Return the score of each row.
+
+    Rows of similar length share a batch. The tokens that all prompts begin with are computed once.
+    """
     model.eval()
-    prefix = (
-        shared_prefix([row["input_ids"][: row["supervised"].index(True)] for row in rows])
-        if rows
-        else []
-    )
+    prompts = [row["input_ids"][: row["supervised"].index(True)] for row in rows]
+    prefix = shared_prefix(prompts) if prompts else []
     cache = prefill(model, prefix) if prefix else None
     found: dict[int, Scored] = {}
     for batch in _batches([len(row["input_ids"]) for row in rows], batch_size, most_tokens):
@@ -73,7 +90,10 @@ def _scores(
 
 
 def _batches(lengths: list[int], batch_size: int, most_tokens: int | None) -> Iterator[list[int]]:
-    """Yield row numbers, the shortest rows first; a row that is longer than `most_tokens` alone."""
+    """Yield row numbers, the shortest rows first.
+
+    A row that is longer than `most_tokens` is a batch of its own.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         if batch and (
@@ -90,7 +110,7 @@ def _batches(lengths: list[int], batch_size: int, most_tokens: int | None) -> It
 def _halving(
     score: Callable[[list[int]], list[Scored]], batch: list[int], model: Any
 ) -> list[Scored]:
-    """Return the scores of a batch, in two halves where it does not fit into memory."""
+    """Return the scores of a batch, computed in two halves if it does not fit into memory."""
     try:
         return score(batch)
     except torch.OutOfMemoryError:
@@ -102,7 +122,9 @@ def _halving(
     return [*_halving(score, batch[:half], model), *_halving(score, batch[half:], model)]
 
 
-def _score_batch(model: Any, rows: list[Row], cache: Any, skip: int, pad: int) -> list[Scored]:
+def _score_batch(
+    model: Any, rows: list[TokenSequence], cache: Any, skip: int, pad: int
+) -> list[Scored]:
     """Return the scores of rows whose first `skip` tokens are in `cache`."""
     chosen = [(row["input_ids"][skip:], row["supervised"][skip:]) for row in rows]
     width = max(len(ids) for ids, _ in chosen)
@@ -130,7 +152,7 @@ def _score_batch(model: Any, rows: list[Row], cache: Any, skip: int, pad: int) -
         logits = _logits(model, part, kind).float()
         losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
         right.append(logits.argmax(-1) == wanted)
-        del logits  # else these and the next are there together
+        del logits  # else these logits and the next are in memory together
     nats, hits = (
         [float(part.sum()) for part in torch.cat(parts).split(counts)] for parts in (losses, right)
     )
@@ -142,8 +164,11 @@ def _decoder(model: Any) -> Any:
 
 
 def _last_hidden(model: Any, **inputs: Any) -> tuple[torch.Tensor, type[Any]]:
-    """Return what the head would read, (rows, positions, hidden), and in what kind of outputs the decoder hands it over. The
-    model itself is called, not its decoder: an autocast that the trainer has put around it holds here too."""
+    """Return the head's input, (rows, positions, hidden), and the class of the decoder's outputs.
+
+    The model itself is called, not its decoder: an autocast that the trainer has put around it
+    applies here too.
+    """
     seen: list[tuple[torch.Tensor, type[Any]]] = []
     hook = _decoder(model).register_forward_hook(
         lambda _, __, outputs: seen.append((outputs.last_hidden_state, type(outputs)))
@@ -156,9 +181,12 @@ def _last_hidden(model: Any, **inputs: Any) -> tuple[torch.Tensor, type[Any]]:
 
 
 def _logits(model: Any, hidden: torch.Tensor, kind: type[Any]) -> torch.Tensor:
-    """Return the logits (positions, vocabulary) of hidden states (positions, hidden), with whatever the model does around
-    its head (soft-capping, scales, trained copies, autocast): it is called with a decoder that returns them, as its own `kind`
-    of outputs."""
+    """Return the logits (positions, vocabulary) of hidden states (positions, hidden).
+
+    They include everything that the model does around its head (soft-capping, scales, trained
+    copies, autocast): the model is called with a decoder that returns the hidden states as outputs
+    of its own `kind`.
+    """
     outputs = kind(last_hidden_state=hidden[None])
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     with _returning(_decoder(model), outputs):
@@ -166,17 +194,18 @@ def _logits(model: Any, hidden: torch.Tensor, kind: type[Any]) -> torch.Tensor:
 
 
 def _no_routing_loss(model: Any) -> dict[str, bool]:
-    """A mixture of experts that trains with its routing loss would collect every router's logits for it here too."""
-    return (
-        {"output_router_logits": False}
-        if hasattr(model.config.get_text_config(), "output_router_logits")
-        else {}
-    )
+    """Return the argument that keeps a mixture of experts from collecting its router logits.
+
+    A model that trains with its routing loss would collect them here too.
+    """
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        return {"output_router_logits": False}
+    return {}
 
 
 @contextmanager
 def _returning(module: Any, outputs: Any) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # where a library has put its own around it
+    own = module.__dict__.get("forward")  # set if a library has wrapped it
     module.forward = lambda *_, **__: outputs
     try:
         yield

@@ -21,10 +21,11 @@ from ft_assets.merging.audit import Audit, audit
 from ft_assets.merging.merge import MergeBase, require_space
 from ft_assets.merging.nf4 import simulate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.rows.types import Message
 
 LOGITS_BYTES = 4_000_000_000  # of fp32 logits on disk; rows beyond are not compared, and counted
 POSITIONS = 64  # compared at once: 64 x 128k logits are 33 MB in fp32
-PROBE = [
+PROBE: list[Message] = [
     {"role": "user", "content": "Ein Döner für 5 €, naïve?\n\n  2 + 2 = <b>4</b> 🦊"},
     {"role": "assistant", "content": "Yes."},
     {"role": "user", "content": "日本語も。"},

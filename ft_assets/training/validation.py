@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
@@ -17,6 +17,7 @@ from ft_assets.errors import TrainingError
 from ft_assets.inference.losses import answer_losses
 from ft_assets.job import Report
 from ft_assets.models.adapter_files import copy_trained
+from ft_assets.rows.types import TokenSequence
 from ft_assets.training.adapter import save_trained
 from ft_assets.training.checkpoints import WholeCheckpoints, disk_is_full, full_disk, publish_folder
 from ft_assets.training.memory_plan.plan import Plan
@@ -212,7 +213,8 @@ def answer_loss(rows: list[dict[str, Any]], plan: Plan, pad: int) -> Measure | N
     def measure(model: Any) -> dict[str, float]:
         training = model.training
         with autocast_if_mixed(model):
-            losses, _ = answer_losses(model, rows, plan.micro_batch, pad, plan.largest)
+            scored = cast(list[TokenSequence], rows)
+            losses, _ = answer_losses(model, scored, plan.micro_batch, pad, plan.largest)
         model.train(training)
         return {"validation_loss": sum(losses) / len(losses)}
 

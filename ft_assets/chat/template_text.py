@@ -1,0 +1,121 @@
+"""Write conversations as text with the model's own chat template, and learn how the template works.
+
+The module finds the form of tool calls that the template takes, and how it uses BOS.
+Not here: masks and proofs (rendering.py).
+"""
+
+from collections.abc import Sequence
+from datetime import date
+from functools import cached_property
+from typing import Any, Literal
+
+from ft_assets.chat.calls import FORMS, CallForm, missing_calls, shaped
+from ft_assets.chat.row_proofs import Facts, Messages, ProofFailed, Tools
+from ft_assets.chat.structure_proofs import CALL, PROBE, TOOL
+from ft_assets.models.chat_template import ANSWER, QUESTION, date_of, frozen
+from ft_assets.rows.types import Message
+
+
+class TemplateText:
+    """Writes messages as text, and texts as token ids, for one model.
+
+    `stop_ids` are the tokens at which its generation stops. `day` is the date that a template
+    prints as today's (None: the snapshot's date).
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: frozenset[int], day: date | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.day = day or date_of(tokenizer)
+        self._form: CallForm | None = None
+
+    @cached_property
+    def facts(self) -> Facts:
+        """The facts about this model that the proofs need."""
+        return Facts(self.tokenizer, self.stop_ids, self._bos_use())
+
+    def text(self, messages: Messages, tools: Tools = None, generation_prompt: bool = False) -> str:
+        """Return the text that the template writes.
+
+        Raises ProofFailed with the template's own reason.
+        """
+        turns = self._shaped(messages)
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns,
+                tools=list(tools) if tools else None,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                chat_template=frozen(self.tokenizer.chat_template, self.day),
+            )
+        except Exception as error:  # jinja's own classes, and those of raise_exception in templates
+            raise ProofFailed(_refusal(error, messages)) from error
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of rendered texts, all in one call. A template writes BOS itself."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
+        return encoded["input_ids"]
+
+    def stops(self) -> list[str]:
+        """Return the texts of the tokens at which generation stops."""
+        return [self.facts.decode([token]) for token in self.stop_ids]
+
+    def own_bos(self) -> bool:
+        """Return True if the tokenizer's own encoding begins with BOS."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+
+    def _shaped(self, messages: Messages) -> list[Message]:
+        turns = [_without_train(turn) for turn in messages]
+        if not any("tool_calls" in turn or turn["role"] == "tool" for turn in turns):
+            return turns
+        if self._form is None:
+            self._form = FORMS[0]
+            self._form = next((form for form in FORMS if self._takes(form)), FORMS[0])
+        return shaped(turns, self._form)
+
+    def _takes(self, form: CallForm) -> bool:
+        """Return True if the template writes a call in this form as a call."""
+        self._form = form
+        try:
+            context = self.text(PROBE[:1], [TOOL], True)
+            text = self.text(PROBE[:2], [TOOL])
+            if missing_calls(text[len(context) :], [CALL]) is not None:
+                return False
+            return bool(self.text(PROBE, [TOOL], True))
+        except ProofFailed:
+            return False
+
+    def _bos_use(self) -> Literal["first", "none", "turns"]:
+        bos = self.tokenizer.bos_token_id
+        turns: list[Message] = [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+            {"role": "user", "content": QUESTION},
+        ]
+        counts: list[int] = []
+        for length in (1, 2, 3):
+            try:
+                counts.append(self.encode([self.text(turns[:length])])[0].count(bos))
+            except ProofFailed:  # the proofs of the rows report it
+                continue
+        if counts and max(counts) > counts[0]:
+            return "turns"
+        return "first" if self.own_bos() or any(counts) else "none"
+
+
+def _without_train(turn: Message) -> Message:
+    """Return a message as the template sees it: `train` is a key of ours."""
+    seen = turn.copy()
+    seen.pop("train", None)
+    return seen
+
+
+def _refusal(error: Exception, messages: Messages) -> str:
+    reason = f"the template refuses the conversation: {' '.join(str(error).split())[:200]}"
+    if messages and messages[0]["role"] == "system" and "system" in str(error).lower():
+        advice = "set chat.system_turn: user, which puts the system turn into the first user turn"
+        return f"{reason}: {advice}"
+    return reason
