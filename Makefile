@@ -43,13 +43,13 @@ slurm:  ## Install Debian's Slurm, which the cluster tests use
 # Files stay whole: the tests of one share its fixtures.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) browser slurm lint types  ## Lint, types and all tests
+test: $(READY) browser slurm lint types  ## Run lint, types and all tests
 	$(PYTEST) --durations=20
 
-test-fast: $(READY)  ## The tests that start no step, browser or cluster (two minutes)
+test-fast: $(READY)  ## Run the tests that start no step, browser or cluster
 	$(PYTEST) -m "not graph and not browser and not cluster and not slow"
 
-lint: $(READY)  ## Ruff, and the import contract
+lint: $(READY)  ## Run ruff and the import contracts
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
