@@ -69,8 +69,8 @@ def measure(way: str, base: Path, rows: Path, given: argparse.Namespace) -> str:
         "gradient_checkpointing": given.checkpointing,
     }  # fmt: skip
     job = Job(
-        step="sft", asset="bench", partition=None, fingerprint=way, output=home / "output", checkpoints=home / "checkpoints",
-        work=home / "work", settings={"lora": {"method": "lora", "r": 16}, "sft": sft}, inputs={"base_model": base, "heldout_split": rows},
+        step="sft", gpu=True, distributed=True, asset="bench", partition=None, fingerprint=way, output=home / "output",
+        checkpoints=home / "checkpoints", work=home / "work", settings={"lora": {"method": "lora", "r": 16}, "sft": sft}, inputs={"base_model": base, "heldout_split": rows},
     )  # fmt: skip
     stamps: list[float] = []
     launcher = AccelerateLauncher(

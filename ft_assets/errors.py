@@ -87,6 +87,10 @@ class TemplateError(FtError):
     """A chat template is missing, or cannot be proven right for the data."""
 
 
+class JobError(FtError):
+    """A job file that was written by hand is not one, or its settings are not those of its step."""
+
+
 class ArtifactError(FtError):
     """An artifact is missing, damaged, or cannot be written."""
 

@@ -1,6 +1,11 @@
-"""The frame around every step: read the job, watch the lifeline, report a result or the user's error."""
+"""The frame around every step.
+
+It reads the job, validates its settings, watches the lifeline, and reports a result or the user's
+error.
+"""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -9,32 +14,53 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from ft_assets.errors import FtError
 from ft_assets.hardware import peak_memory_gb
-from ft_assets.job import Job, ProgressFile, Report, StepResult
+from ft_assets.job import Job, ProgressFile, Report, StepResult, StepSettings
 
-Step = Callable[[Job, Report], StepResult]
+StepFunction = Callable[[Job, Report], StepResult]
+Settings = TypeVar("Settings", bound=StepSettings)
 
 
-def main(step: Step) -> None:
+def takes(
+    settings: type[Settings],
+) -> Callable[[Callable[[Job, Settings, Report], StepResult]], StepFunction]:
+    """Declare the settings of a step. They are validated before the step loads anything heavy."""
+
+    def declare(body: Callable[[Job, Settings, Report], StepResult]) -> StepFunction:
+        def step(job: Job, report: Report) -> StepResult:
+            return body(job, settings.of(job), report)
+
+        return functools.update_wrapper(step, body)
+
+    return declare
+
+
+def main(step: StepFunction) -> None:
     """Run a step from the command line: `python -m ft_assets.steps.<step> job.json`."""
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m ft_assets.steps.{Path(sys.argv[0]).stem} job.json")
-    job = Job.model_validate_json(Path(sys.argv[1]).read_text())
+    try:
+        job = Job.read(Path(sys.argv[1]))
+    except FtError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     watch_lifeline()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # A shell script's `dagster dev &` leaves SIGINT ignored in all its children: the launcher's first word would be lost.
+    # A shell script's `dagster dev &` leaves SIGINT ignored in all its children. The launcher's
+    # first signal would be lost.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rank = int(os.environ.get("RANK", "0"))
     sys.exit(execute(step, job, ProgressFile(job.progress_file), rank))
 
 
-def execute(step: Step, job: Job, report: Report, rank: int = 0) -> int:
-    """Run a step and leave its result, or the user's error, in the work folder. Returns the exit code.
+def execute(step: StepFunction, job: Job, report: Report, rank: int = 0) -> int:
+    """Run a step and write its result, or the user's error, to the work folder.
 
-    Of several ranks that train together only the first reports and publishes: the others write into a folder of their own
-    that nobody reads.
+    Return the exit code. Of several ranks that train together only the first reports and
+    publishes. Each other rank writes into a folder of its own that is deleted.
     """
     apart = job.work / f"rank-{rank}"
     if rank:
@@ -44,10 +70,8 @@ def execute(step: Step, job: Job, report: Report, rank: int = 0) -> int:
         result = step(job, report)
     except FtError as error:
         print(error, file=sys.stderr)
-        with (
-            contextlib.suppress(FileExistsError),
-            job.error_file.open("x") as file,
-        ):  # the first rank that says why
+        # "x": the error of the first rank stays.
+        with contextlib.suppress(FileExistsError), job.error_file.open("x") as file:
             json.dump(error.to_dict(), file)
         return FtError.exit_code
     finally:
@@ -64,7 +88,7 @@ def _silent(message: str, **numbers: float) -> None:
 
 
 def watch_lifeline() -> None:
-    """End this process when the launcher's end of the pipe closes: no orphan keeps the GPU."""
+    """End this process when the launcher's end of the pipe closes, so that no orphan keeps the GPU."""
     if (descriptor := os.environ.get("FT_LIFELINE_FD")) is None:
         return
 

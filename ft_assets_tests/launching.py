@@ -36,7 +36,7 @@ def training_job(finished: Path, folder: Path, step: str = "sft", **changes: Any
     made = ("base_model", "heldout_split", *(["lora_adapter"] if step == "dpo" else []))
     (folder / "output").mkdir(parents=True)
     return Job(
-        step=step, asset="test", partition="tiny", fingerprint="0", output=folder / "output", checkpoints=folder / "checkpoints",
+        step=step, gpu=True, distributed=True, asset="test", partition="tiny", fingerprint="0", output=folder / "output", checkpoints=folder / "checkpoints",
         work=folder / "work", settings={"lora": recipe.lora.model_dump(mode="json"), step: settings},
         inputs={name: store.need(name, "tiny").path for name in made},
     )  # fmt: skip

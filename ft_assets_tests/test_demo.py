@@ -124,7 +124,7 @@ def test_code_location_loads_without_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, ft_assets.definitions; print(sorted({'torch','transformers','trl','peft','datasets'} & set(sys.modules)))"
+    code = "import sys, ft_assets.definitions; print(sorted({'torch','transformers','trl','peft','datasets','scipy'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -45,7 +45,8 @@ class TellingRanks(Telling, AccelerateLauncher):
 
 def job(folder: Path, step: str) -> Job:
     return Job(
-        step=step, asset="test", partition=None, fingerprint="0", settings={}, inputs={}, output=folder / "output",
+        step=step, gpu=step == "sft", distributed=step == "sft", asset="test", partition=None, fingerprint="0", settings={},
+        inputs={}, output=folder / "output",
         checkpoints=folder / "checkpoints", work=folder / "work",
     )  # fmt: skip
 

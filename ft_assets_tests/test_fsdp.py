@@ -78,8 +78,8 @@ def make_job(
     (folder / "output").mkdir(parents=True)
     settings = {**SETTINGS, **({"eval_steps": 6} if step == "sft" else {}), **changes}
     return Job(
-        step=step, asset="test", partition="tiny", fingerprint="0", output=folder / "output", checkpoints=folder / "checkpoints",
-        work=folder / "work", settings={"lora": {**LORA, **(lora or {})}, step: settings}, inputs=inputs,
+        step=step, gpu=True, distributed=True, asset="test", partition="tiny", fingerprint="0", output=folder / "output",
+        checkpoints=folder / "checkpoints", work=folder / "work", settings={"lora": {**LORA, **(lora or {})}, step: settings}, inputs=inputs,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A real Ray cluster of this machine, two worker processes on its CPUs (gloo)."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -67,6 +68,7 @@ def test_steps_that_load_models_to_answer_run_where_the_gpu_is(
 ) -> None:
     job = Job(
         step=step,
+        gpu=importlib.import_module(f"ft_assets.steps.{step}").Settings.STEP.gpu,
         asset=step,
         partition="x",
         fingerprint="x",

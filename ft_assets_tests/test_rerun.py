@@ -178,7 +178,7 @@ def test_split_of_an_older_version_is_made_again(copy: Path) -> None:
     assert planned(copy)["dpo_adapter"] == RUNS
     job = Job(
         step="dpo", asset="dpo_adapter", partition="tiny", fingerprint="0", output=copy, checkpoints=copy, work=copy,
-        settings={}, inputs={"heldout_split": split.path},
+        settings={"lora": {}, "dpo": {}}, inputs={"heldout_split": split.path},
     )  # fmt: skip
     with pytest.raises(ArtifactError, match="materialize heldout_split again"):
         step(job, lambda *_, **__: None)

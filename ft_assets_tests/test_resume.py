@@ -465,8 +465,8 @@ def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later
     for name, rows in (("train", make_rows(18)), ("validation", make_rows(4, seed=9))):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "split" / f"{name}.parquet")
     job = Job(
-        step="sft", asset="test", partition="tiny", fingerprint="0", output=tmp_path / "output", checkpoints=tmp_path / "checkpoints",
-        work=tmp_path / "work", settings={"lora": LORA, "sft": {**SFT, "num_train_epochs": 400, "save_steps": 10_000}},
+        step="sft", gpu=True, distributed=True, asset="test", partition="tiny", fingerprint="0", output=tmp_path / "output",
+        checkpoints=tmp_path / "checkpoints", work=tmp_path / "work", settings={"lora": LORA, "sft": {**SFT, "num_train_epochs": 400, "save_steps": 10_000}},
         inputs={"base_model": tiny_model, "heldout_split": tmp_path / "split"},
     )  # fmt: skip
     asked: list[float] = []

@@ -5,6 +5,7 @@ import dagster as dg
 from ft_assets.models.source import read_template, source_identity
 from ft_assets.orchestration.declarations import Metrics, asset
 from ft_assets.orchestration.materializer import Materializer, result
+from ft_assets.steps import base_model as base_model_step
 
 
 def _summary(metrics: Metrics) -> str:
@@ -25,18 +26,15 @@ def base_model(
     identity = source_identity(name, source, project.root)
     artifact, reused = materializer.materialize(
         context,
-        settings={
+        identity={
             "identity": identity,
             "template": template,
             "trust_remote_code": source.trust_remote_code,
             "baked": chat.baked(),
         },
-        step="base_model",
-        step_settings={
-            "model": source.model_dump(),
-            "chat": chat.model_dump(mode="json"),
-            "root": str(project.root),
-        },
+        step=base_model_step.Settings(
+            model=source, chat=chat, root=project.root, identity=identity, template=template
+        ),
         libraries="text",
         space=1_000_000_000,
     )

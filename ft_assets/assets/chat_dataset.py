@@ -10,6 +10,7 @@ from ft_assets.data.tables import TOKENIZED
 from ft_assets.evaluation.plots import data_uri, length_plot
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
+from ft_assets.steps import chat
 
 
 def _summary(metrics: Metrics) -> str:
@@ -35,9 +36,10 @@ def chat_dataset(
     raw, pairs = store.need("raw_dataset", None), store.need("raw_preferences", None)
     for source in (raw, pairs):  # a failed check blocks only within its own run
         require_valid(source.metrics, materializer.project.data.max_invalid, source.asset)
+    max_length = materializer.project.recipe(name).chat.max_length
     artifact, reused = materializer.materialize(
         context,
-        settings=materializer.project.recipe(name).chat.model_dump(include={"max_length"}),
+        identity={"max_length": max_length},
         inputs={
             "base_model": (store.need("base_model", name), None),
             **{
@@ -46,7 +48,7 @@ def chat_dataset(
             },
             "raw_preferences": (pairs, None),
         },
-        step="chat",
+        step=chat.Settings(max_length=max_length),
         libraries="text",
     )
     return result(
@@ -101,13 +103,14 @@ def every_row_is_proven(checked: Checked) -> dg.AssetCheckResult:
 )
 def few_rows_are_too_long(checked: Checked) -> dg.AssetCheckResult:
     """Fail above chat.max_truncated. Warn if any row is too long."""
-    metrics, chat = checked.metrics, checked.project.recipe(checked.name).chat
+    metrics = checked.metrics
+    most = checked.project.recipe(checked.name).chat.max_truncated
     filtered = sum(value for key, value in metrics.items() if key.endswith("_too_long"))
     total = metrics["total"]
     share = filtered / total if total else 0.0
     return dg.AssetCheckResult(
         passed=filtered == 0,
-        severity=ERROR if share > chat.max_truncated else WARN,
+        severity=ERROR if share > most else WARN,
         description=f"{filtered} of {total} rows are longer than {metrics['max_length']} tokens "
         "and were filtered",
     )

@@ -5,6 +5,7 @@ import dagster as dg
 from ft_assets.assets.training_curves import loss_curve, overfitting_check
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import Materializer, result
+from ft_assets.steps import dpo
 
 NO_PREFERENCES = "no preference data: no DPO"
 
@@ -37,17 +38,17 @@ def dpo_adapter(
     pairs = ("preferences", "preferences_validation")
     artifact, reused = materializer.materialize(
         context,
-        settings={"lora": chosen.lora.model_dump(mode="json"), "dpo": chosen.dpo.decisive()},
+        identity={"lora": chosen.lora.model_dump(mode="json"), "dpo": chosen.dpo.decisive()},
         inputs={
             "base_model": (store.need("base_model", name), None),
             "lora_adapter": (store.need("lora_adapter", name), None),
             **{f"heldout_split#{part}": (split, part) for part in pairs},
         },
-        step="dpo",
-        step_settings={
-            "dpo": chosen.dpo.model_dump(mode="json"),
-            "memory_limit_gb": materializer.project.memory_limit_gb,
-        },
+        step=dpo.Settings(
+            lora=chosen.lora,
+            dpo=chosen.dpo,
+            memory_limit_gb=materializer.project.memory_limit_gb,
+        ),
         libraries="train",
         space=500_000_000,
     )

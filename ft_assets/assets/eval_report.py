@@ -5,13 +5,14 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.artifacts import Artifact
-from ft_assets.config import settings_version
+from ft_assets.config import GateSettings, settings_version
 from ft_assets.evaluation.report_model import Estimate, EvalReport
 from ft_assets.evaluation.sources import own_metric_version, read_schema
 from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts, forgetting
 from ft_assets.evaluation.verdict.gate import bound_versions, require_lineage
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
+from ft_assets.steps import evaluate
 
 TRAINED = ("base_model", "recipe", "heldout_split", "lora_adapter", "dpo_adapter")
 
@@ -73,15 +74,12 @@ def eval_report(
     name, project = context.partition_key, materializer.project
     used, versions = judged(materializer, "eval_report", name)
     previous = materializer.store.current("eval_report", name)
+    decisive = _evaluation(materializer, name)
+    gate = project.gate.model_dump(mode="json", exclude={"override", "min_top1_agreement"})
+    has_dpo = used["dpo_adapter"].metrics["pairs"] > 0
     artifact, reused = materializer.materialize(
         context,
-        settings={
-            **_evaluation(materializer, name),
-            "gate": project.gate.model_dump(
-                mode="json", exclude={"override", "min_top1_agreement"}
-            ),
-            "has_dpo": used["dpo_adapter"].metrics["pairs"] > 0,
-        },
+        identity={**decisive, "gate": gate, "has_dpo": has_dpo},
         inputs={
             **{
                 asset: (used[asset], None)
@@ -96,12 +94,16 @@ def eval_report(
                 "few_shot",
             ),
         },
-        step="evaluate",
-        step_settings={
-            "bound_to": versions,
-            "root": str(project.root),
-            "previous": str(previous.path) if previous else None,
-        },
+        step=evaluate.Settings(
+            evaluation=project.recipe(name).evaluation,
+            gate=GateSettings.model_validate(gate),
+            answer_schema=decisive["schema"],
+            few_shot_system=project.data.few_shot_system,
+            has_dpo=has_dpo,
+            bound_to=versions,
+            root=project.root,
+            previous=previous.path if previous else None,
+        ),
         libraries="infer",
     )
     picture = (artifact.path / "info" / "scores.txt").read_text()

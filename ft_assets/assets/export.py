@@ -11,6 +11,7 @@ from ft_assets.models.license import snapshot_license
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
 from ft_assets.release.lookup import adapter_of, by_content, need_champion
+from ft_assets.steps import export as export_step
 
 
 def _summary(metrics: Metrics) -> str:
@@ -41,12 +42,11 @@ def export(
             fix="restore it from a backup",
         )
     adapter, split = adapter_of(store, name, champion), store.need("heldout_split", name)
-    identity = base.manifest.settings.get(
-        "identity", {}
-    )  # of the champion's own base: today's may be another
-    source = {"base": identity.get("hub"), "revision": identity.get("commit")}
+    # Of the champion's own base: today's base may be a different one.
+    origin = base.manifest.settings.get("identity", {})
+    source = {"base": origin.get("hub"), "revision": origin.get("commit")}
     llama_cpp = project.path(project.release.llama_cpp) if project.release.llama_cpp else None
-    settings = {
+    identity = {
         "forms": project.release.forms,
         "smoke_rows": project.release.smoke_rows,
         "max_new_tokens": project.recipe(name).evaluation.max_new_tokens,
@@ -56,7 +56,7 @@ def export(
     size = champion.manifest.bytes
     artifact, reused = materializer.materialize(
         context,
-        settings=settings,
+        identity=identity,
         inputs={
             "release#champion": (released, "champion"),
             "champion": (champion, None),
@@ -64,16 +64,16 @@ def export(
             "heldout_split#heldout": (split, "heldout"),
             **({"champion_adapter": (adapter, None)} if adapter else {}),
         },
-        step="export",
-        step_settings={
-            "facts": {
-                "name": name,
-                "license": snapshot_license(base.path).identifier,
-                "llama_cpp": str(llama_cpp) if llama_cpp else None,
-                **source,
-                "base": source["base"] or str(base.path),
-            }
-        },
+        step=export_step.Settings(
+            forms=project.release.forms,
+            smoke_rows=project.release.smoke_rows,
+            max_new_tokens=project.recipe(name).evaluation.max_new_tokens,
+            name=name,
+            license=snapshot_license(base.path).identifier,
+            llama_cpp=str(llama_cpp) if llama_cpp else None,
+            base=source["base"] or str(base.path),
+            revision=source["revision"],
+        ),
         libraries="infer",
         space=size * max(1, len(project.release.forms or [1])) + 100_000_000,
     )

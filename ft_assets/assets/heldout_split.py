@@ -49,7 +49,7 @@ def heldout_split(
     targets = raw.path / "contamination.parquet"
     artifact, reused = materializer.materialize(
         context,
-        settings=data.model_dump(mode="json", include=SPLITTING),
+        identity=data.model_dump(mode="json", include=SPLITTING),
         inputs={
             "chat_dataset": (chat, None),
             "raw_dataset#contamination": (raw, "contamination"),

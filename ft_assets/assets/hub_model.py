@@ -6,6 +6,7 @@ from ft_assets.config import Project
 from ft_assets.orchestration.declarations import asset
 from ft_assets.orchestration.materializer import Materializer, result
 from ft_assets.release.lookup import champion_since, need_champion
+from ft_assets.steps import push
 
 
 def _is_pushed(project: Project) -> bool:
@@ -22,15 +23,15 @@ def hub_model(
 
     It is pushed once each time a model becomes champion, with the token in HF_TOKEN.
     """
-    name, push = context.partition_key, materializer.project.release.push
-    assert push is not None, "the graph has this asset only if release.push is set"
+    name, to = context.partition_key, materializer.project.release.push
+    assert to is not None, "the graph has this asset only if release.push is set"
     released, champion = need_champion(materializer.store, name, f"hub_model[{name}]")
-    chosen = {"repo": push.repo.replace("{base_model}", name), "private": push.private}
+    chosen = {"repo": to.repo.replace("{base_model}", name), "private": to.private}
     artifact, reused = materializer.materialize(
         context,
         # After a rollback the champion was pushed before, but the hub serves the withdrawn model.
-        settings={"push": chosen, "champion_since": champion_since(released)},
+        identity={"push": chosen, "champion_since": champion_since(released)},
         inputs={"release#champion": (released, "champion"), "champion": (champion, None)},
-        step="push",
+        step=push.Settings.model_validate(chosen),
     )
     return result(artifact, reused)

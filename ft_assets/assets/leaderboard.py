@@ -71,7 +71,7 @@ def leaderboard(
     }
     known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
     artifact, reused = materializer.materialize(
-        context, settings={"entries": ranked}, inputs=known, make=make
+        context, identity={"entries": ranked}, inputs=known, make=make
     )
     picture = (artifact.path / "info" / "picture.txt").read_text()
     text = (artifact.path / "leaderboard.md").read_text()

@@ -5,6 +5,7 @@ import dagster as dg
 from ft_assets.assets.training_curves import loss_curve, overfitting_check
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
+from ft_assets.steps import sft
 
 
 def _summary(metrics: Metrics) -> str:
@@ -32,16 +33,16 @@ def lora_adapter(
     split = store.need("heldout_split", name)
     artifact, reused = materializer.materialize(
         context,
-        settings={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.decisive()},
+        identity={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.decisive()},
         inputs={
             "base_model": (store.need("base_model", name), None),
             **{f"heldout_split#{part}": (split, part) for part in ("train", "validation")},
         },
-        step="sft",
-        step_settings={
-            "sft": chosen.sft.model_dump(mode="json"),
-            "memory_limit_gb": materializer.project.memory_limit_gb,
-        },
+        step=sft.Settings(
+            lora=chosen.lora,
+            sft=chosen.sft,
+            memory_limit_gb=materializer.project.memory_limit_gb,
+        ),
         libraries="train",
         space=500_000_000,
     )

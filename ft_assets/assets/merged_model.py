@@ -3,12 +3,14 @@
 import dagster as dg
 
 from ft_assets.assets.eval_report import TRAINED, judged, numbers
+from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.sources import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
 from ft_assets.release.card_facts import card_body, card_facts
+from ft_assets.steps import merge
 
 OF_THE_FILE = {
     "min_top1_agreement",
@@ -44,18 +46,19 @@ def merged_model(
     method = adapter.metrics.get(
         "method", adapter.manifest.settings["lora"]["method"]
     )  # auto: what the plan took
+    # After QLoRA one of the two merges is a model that the report did not judge. It must pass the
+    # whole gate.
+    gate = project.gate.model_dump(
+        mode="json", include=None if method == "qlora" else OF_THE_FILE, exclude={"override"}
+    )
+    evaluation = project.recipe(name).evaluation
     artifact, reused = materializer.materialize(
         context,
-        settings={
+        identity={
             "candidate": verdict.candidate,
             "override": verdict.override,
             "method": method,
-            # After QLoRA one of the two merges is no model that the report judged: the whole gate is asked about it.
-            "gate": project.gate.model_dump(
-                mode="json",
-                include=None if method == "qlora" else OF_THE_FILE,
-                exclude={"override"},
-            ),
+            "gate": gate,
         },
         inputs={
             "base_model": (used["base_model"], None),
@@ -66,14 +69,15 @@ def merged_model(
                 for part in ("heldout", "retention")
             },
         },
-        step="merge",
-        step_settings={
-            "verdict": verdict.to_dict(),
-            "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
-            "schema": read_schema(project, project.recipe(name).evaluation),
-            "root": str(project.root),
-            "card": card_facts(project, materializer.store, name, used, versions),
-        },
+        step=merge.Settings(
+            method=method,
+            gate=GateSettings.model_validate(gate),
+            evaluation=evaluation,
+            answer_schema=read_schema(project, evaluation),
+            verdict=verdict,
+            card=card_facts(project, store, name, used, versions),
+            root=project.root,
+        ),
         libraries="infer",
         space=size * (2 if method == "qlora" else 1)
         + 100_000_000,  # after QLoRA both merges are on disk for a while

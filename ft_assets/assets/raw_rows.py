@@ -38,7 +38,7 @@ def ingested(
     files = data_content(project, list(sources))
     artifact, reused = materializer.materialize(
         context,
-        settings={"files": files, **_reading(project)},
+        identity={"files": files, **_reading(project)},
         make=lambda output: _write(project, output, files, sources, layout),
     )
     return result(

@@ -25,5 +25,5 @@ def recipe(
         return StepResult({}, sections)
 
     settings = resolved.model_dump(mode="json")
-    artifact, reused = materializer.materialize(context, settings=settings, make=make)
+    artifact, reused = materializer.materialize(context, identity=settings, make=make)
     return result(artifact, reused, recipe=dg.MetadataValue.json(settings))

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.assets.eval_report import TRAINED, judged, numbers
+from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
 from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.sources import read_schema
@@ -18,6 +19,7 @@ from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, Wanted, result
 from ft_assets.release import champion as rules
 from ft_assets.release.lookup import find_model, need_adapter, need_champion, need_model
+from ft_assets.steps import release as release_step
 
 ABOVE = ("eval_report", "merged_model")
 RULE = ("rule", "margin")
@@ -144,7 +146,7 @@ def _release(
     if state.champion is None:
         return materializer.materialize(
             context,
-            settings={**settings, "sequence": 1},
+            identity={**settings, "sequence": 1},
             inputs=inputs,
             make=lambda output: _first(
                 output, merged, challenger, context, project.recipe(name).evaluation.metric
@@ -174,20 +176,22 @@ def _release(
     again = Wanted.of(
         context, {**settings, "sequence": state.sequence}, inputs, LIBRARIES
     ).fingerprint
+    evaluation = project.recipe(name).evaluation
     sequence = state.sequence if again == current.fingerprint else state.sequence + 1
     return materializer.materialize(
         context,
-        settings={**settings, "sequence": sequence},
+        identity={**settings, "sequence": sequence},
         inputs=inputs,
-        step="release",
-        step_settings={
-            "evaluation": project.recipe(name).evaluation.model_dump(mode="json"),
-            "schema": read_schema(project, project.recipe(name).evaluation),
-            "root": str(project.root),
-            "state": vars(state),
-            "challenger": challenger,
+        step=release_step.Settings(
+            release=ReleaseSettings.model_validate(settings["release"]),
+            gate=GateSettings.model_validate(settings["gate"]),
+            evaluation=evaluation,
+            answer_schema=read_schema(project, evaluation),
+            root=project.root,
+            state=state,
+            challenger=challenger,
             **_stamp(context),
-        },
+        ),
         libraries=LIBRARIES,
     )
 
@@ -309,7 +313,7 @@ def _roll_back(
     inputs: dict[str, tuple[Artifact, str | None]] = {"champion": (champion, None)}
     return materializer.materialize(
         context,
-        settings=settings,
+        identity=settings,
         inputs=inputs | ({"previous_champion": (left, None)} if left else {}),
         make=make,
     )

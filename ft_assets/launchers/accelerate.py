@@ -11,7 +11,6 @@ from pathlib import Path
 from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.hardware import visible_gpus
 from ft_assets.job import Job
-from ft_assets.launchers.base import TRAINING_STEPS
 from ft_assets.launchers.local import LocalLauncher, free_port
 
 
@@ -22,7 +21,7 @@ class AccelerateLauncher(LocalLauncher):
         self.settings = settings
 
     def ranks(self, job: Job) -> list[dict[str, str]]:
-        if job.step not in TRAINING_STEPS:
+        if not job.distributed:
             return [{}]
         count = self.settings.ranks()
         if count == 1:

@@ -15,9 +15,6 @@ from ft_assets.job import Job, StepResult
 # A line of the job's progress file: its time, its message, and numbers.
 OnProgress = Callable[[Mapping[str, str | float]], None]
 TAIL_LINES = 30
-TRAINING_STEPS = frozenset({"sft", "dpo"})  # these can run as several ranks
-# These need a GPU: the launcher of a cluster sends them to it.
-HEAVY_STEPS = TRAINING_STEPS | {"evaluate", "merge", "release", "export"}
 
 # Signals from outside: the OOM killer, a shutdown, a scheduler that reclaims the node, a failed
 # disk or memory. Not SEGV, ABRT and ILL: a program that crashes by itself crashes again.

@@ -23,7 +23,6 @@ from ft_assets.errors import (
 )
 from ft_assets.job import Job, StepResult
 from ft_assets.launchers.base import (
-    HEAVY_STEPS,
     OnProgress,
     ProgressReader,
     outcome,
@@ -97,7 +96,7 @@ class ClusterLauncher(ABC):
 
         Raises the step's own FtError, ConfigError, StepFailed or StepLost.
         """
-        if job.step not in HEAVY_STEPS:
+        if not job.gpu:
             return LocalLauncher().run(job, on_progress)
         job_file = prepare(job)
         first_failure(job).unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import yaml
 from ft_assets.config.launcher import KubernetesSettings
 from ft_assets.errors import ConfigError
 from ft_assets.job import Job
-from ft_assets.launchers.base import TRAINING_STEPS
 from ft_assets.launchers.cluster import unique_name
 from ft_assets.launchers.local import GRACE_SECONDS
 
@@ -27,7 +26,7 @@ def manifest(job: Job, job_file: Path, settings: KubernetesSettings, root: Path)
     """
     # One pod for each step: its ranks share a machine. Use slurm or ray to train on several
     # machines.
-    gpus = settings.gpus if job.step in TRAINING_STEPS else min(1, settings.gpus)
+    gpus = settings.gpus if job.distributed else min(1, settings.gpus)
     made = {
         "apiVersion": "batch/v1",
         "kind": "Job",

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from ft_assets.config.launcher import LocalSettings
 from ft_assets.job import Job, StepResult
-from ft_assets.launchers.base import HEAVY_STEPS, OnProgress, ProgressReader, outcome, prepare
+from ft_assets.launchers.base import OnProgress, ProgressReader, outcome, prepare
 from ft_assets.launchers.devices import held_gpu
 from ft_assets.launchers.forking import ForkServer, start_forked
 
@@ -69,7 +69,7 @@ class LocalLauncher:
         environment = step_environment(read_end)
         processes: list[StepProcess] = []
         ranks = self.ranks(job)
-        alone = len(ranks) == 1 and job.step in HEAVY_STEPS
+        alone = len(ranks) == 1 and job.gpu
         start_one = start_forked_or_fresh if len(ranks) == 1 else start
         command = self.command(job_file, job)
         with held_gpu() if alone else contextlib.nullcontext(({}, [])) as (gpu, kept):

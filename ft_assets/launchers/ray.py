@@ -11,7 +11,6 @@ from pathlib import Path
 from ft_assets.config.launcher import RaySettings
 from ft_assets.errors import ConfigError
 from ft_assets.job import Job
-from ft_assets.launchers.base import HEAVY_STEPS
 from ft_assets.launchers.local import LocalLauncher
 
 
@@ -32,7 +31,7 @@ class RayLauncher(LocalLauncher):
         self.settings = settings
 
     def command(self, job_file: Path, job: Job) -> list[str]:
-        if job.step not in HEAVY_STEPS:
+        if not job.gpu:
             return super().command(job_file, job)
         driver = [sys.executable, "-m", "ft_assets.launchers.ray_driver"]
         return [*driver, str(job_file), self.settings.model_dump_json()]

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ft_assets.config.launcher import RaySettings
 from ft_assets.errors import ArtifactError, ConfigError, FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, ProgressFile
-from ft_assets.launchers.base import TRAINING_STEPS, save_error
+from ft_assets.launchers.base import save_error
 from ft_assets.step_runner import execute, watch_lifeline
 
 PASSED_ON = (
@@ -75,7 +75,7 @@ def run(job: Job, settings: RaySettings) -> int:
             work,
             train_loop_config={"job": job.model_dump_json(), "queue": queue},
             scaling_config=ScalingConfig(
-                num_workers=settings.workers if job.step in TRAINING_STEPS else 1,
+                num_workers=settings.workers if job.distributed else 1,
                 use_gpu=settings.use_gpu,
                 resources_per_worker=settings.resources or None,
             ),

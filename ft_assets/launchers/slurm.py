@@ -13,7 +13,6 @@ from pathlib import Path
 from ft_assets.config.launcher import SlurmSettings
 from ft_assets.errors import ClusterUnreachable, ConfigError, nearest
 from ft_assets.job import Job
-from ft_assets.launchers.base import TRAINING_STEPS
 from ft_assets.launchers.cluster import ClusterLauncher, JobState, Phase, unique_name
 
 ANSWER_SECONDS = 60.0
@@ -119,7 +118,7 @@ class SlurmLauncher(ClusterLauncher):
 
     def options(self, job: Job) -> list[str]:
         """Return the options of sbatch. Those of `launcher.sbatch` come last, so they win."""
-        training = job.step in TRAINING_STEPS
+        training = job.distributed
         gpus = self.settings.gpus if training else min(1, self.settings.gpus)
         options: dict[str, str | int | float | bool] = {
             "job-name": unique_name(job),

@@ -18,7 +18,7 @@ from ft_assets.artifacts import Artifact, fingerprint, open_store
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import Project
 from ft_assets.errors import FtError, InfrastructureFault, StepFailed
-from ft_assets.job import Job, StepResult
+from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
 
 Inputs = Mapping[
@@ -76,21 +76,21 @@ class Materializer:
         self,
         context: dg.AssetExecutionContext,
         *,
-        settings: Any,
+        identity: Any,
         inputs: Inputs | None = None,
         libraries: str | None = None,
-        step: str | None = None,
+        step: StepSettings | None = None,
         make: Make | None = None,
-        step_settings: dict[str, Any] | None = None,
         space: int = 0,
     ) -> tuple[Artifact, bool]:
-        """Return (artifact, reused). Made by a step (a child process) or by `make` (in this process).
+        """Return (artifact, reused). A step (a child process) or `make` (this process) makes it.
 
-        `settings` are what decides the content; `step_settings` what the step gets besides. Raises dg.Failure with the
-        user's error, without a retry.
+        `identity` is the JSON that decides the content: it is fingerprinted, and is the manifest's
+        `settings`. `step` is what the step gets. Neither overwrites the other. `inputs` are
+        fingerprinted and passed. `space` is the free disk space in bytes that the artifact needs.
         """
         inputs = inputs or {}
-        wanted = Wanted.of(context, settings, inputs, libraries)
+        wanted = Wanted.of(context, identity, inputs, libraries)
         if wanted.partition:
             tag_run(context, base_model=wanted.partition)
         asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
@@ -107,14 +107,13 @@ class Materializer:
         with self.store.staging(asset, partition) as staged:
             if step is not None:
                 job = Job(
-                    step=step,
+                    step=step.STEP.name,
+                    gpu=step.STEP.gpu,
+                    distributed=step.STEP.distributed,
                     asset=asset,
                     partition=partition,
                     fingerprint=version,
-                    settings={
-                        **(settings if isinstance(settings, dict) else {}),
-                        **(step_settings or {}),
-                    },
+                    settings=step.model_dump(mode="json"),
                     inputs={
                         name.partition("#")[0]: artifact.path
                         for name, (artifact, _) in inputs.items()
@@ -133,7 +132,7 @@ class Materializer:
                 partition=partition,
                 version=version,
                 code_version=wanted.code_version,
-                settings=settings,
+                settings=identity,
                 inputs=wanted.inputs,
                 environment=wanted.environment,
                 metrics=result.metrics,

@@ -59,13 +59,13 @@ class Planner(Materializer):
         self,
         context: dg.AssetExecutionContext,
         *,
-        settings: Any,
+        identity: Any,
         inputs: Inputs | None = None,
         libraries: str | None = None,
         **_: Any,
     ) -> tuple[Artifact, bool]:
         """Note whether the artifact would be made, and return the current one. Raises dg.Failure where there is none."""
-        wanted = Wanted.of(context, settings, inputs or {}, libraries)
+        wanted = Wanted.of(context, identity, inputs or {}, libraries)
         self.versions[wanted.asset] = wanted.fingerprint
         current, known = (
             self.store.current(wanted.asset, wanted.partition),

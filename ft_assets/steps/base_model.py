@@ -2,26 +2,44 @@
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 from ft_assets.config import BaseModelSettings, ChatSettings
-from ft_assets.job import Job, Report, StepResult
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.license import LICENSE_FILE, stated_license
 from ft_assets.models.source import write_snapshot
-from ft_assets.step_runner import main
+from ft_assets.step_runner import main, takes
 
 
-def step(job: Job, report: Report) -> StepResult:
-    settings = BaseModelSettings.model_validate(job.settings["model"])
-    chat = ChatSettings.model_validate(job.settings.get("chat", {}))
-    name, root, identity = job.partition or "", Path(job.settings["root"]), job.settings["identity"]
+class Settings(StepSettings):
+    """`identity` and `template` are those that the artifact was fingerprinted by."""
+
+    STEP: ClassVar = Step("base_model")
+
+    model: BaseModelSettings
+    chat: ChatSettings = ChatSettings()
+    root: Path
+    identity: dict[str, Any]
+    template: str | None
+
+
+@takes(Settings)
+def step(job: Job, settings: Settings, report: Report) -> StepResult:
+    name = job.partition or ""
     report("reading the base model")
     facts = write_snapshot(
-        name, settings, root, identity, job.settings["template"], job.output, chat
+        name,
+        settings.model,
+        settings.root,
+        settings.identity,
+        settings.template,
+        job.output,
+        settings.chat,
     )
     # Below info/, which is not part of the content: a change of the licence text retrains nothing.
     path = job.output / LICENSE_FILE
     path.parent.mkdir(exist_ok=True)
-    license_ = stated_license(name, settings, root, identity.get("commit"))
+    license_ = stated_license(name, settings.model, settings.root, settings.identity.get("commit"))
     path.write_text(json.dumps(license_.model_dump(mode="json"), indent=1))
     return StepResult(facts)
 

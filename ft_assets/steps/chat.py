@@ -6,10 +6,9 @@ Each row is proven. A row that fails a proof is refused and stored with the reas
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ft_assets.chat.rendering import ProofFailed, Rendered, Renderer, prints_date
-from ft_assets.config import ChatSettings
 from ft_assets.data.ledger import Histogram, Ledger
 from ft_assets.data.tables import (
     REJECTED,
@@ -19,7 +18,7 @@ from ft_assets.data.tables import (
     Table,
     TableWriter,
 )
-from ft_assets.job import Job, Report, StepResult
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.chat_template import date_of, reads
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.rows.types import (
@@ -31,15 +30,23 @@ from ft_assets.rows.types import (
     RejectedRow,
     TokenizedRow,
 )
-from ft_assets.step_runner import main
+from ft_assets.step_runner import main, takes
 
 TABLES = ("conversations", "rehearsal", "heldout", "retention")
 # The variables of Qwen3's and DeepSeek's templates that switch thinking off.
 SWITCHES = ("enable_thinking", "thinking")
 
 
-def step(job: Job, report: Report) -> StepResult:
-    settings = ChatSettings.model_validate(job.settings)
+class Settings(StepSettings):
+    """`max_length` is in tokens."""
+
+    STEP: ClassVar = Step("chat")
+
+    max_length: int
+
+
+@takes(Settings)
+def step(job: Job, settings: Settings, report: Report) -> StepResult:
     snapshot, raw = job.inputs["base_model"], job.inputs["raw_dataset"]
     tokenizer = load_tokenizer(snapshot)
     # A model has learnt no positions beyond its context, so a longer row is always too long.

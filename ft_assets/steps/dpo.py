@@ -1,15 +1,28 @@
-"""Step: train DPO on top of the SFT adapter; without preference data the SFT adapter is passed on as it is."""
+"""Step: train DPO on top of the SFT adapter.
+
+Without preference data the SFT adapter is published unchanged.
+"""
 
 import shutil
+from typing import ClassVar
 
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError
-from ft_assets.job import Job, Report, StepResult
-from ft_assets.step_runner import main
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
+from ft_assets.step_runner import main, takes
 
 
-def step(job: Job, report: Report) -> StepResult:
+class Settings(StepSettings):
+    STEP: ClassVar = Step("dpo", gpu=True, distributed=True)
+
+    lora: LoraSettings
+    dpo: DpoSettings
+    memory_limit_gb: float | None = None
+
+
+@takes(Settings)
+def step(job: Job, settings: Settings, report: Report) -> StepResult:
     from ft_assets.models.adapter_files import copy_trained, save_groups
     from ft_assets.training.dpo import train_dpo
     from ft_assets.training.method_choice import CHOICE, chosen_method
@@ -25,10 +38,7 @@ def step(job: Job, report: Report) -> StepResult:
         read_table(job.inputs["heldout_split"] / f"{part}.parquet")
         for part in ("preferences", "preferences_validation")
     )
-    lora, dpo = (
-        LoraSettings.model_validate(job.settings["lora"]),
-        DpoSettings.model_validate(job.settings["dpo"]),
-    )
+    lora, dpo = settings.lora, settings.dpo
     sft_adapter = job.inputs["lora_adapter"]
     if not pairs:
         copy_trained(sft_adapter, job.output)
@@ -39,7 +49,6 @@ def step(job: Job, report: Report) -> StepResult:
             {"pairs": 0, "note": "no preference data: this is the SFT adapter", "method": method}
         )
     used = pairs[: dpo.max_pairs]
-    limit = job.settings.get("memory_limit_gb")
     metrics = train_dpo(
         job.inputs["base_model"],
         sft_adapter,
@@ -49,7 +58,7 @@ def step(job: Job, report: Report) -> StepResult:
         job.checkpoints,
         job.output,
         report,
-        limit,
+        settings.memory_limit_gb,
         validation,
     )
     save_groups(used, job.output, before=sft_adapter)

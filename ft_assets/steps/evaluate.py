@@ -1,10 +1,12 @@
-"""Step: score all candidates on the same held-out rows, summarise, decide, say why."""
+"""Step: score all candidates on the same held-out rows, summarise, decide, explain."""
+
+from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,13 +14,9 @@ import pyarrow.parquet as pq
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError
-from ft_assets.evaluation.candidates import Rows, Scored, Task, score
 from ft_assets.evaluation.curves import up_to_kept
 from ft_assets.evaluation.plots import data_uri, read_curve, score_plot
 from ft_assets.evaluation.references import with_references
-from ft_assets.evaluation.report import summarise
-from ft_assets.evaluation.report_html import report_html
-from ft_assets.evaluation.report_markdown import PreviousReport, changes, report_markdown
 from ft_assets.evaluation.report_model import (
     EvalReport,
     Evidence,
@@ -28,17 +26,38 @@ from ft_assets.evaluation.report_model import (
     findings_json,
 )
 from ft_assets.evaluation.verdict.decision import decide
-from ft_assets.evaluation.verdict.diagnosis import diagnose, diversity
-from ft_assets.job import Job, Report, StepResult
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_tokenizer
-from ft_assets.step_runner import main
+from ft_assets.step_runner import main, takes
+
+if TYPE_CHECKING:
+    from ft_assets.evaluation.candidates import Rows, Scored, Task
+    from ft_assets.evaluation.report_markdown import PreviousReport
 
 
-def step(job: Job, report: Report) -> StepResult:
-    settings, gate = (
-        EvaluationSettings.model_validate(job.settings["evaluation"]),
-        GateSettings.model_validate(job.settings["gate"]),
-    )
+class Settings(StepSettings):
+    """`bound_to`: the versions that the report is about. `previous`: the folder of the last one."""
+
+    STEP: ClassVar = Step("evaluate", gpu=True)
+
+    evaluation: EvaluationSettings
+    gate: GateSettings
+    answer_schema: dict[str, Any] | None
+    few_shot_system: str | None
+    has_dpo: bool
+    bound_to: dict[str, str]
+    root: Path
+    previous: Path | None
+
+
+@takes(Settings)
+def step(job: Job, given: Settings, report: Report) -> StepResult:
+    from ft_assets.evaluation.candidates import Task, score
+    from ft_assets.evaluation.report import summarise
+    from ft_assets.evaluation.report_markdown import report_markdown
+    from ft_assets.evaluation.verdict.diagnosis import diagnose
+
+    settings, gate = given.evaluation, given.gate
     split = job.inputs["heldout_split"]
     train, tokenizer = read_table(split / "train.parquet"), load_tokenizer(job.inputs["base_model"])
     task = Task(
@@ -50,17 +69,17 @@ def step(job: Job, report: Report) -> StepResult:
             : settings.train_rows
         ],
         few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet"),
-        few_shot_system=job.settings["few_shot_system"],
+        few_shot_system=given.few_shot_system,
         settings=settings,
-        schema=job.settings["schema"],
-        root=Path(job.settings["root"]),
+        schema=given.answer_schema,
+        root=given.root,
     )
     adapters = {"sft": job.inputs["lora_adapter"]}
-    if job.settings["has_dpo"]:
+    if given.has_dpo:
         adapters["dpo"] = job.inputs["dpo_adapter"]
     scored = score(job.inputs["base_model"], adapters, task, report)
     numbers = summarise(
-        scored, settings, gate, job.settings["bound_to"], _evidence(job, scored, train, settings)
+        scored, settings, gate, given.bound_to, _evidence(job, scored, train, settings)
     )
     verdict = decide(numbers, gate)
     findings = diagnose(numbers, verdict, gate)
@@ -73,12 +92,14 @@ def step(job: Job, report: Report) -> StepResult:
     (job.output / "report.md").write_text(text)
     _write_rows(job.output / "rows.parquet", scored.heldout, task.heldout)
     _write_rows(job.output / "retention.parquet", scored.retention, task.retention)
-    _write_pages(job, numbers, verdict, findings, scored, task)
+    _write_pages(job, given, numbers, verdict, findings, scored, task)
     return StepResult(_metrics(numbers, verdict, findings, scored, settings))
 
 
 def _evidence(job: Job, scored: Scored, train: Rows, settings: EvaluationSettings) -> Evidence:
     """Collect the facts that the diagnosis needs besides the scores."""
+    from ft_assets.evaluation.verdict.diagnosis import diversity
+
     general = [row["stopped"] for row in scored.retention["base"] if "stopped" in row]
     facts = json.loads((job.inputs["base_model"] / "facts.json").read_text())
     validation = up_to_kept(read_curve(job.inputs["lora_adapter"], "validation"))
@@ -113,6 +134,7 @@ def _write_rows(path: Path, scored: dict[str, Rows], asked: Rows) -> None:
 
 def _write_pages(
     job: Job,
+    given: Settings,
     numbers: EvalReport,
     verdict: Verdict,
     findings: Sequence[Finding],
@@ -120,11 +142,14 @@ def _write_pages(
     task: Task,
 ) -> None:
     """Write what people look at. Under info/: it compares with the previous report, which is no part of the content."""
+    from ft_assets.evaluation.report_html import report_html
+    from ft_assets.evaluation.report_markdown import changes
+
     info = job.output / "info"
     info.mkdir()
     (info / "scores.txt").write_text(data_uri(score_plot(numbers)))
     try:
-        previous = _previous(job.settings["previous"])
+        previous = _previous(given.previous)
         since = changes(numbers, verdict, scored.heldout, task.heldout, previous)
     except ArtifactError as error:  # it must not keep this report from being made
         since = f"Not compared with the previous report: {error.where}: {error.found}."
@@ -135,7 +160,7 @@ def _write_pages(
             "validation": read_curve(job.inputs["lora_adapter"], "validation"),
         }
     }
-    if job.settings["has_dpo"]:
+    if given.has_dpo:
         curves["DPO loss"] = {"train": read_curve(job.inputs["dpo_adapter"], "curve")}
     page = report_html(
         numbers,
@@ -151,10 +176,11 @@ def _write_pages(
     (info / "report.html").write_text(page, encoding="utf-8")
 
 
-def _previous(path: str | None) -> PreviousReport | None:
-    if path is None or not (Path(path) / "report.json").exists():
+def _previous(folder: Path | None) -> PreviousReport | None:
+    from ft_assets.evaluation.report_markdown import PreviousReport
+
+    if folder is None or not (folder / "report.json").exists():
         return None
-    folder = Path(path)
     return PreviousReport(
         report=EvalReport.read(folder / "report.json"),
         verdict=Verdict.read(folder / "verdict.json"),

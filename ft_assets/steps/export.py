@@ -1,42 +1,68 @@
-"""Step: write the champion's serving forms, ask each what the merged model was asked, and state how far they agree."""
+"""Step: write the champion's serving forms, and measure how far each agrees with the merged model."""
+
+from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.data.tables import read_table
 from ft_assets.errors import FtError
-from ft_assets.export import readers
-from ft_assets.export.formats import GGUF, make_form
-from ft_assets.export.gguf import why_not
-from ft_assets.export.readers import Expected, Found
 from ft_assets.hardware import free_unused
-from ft_assets.job import Job, Report, StepResult
-from ft_assets.step_runner import main
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
+from ft_assets.step_runner import main, takes
+
+if TYPE_CHECKING:
+    from ft_assets.export.readers import Expected, Found
 
 
-def step(job: Job, report: Report) -> StepResult:
+class Settings(StepSettings):
+    """`forms`: None for the default form, if the champion can have it. `name`: the partition.
+
+    `base` and `revision` name the base for the reader of an adapter: the hub id and commit, or a
+    folder and None.
+    """
+
+    STEP: ClassVar = Step("export", gpu=True)
+
+    forms: Sequence[str] | None
+    smoke_rows: int
+    max_new_tokens: int
+    name: str
+    license: str | None
+    llama_cpp: str | None
+    base: str
+    revision: str | None
+
+
+@takes(Settings)
+def step(job: Job, settings: Settings, report: Report) -> StepResult:
+    from ft_assets.export import readers
+    from ft_assets.export.gguf import why_not
+
     merged, base, adapter = (
         job.inputs["champion"],
         job.inputs["base_model"],
         job.inputs.get("champion_adapter"),
     )
     verify_files(Artifact.read(merged))
-    forms, most = job.settings["forms"], job.settings["max_new_tokens"]
+    forms, most = settings.forms, settings.max_new_tokens
     skipped = None
     if forms is None:
-        skipped = None if job.settings["facts"]["llama_cpp"] else why_not(merged)
+        skipped = None if settings.llama_cpp else why_not(merged)
         forms = [] if skipped else ["gguf-q8_0"]
     rows = sorted(
         read_table(job.inputs["heldout_split"] / "heldout.parquet"), key=lambda row: row["id"]
-    )[: job.settings["smoke_rows"]]
+    )[: settings.smoke_rows]
     asked = [row["messages"][:-1] for row in rows]
     expected, dtype = readers.by_merged(merged, asked, most) if forms else ([], None)
     free_unused()
-    entries = [_one(form, merged, base, adapter, job, asked, expected, report) for form in forms]
+    entries = [
+        _one(form, merged, base, adapter, job, settings, asked, expected, report) for form in forms
+    ]
     tokens = sum(len(one.ids) for one in expected)
     document = {
         "asked": len(asked),
@@ -79,16 +105,19 @@ def _one(
     base: Path,
     adapter: Path | None,
     job: Job,
+    settings: Settings,
     asked: list[Any],
     expected: list[Expected],
     report: Report,
 ) -> dict[str, Any]:
     """Return what there is to say of one form. What fails is this form's failure, or one reader's of it; the others are made."""
-    folder, most = job.output / form, job.settings["max_new_tokens"]
+    from ft_assets.export import readers
+    from ft_assets.export.formats import GGUF, make_form
+
+    folder, most = job.output / form, settings.max_new_tokens
+    facts = settings.model_dump(include={"name", "license", "llama_cpp", "base", "revision"})
     try:
-        made = make_form(
-            form, merged, base, adapter, folder, {**job.settings["facts"], "asked": asked}
-        )
+        made = make_form(form, merged, base, adapter, folder, {**facts, "asked": asked})
         file = folder / made["file"] if form in GGUF else folder
         carried = readers.carried_over(file, merged) if form in GGUF else {}
     except Exception as error:  # torch, CUDA, the gguf package and the disk raise anything

@@ -6,34 +6,56 @@ asked about it. The better is kept; of equals the original, which has not the da
 the gate.
 """
 
+from __future__ import annotations
+
 import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import PlainSerializer
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import VerdictError
-from ft_assets.evaluation.candidates import Rows, Task
-from ft_assets.evaluation.file_report import report_of_file, scored_rows
 from ft_assets.evaluation.references import with_references
-from ft_assets.evaluation.report import compare_columns, score_columns
 from ft_assets.evaluation.report_model import EvalReport, Verdict
 from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, judge, quality
-from ft_assets.job import Job, Report, StepResult
-from ft_assets.merging.merge import MergeBase, MergeResult, merge
-from ft_assets.merging.verify import Proof, prove
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_tokenizer
-from ft_assets.release.card import model_card
-from ft_assets.step_runner import main
+from ft_assets.step_runner import main, takes
+
+if TYPE_CHECKING:
+    from ft_assets.evaluation.candidates import Rows, Task
+    from ft_assets.merging.merge import MergeBase, MergeResult
+    from ft_assets.merging.verify import Proof
 
 
-def step(job: Job, report: Report) -> StepResult:
-    settings = EvaluationSettings.model_validate(job.settings["evaluation"])
-    verdict = Verdict.model_validate(job.settings["verdict"])
-    gate = GateSettings.model_validate(job.settings["gate"])
+class Settings(StepSettings):
+    """`method`: how the adapter was trained. `gate`: the part of it that the file must pass."""
+
+    STEP: ClassVar = Step("merge", gpu=True)
+
+    method: str
+    gate: GateSettings
+    evaluation: EvaluationSettings
+    answer_schema: dict[str, Any] | None
+    verdict: Annotated[Verdict, PlainSerializer(Verdict.to_dict)]  # only the keys that are set
+    card: dict[str, Any]
+    root: Path
+
+
+@takes(Settings)
+def step(job: Job, given: Settings, report: Report) -> StepResult:
+    from ft_assets.evaluation.candidates import Task
+    from ft_assets.evaluation.file_report import scored_rows
+    from ft_assets.merging.merge import merge
+    from ft_assets.merging.verify import prove
+    from ft_assets.release.card import model_card
+
+    settings, verdict, gate = given.evaluation, given.verdict, given.gate
     snapshot, evaluated, candidate = (
         job.inputs["base_model"],
         job.inputs["eval_report"],
@@ -44,14 +66,12 @@ def step(job: Job, report: Report) -> StepResult:
     general = with_references(
         tokenizer, read_table(split / "retention.parquet", settings.retention_rows)
     )
-    task = Task(
-        heldout, general, [], [], None, settings, job.settings["schema"], Path(job.settings["root"])
-    )
+    task = Task(heldout, general, [], [], None, settings, given.answer_schema, given.root)
     base, judged = (
         scored_rows(evaluated / "rows.parquet", name, heldout) for name in ("base", candidate)
     )
     bases: list[MergeBase] = (
-        ["original", "dequantized"] if job.settings["method"] == "qlora" else ["original"]
+        ["original", "dequantized"] if given.method == "qlora" else ["original"]
     )
     folders: dict[MergeBase, Path] = {
         name: job.output if name == "original" else job.work / name for name in bases
@@ -85,6 +105,7 @@ def step(job: Job, report: Report) -> StepResult:
     }
     standing = _standing(
         job,
+        given,
         task,
         folders,
         {name: proof.rows for name, proof in proofs.items()},
@@ -133,7 +154,7 @@ def step(job: Job, report: Report) -> StepResult:
         of_file = [f"this file: {reason}" for reason in standing.reasons]
         verdict = verdict.model_copy(update={"reasons": [*verdict.reasons, *of_file]})
     (job.output / "README.md").write_text(
-        model_card(job.settings["card"], verdict, numbers, same), encoding="utf-8"
+        model_card(given.card, verdict, numbers, same), encoding="utf-8"
     )
     (job.output / "verdict.json").write_text(verdict.to_json())
     return StepResult(
@@ -162,6 +183,7 @@ class Standing:
 
 def _standing(
     job: Job,
+    given: Settings,
     task: Task,
     folders: dict[MergeBase, Path],
     rows: dict[MergeBase, Rows],
@@ -169,9 +191,10 @@ def _standing(
 ) -> Standing:
     """Judge the merged files. The one onto the original weights is what the evaluation judged, rounded: its held-out answers
     must keep the gain. The other is asked everything, if it is the better one or the first is refused."""
-    gate, settings = GateSettings.model_validate(job.settings["gate"]), task.settings
-    verdict = Verdict.model_validate(job.settings["verdict"])
-    evaluated = job.inputs["eval_report"]
+    from ft_assets.evaluation.file_report import report_of_file, scored_rows
+
+    gate, settings = given.gate, task.settings
+    verdict, evaluated = given.verdict, job.inputs["eval_report"]
     gains, adjusted = _gains(
         rows, scored_rows(evaluated / "rows.parquet", "base", task.heldout), settings, gate
     )
@@ -262,6 +285,8 @@ def _gains(
     merged: dict[MergeBase, Rows], base: Rows, settings: EvaluationSettings, gate: GateSettings
 ) -> tuple[dict[MergeBase, dict[str, Any]], dict[str, dict[str, float]]]:
     """Return (the merged files' own scores against the base's, judged as the adapter was; the p-values: two merges are two chances, Holm)."""
+    from ft_assets.evaluation.report import compare_columns, score_columns
+
     judged = {
         name: {
             metric: values

@@ -15,9 +15,19 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from ft_assets.hardware import visible_gpus
 
 if not visible_gpus():
-    import trl.trainer.dpo_trainer
-    import trl.trainer.sft_trainer  # noqa: F401
+    # A step imports its heavy modules when it runs. Here they are imported once for all steps.
 
+    import ft_assets.evaluation.candidates
+    import ft_assets.evaluation.file_report
+    import ft_assets.evaluation.report
+    import ft_assets.evaluation.report_html
+    import ft_assets.export.formats
+    import ft_assets.export.readers
+    import ft_assets.merging.merge
+    import ft_assets.merging.verify
+    import ft_assets.release.card
+    import ft_assets.training.dpo
+    import ft_assets.training.sft  # noqa: F401
     from ft_assets.steps import (  # noqa: F401
         base_model,
         chat,

@@ -1,18 +1,27 @@
 """Step: push the champion to the hub."""
 
 import json
+from typing import ClassVar
 
 from ft_assets.artifacts import Artifact, verify_files
-from ft_assets.job import Job, Report, StepResult
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.release.push import push
-from ft_assets.step_runner import main
+from ft_assets.step_runner import main, takes
 
 
-def step(job: Job, report: Report) -> StepResult:
+class Settings(StepSettings):
+    STEP: ClassVar = Step("push")
+
+    repo: str
+    private: bool
+
+
+@takes(Settings)
+def step(job: Job, settings: Settings, report: Report) -> StepResult:
     folder = job.inputs["champion"]
     model = Artifact.read(folder)
     verify_files(model)
-    repo, private = job.settings["push"]["repo"], job.settings["push"]["private"]
+    repo, private = settings.repo, settings.private
     commit = push(folder, model.manifest.files, repo, private, f"merged_model {model.fingerprint}")
     report("pushed", repo=repo, commit=commit)
     (job.output / "push.json").write_text(

@@ -1,8 +1,11 @@
 """Step: score champion and challenger, read from disk, on today's held-out rows, and decide which one is released."""
 
+from __future__ import annotations
+
 import json
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow.parquet as pq
 
@@ -10,24 +13,40 @@ from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.config import EvaluationSettings, GateSettings, ReleaseSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ReleaseError
-from ft_assets.evaluation.candidates import Rows, Scorer, Task
 from ft_assets.evaluation.references import with_references
-from ft_assets.evaluation.report import compare_columns, score_columns
 from ft_assets.evaluation.report_model import Differences
-from ft_assets.job import Job, Report, StepResult
-from ft_assets.models.adapter_files import TRAINED_GROUPS
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
-from ft_assets.release.champion import PROMOTED, State, decide_release, stands, write_release
-from ft_assets.step_runner import main
+from ft_assets.release.champion import PROMOTED, Model, State, decide_release, stands, write_release
+from ft_assets.step_runner import main, takes
+
+if TYPE_CHECKING:
+    from ft_assets.evaluation.candidates import Rows, Task
 
 
-def step(job: Job, report: Report) -> StepResult:
-    settings = EvaluationSettings.model_validate(job.settings["evaluation"])
-    gate, rule = (
-        GateSettings.model_validate(job.settings["gate"]),
-        ReleaseSettings.model_validate(job.settings["release"]),
-    )
-    before, metric = State(**job.settings["state"]), settings.metric
+class Settings(StepSettings):
+    """`state`: the release before. `at` and `run_id`: when and by which run the decision is made."""
+
+    STEP: ClassVar = Step("release", gpu=True)
+
+    release: ReleaseSettings
+    gate: GateSettings
+    evaluation: EvaluationSettings
+    answer_schema: dict[str, Any] | None
+    root: Path
+    state: State
+    challenger: Model
+    at: str
+    run_id: str
+
+
+@takes(Settings)
+def step(job: Job, given: Settings, report: Report) -> StepResult:
+    from ft_assets.evaluation.candidates import Task
+    from ft_assets.evaluation.report import compare_columns, score_columns
+
+    settings, gate, rule = given.evaluation, given.gate, given.release
+    before, metric = given.state, settings.metric
     for name in ("merged_model", "champion"):
         verify_files(Artifact.read(job.inputs[name]))
     heldout = with_references(
@@ -43,9 +62,7 @@ def step(job: Job, report: Report) -> StepResult:
             fix="add held-out rows, or set the split back to what it was",
         )
     base = judged_rows(job.inputs["eval_report"], "base", rows)
-    task = Task(
-        rows, [], [], [], None, settings, job.settings["schema"], Path(job.settings["root"])
-    )
+    task = Task(rows, [], [], [], None, settings, given.answer_schema, given.root)
     scored = {
         name: _score(job.inputs[path], task, base)
         for name, path in (("champion", "champion"), ("challenger", "merged_model"))
@@ -65,7 +82,7 @@ def step(job: Job, report: Report) -> StepResult:
         compare(scored["challenger"], scored["champion"]),
         {name: compare(its, base) for name, its in scored.items()},
     )
-    challenger, old = job.settings["challenger"], before.champion
+    challenger, old = given.challenger, before.champion
     assert old is not None, "the step compares with a champion"
     decision = decide_release(
         against, today["champion"], today["challenger"], metric, gate, rule, challenger["override"]
@@ -81,7 +98,7 @@ def step(job: Job, report: Report) -> StepResult:
         "challenger_against_champion": against[metric].to_dict(),
         **{f"{name}_against_base": entries[metric].to_dict() for name, entries in today.items()},
     }
-    stamp = {key: job.settings[key] for key in ("at", "run_id")}
+    stamp = {"at": given.at, "run_id": given.run_id}
     write_release(
         job.output, before, decision, champion, challenger, {**stamp, "comparison": numbers}
     )
@@ -107,6 +124,8 @@ def step(job: Job, report: Report) -> StepResult:
 def unseen(rows: Rows, adapter: Path, where: str) -> Rows:
     """Return the rows that a former champion's adapter was not trained on: a changed split may have moved them. Raises
     ReleaseError if it does not say which these were."""
+    from ft_assets.models.adapter_files import TRAINED_GROUPS
+
     try:
         seen = set(json.loads((adapter / TRAINED_GROUPS).read_text()))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -129,6 +148,8 @@ def judged_rows(report: Path, candidate: str, rows: Rows) -> Rows:
 
 def _score(folder: Path, task: Task, base: Rows) -> Rows:
     """Return a merged model's own scored rows, with its own tokenizer and template."""
+    from ft_assets.evaluation.candidates import Scorer
+
     scorer = Scorer(load_base(folder), load_tokenizer(folder), stop_ids(folder), task)
     return scorer.heldout(scorer.tokenized(task.heldout), base)
 
