@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import dagster as dg
-from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 
 from ft_assets.artifacts import open_store
 from ft_assets.artifacts.environment import LIBRARIES, library_versions
@@ -19,6 +18,8 @@ from ft_assets.orchestration.automation import AFTER_PEOPLE, content_version
 from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build, Step, plan
 
 INTERVAL_SECONDS = 60
+FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
+UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in FINISHED]
 DECIDES_NOTHING = {
     "base_models",
     "schedule",
@@ -173,7 +174,7 @@ def _under_way(instance: dg.DagsterInstance) -> set[str | None]:
     """Return the base models of which a run has not ended; None stands for a run of no single one."""
     return {
         run.tags.get("dagster/partition")
-        for run in instance.get_runs(dg.RunsFilter(statuses=NOT_FINISHED_STATUSES))
+        for run in instance.get_runs(dg.RunsFilter(statuses=UNDER_WAY))
     }
 
 

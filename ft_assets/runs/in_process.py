@@ -4,9 +4,9 @@ the next one finds those whose process was killed. Nobody else would: they would
 
 import sys
 import time
+import uuid
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
-from dagster._core.utils import make_new_run_id
 
 from ft_assets.runs.launcher import end_run
 from ft_assets.runs.process import TAG, RunProcess
@@ -19,7 +19,7 @@ UNDER_WAY = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStat
 
 def new_run() -> tuple[str, dict[str, str]]:
     """Return the id of a run that this process will execute, and the tag that says so."""
-    run_id = make_new_run_id()
+    run_id = str(uuid.uuid4())
     return run_id, {TAG: RunProcess.this(run_id).model_dump_json()}
 
 

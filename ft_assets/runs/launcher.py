@@ -12,11 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
-from dagster._core.instance import InstanceRef
-from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
-from dagster._grpc.types import ExecuteRunArgs
-from dagster._serdes import ConfigurableClass, ConfigurableClassData, serialize_value
 
+from ft_assets.compat.dagster import (
+    CheckRunHealthResult,
+    ConfigurableClass,
+    ConfigurableClassData,
+    InstanceRef,
+    LaunchRunContext,
+    RunLauncher,
+    WorkerStatus,
+    write_run,
+)
 from ft_assets.runs.process import RunProcess
 
 
@@ -43,20 +49,11 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
 
     def launch_run(self, context: LaunchRunContext) -> None:
         """Start the run's process. Raises ValueError for a run that was made without a code location, OSError if nothing can be started."""
-        run, origin, instance = context.dagster_run, context.job_code_origin, self._instance
-        if origin is None:
-            raise ValueError(f"run {run.run_id} does not say which code it is of")
-        given = serialize_value(
-            ExecuteRunArgs(job_origin=origin, run_id=run.run_id, instance_ref=instance.get_ref())
-        )
+        run, instance = context.dagster_run, self._instance
+        argument, python = write_run(context, instance)
         # In the daemon's session: what stops the daemon at a terminal or in systemd interrupts its runs too, and they write a checkpoint.
         process = subprocess.Popen(
-            [
-                origin.repository_origin.executable_path or sys.executable,
-                "-m",
-                "ft_assets.runs.worker",
-                given,
-            ],
+            [python or sys.executable, "-m", "ft_assets.runs.worker", argument],
             stdin=subprocess.DEVNULL,
         )
         instance.report_engine_event(
