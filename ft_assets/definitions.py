@@ -11,7 +11,7 @@ from ft_assets.assets import declared  # noqa: E402
 from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.orchestration.automation import automation, freshness  # noqa: E402
 from ft_assets.orchestration.console import console  # noqa: E402
-from ft_assets.orchestration.materializer import Materializer  # noqa: E402
+from ft_assets.orchestration.materializer import StoreMaterializer  # noqa: E402
 from ft_assets.orchestration.rerun_stale import rerun_stale  # noqa: E402
 from ft_assets.orchestration.run_plan_job import what_would_run  # noqa: E402
 
@@ -29,7 +29,7 @@ def build(project: Project) -> dg.Definitions:
         jobs=jobs,
         schedules=schedules,
         sensors=sensors,
-        resources={"materializer": Materializer(project)},
+        resources={"materializer": StoreMaterializer(project)},
         loggers={"console": console},
         # Each heavy step is a child process of the launcher already. Another process a step
         # would only cost time.

@@ -11,7 +11,7 @@ from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.evaluation.report_model import EvalReport, Verdict
 from ft_assets.models.source import source_identity, write_snapshot
-from ft_assets.orchestration.materializer import Materializer
+from ft_assets.orchestration.materializer import StoreMaterializer
 from ft_assets.release.card import model_card
 from ft_assets.release.card_facts import card_facts, excerpt
 from ft_assets_tests.factories import edit
@@ -54,7 +54,7 @@ def test_card_claims_the_score_of_the_file_and_says_which_is_the_adapters(finish
 
 def words(folder: Path, **chat: Any) -> dict[str, Any]:
     edit(folder, chat=chat)
-    materializer = Materializer(load_project(folder / "finetune.yaml"))
+    materializer = StoreMaterializer(load_project(folder / "finetune.yaml"))
     used = {
         name: materializer.store.need(name, "tiny")
         for name in ("base_model", "heldout_split", "lora_adapter", "dpo_adapter")

@@ -29,7 +29,7 @@ from ft_assets.models.license import (
     snapshot_license,
     stated_license,
 )
-from ft_assets.orchestration.materializer import Materializer
+from ft_assets.orchestration.materializer import StoreMaterializer
 from ft_assets_tests.factories import edit, ft
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 
@@ -153,7 +153,7 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
 ) -> None:
     report, materializer = (
         artifact(copy, "eval_report"),
-        Materializer(load_project(copy / "finetune.yaml")),
+        StoreMaterializer(load_project(copy / "finetune.yaml")),
     )
     kept = {file.name: file.read_bytes() for file in report.iterdir() if file.is_file()}
     model = yaml.safe_load((copy / "finetune.yaml").read_text())["base_models"]["tiny"]
@@ -229,7 +229,7 @@ def test_leaderboard_shows_a_base_model_that_failed_and_why(copy: Path) -> None:
     )
     shutil.rmtree(copy / ".ft/store/eval_report")
     assert (
-        entry_of(Materializer(load_project(copy / "finetune.yaml")), "tiny")["reason"]
+        entry_of(StoreMaterializer(load_project(copy / "finetune.yaml")), "tiny")["reason"]
         == "eval_report has not been made"
     )
 

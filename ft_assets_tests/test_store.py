@@ -9,6 +9,7 @@ import pytest
 from ft_assets.artifacts import Artifact, ArtifactStore, verify_files
 from ft_assets.artifacts.manifest import MANIFEST, Manifest
 from ft_assets.errors import ArtifactError
+from ft_assets.orchestration.assuming_store import AssumingStore
 
 
 def publish(store: ArtifactStore, version: str = "v1", text: str = "rows") -> Artifact:
@@ -59,7 +60,7 @@ def test_version_whose_manifest_is_gone_is_replaced(tmp_path: Path) -> None:
 def test_what_a_plan_assumes_is_seen_by_itself_alone(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     old, new = publish(store, "v1", "old"), publish(store, "v2", "new")
-    planning = ArtifactStore(tmp_path)
+    planning = AssumingStore(ArtifactStore(tmp_path))
     planning.assume(old, None)
     assert (planning.need("raw_dataset", None), store.need("raw_dataset", None)) == (old, new)
 

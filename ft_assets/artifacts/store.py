@@ -25,7 +25,6 @@ class ArtifactStore:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        self._assumed: dict[tuple[str, str | None], str] = {}
 
     def _home(self, asset: str, partition: str | None) -> Path:
         return self.root / asset / (partition or UNPARTITIONED)
@@ -36,7 +35,7 @@ class ArtifactStore:
 
     def current(self, asset: str, partition: str | None) -> Artifact | None:
         """Return the version that CURRENT names, or None."""
-        name = self._assumed.get((asset, partition)) or self.current_name(asset, partition)
+        name = self.current_name(asset, partition)
         return self.find(asset, partition, name) if name else None
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
@@ -71,10 +70,6 @@ class ArtifactStore:
         pointer = home / f".CURRENT-{uuid.uuid4().hex}"
         pointer.write_text(artifact.fingerprint + "\n")
         os.replace(pointer, home / "CURRENT")
-
-    def assume(self, artifact: Artifact, partition: str | None) -> None:
-        """Read as if this version were current: what a plan does that looks ahead. Nothing is written, and nobody else sees it."""
-        self._assumed[artifact.asset, partition] = artifact.fingerprint
 
     def checkpoints(self, asset: str, partition: str | None, version: str) -> Path:
         """Return where a step may keep checkpoints: by fingerprint, so that only the same version ever resumes."""

@@ -1,6 +1,7 @@
-"""What every asset works with: the project, the artifact store, the launcher; and the one way to make an artifact.
+"""The one way to make an artifact.
 
-An artifact whose fingerprint is in the store already is returned as it is ("reused"); Dagster itself never skips.
+An artifact whose fingerprint is in the store already is reused. Dagster itself skips no selected
+step.
 """
 
 import contextlib
@@ -10,20 +11,19 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dagster as dg
 
-from ft_assets.artifacts import Artifact, fingerprint, open_store
+from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint, open_store
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import Project
 from ft_assets.errors import FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
 
-Inputs = Mapping[
-    str, tuple[Artifact, str | None]
-]  # name -> artifact and the part of it that is read
+# {name: (artifact, the part of it that is read; None for all of it)}
+Inputs = Mapping[str, tuple[Artifact, str | None]]
 Make = Callable[[Path], StepResult]
 
 OBSERVE_EVERY_SECONDS = 5.0
@@ -33,7 +33,7 @@ ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 
 @dataclass(frozen=True)
 class Wanted:
-    """All that decides the content of an artifact that is asked for."""
+    """All that decides the content of an artifact. `settings` is the identity of `materialize`."""
 
     asset: str
     partition: str | None
@@ -64,13 +64,14 @@ class Wanted:
         )
 
 
-class Materializer:
-    """A Dagster resource: holds no connection, only paths and settings."""
+class Materializer(Protocol):
+    """What an asset works with. `StoreMaterializer` makes artifacts, a plan's notes them."""
 
-    def __init__(self, project: Project) -> None:
-        self.project = project
-        self.store = open_store(project)
-        self.launcher = make_launcher(project.launcher, project.root)
+    @property
+    def project(self) -> Project: ...
+
+    @property
+    def store(self) -> ArtifactStore: ...
 
     def materialize(
         self,
@@ -89,6 +90,41 @@ class Materializer:
         `settings`. `step` is what the step gets. Neither overwrites the other. `inputs` are
         fingerprinted and passed. `space` is the free disk space in bytes that the artifact needs.
         """
+        ...
+
+    def keep(
+        self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str
+    ) -> tuple[Artifact, bool]:
+        """Return the current artifact: the asset has nothing to make.
+
+        `above` are the assets whose change could change that.
+        """
+        ...
+
+
+class StoreMaterializer:
+    """The Materializer that makes artifacts and publishes them in the store.
+
+    It is a Dagster resource: it has no connection, only paths and settings.
+    """
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.store = open_store(project)
+        self.launcher = make_launcher(project.launcher, project.root)
+
+    def materialize(
+        self,
+        context: dg.AssetExecutionContext,
+        *,
+        identity: Any,
+        inputs: Inputs | None = None,
+        libraries: str | None = None,
+        step: StepSettings | None = None,
+        make: Make | None = None,
+        space: int = 0,
+    ) -> tuple[Artifact, bool]:
+        """See Materializer. An artifact that the store has is not made again."""
         inputs = inputs or {}
         wanted = Wanted.of(context, identity, inputs, libraries)
         if wanted.partition:
@@ -145,7 +181,7 @@ class Materializer:
     def keep(
         self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str
     ) -> tuple[Artifact, bool]:
-        """Return the current artifact as it is: the asset finds nothing to do. `above` are the assets that could change that."""
+        """See Materializer."""
         context.log.info(f"kept {artifact.asset} {artifact.fingerprint[:8]}: {why}")
         return artifact, True
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import dagster as dg
 
-from ft_assets.artifacts import Artifact
+from ft_assets.artifacts import Artifact, open_store
 from ft_assets.config import Project
+from ft_assets.job import StepSettings
+from ft_assets.orchestration.assuming_store import AssumingStore
 from ft_assets.orchestration.console import cause
-from ft_assets.orchestration.materializer import Inputs, Materializer, Wanted
+from ft_assets.orchestration.materializer import Inputs, Make, Materializer, Wanted
 from ft_assets.orchestration.memory_forecast import Forecast, forecast
 
 RUNS, MAYBE, REUSED, REFUSED, STOPPED = (
@@ -47,11 +49,12 @@ class Step:
         return asdict(self)
 
 
-class Planner(Materializer):
-    """A materializer that makes nothing and notes what it would make."""
+class Planner:
+    """The Materializer that makes nothing and records what a run would make."""
 
     def __init__(self, project: Project) -> None:
-        super().__init__(project)
+        self.project = project
+        self.store = AssumingStore(open_store(project))
         self.steps: dict[str, Step] = {}
         self.versions: dict[str, str] = {}
 
@@ -62,9 +65,14 @@ class Planner(Materializer):
         identity: Any,
         inputs: Inputs | None = None,
         libraries: str | None = None,
-        **_: Any,
+        step: StepSettings | None = None,
+        make: Make | None = None,
+        space: int = 0,
     ) -> tuple[Artifact, bool]:
-        """Note whether the artifact would be made, and return the current one. Raises dg.Failure where there is none."""
+        """Record whether the artifact would be made, and return the current one.
+
+        Raises dg.Failure if there is none.
+        """
         wanted = Wanted.of(context, identity, inputs or {}, libraries)
         self.versions[wanted.asset] = wanted.fingerprint
         current, known = (
@@ -176,11 +184,13 @@ def plan(
     once = project.launcher.model_copy(
         update={"retries": 0}
     )  # a server that does not answer is told, not waited for
-    planner, definitions = Planner(project.model_copy(update={"launcher": once})), build(project)
+    planner = Planner(project.model_copy(update={"launcher": once}))
+    materializer: Materializer = planner
+    definitions = build(project)
     selection = dg.AssetSelection.assets(*keys).without_checks()
     job = dg.Definitions(
         assets=definitions.assets,
-        resources={"materializer": planner},
+        resources={"materializer": materializer},
         executor=dg.in_process_executor,
         jobs=[dg.define_asset_job("plan", selection=selection)],
         loggers={"console": dg.LoggerDefinition(_silent)},  # a step that is not made is no news

@@ -1,0 +1,26 @@
+"""A store as it will be: a plan looks ahead with it and writes nothing."""
+
+from ft_assets.artifacts import Artifact, ArtifactStore
+
+
+class AssumingStore(ArtifactStore):
+    """Reads another store, and reads the versions that are assumed to be current as current."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        super().__init__(store.root)
+        self._store = store
+        self._assumed: dict[tuple[str, str | None], str] = {}
+
+    def assume(self, artifact: Artifact, partition: str | None) -> None:
+        """Read this version as the current one from now on."""
+        self._assumed[artifact.asset, partition] = artifact.fingerprint
+
+    def find(self, asset: str, partition: str | None, version: str) -> Artifact | None:
+        return self._store.find(asset, partition, version)
+
+    def current_name(self, asset: str, partition: str | None) -> str | None:
+        assumed = self._assumed.get((asset, partition))
+        return assumed or self._store.current_name(asset, partition)
+
+    def versions(self, *below: str) -> tuple[list[Artifact], list[str]]:
+        return self._store.versions(*below)
