@@ -17,13 +17,13 @@ import pytest
 import yaml
 
 from ft_assets.artifacts import Artifact, ArtifactStore
-from ft_assets.commands.answers import Answers
-from ft_assets.commands.checkup import FAIL, OK, WARN, Check, guarded, within
 from ft_assets.commands.doctor import examine
+from ft_assets.commands.doctor.check import FAIL, OK, WARN, Check, guarded, within
 from ft_assets.commands.gc import Removal, removals, remove
 from ft_assets.commands.init import write_project
+from ft_assets.commands.init.answers import Answers
+from ft_assets.commands.init.survey import look
 from ft_assets.commands.status import status
-from ft_assets.commands.survey import look
 from ft_assets.config import Project, load_project
 from ft_assets.data.data_files import resolve_files
 from ft_assets.errors import ConfigError, DataError, ModelError
@@ -663,7 +663,7 @@ def test_doctor_takes_the_template_of_the_snapshot(
 
 
 def test_doctor_names_a_library_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ft_assets.commands import machine
+    from ft_assets.commands.doctor import machine
 
     monkeypatch.setattr(
         machine,

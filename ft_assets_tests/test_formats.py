@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ft_assets.commands.survey import shape_of
+from ft_assets.commands.init.survey import shape_of
 from ft_assets.config import DataSettings
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.data_files import resolve_files

@@ -246,7 +246,7 @@ def test_run_that_was_lost_with_its_daemon_starts_again_from_its_checkpoint_and_
     assert services.slots() == {lost}
     services.start_daemon()
     until(lambda: services.status(lost) == dg.DagsterRunStatus.FAILURE)
-    assert "has ended without a word" in services.said(lost)
+    assert "exited unexpectedly" in services.said(lost)
     again = services.retry(lost)
     until(lambda: services.slots() <= {again, queued})
     services.finish(again, queued)

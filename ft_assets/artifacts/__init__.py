@@ -1,4 +1,4 @@
-"""Published versions of the assets: their manifests, and the store (a folder, or an object store) that holds them."""
+"""Published versions of the assets: their manifests, and the store that holds them."""
 
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class Located(Protocol):
-    """Where a project keeps its store: a local path, and the URL of an object store if it uses one."""
+    """The place of a store: a local path, and the URL of an object store if it uses one."""
 
     @property
     def store_path(self) -> Path: ...

@@ -11,6 +11,6 @@ LIBRARIES = {
 
 
 def library_versions(kind: str | None) -> dict[str, str]:
-    """Return the versions of the libraries that decide a result of this kind; bitsandbytes may be absent."""
+    """Return the versions of the installed libraries that decide a result of this kind."""
     installed = {name for name in LIBRARIES.get(kind or "", ()) if importlib.util.find_spec(name)}
     return {name: importlib.metadata.version(name) for name in sorted(installed)}

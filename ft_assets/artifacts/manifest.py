@@ -1,9 +1,9 @@
 """The manifest of a published version, and the two hashes that identify it.
 
-`fingerprint` identifies a version before it is made, by everything that decides its content. The data
-version identifies its content: it is the hash of the named parts if there are any (sets of rows, whose
-order and file names do not count), and otherwise of all files outside `info/` (logs, timings,
-pictures). A rerun with the same content has the same data version.
+`fingerprint` identifies a version before it is made, by everything that decides its content. The
+data version identifies its content: it is the hash of the named parts if there are any (sets of
+rows, whose order and file names do not count), and otherwise of all files outside `info/` (logs,
+timings, pictures). A rerun with the same content has the same data version.
 """
 
 import hashlib
@@ -129,7 +129,7 @@ def fingerprint(
     inputs: Mapping[str, str],
     environment: Mapping[str, str],
 ) -> str:
-    """Return the identity of a version before it is made: a hash of all that decides its content."""
+    """Return the identity of a version: a hash of everything that decides its content."""
     text = json.dumps(
         [asset, code_version, settings, dict(inputs), dict(environment)],
         sort_keys=True,

@@ -1,9 +1,10 @@
-"""The store on an object file system (s3://, gs://), with a local cache: steps and readers work on local files.
+"""The store on an object file system (s3://, gs://), with a local cache for its readers.
 
-An object store renames nothing. So a version's files are written first, under a name that no other writer uses, and its
-manifest, which says where they are, last: it is the commit mark, and half an upload is nothing. CURRENT is one object,
-replaced whole. What is read is fetched once, by fingerprint, and checked against the manifest's sha256. What was made but
-could not be sent waits in the cache, and is sent when it is asked for again. Credentials come from the environment.
+An object store renames nothing. So a version's files are written first, under a name that no other
+writer uses, and its manifest, which says where they are, last: it is the commit mark, and half an
+upload is nothing. CURRENT is one object, replaced whole. What is read is fetched once, by
+fingerprint, and checked against the manifest's sha256. What was made but could not be sent waits in
+the cache, and is sent when it is asked for again. Credentials come from the environment.
 """
 
 import contextlib
@@ -64,13 +65,16 @@ class ObjectStore(ArtifactStore):
         return "/".join((self._place.path.rstrip("/"), asset, partition or UNPARTITIONED, *names))
 
     def require_space(self, needed: int, what: str) -> None:
-        """Raise ArtifactError if the cache's disk is too full, or the bucket cannot be written: before hours of work, not after."""
+        """Raise ArtifactError if the cache's disk is too full, or the bucket is not writable.
+
+        This fails before hours of work, not after.
+        """
         super().require_space(needed, what)
         with self._reached(self.url):
             self._files.pipe_file(f"{self._place.path.rstrip('/')}/.writable", b"")
 
     def find(self, asset: str, partition: str | None, version: str) -> Artifact | None:
-        """Return the version if it was sent whole. Sends it first if it was made here and only waits for that."""
+        """Return the version if it was uploaded. Upload it first if it waits in the cache."""
         text = self._read_text(self._key(asset, partition, version, MANIFEST))
         if text is None:
             waiting = next(self._home(asset, partition).glob(f"{WAITING}{version}-*"), None)
@@ -100,7 +104,7 @@ class ObjectStore(ArtifactStore):
         return self._send(waiting, (manifest.asset, manifest.partition, manifest.fingerprint))
 
     def _send(self, waiting: Path, home: tuple[str, str | None, str]) -> Artifact:
-        """Send what waits. Of two processes that do so at once (of the same folder, or of the same version) both end well."""
+        """Upload a waiting version. Two processes may upload the same folder or version at once."""
         try:
             manifest = Manifest.read(waiting)
             with self._reached(self.url):
@@ -127,7 +131,7 @@ class ObjectStore(ArtifactStore):
         return Artifact(folder, manifest, functools.partial(self._fetch, folder, manifest))
 
     def _fetch(self, folder: Path, manifest: Manifest) -> None:
-        """Make the cache hold this version. Raises ArtifactError naming an object that is not what was published."""
+        """Fetch this version into the cache. Raises ArtifactError for a changed object."""
         if _holds(folder, manifest):
             return
         super().require_space(
@@ -196,7 +200,7 @@ class ObjectStore(ArtifactStore):
         return artifact.manifest.bytes
 
     def remove(self, artifact: Artifact) -> bool:
-        """Delete a version: its manifest first, so that nobody finds half of it; then its files, and the copy here."""
+        """Delete a version: its manifest first, so that no reader finds half of it."""
         asset, partition, version = artifact.asset, artifact.partition, artifact.fingerprint
         if self.current_name(asset, partition) == version:
             return False
@@ -219,7 +223,7 @@ class ObjectStore(ArtifactStore):
 
     @contextmanager
     def _reached(self, where: str) -> Iterator[None]:
-        """Tell what an error of the store's client means: the user's to correct, or a fault that may pass."""
+        """Turn an error of the store's client into an ArtifactError or StoreUnreachable."""
         try:
             yield
         except (ArtifactError, StoreUnreachable):

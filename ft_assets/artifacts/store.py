@@ -1,7 +1,8 @@
 """The artifact store: content-addressed directories, published atomically, found by fingerprint.
 
-`<store>/<asset>/<partition>/<fingerprint>/` holds the files and `manifest.json`; `CURRENT` beside it names the version
-that readers get. A version is staged under `.tmp-…`, fsynced and renamed, so that nobody ever sees half of one.
+`<store>/<asset>/<partition>/<fingerprint>/` holds the files and `manifest.json`; `CURRENT` beside
+it names the version that readers get. A version is staged under `.tmp-…`, fsynced and renamed, so
+that nobody ever sees half of one.
 """
 
 import errno
@@ -72,7 +73,7 @@ class ArtifactStore:
         os.replace(pointer, home / "CURRENT")
 
     def checkpoints(self, asset: str, partition: str | None, version: str) -> Path:
-        """Return where a step may keep checkpoints: by fingerprint, so that only the same version ever resumes."""
+        """Return the folder of checkpoints: by fingerprint, so only the same version resumes."""
         return self.root / ".work" / asset / (partition or UNPARTITIONED) / version
 
     def require_space(self, needed: int, what: str) -> None:
@@ -122,9 +123,10 @@ class ArtifactStore:
         parts: Mapping[str, str] | None = None,
         started: float,
     ) -> Artifact:
-        """Write the manifest, make it whole and durable, and make it CURRENT. Returns the published artifact.
+        """Publish a staged version durably, make it CURRENT, and return it.
 
-        If another run has published the same version meanwhile, that one stays: somebody may be reading it.
+        If another run has published the same version meanwhile, that one stays: somebody may be
+        reading it.
         """
         manifest = make_manifest(
             staged,
@@ -159,7 +161,9 @@ class ArtifactStore:
         return Artifact(final, manifest)
 
     def versions(self, *below: str) -> tuple[list[Artifact], list[str]]:
-        """Return all versions, and the places whose manifest cannot be read: nobody knows what they are. `below`: of an asset
+        """Return all versions, and the folders with an unreadable manifest.
+
+        `below` limits them to an asset
         only, or of an asset's partition."""
         found, unreadable = list[Artifact](), list[str]()
         for folder in _folders_with_manifest(self.root.joinpath(*below)):
@@ -196,7 +200,7 @@ class ArtifactStore:
 
 
 def replace(made: Path, folder: Path) -> None:
-    """Put a folder in another's place, or where nothing is; a reader finds the old or the new one whole."""
+    """Move a folder to a path and replace what is there. A reader finds either one whole."""
     if folder.exists():
         trash = folder.parent / f"{TRASH}{uuid.uuid4().hex}"
         os.rename(folder, trash)
@@ -207,7 +211,7 @@ def replace(made: Path, folder: Path) -> None:
 
 
 def _folders_with_manifest(root: Path) -> Iterator[Path]:
-    """Yield the folders that hold a manifest, not those inside of them. Names with a dot are work and leftovers."""
+    """Yield the folders with a manifest. Names with a leading dot are work and leftovers."""
     for place, folders, files in os.walk(root):
         if MANIFEST in files:
             folders.clear()

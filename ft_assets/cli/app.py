@@ -20,7 +20,7 @@ app = typer.Typer(
 
 
 def dagster_home(project: Project) -> Path:
-    """Return DAGSTER_HOME, by default .ft/dagster beside finetune.yaml, with our dagster.yaml in it."""
+    """Return DAGSTER_HOME, by default .ft/dagster beside finetune.yaml, with a dagster.yaml."""
     home = Path(os.environ.get("DAGSTER_HOME") or project.root / ".ft" / "dagster")
     home.mkdir(parents=True, exist_ok=True)
     os.environ["DAGSTER_HOME"] = str(home)
@@ -29,18 +29,24 @@ def dagster_home(project: Project) -> Path:
         settings.write_text(
             "telemetry: {enabled: false}\n"
             "nux: {enabled: false}  # no sign-up dialog over the UI\n"
-            "# Pool gpu: one training or evaluation at a time, over all runs. Two GPUs: dagster instance concurrency set gpu 2\n"
+            "# Pool gpu: one training or evaluation at a time, over all runs. "
+            "Two GPUs: dagster instance concurrency set gpu 2\n"
             "concurrency: {pools: {default_limit: 1, granularity: op}}\n"
-            "# A run whose process died is marked failed, gives its place in the pool back and is started again, from its last checkpoint.\n"
+            "# A run whose process died is marked failed, leaves the pool and is started again, "
+            "from its last checkpoint.\n"
             "run_launcher: {module: ft_assets.runs, class: ProcessRunLauncher}\n"
-            "run_monitoring: {enabled: true, poll_interval_seconds: 30, free_slots_after_run_end_seconds: 40}\n"
+            "run_monitoring: {enabled: true, poll_interval_seconds: 30, "
+            "free_slots_after_run_end_seconds: 40}\n"
             "run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false}\n"
         )
     return home
 
 
 def select(defs: Any, text: str) -> list[Any]:
-    """Return the keys of a selection: assets or Dagster's own selection syntax, by commas. Raises FtError naming the assets."""
+    """Return the keys of a selection: assets, or Dagster's selection syntax, by commas.
+
+    Raises FtError with the names of the assets.
+    """
     import dagster as dg
 
     graph = defs.resolve_asset_graph()
@@ -78,14 +84,14 @@ def quiet() -> None:
 
 
 def graph_project() -> Project:
-    """Return the project; the code location, also in child processes, reads the same finetune.yaml."""
+    """Return the project, and make the code location of child processes read the same file."""
     project = load_project()
     os.environ["FT_CONFIG"] = str(find_config())
     return project
 
 
 def chosen(project: Project, base: list[str] | None) -> list[str]:
-    """Return the base models that were asked for, all by default. Raises ConfigError for one that is not in finetune.yaml."""
+    """Return the given base models, all by default. Raises ConfigError for an unknown one."""
     names = base or list(project.base_models)
     for name in names:
         project.base_model(name)

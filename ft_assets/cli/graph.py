@@ -21,7 +21,8 @@ def run(
         str,
         typer.Option(
             "--asset",
-            help="Assets or selections by commas, e.g. 'eval_report,merged_model' or 'lora_adapter+'.",
+            help="Assets or selections by commas, e.g. 'eval_report,merged_model' or "
+            "'lora_adapter+'.",
         ),
     ] = "*",
     as_json: Annotated[
@@ -45,7 +46,7 @@ def run(
     instance = dg.DagsterInstance.get()
     for run_id in end_dead_runs(instance):
         print(
-            f"run {run_id[:8]} was killed; a training goes on from its last checkpoint",
+            f"run {run_id[:8]} was killed; a training resumes from its last checkpoint",
             file=sys.stderr,
         )
     job = defs.resolve_implicit_global_asset_job_def()
@@ -66,7 +67,7 @@ def run(
         )
         if interrupted(outcome.all_events):
             print(
-                "\ninterrupted: a training goes on from its last checkpoint at the next ft run",
+                "\ninterrupted: a training resumes from its last checkpoint at the next ft run",
                 file=sys.stderr,
             )
             raise typer.Exit(INTERRUPTED)
@@ -105,7 +106,10 @@ def plan_run(
     ] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
-    """Say what `ft run` would do and why, and how long it took the last time. Makes nothing. Exit code 1 if a step would be refused."""
+    """Show what `ft run` would do, why, and how long it took the last time. Changes nothing.
+
+    Exit code 1 if a step would be refused.
+    """
     project = graph_project()
     names = chosen(project, base)
     dagster_home(project)
@@ -127,7 +131,10 @@ def plan_run(
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False,
 ) -> None:
-    """Say what has been made, when, and its key number; and how large the store is. What is out of date: ft plan."""
+    """Show the current artifacts, their age and key number, and the size of the store.
+
+    ft plan shows what is out of date.
+    """
     project = graph_project()
     quiet()
     from ft_assets.commands.status import status as look
@@ -162,13 +169,14 @@ def ui(
         ),
     ] = False,
 ) -> None:
-    """Open the Dagster UI (webserver and daemon) on the instance that `ft run` fills. Bound to this machine only."""
+    """Open the Dagster UI (webserver and daemon), bound to this machine only."""
     from ft_assets.ui.services import serve
 
     project = graph_project()
     dagster_home(project)
     import dagster as dg
 
-    with dg.DagsterInstance.get():  # creates the instance's databases: webserver and daemon would both do it at once, and break them
+    # Create the instance's databases: webserver and daemon would do it at once, and break them.
+    with dg.DagsterInstance.get():
         pass
     raise typer.Exit(serve("ft_assets.definitions", port, host_name or [], read_only))

@@ -1,4 +1,4 @@
-"""Commands on what was made: report, chat, release, export, serve."""
+"""Commands on artifacts: report, explain, chat, release, export, serve."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def report(
         bool, typer.Option("--json", help="Print an object, {base model: its report}.")
     ] = False,
 ) -> None:
-    """Print the evaluation report, or where its HTML page lies."""
+    """Print the evaluation report, or the path of its HTML page."""
     from ft_assets.artifacts import open_store
 
     project = load_project()
@@ -44,6 +44,22 @@ def report(
     for name in chosen(project, [base] if base else None):
         folder = store.need("eval_report", name).path
         print(folder / "info" / "report.html" if page else (folder / "report.md").read_text())
+
+
+@app.command()
+def explain(
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model; the first by default.")
+    ] = None,
+) -> None:
+    """Answer five questions about fine-tuning with the numbers of the current run."""
+    from ft_assets.commands.explain import explain as sections_of
+    from ft_assets.commands.explain import show
+
+    project = load_project()
+    name = base or next(iter(project.base_models))
+    project.base_model(name)
+    show(sections_of(project, name))
 
 
 @app.command()
@@ -83,7 +99,7 @@ def release(
         bool, typer.Option("--json", help="Print an object, {base model: its release}.")
     ] = False,
 ) -> None:
-    """Say which model is released, why, and what was before. Exit code 1 if nothing is released."""
+    """Show the released model, why, and the one before. Exit code 1 if nothing is released."""
     from ft_assets.artifacts import open_store
     from ft_assets.release.lookup import need_champion
 
@@ -116,7 +132,10 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False,
 ) -> None:
-    """Say which serving forms were exported (release.forms), where they lie, and how far each agrees with the merged model."""
+    """Show the exported serving formats (release.forms), their paths, and their agreement.
+
+    Agreement is with the merged model.
+    """
     from ft_assets.artifacts import open_store
 
     project = load_project()
@@ -149,7 +168,7 @@ def serve(
         bool, typer.Option("--json", help="Print what would be started, and start nothing.")
     ] = False,
 ) -> None:
-    """Serve the released model for a try: an OpenAI-compatible endpoint on this machine only. Refuses without a release."""
+    """Serve the released model on this machine, as an OpenAI-compatible endpoint for trials."""
     from ft_assets.artifacts import open_store, verify_files
     from ft_assets.export.serving import LOOPBACK, choose_engine, serve_command
     from ft_assets.release.lookup import need_champion

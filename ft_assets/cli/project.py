@@ -14,13 +14,14 @@ from ft_assets.config import load_project
 @app.command()
 def init(
     data_file: Annotated[
-        Path, typer.Argument(help="A file of conversations; its rows say what the task is.")
+        Path, typer.Argument(help="A file of conversations, the rows of the task.")
     ],
     base: Annotated[
         str | None,
         typer.Option(
             "--base",
-            help="Hub id, folder, or GGUF file (package://package/file.gguf: in an installed package); a demo model by default.",
+            help="Hub id, folder, or GGUF file (package://package/file.gguf: in an installed "
+            "package); a demo model by default.",
         ),
     ] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Where finetune.yaml is written.")] = Path(),
@@ -39,7 +40,7 @@ def init(
         ),
     ] = False,
 ) -> None:
-    """Write a first finetune.yaml for a data file, and say what its rows look like. Overwrites nothing."""
+    """Write a first finetune.yaml for a data file, and describe its rows. Overwrites nothing."""
     from ft_assets.commands.init import facts, said, write_project
 
     columns = {
@@ -61,7 +62,10 @@ def gc(
         bool, typer.Option("--json", help="Print a list of objects: what goes, or would go.")
     ] = False,
 ) -> None:
-    """Remove old versions and leftovers from the store. What is current, and what it was made from, always stays."""
+    """Remove old versions and leftovers from the store.
+
+    Current versions, and the versions that they were made from, always stay.
+    """
     from ft_assets.artifacts import open_store
     from ft_assets.commands.gc import removals, remove, table
 
@@ -93,7 +97,8 @@ def gc(
         except OSError as error:
             failed = True
             print(
-                f"error: {removal.path}: cannot be deleted ({error.strerror}); check its permissions",
+                f"error: {removal.path}: cannot be deleted ({error.strerror}); "
+                "check its permissions",
                 file=sys.stderr,
             )
     if failed:
@@ -104,10 +109,10 @@ def gc(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
-    """Look at the machine, finetune.yaml, the data files and the base models: what is wrong, and what to do. Makes nothing."""
+    """Check the machine, finetune.yaml, the data files and the base models. Changes nothing."""
     quiet()
-    from ft_assets.commands.checkup import FAIL, table
     from ft_assets.commands.doctor import examine
+    from ft_assets.commands.doctor.check import FAIL, table
 
     checks = examine()
     print(json.dumps([check.to_dict() for check in checks], indent=1) if as_json else table(checks))

@@ -1,1 +1,1 @@
-"""What `ft init`, `ft status`, `ft gc` and `ft doctor` do: a module a command. cli.py only reads their flags and prints."""
+"""The bodies of the `ft` commands. The modules of cli/ parse their options and print."""

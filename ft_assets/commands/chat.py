@@ -1,4 +1,4 @@
-"""The base, the champion and the challenger, asked the same: what a person tries before she trusts."""
+"""`ft chat`: the answers of the base, the champion and the challenger side by side."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from ft_assets.rows.types import Message
 
 
 def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
-    """Return (who, folder): the base; the released champion if there is one; the newest merged model where it is another.
+    """Return (name, folder) of the base, the champion, and the newest merged model if it differs.
 
     Raises ArtifactError if there is no merged model, or a file of one is not as it was published.
     """
@@ -40,7 +40,8 @@ def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
 class SideBySide:
     """The models, which keep no history: each message is answered on its own.
 
-    All are loaded at once where they fit into the free memory, else one after the other, which `note` says.
+    All are loaded at once where they fit into the free memory, else one after the other, which
+    `note` says.
     """
 
     def __init__(self, project: Project, name: str, system: str | None) -> None:
@@ -56,7 +57,10 @@ class SideBySide:
         needed, free = sum(_bytes_loaded(path) for _, path in self.asked), free_memory()
         self.note: str | None = None
         if needed > free:
-            self.note = f"{len(self.asked)} models take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: each is loaded for each answer"
+            self.note = (
+                f"{len(self.asked)} models take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+                "free: each is loaded for each answer"
+            )
         self.loaded = {} if self.note else {who: load_base(path) for who, path in self.asked}
 
     def answers(self, message: str) -> Iterator[tuple[str, str]]:
@@ -72,7 +76,7 @@ class SideBySide:
                     where="the message",
                     found=str(prompt),
                     expected="a message that the template takes",
-                    fix="ask otherwise",
+                    fix="rephrase the message",
                 )
             yield who, self._answer(who, path, prompt)
 
@@ -88,7 +92,7 @@ class SideBySide:
 
 
 def _bytes_loaded(folder: Path) -> float:
-    """Return what a snapshot takes in memory: its bf16 weights in the compute dtype, and a tenth for what it computes."""
+    """Return the bytes of a loaded snapshot in the compute dtype, plus a tenth for activations."""
     return (
         sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         * compute_dtype().itemsize

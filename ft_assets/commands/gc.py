@@ -1,8 +1,8 @@
 """`ft gc`: which versions of the store nobody needs any more, and their removal.
 
-Kept are, of every asset and partition: CURRENT, the newest few, what is younger than an hour; then all that a kept
-version says it was made from, and what a running step reads. A version is renamed first and deleted then: a reader
-finds it whole or not at all.
+Kept are, of every asset and partition: CURRENT, the newest few, what is younger than an hour; then
+all that a kept version says it was made from, and what a running step reads. A version is renamed
+first and deleted then: a reader finds it whole or not at all.
 """
 
 import os
@@ -36,7 +36,7 @@ class Removal:
 def removals(
     store: ArtifactStore, keep: int, now: float | None = None
 ) -> tuple[list[Removal], list[str]]:
-    """Return what can go, oldest first, and the places that are left alone because their manifest cannot be read."""
+    """Return the removals, oldest first, and the kept folders with an unreadable manifest."""
     now = time.time() if now is None else now
     found, unreadable = versions(store)
     kept = kept_versions(store, found, keep, now, running_inputs(store.root, now))
@@ -92,15 +92,17 @@ def kept_versions(
 def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version]) -> list[Version]:
     """Return what must be kept besides for a version's inputs.
 
-    One version that has all the parts it read is enough: an equal data version is equal content. A kept one will do, else
-    it is the newest. Without this, a report (which reads the few-shot part of raw_dataset) would keep every raw_dataset.
+    One version that has all the parts it read is enough: an equal data version is equal content. A
+    kept one will do, else it is the newest. Without this, a report (which reads the few-shot part
+    of raw_dataset) would keep every raw_dataset.
     """
     assets = {other.asset for other in found}
     wanted: dict[tuple[str, str | None], list[tuple[str | None, str]]] = defaultdict(list)
     for name, data_version in version.artifact.manifest.inputs.items():
         whole, _, part = name.partition("#")
         asset, _, partition = whole.removesuffix("]").partition("[")
-        # An input may have a name of its own (merged_model's `adapter`): then any asset that has this content.
+        # An input may have a name of its own (merged_model's `adapter`): then any asset that has
+        # this content.
         wanted[asset, partition or None].append((part or None, data_version))
     needed = []
     for (name, partition), parts in wanted.items():
@@ -125,7 +127,10 @@ def _has(version: Version, part: str | None, content: str) -> bool:
 
 
 def remove(store: ArtifactStore, removal: Removal) -> bool:
-    """Delete it; return False if it became current meanwhile, or another one deletes it. Raises OSError if it cannot be deleted."""
+    """Delete it. Return False if it became current, or another process deletes it.
+
+    Raises OSError if it cannot be deleted.
+    """
     if removal.artifact is not None:
         return store.remove(removal.artifact)
     trash = removal.path.parent / f"{TRASH}{uuid.uuid4().hex}"

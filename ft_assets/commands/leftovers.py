@@ -1,7 +1,7 @@
-"""What steps leave in the store: job folders, checkpoints, staging folders, interrupted deletions; and which are in use.
+"""Leftovers of steps in the store: job folders, checkpoints, staging folders, deletions.
 
-In use is what a living process of this machine works with, or what was touched within a day: a process of another
-machine that shares the disk is seen only by what it writes.
+In use is what a living process of this machine works with, or what was touched within a day: a
+process of another machine that shares the disk is seen only by what it writes.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def leftovers(root: Path, now: float) -> Iterator[Leftover]:
 
 
 def running_inputs(root: Path, now: float) -> set[Path]:
-    """Return the artifacts that steps in progress read: they may have stopped being current since the step began."""
+    """Return the inputs of steps in progress, which need not be current any more."""
     return {path for job, alive in _jobs(root, now) if alive for path in job.inputs.values()}
 
 

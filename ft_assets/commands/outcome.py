@@ -8,7 +8,7 @@ from ft_assets.orchestration.console import failures
 
 
 def outcome_of(base_model: str | None, done: dg.ExecuteInProcessResult) -> dict[str, Any]:
-    """Return the run's id and end; of each asset that it made or reused, its fingerprint and place; its failed checks, and why it failed."""
+    """Return the run's id, success, assets with fingerprint and path, failed checks and errors."""
     assets = {}
     for event in done.get_asset_materialization_events():
         found = event.step_materialization_data.materialization

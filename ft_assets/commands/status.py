@@ -1,4 +1,4 @@
-"""`ft status`: what has been made, when, and its key number. What is out of date is `ft plan`'s to say."""
+"""`ft status`: the current artifacts and their key numbers. `ft plan` shows what is stale."""
 
 import functools
 import time
@@ -60,7 +60,7 @@ class Status:
 
 
 def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
-    """Return what lies in the store. `assets` are the graph's, each with whether it is partitioned by base model, in its order."""
+    """Return the state of the store. `assets` are (name, partitioned by base model), in order."""
     store = open_store(project)
     found, _ = versions(store)
     known = {
@@ -133,7 +133,8 @@ def table(shown: Status) -> str:
         lines.append(f"  {text}")
     lines += [
         "",
-        f"store: {shown.store}, {in_bytes(shown.bytes)} in {shown.versions} versions, {in_bytes(shown.free_bytes)} free",
+        f"store: {shown.store}, {in_bytes(shown.bytes)} in {shown.versions} versions, "
+        f"{in_bytes(shown.free_bytes)} free",
     ]
     if shown.elsewhere:
         lines.append(

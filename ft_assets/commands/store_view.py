@@ -1,4 +1,4 @@
-"""The artifact store for a person: which versions lie in it, how large they are. Nothing is changed here."""
+"""The artifact store for a person: its versions and their sizes. Nothing is changed here."""
 
 import os
 import shutil
@@ -42,13 +42,13 @@ class Version:
 
 
 def versions(store: ArtifactStore) -> tuple[list[Version], list[str]]:
-    """Return the versions of the store, and the places whose manifest cannot be read: nobody knows what they are."""
+    """Return the versions of the store, and the folders with an unreadable manifest."""
     found, unreadable = store.versions()
     return [Version(artifact) for artifact in found], unreadable
 
 
 def size(path: Path) -> int:
-    """Return the bytes of a file, or of all files below a folder; what vanishes meanwhile counts nothing."""
+    """Return the bytes of a file, or of all files below a folder; vanished files count 0."""
     total = 0
     for place, _, files in os.walk(path):
         for name in files:

@@ -1,4 +1,4 @@
-"""finetune.yaml -> frozen models, one module a section. Not here: anything that reads data or weights."""
+"""finetune.yaml -> frozen models, one module a section. Nothing here reads data or weights."""
 
 from ft_assets.config.automation import (
     AlertSettings,

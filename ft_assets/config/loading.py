@@ -19,7 +19,7 @@ CONFIG_NAME = "finetune.yaml"
 
 
 def find_config(start: Path | None = None) -> Path:
-    """Return the path of finetune.yaml: $FT_CONFIG, else upward from `start`. Raises ConfigError."""
+    """Return the path of finetune.yaml: $FT_CONFIG, or upward from `start`. Raises ConfigError."""
     if given := os.environ.get("FT_CONFIG"):
         path = Path(given).resolve()
         if not path.is_file():
@@ -167,7 +167,7 @@ def _config_error(
 
 
 def _keys_at(kind: type[BaseModel], location: list[str]) -> list[str]:
-    """Return the keys a section knows, following a key path through nested models and dicts of models."""
+    """Return the keys of a section; the key path may cross nested models and dicts of them."""
     current: Any = kind
     for part in location:
         fields = getattr(current, "model_fields", None)

@@ -107,7 +107,7 @@ class Project(Section):
 
     @property
     def store_path(self) -> Path:
-        """The folder of this machine that holds the artifacts: all of them, or copies of an object store's."""
+        """The local folder of the artifacts, or of the copies of an object store's artifacts."""
         if self.store_url:
             return (
                 self.path(self.store_cache)
@@ -141,7 +141,7 @@ class Project(Section):
         return self.base_models[name]
 
     def recipe(self, name: str) -> Recipe:
-        """Return the settings of a base model: the project's defaults, overridden by its own section."""
+        """Return the settings of a base model: the defaults, overridden by its own section."""
         model = self.base_model(name)
         sections: dict[str, Any] = {}
         for section in ("chat", "lora", "sft", "dpo", "evaluation"):

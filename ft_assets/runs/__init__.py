@@ -1,4 +1,4 @@
-"""How Dagster's daemon starts a run here, sees whether it lives, and ends it. Named in dagster.yaml as `run_launcher`.
+"""The run launcher of dagster.yaml: starts, watches and ends runs as processes of their own.
 
 `ft run` needs nothing of this: it executes in its own process.
 """

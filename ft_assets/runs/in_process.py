@@ -1,5 +1,7 @@
-"""Runs that execute in the process that asks for them (`ft run`): the process is written into their tags, as the launcher's are, so that
-the next one finds those whose process was killed. Nobody else would: they would hold their place in the pool for ever.
+"""Runs that execute in the process that starts them (`ft run`).
+
+Their tags hold the process, like those of the launcher, so that the next `ft run` finds a run whose
+process was killed. Nothing else would end it, and it would hold its place in the pool forever.
 """
 
 import sys
@@ -24,7 +26,7 @@ def new_run() -> tuple[str, dict[str, str]]:
 
 
 def end_dead_runs(instance: DagsterInstance) -> list[str]:
-    """Mark failed what a killed process of this machine left under way, and free its places in the pools. Returns the ids.
+    """Mark failed the runs whose process on this machine was killed, and return their ids.
 
     Where it has just died, waits until its step, which ends by itself, has had its time.
     """
@@ -39,11 +41,12 @@ def end_dead_runs(instance: DagsterInstance) -> list[str]:
         wait = LAST_CHECKPOINT_SECONDS - (time.time() - events[0].timestamp) if events else 0.0
         if wait > 0:
             print(
-                f"run {run.run_id[:8]} was killed just now: waiting {wait:.0f} s for the checkpoint of its step",
+                f"run {run.run_id[:8]} was killed just now: waiting {wait:.0f} s "
+                "for the checkpoint of its step",
                 file=sys.stderr,
             )
             time.sleep(wait)
-        end_run(instance, run.run_id, f"{process} has ended without a word")
+        end_run(instance, run.run_id, f"{process} exited unexpectedly")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         ended.append(run.run_id)
     return ended

@@ -1,8 +1,9 @@
-"""A run as a process of its own, which outlives the code server and the daemon that started it and can be found again.
+"""A run as a process of its own that outlives the code server and the daemon.
 
-Dagster's default launcher makes it a child of the code server and says nothing of its health: when the server is killed or
-the machine restarts, such a run stays "started" for ever and keeps its place in the pool. Here run monitoring is told the
-truth, marks a dead run failed, frees its place, and Dagster's run retries start it again.
+Dagster's default launcher makes it a child of the code server and says nothing of its health: when
+the server is killed or the machine restarts, such a run stays "started" for ever and keeps its
+place in the pool. Here run monitoring is told the truth, marks a dead run failed, frees its place,
+and Dagster's run retries start it again.
 """
 
 import subprocess
@@ -27,7 +28,7 @@ from ft_assets.runs.process import RunProcess
 
 
 class ProcessRunLauncher(RunLauncher, ConfigurableClass):
-    """Starts `ft_assets.runs.worker` on the machine of the daemon, with the Python of the code location."""
+    """Starts `ft_assets.runs.worker` on the daemon's machine, with the code location's Python."""
 
     def __init__(self, inst_data: ConfigurableClassData | None = None) -> None:
         self._inst_data = inst_data
@@ -48,10 +49,11 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
         return cls(inst_data)
 
     def launch_run(self, context: LaunchRunContext) -> None:
-        """Start the run's process. Raises ValueError for a run that was made without a code location, OSError if nothing can be started."""
+        """Start the run's process. Raises ValueError for a run without a code location, OSError."""
         run, instance = context.dagster_run, self._instance
         argument, python = write_run(context, instance)
-        # In the daemon's session: what stops the daemon at a terminal or in systemd interrupts its runs too, and they write a checkpoint.
+        # In the daemon's session: what stops the daemon at a terminal or in systemd interrupts its
+        # runs too, and they write a checkpoint.
         process = subprocess.Popen(
             [python or sys.executable, "-m", "ft_assets.runs.worker", argument],
             stdin=subprocess.DEVNULL,
@@ -67,16 +69,16 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
         ).start()
 
     def terminate(self, run_id: str) -> bool:
-        """Ask the run's process to stop; it stops its step, which writes a checkpoint. Returns False if that is not possible from here."""
+        """Stop the run's process after a checkpoint. Return False if it runs elsewhere."""
         instance = self._instance
         run = instance.get_run_by_id(run_id)
         if run is None or run.is_finished:
             return False
         instance.report_run_canceling(run)
         process = RunProcess.of(run_id, run.tags)
-        if (
-            process is None
-        ):  # it has not begun, and will read that it must not; if it never does, run monitoring ends the run
+        if process is None:
+            # It has not begun, and will read that it must not. If it never does, run monitoring
+            # ends the run.
             return run.status == DagsterRunStatus.STARTING
         if not process.here:
             instance.report_engine_event(
@@ -92,8 +94,11 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
-        """Return FAILED only if the run's process has certainly ended. Run monitoring marks failed all that is not RUNNING, also
-        UNKNOWN: a run that cannot be seen from here (another machine's, or one of `ft run`) must not be started a second time."""
+        """Return FAILED only if the run's process has certainly ended.
+
+        Run monitoring marks failed all that is not RUNNING, also
+        UNKNOWN: a run that cannot be seen from here (another machine's, or one of `ft run`) must
+        not be started a second time."""
         process = RunProcess.of(run.run_id, run.tags)
         if process is None:
             return CheckRunHealthResult(
@@ -104,12 +109,14 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
         if process.alive:
             return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=str(process))
         return CheckRunHealthResult(
-            WorkerStatus.FAILED, f"{process} has ended without a word", run_worker_id=str(process)
+            WorkerStatus.FAILED, f"{process} exited unexpectedly", run_worker_id=str(process)
         )
 
 
 def _bury(process: subprocess.Popen[bytes], ref: InstanceRef, run_id: str) -> None:
-    """Wait for a run's process. One that ended before its run did is told at once, run monitoring would take its interval; also one that
+    """Wait for a run's process, and report one that ended before its run did.
+
+    Run monitoring would take its interval; also one that
     could not begin, which run monitoring would give its whole time to start."""
     code = process.wait()
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -118,7 +125,9 @@ def _bury(process: subprocess.Popen[bytes], ref: InstanceRef, run_id: str) -> No
 
 
 def end_run(instance: DagsterInstance, run_id: str, why: str) -> None:
-    """End a run whose process has ended, if it has not ended itself. Its place in the pool is freed by run monitoring a while later:
+    """End a run whose process has ended, if the run has not ended.
+
+    Run monitoring frees its place in the pool a while later:
     what a killed process leaves has 30 seconds to write a checkpoint and holds the GPU so long."""
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:

@@ -1,4 +1,4 @@
-"""Which process executes a run, so exactly that another process can tell later whether it still lives. Linux: reads /proc."""
+"""The process of a run, identified so that another process can test it later. Reads /proc."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ TAG = "ft/worker"  # of the run: JSON of a RunProcess
 
 
 class RunProcess(BaseModel):
-    """A process of one boot of one machine. The number alone would not do: numbers are given out again, soon after a boot."""
+    """A process of one boot of one machine. The pid alone is not enough: pids are reused."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,7 +36,9 @@ class RunProcess(BaseModel):
 
     @classmethod
     def of(cls, run_id: str, tags: Mapping[str, str]) -> "RunProcess | None":
-        """Return the process of a run as its tags say it; None if none is said. A retry inherits the tags of the run
+        """Return the process in the tags of a run, or None.
+
+        A retry inherits the tags of the run
         before it, and with them a process that is not its own."""
         try:
             found = cls.model_validate_json(tags.get(TAG, ""))
@@ -46,7 +48,7 @@ class RunProcess(BaseModel):
 
     @property
     def here(self) -> bool:
-        """Whether it was started on this machine, in this boot or an earlier one: of another's processes nothing is seen."""
+        """Whether it was started on this machine, in this boot or an earlier one."""
         return self.host == socket.gethostname()
 
     @property
@@ -81,9 +83,10 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """Return when a process began; None if it has ended, also if its parent has not asked for its exit code yet."""
+    """Return the start of a process in clock ticks; None if it has ended, also as a zombie."""
     try:
-        # The name in parentheses may hold anything; what follows are the fields from 3 on: 3 is the state, 22 the start.
+        # The name in parentheses may hold anything; what follows are the fields from 3 on: 3 is the
+        # state, 22 the start.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None

@@ -2,8 +2,8 @@
 
     python -m ft_assets.runs.worker '<ExecuteRunArgs>'
 
-It writes this itself, and first: a launcher that is killed after starting it could not, and a run that has begun without it
-would be one that nobody can find.
+It writes this itself, and first: a launcher that is killed after starting it could not, and a run
+that has begun without it would be one that nobody can find.
 """
 
 import sys

@@ -1,9 +1,12 @@
-"""A guard before the Dagster webserver, which has no login: only pages that it served itself may ask it for something.
+"""A guard in front of the Dagster webserver, which has no authentication.
 
-Without it, any page open in the same browser could start runs: the stock server executes mutations sent by GET, by forms,
-and from foreign origins. The guard knows three rules: the Host is one of ours (else a name that resolves to this machine
-would do, "DNS rebinding"); the Origin, or what the browser says in Sec-Fetch-Site, is ours; and what changes something is
-a POST of JSON. It is no login: who can reach the port can use it.
+Only pages that the server sent itself may send requests to it.
+
+Without it, any page open in the same browser could start runs: the stock server executes mutations
+sent by GET, by forms, and from foreign origins. The guard knows three rules: the Host is one of
+ours (else a name that resolves to this machine would do, "DNS rebinding"); the Origin, or what the
+browser says in Sec-Fetch-Site, is ours; and what changes something is a POST of JSON. It is no
+login: who can reach the port can use it.
 """
 
 import json
@@ -48,7 +51,8 @@ class Guard:
         if host not in self.hosts:
             return (
                 400,
-                f"the Host is {host!r}, expected one of {sorted(self.hosts)}; behind a proxy, name its host with ft ui --host-name",
+                f"the Host is {host!r}, expected one of {sorted(self.hosts)}; behind a proxy, "
+                "name its host with ft ui --host-name",
             )
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() not in self.hosts:

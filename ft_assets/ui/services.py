@@ -14,12 +14,12 @@ GRACE_SECONDS = 15.0
 
 
 def hosts_of(port: int, names: Sequence[str] = ()) -> set[str]:
-    """Return the values of Host that are ours: this machine's own names with the port, and what a proxy is called."""
+    """Return the accepted values of Host: the local names with the port, and the proxies."""
     return {f"{host}:{port}" for host in ("127.0.0.1", "localhost", "[::1]")} | set(names)
 
 
 def serve(module: str, port: int, names: Sequence[str], read_only: bool) -> int:
-    """Run the guarded webserver on 127.0.0.1 and the daemon (none in read-only mode) until one ends or we are told to stop.
+    """Run the guarded webserver on 127.0.0.1 and, unless read-only, the daemon, until one ends.
 
     Returns the exit code: 0 after a stop, else that of the process which ended.
     """

@@ -1,4 +1,7 @@
-"""The Dagster webserver behind the guard. Takes dagster-webserver's own options; FT_UI_HOSTS holds the hosts that are ours."""
+"""The Dagster webserver behind the guard, with dagster-webserver's own options.
+
+FT_UI_HOSTS holds the accepted hosts.
+"""
 
 import os
 from typing import Any

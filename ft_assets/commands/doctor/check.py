@@ -1,4 +1,4 @@
-"""A check of `ft doctor`: a name, ok, warn or fail, what was found, and what to do. No check ever raises."""
+"""A check of `ft doctor`: a name, a state, a finding and advice. No check raises."""
 
 import contextlib
 import sys
@@ -38,7 +38,8 @@ def fail(name: str, found: str, advice: str) -> Check:
 
 
 def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no more is said'])[0][:200]}"
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def guarded(name: str, look: Callable[[], Iterable[Check]]) -> Iterator[Check]:
@@ -59,19 +60,22 @@ def guarded(name: str, look: Callable[[], Iterable[Check]]) -> Iterator[Check]:
                 "; ".join(text for text in (error.expected, error.fix) if text),
             )
         )
-    except Exception as error:  # a doctor that falls ill helps nobody
+    except Exception as error:  # `ft doctor` must never crash
         done.append(
             fail(
                 name,
                 first_line(error),
-                "this should have been looked at without an error; ft run may say more",
+                "the check itself failed; ft run may show the cause",
             )
         )
     yield from done
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
-    """Return what a call returns. Raises TimeoutError: looking up a name can hang longer than any timeout of a client."""
+    """Return the value of a call. Raises TimeoutError.
+
+    A name lookup can hang longer than any timeout of a client.
+    """
     outcome: list[Any] = []
 
     def work() -> None:

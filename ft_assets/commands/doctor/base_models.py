@@ -1,4 +1,4 @@
-"""`ft doctor`, a base model: can its source be reached, under which licence, has it a chat template. Loads no weights."""
+"""`ft doctor`, a base model: its source, licence and chat template. Loads no weights."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from ft_assets.artifacts import open_store
-from ft_assets.commands.checkup import Check, fail, first_line, ok, warn, within
+from ft_assets.commands.doctor.check import Check, fail, first_line, ok, warn, within
 from ft_assets.commands.store_view import in_bytes, size
 from ft_assets.config import BaseModelSettings, Project
 from ft_assets.models.license import stated_license
@@ -64,7 +64,8 @@ def _hub(label: str, settings: BaseModelSettings) -> Check:
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         reached = getattr(getattr(error, "response", None), "status_code", None) is not None
         advice = (
-            "check the id and the revision; for a gated or private model accept its licence and set HF_TOKEN"
+            "check the id and the revision; for a gated or private model accept its licence "
+            "and set HF_TOKEN"
             if reached
             else ALTERNATIVES
         )
@@ -80,7 +81,7 @@ def _hub(label: str, settings: BaseModelSettings) -> Check:
 
 
 def _gated(hub: str, revision: str | None, token: str | None) -> bool:
-    """Return whether a model is gated. Raises if it cannot be reached, or the token does not open it."""
+    """Return True if a model is gated. Raises if it is unreachable or the token has no access."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
     info = HfApi().model_info(hub, revision=revision, timeout=PATIENCE_SECONDS)

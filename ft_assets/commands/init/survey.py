@@ -1,9 +1,9 @@
-"""`ft init`, the data file: reads its first rows and reports their format, their columns and the form of their answers."""
+"""`ft init`, the data file: the format, columns and answers of its first rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ft_assets.commands.answers import Answers
+from ft_assets.commands.init.answers import Answers
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.file_formats import read_rows
 from ft_assets.errors import DataError
@@ -19,7 +19,7 @@ SHOWN = 3
 
 @dataclass
 class Found:
-    """What the rows of a file say. `total` counts all rows that were read; `valid` and `reasons` are of the first 1000."""
+    """The rows of a file. `total` counts all rows read; `valid` and `reasons` the first 1000."""
 
     shape: str
     columns: dict[str, str]
@@ -32,7 +32,10 @@ class Found:
 
 
 def look(path: Path, columns: dict[str, str]) -> Found:
-    """Read the first rows of a file, and more while all answers have one form. Raises DataError if none can be used."""
+    """Read the first rows of a file, and more while all answers have one form.
+
+    Raises DataError if no row can be used.
+    """
     if not path.is_file():
         raise DataError(
             where=str(path),
@@ -42,7 +45,8 @@ def look(path: Path, columns: dict[str, str]) -> Found:
         )
     found, reasons = Found("", columns, Answers()), list[str]()
     for row in read_rows(path):
-        # What is seen in 1000 rows must hold in all of them: a label that comes later would stop the evaluation.
+        # What is seen in 1000 rows must hold in all of them: a label that comes later would stop
+        # the evaluation.
         if found.total >= LOOKED_AT and not found.answers.have_a_form:
             found.ended = False
             break
@@ -81,7 +85,10 @@ def _preferences(raw: RawFields | None) -> str:
         preference(raw or {})
     except RowProblem:
         return ""
-    return " (it is a preference: such a file belongs under data.preferences, beside one of conversations)"
+    return (
+        " (it is a preference: such a file belongs under data.preferences, beside one of "
+        "conversations)"
+    )
 
 
 def shape_of(raw: RawFields) -> str:

@@ -1,11 +1,11 @@
-"""`ft doctor`: looks at the machine and the project and says what is wrong and what to do. Makes nothing, loads no weights."""
+"""`ft doctor`: checks the machine and the project. It changes nothing and loads no weights."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from ft_assets.commands import base_checks, machine
-from ft_assets.commands.checkup import FAIL, Check, fail, guarded, ok, warn
+from ft_assets.commands.doctor import base_models, machine
+from ft_assets.commands.doctor.check import FAIL, Check, fail, guarded, ok, warn
 from ft_assets.commands.store_view import in_bytes
 from ft_assets.config import CONFIG_NAME, DataSettings, Project, find_config, load_project
 from ft_assets.config.launcher import LauncherSettings
@@ -33,9 +33,9 @@ def examine() -> list[Check]:
     ]
     for name, settings in project.base_models.items():
         looks: dict[str, Callable[[], Iterable[Check]]] = {
-            "source": partial(base_checks.source, name, settings, project.root),
-            "licence": partial(base_checks.licence, name, settings, project),
-            "chat template": partial(base_checks.template, name, settings, project),
+            "source": partial(base_models.source, name, settings, project.root),
+            "licence": partial(base_models.licence, name, settings, project),
+            "chat template": partial(base_models.template, name, settings, project),
         }
         for part, look in looks.items():
             found = list(guarded(f"{name}: {part}", look))
@@ -62,9 +62,10 @@ def _config() -> tuple[Project | None, Check]:
             f"cannot be read ({type(error).__name__}: {error})",
             "a UTF-8 text file; see the README",
         )
+    count = len(project.base_models)
     return project, ok(
         CONFIG_NAME,
-        f"{path}, {len(project.base_models)} base model{'s' if len(project.base_models) > 1 else ''}",
+        f"{path}, {count} base model{'s' if count > 1 else ''}",
     )
 
 
@@ -78,7 +79,7 @@ def _data(project: Project) -> Iterator[Check]:
         yield warn(
             "data.retention",
             "names no files",
-            "give general prompts: without them nobody knows what the model forgot",
+            "add general prompts: without them, forgetting is not measured",
         )
 
 
@@ -90,9 +91,10 @@ def _files(project: Project, key: str, patterns: list[str]) -> Iterator[Check]:
     files = resolve_files(
         project.root, [pattern for pattern in patterns if pattern not in remote], name
     )
-    unreadable = [path for path in files if not base_checks.readable(path)]
+    unreadable = [path for path in files if not base_models.readable(path)]
     empty = [path.name for path in files if path.stat().st_size == 0]
-    found = f"{len(files)} file{'' if len(files) == 1 else 's'}, {in_bytes(sum(path.stat().st_size for path in files))}"
+    total = in_bytes(sum(path.stat().st_size for path in files))
+    found = f"{len(files)} file{'' if len(files) == 1 else 's'}, {total}"
     if unreadable:
         yield fail(name, f"{unreadable[0]} cannot be read", "check its permissions")
     elif empty:
@@ -108,7 +110,7 @@ def _files(project: Project, key: str, patterns: list[str]) -> Iterator[Check]:
 
 
 def launcher_check(settings: LauncherSettings, root: Path) -> Check:
-    """Return what there is to say of `launcher:`. Raises ConfigError for a library, a tool, a partition or a right that is missing."""
+    """Return the check of `launcher:`. Raises ConfigError if something that it needs is missing."""
     launcher = make_launcher(settings, root)
     if not isinstance(launcher, ClusterLauncher):
         return ok("launcher", settings.kind)

@@ -14,7 +14,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A base model's name (the key of base_models) and source; `note` is what the user should know."""
+    """A base model's name (the key of base_models) and source, with a `note` for the user."""
 
     name: str
     kind: str
@@ -52,7 +52,7 @@ class BaseSource:
 
 
 def _name(text: str) -> str:
-    """Return a short name that can be a partition and a folder: `SmolLM2-135M-Instruct.Q4_1` is smollm2-135m-instruct.q4_1."""
+    """Return a short name for a partition and a folder, e.g. smollm2-135m-instruct.q4_1."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "base"
 
 

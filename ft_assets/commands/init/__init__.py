@@ -1,12 +1,12 @@
-"""`ft init`: a first finetune.yaml for a data file, with what its rows say of the task. Reads and writes files, nothing else."""
+"""`ft init`: a first finetune.yaml for a data file, derived from its rows."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from ft_assets.commands.base_source import BaseSource
-from ft_assets.commands.survey import LOOKED_AT, Found, look
-from ft_assets.commands.yaml_text import project_text
+from ft_assets.commands.init.base_source import BaseSource
+from ft_assets.commands.init.survey import LOOKED_AT, Found, look
+from ft_assets.commands.init.yaml_text import project_text
 from ft_assets.config import CONFIG_NAME, load_project
 from ft_assets.errors import ConfigError
 
@@ -14,7 +14,7 @@ from ft_assets.errors import ConfigError
 def write_project(
     data_file: Path, base: str | None, folder: Path, columns: dict[str, str]
 ) -> tuple[Path, Found, BaseSource]:
-    """Write finetune.yaml into `folder`. Raises ConfigError if there is one, DataError, ModelError."""
+    """Write finetune.yaml into `folder`. Raises ConfigError if it exists, DataError, ModelError."""
     target = folder / CONFIG_NAME
     if target.exists():
         raise ConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ft_assets.commands.checkup import Check, fail, first_line, ok, warn
+from ft_assets.commands.doctor.check import Check, fail, first_line, ok, warn
 from ft_assets.commands.store_view import existing, free_bytes, in_bytes
 from ft_assets.hardware import available_memory, first_gpu
 
@@ -19,8 +19,8 @@ LEAST_DISK, ENOUGH_DISK = 1e9, 10e9
 
 
 def _declared() -> tuple[str, list[str]]:
-    """Return requires-python and the requirements: of pyproject.toml beside the package, else of what was installed."""
-    file = Path(__file__).parents[2] / "pyproject.toml"
+    """Return requires-python and the requirements, from pyproject.toml or the installed package."""
+    file = Path(__file__).parents[3] / "pyproject.toml"
     if file.is_file():
         project: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
         if project.get("name") == PACKAGE:
@@ -73,12 +73,16 @@ def compute() -> Iterator[Check]:
         driver = gpu.driver if (gpu := first_gpu()) else "unknown"
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
-            found = f"{torch.cuda.get_device_name(index)}, {in_bytes(free)} of {in_bytes(total)} free, driver {driver}, torch {torch.__version__}"
+            found = (
+                f"{torch.cuda.get_device_name(index)}, {in_bytes(free)} of {in_bytes(total)} free, "
+                f"driver {driver}, torch {torch.__version__}"
+            )
             if free < total / 2:
                 yield warn(
                     f"gpu {index}",
                     found,
-                    "another process holds much of it (nvidia-smi says which): training may run out of memory",
+                    "another process uses much of it (see nvidia-smi): training may run out of "
+                    "memory",
                 )
             else:
                 yield ok(f"gpu {index}", found)
@@ -86,7 +90,8 @@ def compute() -> Iterator[Check]:
         built = torch.version.cuda or "no CUDA"
         yield warn(
             "gpu",
-            f"there is one (driver {gpu.driver}), but torch {torch.__version__} ({built}) does not see it",
+            f"there is one (driver {gpu.driver}), but torch {torch.__version__} ({built}) does "
+            "not see it",
             "install a torch that is built for this driver's CUDA; look at CUDA_VISIBLE_DEVICES",
         )
     yield _processors(torch.cuda.is_available())
@@ -153,7 +158,7 @@ def disk(store: Path) -> Iterator[Check]:
         yield fail(
             "disk",
             f"{place} cannot be written to",
-            "give yourself the right to, or set store: to another place",
+            "get write permission, or set store: to another folder",
         )
     elif free < LEAST_DISK:
         yield fail("disk", found, advice)

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ft_assets.commands.base_source import BaseSource
+from ft_assets.commands.init.base_source import BaseSource
 
 if TYPE_CHECKING:
-    from ft_assets.commands.survey import Found
+    from ft_assets.commands.init.survey import Found
 
 HELDOUT_AIMED_AT = 100  # rows: with fewer only a large gain is told from chance
 SMALL = """\
-# Defaults fit a 7-8B model. This one is small: it wants a higher learning rate and all linear layers.
+# Defaults fit a 7-8B model. This one is small: it wants a higher learning rate and all linear
+# layers.
 lora: {r: 16, lora_alpha: 32, target_modules: all-linear}
 sft: {num_train_epochs: 2, learning_rate: 1.0e-3, effective_batch: 8, micro_batch: 8}"""
 USUAL = """\
@@ -23,20 +24,23 @@ USUAL = """\
 
 def project_text(data_path: str, source: BaseSource, found: "Found") -> str:
     """Return the file's text. `data_path` is relative to it."""
+    answers = found.answers
     columns = f"\n  columns: {_inline({'train': found.columns})}" if found.columns else ""
     return f"""\
-# The one file you edit. Paths are relative to it. Unknown keys are refused, with the nearest known one named.
+# The one file you edit. Paths are relative to it. Unknown keys are refused, with the nearest known
+# one named.
 
 data:
   # {found.shape}
   train: {_inline([glob.escape(data_path)])}{columns}
-  # Rows that look like production, which nobody trained on, are the better judge; without them a share of train is held out.
-  # heldout: [data/production.jsonl]
+  # Rows that look like production, which nobody trained on, are the better judge; without them a
+  # share of train is held out. heldout: [data/production.jsonl]
   heldout_share: {_share(found)}
-  # retention: [data/general.jsonl]      # general prompts the model must not get worse at: without them nobody knows
-  # rehearsal: [data/more_general.jsonl] # general conversations trained beside the task, so that the rest is not forgotten
-  # preferences: [data/pairs.jsonl]      # prompt, chosen, rejected: DPO after SFT
-  # few_shot: [data/few_shot.jsonl]      # the rival: the base with these examples in its prompt
+  # retention: [data/general.jsonl]      # general prompts the model must not get worse at: without
+  # them nobody knows rehearsal: [data/more_general.jsonl] # general conversations trained beside
+  # the task, so that the rest is not forgotten preferences: [data/pairs.jsonl]      # prompt,
+  # chosen, rejected: DPO after SFT few_shot: [data/few_shot.jsonl]      # the rival: the base with
+  # these examples in its prompt
 
 base_models:                             # one partition of the graph each
   {_inline(source.name)}:
@@ -46,10 +50,11 @@ base_models:                             # one partition of the graph each
 
 evaluation:
 {_evaluation(found)}
-  max_new_tokens: {found.answers.max_new_tokens}  # the longest answer that was read has {found.answers.longest} bytes
+  max_new_tokens: {answers.max_new_tokens}  # the longest answer has {answers.longest} bytes
 
-# gate: {{max_retention_loss: 0.2, min_heldout_rows: 40}}   # what a PASS needs; docs/verdict.md has every key
-# schedule: {{cron: "0 3 * * 1", timezone: Europe/Berlin}}  # retrain by itself; switched on in the UI
+# gate: {{max_retention_loss: 0.2, min_heldout_rows: 40}}   # what a PASS needs; docs/verdict.md has
+# every key schedule: {{cron: "0 3 * * 1", timezone: Europe/Berlin}}  # retrain by itself; switched
+# on in the UI
 """
 
 
@@ -66,12 +71,14 @@ def _evaluation(found: "Found") -> str:
         )
     if answers.labels:
         return (
-            f"  # Every answer is one of these{seen}. The metric does not look at case, quotes or a final full stop.\n"
+            f"  # Every answer is one of these{seen}. The metric ignores case, quotes and a final "
+            "full stop.\n"
             f"  labels: {_inline(answers.labels)}\n"
             "  metric: label  # the verdict is about this one"
         )
     return (
-        "  # The answers are free text. exact fits short ones; for longer ones name metrics: [rouge, chrf] and metric: chrf, or a judge.\n"
+        "  # The answers are free text. exact fits short ones; for longer ones set "
+        "metrics: [rouge, chrf] and metric: chrf, or a judge.\n"
         "  metric: exact  # the verdict is about this one"
     )
 
@@ -86,7 +93,10 @@ def _share(found: "Found") -> float:
 def _revision(source: BaseSource) -> str:
     if source.kind != "hub":
         return ""
-    return "\n    # revision: main                     # a commit here needs no hub once it is in the cache"
+    return (
+        "\n    # revision: main                     # a commit here needs no hub once it is in "
+        "the cache"
+    )
 
 
 def _inline(value: Any) -> str:

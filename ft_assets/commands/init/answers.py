@@ -1,4 +1,4 @@
-"""What the answers of a data set have in common: JSON objects with the same keys, or a small set of labels."""
+"""The common form of a data set's answers: JSON objects with equal keys, or few labels."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ ROWS_A_LABEL = 2  # on average at least: answers that each occur once are no lab
 
 @dataclass
 class Answers:
-    """Collects answers one by one; `keys` and `distinct` are None once the answers have not that form."""
+    """Collects answers; `keys` and `distinct` are None once an answer has another form."""
 
     count: int = 0
     longest: int = 0  # bytes of UTF-8
@@ -36,12 +36,12 @@ class Answers:
 
     @property
     def json_fields(self) -> list[str]:
-        """The keys that all answers have, in the order of the first; none if they are not all objects with the same keys."""
+        """The keys that all answers have, in the order of the first; [] if there are none."""
         return self.keys or []
 
     @property
     def labels(self) -> list[str]:
-        """The distinct answers, the most frequent first; none if they are too many, too long or hardly ever the same."""
+        """The distinct answers, the most frequent first; [] if too many, too long or too rare."""
         labels = self.distinct or {}
         if self.json_fields or len(labels) < 2 or len(labels) * ROWS_A_LABEL > self.count:
             return []
@@ -49,7 +49,7 @@ class Answers:
 
     @property
     def max_new_tokens(self) -> int:
-        """Room for the longest answer: half a token a byte is more than usual vocabularies need, and an end of turn."""
+        """Room for the longest answer, at half a token a byte, and its end of turn."""
         needed = self.longest // 2 + 8
         return min(2048, max(32, -(-needed // 16) * 16))
 
@@ -57,7 +57,8 @@ class Answers:
         if self.json_fields:
             return f"JSON objects with the keys {', '.join(self.json_fields)}"
         if self.labels:
-            return f"{len(self.labels)} labels: {', '.join(self.labels[:8])}{', …' if len(self.labels) > 8 else ''}"
+            more = ", …" if len(self.labels) > 8 else ""
+            return f"{len(self.labels)} labels: {', '.join(self.labels[:8])}{more}"
         if self.distinct is not None and len(self.distinct) == 1:
             return "always the same one: a model learns nothing but that from it"
         return "free text"
