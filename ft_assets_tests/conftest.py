@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random Llama with a real tokenizer and a real template, and projects around it."""
+"""Fixtures: a tiny random Llama with a real tokenizer and template, and projects around it."""
 
 import shutil
 from collections.abc import Callable
@@ -30,13 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Name a case by its argument where the value is bytes: a compressed file has the time in it, and workers must agree on names."""
+    """Name a case by its argument where the value is bytes.
+
+    A compressed file contains the time, and all workers must agree on the names.
+    """
     return argname if isinstance(val, bytes) else None
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random 2-layer Llama, its tokenizer and template: made in a second."""
+    """Return a folder with a random 2-layer Llama, its tokenizer and template."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny_model(folder)
     return folder
@@ -44,7 +47,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_project(tiny_model: Path) -> Callable[[Path], Path]:
-    """Return a function that writes, into a folder, a project that a tiny model can learn: every question is answered `yes`."""
+    """Return a function that writes a project to a folder. Every question is answered `yes`."""
 
     def make(folder: Path) -> Path:
         write_jsonl(folder / "data/train.jsonl", conversations(120, lambda _: "yes"))
@@ -68,7 +71,7 @@ def make_project(tiny_model: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def project(tmp_path: Path, make_project: Callable[[Path], Path]) -> Path:
-    """A fresh project; returns its folder."""
+    """Return the folder of a fresh project."""
     return make_project(tmp_path / "project")
 
 
@@ -84,7 +87,7 @@ def process_environment(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         address = servers.step_server().address if graph else servers.NO_SERVER
         monkeypatch.setenv("FT_STEP_SERVER", address)
     for name in ("FT_CONFIG", "DAGSTER_HOME"):
-        monkeypatch.setenv(name, "")  # else there is nothing that would be put back
+        monkeypatch.setenv(name, "")  # without it, there is no value to restore
         monkeypatch.delenv(name)
 
 
@@ -92,7 +95,10 @@ def process_environment(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 def finished(
     tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Path]
 ) -> Path:
-    """A project whose graph ran once to the end. Shared: a test that changes data, settings or the store works on a copy."""
+    """Return a project whose graph ran once to its end.
+
+    It is shared. A test that changes data, settings or the store uses `copy`.
+    """
     folder = make_project(tmp_path_factory.mktemp("finished"))
     done = ft(folder, "run")
     assert done.returncode == 0, done.stderr + done.stdout
@@ -101,7 +107,7 @@ def finished(
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished project, to be changed."""
+    """Return a copy of the finished project, which the test can change."""
     target = tmp_path / "copy"
     shutil.copytree(finished, target)
     return target
@@ -109,7 +115,10 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def taught_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model after some seconds of training: it knows general prompts and its template's end of turn."""
+    """Return the tiny model after some seconds of training.
+
+    It can answer general prompts and has learned the template's end of turn.
+    """
     from ft_assets_tests.pipeline import teach
 
     target = tmp_path_factory.mktemp("models") / "taught"
@@ -119,7 +128,10 @@ def taught_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def healthy(taught_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a project that passes; keyword arguments change sections of its settings."""
+    """Return a function that writes a project that passes the gate.
+
+    Keyword arguments change sections of its settings.
+    """
 
     def make(**changes: dict) -> Path:
         from ft_assets_tests.pipeline import general

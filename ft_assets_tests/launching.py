@@ -21,11 +21,9 @@ from ft_assets.launchers import Launcher
 
 
 def training_job(finished: Path, folder: Path, step: str = "sft", **changes: Any) -> Job:
-    """Return the SFT or DPO job of the finished project, four rows at once, with its work in `folder`."""
-    store, recipe = (
-        ArtifactStore(finished / ".ft/store"),
-        load_project(finished / "finetune.yaml").recipe("tiny"),
-    )
+    """Return an SFT or DPO job of the finished project with micro-batches of 4, in `folder`."""
+    store = ArtifactStore(finished / ".ft/store")
+    recipe = load_project(finished / "finetune.yaml").recipe("tiny")
     settings = {
         **getattr(recipe, step).model_dump(mode="json"),
         "micro_batch": 4,
@@ -45,16 +43,17 @@ def training_job(finished: Path, folder: Path, step: str = "sft", **changes: Any
 def trained(
     launcher: Launcher, job: Job
 ) -> tuple[list[dict[str, Any]], list[dict[str, float]], Mapping[str, Any]]:
-    """Run it; return the progress lines, the loss curve and the metrics."""
+    """Run a job; return the progress lines, the loss curve and the metrics."""
     lines: list[dict[str, Any]] = []
     result = launcher.run(job, lambda line: lines.append(dict(line)))
     return lines, json.loads((job.output / "info/curve.json").read_text()), result.metrics
 
 
 def require_same_training(job: Job, other: Job) -> None:
-    """Compare step by step what one process and several made of the same rows: losses and gradients, then the adapters.
+    """Compare the trainings of one process and of several on the same rows.
 
-    The last step of an epoch is apart: where its rows do not fill all ranks, Accelerate repeats some.
+    Compares losses and gradient norms step by step, then the adapters. The last step of an epoch
+    may differ: where its rows do not fill all ranks, Accelerate repeats some.
     """
     from safetensors.numpy import load_file
 
@@ -69,25 +68,27 @@ def require_same_training(job: Job, other: Job) -> None:
     assert one[-1]["loss"] == pytest.approx(several[-1]["loss"], rel=1e-2)
     first, second = (load_file(made.output / "adapter_model.safetensors") for made in (job, other))
     assert first.keys() == second.keys()
-    # As a whole, not number by number: Adam's step is a gradient's sign, and a gradient near zero may have either.
-    apart, moved = (sum(float((one**2).sum()) for one in sides) ** 0.5 for sides in (
-        [first[name] - second[name] for name in first if "lora_B" in name], [first[name] for name in first if "lora_B" in name]
-    ))  # fmt: skip
+    # As a whole, not number by number: Adam's first step is the sign of the gradient, and a
+    # gradient near zero can have either sign.
+    names = [name for name in first if "lora_B" in name]
+    apart = sum(float(((first[name] - second[name]) ** 2).sum()) for name in names) ** 0.5
+    moved = sum(float((first[name] ** 2).sum()) for name in names) ** 0.5
     assert apart < 0.2 * moved
 
 
 def training(job: Job) -> bool:
-    """Return whether a job has told of an optimizer step."""
+    """Return True if a job has reported an optimizer step."""
     return job.progress_file.exists() and '"train"' in job.progress_file.read_text()
 
 
 @contextlib.contextmanager
 def interrupted(when: Callable[[], object], again: bool = False) -> Iterator[None]:
-    """Send this process an INT as soon as `when` returns; what runs in the block must end with KeyboardInterrupt. `again`: another one
-    while it stops its processes."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where the tests run in a script's background
+    """Send SIGINT to this process as soon as `when` returns. The block must end by it.
+
+    With `again`, send a second one while the launcher stops its processes.
+    """
+    # Where the tests run in the background of a script, SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         when()
@@ -106,20 +107,24 @@ def interrupted(when: Callable[[], object], again: bool = False) -> Iterator[Non
 def launched_elsewhere(
     launcher: str, module: str, job: Job, folder: Path
 ) -> "subprocess.Popen[bytes]":
-    """Run a job in a process that may be killed, by the launcher that an expression makes of names of a test module."""
+    """Run a job in another process, which the test can kill.
+
+    `launcher` is an expression for a launcher. It uses names of the test module `module`.
+    """
     (folder / "given.json").write_text(job.model_dump_json())
     code = f"""
 from pathlib import Path
 from ft_assets.job import Job
 from {module} import *
-{launcher}.run(Job.model_validate_json(Path({str(folder / "given.json")!r}).read_text()), lambda _: None)
+job = Job.model_validate_json(Path({str(folder / "given.json")!r}).read_text())
+{launcher}.run(job, lambda _: None)
 """
-    # Without `env` it would also get what libraries have set in C, which os.environ does not show.
+    # Without `env` it would inherit what libraries have set in C, which os.environ does not show.
     return subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
 
 
 def stop_services(*services: "subprocess.Popen[bytes]") -> None:
-    """End Dagster's webserver and daemon as a person does; what has not ended after 30 seconds is killed."""
+    """Interrupt Dagster's webserver and daemon, and kill those that run after 30 seconds."""
     for process in services:
         process.send_signal(signal.SIGINT)
     for process in services:

@@ -1,4 +1,4 @@
-"""The measurements are not run here, for they take minutes; that what they name of this project is still there is asked."""
+"""The benchmarks take minutes and do not run here. Check that the names they import exist."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""The launcher: progress while it runs, a stop that leaves nobody behind, and a child that ends when its parent dies."""
+"""The local launcher: progress, exit codes, a stop that leaves no process, and the lifeline."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Every command and every YAML of the README is tried, and every picture and link is there."""
+"""Every command and YAML block of the README works, and its pictures and links exist."""
 
 import re
 import shlex
@@ -42,7 +42,8 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make ")])
 def test_make_target_exists(command: str) -> None:
-    # Dry: `make demo` alone takes ten minutes, `make test` would run itself. What they call is run below and in test_graph.
+    # A dry run: `make demo` takes ten minutes, and `make test` would run itself. The commands
+    # that they call run below and in test_graph.py.
     done = subprocess.run(
         ["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )

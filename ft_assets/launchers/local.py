@@ -1,8 +1,12 @@
-"""A step as child processes of this machine: one, or a group of ranks that train together and end together.
+"""Run a step as processes of this machine: one, or a group of ranks that start and end together.
 
-Why not the stock Pipes client: its messages arrive only at the end. Why not `accelerate launch` or torchrun around the
-ranks: they start each rank in a session of its own without our lifeline, so that a killed launcher leaves them training.
-Here each rank holds the lifeline itself, and the first that fails takes the others with it.
+A step of one process is forked from a server that has imported its libraries (fork_server.py).
+Ranks are fresh processes.
+
+The stock Pipes client is not used, because its messages arrive only at the end. `accelerate
+launch` and torchrun are not used, because they start each rank in a session of its own without
+our lifeline: a killed launcher would leave them training. Here each rank holds the lifeline
+itself, and the first rank that fails ends the others.
 """
 
 import contextlib
@@ -25,9 +29,8 @@ from ft_assets.launchers.forking import ForkServer, start_forked
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = (20.0, 5.0)  # after INT (time for a checkpoint), after TERM
-LAST_WORDS_SECONDS = (
-    5.0  # a rank that failed waits for nobody, but the others may be about to say why
-)
+# After the first rank has failed: another rank may be about to write the cause.
+LAST_WORDS_SECONDS = 5.0
 
 _server: ForkServer | None = None  # of this process; its steps are forked from it
 
@@ -44,7 +47,7 @@ class StepProcess(Protocol):
 
 
 class LocalLauncher:
-    """Runs a step as `python -m ft_assets.steps.<step> job.json` and streams its progress."""
+    """Run a step as `python -m ft_assets.steps.<step> job.json` and stream its progress."""
 
     def __init__(self, settings: LocalSettings | None = None, root: Path = Path()) -> None:
         """Take the arguments that every launcher takes. A local step needs neither."""
@@ -57,15 +60,17 @@ class LocalLauncher:
         return [sys.executable, "-m", f"ft_assets.steps.{job.step}", str(job_file)]
 
     def ranks(self, job: Job) -> list[dict[str, str]]:
-        """Return what each process gets in its environment besides; one process a rank."""
+        """Return the additional environment of each process. There is one process a rank."""
         return [{}]
 
     def run(self, job: Job, on_progress: OnProgress) -> StepResult:
-        """Run the job to its end. Raises the step's own FtError, StepFailed or StepLost; stops all on interrupt."""
+        """Run the job to its end. An interrupt stops all its processes.
+
+        Raises the step's own FtError, StepFailed or StepLost.
+        """
         job_file = prepare(job)
-        read_end, write_end = (
-            os.pipe()
-        )  # the lifeline: a child ends when our end closes, also if we are killed
+        # The lifeline: a child ends when our end closes, also when this process is killed.
+        read_end, write_end = os.pipe()
         environment = step_environment(read_end)
         processes: list[StepProcess] = []
         ranks = self.ranks(job)
@@ -87,9 +92,9 @@ class LocalLauncher:
 
 
 def warm_up() -> None:
-    """Start importing the steps' libraries in the background, in a server that steps are forked from.
+    """Start the server that steps are forked from. It imports their libraries in the background.
 
-    FT_FRESH_STEPS=1 turns the server off. FT_STEP_SERVER is the address of one that several
+    FT_FRESH_STEPS=1 turns it off. FT_STEP_SERVER is the address of a server that several
     commands share.
     """
     global _server
@@ -107,7 +112,7 @@ def start_forked_or_fresh(
     log: int,
     kept: Sequence[int] = (),
 ) -> StepProcess:
-    """Start a process as `start` does. A Python module of ours is forked where that is equal."""
+    """Start a process as `start` does, forked where the result is equal to a fresh process."""
     if [sys.executable, "-m"] == list(command[:2]) and (address := _server_address()):
         with Path(os.devnull).open("rb") as nothing:
             forked = start_forked(
@@ -148,8 +153,10 @@ def start(
     log: int | None,
     kept: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a process that leads a group and holds the lifeline; `log` gets its output, None leaves it where ours goes. It inherits
-    the descriptors `kept`."""
+    """Start a process that leads a group and inherits the lifeline and the descriptors `kept`.
+
+    Its output goes to `log`, or with None to the output of this process.
+    """
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -162,7 +169,10 @@ def start(
 
 
 def follow(processes: Sequence[StepProcess], meanwhile: Callable[[], None]) -> int:
-    """Do `meanwhile` until all ended or one failed. Returns 0, or the code that says most: a signal before an exit code."""
+    """Call `meanwhile` until all processes have ended or one has failed.
+
+    Returns 0, or the most telling code: a signal (negative) takes precedence over an exit code.
+    """
     failed_at: float | None = None
     while True:
         codes = [process.poll() for process in processes]
@@ -178,15 +188,18 @@ def follow(processes: Sequence[StepProcess], meanwhile: Callable[[], None]) -> i
 
 
 def stop(processes: Sequence[StepProcess]) -> None:
-    """Stop processes that lead a group each, with all their children: INT (checkpoint), TERM, KILL. Meanwhile we hear no INT: a second
-    one (an impatient person's, systemd's) would end us, and with us the step before its checkpoint."""
+    """Stop processes and the groups that they lead: INT (writes a checkpoint), TERM, KILL.
+
+    INT is ignored meanwhile. A second one (from an impatient user or systemd) would end this
+    process, and with it the step before its checkpoint.
+    """
     with _no_interrupt():
         _stop(processes)
 
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+    if threading.current_thread() is not threading.main_thread():  # only it receives signals
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -206,9 +219,7 @@ def _stop(processes: Sequence[StepProcess]) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
     for process in processes:
-        if (
-            process.poll() is None or process.returncode
-        ):  # of a step that failed, children may still be there
+        if process.poll() is None or process.returncode:  # a failed step may leave children
             _signal(process, signal.SIGKILL)
         process.wait()
 
@@ -219,7 +230,7 @@ def _signal(process: StepProcess, signum: signal.Signals) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody listens on now."""
+    """Return a TCP port of the loopback interface on which no process listens now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
