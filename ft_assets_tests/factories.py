@@ -1,4 +1,4 @@
-"""Builders that tests and benches share: a tiny model, its tokenizer, conversations, and projects around them."""
+"""Builders that tests and benchmarks share: a tiny model, conversations, and projects."""
 
 import json
 import os
@@ -12,7 +12,9 @@ import yaml
 from ft_assets_tests import servers
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -85,10 +87,18 @@ def make_tiny_model(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
@@ -113,7 +123,7 @@ def conversations(count: int, answer: Callable[[int], str], start: int = 0) -> l
 
 
 def next_word(index: int) -> str:
-    """Return the answer that the taught model can learn to give: the word after the question's first word."""
+    """Return an answer that the taught model can learn: the word after the question's word."""
     return WORDS[(index + 1) % len(WORDS)]
 
 
@@ -125,7 +135,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
 
 
 def edit(folder: Path, **sections: Any) -> None:
-    """Change keys of a project's finetune.yaml: those of a section that are given, or one at the top level."""
+    """Change keys of a project's finetune.yaml: some of a section, or one at the top level."""
     path = folder / "finetune.yaml"
     settings = yaml.safe_load(path.read_text())
     for section, values in sections.items():

@@ -1,7 +1,8 @@
-"""Where a step or a publication is killed, and how: SIGKILL at a patched call, in a child process. Nothing sleeps.
+"""The points at which a step or a publication is killed: SIGKILL at a patched call.
 
-`python -m ft_assets_tests.kill_points POINT CALL FOLDER`: run the work that `FOLDER/work.json` describes, with SIGKILL at the
-CALL-th time that POINT is passed; POINT `none` runs to the end.
+`python -m ft_assets_tests.kill_points POINT CALL FOLDER` runs the work that `FOLDER/work.json`
+describes, and kills itself at the CALL-th pass of POINT. POINT `none` runs to the end. No timing
+is involved.
 """
 
 import importlib
@@ -71,7 +72,7 @@ def arm(point: str, call: int, kind: str) -> None:
 
 
 def work(folder: Path) -> None:
-    """Train and publish what `work.json` describes, as the graph does: a version, a staging folder, its checkpoints."""
+    """Train and publish as the graph does: a version, a staging folder and checkpoints."""
     from ft_assets.artifacts import ArtifactStore
     from ft_assets_tests import training
 
@@ -84,9 +85,17 @@ def work(folder: Path) -> None:
     with store.staging(kind, "tiny") as staged:
         metrics = train(told, store.checkpoints(kind, "tiny", version), staged)
         store.publish(
-            staged, asset=kind, partition="tiny", version=version, code_version="1", settings={}, inputs={}, environment={}, metrics=metrics,
+            staged,
+            asset=kind,
+            partition="tiny",
+            version=version,
+            code_version="1",
+            settings={},
+            inputs={},
+            environment={},
+            metrics=metrics,
             started=0.0,
-        )  # fmt: skip
+        )
 
 
 def run(point: str, call: int, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Jobs for the tests of launchers: the finished project's own training steps, and what two runs of one have in common."""
+"""Jobs for the tests of launchers, and comparisons of what two runs of a job produce."""
 
 import contextlib
 import json
@@ -34,10 +34,18 @@ def training_job(finished: Path, folder: Path, step: str = "sft", **changes: Any
     made = ("base_model", "heldout_split", *(["lora_adapter"] if step == "dpo" else []))
     (folder / "output").mkdir(parents=True)
     return Job(
-        step=step, gpu=True, distributed=True, asset="test", partition="tiny", fingerprint="0", output=folder / "output", checkpoints=folder / "checkpoints",
-        work=folder / "work", settings={"lora": recipe.lora.model_dump(mode="json"), step: settings},
+        step=step,
+        gpu=True,
+        distributed=True,
+        asset="test",
+        partition="tiny",
+        fingerprint="0",
+        output=folder / "output",
+        checkpoints=folder / "checkpoints",
+        work=folder / "work",
+        settings={"lora": recipe.lora.model_dump(mode="json"), step: settings},
         inputs={name: store.need(name, "tiny").path for name in made},
-    )  # fmt: skip
+    )
 
 
 def trained(

@@ -1,4 +1,4 @@
-"""Run a project's graph inside the test's process: real Dagster, real steps, no child processes (they cost seconds each)."""
+"""Run a project's graph in the test's process: real Dagster and real steps, no child processes."""
 
 import importlib
 import json
@@ -14,7 +14,10 @@ from ft_assets.config import load_project
 from ft_assets.job import Job, StepResult
 from ft_assets_tests.factories import WORDS
 
-UP_TO_REPORT = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter,dpo_adapter,eval_report"
+UP_TO_REPORT = (
+    "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,"
+    "lora_adapter,dpo_adapter,eval_report"
+)
 
 
 class InProcessLauncher:
@@ -35,8 +38,11 @@ class InProcessLauncher:
 def materialize(
     folder: Path, assets: str = "*", partition: str = "tiny", config: dict[str, Any] | None = None
 ) -> dg.ExecuteInProcessResult:
-    """Materialize a selection (as `ft run --asset` takes it) of a project's assets; failures are in the result, not raised.
-    `config` is what the launchpad would hold, {asset: its fields}."""
+    """Materialize a selection of a project's assets, written as for `ft run --asset`.
+
+    Failures are in the result and are not raised. `config` has the fields of each asset, as in
+    the launchpad.
+    """
     from ft_assets.definitions import build
 
     definitions = build(load_project(folder / "finetune.yaml"))
@@ -64,7 +70,7 @@ def checks(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvaluati
 
 
 def failure(result: dg.ExecuteInProcessResult) -> str:
-    """Return what the first failed step said, or ''."""
+    """Return the message of the first failed step, or ''."""
     for event in result.all_events:
         if event.is_step_failure:
             data: Any = event.event_specific_data
@@ -73,7 +79,7 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
 
 
 def artifact(folder: Path, asset: str, partition: str | None = "tiny") -> Path:
-    """Return where the current version of an asset lies."""
+    """Return the folder of the current version of an asset."""
     return ArtifactStore(folder / ".ft/store").need(asset, partition).path
 
 
@@ -83,13 +89,11 @@ def read(folder: Path, asset: str, name: str, partition: str = "tiny") -> Any:
 
 
 def general(count: int, start: int = 0) -> list[dict[str, Any]]:
-    """Return general conversations that the taught model knows: the word after a word of a list."""
+    """Return general conversations that the taught model can answer: the next word of a list."""
     rows = []
     for index in range(start, start + count):
-        prompt, answer = (
-            f"after {WORDS[index % len(WORDS)]} {index}",
-            WORDS[(index + 1) % len(WORDS)],
-        )
+        prompt = f"after {WORDS[index % len(WORDS)]} {index}"
+        answer = WORDS[(index + 1) % len(WORDS)]
         rows.append(
             {
                 "messages": [
@@ -102,14 +106,12 @@ def general(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def teach(folder: Path, target: Path) -> None:
-    """Write to `target` the model of `folder` after some seconds of full training on general conversations."""
+    """Train the model of `folder` on general conversations; write it to `target`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows = [

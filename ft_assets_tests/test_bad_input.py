@@ -13,6 +13,8 @@ from ft_assets.assets import raw_rows
 from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import failure, materialize
 
+pytestmark = pytest.mark.graph
+
 
 def refused(folder: Path, *arguments: str) -> str:
     """Run ft, assert that it fails without a stack trace and leaves no half-written artifact; return what it said."""

@@ -146,6 +146,7 @@ def test_without_a_project_the_users_error_is_shown_and_the_code_is_2(
     assert done.stdout == ""
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_selection_with_nothing_to_make_is_refused_and_is_not_the_whole_graph(
     project: Path, command: str
@@ -157,6 +158,7 @@ def test_selection_with_nothing_to_make_is_refused_and_is_not_the_whole_graph(
     assert not (project / ".ft/store").exists()
 
 
+@pytest.mark.graph
 def test_interrupt_ends_the_command_and_not_only_the_base_model_of_now(project: Path) -> None:
     model = yaml.safe_load((project / "finetune.yaml").read_text())["base_models"]["tiny"]
     edit(project, base_models={"tiny": model, "tiny-too": model})

@@ -16,6 +16,8 @@ import pytest
 from ft_assets.orchestration.alerts import alert
 from ft_assets_tests.factories import edit, ft
 
+pytestmark = [pytest.mark.graph, pytest.mark.cluster]
+
 DEPLOY = Path(__file__).parent.parent / "deploy"
 TOKEN = "hf_planted-token-that-must-not-be-written"
 

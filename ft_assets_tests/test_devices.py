@@ -1,4 +1,7 @@
-"""A step of one process sees one GPU, and two side by side see two. There is none here: CUDA_VISIBLE_DEVICES names some."""
+"""A step of one process sees one GPU, and two concurrent steps see different ones.
+
+This machine needs no GPU: CUDA_VISIBLE_DEVICES names some.
+"""
 
 import subprocess
 import sys
@@ -22,7 +25,8 @@ from pathlib import Path
 job = json.loads(Path(sys.argv[1]).read_text())
 Path(job["work"], "begun").touch()
 while not Path(job["work"], "go").exists(): time.sleep(0.05)
-Path(job["work"], "result.json").write_text(json.dumps({"metrics": {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}, "parts": {}}))
+result = {"metrics": {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}, "parts": {}}
+Path(job["work"], "result.json").write_text(json.dumps(result))
 """
 
 
@@ -33,7 +37,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Telling(LocalLauncher):
-    """Starts a process that tells what it sees, and waits for a word before it ends."""
+    """Start a process that reports the GPUs that it sees, and waits for a file before it ends."""
 
     def command(self, job_file: Path, job: Job) -> list[str]:
         return [sys.executable, "-c", TELL, str(job_file)]
@@ -45,10 +49,18 @@ class TellingRanks(Telling, AccelerateLauncher):
 
 def job(folder: Path, step: str) -> Job:
     return Job(
-        step=step, gpu=step == "sft", distributed=step == "sft", asset="test", partition=None, fingerprint="0", settings={},
-        inputs={}, output=folder / "output",
-        checkpoints=folder / "checkpoints", work=folder / "work",
-    )  # fmt: skip
+        step=step,
+        gpu=step == "sft",
+        distributed=step == "sft",
+        asset="test",
+        partition=None,
+        fingerprint="0",
+        settings={},
+        inputs={},
+        output=folder / "output",
+        checkpoints=folder / "checkpoints",
+        work=folder / "work",
+    )
 
 
 def test_steps_side_by_side_take_a_gpu_each_and_the_third_shares(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""What is tried again: faults of the infrastructure, as often as `launcher.retries` says; never a step's own failure, a user's error or a verdict.
+"""Faults of the infrastructure are retried as often as `launcher.retries` says.
 
-The launcher here starts nothing: it raises what the real ones raise (their own tests bring it about with real processes).
+A step's own failure, a user's error and a verdict are not. The launcher here starts no process:
+it raises what the real ones raise. Their own tests cause these faults in real processes.
 """
 
 from collections.abc import Iterator
@@ -60,9 +61,12 @@ def base_model(folder: Path, launcher: Failing) -> dg.ExecuteInProcessResult:
     resources["materializer"].launcher = launcher
     with dg.DagsterInstance.ephemeral() as instance:
         return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-            instance=instance, partition_key="tiny", asset_selection=[dg.AssetKey("base_model")], raise_on_error=False,
+            instance=instance,
+            partition_key="tiny",
+            asset_selection=[dg.AssetKey("base_model")],
+            raise_on_error=False,
             run_config={"loggers": {"console": {}}},
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("fault", [LOST, StoreUnreachable("s3://models", "timeout")])
@@ -98,8 +102,11 @@ def test_ft_says_of_a_store_that_does_not_answer_that_it_may_be_tried_again(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {
-        "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_MAX_ATTEMPTS": "1"
-    }.items():  # fmt: skip
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     edit(project, store="s3://models/store")
     done = ft(project, "report")
@@ -166,6 +173,10 @@ def test_launcher_that_cannot_be_is_told_with_its_key(
 def test_launcher_by_its_name_alone_has_its_defaults(project: Path) -> None:
     settings = yaml.safe_load((project / "finetune.yaml").read_text())
     (project / "finetune.yaml").write_text(yaml.safe_dump({**settings, "launcher": "ray"}))
-    assert load_project(project / "finetune.yaml").launcher.model_dump(include={"kind", "address", "retries"}) == {
-        "kind": "ray", "address": "auto", "retries": 2,
-    }  # fmt: skip
+    assert load_project(project / "finetune.yaml").launcher.model_dump(
+        include={"kind", "address", "retries"}
+    ) == {
+        "kind": "ray",
+        "address": "auto",
+        "retries": 2,
+    }

@@ -28,11 +28,14 @@ atexit.register(lambda: open(out + ".exit", "w").write("handler"))
 print("from Python", flush=True)
 os.write(2, b"from the descriptor")
 told = {
-    "argv": sys.argv, "file": __file__, "name": __name__, "main": sys.modules["__main__"] is sys.modules[__name__],
-    "path": sys.path, "cwd": os.getcwd(), "environment": dict(os.environ), "stdin": sys.stdin.read(),
-    "leads": os.getpid() == os.getsid(0) == os.getpgrp(), "int": str(signal.getsignal(signal.SIGINT)),
+    "argv": sys.argv, "file": __file__, "name": __name__,
+    "main": sys.modules["__main__"] is sys.modules[__name__], "path": sys.path,
+    "cwd": os.getcwd(), "environment": dict(os.environ), "stdin": sys.stdin.read(),
+    "leads": os.getpid() == os.getsid(0) == os.getpgrp(),
+    "int": str(signal.getsignal(signal.SIGINT)),
     "term": str(signal.getsignal(signal.SIGTERM)), "chld": str(signal.getsignal(signal.SIGCHLD)),
-    "wakeup": signal.set_wakeup_fd(-1), "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    "wakeup": signal.set_wakeup_fd(-1),
+    "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "command": open("/proc/self/cmdline").read().rstrip("\\0").split("\\0"),
     "flags": str(sys.flags), "buffered": [sys.stdout.line_buffering, sys.stdout.write_through],
     "lifeline": os.readlink("/proc/self/fd/" + os.environ.pop("FT_LIFELINE_FD")),
@@ -112,9 +115,13 @@ def test_two_forked_processes_draw_different_random_numbers(folder: Path) -> Non
         ("os.kill(os.getpid(), 15)", -15, b""),
         ("os.kill(os.getpid(), 2)", -2, b"KeyboardInterrupt\n"),
         ("import ctypes; ctypes.string_at(0)", -11, b""),
-        ("open('kept', 'w').write('text'); kept = [open('kept', 'a')]; kept[0].write('end')", 0, b""),
+        (
+            "open('kept', 'w').write('text'); kept = [open('kept', 'a')]; kept[0].write('end')",
+            0,
+            b"",
+        ),
     ],
-)  # fmt: skip
+)
 def test_forked_process_ends_as_a_fresh_one(
     folder: Path, end: str, code: int, log: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,10 +144,12 @@ def test_process_is_fresh_where_the_server_has_a_thread(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "threaded.py").write_text(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
     )
-    environment = {**step_environment(), "PYTHONPATH": f"{folder}:{os.environ['PYTHONPATH']}"}
-    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    environment = step_environment()
     for module, is_forked in (("numpy", True), ("threaded", False)):
         server = ForkServer([module], environment)
         monkeypatch.setenv("FT_STEP_SERVER", server.address)

@@ -27,9 +27,12 @@ TEMPLATE = (
     " + (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-pytestmark = pytest.mark.skipif(
-    os.environ.get("FT_GEMMA") != "1", reason="FT_GEMMA=1 fetches 230 MB and takes some minutes"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("FT_GEMMA") != "1", reason="FT_GEMMA=1 fetches 230 MB and takes some minutes"
+    ),
+]
 
 
 @pytest.fixture

@@ -43,19 +43,59 @@ def test_package_keeps_its_contract(package: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "arrow"),
     [
-        ("errors", "import ft_assets.job", "ft_assets.errors is not allowed to import ft_assets.job"),
-        ("config/loading", "import ft_assets.artifacts", "ft_assets.config is not allowed to import ft_assets.artifacts"),
-        ("data/split", "from ft_assets.models import loading", "ft_assets.data is not allowed to import ft_assets.models"),
-        ("models/loading", "import ft_assets.chat.rendering", "ft_assets.models is not allowed to import ft_assets.chat"),
-        ("training/sft", "import ft_assets.evaluation.report", "ft_assets.training is not allowed to import ft_assets.evaluation"),
-        ("evaluation/report", "import ft_assets.training.sft", "ft_assets.evaluation is not allowed to import ft_assets.training"),
-        ("steps/sft", "import ft_assets.assets", "ft_assets.steps is not allowed to import ft_assets.assets"),
-        ("orchestration/console", "import ft_assets.commands", "ft_assets.orchestration is not allowed to import ft_assets.commands"),
-        ("commands/status", "import ft_assets.cli", "ft_assets.commands is not allowed to import ft_assets.cli"),
-        ("launchers/local", "def late():\n    import dagster", "ft_assets.launchers is not allowed to import dagster"),
+        (
+            "errors",
+            "import ft_assets.job",
+            "ft_assets.errors is not allowed to import ft_assets.job",
+        ),
+        (
+            "config/loading",
+            "import ft_assets.artifacts",
+            "ft_assets.config is not allowed to import ft_assets.artifacts",
+        ),
+        (
+            "data/split",
+            "from ft_assets.models import loading",
+            "ft_assets.data is not allowed to import ft_assets.models",
+        ),
+        (
+            "models/loading",
+            "import ft_assets.chat.rendering",
+            "ft_assets.models is not allowed to import ft_assets.chat",
+        ),
+        (
+            "training/sft",
+            "import ft_assets.evaluation.report",
+            "ft_assets.training is not allowed to import ft_assets.evaluation",
+        ),
+        (
+            "evaluation/report",
+            "import ft_assets.training.sft",
+            "ft_assets.evaluation is not allowed to import ft_assets.training",
+        ),
+        (
+            "steps/sft",
+            "import ft_assets.assets",
+            "ft_assets.steps is not allowed to import ft_assets.assets",
+        ),
+        (
+            "orchestration/console",
+            "import ft_assets.commands",
+            "ft_assets.orchestration is not allowed to import ft_assets.commands",
+        ),
+        (
+            "commands/status",
+            "import ft_assets.cli",
+            "ft_assets.commands is not allowed to import ft_assets.cli",
+        ),
+        (
+            "launchers/local",
+            "def late():\n    import dagster",
+            "ft_assets.launchers is not allowed to import dagster",
+        ),
     ],
     ids=lambda value: value if "/" in value or value == "errors" else "",
-)  # fmt: skip
+)
 def test_one_import_that_points_up_breaks_it(
     package: Path, module: str, line: str, arrow: str
 ) -> None:

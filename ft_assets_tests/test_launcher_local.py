@@ -81,9 +81,16 @@ def job(folder: Path, how: str) -> Job:
     script = folder / "step.py"
     script.write_text(STEP)
     return Job(
-        step="test", asset="test", partition=None, fingerprint="0", settings={"how": how}, inputs={"script": script},
-        output=folder / "output", checkpoints=folder / "checkpoints", work=folder / "work",
-    )  # fmt: skip
+        step="test",
+        asset="test",
+        partition=None,
+        fingerprint="0",
+        settings={"how": how},
+        inputs={"script": script},
+        output=folder / "output",
+        checkpoints=folder / "checkpoints",
+        work=folder / "work",
+    )
 
 
 def wait_for(path: Path, seconds: float = 60) -> list[int]:

@@ -1,7 +1,7 @@
-"""Runs whose process died, or whose daemon did: found, told, started again from their checkpoint; and none that lives is taken for dead.
+"""Runs whose process or daemon died are found, reported and resumed; living runs are left alone.
 
-A real webserver and daemon on the settings of deploy/dagster.yaml, with shorter intervals and SQLite. The asset is tiny, its step
-is a child process of the real launcher, in the pool `gpu` that holds one.
+A real webserver and daemon run with deploy/dagster.yaml, with shorter intervals and SQLite. The
+asset is tiny. Its step is a child process of the real launcher, in the pool `gpu` of size one.
 """
 
 import json
@@ -51,15 +51,18 @@ folder = Path(__file__).parent
 @dg.asset(pool="gpu")
 def trained(context: dg.AssetExecutionContext) -> None:
     ScriptLauncher().run(
-        Job(step="test", asset="trained", partition=None, fingerprint="0", settings={}, inputs={"script": folder / "step.py"},
-            output=folder / "output", checkpoints=folder / "checkpoints", work=folder / context.run_id),
+        Job(
+            step="test", asset="trained", partition=None, fingerprint="0", settings={},
+            inputs={"script": folder / "step.py"}, output=folder / "output",
+            checkpoints=folder / "checkpoints", work=folder / context.run_id,
+        ),
         lambda _: None,
     )
 
 
 defs = dg.Definitions(assets=[trained], executor=dg.in_process_executor)
 """
-# Each try writes its processes and goes on from the checkpoint that the last one left; it ends when it may.
+# Each try writes its process ids, resumes from the last checkpoint, and ends when the file exists.
 STEP = """
 import os, subprocess, sys, time
 from ft_assets.job import StepResult
@@ -68,7 +71,8 @@ from ft_assets.step_runner import main
 def step(job, report):
     job.checkpoints.mkdir(exist_ok=True)
     begun = len(list(job.checkpoints.iterdir()))
-    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    wait = "import sys; sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", wait], stdin=subprocess.PIPE)
     (job.work / "half").write_text(f"{os.getpid()} {child.pid} {begun}")
     (job.work / "half").rename(job.work / "pids")
     try:
@@ -80,13 +84,15 @@ def step(job, report):
 
 main(step)
 """
-LAUNCH = """mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename ... on LaunchRunSuccess { run { runId } }
+LAUNCH = """mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename
+ ... on LaunchRunSuccess { run { runId } }
  ... on PythonError { message } ... on PipelineNotFoundError { message } } }"""
-CANCEL = "mutation($id: String!) { terminateRun(runId: $id) { __typename ... on TerminateRunFailure { message } ... on PythonError { message } } }"
+CANCEL = """mutation($id: String!) { terminateRun(runId: $id) { __typename
+ ... on TerminateRunFailure { message } ... on PythonError { message } } }"""
 
 
 def until(what: Callable[[], Any], seconds: float = 90) -> Any:
-    """Return the first truth that a question gets. Raises TimeoutError."""
+    """Return the first true value of `what`. Raises TimeoutError."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := what():
@@ -96,7 +102,7 @@ def until(what: Callable[[], Any], seconds: float = 90) -> Any:
 
 
 def instance_in(home: Path, **monitoring: int) -> dg.DagsterInstance:
-    """Return an instance on the settings of deploy/dagster.yaml, but for Postgres and the intervals."""
+    """Return an instance with deploy/dagster.yaml, except for Postgres and the intervals."""
     settings = yaml.safe_load(DEPLOY.read_text())
     del settings["storage"]
     settings["run_monitoring"] |= {**MONITORING, **monitoring}
@@ -189,7 +195,7 @@ class Services:
         return process
 
     def step(self, run_id: str) -> list[int]:
-        """Return pid, child's pid and the number of checkpoints found, of the run's step once it has begun."""
+        """Wait for a run's step; return its pid, its child's pid and its number of checkpoints."""
         pids = self.folder / run_id / "pids"
         until(pids.exists)
         return [int(number) for number in pids.read_text().split()]

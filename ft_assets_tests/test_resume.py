@@ -1,6 +1,8 @@
-"""Killed, interrupted, out of memory, disk full, diverging: nothing half-written, and a retry ends as if nothing had been.
+"""Killed, interrupted, out of memory, disk full, diverging: no partial artifact, and a retry
+ends with the same bits as an undisturbed run.
 
-`bench/kill_matrix.py` has all points for SFT and DPO; here are those that differ in kind. Dropout is on in all of them.
+bench/kill_matrix.py has all kill points of SFT and DPO. Here are those that differ in kind.
+Dropout is active in all of them.
 """
 
 import itertools
@@ -183,7 +185,7 @@ def test_interrupt_leaves_a_checkpoint_of_the_step_and_a_retry_ends_the_same(
 def test_auto_stays_what_it_was_when_its_checkpoints_were_begun(
     first: str, then: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Injected: the memory of a GPU on which `auto` is `first`, and in the retry of one on which it would be `then`."""
+    """Inject the memory of a GPU on which `auto` is `first`, and for the retry `then`."""
     pytest.importorskip("bitsandbytes")
     from ft_assets.training import sft as module
 
@@ -253,7 +255,7 @@ def test_full_disk_keeps_the_checkpoint_before(
 def test_memory_that_runs_out_halves_the_micro_batch_at_the_same_effective_batch(
     tiny_model: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Injected: there is no CUDA here. A micro-batch of more than one conversation does not fit from step 6 on."""
+    """Inject an out-of-memory error: from step 6 on, more than one conversation does not fit."""
     from ft_assets.training import sft as module
 
     real = module.ResumingCpuSFTTrainer.training_step
@@ -459,16 +461,24 @@ def test_loss_that_rises_a_little_goes_on() -> None:
 def test_cancelled_run_ends_within_its_grace_with_a_checkpoint_and_goes_on_later(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The real launcher and the real step, as a cancelled run of the UI ends them: by an interrupt of the launching process."""
+    """Interrupt the launching process, as a cancelled run of the UI does."""
     (tmp_path / "split").mkdir()
     (tmp_path / "output").mkdir()
     for name, rows in (("train", make_rows(18)), ("validation", make_rows(4, seed=9))):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "split" / f"{name}.parquet")
     job = Job(
-        step="sft", gpu=True, distributed=True, asset="test", partition="tiny", fingerprint="0", output=tmp_path / "output",
-        checkpoints=tmp_path / "checkpoints", work=tmp_path / "work", settings={"lora": LORA, "sft": {**SFT, "num_train_epochs": 400, "save_steps": 10_000}},
+        step="sft",
+        gpu=True,
+        distributed=True,
+        asset="test",
+        partition="tiny",
+        fingerprint="0",
+        output=tmp_path / "output",
+        checkpoints=tmp_path / "checkpoints",
+        work=tmp_path / "work",
+        settings={"lora": LORA, "sft": {**SFT, "num_train_epochs": 400, "save_steps": 10_000}},
         inputs={"base_model": tiny_model, "heldout_split": tmp_path / "split"},
-    )  # fmt: skip
+    )
     asked: list[float] = []
     signal.signal(
         signal.SIGINT, signal.default_int_handler

@@ -1,6 +1,7 @@
-"""What a person does in the UI, in a real browser against a real webserver and daemon: one server and one story for all tests here.
+"""What a person does in the UI, in a real browser against a real webserver and daemon.
 
-FT_SCREENSHOTS names a folder for a picture of each step. Chromium is Debian's (`make browser`).
+All tests share one server, and each continues where the one before ended. FT_SCREENSHOTS names a
+folder for a screenshot of each step. Chromium is Debian's (`make browser`).
 """
 
 import json
@@ -24,13 +25,26 @@ CHROMIUM = "/usr/bin/chromium"
 TOKEN = "hf_planted-token-that-must-not-be-shown"
 # Without the last four the browser itself calls home while the test runs.
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps",
-]  # fmt: skip
-SECONDS = 240  # until something must have happened: a tick of the daemon is 30 s, a busy machine doubles all
-NODES = "query($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) { assetKey { path } isPartitioned staleStatus%s } }"
-RUNS = "query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) { ... on Runs { results { runId status tags { key value } } } } }"
-STOP = "mutation($run: String!) { terminateRun(runId: $run, terminatePolicy: MARK_AS_CANCELED_IMMEDIATELY) { __typename } }"
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-default-apps",
+]
+SECONDS = 240  # timeout of a wait: the daemon ticks every 30 s, and a busy machine doubles it
+NODES = """query($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) {
+ assetKey { path } isPartitioned staleStatus%s } }"""
+RUNS = """query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) {
+ ... on Runs { results { runId status tags { key value } } } } }"""
+STOP = """mutation($run: String!) {
+ terminateRun(runId: $run, terminatePolicy: MARK_AS_CANCELED_IMMEDIATELY) { __typename } }"""
+REPORTS = """{ assetNodeOrError(assetKey: {path: ["data_files"]}) {
+ ... on AssetNode { assetMaterializations { runId } } } }"""
+EVERYTHING = """{ runsOrError { ... on Runs { results { runConfigYaml tags { value }
+ eventConnection { events { ... on MessageEvent { message } } } } } } instance { info } }"""
 
 
 class Person:
@@ -67,7 +81,7 @@ class Person:
     def materialize(
         self, asset: str, base_model: str, meanwhile: Callable[[str], None] = lambda run: None
     ) -> str:
-        """Materialize one partition from the asset's page; return the status with which its run ended."""
+        """Materialize one partition from the asset's page; return the final status of its run."""
         before = {run["runId"] for run in self.runs()}
         self.open(f"/assets/{asset}")
         self.page.get_by_role("button", name="Materialize…").click()
@@ -99,7 +113,7 @@ class Person:
         return wait(status, f"the end of run {run}")
 
     def stale(self) -> set[str]:
-        """Return the assets that Dagster says are out of date; of the partitioned ones, those of `tiny`."""
+        """Return the assets that Dagster shows as out of date, for `tiny` where partitioned."""
         nodes = self.ask(NODES % "")["assetNodes"]
         partitioned = [node["assetKey"] for node in nodes if node["isPartitioned"]]
         nodes = [node for node in nodes if not node["isPartitioned"]]
@@ -119,7 +133,10 @@ class Person:
         self.page.wait_for_timeout(1500)
 
     def materialize_unsynced(self, wanted: set[str]) -> None:
-        """Materialize these of what the lineage offers as unsynced; it offers what was never made (the other base model's) too."""
+        """Materialize these of the assets that the lineage offers as unsynced.
+
+        It also offers what was never made, which is the other base model's.
+        """
         before = {run["runId"] for run in self.runs()}
         self.open("/asset-groups/")
         everything = self.page.get_by_role("button", name=re.compile("Materialize all"))
@@ -163,16 +180,17 @@ def wait(look: Callable[[], Any], what: str) -> Any:
 
 @pytest.fixture(scope="module")
 def person(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Person]:
-    """A finished project whose training now learns next to nothing (the planted bad adapter), a second base model, and a schedule."""
+    """Open the UI of a finished project with a second base model and a schedule.
+
+    Its training now learns next to nothing: a planted bad adapter.
+    """
     folder = tmp_path_factory.mktemp("ui") / "project"
     shutil.copytree(finished, folder)
     import yaml
 
     model = yaml.safe_load((folder / "finetune.yaml").read_text())["base_models"]["tiny"]
-    little = {
-        "learning_rate": 1e-4,
-        "max_steps": 2,
-    }  # an adapter that changes nothing at all would not even be scored
+    # An adapter that changes nothing at all would not even be scored.
+    little = {"learning_rate": 1e-4, "max_steps": 2}
     edit(
         folder,
         sft=little,
@@ -241,7 +259,7 @@ def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(
     person: Person,
 ) -> None:
     def reported() -> int:
-        return len(person.ask('{ assetNodeOrError(assetKey: {path: ["data_files"]}) { ... on AssetNode { assetMaterializations { runId } } } }')["assetNodeOrError"]["assetMaterializations"])  # fmt: skip
+        return len(person.ask(REPORTS)["assetNodeOrError"]["assetMaterializations"])
 
     wait(reported, "the first report of the data files")
     raw = {"raw_dataset", "raw_preferences"}
@@ -292,8 +310,7 @@ def test_token_of_the_environment_was_shown_on_no_page_and_written_nowhere(perso
     person.open("/deployment/config")  # the instance's configuration, and what it inherits
     person.page.get_by_text("run_monitoring").first.wait_for()
     person.open("/")
-    everything = "{ runsOrError { ... on Runs { results { runConfigYaml tags { value } eventConnection { events { ... on MessageEvent { message } } } } } } instance { info } }"
-    person.ask(everything)
+    person.ask(EVERYTHING)
     assert len(person.seen) > 10
     assert not [text[:100] for text in person.seen if TOKEN in text]
     written = [
