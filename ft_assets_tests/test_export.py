@@ -1,4 +1,4 @@
-"""Serving forms: what is written is read back by others, answers as the merged model does, and what cannot be made is refused."""
+"""Serving formats: other readers get the merged model's answers, or the format is refused."""
 
 import importlib.machinery
 import json
@@ -14,13 +14,14 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
-from ft_assets.assets.export import least_agreement, verdict_on_forms
+from ft_assets.assets.export import least_agreement, verdict_on_formats
 from ft_assets.config import ReleaseSettings
-from ft_assets.errors import ReleaseError
+from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.export import readers
-from ft_assets.export.formats import make_form
-from ft_assets.export.gguf import interleaved, llama3_factors, why_not, write_gguf
-from ft_assets.export.gguf_tokenizer import pre_tokenizer_name
+from ft_assets.export.export_report import Agreement, ExportedFormat, ExportReport
+from ft_assets.export.formats import ServingFacts, Source, WrittenFormat, make_format
+from ft_assets.export.gguf import Rope, interleaved, llama3_factors, why_not, write_gguf
+from ft_assets.export.gguf_tokenizer import TokenizerJson, pre_tokenizer_name
 from ft_assets.export.ollama import Pieces, modelfile, pieces_of
 from ft_assets.export.readers import Expected, Found
 from ft_assets.export.tools import identities
@@ -81,9 +82,7 @@ def expected(taught_model: Path) -> list[Expected]:
 
 
 def top1(expected: list[Expected], file: Path) -> float:
-    return readers.agreement(expected, readers.by_transformers_gguf(file, ASKED, expected, 8))[
-        "top1"
-    ]
+    return readers.agreement(expected, readers.by_transformers_gguf(file, ASKED, expected, 8)).top1
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
@@ -123,18 +122,16 @@ def test_near_tie_counts_as_equal_and_another_token_does_not(expected: list[Expe
     assert readers._accepted(logits) == {0, 1}
     right = [list(one.ids) for one in expected]
     answers = [one.answer for one in expected]
-    assert readers.agreement(expected, Found(answers, right)) == {"top1": 1.0, "greedy": 1.0}
+    assert readers.agreement(expected, Found(answers, right)) == Agreement(top1=1.0, greedy=1.0)
     found = readers.agreement(
         expected, Found(["", *answers[1:]], [[399] * len(right[0]), *right[1:]])
     )
-    assert found == {
-        "top1": 1 - len(right[0]) / sum(map(len, right)),
-        "greedy": 1 - 1 / len(answers),
-    }
+    assert found.top1 == 1 - len(right[0]) / sum(map(len, right))
+    assert found.greedy == 1 - 1 / len(answers)
 
 
 class LlamaCpp:
-    """Stands in for llama-cpp-python's Llama: remembers how it was loaded, answers by the transformers model."""
+    """Replaces llama-cpp-python's Llama: records its options, answers by the transformers model."""
 
     loaded: ClassVar[dict[str, Any]] = {}
 
@@ -170,7 +167,7 @@ def test_llama_cpp_gets_no_longer_a_context_than_the_prompts_need(
     LlamaCpp.loaded["folder"] = taught_model
     found = readers.by_llama_cpp(taught_model / "x.gguf", ASKED, expected, 8)
     assert found is not None
-    assert readers.agreement(expected, found) == {"top1": 1.0, "greedy": 0.0}
+    assert readers.agreement(expected, found) == Agreement(top1=1.0, greedy=0.0)
     assert 0 < LlamaCpp.loaded["n_ctx"] < 200  # 0 would be all that the model was made for
     assert LlamaCpp.loaded["closed"] is True
 
@@ -180,15 +177,19 @@ def test_llama_3_frequencies_are_those_of_transformers() -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+    }
     config = LlamaConfig(
         hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=rope
     )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     plain = 1.0 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
-    ours = llama3_factors({"rope_parameters": rope, "head_dim": 128})
+    ours = llama3_factors(Rope.model_validate(rope), 128)
     np.testing.assert_allclose(plain.numpy() / ours, scaled.numpy(), rtol=1e-5)
     assert ours.max() == 8.0
     assert ours.min() == 1.0
@@ -211,9 +212,10 @@ def test_unknown_pre_tokenizer_is_refused_not_guessed() -> None:
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\w+"}},
     }
     with pytest.raises(ReleaseError, match="pre-tokenizer is not one"):
-        pre_tokenizer_name(model, "here")
+        pre_tokenizer_name(TokenizerJson.model_validate(model), "here")
     with pytest.raises(ReleaseError, match="byte fallback"):
-        pre_tokenizer_name({"model": {"type": "BPE", "byte_fallback": True}}, "here")
+        model = {"model": {"type": "BPE", "byte_fallback": True}}
+        pre_tokenizer_name(TokenizerJson.model_validate(model), "here")
 
 
 def test_modelfile_writes_the_template_for_go_and_stops_where_the_model_does(
@@ -228,10 +230,12 @@ def test_modelfile_writes_the_template_for_go_and_stops_where_the_model_does(
         for role in ROLES
     ]
     branches = "{{ if eq .Role " + "{{ else if eq .Role ".join(around)
-    assert (
-        f'TEMPLATE """{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{{{{ "<|im_start|>assistant\\n" }}}}"""\n'
-        in text
-    )
+    turns = f"{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
+    assert f'TEMPLATE """{turns}{{{{ "<|im_start|>assistant\\n" }}}}"""\n' in text
+
+
+def written(name: str, source: Source, output: Path) -> WrittenFormat:
+    return make_format(name, source, output, ServingFacts(name="tiny", base="tiny"), ASKED)
 
 
 def write_of(template: str) -> Any:
@@ -279,14 +283,13 @@ def test_modelfile_of_another_template_says_that_ollama_does_not_use_it(
     (other / "chat_template.jinja").write_text(
         "{% for m in messages %}[{{ loop.index }}]{{ m.role + m.content }}{% endfor %}"
     )
-    facts = {"name": "tiny", "license": None, "llama_cpp": None, "base": "tiny", "asked": ASKED}
-    made = make_form("gguf-f16", other, other, None, tmp_path / "out", facts)
+    made = written("gguf-f16", Source(other, other), tmp_path / "out")
     text = (tmp_path / "out/Modelfile").read_text()
     assert "\nTEMPLATE" not in text
     assert "# No TEMPLATE: the model's chat template is not constant text" in text
     assert "llama-server -m tiny-F16.gguf --jinja" in text
-    assert made["serve"] == ["llama-server -m tiny-F16.gguf --jinja"]
-    assert "not for Ollama" in made["notes"][0]
+    assert made.serve == ["llama-server -m tiny-F16.gguf --jinja"]
+    assert "not for Ollama" in made.notes[0]
 
 
 def test_bos_is_written_by_the_template_or_by_the_file_but_not_twice(
@@ -299,10 +302,12 @@ def test_bos_is_written_by_the_template_or_by_the_file_but_not_twice(
     tokenizer.save_pretrained(other)
     assert '{{ "<|endoftext|>" }}' in modelfile("x.gguf", other, ASKED, adds_bos=False)[0]
     assert "<|endoftext|>" not in modelfile("x.gguf", other, ASKED, adds_bos=True)[0]
-    assert "does not say whether BOS" in str(modelfile("x.gguf", other, ASKED, adds_bos=None)[1])
+    assert "does not have the key for BOS" in str(
+        modelfile("x.gguf", other, ASKED, adds_bos=None)[1]
+    )
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(other)
-    assert "the template writes none" in str(modelfile("x.gguf", other, ASKED, adds_bos=True)[1])
+    assert "the template does not" in str(modelfile("x.gguf", other, ASKED, adds_bos=True)[1])
 
 
 @pytest.mark.parametrize(
@@ -314,9 +319,8 @@ def test_form_that_cannot_be_made_is_refused_with_the_reason(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("ft_assets.export.gguf.importlib.util.find_spec", lambda name: None)
-    facts = {"name": "tiny", "license": None, "llama_cpp": None, "base": "tiny", "asked": ASKED}
     with pytest.raises(ReleaseError, match=says):
-        make_form(form, taught_model, taught_model, None, tmp_path / "out", facts)
+        written(form, Source(taught_model, taught_model), tmp_path / "out")
 
 
 def test_tools_that_a_form_uses_are_part_of_what_is_asked_and_places_are_not(
@@ -383,21 +387,13 @@ def test_adapter_is_made_only_where_vllm_loads_it(
     changes: Any, rank: int, says: str | None, taught_model: Path, tmp_path: Path
 ) -> None:
     adapter, commit = plain_adapter(taught_model, tmp_path / "adapter", **changes), "c0ffee" * 6
-    facts = {
-        "name": "tiny",
-        "license": None,
-        "llama_cpp": None,
-        "base": "me/tiny",
-        "revision": commit,
-        "asked": ASKED,
-    }
+    source = Source(taught_model, taught_model, adapter)
+    facts = ServingFacts(name="tiny", base="me/tiny", revision=commit)
     if says:
         with pytest.raises(ReleaseError, match=says):
-            make_form("adapter", taught_model, taught_model, adapter, tmp_path / "out", facts)
+            make_format("adapter", source, tmp_path / "out", facts, ASKED)
         return
-    (line,) = make_form("adapter", taught_model, taught_model, adapter, tmp_path / "out", facts)[
-        "serve"
-    ]
+    (line,) = make_format("adapter", source, tmp_path / "out", facts, ASKED).serve
     assert f"vllm serve me/tiny --revision {commit} --enable-lora --max-lora-rank {rank} " in line
     assert line.endswith("--chat-template ./adapter/chat_template.jinja")
     assert (tmp_path / "out/chat_template.jinja").read_text() == CHATML
@@ -405,7 +401,7 @@ def test_adapter_is_made_only_where_vllm_loads_it(
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny", commit)
 
 
-def entry(**changes: Any) -> dict[str, Any]:
+def entry(**changes: Any) -> ExportedFormat:
     agreement = {"transformers": {"top1": 1.0, "greedy": 0.25}}
     good = {
         "form": "gguf-f16",
@@ -414,7 +410,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         "failed": {},
         "carried_over": {"template": True},
     }
-    return {**good, **changes}
+    return ExportedFormat.model_validate({**good, **changes})
 
 
 LOW = {"transformers": {"top1": 1.0, "greedy": 1.0}, "llama.cpp": {"top1": 0.3, "greedy": 0.1}}
@@ -444,15 +440,39 @@ LOW = {"transformers": {"top1": 1.0, "greedy": 1.0}, "llama.cpp": {"top1": 0.3, 
         (
             {"failed": {"llama.cpp": "out of memory"}, "agreement": {}},
             ERROR,
-            "gguf-f16: nothing could read it; gguf-f16 not read by",
+            "gguf-f16: no reader could read it; gguf-f16 not read by",
         ),
     ],
 )
 def test_check_of_the_forms(change: dict, severity: Any, says: str) -> None:
-    found = verdict_on_forms({"tokens": 99, "skipped": None, "forms": [entry(**change)]}, None)
+    report = ExportReport(
+        prompts=1, tokens=99, logits_dtype="float32", formats=[entry(**change)], skipped=None
+    )
+    found = verdict_on_formats(report, None)
     assert found.passed is (severity is None)
     assert severity is None or found.severity == severity
     assert says in str(found.description)
+
+
+OLD = """{"asked": 16, "tokens": 436, "logits_in": "float32", "forms": [{"form": "gguf-q8_0",
+"refused": null, "agreement": {"transformers": {"top1": 1.0, "greedy": 1.0}}, "failed": {},
+"carried_over": {"template": true}, "tensors": 272, "bytes": 144810816, "writer": "gguf",
+"notes": [], "file": "x-Q8_0.gguf", "serve": ["llama-server -m x-Q8_0.gguf --jinja"]},
+{"form": "awq", "refused": "no library writes it"}], "skipped": null}"""
+
+
+def test_document_keeps_its_layout_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "export.json").write_text(OLD)
+    report = ExportReport.read(tmp_path)
+    report.write(tmp_path)
+    text = (tmp_path / "export.json").read_text()
+    assert text == json.dumps(json.loads(OLD), indent=1)  # the same keys in the same order
+    page = (tmp_path / "README.md").read_text()
+    assert "| gguf-q8_0 | 0.145 GB | transformers 1.000 | transformers 1.000 | template |" in page
+    assert "| awq | – | refused | – | – | no library writes it |" in page
+    (tmp_path / "export.json").write_text(text.replace('"tokens"', '"token"'))
+    with pytest.raises(ArtifactError, match=r"export.json: is damaged .*\(tokens: Field required"):
+        ExportReport.read(tmp_path)
 
 
 def test_form_whose_reader_fails_does_not_take_the_others_with_it(
@@ -469,7 +489,7 @@ def test_form_whose_reader_fails_does_not_take_the_others_with_it(
         "transformers": "OutOfMemoryError: CUDA out of memory. Tried to allocate 17 GiB"
     }
     assert made["adapter"]["agreement"]["peft"]["top1"] == 1.0
-    assert "gguf-f16: nothing could read it" in str(
+    assert "gguf-f16: no reader could read it" in str(
         checks(result)["forms_answer_alike"].description
     )
     assert "17 GiB" in (artifact(copy, "export") / "README.md").read_text()

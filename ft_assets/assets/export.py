@@ -1,11 +1,9 @@
-"""The asset `export`: the champion in the forms that serve it, each asked what the merged model was asked."""
-
-import json
-from typing import Any
+"""The asset `export`: the champion in its serving formats, each compared with the merged model."""
 
 import dagster as dg
 
 from ft_assets.errors import ReleaseError
+from ft_assets.export.export_report import ExportedFormat, ExportReport
 from ft_assets.export.tools import identities
 from ft_assets.models.license import snapshot_license
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -29,7 +27,7 @@ def _summary(metrics: Metrics) -> str:
 def export(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:
-    """Serving forms of the champion: GGUF with an Ollama Modelfile, NF4, the adapter alone; each answers as it should."""
+    """Serving formats of the champion: GGUF with an Ollama Modelfile, NF4, the adapter alone."""
     name, project, store = context.partition_key, materializer.project, materializer.store
     where = f"export[{name}]"
     released, champion = need_champion(store, name, where)
@@ -87,58 +85,68 @@ def export(
 @check(
     export,
     blocking=True,
-    description="Each exported form answers held-out prompts as the merged model does.",
+    description="Each exported format answers held-out prompts as the merged model does.",
 )
 def forms_answer_alike(checked: Checked) -> dg.AssetCheckResult:
-    """Fail below release.min_form_agreement, if template, stop tokens or tokens were lost, or if nothing could read a form; warn
-    of a form that was refused and of a reader that failed."""
-    document = json.loads((checked.artifact.path / "export.json").read_text())
-    return verdict_on_forms(document, checked.project.release.min_form_agreement)
+    """Fail below release.min_form_agreement, if a part was lost, or if no reader read a format.
+
+    Warn about a format that was refused, and about a reader that failed.
+    """
+    report = ExportReport.read(checked.artifact.path)
+    return verdict_on_formats(report, checked.project.release.min_form_agreement)
 
 
-FOUR_BITS = ("gguf-q4_k_m", "nf4")  # what they cost a small model is real, and no fault of the file
+# The loss of agreement in 4 bits is real for a small model; the file is not broken.
+FOUR_BITS = ("gguf-q4_k_m", "nf4")
 
 
-def least_agreement(form: str, wanted: float | None) -> float:
-    """Return the share of tokens below which a form is taken for broken: `wanted` if it is set, else by the form's bits."""
-    return wanted if wanted is not None else 0.5 if form in FOUR_BITS else 0.9
+def least_agreement(name: str, wanted: float | None) -> float:
+    """Return the share of tokens below which a format is broken: `wanted`, else by its bits."""
+    if wanted is not None:
+        return wanted
+    return 0.5 if name in FOUR_BITS else 0.9
 
 
-def verdict_on_forms(document: dict[str, Any], wanted: float | None) -> dg.AssetCheckResult:
-    """Return the check's result for an export.json; `wanted`: release.min_form_agreement."""
-    made = [entry for entry in document["forms"] if not entry["refused"]]
+def verdict_on_formats(report: ExportReport, wanted: float | None) -> dg.AssetCheckResult:
+    """Judge an export; `wanted` is release.min_form_agreement."""
     refused = [
-        f"{entry['form']} refused: {entry['refused']}"
-        for entry in document["forms"]
-        if entry["refused"]
+        f"{entry.format} refused: {entry.refused}" for entry in report.formats if entry.refused
     ]
     unread = [
-        f"{entry['form']} not read by {reader}: {reason}"
-        for entry in made
-        for reader, reason in entry["failed"].items()
+        f"{entry.format} not read by {reader}: {reason}"
+        for entry in report.written
+        for reader, reason in entry.failed.items()
     ]
-    bad = [
-        f"{entry['form']} by {reader}: {share['top1']:.3f} of {document['tokens']} tokens are the merged model's, at least {least_agreement(entry['form'], wanted)}"
-        for entry in made
-        for reader, share in entry["agreement"].items()
-        if share["top1"] < least_agreement(entry["form"], wanted)
-    ]
-    bad += [
-        f"{entry['form']}: {name} not carried over"
-        for entry in made
-        for name, good in entry["carried_over"].items()
-        if not good
-    ]
-    bad += [f"{entry['form']}: nothing could read it" for entry in made if not entry["agreement"]]
+    bad = [problem for entry in report.written for problem in _problems(entry, report, wanted)]
     good = [
-        f"{entry['form']} by {reader}: top-1 {share['top1']:.3f}, greedy answers equal {share['greedy']:.2f}"
-        for entry in made
-        for reader, share in entry["agreement"].items()
+        f"{entry.format} by {reader}: top-1 {share.top1:.3f}, "
+        f"greedy answers equal {share.greedy:.2f}"
+        for entry in report.written
+        for reader, share in entry.agreement.items()
     ]
-    nothing = [f"nothing exported: {document['skipped']}"] if document["skipped"] else []
+    nothing = [f"nothing exported: {report.skipped}"] if report.skipped else []
+    lines = [*bad, *unread] if bad else [*refused, *unread, *good, *nothing]
     return dg.AssetCheckResult(
         passed=not bad and not refused and not unread,
         severity=ERROR if bad else WARN,
-        description="; ".join([*bad, *unread] if bad else [*refused, *unread, *good, *nothing])
-        or "no forms asked for",
+        description="; ".join(lines) or "release.forms is empty",
     )
+
+
+def _problems(entry: ExportedFormat, report: ExportReport, wanted: float | None) -> list[str]:
+    """List the reasons why a written format is broken."""
+    least = least_agreement(entry.format, wanted)
+    problems = [
+        f"{entry.format} by {reader}: {share.top1:.3f} of {report.tokens} tokens are the merged "
+        f"model's, at least {least}"
+        for reader, share in entry.agreement.items()
+        if share.top1 < least
+    ]
+    problems += [
+        f"{entry.format}: {name} not carried over"
+        for name, good in entry.carried_over.items()
+        if not good
+    ]
+    if not entry.agreement:
+        problems.append(f"{entry.format}: no reader could read it")
+    return problems

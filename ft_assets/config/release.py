@@ -1,4 +1,4 @@
-"""`release:` of finetune.yaml: when a challenger replaces the champion, which forms are made to serve it, where it is pushed."""
+"""`release:` of finetune.yaml: the rule of promotion, the serving formats, the hub repository."""
 
 from typing import Literal
 
@@ -6,12 +6,13 @@ from pydantic import Field
 
 from ft_assets.config.section import Section
 
-Form = Literal["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "nf4", "awq", "adapter"]
+Format = Literal["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "nf4", "awq", "adapter"]
 
 
 class PushSettings(Section):
     repo: str = Field(
-        description="Hub repository, owner/name; {base_model} stands for the partition. The token is HF_TOKEN of the environment."
+        description="Hub repository, owner/name; {base_model} is replaced by the base model's "
+        "name. The token is HF_TOKEN of the environment."
     )
     private: bool = True
 
@@ -19,25 +20,28 @@ class PushSettings(Section):
 class ReleaseSettings(Section):
     rule: Literal["not_worse", "better"] = Field(
         default="not_worse",
-        description="Against the champion, paired: not worse by more than `margin`, or proven better.",
+        description="Against the champion, paired: not worse by more than `margin`, or proven "
+        "better.",
     )
     margin: float = Field(
         default=0.05,
         ge=0,
         description="How far below the champion the interval may reach, in evaluation.metric.",
     )
-    forms: list[Form] | None = Field(
+    forms: list[Format] | None = Field(
         default=None,
-        description="Serving forms to export. Default: gguf-q8_0 where the architecture can be written, else none.",
+        description="Serving formats to export. Default: gguf-q8_0 if the architecture can be "
+        "written, else none.",
     )
     smoke_rows: int = Field(
-        default=16, ge=1, description="Held-out prompts that each exported form answers."
+        default=16, ge=1, description="Held-out prompts that each exported format answers."
     )
     min_form_agreement: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Share of the merged model's answer tokens that must be each form's most likely ones too. Default: 0.9, in 4 bits 0.5.",
+        description="Share of the merged model's answer tokens that must also be each format's "
+        "most likely ones. Default: 0.9, in 4 bits 0.5.",
     )
     llama_cpp: str | None = Field(
         default=None,

@@ -1,73 +1,126 @@
-"""The forms in which a released model is served, each in a folder of its own, with the line that serves it.
+"""The formats in which a released model is served, each in its own folder with its command.
 
-A form that cannot be made here is refused with the reason; nothing is left out silently.
+A format that cannot be written here is refused with the reason; none is skipped silently.
 """
 
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from ft_assets.artifacts.documents import read_document
 from ft_assets.errors import ReleaseError
 from ft_assets.export import readers
-from ft_assets.export.gguf import quantize_q4_k_m, write_gguf
+from ft_assets.export.gguf import WrittenGguf, quantize_q4_k_m, write_gguf
 from ft_assets.export.ollama import modelfile
 from ft_assets.models.loading import load_base, load_tokenizer
+from ft_assets.rows.types import Message
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 TEMPLATE = "chat_template.jinja"
 GGUF = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m")
+COPIED = ("tokenizer", "chat_template", "generation_config", "special_tokens", "README")
 
 
-def make_form(
-    form: str, merged: Path, base: Path, adapter: Path | None, output: Path, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Write a form to `output` and return what there is to say of it. Raises ReleaseError where it cannot be made.
+class ServingFacts(BaseModel):
+    """The facts of a model that its files do not have.
 
-    facts: {"name", "license", "llama_cpp", "base", "revision", "asked"}: the partition, the licence identifier or None, a
-    folder or None, what the base is called and its commit or None, and held-out prompts.
+    name: the partition. license: the licence's identifier. llama_cpp: a folder of llama.cpp. base,
+    revision: the base's hub id and commit, or its folder.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    license: str | None = None
+    llama_cpp: Path | None = None
+    base: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class WrittenFormat:
+    """A written format and the commands that serve it. file, gguf: of the GGUF formats only."""
+
+    bytes: int
+    writer: str
+    notes: list[str]
+    serve: list[str]
+    file: str | None = None
+    gguf: WrittenGguf | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The folders that a format is made from; `adapter` is None if the store does not have it."""
+
+    merged: Path
+    base: Path
+    adapter: Path | None = None
+
+
+def make_format(
+    name: str,
+    source: Source,
+    output: Path,
+    facts: ServingFacts,
+    prompts: Sequence[Sequence[Message]],
+) -> WrittenFormat:
+    """Write a format into the new folder `output`. Raises ReleaseError if it cannot be written.
+
+    prompts: the held-out prompts on which an Ollama template is compared with the model's own.
     """
     output.mkdir(parents=True)
-    if form in GGUF:
-        return _gguf(form, merged, output, facts)
-    if form == "nf4":
-        return _nf4(merged, output)
-    if form == "adapter":
-        return _adapter(base, adapter, output, facts)
+    if name in GGUF:
+        return _gguf(name, source.merged, output, facts, prompts)
+    if name == "nf4":
+        return _nf4(source.merged, output)
+    if name == "adapter":
+        return _adapter(source, output, facts)
     raise ReleaseError(
-        where=f"release.forms: {form}",
-        found="no kept library writes AWQ beside these versions: llmcompressor wants an older transformers, autoawq is no longer maintained",
-        expected="a form that can be made and tested here",
-        fix="use nf4 or a GGUF form; or run llmcompressor on the merged model in an environment of its own",
+        where=f"release.forms: {name}",
+        found="no maintained library writes AWQ with these versions: llmcompressor needs an older "
+        "transformers, autoawq is no longer maintained",
+        expected="a format that can be written and tested here",
+        fix="use nf4 or a GGUF format; or run llmcompressor on the merged model in its own "
+        "environment",
     )
 
 
-def _gguf(form: str, merged: Path, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    file = output / f"{facts['name']}-{form.removeprefix('gguf-').upper()}.gguf"
-    llama_cpp = Path(facts["llama_cpp"]) if facts["llama_cpp"] else None
-    if form == "gguf-q4_k_m":
+def _gguf(
+    name: str,
+    merged: Path,
+    output: Path,
+    facts: ServingFacts,
+    prompts: Sequence[Sequence[Message]],
+) -> WrittenFormat:
+    kind = name.removeprefix("gguf-")
+    file = output / f"{facts.name}-{kind.upper()}.gguf"
+    if kind == "q4_k_m":
         whole = output / ".f16.gguf"
-        write_gguf(merged, whole, "f16", facts["name"], facts["license"], llama_cpp)
+        write_gguf(merged, whole, "f16", facts.name, facts.license, facts.llama_cpp)
         try:
-            made = quantize_q4_k_m(whole, file, llama_cpp)
+            written = quantize_q4_k_m(whole, file, facts.llama_cpp)
         finally:
             whole.unlink()
     else:
-        made = write_gguf(
-            merged, file, form.removeprefix("gguf-"), facts["name"], facts["license"], llama_cpp
-        )
-    text, why_not = modelfile(file.name, merged, facts["asked"], readers.adds_bos(file))
+        written = write_gguf(merged, file, kind, facts.name, facts.license, facts.llama_cpp)
+    text, problem = modelfile(file.name, merged, prompts, readers.adds_bos(file))
     (output / "Modelfile").write_text(text, encoding="utf-8")
-    by_ollama = [] if why_not else [f"ollama create {facts['name']} -f Modelfile"]
-    notes = (
-        [f"not for Ollama, which would not use its chat template: it {why_not}"] if why_not else []
-    )
-    served = [*by_ollama, f"llama-server -m {file.name} --jinja"]
-    return {**made, "file": file.name, "serve": served, "notes": [*made["notes"], *notes]}
+    serve = [f"llama-server -m {file.name} --jinja"]
+    notes = list(written.notes)
+    if problem is None:
+        serve.insert(0, f"ollama create {facts.name} -f Modelfile")
+    else:
+        notes.append(f"not for Ollama, which would not use its chat template: it {problem}")
+    return WrittenFormat(written.bytes, written.writer, notes, serve, file.name, written)
 
 
-def _nf4(merged: Path, output: Path) -> dict[str, Any]:
+def _nf4(merged: Path, output: Path) -> WrittenFormat:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ReleaseError(
             where="release.forms: nf4",
@@ -76,26 +129,47 @@ def _nf4(merged: Path, output: Path) -> dict[str, Any]:
             fix="pip install bitsandbytes",
         )
     model = load_base(merged, quantized=True)
-    model.save_pretrained(
-        output
-    )  # before any forward pass: on some CPUs that repacks the weights for good
+    # Before any forward pass: on some CPUs the first one repacks the weights permanently.
+    model.save_pretrained(output)
     for path in merged.iterdir():
-        if path.is_file() and path.name.startswith(
-            ("tokenizer", "chat_template", "generation_config", "special_tokens", "README")
-        ):
+        if path.is_file() and path.name.startswith(COPIED):
             shutil.copy2(path, output / path.name)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    return {
-        "bytes": size,
-        "writer": "bitsandbytes",
-        "notes": [],
-        "serve": [f"vllm serve {output.name}  # NF4 is read as it is"],
-    }
+    serve = [f"vllm serve {output.name}  # vLLM reads NF4 without conversion"]
+    return WrittenFormat(size, "bitsandbytes", [], serve)
 
 
-def _adapter(
-    base: Path, adapter: Path | None, output: Path, facts: dict[str, Any]
-) -> dict[str, Any]:
+class LoraSettings(BaseModel):
+    """The keys of adapter_config.json that decide if vLLM loads an adapter."""
+
+    model_config = ConfigDict(frozen=True)
+
+    r: int
+    rank_pattern: dict[str, int] | None = None
+    use_dora: bool | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    @property
+    def vllm_rank(self) -> int | None:
+        """The smallest --max-lora-rank of vLLM that is not below the adapter's ranks."""
+        largest = max([self.r, *(self.rank_pattern or {}).values()])
+        return next((rank for rank in VLLM_RANKS if rank >= largest), None)
+
+    def problem(self) -> str | None:
+        """Return why vLLM does not load the adapter (its lora/peft_helper.py, config/lora.py)."""
+        if self.use_dora:
+            return "vLLM does not load DoRA (lora.use_dora)"
+        for key in ("modules_to_save", "trainable_token_indices"):
+            if getattr(self, key):
+                return f"vLLM loads only low-rank weights (lora.{key})"
+        if self.vllm_rank is None:
+            return f"vLLM does not load ranks above {VLLM_RANKS[-1]}"
+        return None
+
+
+def _adapter(source: Source, output: Path, facts: ServingFacts) -> WrittenFormat:
+    adapter = source.adapter
     if adapter is None or not (adapter / "adapter_config.json").is_file():
         raise ReleaseError(
             where="release.forms: adapter",
@@ -103,44 +177,26 @@ def _adapter(
             expected="a LoRA adapter",
             fix="materialize lora_adapter again",
         )
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy2(adapter / name, output / name)
-    config = json.loads((output / "adapter_config.json").read_text())
-    if (reason := why_not_vllm(config)) is not None:
+    path = adapter / "adapter_config.json"
+    settings = read_document(path, LoraSettings, "materialize lora_adapter again")
+    if (problem := settings.problem()) is not None:
         raise ReleaseError(
             where="release.forms: adapter",
-            found=reason,
+            found=problem,
             expected="a plain LoRA adapter",
-            fix="serve the merged model, or a GGUF form or nf4 of it",
+            fix="serve the merged model, or a GGUF format or nf4 of it",
         )
-    config |= {"base_model_name_or_path": facts["base"], "revision": facts["revision"]}
-    (output / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    (output / TEMPLATE).write_text(load_tokenizer(base).chat_template, encoding="utf-8")
-    revision = f" --revision {facts['revision']}" if facts["revision"] else ""
-    line = (
-        f"vllm serve {facts['base']}{revision} --enable-lora --max-lora-rank {vllm_rank(config)} "
-        f"--lora-modules {facts['name']}=./adapter --chat-template ./adapter/{TEMPLATE}"
+    weights = output / "adapter_model.safetensors"
+    shutil.copy2(adapter / weights.name, weights)
+    origin = {"base_model_name_or_path": facts.base, "revision": facts.revision}
+    config = {**json.loads(path.read_text()), **origin}
+    (output / path.name).write_text(json.dumps(config, indent=1))
+    template = load_tokenizer(source.base).chat_template
+    (output / TEMPLATE).write_text(template, encoding="utf-8")
+    revision = f" --revision {facts.revision}" if facts.revision else ""
+    command = (
+        f"vllm serve {facts.base}{revision} --enable-lora --max-lora-rank {settings.vllm_rank} "
+        f"--lora-modules {facts.name}=./adapter --chat-template ./adapter/{TEMPLATE}"
     )
     note = "on the original base, with the chat template that was trained with"
-    return {
-        "bytes": (output / "adapter_model.safetensors").stat().st_size,
-        "writer": "peft",
-        "notes": [note],
-        "serve": [line],
-    }
-
-
-def why_not_vllm(config: dict[str, Any]) -> str | None:
-    """Return why vLLM does not load an adapter (its lora/peft_helper.py and config/lora.py), None if it does."""
-    if config.get("use_dora"):
-        return "vLLM loads no DoRA (lora.use_dora)"
-    for key in ("modules_to_save", "trainable_token_indices"):
-        if config.get(key):
-            return f"vLLM loads no weights beside the low-rank ones (lora.{key})"
-    return f"vLLM loads no rank above {VLLM_RANKS[-1]}" if vllm_rank(config) is None else None
-
-
-def vllm_rank(config: dict[str, Any]) -> int | None:
-    """Return the smallest --max-lora-rank that vLLM knows and an adapter fits into."""
-    largest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    return next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    return WrittenFormat(weights.stat().st_size, "peft", [note], [command])

@@ -1,16 +1,18 @@
-"""Write a merged model of the Llama family as a GGUF file, tensor by tensor, with the `gguf` package.
+"""Write a merged model of the Llama family as a GGUF file.
 
-Llama, Mistral (without a sliding window), Qwen2 and Qwen3. Everything else is refused by name, unless release.llama_cpp names
-a folder of llama.cpp, whose own converter then does it. No converter on PyPI could be used: the one there brings a second
-`gguf` package that overwrites this one.
+The tensors are written one by one with the `gguf` package.
+Written here: Llama, Mistral (without a sliding window), Qwen2 and Qwen3. All other architectures
+are refused by name, unless release.llama_cpp names a folder of llama.cpp, whose own converter then
+writes the file. The converter on PyPI cannot be used: it installs a second `gguf` package that
+overwrites this one.
 """
 
 import importlib.util
-import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ from gguf import (
 )
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
+from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 
+from ft_assets.artifacts.documents import read_document
 from ft_assets.errors import ReleaseError
 from ft_assets.export.gguf_tokenizer import add_tokenizer
 from ft_assets.export.tools import converter, quantizer
@@ -43,23 +47,120 @@ TYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-LIBRARY = "set release.llama_cpp to a folder of llama.cpp: its converter does more architectures"
+USE_LLAMA_CPP = (
+    "set release.llama_cpp to a folder of llama.cpp: its converter supports more architectures"
+)
+REMAKE = "materialize merged_model again"
+
+
+class Rope(BaseModel):
+    """The rotary embedding of a config.json; the factors belong to Llama 3.1's scaling."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
+
+class Architecture(BaseModel):
+    """The keys of config.json that decide if a model can be written here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    architectures: list[str]
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    rope_parameters: Rope | None = None
+    rope_scaling: Rope | None = None
+    rope_theta: float = 10000.0
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding, also in the keys of transformers before version 5."""
+        if self.rope_parameters is not None:
+            return self.rope_parameters
+        return (self.rope_scaling or Rope()).model_copy(update={"rope_theta": self.rope_theta})
+
+    def problem(self) -> str | None:
+        """Return why the model cannot be written here, None if it can."""
+        name = self.architectures[0]
+        if name not in ARCHITECTURES:
+            return f"{name} is not one of {', '.join(ARCHITECTURES)}"
+        mistral_window = name == "MistralForCausalLM" and self.sliding_window
+        if "sliding_attention" in (self.layer_types or []) or mistral_window:
+            return f"{name} with a sliding window cannot be written here"
+        if self.rope.rope_type not in ("default", "llama3"):
+            return f"rope scaling {self.rope.rope_type} cannot be written here"
+        return None
+
+
+class LlamaConfig(Architecture):
+    """The keys of config.json that a GGUF file of the Llama family needs."""
+
+    vocab_size: int
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int
+    rms_norm_eps: float
+    head_dim: int | None = None
+    tie_word_embeddings: bool | None = None
+
+    @property
+    def arch(self) -> MODEL_ARCH:
+        return ARCHITECTURES[self.architectures[0]]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class WrittenGguf:
+    """A written GGUF file; `tensors` is None if llama.cpp's tools wrote it."""
+
+    bytes: int
+    writer: str
+    tensors: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to write, and its place in the model's files.
+
+    shard: None for the rotary factors, which are computed. is_fallback: F16 was taken because the
+    rows are not whole blocks of the wanted type. heads: of a q or k weight whose rows are reordered
+    for llama.cpp, else 0.
+    """
+
+    name: str
+    shape: list[int]
+    type: GGMLQuantizationType
+    is_fallback: bool = False
+    shard: Path | None = None
+    source: str = ""
+    heads: int = 0
+
+    @property
+    def bytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
 
 
 def why_not(folder: Path) -> str | None:
-    """Return why this model cannot be written here, None if it can."""
-    config = json.loads((folder / "config.json").read_text())
-    architecture = config["architectures"][0]
-    if architecture not in ARCHITECTURES:
-        return f"{architecture} is not one of {', '.join(ARCHITECTURES)}"
-    if "sliding_attention" in (config.get("layer_types") or []) or (
-        architecture == "MistralForCausalLM" and config.get("sliding_window")
-    ):
-        return f"{architecture} with a sliding window is not written here"
-    rope = _rope(config)
-    if rope.get("rope_type", "default") not in ("default", "llama3"):
-        return f"rope scaling {rope['rope_type']} is not written here"
-    return None
+    """Return why the model cannot be written here, None if it can."""
+    return read_document(folder / "config.json", Architecture, REMAKE).problem()
 
 
 def write_gguf(
@@ -69,146 +170,116 @@ def write_gguf(
     name: str,
     license_: str | None,
     llama_cpp: Path | None = None,
-) -> dict[str, Any]:
-    """Write `output`, kind `f16` or `q8_0`, and return {"tensors", "bytes", "writer", "notes"}. Raises ReleaseError."""
+) -> WrittenGguf:
+    """Write `output` as kind `f16` or `q8_0`. Raises ReleaseError if that is not possible."""
     if llama_cpp is not None:
         return _by_llama_cpp(folder, output, kind, llama_cpp)
+    where = f"release.forms: gguf-{kind}"
     if (reason := why_not(folder)) is not None:
         raise ReleaseError(
-            where=f"release.forms: gguf-{kind}",
+            where=where,
             found=reason,
             expected=f"one of {', '.join(ARCHITECTURES)}",
-            fix=LIBRARY,
+            fix=USE_LLAMA_CPP,
         )
-    config = json.loads((folder / "config.json").read_text())
-    arch = ARCHITECTURES[config["architectures"][0]]
-    writer = GGUFWriter(output, MODEL_ARCH_NAMES[arch])
-    _add_facts(writer, config, kind, name, license_)
-    lost = add_tokenizer(
-        writer, folder, config["vocab_size"], _stops(folder), f"release.forms: gguf-{kind}"
-    )
-    names = get_tensor_name_map(arch, config["num_hidden_layers"])
-    permuted = arch == MODEL_ARCH.LLAMA
-    plan = list(_plan(folder, config, names, kind, permuted, f"release.forms: gguf-{kind}"))
-    coarse = sum(entry["fallback"] for entry in plan)
-    for entry in plan:
+    config = read_document(folder / "config.json", LlamaConfig, REMAKE)
+    writer = GGUFWriter(output, MODEL_ARCH_NAMES[config.arch])
+    _add_metadata(writer, config, kind, name, license_)
+    notes = add_tokenizer(writer, folder, config.vocab_size, _stops(folder), where)
+    plan = list(_plan(folder, config, kind, where))
+    for tensor in plan:
         writer.add_tensor_info(
-            entry["name"],
-            entry["shape"],
+            tensor.name,
+            tensor.shape,
             np.dtype(np.float32),
-            entry["bytes"],
-            raw_dtype=entry["type"],
+            tensor.bytes,
+            raw_dtype=tensor.type,
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for entry in plan:
-        writer.write_tensor_data(_converted(entry, config))
+    for tensor in plan:
+        writer.write_tensor_data(_converted(tensor, config))
     writer.close()
-    notes = [
-        *lost,
-        *([f"{coarse} tensors are F16: their rows are no multiple of 32"] if coarse else []),
-    ]
-    return {"tensors": len(plan), "bytes": output.stat().st_size, "writer": "gguf", "notes": notes}
+    if fallbacks := sum(tensor.is_fallback for tensor in plan):
+        notes.append(f"{fallbacks} tensors are F16: their row length is not a multiple of 32")
+    return WrittenGguf(output.stat().st_size, "gguf", len(plan), notes)
+
+
+class _Generation(BaseModel):
+    eos_token_id: int | list[int]
 
 
 def _stops(folder: Path) -> list[int]:
-    """Return the stop tokens, the tokenizer's EOS first."""
-    eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    """Read the stop tokens, the tokenizer's EOS first."""
+    eos = read_document(folder / "generation_config.json", _Generation, REMAKE).eos_token_id
     order = eos if isinstance(eos, list) else [eos]
     assert set(order) == stop_ids(folder)
     return order
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}),
-        "rope_theta": config.get("rope_theta", 10000.0),
-    }
-
-
-def _head_size(config: dict[str, Any]) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-
-def _add_facts(
-    writer: GGUFWriter, config: dict[str, Any], kind: str, name: str, license_: str | None
+def _add_metadata(
+    writer: GGUFWriter, config: LlamaConfig, kind: str, name: str, license_: str | None
 ) -> None:
     writer.add_name(name)
     writer.add_type("model")
     if license_:
         writer.add_license(license_)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(_rope(config)["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_rope_dimension_count(_head_size(config))
-    writer.add_key_length(_head_size(config))
-    writer.add_value_length(_head_size(config))
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
     writer.add_file_type(TYPES[kind][1])
     writer.add_quantization_version(2)
 
 
-def _plan(
-    folder: Path, config: dict[str, Any], names: Any, kind: str, permuted: bool, where: str
-) -> Iterator[dict[str, Any]]:
-    """Yield each tensor to write: where it is read, its GGUF name, shape, type and bytes."""
+def _plan(folder: Path, config: LlamaConfig, kind: str, where: str) -> Iterator[PlannedTensor]:
+    """Yield the tensors to write. Raises ReleaseError for a tensor without a name in GGUF."""
+    names: Any = get_tensor_name_map(config.arch, config.num_hidden_layers)
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
-            for source in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                if source == "lm_head.weight" and config.get("tie_word_embeddings"):
+            for source in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                if source == "lm_head.weight" and config.tie_word_embeddings:
                     continue
                 target = names.get_name(source, try_suffixes=(".weight", ".bias"))
                 if target is None:
                     raise ReleaseError(
                         where=where,
-                        found=f"the tensor {source} has no name in GGUF",
+                        found=f"the tensor {source} does not have a name in GGUF",
                         expected="tensors of the architecture",
-                        fix=LIBRARY,
+                        fix=USE_LLAMA_CPP,
                     )
                 shape = file.get_slice(source).get_shape()
-                type_, fallback = _type(shape, kind)
-                heads = 0
-                if permuted and source.endswith(("q_proj.weight", "q_proj.bias")):
-                    heads = config["num_attention_heads"]
-                elif permuted and source.endswith(("k_proj.weight", "k_proj.bias")):
-                    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-                yield _entry(target, shape, type_, fallback, shard, source, heads)
-    if _rope(config).get("rope_type") == "llama3":
-        yield _entry(
-            "rope_freqs.weight",
-            [_head_size(config) // 2],
-            GGMLQuantizationType.F32,
-            False,
-            None,
-            "",
-            0,
-        )
+                type_, is_fallback = _type(shape, kind)
+                heads = _reordered_heads(source, config)
+                yield PlannedTensor(target, shape, type_, is_fallback, shard, source, heads)
+    if config.rope.rope_type == "llama3":
+        shape = [config.head_size // 2]
+        yield PlannedTensor("rope_freqs.weight", shape, GGMLQuantizationType.F32)
 
 
-def _entry(
-    name: str,
-    shape: list[int],
-    type_: Any,
-    fallback: bool,
-    shard: Path | None,
-    source: str,
-    heads: int,
-) -> dict[str, Any]:
-    block, size = GGML_QUANT_SIZES[type_]
-    return {
-        "name": name, "shape": shape, "type": type_, "fallback": fallback, "shard": shard, "source": source,
-        "heads": heads, "bytes": math.prod(shape) // block * size,
-    }  # fmt: skip
+def _reordered_heads(source: str, config: LlamaConfig) -> int:
+    """Return the heads of a q or k tensor that llama.cpp has in another order, else 0."""
+    if config.arch != MODEL_ARCH.LLAMA:
+        return 0
+    if source.endswith(("q_proj.weight", "q_proj.bias")):
+        return config.num_attention_heads
+    return config.kv_heads if source.endswith(("k_proj.weight", "k_proj.bias")) else 0
 
 
 def _type(shape: list[int], kind: str) -> tuple[GGMLQuantizationType, bool]:
-    """Return (type, whether it is a fallback): norms and biases stay F32, rows that are no whole blocks F16."""
+    """Return a tensor's type, and True if it is a fallback.
+
+    Norms and biases stay F32. Rows that are not whole blocks are F16.
+    """
     if len(shape) == 1:
         return GGMLQuantizationType.F32, False
     wanted = TYPES[kind][0]
@@ -216,31 +287,32 @@ def _type(shape: list[int], kind: str) -> tuple[GGMLQuantizationType, bool]:
     return (wanted, False) if fits else (GGMLQuantizationType.F16, True)
 
 
-def _converted(entry: dict[str, Any], config: dict[str, Any]) -> np.ndarray:
-    if entry["shard"] is None:
-        return llama3_factors(config)
-    with safe_open(entry["shard"], framework="pt") as file:
-        tensor = file.get_tensor(entry["source"]).float()
-    if entry["heads"]:
-        tensor = interleaved(tensor, entry["heads"])
-    array = tensor.numpy()
-    if entry["type"] == GGMLQuantizationType.F32:
+def _converted(tensor: PlannedTensor, config: LlamaConfig) -> np.ndarray:
+    if tensor.shard is None:
+        return llama3_factors(config.rope, config.head_size)
+    with safe_open(tensor.shard, framework="pt") as file:
+        weight = file.get_tensor(tensor.source).float()
+    if tensor.heads:
+        weight = interleaved(weight, tensor.heads)
+    array = weight.numpy()
+    if tensor.type == GGMLQuantizationType.F32:
         return array
-    if (
-        entry["type"] == GGMLQuantizationType.F16
-        and float(np.abs(array).max(initial=0.0)) > np.finfo(np.float16).max
-    ):
+    largest = float(np.abs(array).max(initial=0.0))
+    if tensor.type == GGMLQuantizationType.F16 and largest > np.finfo(np.float16).max:
         raise ReleaseError(
-            where=entry["source"],
-            found="holds a value that F16 cannot",
+            where=tensor.source,
+            found="holds a value that F16 cannot represent",
             expected="weights below 65504",
             fix="export gguf-q8_0 instead",
         )
-    return quantize(array, entry["type"])
+    return quantize(array, tensor.type)
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return q or k rows in llama.cpp's rotary order, (x₀, y₀, x₁, y₁ …), from transformers' (x₀, x₁ …, y₀, y₁ …), head by head."""
+    """Reorder q or k rows, head by head, to llama.cpp's rotary order.
+
+    transformers has (x₀, x₁ …, y₀, y₁ …), llama.cpp has (x₀, y₀, x₁, y₁ …).
+    """
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         .swapaxes(1, 2)
@@ -248,24 +320,24 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     )
 
 
-def llama3_factors(config: dict[str, Any]) -> np.ndarray:
-    """Return what each rotary frequency is divided by, (head size / 2,), fp32: Llama 3.1's scaling, as transformers computes it
-    (modeling_rope_utils._compute_llama3_parameters)."""
-    rope, size = _rope(config), _head_size(config)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    old = rope["original_max_position_embeddings"]
-    wavelengths = (
-        2 * math.pi * np.power(rope["rope_theta"], np.arange(0, size, 2, dtype=np.float64) / size)
-    )
+def llama3_factors(rope: Rope, head_size: int) -> np.ndarray:
+    """Compute the divisors of the rotary frequencies, (head_size / 2,), fp32.
+
+    This is Llama 3.1's scaling as in transformers' modeling_rope_utils
+    (_compute_llama3_parameters).
+    """
+    old = rope.original_max_position_embeddings
+    low = rope.low_freq_factor
+    high = rope.high_freq_factor
+    exponents = np.arange(0, head_size, 2, dtype=np.float64) / head_size
+    wavelengths = 2 * math.pi * np.power(rope.rope_theta, exponents)
     smooth = (old / wavelengths - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = np.where(
-        wavelengths > old / low, factor, np.where(wavelengths < old / high, 1.0, between)
-    )
-    return factors.astype(np.float32)
+    between = 1 / ((1 - smooth) / rope.factor + smooth)
+    factors = np.where(wavelengths < old / high, 1.0, between)
+    return np.where(wavelengths > old / low, rope.factor, factors).astype(np.float32)
 
 
-def _by_llama_cpp(folder: Path, output: Path, kind: str, llama_cpp: Path) -> dict[str, Any]:
+def _by_llama_cpp(folder: Path, output: Path, kind: str, llama_cpp: Path) -> WrittenGguf:
     script = converter(llama_cpp)
     if not script.is_file():
         raise ReleaseError(
@@ -274,76 +346,63 @@ def _by_llama_cpp(folder: Path, output: Path, kind: str, llama_cpp: Path) -> dic
             expected="a folder of llama.cpp",
             fix="correct the path; it is relative to finetune.yaml",
         )
-    command = [
-        sys.executable,
-        str(script),
-        str(folder),
-        "--outtype",
-        kind,
-        "--outfile",
-        str(output),
-    ]
+    options = ["--outtype", kind, "--outfile", str(output)]
+    command = [sys.executable, str(script), str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not output.is_file():
         raise ReleaseError(
             where="release.llama_cpp",
-            found=f"its converter failed: {_last(done.stderr)}",
+            found=f"its converter failed: {_last_line(done.stderr)}",
             expected="a GGUF file",
-            fix=f"try it by hand: {' '.join(command)}",
+            fix=f"run it by hand: {' '.join(command)}",
         )
-    return {"tensors": None, "bytes": output.stat().st_size, "writer": "llama.cpp", "notes": []}
+    return WrittenGguf(output.stat().st_size, "llama.cpp")
 
 
-def quantize_q4_k_m(source: Path, output: Path, llama_cpp: Path | None) -> dict[str, Any]:
-    """Quantize a GGUF file to Q4_K_M with llama.cpp's llama-quantize. Raises ReleaseError where that is not to be found."""
+def quantize_q4_k_m(source: Path, output: Path, llama_cpp: Path | None) -> WrittenGguf:
+    """Quantize a GGUF file to Q4_K_M with llama.cpp's llama-quantize, or its Python binding.
+
+    Raises ReleaseError if neither is installed, or if it fails.
+    """
+    where = "release.forms: gguf-q4_k_m"
     tool = quantizer(llama_cpp)
     if tool is None and importlib.util.find_spec("llama_cpp"):
-        return _quantize_by_binding(source, output)
+        return _quantize_by_binding(source, output, where)
     if tool is None:
         raise ReleaseError(
-            where="release.forms: gguf-q4_k_m",
+            where=where,
             found="llama-quantize is not on PATH, and llama-cpp-python is not installed",
-            expected="llama.cpp's tools: Q4_K_M is theirs, nothing else writes it",
+            expected="llama.cpp's tools, the only ones that write Q4_K_M",
             fix="install llama.cpp, or set release.llama_cpp to its folder; or use gguf-q8_0",
         )
-    done = subprocess.run(
-        [str(tool), str(source), str(output), "Q4_K_M"], capture_output=True, text=True, check=False
-    )
+    command = [str(tool), str(source), str(output), "Q4_K_M"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not output.is_file():
         raise ReleaseError(
-            where="release.forms: gguf-q4_k_m",
-            found=f"llama-quantize failed: {_last(done.stderr)}",
+            where=where,
+            found=f"llama-quantize failed: {_last_line(done.stderr)}",
             expected="a GGUF file",
             fix="see its message",
         )
-    return {
-        "tensors": None,
-        "bytes": output.stat().st_size,
-        "writer": "llama-quantize",
-        "notes": [],
-    }
+    return WrittenGguf(output.stat().st_size, "llama-quantize")
 
 
-def _quantize_by_binding(source: Path, output: Path) -> dict[str, Any]:
-    import llama_cpp  # pyright: ignore[reportMissingImports]  # llama-cpp-python, where the user installed it
+def _quantize_by_binding(source: Path, output: Path, where: str) -> WrittenGguf:
+    # llama-cpp-python is installed by the user.
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
     if code or not output.is_file():
         raise ReleaseError(
-            where="release.forms: gguf-q4_k_m",
-            found=f"llama-cpp-python's quantization ended with {code}",
+            where=where,
+            found=f"llama-cpp-python's quantization ended with code {code}",
             expected="a GGUF file",
             fix="see its log",
         )
-    return {
-        "tensors": None,
-        "bytes": output.stat().st_size,
-        "writer": "llama-cpp-python",
-        "notes": [],
-    }
+    return WrittenGguf(output.stat().st_size, "llama-cpp-python")
 
 
-def _last(text: str) -> str:
-    return text.strip().splitlines()[-1][:300] if text.strip() else "it said nothing"
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1][:300] if text.strip() else "without a message"

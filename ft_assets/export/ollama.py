@@ -1,7 +1,8 @@
-"""The Ollama Modelfile of a GGUF file, with the model's chat template as a Go template where that is proven equal.
+"""Write the Ollama Modelfile of a GGUF file.
 
-Ollama executes no Jinja: it looks whether the file's `tokenizer.chat_template` resembles one of its own Go templates (edit
-distance below 100), and takes that one or, without a match, none at all (its template/template.go and server/model.go).
+It has the model's chat template as a Go template if that is proven equal. Ollama does not execute
+Jinja: if the file's `tokenizer.chat_template` resembles one of its own Go templates (edit distance
+below 100) it takes that one, else none (its template/template.go and server/model.go).
 """
 
 import json
@@ -14,27 +15,33 @@ from ft_assets.models.loading import load_tokenizer, stop_ids
 from ft_assets.rows.types import Message
 
 Messages = Sequence[Message]
-Write = Callable[
-    [Messages, bool], str
-]  # messages, whether the generation prompt follows -> text. Raises ProofFailed
+# (messages, with the generation prompt?) -> text. Raises ProofFailed.
+Write = Callable[[Messages, bool], str]
 SYSTEM: Message = {"role": "system", "content": "ft first text"}
 USER: Message = {"role": "user", "content": "ft second text"}
 ANSWER: Message = {"role": "assistant", "content": "ft third text"}
 AGAIN: Message = {"role": "user", "content": "ft fourth text"}
 PROBES = ([USER], [SYSTEM, USER], [USER, ANSWER, AGAIN], [SYSTEM, USER, ANSWER, AGAIN])
+NOT_CONSTANT = "is not constant text around the content of each turn"
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A chat template as constant texts: what begins a conversation without a system turn, what stands around each role's
-    content, what asks for the answer."""
+    """A chat template as constant texts.
+
+    head: the beginning of a conversation without a system turn. around: the texts before and after
+    the content, by role. prompt: the generation prompt.
+    """
 
     head: str
     around: Mapping[str, tuple[str, str]]
     prompt: str
 
     def render(self, messages: Messages) -> str:
-        """Return what Ollama writes by `go_template`: it joins turns of one role that follow each other by an empty line."""
+        """Render messages as Ollama does by `go_template`.
+
+        It joins consecutive turns of one role by an empty line.
+        """
         turns: list[tuple[str, str]] = []
         for message in messages:
             if turns and turns[-1][0] == message["role"]:
@@ -48,67 +55,65 @@ class Pieces:
         return text + self.prompt
 
     def go_template(self) -> str:
-        """Return the Go template, on one line; texts are string constants, so that nothing in them is an action or is trimmed."""
-        branches = [
-            f'{{{{ {"if" if index == 0 else "else if"} eq .Role "{role}" }}}}{_text(before)}{{{{ .Content }}}}{_text(after)}'
-            for index, (role, (before, after)) in enumerate(self.around.items())
-        ]
-        head = f"{{{{ if not .System }}}}{_text(self.head)}{{{{ end }}}}" if self.head else ""
-        return f"{head}{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{_text(self.prompt)}"
+        """Write the Go template on one line.
+
+        Texts are string constants, so that they are never trimmed or executed as actions.
+        """
+        branches = ""
+        for role, (before, after) in self.around.items():
+            word = "else if" if branches else "if"
+            condition = f'{{{{ {word} eq .Role "{role}" }}}}'
+            branches += f"{condition}{_constant(before)}{{{{ .Content }}}}{_constant(after)}"
+        head = f"{{{{ if not .System }}}}{_constant(self.head)}{{{{ end }}}}" if self.head else ""
+        turns = f"{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
+        return f"{head}{turns}{_constant(self.prompt)}"
 
 
-def _text(text: str) -> str:
-    return (
-        f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
-    )  # JSON's escapes are Go's
+def _constant(text: str) -> str:
+    """Write a text as a Go string constant; Go has JSON's escapes."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
-def pieces_of(write: Write, asked: Sequence[Messages]) -> Pieces | str:
-    """Return the pieces of a template, which write the same as it does for every probe and every conversation of `asked`; else
-    the reason why there are none."""
+def pieces_of(write: Write, prompts: Sequence[Messages]) -> Pieces | str:
+    """Split a template into its constant pieces, or return the reason why that is not possible.
+
+    The pieces render every probe and every conversation of `prompts` as the template does.
+    """
     try:
-        found = _taken_apart(write)
-        for messages in (*PROBES, *asked):
-            if found is None or found.render(messages) != write(messages, True):
-                return "is not constant text around each turn's content"
+        pieces = _split(write)
+        for messages in (*PROBES, *prompts):
+            if pieces is None or pieces.render(messages) != write(messages, True):
+                return NOT_CONSTANT
     except ProofFailed as problem:
-        return f"cannot be taken apart ({problem})"
-    return found or "is not constant text around each turn's content"
+        return f"cannot be split into constant texts ({problem})"
+    return pieces or NOT_CONSTANT
 
 
-def _taken_apart(write: Write) -> Pieces | None:
-    """Return the pieces as far as the probes tell: contents are searched in what is written, the texts between divided."""
-    whole, one, two = (
-        write([USER, ANSWER, AGAIN], False),
-        write([USER], False),
-        write([USER, ANSWER], False),
-    )
-    first, headed = (
-        _between(whole, USER, ANSWER, AGAIN),
-        _between(write([SYSTEM, USER], False), SYSTEM, USER),
-    )
-    if (
-        first is None
-        or headed is None
-        or USER["content"] not in one
-        or ANSWER["content"] not in two
-    ):
+def _split(write: Write) -> Pieces | None:
+    """Find the probes' contents in rendered conversations, and take the texts between them."""
+    whole = write([USER, ANSWER, AGAIN], False)
+    one = write([USER], False)
+    two = write([USER, ANSWER], False)
+    texts = _between(whole, USER, ANSWER, AGAIN)
+    headed = _between(write([SYSTEM, USER], False), SYSTEM, USER)
+    if texts is None or headed is None:
         return None
-    after_user, after_answer = (
-        one.partition(USER["content"])[2],
-        two.partition(ANSWER["content"])[2],
-    )
-    before_user = first[2].removeprefix(after_answer)
+    if USER["content"] not in one or ANSWER["content"] not in two:
+        return None
+    after_user = one.partition(USER["content"])[2]
+    after_answer = two.partition(ANSWER["content"])[2]
+    before_user = texts[2].removeprefix(after_answer)
     around = {
         "system": (headed[0], headed[1].removesuffix(before_user)),
         "user": (before_user, after_user),
-        "assistant": (first[1].removeprefix(after_user), after_answer),
+        "assistant": (texts[1].removeprefix(after_user), after_answer),
     }
-    return Pieces(first[0].removesuffix(before_user), around, write([USER], True).removeprefix(one))
+    prompt = write([USER], True).removeprefix(one)
+    return Pieces(texts[0].removesuffix(before_user), around, prompt)
 
 
 def _between(text: str, *turns: Message) -> list[str] | None:
-    """Return what stands before, between and after the turns' contents; None if one is not there."""
+    """Return the texts before, between and after the turns' contents; None if one is missing."""
     parts = []
     for turn in turns:
         before, found, text = text.partition(turn["content"])
@@ -119,42 +124,52 @@ def _between(text: str, *turns: Message) -> list[str] | None:
 
 
 def modelfile(
-    gguf: str, folder: Path, asked: Sequence[Messages], adds_bos: bool | None
+    gguf: str, folder: Path, prompts: Sequence[Messages], adds_bos: bool | None
 ) -> tuple[str, str | None]:
-    """Return (the Modelfile of a model folder's GGUF file, why it holds no TEMPLATE or None).
+    """Write the Modelfile of a GGUF file made from a model folder.
 
-    adds_bos: whether llama.cpp, which tokenizes for Ollama, puts BOS before every text of this file; None: it does not say.
+    Returns the text, and the reason why it does not have a TEMPLATE, or None. adds_bos: True if
+    llama.cpp, which tokenizes for Ollama, puts BOS before every text; None if the file has no such
+    key.
     """
-    tokenizer, stops = load_tokenizer(folder), stop_ids(folder)
-    renderer, bos = Renderer(tokenizer, stops), tokenizer.bos_token
-    found: Pieces | str
+    tokenizer = load_tokenizer(folder)
+    stops = stop_ids(folder)
+    renderer = Renderer(tokenizer, stops)
+    bos = tokenizer.bos_token
 
     def write(messages: Messages, prompt: bool) -> str:
         text = renderer.text(messages, generation_prompt=prompt)
         if adds_bos and not text.startswith(bos):
-            raise ProofFailed("the file adds BOS to a text, the template writes none")
+            raise ProofFailed("the file adds BOS to a text, the template does not")
         return text.removeprefix(bos) if adds_bos else text
 
     if adds_bos is None and bos is not None:
-        found = "cannot be compared: the GGUF file does not say whether BOS is added to it"
+        pieces = "cannot be compared: the GGUF file does not have the key for BOS before a text"
     else:
-        found = pieces_of(write, asked)
-    lines = [f"FROM ./{gguf}"]
-    if isinstance(found, Pieces):
-        lines += [
-            f"# The chat template: on {len(asked)} held-out prompts its texts are those of the proven Jinja template."
-        ]
-        lines += [f'TEMPLATE """{found.go_template()}"""']
-    else:
-        lines += [
-            f"# No TEMPLATE: the model's chat template {found}.".replace("\n", " "),
-            "# Ollama does not execute the Jinja template in the GGUF file: it takes one of its own that resembles it, or none.",
-            f"# For the template that was proven: llama-server -m {gguf} --jinja",
-        ]
-    # Ollama takes a quoted value as it stands between the quotes, without escapes.
-    lines += [
+        pieces = pieces_of(write, prompts)
+    stop_lines = [
+        f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(stop)}"' for stop in sorted(stops)
+    ]
+    # Ollama takes the text between the quotes unchanged: it has no escapes.
+    lines = [
+        f"FROM ./{gguf}",
+        *_template_lines(pieces, gguf, len(prompts)),
         "PARAMETER temperature 0",
-        *(f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(stop)}"' for stop in sorted(stops)),
+        *stop_lines,
         "",
     ]
-    return "\n".join(lines), None if isinstance(found, Pieces) else found
+    return "\n".join(lines), None if isinstance(pieces, Pieces) else pieces
+
+
+def _template_lines(pieces: Pieces | str, gguf: str, prompts: int) -> list[str]:
+    if isinstance(pieces, Pieces):
+        return [
+            f"# This template renders {prompts} held-out prompts as the proven Jinja template.",
+            f'TEMPLATE """{pieces.go_template()}"""',
+        ]
+    return [
+        f"# No TEMPLATE: the model's chat template {pieces}.".replace("\n", " "),
+        "# Ollama does not execute the Jinja template in the GGUF file: it takes one of its own "
+        "that resembles it, or none.",
+        f"# For the template that was proven: llama-server -m {gguf} --jinja",
+    ]

@@ -1,7 +1,7 @@
-"""Ask an exported form the questions that the merged model was asked, with readers that share no code with the writer.
+"""Run an exported format on the merged model's prompts, with readers independent of the writer.
 
-A GGUF file is read by transformers' own loader and, where llama-cpp-python is installed, by llama.cpp through its chat
-endpoint: its own tokenizer, its own rendering of the template, its own idea of where to stop.
+A GGUF file is read by transformers' own loader and, if llama-cpp-python is installed, by llama.cpp
+through its chat endpoint, with its own tokenizer, template rendering and stop tokens.
 """
 
 import importlib.util
@@ -16,21 +16,24 @@ from gguf import GGUFReader
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.errors import ReleaseError
+from ft_assets.export.export_report import Agreement
 from ft_assets.hardware import compute_dtype, free_memory
 from ft_assets.inference.generation import generate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
-from ft_assets.rows.types import Message
+from ft_assets.rows.types import Conversation, Message
 
-Messages = list[Message]
-SPARE = 64  # tokens of llama.cpp's context beyond prompt and answer: its own rendering may be a little longer
+Prompt = Sequence[Message]
+# Tokens of llama.cpp's context beyond prompt and answer: its own rendering may be a little longer.
+SPARE = 64
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the merged model answers to a prompt: `answer` as text, and as `ids` with the token that it stops at.
+    """The merged model's answer to a prompt, as text and as ids with the stop token.
 
-    `accepted`: at each of these, the tokens that count as the most likely one: the first of its logits, and those that bf16, in
-    which it is stored and usually served, could not tell apart from it.
+    accepted: for each of the ids, the tokens that count as the most likely one: the one with the
+    largest logit, and those within the rounding of bf16, in which the model is stored and usually
+    served.
     """
 
     prompt: str
@@ -42,97 +45,104 @@ class Expected:
 
 @dataclass(frozen=True)
 class Found:
-    """What a form answers, and its most likely token at each place of the expected answers."""
+    """A format's answers, and its most likely token at each position of the expected answers."""
 
     answers: list[str]
     tops: list[list[int]]
 
 
-def agreement(expected: Sequence[Expected], found: Found) -> dict[str, float]:
-    """Return {"top1", "greedy"}: the share of the expected answers' tokens that are the form's most likely ones too (given what
-    stands before them), and the share of equal greedy answers. A greedy answer is another from its first near-tie on."""
+def agreement(expected: Sequence[Expected], found: Found) -> Agreement:
+    """Compare a format's answers with the expected ones."""
     hits = [
         token in good
         for one, tops in zip(expected, found.tops, strict=True)
         for good, token in zip(one.accepted, tops, strict=True)
     ]
     same = [one.answer == answer for one, answer in zip(expected, found.answers, strict=True)]
-    return {"top1": sum(hits) / len(hits), "greedy": sum(same) / len(same)}
+    return Agreement(top1=sum(hits) / len(hits), greedy=sum(same) / len(same))
 
 
-def by_merged(folder: Path, asked: Sequence[Messages], most: int) -> tuple[list[Expected], str]:
-    """Return what the forms are measured by, and in which dtype its logits were computed: fp32 where that fits into memory."""
-    model, tokenizer, stops = load_base(folder), load_tokenizer(folder), stop_ids(folder)
-    prompts = _prompts(tokenizer, stops, asked)
-    answers = generate(model, tokenizer, prompts, stops, most)
-    grows = sum(weight.numel() * (4 - weight.element_size()) for weight in model.parameters())
-    model = model.float() if grows < 0.9 * free_memory() else model
+def by_merged(
+    folder: Path, prompts: Sequence[Prompt], max_new_tokens: int
+) -> tuple[list[Expected], str]:
+    """Compute the merged model's answers and the dtype of its logits.
+
+    The logits are computed in fp32 if that fits into memory.
+    """
+    model = load_base(folder)
+    tokenizer = load_tokenizer(folder)
+    stops = stop_ids(folder)
+    encoded = _encoded(tokenizer, stops, prompts)
+    answers = generate(model, tokenizer, encoded, stops, max_new_tokens)
+    growth = sum(weight.numel() * (4 - weight.element_size()) for weight in model.parameters())
+    model = model.float() if growth < 0.9 * free_memory() else model
     renderer = Renderer(tokenizer, stops)
-    return [
+    expected = [
         Expected(
             renderer.text(messages, generation_prompt=True),
-            tuple(prompt),
+            tuple(ids),
             answer.text.strip(),
             answer.ids,
-            tuple(_accepted(logits) for logits in _forced(model, prompt, answer.ids)),
+            tuple(_accepted(logits) for logits in _forced(model, ids, answer.ids)),
         )
-        for messages, prompt, answer in zip(asked, prompts, answers, strict=True)
-    ], str(model.dtype).removeprefix("torch.")
+        for messages, ids, answer in zip(prompts, encoded, answers, strict=True)
+    ]
+    return expected, str(model.dtype).removeprefix("torch.")
 
 
 def _accepted(logits: torch.Tensor) -> frozenset[int]:
+    """Return the tokens whose logits (V,) bf16 could round to the largest one."""
     top = logits.max()
-    return frozenset(
-        (logits >= top - torch.finfo(torch.bfloat16).eps * top.abs()).nonzero().flatten().tolist()
-    )
+    slack = torch.finfo(torch.bfloat16).eps * top.abs()
+    return frozenset((logits >= top - slack).nonzero().flatten().tolist())
 
 
 @torch.inference_mode()
 def _forced(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-    """Return the logits at each of `ids`, given the prompt and those before it: (tokens, vocabulary), fp32."""
+    """Compute the logits of each of `ids` after the prompt: (tokens, V), fp32."""
     model.eval()
     whole = torch.tensor([[*prompt, *ids]], device=model.device)
     return model(input_ids=whole, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
 
 
-def _prompts(tokenizer: Any, stops: frozenset[int], asked: Sequence[Messages]) -> list[list[int]]:
-    prompts = list[list[int]]()
-    for prompt in Renderer(tokenizer, stops).prompts(
-        [{"messages": messages} for messages in asked]
-    ):
+def _encoded(tokenizer: Any, stops: frozenset[int], prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Render and encode prompts. Raises ReleaseError for one that the template refuses."""
+    rows = [Conversation(messages=list(messages)) for messages in prompts]
+    encoded = list[list[int]]()
+    for prompt in Renderer(tokenizer, stops).prompts(rows):
         if isinstance(prompt, ProofFailed):
             raise ReleaseError(
-                where="smoke test",
+                where="export",
                 found=f"a held-out prompt cannot be rendered: {prompt}",
-                expected="the merged model's template",
-                fix="report it",
+                expected="the chat template of the merged model, which renders all of them",
+                fix="this is a bug in ft_assets: please report it",
             )
-        prompts.append(prompt)
-    return prompts
+        encoded.append(prompt)
+    return encoded
 
 
-def _ask(
+def _answer(
     model: Any,
     tokenizer: Any,
     stops: frozenset[int],
-    asked: Sequence[Messages],
+    prompts: Sequence[Prompt],
     expected: Sequence[Expected],
-    most: int,
+    max_new_tokens: int,
 ) -> Found:
-    """Return what a loaded model says. Raises ReleaseError for a prompt that its template refuses."""
-    prompts = _prompts(tokenizer, stops, asked)
-    answers = [answer.text.strip() for answer in generate(model, tokenizer, prompts, stops, most)]
+    """Answer the prompts with a loaded model. Raises ReleaseError if its template refuses one."""
+    encoded = _encoded(tokenizer, stops, prompts)
+    answers = generate(model, tokenizer, encoded, stops, max_new_tokens)
     tops = [
-        _forced(model, prompt, one.ids).argmax(-1).tolist()
-        for prompt, one in zip(prompts, expected, strict=True)
+        _forced(model, ids, one.ids).argmax(-1).tolist()
+        for ids, one in zip(encoded, expected, strict=True)
     ]
-    return Found(answers, tops)
+    return Found([answer.text.strip() for answer in answers], tops)
 
 
 def by_transformers_gguf(
-    file: Path, asked: Sequence[Messages], expected: Sequence[Expected], most: int
+    file: Path, prompts: Sequence[Prompt], expected: Sequence[Expected], max_new_tokens: int
 ) -> Found:
-    """Weights, tokenizer, template and stop tokens all from the GGUF file."""
+    """Answer with weights, tokenizer, template and stop tokens all from the GGUF file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     settings: Any = GgufConfig(dequantize=True, gguf_file=file.name)
@@ -142,66 +152,77 @@ def by_transformers_gguf(
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return _ask(model, tokenizer, frozenset(gguf_stops(file)), asked, expected, most)
+    stops = frozenset(gguf_stops(file))
+    return _answer(model, tokenizer, stops, prompts, expected, max_new_tokens)
 
 
 def by_llama_cpp(
-    file: Path, asked: Sequence[Messages], expected: Sequence[Expected], most: int
+    file: Path, prompts: Sequence[Prompt], expected: Sequence[Expected], max_new_tokens: int
 ) -> Found | None:
-    """Return what llama.cpp says, on the GPU where it was built for one; None where llama-cpp-python is not installed.
+    """Answer with llama.cpp, on the GPU if it was built for one.
 
-    The context is as long as prompt and answer need: the model's own would take gigabytes of keys and values.
+    Returns None if llama-cpp-python is not installed. The context has the length of prompt and
+    answer: the model's own would take gigabytes of keys and values.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return None
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
-    room = max(len(one.prompt_ids) + max(most, len(one.ids)) for one in expected) + SPARE
-    model = llama_cpp.Llama(str(file), n_ctx=room, n_gpu_layers=-1, logits_all=True, verbose=False)
+    longest = max(len(one.prompt_ids) + max(max_new_tokens, len(one.ids)) for one in expected)
+    model = llama_cpp.Llama(
+        str(file), n_ctx=longest + SPARE, n_gpu_layers=-1, logits_all=True, verbose=False
+    )
     try:
-        said = [
-            model.create_chat_completion(messages, temperature=0, max_tokens=most)
-            for messages in asked
+        completions = [
+            model.create_chat_completion(messages, temperature=0, max_tokens=max_new_tokens)
+            for messages in prompts
         ]
-        answers = [one["choices"][0]["message"]["content"].strip() for one in said]
+        answers = [one["choices"][0]["message"]["content"].strip() for one in completions]
         tops = list[list[int]]()
         for one in expected:
             prompt = model.tokenize(one.prompt.encode(), add_bos=False, special=True)
             model.reset()
             model.eval([*prompt, *one.ids])
-            tops.append(
-                model.scores[len(prompt) - 1 : len(prompt) + len(one.ids) - 1].argmax(-1).tolist()
-            )
+            logits = model.scores[len(prompt) - 1 : len(prompt) + len(one.ids) - 1]
+            tops.append(logits.argmax(-1).tolist())
     finally:
         model.close()
     return Found(answers, tops)
 
 
 def by_transformers(
-    folder: Path, asked: Sequence[Messages], expected: Sequence[Expected], most: int
+    folder: Path, prompts: Sequence[Prompt], expected: Sequence[Expected], max_new_tokens: int
 ) -> Found:
-    """A folder that carries its own quantization (NF4)."""
-    return _ask(load_base(folder), load_tokenizer(folder), stop_ids(folder), asked, expected, most)
+    """Answer with a model folder that has its own quantization (NF4)."""
+    model = load_base(folder)
+    tokenizer = load_tokenizer(folder)
+    return _answer(model, tokenizer, stop_ids(folder), prompts, expected, max_new_tokens)
 
 
 def by_adapter(
-    base: Path, adapter: Path, asked: Sequence[Messages], expected: Sequence[Expected], most: int
+    base: Path,
+    adapter: Path,
+    prompts: Sequence[Prompt],
+    expected: Sequence[Expected],
+    max_new_tokens: int,
 ) -> Found:
-    """The adapter on the original base, by PEFT."""
+    """Answer with the adapter on the original base, loaded by PEFT."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load_base(base), str(adapter))
+    tokenizer = load_tokenizer(base)
     with torch.inference_mode():
-        return _ask(model, load_tokenizer(base), stop_ids(base), asked, expected, most)
+        return _answer(model, tokenizer, stop_ids(base), prompts, expected, max_new_tokens)
 
 
 def gguf_text(reader: GGUFReader, key: str) -> Any:
+    """Return the value of a key in the file's metadata, None if it does not have the key."""
     field = reader.get_field(key)
     return field.contents() if field is not None else None
 
 
 def adds_bos(file: Path) -> bool | None:
-    """Return whether llama.cpp puts BOS before every text of this file, None where the file does not say."""
+    """Return True if llama.cpp puts BOS before every text; None if the file has no such key."""
     return gguf_text(GGUFReader(file), "tokenizer.ggml.add_bos_token")
 
 
@@ -213,19 +234,23 @@ def gguf_stops(file: Path) -> list[int]:
 
 
 def carried_over(file: Path, folder: Path) -> dict[str, bool]:
-    """Return whether the GGUF file holds the model folder's template, stop tokens and all of its tokens."""
-    reader, tokenizer = GGUFReader(file), load_tokenizer(folder)
+    """Check that a GGUF file has a model folder's template, stop tokens and tokens.
+
+    `finite`: none of its floating-point tensors has NaN or infinity.
+    """
+    reader = GGUFReader(file)
+    tokenizer = load_tokenizer(folder)
     tokens = gguf_text(reader, "tokenizer.ggml.tokens")
     vocabulary = tokenizer.get_vocab()
-    config = json.loads((folder / "config.json").read_text())
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    has_tokens = all(tokens[number] == text for text, number in vocabulary.items())
     return {
         "template": gguf_text(reader, "tokenizer.chat_template") == tokenizer.chat_template,
         "stop_tokens": set(gguf_stops(file)) == stop_ids(folder),
-        "tokens": all(tokens[number] == text for text, number in vocabulary.items())
-        and len(tokens) == config["vocab_size"],
+        "tokens": has_tokens and len(tokens) == size,
         "finite": all(
-            bool(torch.isfinite(torch.from_numpy(t.data.copy())).all())
-            for t in reader.tensors
-            if t.data.dtype.kind == "f"
+            bool(torch.isfinite(torch.from_numpy(tensor.data.copy())).all())
+            for tensor in reader.tensors
+            if tensor.data.dtype.kind == "f"
         ),
     }

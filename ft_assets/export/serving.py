@@ -1,6 +1,7 @@
-"""The command that serves a released model for a try: an OpenAI-compatible endpoint, bound to this machine.
+"""Build the command that serves a released model for a trial.
 
-vLLM where it is installed, else transformers' own server. Not here: a production deployment.
+The endpoint is OpenAI-compatible and bound to this machine. The engine is vLLM if it is installed,
+else transformers' own server. Not here: a production deployment.
 """
 
 import importlib.util
@@ -17,45 +18,35 @@ NEEDED = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn", "openai")}
 
 
 def choose_engine(wanted: str | None) -> Engine:
-    """Return the engine asked for, else vLLM if it is installed, else transformers. Raises ReleaseError if it is not there."""
+    """Return the wanted engine; without a wish, vLLM if it is installed, else transformers.
+
+    Raises ReleaseError if the engine is unknown or not installed.
+    """
     names: list[Engine] = [name for name in ENGINES if wanted is None or name == wanted]
     if not names:
         raise ReleaseError(
             where=f"--engine {wanted}",
             found="is not known",
             expected=" or ".join(ENGINES),
-            fix="leave it out: the one that is installed is taken",
+            fix="remove the option: an installed engine is used",
         )
     for name in names:
         if all(importlib.util.find_spec(module) for module in NEEDED[name]):
             return name
-    missing = [
-        module
-        for module in NEEDED["vllm" if wanted == "vllm" else "transformers"]
-        if not importlib.util.find_spec(module)
-    ]
+    needed = NEEDED["vllm" if wanted == "vllm" else "transformers"]
+    missing = [module for module in needed if not importlib.util.find_spec(module)]
     install = "pip install vllm" if wanted == "vllm" else 'pip install "ft_assets[serve]"'
     raise ReleaseError(
         where="ft serve",
         found=f"{', '.join(missing)} is not installed",
-        expected="a server",
+        expected="an installed server: vLLM, or transformers with its extras",
         fix=install,
     )
 
 
 def serve_command(engine: Engine, model: Path, port: int) -> list[str]:
-    """Return the command line. Only this machine reaches it: the endpoint has no login."""
+    """Return the command line, bound to this machine: the endpoint has no authentication."""
+    program = [str(Path(sys.executable).parent / "transformers")]
     if engine == "vllm":
-        return [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.cli.main",
-            "serve",
-            str(model),
-            "--host",
-            LOOPBACK,
-            "--port",
-            str(port),
-        ]
-    transformers = str(Path(sys.executable).parent / "transformers")
-    return [transformers, "serve", str(model), "--host", LOOPBACK, "--port", str(port)]
+        program = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    return [*program, "serve", str(model), "--host", LOOPBACK, "--port", str(port)]

@@ -1,5 +1,8 @@
-"""Which tools that are not ours would write and read serving forms here, and which versions of them: an export made with
-others is another one, and a form that was refused for want of one is made when it is there. No torch."""
+"""Identify the external tools that write and read serving formats on this machine.
+
+Their versions are part of an export's fingerprint: other versions make a new export, and a format
+that was refused because a tool was missing is written when the tool is installed. No torch.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -9,39 +12,39 @@ from pathlib import Path
 
 from ft_assets.artifacts.manifest import file_sha256
 
-PACKAGES = {
-    "gguf": ("gguf", "llama-cpp-python"),
-    "nf4": ("bitsandbytes",),
-}  # by form, of a GGUF form by its first word
+# By format; a GGUF format by its first word.
+PACKAGES = {"gguf": ("gguf", "llama-cpp-python"), "nf4": ("bitsandbytes",)}
 MODULES = {"llama-cpp-python": "llama_cpp"}
 
 
 def converter(llama_cpp: Path) -> Path:
-    """Return where llama.cpp's converter lies in its folder, whether or not it does."""
+    """Return the path of the converter in a folder of llama.cpp; the file may be missing."""
     return llama_cpp / "convert_hf_to_gguf.py"
 
 
 def quantizer(llama_cpp: Path | None) -> Path | None:
-    """Return llama-quantize: that of the folder, else the one on PATH, None if there is none."""
-    places = (
-        [llama_cpp / place for place in ("llama-quantize", "build/bin/llama-quantize")]
-        if llama_cpp
-        else []
-    )
-    found = next((place for place in places if place.is_file()), None) or shutil.which(
-        "llama-quantize"
-    )
+    """Find llama-quantize in a folder of llama.cpp, else on PATH; None if it is in neither."""
+    if llama_cpp is not None:
+        for place in ("llama-quantize", "build/bin/llama-quantize"):
+            if (llama_cpp / place).is_file():
+                return llama_cpp / place
+    found = shutil.which("llama-quantize")
     return Path(found) if found else None
 
 
-def identities(forms: Collection[str], llama_cpp: Path | None) -> dict[str, str | None]:
-    """Return {tool: version or hash, None where it is not there} of what these forms use; no paths of this machine."""
+def identities(formats: Collection[str], llama_cpp: Path | None) -> dict[str, str | None]:
+    """Return the version or hash of each tool that these formats use; None if it is missing.
+
+    The values are independent of the paths of this machine.
+    """
     found: dict[str, str | None] = {
-        name: _version(name) for form in forms for name in PACKAGES.get(form.partition("-")[0], ())
+        package: _version(package)
+        for name in formats
+        for package in PACKAGES.get(name.partition("-")[0], ())
     }
-    if llama_cpp is not None and any(form.startswith("gguf-") for form in forms):
+    if llama_cpp is not None and any(name.startswith("gguf-") for name in formats):
         found["converter"] = _sha256(converter(llama_cpp))
-    if "gguf-q4_k_m" in forms:
+    if "gguf-q4_k_m" in formats:
         found["llama-quantize"] = _sha256(quantizer(llama_cpp))
     return found
 
