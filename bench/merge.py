@@ -1,11 +1,16 @@
-"""How fast and how small is the merge? Against `cp` of the same files and PEFT's merge, on a random Llama in bf16.
+"""Measure the time and the memory of the merge, against `cp` and PEFT's merge.
 
-    python bench/merge.py --shape 8b --targets attention --folder /tmp/merge   # 16 GB of base, as much again twice: 50 GB of disk
-    python bench/merge.py --shape 1b --peft                                    # 2.5 GB: also PEFT's merge, bits compared
+The base is a random Llama in bf16.
 
-Copies and merges alternate, each in a process of its own whose peak memory is read at its end; the page cache is dropped before
-each where this process may (root), else the table says that it was not. Each ends with an fsync of what it wrote. Then every
-tensor is compared with W + s·BA computed in fp32 from the files: the largest error, in roundings to bf16.
+    # 16 GB of base, and two outputs of the same size: 50 GB of disk
+    python bench/merge.py --shape 8b --targets attention --folder /tmp/merge
+    # 2.5 GB of base: also PEFT's merge, compared bit by bit
+    python bench/merge.py --shape 1b --peft
+
+Copies and merges alternate. Each runs in its own process, whose peak memory is read at its end. The
+page cache is dropped before each run if this process has the permission (root); else the table
+states that it was not. Each run ends with an fsync of its files. Then every tensor is compared with
+W + s·BA computed in fp32 from the files: the largest error, in roundings to bf16.
 """
 
 import argparse
@@ -16,29 +21,61 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_assets.config.training import TARGETS
-from ft_assets.merging.tensor_files import INDEX, blocks, entries_of, read_folder, read_tensor
+from ft_assets.merging.tensor_files import (
+    INDEX,
+    blocks,
+    entries_of,
+    read_file,
+    read_folder,
+    read_tensor,
+)
 
 SHAPES: dict[str, dict[str, int]] = {
-    "1b": {"vocab_size": 64_128, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "8b": {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-}  # fmt: skip
+    "1b": {
+        "vocab_size": 64_128,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 15,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "8b": {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
 SHARD = 5_000_000_000
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SYNC = "import os, sys\nfor path in __import__('pathlib').Path(sys.argv[3]).glob('*.safetensors'):\n    with path.open('rb') as file: os.fsync(file.fileno())\n"
+SYNC = """import os, sys, pathlib
+for path in pathlib.Path(sys.argv[3]).glob('*.safetensors'):
+    with path.open('rb') as file: os.fsync(file.fileno())
+"""
 # VmHWM, not getrusage: ru_maxrss is inherited from the process that started this one.
-PEAK = "line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\nprint(int(line.split()[1]) * 1024 / 1e9)\n"
-COPY = "import subprocess, sys, glob\nsubprocess.run(['cp', *glob.glob(sys.argv[1] + '/*'), sys.argv[3]], check=True)\n"
-STREAM = "import sys; from pathlib import Path; from ft_assets.merging.merge import merge\nmerge(*map(Path, sys.argv[1:4]))\n"
-PEFT = """import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM
+PEAK = """line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))
+print(int(line.split()[1]) * 1024 / 1e9)
+"""
+COPY = """import subprocess, sys, glob
+subprocess.run(['cp', *glob.glob(sys.argv[1] + '/*'), sys.argv[3]], check=True)
+"""
+STREAM = """import sys; from pathlib import Path; from ft_assets.merging.merge import merge
+merge(*map(Path, sys.argv[1:4]))
+"""
+PEFT = """import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size='5GB')
+merged = PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload()
+merged.save_pretrained(sys.argv[3], max_shard_size='5GB')
 """
 IMPORTS = (
     "import sys, torch; from ft_assets.merging.merge import merge; from peft import PeftModel\n"
@@ -83,6 +120,7 @@ def make_base(folder: Path, shape: str) -> None:
 
 
 def make_adapter(folder: Path, base: Path, targets: list[str], rank: int) -> None:
+    """Write a random LoRA adapter of the base."""
     folder.mkdir(parents=True)
     torch.manual_seed(1)
     tensors = {}
@@ -133,13 +171,15 @@ def timed(code: str, base: Path, adapter: Path, output: Path) -> tuple[float, fl
     return float(seconds), float(peak)
 
 
-def errors(base: Path, adapter: Path, merged: Path) -> dict[str, Any]:
-    """Compare with fp32 sums: the largest error of a touched tensor in roundings to bf16, and how many untouched ones differ."""
-    before, after, pairs = (
-        entries_of(read_folder(base)),
-        entries_of(read_folder(merged)),
-        entries_of(read_folder_of(adapter)),
-    )
+def errors(base: Path, adapter: Path, merged: Path) -> str:
+    """Compare the merged file with fp32 sums.
+
+    Returns the largest error of an updated tensor in roundings to bf16, and the count of other
+    tensors that differ.
+    """
+    before = entries_of(read_folder(base))
+    after = entries_of(read_folder(merged))
+    pairs = read_file(adapter / "adapter_model.safetensors").entries
     config = json.loads((adapter / "adapter_config.json").read_text())
     worst, touched, differ = 0.0, 0, 0
     for name, entry in before.items():
@@ -159,16 +199,10 @@ def errors(base: Path, adapter: Path, merged: Path) -> dict[str, Any]:
             )
             rounding = torch.ldexp(torch.full_like(exact, 2**-9), torch.frexp(exact).exponent)
             worst = max(worst, float(((new[first:last].float() - exact).abs() / rounding).max()))
-    return {"touched": touched, "worst": worst, "untouched that differ": differ}
+    return f"{touched} updated, at most {worst} roundings; {differ} of the others differ"
 
 
-def read_folder_of(adapter: Path) -> list[Any]:
-    from ft_assets.merging.tensor_files import read_file
-
-    return [read_file(adapter / "adapter_model.safetensors")]
-
-
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -180,20 +214,43 @@ def main() -> None:
         "--peft", action="store_true", help="also PEFT's merge, which holds the model in memory"
     )
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bench_merge"))
-    arguments = parser.parse_args()
-    base, adapter = arguments.folder / f"base-{arguments.shape}", arguments.folder / "adapter"
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    base = arguments.folder / f"base-{arguments.shape}"
+    adapter = arguments.folder / "adapter"
     if not base.exists():
         make_base(base, arguments.shape)
     shutil.rmtree(adapter, ignore_errors=True)
-    make_adapter(
-        adapter,
-        base,
-        list(TARGETS["attention"]) if arguments.targets == "attention" else LINEAR,
-        arguments.rank,
-    )
+    targets = list(TARGETS["attention"]) if arguments.targets == "attention" else LINEAR
+    make_adapter(adapter, base, targets, arguments.rank)
     size = sum(file.size for file in read_folder(base))
     largest = max(entry.bytes for entry in entries_of(read_folder(base)).values())
     ways = {"cp": COPY, "streaming": STREAM, **({"PEFT": PEFT} if arguments.peft else {})}
+    seconds, peaks, cold = run(ways, arguments, base, adapter)
+    cache = "dropped before each run" if cold else "not dropped"
+    print(
+        f"\n{arguments.shape}, {size / 1e9:.1f} GB in bf16, LoRA r {arguments.rank} on "
+        f"{arguments.targets}, {os.cpu_count()} cores, page cache {cache}; limit of memory: "
+        f"2 x {largest / 1e9:.2f} + 1 GB\n"
+    )
+    print("| way | seconds, each run | best | against cp, run by run | peak GB |")
+    print("|---|---|---|---|---|")
+    for way in ways:
+        pairs = zip(seconds[way], seconds["cp"], strict=True)
+        ratios = ", ".join(f"{ours / theirs:.2f}" for ours, theirs in pairs)
+        runs = ", ".join(f"{value:.1f}" for value in seconds[way])
+        print(f"| {way} | {runs} | {min(seconds[way]):.1f} | {ratios} | {peaks[way]:.2f} |")
+    compare_bits(arguments, base, adapter)
+    shutil.rmtree(arguments.folder)
+
+
+def run(
+    ways: dict[str, str], arguments: argparse.Namespace, base: Path, adapter: Path
+) -> tuple[dict[str, list[float]], dict[str, float], bool]:
+    """Run each way in turn; return the seconds, the peak GB, and if the page cache was dropped."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     peaks: dict[str, float] = dict.fromkeys(ways, 0.0)
     cold = True
@@ -201,39 +258,30 @@ def main() -> None:
         for way, code in ways.items():
             output = arguments.folder / way
             for other in ways:
-                if other != way and not (
-                    arguments.peft and other != "cp"
-                ):  # keep what is compared in the end
+                # With PEFT the outputs of both merges are compared at the end.
+                if other != way and not (arguments.peft and other != "cp"):
                     shutil.rmtree(arguments.folder / other, ignore_errors=True)
             cold = drop_cache() and cold
             taken, peak = timed(code, base, adapter, output)
             seconds[way].append(taken)
             peaks[way] = max(peaks[way], peak)
             print(f"{time.strftime('%H:%M:%S')} {way}: {taken:.1f} s, {peak:.2f} GB", flush=True)
-    print(f"\n{arguments.shape}, {size / 1e9:.1f} GB in bf16, LoRA r {arguments.rank} on {arguments.targets}, {os.cpu_count()} cores, "
-          f"page cache {'dropped before each run' if cold else 'not dropped'}; limit of memory: 2 x {largest / 1e9:.2f} + 1 GB\n")  # fmt: skip
-    print(
-        "| way | seconds, each run | best | against cp, run by run | peak GB |\n|---|---|---|---|---|"
-    )
-    for way in ways:
-        ratios = [ours / theirs for ours, theirs in zip(seconds[way], seconds["cp"], strict=True)]
-        print(
-            f"| {way} | {', '.join(f'{value:.1f}' for value in seconds[way])} | {min(seconds[way]):.1f} | {', '.join(f'{value:.2f}' for value in ratios)} | {peaks[way]:.2f} |"
-        )
+    return seconds, peaks, cold
+
+
+def compare_bits(arguments: argparse.Namespace, base: Path, adapter: Path) -> None:
+    """Compare the streaming merge with fp32 sums, and with PEFT's merge if it ran."""
     merged = arguments.folder / "streaming"
     if not merged.exists():
         timed(STREAM, base, adapter, merged)
     print("\nstreaming against fp32:", errors(base, adapter, merged))
     if arguments.peft:
-        ours, theirs = (
-            entries_of(read_folder(merged)),
-            entries_of(read_folder(arguments.folder / "PEFT")),
-        )
+        ours = entries_of(read_folder(merged))
+        theirs = entries_of(read_folder(arguments.folder / "PEFT"))
         equal = sum(
             torch.equal(read_tensor(ours[name]), read_tensor(theirs[name])) for name in theirs
         )
         print(f"streaming against PEFT: {equal} of {len(theirs)} tensors are the same bits")
-    shutil.rmtree(arguments.folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pushing the champion. The hub is not to be had in a test: a local HTTP server stands in for it, spoken to by the real client."""
+"""Pushing the champion with the real client, to a local HTTP server in place of the hub."""
 
 import json
 import threading
@@ -17,8 +17,10 @@ TOKEN = "hf_thisisthesecretofthetest"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The calls of the hub's API that an upload makes; the files arrive inside the commit. The server's `private` is what its
-    repository is, `files` what lies in it."""
+    """The calls of the hub's API in an upload; the files arrive inside the commit.
+
+    `private` and `files` of the server describe its repository.
+    """
 
     def do_POST(self) -> None:
         chunked = self.headers.get("Transfer-Encoding") == "chunked"

@@ -1,7 +1,7 @@
-"""Push a released model to the hub, as a private repository unless the settings say otherwise.
+"""Push a released model to the hub, by default to a private repository.
 
-The token comes from HF_TOKEN in the environment of the process that pushes; it is not in finetune.yaml, the run config, the
-job file, a log or an error.
+The token is HF_TOKEN in the environment of the process that pushes. It is never in finetune.yaml,
+the run config, the job file, a log or an error.
 """
 
 import os
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ft_assets.errors import ReleaseError
 
-# Weights that a loader could take instead of the ones pushed: shards beside a single file, an adapter, the older format.
+# Weights that a loader could take instead of the pushed ones: shards beside a single file, an
+# adapter, the older format.
 WEIGHTS = (
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -22,8 +23,11 @@ WEIGHTS = (
 
 
 def push(folder: Path, files: Collection[str], repo: str, private: bool, message: str) -> str:
-    """Upload these files of a model folder in one commit, and return its id. Weights of an earlier push that are not among
-    them are deleted in the same commit. Raises ReleaseError, also for a repository that is not as private as asked."""
+    """Upload these files of a model folder in one commit, and return its id.
+
+    The same commit deletes other weights of an earlier push. Raises ReleaseError, also if the
+    visibility of the repository differs from `private`.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
     token = os.environ.get("HF_TOKEN")
@@ -43,47 +47,49 @@ def push(folder: Path, files: Collection[str], repo: str, private: bool, message
         )
     api = HfApi(token=token)
     try:
-        api.create_repo(
-            repo, private=private, repo_type="model", exist_ok=True
-        )  # of one that exists, `private` is ignored
+        # If the repository exists, `private` is ignored.
+        api.create_repo(repo, private=private, repo_type="model", exist_ok=True)
         require_visibility(repo, api.repo_info(repo).private, private)
         stale = stale_weights(api.list_repo_files(repo), files)
         additions = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
             for name in sorted(files)
         ]
-        # Not upload_folder: it commits a large folder in parts, and between them the hub would serve half of two models.
-        made = api.create_commit(
-            repo, [*map(CommitOperationDelete, stale), *additions], commit_message=message
-        )
+        # Not upload_folder: it commits a large folder in parts, and in between the hub would serve
+        # files of two models.
+        operations = [*map(CommitOperationDelete, stale), *additions]
+        commit = api.create_commit(repo, operations, commit_message=message)
     except ReleaseError:
         raise
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        text = str(error).replace(token, "…").strip().splitlines()
+        lines = str(error).replace(token, "…").strip().splitlines()
+        detail = lines[0][:200] if lines else "no message"
         raise ReleaseError(
             where=f"release.push: {repo}",
-            found=f"the hub refused ({type(error).__name__}: {text[0][:200] if text else ''})",
-            expected="a token that may write there",
-            fix="the release itself stands; materialize hub_model again",
+            found=f"the hub refused the push ({type(error).__name__}: {detail})",
+            expected="a token with write access to the repository",
+            fix="the release itself is valid; materialize hub_model again",
         ) from None
-    return made.oid
+    return commit.oid
 
 
 def require_visibility(repo: str, found: bool | None, private: bool) -> None:
-    """Raise ReleaseError if the repository is not private (or public) as asked; what the hub does not say counts as public."""
-    if bool(found) != private:
-        raise ReleaseError(
-            where=f"release.push: {repo}",
-            found=f"the repository exists and is {'private' if found else 'public'}",
-            expected=f"a {'private' if private else 'public'} one (release.push.private)",
-            fix="nothing was uploaded: change the repository's visibility on the hub, name another one, or change release.push.private",
-        )
+    """Raise ReleaseError unless the repository has the wanted visibility; unknown is public."""
+    if bool(found) == private:
+        return
+    raise ReleaseError(
+        where=f"release.push: {repo}",
+        found=f"the repository exists and is {'private' if found else 'public'}",
+        expected=f"a {'private' if private else 'public'} repository (release.push.private)",
+        fix="nothing was uploaded: change the repository's visibility on the hub, name another "
+        "repository, or change release.push.private",
+    )
 
 
-def stale_weights(there: Collection[str], files: Collection[str]) -> list[str]:
-    """Return the weight files of a repository that a push of `files` does not replace."""
+def stale_weights(existing: Collection[str], files: Collection[str]) -> list[str]:
+    """List the weight files of a repository that a push of `files` does not replace."""
     return sorted(
         name
-        for name in there
+        for name in existing
         if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)
     )
