@@ -1,4 +1,4 @@
-"""The model card where its numbers and words differ: the file's from the adapter's, the snapshot's from the base's."""
+"""The model card if the file's numbers differ from the adapter's, or the snapshot from the base."""
 
 import json
 import shutil
@@ -12,14 +12,14 @@ from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.evaluation.report_model import EvalReport, Verdict
 from ft_assets.models.source import source_identity, write_snapshot
 from ft_assets.orchestration.materializer import StoreMaterializer
-from ft_assets.release.card import model_card
-from ft_assets.release.card_facts import card_facts, excerpt
+from ft_assets.release.card import MergedFile, model_card
+from ft_assets.release.card_facts import CardFacts, card_facts, excerpt
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact
 
 
-def card_of(folder: Path, facts: dict[str, Any] | None = None, **file: float) -> ModelCard:
-    """Return the card of the finished project's model, told other facts, and of its file other numbers."""
+def card_of(folder: Path, facts: CardFacts | None = None, **file: float) -> ModelCard:
+    """Write the card of the finished project's model, with other facts or numbers of its file."""
     store = ArtifactStore(folder / ".ft/store")
     merged = store.need("merged_model", "tiny")
     report = EvalReport.read(artifact(folder, "eval_report") / "report.json")
@@ -27,14 +27,9 @@ def card_of(folder: Path, facts: dict[str, Any] | None = None, **file: float) ->
         next((folder / ".ft/store/.work/jobs").glob("merged_model-*/job.json")).read_text()
     )
     verdict = Verdict.read(merged.path / "verdict.json")
-    return ModelCard(
-        model_card(
-            {**job["settings"]["card"], **(facts or {})},
-            verdict,
-            report,
-            {**merged.metrics, **file},
-        )
-    )
+    facts = facts or CardFacts.model_validate(job["settings"]["card"])
+    measured = MergedFile.of({**merged.metrics, **file}, report.metric)
+    return ModelCard(model_card(facts, verdict, report, measured))
 
 
 def test_card_claims_the_score_of_the_file_and_says_which_is_the_adapters(finished: Path) -> None:
@@ -45,14 +40,12 @@ def test_card_claims_the_score_of_the_file_and_says_which_is_the_adapters(finish
     assert found["value"] == 0.75  # the adapter's is 1.0
     assert "exact of this file on 32 held-out rows" in found["name"]
     assert "adapter before the merge 1.0000" in found["name"]
-    assert (
-        "**This file itself**, asked again from disk: exact 0.750, +0.700 against the base [+0.500, +0.800]; the adapter"
-        in card.text
-    )
+    gain = "exact 0.750, +0.700 against the base [+0.500, +0.800]; the adapter"
+    assert f"**This file itself**, scored again from disk: {gain}" in card.text
     assert "the adapter before the merge: 1.000." in card.text
 
 
-def words(folder: Path, **chat: Any) -> dict[str, Any]:
+def words(folder: Path, **chat: Any) -> CardFacts:
     edit(folder, chat=chat)
     materializer = StoreMaterializer(load_project(folder / "finetune.yaml"))
     used = {
@@ -72,9 +65,11 @@ def test_card_says_what_differs_from_the_base_in_template_and_tokens(copy: Path)
     ).text
     assert same not in text
     for said in (
-        "the template has `enable_thinking` set to `False`", "the template puts the system turn into the first user turn",
-        "generation also stops at `<|im_end|>`", "`<|endoftext|>` is the pad token, where it had none",
-    ):  # fmt: skip
+        "the template has `enable_thinking` set to `False`",
+        "the template puts the system turn into the first user turn",
+        "generation also stops at `<|im_end|>`",
+        "`<|endoftext|>` is the pad token, where it had none",
+    ):
         assert said in text
     text = card_of(copy, words(copy, chat_template=str(copy / "own.jinja"))).text
     assert "the chat template is `own.jinja` of the recipe, not the base's own" in text

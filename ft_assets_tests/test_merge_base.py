@@ -21,16 +21,17 @@ from ft_assets.errors import ModelError, VerdictError
 from ft_assets.evaluation.file_report import scored_rows
 from ft_assets.inference.losses import answer_losses
 from ft_assets.job import Job
+from ft_assets.merging.file_verdict import better_base
 from ft_assets.merging.merge import merge
 from ft_assets.merging.nf4 import quantized_tensors, round_trip, simulate
 from ft_assets.merging.tensor_files import entries_of, read_folder, read_tensor
 from ft_assets.models.loading import load_base, load_tokenizer
 from ft_assets.models.source import locate_folder, require_unquantized
-from ft_assets.steps.merge import better_base, step
+from ft_assets.steps.merge import step
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, checks, materialize
 
-# A random model learns held-out answers at the cost of all else: what it forgets is asked where a test is about that.
+# A random model learns held-out answers and forgets the rest; few tests measure that.
 LENIENT = {
     "min_stop_rate": 0.0,
     "max_retention_loss": 1000.0,
@@ -41,7 +42,7 @@ LENIENT = {
 
 @pytest.fixture
 def job(copy: Path, tmp_path: Path) -> Job:
-    """The job of the merge that was made, told that its adapter comes from QLoRA and that the loss decides."""
+    """The job of the finished merge, with an adapter of QLoRA and the loss as the gate's metric."""
     path = next((copy / ".ft/store/.work/jobs").glob("merged_model-*/job.json"))
     job = Job.model_validate_json(path.read_text())
     shutil.copytree(artifact(copy, "base_model"), tmp_path / "base")
@@ -69,7 +70,10 @@ def job(copy: Path, tmp_path: Path) -> Job:
 
 
 def coarsen(base: Path) -> None:
-    """Put an outlier into each block of 64 weights, so that NF4's steps are coarse: the two bases then differ by more than chance."""
+    """Put an outlier into each block of 64 weights.
+
+    NF4's steps are then coarse, and the two bases differ by more than chance.
+    """
     names = quantized_tensors(base)
     weights = load_file(base / "model.safetensors")
     for name, weight in weights.items():
@@ -79,7 +83,7 @@ def coarsen(base: Path) -> None:
 
 
 def train(job: Job, target: Path, against_nf4: bool) -> Job:
-    """Train an adapter for some seconds against the base as it is, or as NF4 leaves it; return the job with it."""
+    """Train an adapter for seconds on the base or its NF4 round trip; return its job."""
     base = load_base(job.inputs["base_model"]).float()
     if against_nf4:
         simulate(base)
@@ -134,7 +138,7 @@ def strict(job: Job, **gate: float) -> Job:
 
 
 def knowing(job: Job, what: str = "retention", nats: float = 1.0) -> Job:
-    """A random base knows nothing that it could forget: say in its report that it knew these rows better, by that much a token."""
+    """Lower the base's losses in its report by `nats`: a random base has nothing to forget."""
     path = job.inputs["eval_report"] / f"{what}.parquet"
     rows = pq.read_table(path).to_pylist()
     told = [{**row, "loss": row["loss"] - nats * (row["candidate"] == "base")} for row in rows]
@@ -191,7 +195,8 @@ def test_nothing_is_published_if_both_merges_break_the_gate(job: Job, tmp_path: 
     job = knowing(train(job, tmp_path / "adapter", against_nf4=True), "rows", 100.0)
     with pytest.raises(
         VerdictError,
-        match=r"onto the original weights: loss -\d.* stop rate .*; onto what NF4 makes of them: worse than the base",
+        match=r"onto the original weights: loss -\d.* stop rate .*; "
+        r"onto the NF4 round trip of the base: worse than the base",
     ):
         step(job, quiet)
     assert not (job.output / "README.md").exists()
@@ -205,7 +210,7 @@ def test_of_equals_the_original_weights_are_taken() -> None:
 
 
 def test_qlora_runs_through_the_graph_and_says_what_it_was_merged_onto(copy: Path) -> None:
-    """What it is worth is not asked here (the gate is overridden): NF4 leaves little of a random model of this size."""
+    """The gate is overridden: NF4 leaves little of a random model of this size."""
     edit(
         copy,
         lora={"method": "qlora"},

@@ -1,4 +1,4 @@
-"""Champion and challenger: promotion by rule, rollback, and what is refused, in a project whose graph ran."""
+"""Champion and challenger: promotion by rule, rollback and refusals, in a finished project."""
 
 import json
 import shutil
@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from ft_assets.artifacts import ArtifactStore
+from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.commands.gc import removals, remove
 from ft_assets.config import GateSettings, ReleaseSettings
+from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.report_model import Difference
 from ft_assets.orchestration import materializer as materializer
-from ft_assets.release.champion import KEPT, PROMOTED, State, decide_release, state_of
+from ft_assets.release.champion import Measured, decide_release
 from ft_assets.release.lookup import adapter_of
+from ft_assets.release.register import (
+    KEPT,
+    PROMOTED,
+    HistoryEntry,
+    ReleaseState,
+    state_of,
+    write_release,
+)
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
@@ -21,14 +30,14 @@ UP_TO_RELEASE = "recipe,lora_adapter,dpo_adapter,eval_report,merged_model,releas
 ROLL_BACK = {"release": {"rollback_to": "previous", "reason": "customers complained"}}
 
 
-def state(folder: Path) -> State:
+def state(folder: Path) -> ReleaseState:
     return state_of(ArtifactStore(folder / ".ft/store").need("release", "tiny"))
 
 
 def champion(folder: Path) -> str:
     found = state(folder).champion
     assert found is not None
-    return found["merged_model"]
+    return found.merged_model
 
 
 def difference(
@@ -53,14 +62,63 @@ GOOD, NO_BETTER = difference(0.4, 0.3, 0.5, 0.0001), difference(0.0, -0.1, 0.1, 
 RULES = [
     ("better", difference(0.2, 0.1, 0.3, 0.001), GOOD, {}, PROMOTED, "is better than the champion"),
     ("worse", difference(-0.2, -0.3, -0.1, 0.001), GOOD, {}, KEPT, "is worse than the champion"),
-    ("cannot tell", difference(0.01, -0.1, 0.12, 0.8), GOOD, {}, KEPT, "may be worse than the champion by more than 0.05"),
-    ("not worse by the margin", difference(0.01, -0.04, 0.06, 0.8), GOOD, {}, PROMOTED, "not worse than the champion by 0.05"),
-    ("a wider margin", difference(0.01, -0.1, 0.12, 0.8), GOOD, {"margin": 0.2}, PROMOTED, "not worse than the champion by 0.2"),
-    ("must be better", difference(0.01, -0.04, 0.06, 0.8), GOOD, {"rule": "better"}, KEPT, "not proven better"),
-    ("all rows equal", difference(0.0, 0.0, 0.0, 1.0, 0, 0), GOOD, {"margin": 0.0}, PROMOTED, "not worse"),
-    ("the champion fell behind the base", difference(0.01, -0.1, 0.12, 0.8), NO_BETTER, {}, PROMOTED, "no longer beats"),
-    ("worse than a champion that fell behind", difference(-0.2, -0.3, -0.1, 0.001), NO_BETTER, {}, KEPT, "is worse"),
-]  # fmt: skip
+    (
+        "cannot tell",
+        difference(0.01, -0.1, 0.12, 0.8),
+        GOOD,
+        {},
+        KEPT,
+        "may be worse than the champion by more than 0.05",
+    ),
+    (
+        "not worse by the margin",
+        difference(0.01, -0.04, 0.06, 0.8),
+        GOOD,
+        {},
+        PROMOTED,
+        "not worse than the champion by 0.05",
+    ),
+    (
+        "a wider margin",
+        difference(0.01, -0.1, 0.12, 0.8),
+        GOOD,
+        {"margin": 0.2},
+        PROMOTED,
+        "not worse than the champion by 0.2",
+    ),
+    (
+        "must be better",
+        difference(0.01, -0.04, 0.06, 0.8),
+        GOOD,
+        {"rule": "better"},
+        KEPT,
+        "not proven better",
+    ),
+    (
+        "all rows equal",
+        difference(0.0, 0.0, 0.0, 1.0, 0, 0),
+        GOOD,
+        {"margin": 0.0},
+        PROMOTED,
+        "not worse",
+    ),
+    (
+        "the champion fell behind the base",
+        difference(0.01, -0.1, 0.12, 0.8),
+        NO_BETTER,
+        {},
+        PROMOTED,
+        "no longer beats",
+    ),
+    (
+        "worse than a champion that fell behind",
+        difference(-0.2, -0.3, -0.1, 0.001),
+        NO_BETTER,
+        {},
+        KEPT,
+        "is worse",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -70,16 +128,17 @@ RULES = [
 )
 def test_rule(against: Difference, today: Difference, rule: dict, status: str, says: str) -> None:
     decision = decide_release(
-        {"exact": against},
-        {"exact": today},
-        {"exact": GOOD},
+        Measured({"exact": against}, {"exact": today}, {"exact": GOOD}),
         "exact",
         GateSettings(),
         ReleaseSettings(**rule),
     )
     assert decision.status == status
     assert says in decision.reasons[0]
-    promised = "on these rows the challenger is better than the base: exact +0.400 against base [+0.300, +0.500]"
+    promised = (
+        "on these rows the challenger is better than the base: "
+        "exact +0.400 against base [+0.300, +0.500]"
+    )
     assert (promised in decision.reasons[-1]) == (status == PROMOTED)
 
 
@@ -89,22 +148,18 @@ def test_rule(against: Difference, today: Difference, rule: dict, status: str, s
 def test_challenger_that_does_not_beat_the_base_on_these_rows_is_promoted_by_override_alone(
     today: Difference,
 ) -> None:
-    """The champion may have been trained on most of the rows: of those that are left the challenger's PASS says nothing."""
+    """The champion may have been trained on most rows; the PASS is not about the remaining ones."""
     better = {"exact": difference(0.2, 0.1, 0.3, 0.001)}
     asked = (
-        better,
-        {"exact": today},
-        {"exact": NO_BETTER},
+        Measured(better, {"exact": today}, {"exact": NO_BETTER}),
         "exact",
         GateSettings(),
         ReleaseSettings(),
     )
     decision = decide_release(*asked)
     assert decision.status == KEPT
-    assert (
-        "does not beat the base on these rows: cannot tell it from the base: exact +0.000 against base"
-        in decision.reasons[0]
-    )
+    undecided = "cannot tell it from the base: exact +0.000 against base"
+    assert f"does not beat the base on these rows: {undecided}" in decision.reasons[0]
     decision = decide_release(*asked, override="the board wants it")
     assert decision.status == PROMOTED
     assert (
@@ -119,9 +174,7 @@ def test_margin_alone_is_what_beats_the_base_where_the_gate_asks_no_more() -> No
         {"exact": difference(-0.05, -0.1, 0.0, 0.2)},
     )
     decision = decide_release(
-        {"exact": difference(0.0, -0.04, 0.04, 1.0)},
-        slightly_lower,
-        slightly_lower,
+        Measured({"exact": difference(0.0, -0.04, 0.04, 1.0)}, slightly_lower, slightly_lower),
         "exact",
         gate,
         ReleaseSettings(),
@@ -134,9 +187,7 @@ def test_margin_of_the_gate_holds_against_the_champion_too() -> None:
     gate = GateSettings(metrics={"exact": "better", "chrf": 0.1})
     against = {"exact": difference(0.2, 0.1, 0.3, 0.001), "chrf": difference(-0.05, -0.2, 0.1, 0.4)}
     decision = decide_release(
-        against,
-        {"exact": GOOD, "chrf": GOOD},
-        {"exact": GOOD, "chrf": GOOD},
+        Measured(against, {"exact": GOOD, "chrf": GOOD}, {"exact": GOOD, "chrf": GOOD}),
         "exact",
         gate,
         ReleaseSettings(),
@@ -145,10 +196,57 @@ def test_margin_of_the_gate_holds_against_the_champion_too() -> None:
     assert "worse than the champion by more than 0.1: chrf" in decision.reasons[0]
 
 
+MODEL = {
+    "identity": "12c3",
+    "merged_model": "6a73",
+    "data_version": "2945",
+    "candidate": "dpo",
+    "verdict": "PASS",
+    "override": None,
+}
+FIRST = {
+    "sequence": 1,
+    "decision": PROMOTED,
+    "reasons": ["the first release"],
+    "champion": MODEL,
+    "challenger": MODEL,
+    "at": "2026-11-27 14:12:48",
+    "run_id": "123b",
+}
+
+
+def test_register_keeps_the_layout_and_the_keys_of_other_versions(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    line = {**FIRST, "later_key": 1}
+    document = {**line, "previous": None, "withdrawn": {}}
+    (old / "release.json").write_text(json.dumps(document))
+    (old / "history.jsonl").write_text(json.dumps(line) + "\n")
+    before = state_of(Artifact(old, {}))
+    entry = HistoryEntry.model_validate({**FIRST, "sequence": 2, "decision": KEPT})
+    through_a_job = ReleaseState.model_validate_json(before.model_dump_json())
+    write_release(new, through_a_job, entry)
+    lines = (new / "history.jsonl").read_text().splitlines()
+    assert lines[0] == json.dumps(line)  # byte for byte
+    assert lines[1] == json.dumps({**FIRST, "sequence": 2, "decision": KEPT})
+    written = (new / "release.json").read_text()
+    last = {**FIRST, "sequence": 2, "decision": KEPT, "previous": None, "withdrawn": {}}
+    assert written == json.dumps(last, indent=1)
+
+
+def test_damaged_register_is_an_error_of_one_sentence(tmp_path: Path) -> None:
+    model = {key: value for key, value in MODEL.items() if key != "identity"}
+    document = {**FIRST, "champion": model, "previous": None, "withdrawn": {}}
+    (tmp_path / "release.json").write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=r"release.json: is damaged .*champion.identity: Field"):
+        state_of(Artifact(tmp_path, {}))
+
+
 def test_first_release_has_no_champion_to_beat_and_a_rerun_does_nothing(copy: Path) -> None:
     first = artifact(copy, "release")
     only = state(copy)
-    assert [line["decision"] for line in only.history] == [PROMOTED]
+    assert [line.decision for line in only.history] == [PROMOTED]
     assert only.previous is None
     assert champion(copy) == artifact(copy, "merged_model").name
     result = materialize(copy, "release")
@@ -167,13 +265,14 @@ def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> N
     second = artifact(copy, "merged_model").name
     after = state(copy)
     assert second != first
-    comparison = after.history[-1]["comparison"]
+    comparison = after.history[-1].comparison
+    assert comparison is not None
     assert (
-        comparison["rows"] == 32
+        comparison.rows == 32
     )  # the champion answered today's rows again, and so did the challenger
-    assert set(comparison["scores"]) == {"champion", "challenger"}
-    assert comparison["challenger_against_base"]["mean"] > 0
-    assert [line["decision"] for line in after.history] == [PROMOTED, PROMOTED]
+    assert set(comparison.scores) == {"champion", "challenger"}
+    assert comparison.challenger_against_base.mean > 0
+    assert [line.decision for line in after.history] == [PROMOTED, PROMOTED]
     assert champion(copy) == second
 
     # ft gc with nothing kept but the newest leaves what a rollback needs
@@ -196,7 +295,7 @@ def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> N
     rolled = materialize(copy, "release", config=ROLL_BACK)
     assert rolled.success, failure(rolled)
     assert champion(copy) == first
-    assert state(copy).history[-1]["decision"] == "ROLLED BACK"
+    assert state(copy).history[-1].decision == "ROLLED BACK"
     assert "not on today's rows" in checks(rolled)["champion_beats_base"].description
     assert not checks(rolled)["challenger_was_promoted"].passed
 
@@ -214,7 +313,9 @@ def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> N
     )
     assert forward.success, failure(forward)
     assert champion(copy) == second
-    assert state(copy).withdrawn == {state(copy).previous["identity"]: "it was not the model"}  # type: ignore[index]
+    previous = state(copy).previous
+    assert previous is not None
+    assert state(copy).withdrawn == {previous.identity: "it was not the model"}
 
 
 def test_champion_that_was_kept_is_asked_again_when_a_library_changes(
@@ -223,7 +324,7 @@ def test_champion_that_was_kept_is_asked_again_when_a_library_changes(
     first = champion(copy)
     edit(copy, sft={"learning_rate": 0.021}, release={"rule": "better"})
     assert materialize(copy, UP_TO_RELEASE).success
-    assert [line["decision"] for line in state(copy).history] == [PROMOTED, KEPT]
+    assert [line.decision for line in state(copy).history] == [PROMOTED, KEPT]
     kept = artifact(copy, "release")
     assert materialize(copy, "release").success
     assert artifact(copy, "release") == kept  # nothing changed: the same answer
@@ -234,7 +335,7 @@ def test_champion_that_was_kept_is_asked_again_when_a_library_changes(
     result = materialize(copy, "release")
     assert result.success, failure(result)
     after = state(copy)
-    assert [(line["sequence"], line["decision"]) for line in after.history] == [
+    assert [(line.sequence, line.decision) for line in after.history] == [
         (1, PROMOTED),
         (2, KEPT),
         (3, KEPT),
@@ -247,7 +348,7 @@ def test_first_release_by_override_says_so(copy: Path) -> None:
     edit(copy, gate={"min_heldout_rows": 1000, "override": "the board wants it"})
     result = materialize(copy, "eval_report,merged_model,release")
     assert result.success, failure(result)
-    reasons = state(copy).history[0]["reasons"]
+    reasons = state(copy).history[0].reasons
     gain = ArtifactStore(copy / ".ft/store").need("merged_model", "tiny").metrics["merged_gain"]
     assert f"it beats the base: exact {gain:+.3f} against base [" in reasons[1]
     assert reasons[2] == "released by override of INCONCLUSIVE: the board wants it"
@@ -267,7 +368,7 @@ def test_first_release_of_a_file_that_does_not_beat_the_base_does_not_say_that_i
     }
     manifest.write_text(json.dumps(told))
     materialize(copy, "release")
-    reasons = "; ".join(state(copy).history[0]["reasons"])
+    reasons = "; ".join(state(copy).history[0].reasons)
     assert "it beats the base" not in reasons
     assert (
         "it is not proven better than the base: exact +0.000 against base [-0.100, +0.100]"
@@ -284,12 +385,12 @@ def test_no_comparison_with_a_champion_whose_trained_rows_nobody_knows(copy: Pat
     assert materialize(copy, UP_TO_RELEASE.removesuffix(",release")).success
     (adapter.path / "trained_groups.json").unlink()
     said = failure(materialize(copy, "release"))
-    assert "the champion's adapter does not say which rows it was trained on" in said
+    assert "the champion's adapter does not have the list of its training rows" in said
     assert "remove release/tiny from the store" in said
     shutil.rmtree(adapter.path)
     said = failure(materialize(copy, "release"))
-    assert "the adapter that the champion" in said
-    assert "nobody knows which rows it was trained on" in said
+    assert "the adapter of the champion" in said
+    assert "so its training rows are unknown" in said
     assert champion(copy) == before
 
 
@@ -326,6 +427,6 @@ def test_lost_champion_is_an_error_that_says_so(copy: Path) -> None:
     text = json.loads(document.read_text())
     text["champion"] |= {"merged_model": "gone", "data_version": "gone", "identity": "gone"}
     document.write_text(json.dumps(text))
-    assert "the merged model gone is not in the store any more" in failure(
+    assert "the merged model gone is no longer in the store" in failure(
         materialize(copy, "release")
     )

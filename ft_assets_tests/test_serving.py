@@ -1,4 +1,4 @@
-"""What people do with a released model: read its card, rank it, chat with it, and ask it over HTTP."""
+"""The uses of a released model: its card, the leaderboard, chat and the HTTP endpoint."""
 
 import json
 import os
@@ -108,11 +108,30 @@ def entry(
     name: str, score: float, ids: tuple[str, ...] = ("a", "b"), **changes: Any
 ) -> dict[str, Any]:
     return {
-        "name": name, "verdict": "PASS", "candidate": "sft", "reason": "better", "metric": "exact", "score": score, "interval": [0, 1],
-        "base": 0.1, "base_interval": [0, 1], "few_shot": None, "gain": {"mean": 0.1, "low": 0.0, "high": 0.2},
-        "general_loss_rise": None, "general_task": None, "heldout_rows": len(ids), "heldout_ids": list(ids), "serves": "–", "stale": None,
-        "memory_gb": None, "gpu_seconds": 1.0, "train_tokens_per_s": None, "answer_tokens_per_s": None, "bytes": None, **changes,
-    }  # fmt: skip
+        "name": name,
+        "verdict": "PASS",
+        "candidate": "sft",
+        "reason": "better",
+        "metric": "exact",
+        "score": score,
+        "interval": [0, 1],
+        "base": 0.1,
+        "base_interval": [0, 1],
+        "few_shot": None,
+        "gain": {"mean": 0.1, "low": 0.0, "high": 0.2},
+        "general_loss_rise": None,
+        "general_task": None,
+        "heldout_rows": len(ids),
+        "heldout_ids": list(ids),
+        "serves": "–",
+        "stale": None,
+        "memory_gb": None,
+        "gpu_seconds": 1.0,
+        "train_tokens_per_s": None,
+        "answer_tokens_per_s": None,
+        "bytes": None,
+        **changes,
+    }
 
 
 def test_leaderboard_ranks_the_same_rows_only_and_hides_nobody() -> None:

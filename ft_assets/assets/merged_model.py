@@ -9,7 +9,7 @@ from ft_assets.evaluation.sources import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
-from ft_assets.release.card_facts import card_body, card_facts
+from ft_assets.release.card_facts import adapter_method, card_body, card_facts
 from ft_assets.steps import merge
 
 OF_THE_FILE = {
@@ -43,9 +43,7 @@ def merged_model(
     assert report is not None
     adapter = used[f"{'dpo' if verdict.candidate == 'dpo' else 'lora'}_adapter"]
     size = used["base_model"].manifest.bytes
-    method = adapter.metrics.get(
-        "method", adapter.manifest.settings["lora"]["method"]
-    )  # auto: what the plan took
+    method = adapter_method(adapter)
     # After QLoRA one of the two merges is a model that the report did not judge. It must pass the
     # whole gate.
     gate = project.gate.model_dump(

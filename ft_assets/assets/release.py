@@ -17,8 +17,18 @@ from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, Wanted, result
-from ft_assets.release import champion as rules
+from ft_assets.release.champion import rollback_target
 from ft_assets.release.lookup import find_model, need_adapter, need_champion, need_model
+from ft_assets.release.register import (
+    PROMOTED,
+    ROLLED_BACK,
+    HistoryEntry,
+    ReleasedModel,
+    ReleaseState,
+    identity,
+    state_of,
+    write_release,
+)
 from ft_assets.steps import release as release_step
 
 ABOVE = ("eval_report", "merged_model")
@@ -115,12 +125,12 @@ def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
 )
 def challenger_was_promoted(checked: Checked) -> dg.AssetCheckResult:
     """Warn, with the reason, if the champion was kept or rolled back to."""
-    state = rules.state_of(checked.artifact)
+    state = state_of(checked.artifact)
     merged = checked.materializer.store.need("merged_model", checked.name)
     assert state.champion is not None
     last = state.history[-1]
-    same = rules.identity(merged) == state.champion["identity"]
-    text = f"{last['decision']}: {'; '.join(last['reasons'])}"
+    same = identity(merged) == state.champion.identity
+    text = f"{last.decision}: {'; '.join(last.reasons)}"
     return dg.AssetCheckResult(passed=same, severity=WARN, description=text)
 
 
@@ -136,7 +146,7 @@ def _release(
     merged = store.need("merged_model", name)
     _require_made_from(merged, report, where)
     current = store.current("release", name)
-    state, challenger = rules.state_of(current), rules.describe(merged)
+    state, challenger = state_of(current), ReleasedModel.of(merged)
     settings = {
         "release": project.release.model_dump(mode="json", include=set(RULE)),
         "gate": project.gate.model_dump(mode="json", include=set(GATE)),
@@ -153,15 +163,11 @@ def _release(
             ),
         )
     assert current is not None
-    if challenger["identity"] == state.champion["identity"]:
+    if challenger.identity == state.champion.identity:
         return materializer.keep(context, current, ABOVE, "today's merged model is the champion")
-    if challenger["identity"] in state.withdrawn:
-        return materializer.keep(
-            context,
-            current,
-            ABOVE,
-            f"it was rolled back: {state.withdrawn[challenger['identity']]}",
-        )
+    if challenger.identity in state.withdrawn:
+        why = f"it was rolled back: {state.withdrawn[challenger.identity]}"
+        return materializer.keep(context, current, ABOVE, why)
     champion = need_model(store, name, state.champion, where)
     inputs |= {
         "champion": (champion, None),
@@ -190,20 +196,18 @@ def _release(
             root=project.root,
             state=state,
             challenger=challenger,
-            **_stamp(context),
+            at=_now(),
+            run_id=context.run_id,
         ),
         libraries=LIBRARIES,
     )
 
 
-def _stamp(context: dg.AssetExecutionContext) -> dict[str, str]:
-    return {
-        "at": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
-        "run_id": context.run_id,
-    }
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _former(store: Any, name: str, state: rules.State) -> dict[str, tuple[Artifact, str | None]]:
+def _former(store: Any, name: str, state: ReleaseState) -> dict[str, tuple[Artifact, str | None]]:
     """Return the champion before, as an input: what a release is made from is kept by `ft gc`, so that it can be rolled back to."""
     previous = find_model(store, name, state.previous) if state.previous else None
     return {"previous_champion": (previous, None)} if previous else {}
@@ -222,7 +226,7 @@ def _require_made_from(merged: Artifact, report: Artifact, where: str) -> None:
 def _first(
     output: Path,
     merged: Artifact,
-    challenger: rules.Model,
+    challenger: ReleasedModel,
     context: dg.AssetExecutionContext,
     metric: str,
 ) -> StepResult:
@@ -234,22 +238,30 @@ def _first(
     reasons.append(
         f"{'it beats the base' if gain['champion_beats_base'] else 'it is not proven better than the base'}: {found}"
     )
-    if challenger["override"]:
-        reasons.append(f"released by override of {challenger['verdict']}: {challenger['override']}")
-    decision = rules.Decision(rules.PROMOTED, reasons)
-    rules.write_release(output, rules.State(), decision, challenger, challenger, _stamp(context))
+    if challenger.override:
+        reasons.append(f"released by override of {challenger.verdict}: {challenger.override}")
+    entry = HistoryEntry(
+        sequence=1,
+        decision=PROMOTED,
+        reasons=reasons,
+        champion=challenger,
+        challenger=challenger,
+        at=_now(),
+        run_id=context.run_id,
+    )
+    write_release(output, ReleaseState(), entry)
     return StepResult(
-        {**_metrics(decision, challenger, 1), **gain, "measured_today": True},
-        {"champion": challenger["identity"]},
+        {**_metrics(entry), **gain, "measured_today": True},
+        {"champion": challenger.identity},
     )
 
 
-def _metrics(decision: rules.Decision, champion: rules.Model, sequence: int) -> dict[str, Any]:
+def _metrics(entry: HistoryEntry) -> dict[str, str | int]:
     return {
-        "decision": decision.status,
-        "reason": "; ".join(decision.reasons),
-        "champion": champion["merged_model"],
-        "sequence": sequence,
+        "decision": entry.decision,
+        "reason": "; ".join(entry.reasons),
+        "champion": entry.champion.merged_model,
+        "sequence": entry.sequence,
     }
 
 
@@ -268,7 +280,7 @@ def _roll_back(
     context: dg.AssetExecutionContext, materializer: Materializer, config: ReleaseConfig
 ) -> tuple[Artifact, bool]:
     name, store = context.partition_key, materializer.store
-    where, state = f"release[{name}]", rules.state_of(store.current("release", name))
+    where, state = f"release[{name}]", state_of(store.current("release", name))
     if not config.reason.strip():
         raise ReleaseError(
             where=where,
@@ -276,37 +288,31 @@ def _roll_back(
             expected="reason: a sentence; it is recorded",
             fix="fill in both fields of the launchpad",
         )
-    target = rules.rollback_target(state, config.rollback_to or "", where)
+    target = rollback_target(state, config.rollback_to or "", where)
     champion = need_model(store, name, target, where)
-    assert state.champion is not None
-    left = (
-        need_model(store, name, state.champion, where)
-        if find_model(store, name, state.champion)
-        else None
-    )
-    withdrawn = {key: why for key, why in state.withdrawn.items() if key != target["identity"]}
-    withdrawn[state.champion["identity"]] = config.reason
+    old = state.champion
+    assert old is not None
+    left = need_model(store, name, old, where) if find_model(store, name, old) else None
+    withdrawn = {key: why for key, why in state.withdrawn.items() if key != target.identity}
+    withdrawn[old.identity] = config.reason
 
     def make(output: Path) -> StepResult:
         verify_files(champion)
-        decision = rules.Decision(rules.ROLLED_BACK, [config.reason])
-        rules.write_release(
-            output,
-            state,
-            decision,
-            target,
-            state.champion or {},
-            {**_stamp(context), "withdrawn": withdrawn},
+        entry = HistoryEntry(
+            sequence=state.sequence + 1,
+            decision=ROLLED_BACK,
+            reasons=[config.reason],
+            champion=target,
+            challenger=old,
+            at=_now(),
+            run_id=context.run_id,
         )
-        metrics = {
-            **_metrics(decision, target, state.sequence + 1),
-            **_gain(champion),
-            "measured_today": False,
-        }
-        return StepResult(metrics, {"champion": target["identity"]})
+        write_release(output, state, entry, withdrawn)
+        metrics = {**_metrics(entry), **_gain(champion), "measured_today": False}
+        return StepResult(metrics, {"champion": target.identity})
 
     settings = {
-        "rollback_to": target["identity"],
+        "rollback_to": target.identity,
         "reason": config.reason,
         "sequence": state.sequence + 1,
     }
@@ -322,10 +328,10 @@ def _roll_back(
 def _beats_base(checked: Checked) -> dg.AssetCheckResult:
     released = checked.artifact
     merged = checked.materializer.store.current("merged_model", checked.name)
-    champion = rules.state_of(released).champion
+    champion = state_of(released).champion
     assert champion is not None
     metrics = dict(released.metrics)
-    today = merged is not None and rules.identity(merged) == champion["identity"]
+    today = merged is not None and identity(merged) == champion.identity
     if today and merged is not None:  # made again for today's rows, with the same weights
         metrics |= _gain(merged)
     measured = today or metrics["measured_today"]
@@ -338,9 +344,9 @@ def _beats_base(checked: Checked) -> dg.AssetCheckResult:
     text = f"{checked.project.recipe(checked.name).evaluation.metric} {gain.mean:+.3f} against base [{gain.low:+.3f}, {gain.high:+.3f}]"
     if not measured:
         text += "; measured when it was merged, not on today's rows: it was rolled back to"
-    if champion["override"]:
-        text += f"; released by override: {champion['override']}"
-    lenient = not measured or champion["override"]
+    if champion.override:
+        text += f"; released by override: {champion.override}"
+    lenient = not measured or champion.override
     return dg.AssetCheckResult(
         passed=passed, severity=WARN if lenient else ERROR, description=text, metadata=numbers(gain)
     )

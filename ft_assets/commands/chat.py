@@ -12,8 +12,8 @@ from ft_assets.errors import TemplateError
 from ft_assets.hardware import compute_dtype, free_memory, free_unused
 from ft_assets.inference.generation import generate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
-from ft_assets.release.champion import identity, state_of
 from ft_assets.release.lookup import need_model
+from ft_assets.release.register import identity, state_of
 from ft_assets.rows.types import Message
 
 
@@ -30,7 +30,7 @@ def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
         if champion is None
         else [("champion", need_model(store, name, champion, f"release[{name}]"))]
     )
-    if champion is not None and champion["identity"] != identity(merged):
+    if champion is not None and champion.identity != identity(merged):
         models.append(("challenger", merged))
     for _, artifact in models:
         verify_files(artifact)

@@ -220,6 +220,12 @@ class Verdict(Part):
     bound_to: dict[str, str]
     override: str | None = None
 
+    @property
+    def merged_candidate(self) -> str:
+        """The candidate to merge, of a verdict that passed the gate."""
+        assert self.candidate is not None, "a verdict that passed the gate has a candidate"
+        return self.candidate
+
 
 class Finding(Part):
     """A suspected cause of a verdict that is not a PASS, with its evidence and advice."""

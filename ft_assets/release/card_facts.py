@@ -1,22 +1,26 @@
-"""What the model card says besides the evaluation: where base and data come from, the recipe, and how to make it again."""
+"""Collect the model card's facts besides the evaluation.
+
+They are the origin of the base and of the data, the recipe, and the steps to reproduce the model.
+"""
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.artifacts.documents import read_document
 from ft_assets.artifacts.environment import library_versions
-from ft_assets.config import ChatSettings, Project
+from ft_assets.config import ChatSettings, Project, Recipe
 from ft_assets.data.remote_files import without_secrets
 from ft_assets.data.tables import read_table
-from ft_assets.models.license import snapshot_license
+from ft_assets.models.license import BaseLicense, snapshot_license
 
-TRAINED = (
+TRAINING_METRICS = (
     "train_rows",
     "train_tokens",
     "supervised_tokens",
@@ -26,6 +30,89 @@ TRAINED = (
     "tokens_per_s",
     "peak_train_memory_gb",
 )
+# (name in the card, part of the split, its metric)
+SIDES = (
+    ("train", "train", "train_rows"),
+    ("validation", "validation", "validation_rows"),
+    ("preference pairs", "preferences", "preference_pairs"),
+    ("preference pairs, validation", "preferences_validation", "preference_validation_pairs"),
+    ("held-out", "heldout", "heldout_rows"),
+    ("general prompts", "retention", "retention_rows"),
+)
+HUB_DATASETS = "hf://datasets/"
+
+
+class Facts(BaseModel):
+    """A part of the card's facts; frozen."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class BaseFacts(Facts):
+    """The base model. revision: the hub's commit. fingerprint: the content of the snapshot."""
+
+    source: str
+    hub: str | None
+    revision: str | None
+    fingerprint: str
+    architecture: str
+    parameters: int
+    layers: int
+    context: int | None
+
+
+class DataFacts(Facts):
+    """A set of rows; `rows` is None if its count was not recorded."""
+
+    name: str
+    rows: int | None
+    fingerprint: str
+
+
+class AddedTokens(Facts):
+    """info/settled.json of a snapshot: the tokens that the base lacked."""
+
+    stops_added: list[str]
+    pad_added: str | None
+
+
+class TemplateFacts(Facts):
+    """The differences from the base's template and tokens; `added` is None if not recorded."""
+
+    chat_template: str | None
+    template_name: str | None
+    template_kwargs: dict[str, JsonValue]
+    system_turn: str
+    added: AddedTokens | None
+
+
+class CardFacts(Facts):
+    """The facts of a model card. method: of the adapter. has_system_turn: of the held-out rows.
+
+    training: the numbers of SFT and DPO. yaml: the finetune.yaml of this base alone. python,
+    libraries: the versions. bound_to: the versions that the verdict is about.
+    """
+
+    partition: str
+    base: BaseFacts
+    license: BaseLicense
+    data: list[DataFacts]
+    data_note: str
+    hub_datasets: list[str]
+    template: TemplateFacts
+    has_system_turn: bool
+    method: str
+    recipe: Recipe
+    training: dict[str, int | float]
+    yaml: str
+    python: str
+    libraries: dict[str, str]
+    bound_to: dict[str, str]
+
+    @property
+    def heldout(self) -> DataFacts:
+        """The held-out rows."""
+        return next(rows for rows in self.data if rows.name == "held-out")
 
 
 def card_facts(
@@ -34,122 +121,134 @@ def card_facts(
     name: str,
     used: Mapping[str, Artifact],
     versions: Mapping[str, str],
-) -> dict[str, Any]:
-    """Return plain data for release/card.py; `used` are the judged artifacts, `versions` what the verdict is bound to."""
+) -> CardFacts:
+    """Collect the facts for release/card.py.
+
+    used: the judged artifacts. versions: the versions that the verdict is bound to.
+    """
     recipe = project.recipe(name)
-    base, raw, split = used["base_model"], store.need("raw_dataset", None), used["heldout_split"]
+    base = used["base_model"]
+    split = used["heldout_split"]
+    raw = store.need("raw_dataset", None)
     first = read_table(split.path / "heldout.parquet", limit=1)
-    training: dict[str, Any] = {}
-    for stage, asset in (("SFT", "lora_adapter"), ("DPO", "dpo_adapter")):
-        metrics = used[asset].metrics
-        training |= {
-            f"{stage} {key.replace('_', ' ')}": metrics[key] for key in TRAINED if key in metrics
-        }
-    return {
-        "partition": name,
-        "base": _base(project, name, base),
-        "license": snapshot_license(base.path).model_dump(mode="json"),
-        "data": _data(raw, split, store.current("raw_preferences", None)),
-        "data_note": _left_out(raw, split),
-        "hub_datasets": _hub_datasets(project),
-        "words": _words(recipe.chat, base),
-        "has_system_turn": bool(first) and first[0]["messages"][0]["role"] == "system",
-        "method": adapter_method(store, name, recipe.lora.method),
-        "max_new_tokens": recipe.evaluation.max_new_tokens,
-        "recipe": recipe.model_dump(mode="json"),
-        "training": training,
-        "yaml": excerpt(project, name),
-        "python": platform.python_version(),
-        "versions": {
+    return CardFacts(
+        partition=name,
+        base=_base(project, name, base),
+        license=snapshot_license(base.path),
+        data=_data(raw, split, store.current("raw_preferences", None)),
+        data_note=_data_note(raw, split),
+        hub_datasets=_hub_datasets(project),
+        template=_template(recipe.chat, base),
+        has_system_turn=bool(first) and first[0]["messages"][0]["role"] == "system",
+        method=adapter_method(used["lora_adapter"]),
+        recipe=recipe,
+        training=_training(used),
+        yaml=excerpt(project, name),
+        python=platform.python_version(),
+        libraries={
             "ft_assets": importlib.metadata.version("ft_assets"),
             **library_versions("train"),
         },
-        "bound_to": dict(versions),
-    }
+        bound_to=dict(versions),
+    )
 
 
-def _base(project: Project, name: str, base: Artifact) -> dict[str, Any]:
-    settings, identity = project.base_model(name), base.manifest.settings.get("identity", {})
-    return {
-        "source": settings.hub or _shareable(settings.gguf or settings.folder or ""),
-        "hub": settings.hub,
-        "revision": identity.get("commit"),
-        "fingerprint": base.data_version,
-        **{key: base.metrics[key] for key in ("architecture", "parameters", "layers", "context")},
-    }
+def adapter_method(adapter: Artifact) -> str:
+    """Return the method of an adapter: with `auto`, the one that the memory plan chose."""
+    configured = adapter.manifest.settings["lora"]["method"]
+    return str(adapter.metrics.get("method", configured))
+
+
+def _base(project: Project, name: str, base: Artifact) -> BaseFacts:
+    settings = project.base_model(name)
+    metrics = base.metrics
+    return BaseFacts(
+        source=settings.hub or _shareable(settings.gguf or settings.folder or ""),
+        hub=settings.hub,
+        revision=base.manifest.settings.get("identity", {}).get("commit"),
+        fingerprint=base.data_version,
+        architecture=metrics["architecture"],
+        parameters=metrics["parameters"],
+        layers=metrics["layers"],
+        context=metrics["context"],
+    )
 
 
 def _shareable(place: str) -> str:
-    """Return a path or URL for a public page: of an absolute path only its last part, the rest is this machine's; of a URL
-    what is no secret."""
+    """Shorten a path or URL for a public page.
+
+    An absolute path keeps its last part; the rest belongs to this machine. A URL loses its secrets.
+    """
     return Path(place).name if Path(place).is_absolute() else without_secrets(place)
 
 
-def _words(chat: ChatSettings, base: Artifact) -> dict[str, Any]:
-    """Return what was given or added to the base's template, stop tokens and tokenizer."""
+def _template(chat: ChatSettings, base: Artifact) -> TemplateFacts:
     path = base.path / "info" / "settled.json"
+    fix = "materialize base_model again"
+    return TemplateFacts(
+        chat_template=_shareable(chat.chat_template) if chat.chat_template else None,
+        template_name=chat.template_name,
+        template_kwargs=chat.template_kwargs,
+        system_turn=chat.system_turn,
+        added=read_document(path, AddedTokens, fix) if path.exists() else None,
+    )
+
+
+def _training(used: Mapping[str, Artifact]) -> dict[str, int | float]:
+    stages = {"SFT": used["lora_adapter"].metrics, "DPO": used["dpo_adapter"].metrics}
     return {
-        "chat_template": _shareable(chat.chat_template) if chat.chat_template else None,
-        **chat.model_dump(mode="json", include={"template_name", "template_kwargs", "system_turn"}),
-        "settled": json.loads(path.read_text()) if path.exists() else None,
+        f"{stage} {key.replace('_', ' ')}": metrics[key]
+        for stage, metrics in stages.items()
+        for key in TRAINING_METRICS
+        if key in metrics
     }
 
 
-def _data(raw: Artifact, split: Artifact, preferences: Artifact | None) -> list[dict[str, Any]]:
-    sides = (
-        ("train", "train", "train_rows"),
-        ("validation", "validation", "validation_rows"),
-        ("preference pairs", "preferences", "preference_pairs"),
-        ("preference pairs, validation", "preferences_validation", "preference_validation_pairs"),
-        ("held-out", "heldout", "heldout_rows"),
-        ("general prompts", "retention", "retention_rows"),
-    )
-    rows = [
-        {"name": name, "rows": split.metrics.get(key, 0), "fingerprint": split.part_version(part)}
-        for name, part, key in sides
+def _data(raw: Artifact, split: Artifact, preferences: Artifact | None) -> list[DataFacts]:
+    sets = [
+        DataFacts(name=name, rows=split.metrics.get(key, 0), fingerprint=split.part_version(part))
+        for name, part, key in SIDES
     ]
-    rows.append(
-        {
-            "name": "raw conversations",
-            "rows": raw.metrics.get("conversations_rows"),
-            "fingerprint": raw.part_version("conversations"),
-        }
+    sets.append(
+        DataFacts(
+            name="raw conversations",
+            rows=raw.metrics.get("conversations_rows"),
+            fingerprint=raw.part_version("conversations"),
+        )
     )
     if preferences is not None:
-        rows.append(
-            {"name": "raw preferences", "rows": None, "fingerprint": preferences.data_version}
-        )
-    return [row for row in rows if row["rows"] != 0]
+        version = preferences.data_version
+        sets.append(DataFacts(name="raw preferences", rows=None, fingerprint=version))
+    return [rows for rows in sets if rows.rows != 0]
 
 
-def _left_out(raw: Artifact, split: Artifact) -> str:
+def _data_note(raw: Artifact, split: Artifact) -> str:
+    """Return the counts of the rows that were not used, as a sentence; "" if there are none."""
+    near = "training rows filtered as near-duplicates of a held-out or general prompt"
     counts = {
         "rejected as invalid": raw.metrics.get("rejected", 0),
-        "trained rows left out because they are nearly a held-out or general prompt": split.metrics.get(
-            "near_duplicates_removed", 0
-        ),
+        near: split.metrics.get("near_duplicates_removed", 0),
     }
     return "; ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _hub_datasets(project: Project) -> list[str]:
-    given = [
-        place
+    """List the ids of the hub datasets that the project's data come from."""
+    places = [
+        str(place)
         for value in project.data.model_dump(mode="json").values()
         if isinstance(value, list)
         for place in value
     ]
-    found = [
-        str(place).removeprefix("hf://datasets/")
-        for place in given
-        if str(place).startswith("hf://datasets/")
-    ]
+    found = [place.removeprefix(HUB_DATASETS) for place in places if place.startswith(HUB_DATASETS)]
     return sorted({"/".join(place.partition("@")[0].split("/")[:2]) for place in found})
 
 
 def excerpt(project: Project, name: str) -> str:
-    """Return the finetune.yaml of this base model alone, as far as it was set: paths of this machine shortened, and of URLs
-    (data, a judge's) what is no secret."""
+    """Write the finetune.yaml of this base model alone, with the keys that were set.
+
+    Paths of this machine are shortened, and URLs (of data, of a judge) lose their secrets.
+    """
     written = project.model_dump(
         mode="json",
         exclude_unset=True,
@@ -169,7 +268,7 @@ def excerpt(project: Project, name: str) -> str:
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:
-    """Return plain data with each text changed."""
+    """Apply a change to each text in plain data."""
     if isinstance(value, dict):
         return {key: _each(item, change) for key, item in value.items()}
     if isinstance(value, list):
@@ -180,9 +279,3 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
 def card_body(card: str) -> str:
     """Return a card without its front matter, for a page that shows markdown."""
     return card.split("\n---\n", 1)[-1].lstrip()
-
-
-def adapter_method(store: ArtifactStore, name: str, otherwise: str) -> str:
-    """Return how the adapter was trained: what the memory plan chose, where it was asked."""
-    adapter = store.current("lora_adapter", name)
-    return str(adapter.metrics.get("method", otherwise)) if adapter else otherwise

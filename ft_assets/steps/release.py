@@ -1,13 +1,11 @@
-"""Step: score champion and challenger, read from disk, on today's held-out rows, and decide which one is released."""
+"""Step: score champion and challenger on today's held-out rows, and decide the release."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.config import EvaluationSettings, GateSettings, ReleaseSettings
@@ -17,15 +15,28 @@ from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report_model import Differences
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
-from ft_assets.release.champion import PROMOTED, Model, State, decide_release, stands, write_release
+from ft_assets.release.champion import Measured, beats_base, decide_release
+from ft_assets.release.register import (
+    PROMOTED,
+    Comparison,
+    Decision,
+    HistoryEntry,
+    ReleasedModel,
+    ReleaseState,
+    write_release,
+)
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
     from ft_assets.evaluation.candidates import Rows, Task
 
+Side = Literal["champion", "challenger"]
+INPUTS: dict[Side, str] = {"champion": "champion", "challenger": "merged_model"}
+DIGITS = 4  # of the manifest's metrics
+
 
 class Settings(StepSettings):
-    """`state`: the release before. `at` and `run_id`: when and by which run the decision is made."""
+    """`state`: before this decision. `at`, `run_id`: the time and the run of this decision."""
 
     STEP: ClassVar = Step("release", gpu=True)
 
@@ -34,120 +45,158 @@ class Settings(StepSettings):
     evaluation: EvaluationSettings
     answer_schema: dict[str, Any] | None
     root: Path
-    state: State
-    challenger: Model
+    state: ReleaseState
+    challenger: ReleasedModel
     at: str
     run_id: str
 
 
 @takes(Settings)
-def step(job: Job, given: Settings, report: Report) -> StepResult:
+def step(job: Job, settings: Settings, report: Report) -> StepResult:
+    from ft_assets.evaluation.file_report import scored_rows
+
+    where = f"release[{job.partition}]"
+    metric = settings.evaluation.metric
+    for folder in (job.inputs[name] for name in INPUTS.values()):
+        verify_files(Artifact.read(folder))
+    tokenizer = load_tokenizer(job.inputs["base_model"])
+    heldout = read_table(job.inputs["heldout_split"] / "heldout.parquet")
+    heldout = with_references(tokenizer, heldout)
+    rows = unseen(heldout, job.inputs["champion_adapter"], where)
+    _require_enough(len(rows), len(heldout), settings.gate, where)
+    base = scored_rows(job.inputs["eval_report"] / "rows.parquet", "base", rows)
+    task = _task(rows, settings)
+    scored: dict[Side, Rows] = {
+        side: _score(job.inputs[name], task, base) for side, name in INPUTS.items()
+    }
+    scores = {side: statistics.fmean(row[metric] for row in its) for side, its in scored.items()}
+    for side, value in scores.items():
+        report(side, **{metric: round(value, DIGITS)})
+    measured = _measure(scored, base, settings)
+    override = settings.challenger.override
+    decision = decide_release(measured, metric, settings.gate, settings.release, override)
+    comparison = Comparison(
+        rows=len(rows),
+        rows_the_champion_was_trained_on=len(heldout) - len(rows),
+        scores={str(side): value for side, value in scores.items()},
+        challenger_against_champion=measured.against[metric],
+        champion_against_base=measured.champion[metric],
+        challenger_against_base=measured.challenger[metric],
+    )
+    entry = _entry(settings, decision, comparison)
+    write_release(job.output, settings.state, entry)
+    metrics = _metrics(entry, comparison, measured, settings)
+    return StepResult(metrics, {"champion": entry.champion.identity})
+
+
+def _require_enough(unseen_rows: int, rows: int, gate: GateSettings, where: str) -> None:
+    if unseen_rows >= gate.min_heldout_rows:
+        return
+    trained = f"the champion was trained on {rows - unseen_rows} of today's {rows} held-out rows"
+    least = f"at least {gate.min_heldout_rows} rows that neither model has seen"
+    raise ReleaseError(
+        where=where,
+        found=f"{trained}; {unseen_rows} are left",
+        expected=f"{least} (gate.min_heldout_rows)",
+        fix="add held-out rows, or set the split back to its former settings",
+    )
+
+
+def _task(rows: Rows, settings: Settings) -> Task:
     from ft_assets.evaluation.candidates import Task
+
+    return Task(
+        heldout=rows,
+        retention=[],
+        train=[],
+        few_shot=[],
+        few_shot_system=None,
+        settings=settings.evaluation,
+        schema=settings.answer_schema,
+        root=settings.root,
+    )
+
+
+def _measure(scored: dict[Side, Rows], base: Rows, settings: Settings) -> Measured:
+    """Compare champion, challenger and base, row by row."""
     from ft_assets.evaluation.report import compare_columns, score_columns
 
-    settings, gate, rule = given.evaluation, given.gate, given.release
-    before, metric = given.state, settings.metric
-    for name in ("merged_model", "champion"):
-        verify_files(Artifact.read(job.inputs[name]))
-    heldout = with_references(
-        load_tokenizer(job.inputs["base_model"]),
-        read_table(job.inputs["heldout_split"] / "heldout.parquet"),
-    )
-    rows = unseen(heldout, job.inputs["champion_adapter"], f"release[{job.partition}]")
-    if len(rows) < gate.min_heldout_rows:
-        raise ReleaseError(
-            where=f"release[{job.partition}]",
-            found=f"the champion was trained on {len(heldout) - len(rows)} of today's {len(heldout)} held-out rows; {len(rows)} are left",
-            expected=f"at least {gate.min_heldout_rows} rows that neither model has seen (gate.min_heldout_rows)",
-            fix="add held-out rows, or set the split back to what it was",
-        )
-    base = judged_rows(job.inputs["eval_report"], "base", rows)
-    task = Task(rows, [], [], [], None, settings, given.answer_schema, given.root)
-    scored = {
-        name: _score(job.inputs[path], task, base)
-        for name, path in (("champion", "champion"), ("challenger", "merged_model"))
-    }
-    for name, its in scored.items():
-        report(name, **{metric: round(statistics.fmean(row[metric] for row in its), 4)})
+    names = settings.evaluation.metric_names()
 
     def compare(one: Rows, other: Rows) -> Differences:
-        measured = {
-            name: values
-            for name, values in score_columns(one).items()
-            if name in settings.metric_names()
-        }
-        return compare_columns(measured, score_columns(other), settings, gate)
+        columns = {key: values for key, values in score_columns(one).items() if key in names}
+        return compare_columns(columns, score_columns(other), settings.evaluation, settings.gate)
 
-    against, today = (
-        compare(scored["challenger"], scored["champion"]),
-        {name: compare(its, base) for name, its in scored.items()},
+    return Measured(
+        against=compare(scored["challenger"], scored["champion"]),
+        champion=compare(scored["champion"], base),
+        challenger=compare(scored["challenger"], base),
     )
-    challenger, old = given.challenger, before.champion
-    assert old is not None, "the step compares with a champion"
-    decision = decide_release(
-        against, today["champion"], today["challenger"], metric, gate, rule, challenger["override"]
+
+
+def _entry(settings: Settings, decision: Decision, comparison: Comparison) -> HistoryEntry:
+    before = settings.state
+    assert before.champion is not None, "the step compares with a champion"
+    is_promoted = decision.status == PROMOTED
+    return HistoryEntry(
+        sequence=before.sequence + 1,
+        decision=decision.status,
+        reasons=decision.reasons,
+        champion=settings.challenger if is_promoted else before.champion,
+        challenger=settings.challenger,
+        at=settings.at,
+        run_id=settings.run_id,
+        comparison=comparison,
     )
-    champion = challenger if decision.status == PROMOTED else old
-    serving = today["challenger" if decision.status == PROMOTED else "champion"]
-    numbers = {
-        "rows": len(rows),
-        "rows_the_champion_was_trained_on": len(heldout) - len(rows),
-        "scores": {
-            name: statistics.fmean(row[metric] for row in its) for name, its in scored.items()
-        },
-        "challenger_against_champion": against[metric].to_dict(),
-        **{f"{name}_against_base": entries[metric].to_dict() for name, entries in today.items()},
+
+
+def _metrics(
+    entry: HistoryEntry, comparison: Comparison, measured: Measured, settings: Settings
+) -> dict[str, float | str]:
+    """Return the manifest's metrics; the gain is that of the champion after the decision."""
+    metric = settings.evaluation.metric
+    against_base = measured.challenger if entry.decision == PROMOTED else measured.champion
+    gain = against_base[metric]
+    return {
+        "decision": entry.decision,
+        "reason": "; ".join(entry.reasons),
+        "champion": entry.champion.merged_model,
+        "sequence": entry.sequence,
+        "heldout_rows": comparison.rows,
+        "rows_left_out": comparison.rows_the_champion_was_trained_on,
+        **{f"{side}_{metric}": round(value, DIGITS) for side, value in comparison.scores.items()},
+        "champion_gain_mean": round(gain.mean, DIGITS),
+        "champion_gain_low": round(gain.low, DIGITS),
+        "champion_gain_high": round(gain.high, DIGITS),
+        "champion_beats_base": beats_base(against_base, metric, settings.gate)[0],
+        "measured_today": True,
     }
-    stamp = {"at": given.at, "run_id": given.run_id}
-    write_release(
-        job.output, before, decision, champion, challenger, {**stamp, "comparison": numbers}
-    )
-    return StepResult(
-        {
-            "decision": decision.status,
-            "reason": "; ".join(decision.reasons),
-            "champion": champion["merged_model"],
-            "sequence": before.sequence + 1,
-            "heldout_rows": len(rows),
-            "rows_left_out": len(heldout) - len(rows),
-            **{f"{name}_{metric}": round(value, 4) for name, value in numbers["scores"].items()},
-            "champion_gain_mean": round(serving[metric].mean, 4),
-            "champion_gain_low": round(serving[metric].low, 4),
-            "champion_gain_high": round(serving[metric].high, 4),
-            "champion_beats_base": stands(serving, metric, gate)[0],
-            "measured_today": True,
-        },
-        {"champion": champion["identity"]},
-    )
 
 
 def unseen(rows: Rows, adapter: Path, where: str) -> Rows:
-    """Return the rows that a former champion's adapter was not trained on: a changed split may have moved them. Raises
-    ReleaseError if it does not say which these were."""
+    """Return the rows that an adapter was not trained on; a changed split may have moved them.
+
+    Raises ReleaseError if the adapter's list of training rows cannot be read.
+    """
     from ft_assets.models.adapter_files import TRAINED_GROUPS
 
+    path = adapter / TRAINED_GROUPS
     try:
-        seen = set(json.loads((adapter / TRAINED_GROUPS).read_text()))
+        seen = set(json.loads(path.read_text()))
     except (FileNotFoundError, json.JSONDecodeError):
+        folder = where.replace("[", "/").rstrip("]")
         raise ReleaseError(
             where=where,
-            found=f"the champion's adapter does not say which rows it was trained on ({adapter / TRAINED_GROUPS})",
+            found=f"the champion's adapter does not have the list of its training rows ({path})",
             expected="the list that its training wrote",
-            fix=f"restore the file from a backup; or remove {where.replace('[', '/').rstrip(']')} from the store: a new history then begins "
-            "with today's model",
+            fix=f"restore the file from a backup; or remove {folder} from the store: a new history "
+            "then begins with today's model",
         ) from None
     return [row for row in rows if row["group"] not in seen]
 
 
-def judged_rows(report: Path, candidate: str, rows: Rows) -> Rows:
-    """Return the evaluation's scored rows of one candidate, in the order of `rows`."""
-    table = pq.read_table(report / "rows.parquet", filters=[("candidate", "=", candidate)])
-    found = {row["id"]: row for row in table.to_pylist()}
-    return [found[row["id"]] for row in rows]
-
-
 def _score(folder: Path, task: Task, base: Rows) -> Rows:
-    """Return a merged model's own scored rows, with its own tokenizer and template."""
+    """Score a merged model with its own tokenizer and template."""
     from ft_assets.evaluation.candidates import Scorer
 
     scorer = Scorer(load_base(folder), load_tokenizer(folder), stop_ids(folder), task)

@@ -1,0 +1,233 @@
+"""Judge merged files by their own answers, and choose the one to publish.
+
+The file merged onto the original weights is the adapter that the evaluation judged, rounded: its
+held-out answers must keep the gain. The file merged onto the NF4 round trip of the base is a
+different model, which the evaluation did not judge: it must pass the whole gate.
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ft_assets.config import EvaluationSettings, GateSettings
+from ft_assets.errors import VerdictError
+from ft_assets.evaluation.candidates import Rows, Task
+from ft_assets.evaluation.file_report import report_of_file
+from ft_assets.evaluation.report import compare_columns, score_columns
+from ft_assets.evaluation.report_model import Difference, EvalReport, Verdict
+from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, judge, quality
+from ft_assets.merging.merge import MergeBase
+from ft_assets.merging.verify import Proof
+
+MAX_FAULTS = 3  # in an error message
+ONTO = {
+    "original": "onto the original weights",
+    "dequantized": "onto the NF4 round trip of the base",
+}
+
+
+@dataclass(frozen=True)
+class FileGain:
+    """A file's score and stop rate on the held-out rows, and its difference from the base."""
+
+    score: float
+    stop_rate: float
+    difference: Difference
+    beats_base: bool
+
+    def metrics(self, metric: str) -> dict[str, float]:
+        """Return the numbers under their keys in the manifest."""
+        return {
+            f"merged_{metric}": self.score,
+            "merged_stop_rate": self.stop_rate,
+            "merged_gain": self.difference.mean,
+            "merged_gain_low": self.difference.low,
+            "merged_gain_high": self.difference.high,
+            "merged_beats_base": self.beats_base,
+        }
+
+    def problems(self, metric: str) -> list[str]:
+        """Return why the file is not better than the base; [] if it is."""
+        if self.beats_base:
+            return []
+        gain = self.difference
+        interval = f"[{gain.low:+.3f}, {gain.high:+.3f}]"
+        stops = f"stop rate {self.stop_rate:.2f}"
+        return [f"{metric} {gain.mean:+.3f} against base {interval}, {stops}"]
+
+
+@dataclass(frozen=True)
+class FileVerdict:
+    """The gain of one file, and its problems with the gate: [] if it may be published.
+
+    report, reasons: of this file's own evaluation, if it was evaluated in full.
+    """
+
+    gain: FileGain
+    problems: list[str]
+    report: EvalReport | None = None
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation that judged the adapter: its report's folder, its task, verdict and gate.
+
+    base, judged: its scored held-out rows of the base and of the adapter.
+    """
+
+    folder: Path
+    snapshot: Path
+    task: Task
+    verdict: Verdict
+    gate: GateSettings
+    base: Rows
+    judged: Rows
+
+    @property
+    def settings(self) -> EvaluationSettings:
+        """The settings of the evaluation."""
+        return self.task.settings
+
+
+def require_same(proof: Proof, gate: GateSettings, where: str) -> None:
+    """Raise VerdictError unless the merged model is the judged one."""
+    least = gate.min_top1_agreement
+    faults = list(proof.faults)
+    # Not agreement < least: that is False for NaN.
+    if proof.answers is not None and not proof.answers.logits.top1_agreement >= least:
+        faults.append(f"top-1 agreement {proof.answers.logits.top1_agreement:.4f}")
+    if not faults:
+        return
+    hidden = len(faults) - MAX_FAULTS
+    more = f" (and {hidden} more)" if hidden > 0 else ""
+    raise VerdictError(
+        where=where,
+        found=f"the merged model is not what was proven: {'; '.join(faults[:MAX_FAULTS])}{more}",
+        expected="the base's tensors plus the adapter's update, the base's tokenizer and template, "
+        f"top-1 agreement of at least {least}",
+        fix="nothing was published; this is a bug in ft_assets: please report it",
+    )
+
+
+def better_base(scores: Mapping[MergeBase, float], settings: EvaluationSettings) -> MergeBase:
+    """Return the merge base with the better score; on a tie the original weights."""
+    sign = -1 if settings.metric in settings.lower_is_better() else 1
+    return max(scores, key=lambda name: (sign * scores[name], name == "original"))
+
+
+def judge_files(
+    evaluated: Evaluated, rows: Mapping[MergeBase, Rows], folders: Mapping[MergeBase, Path]
+) -> dict[MergeBase, FileVerdict]:
+    """Judge each merged file by its scored held-out rows.
+
+    The file on the NF4 round trip is evaluated in full only if it is the better one, or if the
+    other one has problems.
+    """
+    metric = evaluated.settings.metric
+    gains, adjusted = file_gains(evaluated, rows)
+    verdicts: dict[MergeBase, FileVerdict] = {
+        name: FileVerdict(gain, gain.problems(metric)) for name, gain in gains.items()
+    }
+    if evaluated.verdict.status != PASS:  # the gate is overridden
+        original = verdicts["original"]
+        problems = [*original.problems, *evaluated.verdict.reasons]
+        verdicts["original"] = FileVerdict(original.gain, problems)
+    scores: dict[MergeBase, float] = {name: gain.score for name, gain in gains.items()}
+    original_wins = better_base(scores, evaluated.settings) == "original"
+    if "dequantized" not in rows or (original_wins and not verdicts["original"].problems):
+        return verdicts
+    candidate = evaluated.verdict.merged_candidate
+    report = report_of_file(
+        folders["dequantized"],
+        evaluated.snapshot,
+        evaluated.task,
+        rows["dequantized"],
+        evaluated.folder,
+        candidate,
+        evaluated.gate,
+    )
+    found = judge(candidate, report, evaluated.gate, adjusted["dequantized"])
+    problems = [] if found.status == PASS else found.reasons
+    verdicts["dequantized"] = FileVerdict(gains["dequantized"], problems, report, found.reasons)
+    return verdicts
+
+
+def file_gains(
+    evaluated: Evaluated, rows: Mapping[MergeBase, Rows]
+) -> tuple[dict[MergeBase, FileGain], dict[str, dict[str, float]]]:
+    """Compare each file's held-out answers with the base's, by the rules of the adapter's verdict.
+
+    Returns the gains and Holm's p-values {file: {metric: p}}: two files are two chances.
+    """
+    gate = evaluated.gate
+    settings = evaluated.settings
+    metric = settings.metric
+    names = settings.metric_names()
+    base_columns = score_columns(evaluated.base)
+    against = {}
+    for name, scored in rows.items():
+        columns = {key: values for key, values in score_columns(scored).items() if key in names}
+        against[name] = compare_columns(columns, base_columns, settings, gate)
+    adjusted = adjusted_p(against, metric, gate)
+    gains: dict[MergeBase, FileGain] = {}
+    for name, scored in rows.items():
+        stop_rate = statistics.fmean(float(row["stopped"]) for row in scored)
+        passed = quality(against[name], metric, gate, adjusted[name]).passed
+        gains[name] = FileGain(
+            score=statistics.fmean(row[metric] for row in scored),
+            stop_rate=stop_rate,
+            difference=against[name][metric],
+            beats_base=passed and stop_rate >= gate.min_stop_rate,
+        )
+    return gains, adjusted
+
+
+def choose_file(
+    verdicts: Mapping[MergeBase, FileVerdict], evaluated: Evaluated, where: str
+) -> MergeBase:
+    """Return the better file among those without problems.
+
+    Raises VerdictError if all have problems, unless the gate is overridden: then the better of all.
+    """
+    sound: dict[MergeBase, float] = {
+        name: verdict.gain.score for name, verdict in verdicts.items() if not verdict.problems
+    }
+    if sound or evaluated.verdict.override:
+        scores: dict[MergeBase, float] = {
+            name: verdict.gain.score for name, verdict in verdicts.items()
+        }
+        return better_base(sound or scores, evaluated.settings)
+    several = len(verdicts) > 1
+    lines = [
+        f"{ONTO[name]}: {', '.join(verdict.problems)}" if several else "; ".join(verdict.problems)
+        for name, verdict in verdicts.items()
+    ]
+    rest = ", and a pass of the whole gate" if several else ""
+    lora = " (or lora: {method: lora}, which trains on the 16-bit weights)" if several else ""
+    raise VerdictError(
+        where=where,
+        found=f"the adapter passed, the merged file does not: {'; '.join(lines)}",
+        expected="a file that is better than the base, with a stop rate of at least "
+        f"{evaluated.gate.min_stop_rate}{rest}",
+        fix="nothing was published: rounding to bf16 cost the gain; use more held-out rows, or a "
+        f"stronger adapter{lora}",
+    )
+
+
+def beyond_heldout(report: EvalReport, candidate: str) -> dict[str, float]:
+    """Return the metrics of a file's own evaluation besides its gain over the base.
+
+    These are its refusals and repetition, forgetting, and the comparison with the prompted base.
+    """
+    scores = report.scores[candidate]
+    metrics = {f"merged_{name}": scores[name] for name in ("refused", "repetition")}
+    if report.retention is not None:
+        general = report.retention.comparisons[candidate]["base"]
+        task = report.retention.metric
+        metrics["merged_retention_loss_rise"] = -general["loss"].mean
+        metrics[f"merged_retention_{task}_change"] = general[task].mean
+    if prompted := report.comparisons[candidate].get("few_shot"):
+        metrics["merged_against_few_shot"] = prompted[report.metric].mean
+    return metrics

@@ -1,0 +1,194 @@
+"""The register of released models: the champion, its predecessors, and the reason of each decision.
+
+release.json of the current `release` artifact is the state; history.jsonl beside it has one
+decision per line. Each artifact has the whole history, so that one folder is enough, and `ft gc`
+keeps it with CURRENT. Pure, no torch. Not here: the rule (champion.py), the scoring
+(steps/release.py).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from ft_assets.artifacts import Artifact
+from ft_assets.artifacts.documents import read_document, read_lines
+from ft_assets.evaluation.report_model import Difference, Part
+from ft_assets.markdown import table
+
+Status = Literal["PROMOTED", "KEPT", "ROLLED BACK"]
+PROMOTED: Literal["PROMOTED"] = "PROMOTED"
+KEPT: Literal["KEPT"] = "KEPT"
+ROLLED_BACK: Literal["ROLLED BACK"] = "ROLLED BACK"
+DESCRIPTIONS = ("README.md", "verdict.json", "info/")  # files that do not change the answers
+RESTORE = "restore the release from a backup, or materialize release again"
+SHORT = 8  # characters of a fingerprint in a table
+
+
+class ReleasedModel(Part):
+    """A merged model in the register. identity: the hash of the files that decide its answers.
+
+    merged_model: the fingerprint. override: the written reason of a release without a PASS.
+    """
+
+    identity: str
+    merged_model: str
+    data_version: str
+    candidate: str
+    verdict: str
+    override: str | None = None
+
+    @classmethod
+    def of(cls, merged: Artifact) -> "ReleasedModel":
+        """Describe a merged model."""
+        return cls(
+            identity=identity(merged),
+            merged_model=merged.fingerprint,
+            data_version=merged.data_version,
+            candidate=merged.metrics["candidate"],
+            verdict=merged.metrics["verdict"],
+            override=merged.manifest.settings.get("override"),
+        )
+
+
+class Comparison(Part):
+    """Champion and challenger on the rows that neither was trained on, by the gate's metric."""
+
+    rows: int
+    rows_the_champion_was_trained_on: int
+    scores: dict[str, float]
+    challenger_against_champion: Difference
+    champion_against_base: Difference
+    challenger_against_base: Difference
+
+
+class Decision(Part):
+    """The decision of one release, and its reasons."""
+
+    status: Status
+    reasons: list[str]
+
+
+class HistoryEntry(Part):
+    """One line of history.jsonl; a first release and a rollback do not have a comparison.
+
+    Keys of another version of ft_assets are kept: each release writes the history again.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    sequence: int
+    decision: Status
+    reasons: list[str]
+    champion: ReleasedModel
+    challenger: ReleasedModel
+    at: str
+    run_id: str
+    comparison: Comparison | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON layout, without a comparison if there is none."""
+        data = super().to_dict()
+        if data.get("comparison") is None:
+            data.pop("comparison", None)
+        return data
+
+
+class ReleaseDocument(HistoryEntry):
+    """release.json: the last decision, the champion before, and {identity: reason} of rollbacks."""
+
+    previous: ReleasedModel | None
+    withdrawn: dict[str, str]
+
+
+class ReleaseState(Part):
+    """The state before a decision; empty before the first release."""
+
+    sequence: int = 0
+    champion: ReleasedModel | None = None
+    previous: ReleasedModel | None = None
+    withdrawn: dict[str, str] = Field(default={})
+    history: list[HistoryEntry] = Field(default=[])
+
+
+def identity(merged: Artifact) -> str:
+    """Hash a merged model's weights, tokenizer, template and generation config.
+
+    A new card does not make a new model.
+    """
+    files = {
+        name: entry.sha256
+        for name, entry in merged.manifest.files.items()
+        if not name.startswith(DESCRIPTIONS)
+    }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def state_of(release: Artifact | None) -> ReleaseState:
+    """Read the state of a release; without one the empty state. Raises ArtifactError."""
+    if release is None:
+        return ReleaseState()
+    document = read_document(release.path / "release.json", ReleaseDocument, RESTORE)
+    return ReleaseState(
+        sequence=document.sequence,
+        champion=document.champion,
+        previous=document.previous,
+        withdrawn=document.withdrawn,
+        history=read_lines(release.path / "history.jsonl", HistoryEntry, RESTORE),
+    )
+
+
+def write_release(
+    output: Path,
+    before: ReleaseState,
+    entry: HistoryEntry,
+    withdrawn: dict[str, str] | None = None,
+) -> None:
+    """Write release.json, history.jsonl and release.md. withdrawn: None if it did not change."""
+    old = before.champion
+    has_changed = old is not None and old.identity != entry.champion.identity
+    document = {
+        **entry.to_dict(),
+        "previous": _plain(old if has_changed else before.previous),
+        "withdrawn": before.withdrawn if withdrawn is None else withdrawn,
+    }
+    history = [*before.history, entry]
+    lines = [json.dumps(line.to_dict(), ensure_ascii=False) + "\n" for line in history]
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    (output / "release.json").write_text(text)
+    (output / "history.jsonl").write_text("".join(lines))
+    (output / "release.md").write_text(page(history))
+
+
+def _plain(model: ReleasedModel | None) -> dict[str, Any] | None:
+    return model.to_dict() if model else None
+
+
+def page(history: list[HistoryEntry]) -> str:
+    """Write the release as a markdown page: the champion, the reasons, and the history."""
+    last = history[-1]
+    champion = last.champion
+    about = f"({champion.candidate}, verdict {champion.verdict})"
+    lines = [
+        f"**{last.decision}**: {'; '.join(last.reasons)}",
+        "",
+        f"Champion: merged_model `{champion.merged_model}` {about}",
+    ]
+    if champion.override:
+        reason = f"Reason given in gate.override: {champion.override}"
+        lines += ["", f"> Released without a PASS. {reason}"]
+    header = ["#", "when (UTC)", "decision", "champion", "challenger", "why"]
+    rows = [
+        [
+            str(line.sequence),
+            line.at,
+            line.decision,
+            f"`{line.champion.merged_model[:SHORT]}`",
+            f"`{line.challenger.merged_model[:SHORT]}`",
+            "; ".join(line.reasons),
+        ]
+        for line in reversed(history)
+    ]
+    return "\n".join([*lines, "", table(header, rows)]) + "\n"
