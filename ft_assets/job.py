@@ -94,6 +94,13 @@ class StepSettings(BaseModel):
                 where, _first(error), f"the fields of {cls.__module__}.{cls.__name__}"
             ) from None
 
+    def to_json_dict(self) -> dict[str, JsonValue]:
+        """Return the settings as JSON for a job file.
+
+        Only the keys that were set: a file that a step writes from them keeps its layout.
+        """
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
 
 def _first(error: ValidationError) -> str:
     """Format the first problem of a validation: the key, and what is wrong with it."""

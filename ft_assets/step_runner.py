@@ -88,7 +88,7 @@ def _silent(message: str, **numbers: float) -> None:
 
 
 def watch_lifeline() -> None:
-    """End this process when the launcher's end of the pipe closes, so that no orphan keeps the GPU."""
+    """End this process when the launcher's end of the pipe closes: no orphan keeps the GPU."""
     if (descriptor := os.environ.get("FT_LIFELINE_FD")) is None:
         return
 

@@ -287,8 +287,8 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 
 
 LOCATION = """
-from ft_assets import rerun
-rerun.INTERVAL_SECONDS = 3
+from ft_assets.orchestration import rerun_stale
+rerun_stale.INTERVAL_SECONDS = 3
 from ft_assets.definitions import defs
 """
 

@@ -6,13 +6,14 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from ft_assets import steps
 from ft_assets.errors import JobError
-from ft_assets.job import Job, StepSettings
+from ft_assets.evaluation.report_model import Verdict
+from ft_assets.job import Job, Step, StepSettings
 from ft_assets.step_runner import execute
 
 STEPS = sorted({module.name for module in pkgutil.iter_modules(steps.__path__)} - {"preload"})
@@ -93,3 +94,25 @@ def test_job_with_a_wrong_setting_ends_in_a_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "settings of the step sft: lora.r: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_verdict_keeps_its_layout_on_the_way_through_a_job_file(tmp_path: Path) -> None:
+    class Judging(StepSettings):
+        STEP: ClassVar = Step("judging")
+
+        verdict: Verdict
+
+    verdict = Verdict(
+        status="PASS",
+        candidate="sft",
+        reported_candidate="sft",
+        reasons=["exact +0.5"],
+        dpo=None,
+        candidates={},
+        bound_to={},
+    )
+    given = job(tmp_path, "judging", Judging(verdict=verdict).to_json_dict())
+    read = Judging.of(Job.model_validate_json(given.model_dump_json())).verdict
+    assert read == verdict
+    assert read.to_json() == verdict.to_json()
+    assert "override" not in read.to_dict()

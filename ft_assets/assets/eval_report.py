@@ -1,4 +1,4 @@
-"""The asset that judges, eval_report, and its checks."""
+"""The asset `eval_report`: the evaluation of base, SFT and DPO, and its checks."""
 
 from typing import Any
 
@@ -20,7 +20,10 @@ TRAINED = ("base_model", "recipe", "heldout_split", "lora_adapter", "dpo_adapter
 def judged(
     materializer: Materializer, asset: str, name: str
 ) -> tuple[dict[str, Artifact], dict[str, str]]:
-    """Return the artifacts that a verdict is about, and their versions. Raises VerdictError if they do not belong together."""
+    """Return the artifacts of a verdict and their versions.
+
+    Raises VerdictError if they were not made from each other.
+    """
     names = ("base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter")
     used = {made: materializer.store.need(made, name) for made in names}
     require_lineage(used, f"{asset}[{name}]")
@@ -28,7 +31,10 @@ def judged(
 
 
 def _evaluation(materializer: Materializer, name: str) -> dict[str, Any]:
-    """Return all that decides the evaluation but for the artifacts: its settings, the files they name, the few-shot prompt."""
+    """Return all that decides the evaluation besides the artifacts.
+
+    It has the settings, the files that they name, and the few-shot prompt.
+    """
     project = materializer.project
     settings = project.recipe(name).evaluation
     return {
@@ -45,7 +51,7 @@ def _report(checked: Checked) -> EvalReport:
 
 
 def numbers(estimate: Estimate) -> dict[str, float]:
-    """Return an estimate as check metadata: the UI plots it over runs."""
+    """Return an estimate as check metadata, which the UI plots over runs."""
     return {
         "difference": estimate.mean,
         "interval_low": estimate.low,
@@ -70,7 +76,10 @@ def _summary(metrics: Metrics) -> str:
 def eval_report(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:
-    """Base, prompted base, SFT and DPO on the same held-out rows, paired; general prompts; and the verdict."""
+    """Base, prompted base, SFT and DPO on the same held-out rows, paired, and the verdict.
+
+    General prompts measure forgetting.
+    """
     name, project = context.partition_key, materializer.project
     used, versions = judged(materializer, "eval_report", name)
     previous = materializer.store.current("eval_report", name)
@@ -89,10 +98,7 @@ def eval_report(
                 f"heldout_split#{part}": (used["heldout_split"], part)
                 for part in ("train", "heldout", "retention")
             },
-            "raw_dataset#few_shot": (
-                materializer.store.need("raw_dataset", None),
-                "few_shot",
-            ),
+            "raw_dataset#few_shot": (materializer.store.need("raw_dataset", None), "few_shot"),
         },
         step=evaluate.Settings(
             evaluation=project.recipe(name).evaluation,
@@ -121,7 +127,7 @@ def eval_report(
 @check(
     eval_report,
     blocking=True,
-    description="Held-out quality is above the base's, proven: the verdict is PASS.",
+    description="The verdict is PASS: held-out quality is proven to be above the base's.",
 )
 def better_than_base(checked: Checked) -> dg.AssetCheckResult:
     """Fail on FAIL and on INCONCLUSIVE."""
@@ -139,10 +145,10 @@ def better_than_base(checked: Checked) -> dg.AssetCheckResult:
 
 @check(
     eval_report,
-    description="The fine-tune beats the base with a few-shot prompt; else prompting would do.",
+    description="The fine-tune beats the base with a few-shot prompt. Else prompting is enough.",
 )
 def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
-    """Warn if a prompted base is as good; fail if gate.prompting says so."""
+    """Warn if a prompted base is as good. Fail if gate.prompting is `fail`."""
     report, gate = _report(checked), checked.project.gate
     reported, metric = decide(report, gate).reported_candidate, report.metric
     severity = ERROR if gate.prompting == "fail" and gate.override is None else WARN
@@ -171,7 +177,10 @@ def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
     description="The model to merge did not get worse on general prompts.",
 )
 def nothing_forgotten(checked: Checked) -> dg.AssetCheckResult:
-    """Fail if loss or task score on the retention set fell by more than the gate's tolerance, or that cannot be told."""
+    """Fail if loss or task score on the retention set fell by more than the gate's tolerance.
+
+    Fail also if the rows cannot show whether they did.
+    """
     report, gate = _report(checked), checked.project.gate
     reported = decide(report, gate).reported_candidate
     found = forgetting(reported, report, gate)
@@ -193,7 +202,7 @@ def nothing_forgotten(checked: Checked) -> dg.AssetCheckResult:
 
 @check(
     eval_report,
-    description="DPO is not worse than SFT; else SFT is merged.",
+    description="DPO is not worse than SFT. Else SFT is merged.",
 )
 def dpo_does_not_hurt(checked: Checked) -> dg.AssetCheckResult:
     """Warn if DPO is lower than SFT on held-out or on general prompts."""

@@ -1,6 +1,6 @@
-"""The leaderboard: one table and one picture over all base models on the same held-out rows.
+"""The asset `leaderboard`: one table and one picture of all base models.
 
-A base model that failed neither blocks nor hides the others: it stands in the table with its reason.
+A base model that failed neither blocks nor hides the others: it is in the table with its reason.
 """
 
 import json
@@ -45,7 +45,10 @@ def _summary(metrics: Metrics) -> str:
 def leaderboard(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:
-    """All base models on the same held-out rows: score, gain, what was forgotten, memory, time and size; failures with their reason."""
+    """All base models on the same held-out rows: score, gain, forgetting, memory, time and size.
+
+    A base model that failed has its reason.
+    """
     ranked = rank([entry_of(materializer, name) for name in materializer.project.base_models])
 
     def make(output: Path) -> StepResult:
@@ -80,7 +83,7 @@ def leaderboard(
 
 
 def entry_of(materializer: Materializer, name: str) -> Entry:
-    """Return what the store knows of a base model. What cannot be read of it is its entry's reason: the others are shown."""
+    """Return the entry of a base model. If its files cannot be read, the entry has the reason."""
     try:
         return _entry(materializer, name)
     except FtError as error:
@@ -99,17 +102,15 @@ def _entry(materializer: Materializer, name: str) -> Entry:
     numbers = EvalReport.read(report.path / "report.json")
     rows = pq.read_table(report.path / "rows.parquet", columns=["candidate", "id"]).to_pylist()
     ids = [row["id"] for row in rows if row["candidate"] == "base"]
-    costs, stale = (
-        _costs(materializer, name, report),
-        _stale(materializer, name, numbers.bound_to),
-    )
+    costs = _costs(materializer, name, report)
+    stale = _stale(materializer, name, numbers.bound_to)
     return judged_entry(
         name, numbers, materializer.project.gate, ids, costs, _serves(materializer, name), stale
     )
 
 
 def _stale(materializer: Materializer, name: str, bound_to: dict[str, str]) -> str | None:
-    """Return what a report is no longer about, None if it is about today's base, adapters and rows."""
+    """Return the parts that changed after the report was made, or None."""
     used = {
         asset: materializer.store.need(asset, name)
         for asset in ("base_model", "lora_adapter", "dpo_adapter", "heldout_split")
@@ -125,7 +126,7 @@ def _stale(materializer: Materializer, name: str, bound_to: dict[str, str]) -> s
 def _readable(materializer: Materializer, asset: str, name: str) -> Artifact | None:
     try:
         return materializer.store.current(asset, name)
-    except ArtifactError:  # its entry says so
+    except ArtifactError:  # its entry has the reason
         return None
 
 
@@ -167,7 +168,7 @@ def _serves(materializer: Materializer, name: str) -> str:
 
 
 def why_not_judged(materializer: Materializer, name: str) -> str:
-    """Return how far a base model came, and the last error that a step of it left."""
+    """Return the first missing artifact of a base model, and the last error of its step."""
     store = materializer.store
     missing = next(
         asset for asset in CHAIN if asset == CHAIN[-1] or store.current(asset, name) is None
@@ -177,7 +178,7 @@ def why_not_judged(materializer: Materializer, name: str) -> str:
 
 
 def _last_error(materializer: Materializer, name: str, asset: str) -> str | None:
-    """Return what the newest failed step of this asset and base model said, in one line."""
+    """Return the first line of the newest error of this asset and base model."""
     found = []
     for file in (materializer.store.root / ".work" / "jobs").glob(f"{asset}-*/error.json"):
         try:

@@ -1,4 +1,4 @@
-"""The asset that merges, merged_model, and its checks."""
+"""The asset `merged_model`: the base with the proven adapter merged in, and its checks."""
 
 import dagster as dg
 
@@ -12,12 +12,8 @@ from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, resu
 from ft_assets.release.card_facts import adapter_method, card_body, card_facts
 from ft_assets.steps import merge
 
-OF_THE_FILE = {
-    "min_top1_agreement",
-    "confidence",
-    "min_stop_rate",
-    "metrics",
-}  # what the gate asks of every merged file
+# The part of the gate that every merged file must pass.
+OF_THE_FILE = {"min_top1_agreement", "confidence", "min_stop_rate", "metrics"}
 
 
 def _summary(metrics: Metrics) -> str:
@@ -35,7 +31,10 @@ def _summary(metrics: Metrics) -> str:
 def merged_model(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:
-    """The bf16 model to serve: base + proven adapter, compared with them from disk. Exists only behind a PASS."""
+    """The bf16 model to serve: base + proven adapter, compared with them from disk.
+
+    It exists only behind a PASS.
+    """
     name, project, store = context.partition_key, materializer.project, materializer.store
     used, versions = judged(materializer, "merged_model", name)
     report = store.current("eval_report", name)
@@ -77,8 +76,8 @@ def merged_model(
             root=project.root,
         ),
         libraries="infer",
-        space=size * (2 if method == "qlora" else 1)
-        + 100_000_000,  # after QLoRA both merges are on disk for a while
+        # After QLoRA both merges are on disk for a while.
+        space=size * (2 if method == "qlora" else 1) + 100_000_000,
     )
     tag_run(context, version=artifact.fingerprint)
     card = card_body((artifact.path / "README.md").read_text())
@@ -106,7 +105,8 @@ def merge_is_equivalent(checked: Checked) -> dg.AssetCheckResult:
         name: metrics.get(f"merged_onto_{name}_{metric}") for name in ("original", "dequantized")
     }
     chosen = (
-        f"; merged onto {onto}: {metric} {both['original']:.3f} onto the original, {both['dequantized']:.3f} onto NF4's"
+        f"; merged onto {onto}: {metric} {both['original']:.3f} onto the original, "
+        f"{both['dequantized']:.3f} onto NF4's"
         if None not in both.values()
         else ""
     )
@@ -114,7 +114,11 @@ def merge_is_equivalent(checked: Checked) -> dg.AssetCheckResult:
     chosen += "".join(f"; {name} breaks the gate: {why}" for name, why in broken.items() if why)
     return dg.AssetCheckResult(
         passed=bool(metrics["top1_agreement"] >= least and whole),
-        description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out rows ({metrics['top1_ties']} of {metrics['compared_tokens']} tokens are ties), greedy answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats{chosen}",
+        description=f"{metrics['modules_proven']} of {metrics['adapter_modules']} modules proven, "
+        f"top-1 agreement {metrics['top1_agreement']:.4f} on {metrics['compared_rows']} held-out "
+        f"rows ({metrics['top1_ties']} of {metrics['compared_tokens']} tokens are ties), greedy "
+        f"answers equal {metrics['greedy_agreement']:.3f}, mean KL {metrics['kl_mean']:.2g} nats"
+        f"{chosen}",
         metadata={
             name: metrics[name]
             for name in (
@@ -131,10 +135,10 @@ def merge_is_equivalent(checked: Checked) -> dg.AssetCheckResult:
 @check(
     merged_model,
     blocking=True,
-    description="The merged file itself, answering from disk, beats the base on the held-out rows.",
+    description="The merged file itself, read from disk, beats the base on the held-out rows.",
 )
 def file_is_better_than_base(checked: Checked) -> dg.AssetCheckResult:
-    """Fail if rounding to bf16 cost the gain (only an override merges such a file at all)."""
+    """Fail if rounding to bf16 cost the gain. Only an override merges such a file."""
     metrics, metric = checked.metrics, checked.project.recipe(checked.name).evaluation.metric
     gain = Estimate(
         mean=metrics["merged_gain"],
@@ -144,6 +148,7 @@ def file_is_better_than_base(checked: Checked) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         passed=bool(metrics["merged_beats_base"]),
         severity=ERROR if checked.project.gate.override is None else WARN,
-        description=f"{metric} {metrics[f'merged_{metric}']:.3f}, {gain.mean:+.3f} against base [{gain.low:+.3f}, {gain.high:+.3f}], stop rate {metrics['merged_stop_rate']:.2f}",
+        description=f"{metric} {metrics[f'merged_{metric}']:.3f}, {gain.mean:+.3f} against base "
+        f"[{gain.low:+.3f}, {gain.high:+.3f}], stop rate {metrics['merged_stop_rate']:.2f}",
         metadata=numbers(gain),
     )

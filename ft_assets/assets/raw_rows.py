@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from pydantic import JsonValue
 
 from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
@@ -50,7 +51,7 @@ def ingested(
     )
 
 
-def _reading(project: Project) -> dict[str, Any]:
+def _reading(project: Project) -> dict[str, JsonValue]:
     """Return the settings that decide how rows are read."""
     return project.data.model_dump(
         mode="json", include={"columns", "format", "encoding", "stratify"}
@@ -64,7 +65,7 @@ def _write(
 
     Raises DataError if a file changed after `files` were hashed.
     """
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, int] = {}
     parts: dict[str, str] = {}
     first: list[str] = []
     with (

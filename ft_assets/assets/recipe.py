@@ -14,7 +14,7 @@ from ft_assets.orchestration.materializer import Materializer, result
 def recipe(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:
-    """The resolved settings of this base model: the defaults of finetune.yaml with its overrides."""
+    """The settings of this base model: the defaults of finetune.yaml with the model's overrides."""
     resolved = materializer.project.recipe(context.partition_key)
     sections = {
         name: settings_version(getattr(resolved, name)) for name in type(resolved).model_fields

@@ -1,4 +1,7 @@
-"""The asset `release`: champion and challenger. Promotion and rollback are one materialization each, and leave a history."""
+"""The asset `release`: champion and challenger.
+
+Promotion and rollback are one materialization each. The release has the history of both.
+"""
 
 import datetime
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from ft_assets.artifacts import Artifact, verify_files
+from ft_assets.artifacts import Artifact, ArtifactStore, verify_files
 from ft_assets.assets.eval_report import TRAINED, judged, numbers
 from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
@@ -38,15 +41,17 @@ GATE = ("confidence", "metrics", "min_heldout_rows")
 
 
 class ReleaseConfig(dg.Config):
-    """The launchpad's fields: both empty in a usual run, which promotes by rule."""
+    """The fields of the launchpad. Both are empty in a usual run, which promotes by rule."""
 
     rollback_to: str | None = Field(
         default=None,
-        description="`previous`, or the fingerprint of a former champion's merged_model. Empty: promote by rule.",
+        description="`previous`, or the fingerprint of a former champion's merged_model. Empty: "
+        "promote by rule.",
     )
     reason: str = Field(
         default="",
-        description="Why it is rolled back, in a sentence; recorded in the release. Needed with rollback_to.",
+        description="The reason of the rollback, in a sentence. It is recorded in the release. "
+        "Required with rollback_to.",
     )
 
 
@@ -67,9 +72,11 @@ def release(
     materializer: dg.ResourceParam[Materializer],
     config: ReleaseConfig,
 ) -> dg.MaterializeResult:
-    """The champion: today's merged model replaces it if it beats the base and is not worse than it on today's held-out rows.
+    """The champion: the released model.
 
-    To roll back, materialize this asset alone with `rollback_to: previous` and a `reason` in the launchpad.
+    Today's merged model replaces it if it beats the base and is not worse than the champion on
+    today's held-out rows. To roll back, materialize this asset alone with `rollback_to: previous`
+    and a `reason` in the launchpad.
     """
     artifact, reused = (
         _roll_back(context, materializer, config)
@@ -94,7 +101,10 @@ def release(
     description="The released model beats its base on today's held-out rows.",
 )
 def champion_beats_base(checked: Checked) -> dg.AssetCheckResult:
-    """Fail if it does not; warn if it was not measured on today's rows (a rollback), or was released by override."""
+    """Fail if it does not.
+
+    Only warn if it was not measured on today's rows (a rollback), or was released by override.
+    """
     return _beats_base(checked)
 
 
@@ -104,7 +114,7 @@ def champion_beats_base(checked: Checked) -> dg.AssetCheckResult:
     description="Every file of the released model is the one that was proven, byte for byte.",
 )
 def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
-    """Fail naming the first file that is missing or was changed."""
+    """Fail with the first file that is missing or was changed."""
     store, name = checked.materializer.store, checked.name
     try:
         _, merged = need_champion(store, name, f"release[{name}]")
@@ -177,8 +187,8 @@ def _release(
         "champion_adapter": (need_adapter(store, name, champion, where), None),
         **_former(store, name, state),
     }
-    # Asked again it is what the current decision answers, and reused. Else it is a new question: the answer to an older one is
-    # not found again, for its history is older.
+    # The same comparison again: the current decision is reused. Any other comparison gets a new
+    # sequence number, so that an older decision, which has an older history, is not found.
     again = Wanted.of(
         context, {**settings, "sequence": state.sequence}, inputs, LIBRARIES
     ).fingerprint
@@ -207,8 +217,10 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _former(store: Any, name: str, state: ReleaseState) -> dict[str, tuple[Artifact, str | None]]:
-    """Return the champion before, as an input: what a release is made from is kept by `ft gc`, so that it can be rolled back to."""
+def _former(
+    store: ArtifactStore, name: str, state: ReleaseState
+) -> dict[str, tuple[Artifact, str | None]]:
+    """Return the champion before as an input: `ft gc` keeps it for a rollback."""
     previous = find_model(store, name, state.previous) if state.previous else None
     return {"previous_champion": (previous, None)} if previous else {}
 
@@ -235,9 +247,9 @@ def _first(
     mean, low, high = (gain[f"champion_gain_{key}"] for key in ("mean", "low", "high"))
     found = f"{metric} {mean:+.3f} against base [{low:+.3f}, {high:+.3f}]"
     reasons = ["the first release: there is no champion to compare with"]
-    reasons.append(
-        f"{'it beats the base' if gain['champion_beats_base'] else 'it is not proven better than the base'}: {found}"
-    )
+    better = gain["champion_beats_base"]
+    proven = "it beats the base" if better else "it is not proven better than the base"
+    reasons.append(f"{proven}: {found}")
     if challenger.override:
         reasons.append(f"released by override of {challenger.verdict}: {challenger.override}")
     entry = HistoryEntry(
@@ -266,7 +278,7 @@ def _metrics(entry: HistoryEntry) -> dict[str, str | int]:
 
 
 def _gain(merged: Artifact) -> dict[str, Any]:
-    """Return what the merge measured of the file itself against the base."""
+    """Return the gain of the merged file over the base, as the merge measured it."""
     metrics = merged.metrics
     return {
         "champion_gain_mean": metrics["merged_gain"],
@@ -285,7 +297,7 @@ def _roll_back(
         raise ReleaseError(
             where=where,
             found="a rollback without a reason",
-            expected="reason: a sentence; it is recorded",
+            expected="reason: a sentence, which is recorded",
             fix="fill in both fields of the launchpad",
         )
     target = rollback_target(state, config.rollback_to or "", where)
@@ -341,7 +353,8 @@ def _beats_base(checked: Checked) -> dg.AssetCheckResult:
         high=metrics["champion_gain_high"],
     )
     passed = bool(metrics["champion_beats_base"]) and measured
-    text = f"{checked.project.recipe(checked.name).evaluation.metric} {gain.mean:+.3f} against base [{gain.low:+.3f}, {gain.high:+.3f}]"
+    metric = checked.project.recipe(checked.name).evaluation.metric
+    text = f"{metric} {gain.mean:+.3f} against base [{gain.low:+.3f}, {gain.high:+.3f}]"
     if not measured:
         text += "; measured when it was merged, not on today's rows: it was rolled back to"
     if champion.override:

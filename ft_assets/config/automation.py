@@ -1,4 +1,7 @@
-"""`schedule:`, `freshness:` and `alerts:` of finetune.yaml: what happens without a person. None of it decides the content of anything."""
+"""`schedule:`, `freshness:` and `alerts:` of finetune.yaml: automation.
+
+None of these settings decides the content of an artifact.
+"""
 
 from typing import Annotated, Literal
 
@@ -6,7 +9,7 @@ from pydantic import Field, StringConstraints
 
 from ft_assets.config.section import Section
 
-# Only the name: the value is in the environment of webserver and daemon, and nowhere else.
+# Only the name. The value is only in the environment of the webserver and the daemon.
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$")]
 
 
@@ -28,7 +31,8 @@ class FreshnessSettings(Section):
 
 class WebhookSettings(Section):
     url_env: Variable = Field(
-        description="Name of the environment variable that holds the URL (which is a secret with most services)."
+        description="Name of the environment variable that holds the URL. With most services the "
+        "URL is a secret."
     )
 
 
@@ -52,7 +56,7 @@ class EmailSettings(Section):
 
 
 class AlertSettings(Section):
-    """Who is told of a failed run or verdict."""
+    """Where alerts of failed runs and verdicts are sent."""
 
     ui_url: str | None = Field(
         default=None,

@@ -1,7 +1,8 @@
-"""Who is told when a run or a verdict failed: a webhook, a Slack channel, e-mail; each a run-failure sensor, off until switched on.
+"""Alerts for a failed run or verdict: a webhook, a Slack channel, e-mail.
 
-A verdict that is no PASS fails its blocking check and so its run: one kind of sensor hears of both. Secrets are read from the
-environment of the process that sends; their values are in no definition, tick, log line or message.
+Each is a run-failure sensor, off until it is switched on. A verdict that is not a PASS fails its
+blocking check and so its run, so one kind of sensor sees both. The sending process reads a secret
+from its environment. No definition, tick, log line or message contains its value.
 """
 
 import os
@@ -26,7 +27,7 @@ TOLD = {
 
 @dataclass(frozen=True)
 class Alert:
-    """What is said of a failed run. `verdict`: PASS, FAIL or INCONCLUSIVE, None if none was reached."""
+    """The report of a failed run. `verdict`: PASS, FAIL, INCONCLUSIVE, None without a verdict."""
 
     run_id: str
     base_model: str | None
@@ -40,7 +41,7 @@ class Alert:
         return "\n".join([self.headline, *self.reasons, *([self.url] if self.url else [])])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the body of the webhook; `text` is what Slack, Mattermost and Teams show of it."""
+        """Return the body of the webhook. Slack, Mattermost and Teams show its `text`."""
         return {
             "text": self.text,
             "headline": self.headline,
@@ -53,7 +54,7 @@ class Alert:
 
 
 def alert(run: dg.DagsterRun, instance: dg.DagsterInstance, ui_url: str | None) -> Alert:
-    """Return what is to be said of a failed run: its failed blocking checks, and why its steps failed."""
+    """Collect the failed blocking checks of a run, and the reasons why its steps failed."""
     events = [
         event.dagster_event
         for event in instance.all_logs(run.run_id, of_type=TOLD)
@@ -90,7 +91,7 @@ def alert(run: dg.DagsterRun, instance: dg.DagsterInstance, ui_url: str | None) 
 
 
 def secret(variable: str, where: str) -> str:
-    """Return the value of an environment variable. Raises ConfigError naming the variable, never a value."""
+    """Return the value of an environment variable. Raises ConfigError that contains its name."""
     value = os.environ.get(variable)
     if not value:
         raise ConfigError(
@@ -134,7 +135,8 @@ def _webhook(settings: AlertSettings) -> dg.SensorDefinition:
 
     @dg.run_failure_sensor(
         name="alert_webhook",
-        description=f"Posts each failed run and verdict as JSON to the URL in the environment variable {variable}.",
+        description="Posts each failed run and verdict as JSON to the URL in the environment "
+        f"variable {variable}.",
     )
     def alert_webhook(context: dg.RunFailureSensorContext) -> None:
         url = secret(variable, "alerts.webhook.url_env")
@@ -221,9 +223,10 @@ def _email(settings: AlertSettings, password: str) -> dg.SensorDefinition:
 def _with_secret(
     name: str, variable: str, where: str, make: Callable[[str], dg.SensorDefinition]
 ) -> dg.SensorDefinition:
-    """Return Dagster's own sensor, which takes the secret when it is defined; without the secret, one that says so at each tick.
+    """Build Dagster's own sensor, which takes the secret when it is defined.
 
-    So that `ft run` on a machine that has no secret still loads the graph.
+    Without the secret, build a sensor that reports the missing variable at each tick, so that
+    `ft run` still loads the graph on a machine without the secret.
     """
     if os.environ.get(variable):
         return make(os.environ[variable])

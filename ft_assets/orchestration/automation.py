@@ -1,5 +1,8 @@
-"""What runs without a person: a sensor that reports changed data files, the retraining schedule, the alerts, all off by default; and the
-leaderboard after a failure. The sensor that reruns what is stale: `ft_assets.orchestration.rerun_stale`."""
+"""Automation: a sensor that reports changed data files, the retraining schedule, the alerts.
+
+All of these are off by default. Another sensor makes the leaderboard after a failure. The sensor
+that reruns what is stale is in `ft_assets.orchestration.rerun_stale`.
+"""
 
 import datetime
 import hashlib
@@ -15,19 +18,19 @@ from ft_assets.errors import ConfigError, FtError, InfrastructureFault
 from ft_assets.orchestration.alerts import alert_sensors
 
 KEYS = (*CONVERSATIONS, "preferences")
-PROVEN = {
-    dg.AssetKey("eval_report"),
-    dg.AssetKey("merged_model"),
-}  # what goes stale for a user when nothing retrains
+# These age for a user if nothing retrains.
+PROVEN = {dg.AssetKey("eval_report"), dg.AssetKey("merged_model")}
 DATA_FILES = dg.AssetKey("data_files")
 BOARD, RETRAIN = dg.AssetKey("leaderboard"), "retrain"
-AFTER_PEOPLE = {
-    "dagster/priority": "-1"
-}  # runs that nobody waits for stand behind those that somebody started
+# Automatic runs queue behind the runs that a person started.
+AFTER_PEOPLE = {"dagster/priority": "-1"}
 
 
 def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.FreshnessPolicy | None:
-    """Return when a report or a merged model is overdue; a run that reuses it counts, for it has looked that nothing changed."""
+    """Return the policy that marks a report or a merged model as overdue.
+
+    A run that reuses the artifact counts, because it verified that nothing changed.
+    """
     if settings is None or key not in PROVEN:
         return None
     warn, fail = (
@@ -38,7 +41,7 @@ def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.Freshn
 
 
 def content_version(project: Project) -> str:
-    """Return the hash of all data files' content, whatever their names and order."""
+    """Hash the content of all data files, independent of their names and order."""
     hashes = {
         key: sorted(digest for _, digest in files)
         for key, files in data_content(project, KEYS).items()
@@ -54,7 +57,8 @@ def automation(
     @dg.sensor(
         name="data_files_sensor",
         minimum_interval_seconds=30,
-        description="Reports a new version of data_files when their content changes and has been still for one tick.",
+        description="Reports a new version of data_files when their content changed and then "
+        "stayed the same for one tick.",
     )
     def data_files_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         try:
@@ -69,7 +73,8 @@ def automation(
             return dg.SkipReason(
                 "the data files changed; reported when they are still at the next tick"
             )
-        # A materialization, not an observation: after an observation of a plain spec, downstream stays stale for ever.
+        # A materialization, not an observation: after an observation of a plain spec, downstream
+        # assets stay stale for ever.
         event = dg.AssetMaterialization(DATA_FILES, tags={"dagster/data_version": version})
         return dg.SensorResult(asset_events=[event], cursor=json.dumps([version, version]))
 
@@ -77,7 +82,7 @@ def automation(
         RETRAIN,
         selection=dg.AssetSelection.all() - dg.AssetSelection.assets(DATA_FILES),
         partitions_def=base_models,
-        description="Everything of one base model; steps whose inputs did not change are reused.",
+        description="All assets of one base model. Steps whose inputs did not change are reused.",
     )
     schedules = [_schedule(project, project.schedule, retrain)] if project.schedule else []
     board = _leaderboard_after_failure(retrain)
@@ -85,15 +90,19 @@ def automation(
 
 
 def _leaderboard_after_failure(job: Any) -> dg.SensorDefinition:
-    """Return the sensor that makes the leaderboard of a failed run: in that run it is skipped, for it lies below what failed, and
-    would show the verdict before. On by default: it follows only runs that somebody, or another switch, has started.
+    """Build the sensor that makes the leaderboard after a failed run.
+
+    The failed run skips the leaderboard, because it is below the failed step, and it would go on
+    showing the former verdict. The sensor is on by default: it only follows runs that a person or
+    another sensor started.
     """
 
     @dg.run_failure_sensor(
         name="leaderboard_after_failure",
         request_job=job,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Makes the leaderboard after a failed run that should have made it, so that it shows what failed.",
+        description="Makes the leaderboard after a failed run that should have made it, so that it "
+        "shows the failure.",
     )
     def sensor(context: dg.RunFailureSensorContext) -> dg.RunRequest | dg.SkipReason:
         run = context.dagster_run
@@ -112,7 +121,10 @@ def _leaderboard_after_failure(job: Any) -> dg.SensorDefinition:
 
 
 def _schedule(project: Project, settings: ScheduleSettings, job: Any) -> dg.ScheduleDefinition:
-    """Return the schedule: a run a base model at each tick. Raises ConfigError for a time that cannot be."""
+    """Build the schedule: one run for each base model at each tick.
+
+    Raises ConfigError for an invalid time.
+    """
 
     def requests(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
         tags = {"ft/started_by": "retrain_schedule", **AFTER_PEOPLE}
@@ -128,14 +140,14 @@ def _schedule(project: Project, settings: ScheduleSettings, job: Any) -> dg.Sche
             cron_schedule=settings.cron,
             execution_timezone=settings.timezone,
             name="retrain_schedule",
-            description="Retrains every base model whose data or recipe changed; releases only behind a PASS.",
+            description="Retrains every base model whose data or recipe changed. A model is "
+            "released only behind a PASS.",
             execution_fn=requests,
         )
     except dg.DagsterInvalidDefinitionError as error:
-        found, expected = (
-            str(error).splitlines()[0],
-            'a cron expression such as "0 3 * * 1" and a time zone such as Europe/Berlin',
-        )
         raise ConfigError(
-            where="finetune.yaml: schedule", found=found, expected=expected, fix="correct it"
+            where="finetune.yaml: schedule",
+            found=str(error).splitlines()[0],
+            expected='a cron expression such as "0 3 * * 1" and a time zone such as Europe/Berlin',
+            fix="correct schedule.cron or schedule.timezone",
         ) from None

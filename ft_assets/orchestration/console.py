@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: one line an event that a person cares about. The UI keeps all of them."""
+"""The log of a run in a terminal: one line for each important event. The UI has all of them."""
 
 import logging
 import sys
@@ -65,12 +65,16 @@ class RunFormatter(logging.Formatter):
         if kind == "ENGINE_EVENT" and (event.message or "").startswith(
             "Step blocked by limit"
         ):  # said once; then it is "still blocked"
-            return f"  {event.step_key:<16} waits: another run holds the pool {event.message.rpartition(' ')[2]}"
+            pool = event.message.rpartition(" ")[2]
+            return f"  {event.step_key:<16} waits: another run holds the pool {pool}"
         return ""
 
 
 def failures(events: Iterable[Any]) -> list[str]:
-    """Return why a run failed, a text a cause: of its steps, else of what failed outside them (storage, a pool's slot)."""
+    """Return the causes of a failed run.
+
+    They are those of its steps, else of a failure outside them (storage, a slot of a pool).
+    """
     events = list(events)
     causes = [cause(event) for event in events if event.event_type_value == "STEP_FAILURE"]
     if causes:
@@ -88,7 +92,7 @@ def failures(events: Iterable[Any]) -> list[str]:
 
 
 def interrupted(events: Iterable[Any]) -> bool:
-    """Return whether a run ended because somebody interrupted its process: Dagster makes a failure of that."""
+    """Return True if the run was interrupted. Dagster reports an interrupt as a failure."""
     errors = [
         getattr(event.event_specific_data, "error", None) for event in events if event.is_failure
     ]

@@ -1,9 +1,9 @@
 """Declare assets and asset checks at module level, before the base models of a project are known.
 
-`@asset` and `@check` record a function. `bind` gives it what every asset and check of the graph has:
-the partitions (one a base model), the owner, and `user_errors`, which retries faults of the
-infrastructure and turns a user's error into a failure of one sentence. No function can forget one
-of them, and each function can be imported, called and tested alone.
+`@asset` and `@check` record a function. `bind` adds what every asset and check has: the partitions
+(one a base model), the owner, and `user_errors`, which retries faults of the infrastructure and
+turns a user's error into a failure of one sentence. No function can forget one of them, and each
+function can be imported, called and tested alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -169,7 +169,7 @@ class Check:
 def check(
     asset: Asset, *, description: str, blocking: bool = False
 ) -> Callable[[CheckBody], Check]:
-    """Declare a check of `asset`: a function of what is checked that returns an AssetCheckResult."""
+    """Declare a check of `asset`: a function of a Checked that returns an AssetCheckResult."""
 
     def declare(body: CheckBody) -> Check:
         return Check(body, asset, description, blocking)

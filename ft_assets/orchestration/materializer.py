@@ -149,7 +149,7 @@ class StoreMaterializer:
                     asset=asset,
                     partition=partition,
                     fingerprint=version,
-                    settings=step.model_dump(mode="json"),
+                    settings=step.to_json_dict(),
                     inputs={
                         name.partition("#")[0]: artifact.path
                         for name, (artifact, _) in inputs.items()
@@ -194,7 +194,7 @@ def tag_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, *
 
 
 class Live:
-    """Shows a step's progress while it runs: a line in the log, and observations that the UI plots as `live/…`."""
+    """Show a step's progress while it runs: log lines, and observations that the UI plots."""
 
     def __init__(self, context: dg.AssetExecutionContext, partition: str | None) -> None:
         self.context, self.partition, self.last = context, partition, 0.0
@@ -221,13 +221,17 @@ class Live:
 
 def _line(message: str, numbers: Mapping[str, Any]) -> str:
     if message == "train":
-        left = divmod(int(numbers["seconds_left"]), 60)
-        return f"step {numbers['step']}/{numbers['steps']}  loss {numbers['loss']:.4f}  {numbers['tokens_per_s']:.0f} tokens/s  {numbers['memory_gb']:.1f} GB  {left[0]}:{left[1]:02d} left"
+        minutes, seconds = divmod(int(numbers["seconds_left"]), 60)
+        return (
+            f"step {numbers['step']}/{numbers['steps']}  loss {numbers['loss']:.4f}"
+            f"  {numbers['tokens_per_s']:.0f} tokens/s  {numbers['memory_gb']:.1f} GB"
+            f"  {minutes}:{seconds:02d} left"
+        )
     return message + "".join(f"  {key} {value}" for key, value in numbers.items())
 
 
 def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeResult:
-    """Return what Dagster stores of an artifact: its data version, its numbers, and where it lies."""
+    """Build the event that Dagster stores: the data version, the metrics and the path."""
     numbers = {
         key: value
         for key, value in artifact.metrics.items()
@@ -248,9 +252,10 @@ def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeR
 
 
 class user_errors(contextlib.ContextDecorator):
-    """Context, and decorator, that turns the user's errors into Dagster failures that are not retried and show one screen of text.
+    """Turn a user's error into a Dagster failure of one screen of text, without a retry.
 
-    Only a fault of the infrastructure is tried again, as often as `launcher.retries` says, each time after twice the wait.
+    A context manager and a decorator. Only a fault of the infrastructure is retried, up to
+    `launcher.retries` times. Each wait is twice the one before.
     """
 
     def __enter__(self) -> None:
@@ -279,12 +284,14 @@ class user_errors(contextlib.ContextDecorator):
 
 
 def _again(error: InfrastructureFault) -> None:
-    """Ask Dagster for another try of the asset that runs here, if there is one left. Raises dg.RetryRequested."""
+    """Raise dg.RetryRequested for the asset or check that runs here, if a retry is left."""
     context = dg.OpExecutionContext.get()
-    settings, tried = context.resources.materializer.project.launcher, context.retry_number
+    settings = context.resources.materializer.project.launcher
+    tried = context.retry_number
     if tried < settings.retries:
         wait = settings.retry_seconds * 2**tried
         context.log.warning(
-            f"not the step's fault; try {tried + 2} of {settings.retries + 1} follows in {wait:.0f} s: {error}"
+            f"not the step's fault; try {tried + 2} of {settings.retries + 1} follows in "
+            f"{wait:.0f} s: {error}"
         )
         raise dg.RetryRequested(max_retries=settings.retries, seconds_to_wait=wait) from error

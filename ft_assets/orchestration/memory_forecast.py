@@ -1,4 +1,4 @@
-"""What a training would take of the GPU, before it is started: the memory plan over the rows of today, for `ft plan`. No torch."""
+"""Predict a training's GPU memory for `ft plan`: the memory plan over today's rows. No torch."""
 
 import contextlib
 import math
@@ -21,8 +21,11 @@ TRAINING = {"lora_adapter": ("train", "sft"), "dpo_adapter": ("preferences", "dp
 
 @dataclass(frozen=True)
 class Forecast:
-    """Predicted peak of a rank in GB; the first line of a refusal; what else is to know. Nothing is known of what does not
-    train, and where the GPU is not: without one here, and on a cluster unless `memory_limit_gb` says what its GPUs have."""
+    """The predicted peak of a rank in GB, the first line of a refusal, and a note.
+
+    All are None for an asset that does not train, without a GPU on this machine, and on a cluster
+    without `memory_limit_gb`.
+    """
 
     peak_gb: float | None = None
     refused: str | None = None
@@ -30,8 +33,11 @@ class Forecast:
 
 
 def forecast(project: Project, store: ArtifactStore, asset: str, partition: str | None) -> Forecast:
-    """Return what the memory plan would say of a training on the GPU that it would find: the whole of it, where only another step of
-    ours holds it now (the pool makes this one wait)."""
+    """Predict the peak memory of a training run.
+
+    Assume the full GPU if it is full now: another of our steps may use it, and the pool makes this
+    one wait.
+    """
     base, split = (
         store.current(name, partition) if asset in TRAINING else None
         for name in ("base_model", "heldout_split")

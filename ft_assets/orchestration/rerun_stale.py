@@ -1,12 +1,13 @@
-"""`rerun_stale`: a sensor that asks `ft plan` for each base model what would run, and requests a run of exactly that.
+"""`rerun_stale`: a sensor that plans each base model as `ft plan` does, and requests that run.
 
-A plan and not Dagster's conditions: what decides a result stands also in finetune.yaml, in the base's files and in the installed
-libraries, and of their changes Dagster has no event. All of it is read anew at each tick, as the run that is requested will do.
+It uses our own plan instead of Dagster's AutomationConditions, because Dagster gets no event when
+finetune.yaml, a base model or a library changes. Each tick reads all of them again, as the
+requested run does.
 """
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import dagster as dg
 
@@ -15,26 +16,39 @@ from ft_assets.artifacts.environment import LIBRARIES, library_versions
 from ft_assets.config import Project, find_config, load_project, settings_version
 from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.orchestration.automation import AFTER_PEOPLE, content_version
-from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build, Step, plan
+from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build, PlannedStep, plan
 
 INTERVAL_SECONDS = 60
 FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
 UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in FINISHED]
-DECIDES_NOTHING = {
-    "base_models",
-    "schedule",
-    "freshness",
-    "alerts",
-}  # of finetune.yaml; the base model asked about is added
-UNSEEN = "the data files changed, or are seen for the first time; asked when they are still at the next tick"
+# Sections of finetune.yaml that decide no content. The planned base model is added to the rest.
+DECIDES_NOTHING = {"base_models", "schedule", "freshness", "alerts"}
+UNSEEN = (
+    "the data files changed, or are seen for the first time; "
+    "planned when they do not change until the next tick"
+)
 SOURCES, BOARDS = "before all base models", "after all base models"
-Asked = dict[
-    str, Any
-]  # of one request: `outside`, and `steps`, {asset: its version, None where that was not known yet}
 
 
-class Look:
-    """The graph of one project as it is today, and what is stale in it."""
+class Request(TypedDict):
+    """A requested run. `outside`: a hash of what decides the versions that are not known yet.
+
+    `steps`: {asset: its version, None if it was not known yet}.
+    """
+
+    outside: str
+    steps: dict[str, str | None]
+
+
+class Memory(TypedDict):
+    """The sensor's cursor. `data`: the version of the data files. `asked`: {part: last request}."""
+
+    data: str | None
+    asked: dict[str, Request]
+
+
+class StaleGraph:
+    """Today's graph of one project, and what is stale in it."""
 
     def __init__(self, project: Project, build: Build) -> None:
         self.project, self.build = project, build
@@ -50,16 +64,14 @@ class Look:
 
     def stale(
         self, keys: Iterable[dg.AssetKey], partition: str | None
-    ) -> tuple[list[Step], list[str]]:
-        """Return the steps that would run or may, none if nothing must; and what is refused, with its reason.
+    ) -> tuple[list[PlannedStep], list[str]]:
+        """Return the steps that would or may run, and the refused ones with their reasons.
 
-        A version that was made before and would only be made current again (a setting taken back) is stale too: it is not what
-        the steps below read today.
+        No steps if nothing must run. A version that would only become current again (a setting was
+        taken back) is stale too: the steps below do not read it today.
         """
-        store, steps = (
-            open_store(self.project),
-            plan(self.project, self.build, list(keys), partition),
-        )
+        store = open_store(self.project)
+        steps = plan(self.project, self.build, list(keys), partition)
         again = {
             step.asset
             for step in steps
@@ -75,8 +87,8 @@ class Look:
             f"{step.asset}: {_in_a_line(step.why)}" for step in steps if step.action == REFUSED
         ]
 
-    def first(self, steps: Sequence[Step]) -> list[Step]:
-        """Return those that lie below none of the others: their versions are known, all that they are made of is as it will be."""
+    def first(self, steps: Sequence[PlannedStep]) -> list[PlannedStep]:
+        """Return the steps below none of the others. Their versions are known: no input changes."""
         moving = {dg.AssetKey(step.asset) for step in steps}
         return [
             step
@@ -84,8 +96,8 @@ class Look:
             if not self.graph.get_ancestor_asset_keys(dg.AssetKey(step.asset)) & moving
         ]
 
-    def asked(self, steps: Sequence[Step], partition: str | None) -> Asked:
-        """Return what is remembered of a request of these steps. `outside`: what decides versions that are not known yet."""
+    def remembered(self, steps: Sequence[PlannedStep], partition: str | None) -> Request:
+        """Return what the sensor remembers of a request of these steps."""
         settings = self.project.model_dump(mode="json", exclude=DECIDES_NOTHING)
         own = self.project.base_models[partition].model_dump(mode="json") if partition else None
         libraries = {kind: library_versions(kind) for kind in LIBRARIES}
@@ -99,8 +111,13 @@ class Look:
             "steps": {step.asset: step.version if step.asset in first else None for step in steps},
         }
 
-    def changed_since(self, before: Asked | None, steps: Sequence[Step], now: Asked) -> bool:
-        """Return whether anything has changed since the last request: if not, its run failed, or runs, and would again."""
+    def changed_since(
+        self, before: Request | None, steps: Sequence[PlannedStep], now: Request
+    ) -> bool:
+        """Return True if anything changed since the last request.
+
+        If not, its run failed or still runs, and another run would do the same.
+        """
         if before is None or before["outside"] != now["outside"]:
             return True
         return any(
@@ -108,11 +125,12 @@ class Look:
             for step in self.first(steps)
         )
 
-    def request(self, steps: Sequence[Step], partition: str | None) -> dg.RunRequest:
-        """Return a run of these steps with their checks, and the blocking checks of what they are made from.
+    def request(self, steps: Sequence[PlannedStep], partition: str | None) -> dg.RunRequest:
+        """Request a run of these steps, their checks, and the blocking checks of their inputs.
 
-        Those are judged again because a check that failed in an earlier run holds here too, and by today's settings. Not those of
-        single base models before what shows them all: it shows also the ones that failed.
+        The inputs are checked again because a check that failed in an earlier run counts here too,
+        by today's settings. The leaderboard runs without the checks of single base models, because
+        it also shows those that failed.
         """
         chosen = {dg.AssetKey(step.asset) for step in steps}
         above = {parent for key in chosen for parent in self.graph.get(key).parent_keys}
@@ -137,30 +155,32 @@ class Look:
 
 
 def rerun_stale(project: Project, build: Build, job: Any) -> dg.SensorDefinition:
-    """Return the sensor; its runs are runs of `job`, which holds all that is made here."""
+    """Build the sensor. It requests runs of `job`, which has every materializable asset."""
     known = set(project.base_models)
 
     @dg.sensor(
         name="rerun_stale",
         job=job,
         minimum_interval_seconds=INTERVAL_SECONDS,
-        description="Reruns what `ft plan` says would run: a run a base model, when data, finetune.yaml, a base or a library changed. "
-        "What failed is tried again only after something changed.",
+        description="Reruns what `ft plan` shows as stale, with one run for each base model, when "
+        "data, finetune.yaml, a base or a library changed. A failed run is repeated only after "
+        "another change.",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        memory: dict[str, Any] = json.loads(context.cursor or '{"data": null, "asked": {}}')
+        memory: Memory = json.loads(context.cursor or '{"data": null, "asked": {}}')
         try:
-            look = Look(load_project(find_config(project.root)), build)
-            data = content_version(look.project)
+            graph = StaleGraph(load_project(find_config(project.root)), build)
+            data = content_version(graph.project)
             if data != memory["data"]:  # wait until a copy in progress is over
                 context.update_cursor(json.dumps({**memory, "data": data}))
                 return dg.SkipReason(UNSEEN)
-            requests, said = _requests(look, known, _under_way(context.instance), memory["asked"])
+            busy = _under_way(context.instance)
+            requests, notes = _requests(graph, known, busy, memory["asked"])
         except (FtError, InfrastructureFault) as error:
             return dg.SkipReason(str(error))
-        for line in said:
+        for line in notes:
             context.log.info(line)
-        reason = None if requests else dg.SkipReason("\n".join(said) or "nothing is stale")
+        reason = None if requests else dg.SkipReason("\n".join(notes) or "nothing is stale")
         return dg.SensorResult(run_requests=requests, skip_reason=reason, cursor=json.dumps(memory))
 
     return sensor
@@ -171,7 +191,7 @@ def _in_a_line(why: Sequence[str]) -> str:
 
 
 def _under_way(instance: dg.DagsterInstance) -> set[str | None]:
-    """Return the base models of which a run has not ended; None stands for a run of no single one."""
+    """Return the base models with an unfinished run. None is a run without a base model."""
     return {
         run.tags.get("dagster/partition")
         for run in instance.get_runs(dg.RunsFilter(statuses=UNDER_WAY))
@@ -179,48 +199,54 @@ def _under_way(instance: dg.DagsterInstance) -> set[str | None]:
 
 
 def _requests(
-    look: Look, known: set[str], busy: set[str | None], asked: dict[str, Asked]
+    graph: StaleGraph, known: set[str], busy: set[str | None], asked: dict[str, Request]
 ) -> tuple[list[dg.RunRequest], list[str]]:
-    """Return the runs to request and what is said of them; `asked`, the last request of each part of the graph, is brought up to date.
+    """Return the runs to request and notes about them. Updates `asked`.
 
-    First what all base models are made from, when no run is under way that reads it; then the base models, each when no run of
-    its own is; then what shows them all, when there is nothing else to do.
+    First come the assets that all base models read, if no run is under way. Then each base model,
+    if no run of its own is under way. Then the assets that show all base models, if there is
+    nothing else to do.
     """
-    requests, said = list[dg.RunRequest](), list[str]()
+    requests: list[dg.RunRequest] = []
+    notes: list[str] = []
 
     def consider(
         label: str, keys: Iterable[dg.AssetKey], partition: str | None, held: bool
     ) -> bool:
-        """Request what is stale, unless that is `held` by a run or was asked for; return whether the part is as it should be."""
-        steps, refused = look.stale(keys, partition)
-        said.extend(f"{label}: {line}" for line in refused)
+        """Request what is stale, unless a run holds it or it was requested before.
+
+        Return True if the part is up to date.
+        """
+        steps, refused = graph.stale(keys, partition)
+        notes.extend(f"{label}: {line}" for line in refused)
         if not steps:
             asked.pop(label, None)
             return not refused
-        names, now = ", ".join(step.asset for step in steps), look.asked(steps, partition)
+        names = ", ".join(step.asset for step in steps)
+        now = graph.remembered(steps, partition)
         if held:
-            said.append(f"{label}: {names}: waits for the runs under way")
-        elif look.changed_since(asked.get(label), steps, now):
+            notes.append(f"{label}: {names}: waits for the runs under way")
+        elif graph.changed_since(asked.get(label), steps, now):
             asked[label] = now
-            requests.append(look.request(steps, partition))
-            said.append(
-                f"{label}: {names} ({'; '.join(why for step in look.first(steps) for why in step.why)})"
-            )
+            requests.append(graph.request(steps, partition))
+            why = "; ".join(reason for step in graph.first(steps) for reason in step.why)
+            notes.append(f"{label}: {names} ({why})")
         else:
-            said.append(
-                f"{label}: {names}: a run was requested and did not make them; not again before something changes"
+            notes.append(
+                f"{label}: {names}: a run was requested and did not make them; "
+                "not again before something changes"
             )
         return False
 
-    if not consider(SOURCES, look.sources, None, bool(busy)):
-        return requests, said
-    for name in look.project.base_models:
+    if not consider(SOURCES, graph.sources, None, bool(busy)):
+        return requests, notes
+    for name in graph.project.base_models:
         if name not in known:
-            said.append(f"{name}: new in finetune.yaml; seen after Reload definitions")
+            notes.append(f"{name}: new in finetune.yaml; seen after Reload definitions")
         elif None in busy or name in busy:
-            said.append(f"{name}: a run is under way")
+            notes.append(f"{name}: a run is under way")
         else:
-            consider(name, look.partitioned, name, held=False)
+            consider(name, graph.partitioned, name, held=False)
     if not requests and not busy:
-        consider(BOARDS, look.boards, None, held=False)
-    return requests, said
+        consider(BOARDS, graph.boards, None, held=False)
+    return requests, notes

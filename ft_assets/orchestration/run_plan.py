@@ -1,7 +1,7 @@
-"""What a run would do, and why, without doing it: the graph is walked with a materializer that only compares versions.
+"""Predict what a run would do, and why: walk the graph with a materializer that makes nothing.
 
-What lies behind a step that would run is compared with the versions of today; whether it runs depends on whether that
-step's content changes. Times and memory are those of the last time the step ran.
+It compares fingerprints. A step below one that would run is compared with today's versions: it runs
+if the content of the step above changes. Times and memory are those of the step's last run.
 """
 
 import logging
@@ -30,9 +30,13 @@ Build = Callable[[Project], dg.Definitions]
 
 
 @dataclass(frozen=True)
-class Step:
-    """What would happen to one asset. `seconds` and `memory_gb`: as the last time, None if it never ran.
-    `predicted_gb`: by the memory plan, None where it needs what is not made yet, or nobody knows what GPU there will be."""
+class PlannedStep:
+    """What would happen to one asset.
+
+    `seconds` and `memory_gb` are those of the last run, None if it never ran. `predicted_gb` is the
+    memory plan's, None if its inputs or the GPU are not known yet. `version` is the fingerprint by
+    today's inputs, None if it cannot be computed.
+    """
 
     asset: str
     partition: str | None
@@ -41,9 +45,7 @@ class Step:
     seconds: float | None = None
     memory_gb: float | None = None
     predicted_gb: float | None = None
-    version: str | None = (
-        None  # the fingerprint that it would have, made of what there is today; None if that cannot be told
-    )
+    version: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,7 +57,7 @@ class Planner:
     def __init__(self, project: Project) -> None:
         self.project = project
         self.store = AssumingStore(open_store(project))
-        self.steps: dict[str, Step] = {}
+        self.steps: dict[str, PlannedStep] = {}
         self.versions: dict[str, str] = {}
 
     def materialize(
@@ -75,10 +77,8 @@ class Planner:
         """
         wanted = Wanted.of(context, identity, inputs or {}, libraries)
         self.versions[wanted.asset] = wanted.fingerprint
-        current, known = (
-            self.store.current(wanted.asset, wanted.partition),
-            self.store.find(wanted.asset, wanted.partition, wanted.fingerprint),
-        )
+        current = self.store.current(wanted.asset, wanted.partition)
+        known = self.store.find(wanted.asset, wanted.partition, wanted.fingerprint)
         above = sorted(
             {name.partition("#")[0].partition("[")[0] for name in wanted.inputs}
             & {name for name, step in self.steps.items() if step.action in (RUNS, MAYBE)}
@@ -89,7 +89,7 @@ class Planner:
             action, why = MAYBE, [f"after {', '.join(above)}"]
         else:
             action, why = REUSED, [] if current == known else ["made before; taken again"]
-        if known is not None:  # what lies below reads what the run would have made current
+        if known is not None:  # the steps below read what the run would make current
             self.store.assume(known, wanted.partition)
         shown = known or current
         seconds = round(shown.manifest.seconds, 1) if shown else None
@@ -101,7 +101,7 @@ class Planner:
         )
         if ahead.refused:
             action, why = REFUSED, [ahead.refused]
-        self.steps[wanted.asset] = Step(
+        self.steps[wanted.asset] = PlannedStep(
             wanted.asset,
             wanted.partition,
             action,
@@ -117,7 +117,7 @@ class Planner:
     def keep(
         self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str
     ) -> tuple[Artifact, bool]:
-        """Note that nothing is to do, unless what lies above would change."""
+        """Record that there is nothing to do, unless an asset in `above` would change."""
         moving = sorted(
             name
             for name in above
@@ -125,7 +125,7 @@ class Planner:
         )
         partition = artifact.manifest.partition
         action, reason = (MAYBE, [f"after {', '.join(moving)}"]) if moving else (REUSED, [])
-        self.steps[artifact.asset] = Step(artifact.asset, partition, action, reason)
+        self.steps[artifact.asset] = PlannedStep(artifact.asset, partition, action, reason)
         return artifact, True
 
 
@@ -133,7 +133,7 @@ NOT_YET = "would be made for the first time"
 
 
 def reasons(wanted: Wanted, current: Artifact | None) -> list[str]:
-    """Return what differs between what is wanted and what there is."""
+    """List the differences between what is wanted and the current version."""
     if current is None:
         return ["never made"]
     was, found = current.manifest, list[str]()
@@ -153,7 +153,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _paths(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Return the settings that differ, `sft.learning_rate 0.1 → 0.2`."""
+    """List the settings that differ, such as `sft.learning_rate 0.1 → 0.2`."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         return [
             text
@@ -170,20 +170,18 @@ def _paths(before: Any, now: Any, prefix: str = "") -> list[str]:
 
 def _silent(_: dg.InitLoggerContext) -> logging.Logger:
     logger = logging.getLogger("ft.plan.silent")
-    logger.handlers = [
-        logging.NullHandler()
-    ]  # without a handler Python's last resort prints errors, with their traces
+    # Without a handler, Python's last resort prints errors with their traces.
+    logger.handlers = [logging.NullHandler()]
     logger.propagate = False
     return logger
 
 
 def plan(
     project: Project, build: Build, keys: Sequence[dg.AssetKey], partition: str | None
-) -> list[Step]:
-    """Return a step for each asset of `keys`, in the graph's order."""
-    once = project.launcher.model_copy(
-        update={"retries": 0}
-    )  # a server that does not answer is told, not waited for
+) -> list[PlannedStep]:
+    """Plan a step for each asset of `keys`, in the graph's order."""
+    # A server that does not answer is reported at once, not retried.
+    once = project.launcher.model_copy(update={"retries": 0})
     planner = Planner(project.model_copy(update={"launcher": once}))
     materializer: Materializer = planner
     definitions = build(project)
@@ -193,7 +191,7 @@ def plan(
         resources={"materializer": materializer},
         executor=dg.in_process_executor,
         jobs=[dg.define_asset_job("plan", selection=selection)],
-        loggers={"console": dg.LoggerDefinition(_silent)},  # a step that is not made is no news
+        loggers={"console": dg.LoggerDefinition(_silent)},
     ).resolve_job_def("plan")
     with dg.DagsterInstance.ephemeral() as instance:
         quiet = {"loggers": {"console": {}}}
@@ -203,7 +201,7 @@ def plan(
     refused = {
         event.step_key: cause(event) for event in outcome.all_events if event.is_step_failure
     }
-    graph, steps = definitions.resolve_asset_graph(), dict[str, Step]()
+    graph, steps = definitions.resolve_asset_graph(), dict[str, PlannedStep]()
     for key in (
         key
         for level in graph.toposorted_asset_keys_by_level
@@ -217,7 +215,7 @@ def plan(
         above = [parent for parent in parents if steps[parent].action in (RUNS, MAYBE)]
         stopped = [parent for parent in parents if steps[parent].action in (REFUSED, STOPPED)]
         if stopped:
-            steps[name] = Step(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
+            steps[name] = PlannedStep(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
         elif name in planner.steps:
             steps[name] = replace(planner.steps[name], version=planner.versions.get(name))
         elif above:  # not reached, or refused with the artifacts of today
@@ -226,19 +224,20 @@ def plan(
                 or planner.store.current(name, partition if graph.get(key).is_partitioned else None)
                 is not None
             )
-            steps[name] = Step(
+            steps[name] = PlannedStep(
                 name, partition, MAYBE if there else RUNS, [f"after {', '.join(above)}"]
             )
         else:
-            steps[name] = Step(name, partition, REFUSED, [refused.get(name, "")])
+            steps[name] = PlannedStep(name, partition, REFUSED, [refused.get(name, "")])
     return list(steps.values())
 
 
-def table(steps: Sequence[Step]) -> str:
-    """Return the steps as text, and what is known of the time that they take."""
+def table(steps: Sequence[PlannedStep]) -> str:
+    """Format the steps as text, with the time that they took."""
     wide = max(len(step.asset) for step in steps)
     lines = [
-        f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}  {memory_of(step):>9}  {'; '.join(step.why)}".rstrip()
+        f"  {step.asset:<{wide}}  {step.action:<{len(MAYBE)}}  {_took(step):>8}"
+        f"  {memory_of(step):>9}  {'; '.join(step.why)}".rstrip()
         for step in steps
     ]
     refused = sum(step.action == REFUSED for step in steps)
@@ -258,12 +257,12 @@ def table(steps: Sequence[Step]) -> str:
     return "\n".join(lines)
 
 
-def _took(step: Step) -> str:
+def _took(step: PlannedStep) -> str:
     return "–" if step.seconds is None else f"{step.seconds:.0f} s"
 
 
-def memory_of(step: Step) -> str:
-    """Return the GPU memory that a training will take by the memory plan, with a sign that it is foretold; else what it took the last time."""
+def memory_of(step: PlannedStep) -> str:
+    """Format the GPU memory of a training: predicted (with ≈), else that of its last run."""
     if step.predicted_gb is not None:
         return f"≈ {step.predicted_gb:.1f} GB"
     return "" if step.memory_gb is None else f"{step.memory_gb:.1f} GB"

@@ -1,6 +1,7 @@
-"""`what_would_run`: the plan of `ft plan` for those who live in the UI, as a job of its own.
+"""`what_would_run`: the plan of `ft plan` as a job, for the UI.
 
-A job and not an asset: a box in the lineage would look like a step of the way to a model, and would be out of date at once.
+It is not an asset. In the lineage an asset would look like a step to a model, and would be out of
+date at once.
 """
 
 from collections.abc import Sequence
@@ -9,20 +10,19 @@ import dagster as dg
 from pydantic import Field
 
 from ft_assets.config import Project
-from ft_assets.orchestration.run_plan import RUNS, Build, Step, memory_of, plan
+from ft_assets.orchestration.run_plan import RUNS, Build, PlannedStep, memory_of, plan
 
 
 class PlanConfig(dg.Config):
-    """What to look at."""
+    """The base models to plan for."""
 
     base_models: list[str] = Field(
         default=[], description="Keys of base_models in finetune.yaml; empty: all of them."
     )
 
 
-def markdown(steps: Sequence[Step]) -> str:
-    """Return a plan as a table: what happens to each asset, why, how long it took the last time and how much memory
-    it used, or by the memory plan will (≈)."""
+def markdown(steps: Sequence[PlannedStep]) -> str:
+    """Format a plan as a Markdown table: action, last time, memory (≈ predicted), reason."""
     lines = ["| asset | | last time | memory | why |", "|---|---|---:|---:|---|"]
     for step in steps:
         action = f"**{step.action}**" if step.action == RUNS else step.action
@@ -34,11 +34,11 @@ def markdown(steps: Sequence[Step]) -> str:
 
 
 def what_would_run(project: Project, build: Build) -> dg.JobDefinition:
-    """Return the job. It makes nothing; its op fails for a base model that is not in finetune.yaml."""
+    """Build the job. Its op fails for a base model that is not in finetune.yaml."""
 
     @dg.op(
         name="plan",
-        description="Compares every step's inputs, settings and code with what was made; makes nothing.",
+        description="Compares each step's inputs, settings and code with the store. Makes nothing.",
     )
     def plan_op(context: dg.OpExecutionContext, config: PlanConfig) -> None:
         for name in config.base_models:
@@ -57,7 +57,8 @@ def what_would_run(project: Project, build: Build) -> dg.JobDefinition:
             )
 
     @dg.job(
-        description="What would a run do, why, how long and with how much memory? Makes nothing; the same as ft plan."
+        description="Shows what a run would do, why, how long it takes and how much memory it "
+        "needs. Makes nothing. The same as ft plan."
     )
     def what_would_run() -> None:
         plan_op()

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from pydantic import JsonValue
 
 from ft_assets.config import BaseModelSettings, ChatSettings
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
@@ -19,7 +21,7 @@ class Settings(StepSettings):
     model: BaseModelSettings
     chat: ChatSettings = ChatSettings()
     root: Path
-    identity: dict[str, Any]
+    identity: dict[str, JsonValue]
     template: str | None
 
 
@@ -39,7 +41,10 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     # Below info/, which is not part of the content: a change of the licence text retrains nothing.
     path = job.output / LICENSE_FILE
     path.parent.mkdir(exist_ok=True)
-    license_ = stated_license(name, settings.model, settings.root, settings.identity.get("commit"))
+    commit = settings.identity.get("commit")
+    license_ = stated_license(
+        name, settings.model, settings.root, commit if isinstance(commit, str) else None
+    )
     path.write_text(json.dumps(license_.model_dump(mode="json"), indent=1))
     return StepResult(facts)
 

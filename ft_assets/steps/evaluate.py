@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import JsonValue
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
@@ -42,7 +43,7 @@ class Settings(StepSettings):
 
     evaluation: EvaluationSettings
     gate: GateSettings
-    answer_schema: dict[str, Any] | None
+    answer_schema: dict[str, JsonValue] | None
     few_shot_system: str | None
     has_dpo: bool
     bound_to: dict[str, str]

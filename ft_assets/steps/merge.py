@@ -11,7 +11,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import JsonValue
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
@@ -38,7 +40,7 @@ class Settings(StepSettings):
     method: str
     gate: GateSettings
     evaluation: EvaluationSettings
-    answer_schema: dict[str, Any] | None
+    answer_schema: dict[str, JsonValue] | None
     verdict: Verdict
     card: CardFacts
     root: Path

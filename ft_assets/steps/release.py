@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import JsonValue
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.config import EvaluationSettings, GateSettings, ReleaseSettings
@@ -43,7 +45,7 @@ class Settings(StepSettings):
     release: ReleaseSettings
     gate: GateSettings
     evaluation: EvaluationSettings
-    answer_schema: dict[str, Any] | None
+    answer_schema: dict[str, JsonValue] | None
     root: Path
     state: ReleaseState
     challenger: ReleasedModel
