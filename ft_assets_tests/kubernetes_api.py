@@ -1,7 +1,8 @@
-"""A stand-in for a Kubernetes cluster, because none is to be had in tests: the HTTP endpoints that the launcher uses, and a node.
+"""A stand-in for a Kubernetes cluster in tests: the HTTP endpoints of the launcher, and a node.
 
-The API is spoken over HTTP by the official client; a manifest is checked against the official schema before it is taken.
-The node runs a pod's command as a process of this machine, or, where a test says so, a pod only has the status it is given.
+The API is spoken over HTTP by the official client; a manifest is checked against the official
+schema before it is taken. The node runs a pod's command as a process of this machine, or, where a
+test says so, a pod only has the status it is given.
 """
 
 import json
@@ -24,12 +25,22 @@ import yaml
 VERSION = "1.33"
 WAITING_FOR_NODE = {
     "phase": "Pending",
-    "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."}],
-}  # fmt: skip
+    "conditions": [
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        }
+    ],
+}
 
 
 class Cluster:
-    """Jobs and pods, one pod a Job. `status`: what pods are given instead of a process; `refusal`: what a new Job is answered."""
+    """Jobs and pods, one pod a Job.
+
+    `status`: a pod status in place of a process; `refusal`: the answer to a new Job.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -162,10 +173,12 @@ def kubeconfig(path: Path, port: int) -> None:
     path.write_text(
         yaml.safe_dump(
             {
-                "apiVersion": "v1", "kind": "Config", "current-context": "test",
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "test",
                 "clusters": [{"name": "test", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
                 "users": [{"name": "test", "user": {"token": "a-secret-token"}}],
                 "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
             }
         )
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of this machine for tests: munged, slurmctld, and two nodes that are two slurmd of one host."""
+"""A real Slurm cluster of this machine: munged, slurmctld, and two slurmd of one host."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 OverSubscribe=NO
 
 @contextmanager
 def slurm_cluster(folder: Path) -> Iterator[None]:
-    """Context in which SLURM_CONF names a running cluster. Skips the test where Slurm is not installed."""
+    """Run a cluster that SLURM_CONF names. Skips the test if Slurm is not installed."""
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
     if missing := [name for name in TOOLS if shutil.which(name) is None]:
         pytest.skip(f"Slurm is not installed ({', '.join(missing)}): `make slurm` does it")
@@ -68,7 +68,15 @@ def slurm_cluster(folder: Path) -> Iterator[None]:
             ports=[free_port() for _ in range(3)],
         )
     )
-    munge = ["munged", "--foreground", "--force", *(f"--{name}={folder}/munge.{name.partition('-')[0]}" for name in ("socket", "key-file", "pid-file", "log-file", "seed-file"))]  # fmt: skip
+    munge = [
+        "munged",
+        "--foreground",
+        "--force",
+        *(
+            f"--{name}={folder}/munge.{name.partition('-')[0]}"
+            for name in ("socket", "key-file", "pid-file", "log-file", "seed-file")
+        ),
+    ]
     daemons: list[subprocess.Popen[bytes]] = []
     with pytest.MonkeyPatch.context() as patch, (folder / "daemons.txt").open("wb") as said:
         patch.setenv("SLURM_CONF", str(conf))

@@ -1,4 +1,4 @@
-"""Each command as a shell meets it: help, JSON on stdout and nothing else, exit codes, completion."""
+"""Each command in a shell: help, JSON and nothing else on stdout, exit codes, completion."""
 
 import inspect
 import json
@@ -163,7 +163,10 @@ def test_interrupt_ends_the_command_and_not_only_the_base_model_of_now(project: 
     model = yaml.safe_load((project / "finetune.yaml").read_text())["base_models"]["tiny"]
     edit(project, base_models={"tiny": model, "tiny-too": model})
     command = [sys.executable, "-m", "ft_assets.cli", "run"]
-    code = f"import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); os.execv({sys.executable!r}, {command!r})"
+    code = (
+        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"os.execv({sys.executable!r}, {command!r})"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=project, stderr=subprocess.PIPE, text=True
     )

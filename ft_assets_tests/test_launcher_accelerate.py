@@ -1,4 +1,4 @@
-"""Several ranks of one machine: they train what one process trains, speak with one voice, and end together."""
+"""Several ranks of one machine train what one process trains, report once and end together."""
 
 import os
 import signal

@@ -1,7 +1,8 @@
-"""Steps as Jobs of a stand-in for a Kubernetes cluster (no cluster is to be had here), through the official client.
+"""Steps as Jobs of a stand-in for a Kubernetes cluster, through the official client.
 
-Real: the client, the schema that manifests are checked against, the process that a pod would run. Not: scheduler and kubelet.
-What a node does when its run fails or dies is the same under Slurm, and tried there with a real cluster.
+Real: the client, the schema that manifests are checked against, the process that a pod would run.
+Not: scheduler and kubelet. What a node does when its run fails or dies is the same under Slurm, and
+tried there with a real cluster.
 """
 
 import sys
@@ -107,7 +108,8 @@ def test_node_without_the_store_is_told(finished: Path, tmp_path: Path, cluster:
     with pytest.raises(
         ConfigError, match=r"store: [\s\S]*is missing on the node[\s\S]*job.json does not exist"
     ):
-        # The stand-in's node has this machine's files: the job file is taken away before the pod reads it.
+        # The stand-in's node has this machine's files: the job file is taken away before the pod
+        # reads it.
         launcher(tmp_path).run(job, lambda line: (job.work / "job.json").unlink(missing_ok=True))
 
 
@@ -186,7 +188,8 @@ def test_earlier_job_makes_way_when_it_has_ended(
         (
             (403, "jobs.batch is forbidden"),
             ConfigError,
-            r"launcher: kubernetes: 403: jobs.batch is forbidden[\s\S]*permission to create, get and delete jobs[\s\S]*a role",
+            r"launcher: kubernetes: 403: jobs.batch is forbidden"
+            r"[\s\S]*permission to create, get and delete jobs[\s\S]*a role",
         ),
         ((404, "namespace not found"), ConfigError, r"launcher\.namespace: default"),
         ((422, "cpu: must be a quantity"), ConfigError, "must be a quantity"),
@@ -235,9 +238,18 @@ def test_manifest_holds_all_that_is_set_over_the_template_and_no_secret(
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(template))
     given = settings(
-        tmp_path, gpus=4, cpu="8", memory="64Gi", node_selector={"gpu": "a100"}, tolerations=[{"key": "gpu", "operator": "Exists"}],
-        service_account="trainer", env={"B": "2"}, env_from_secrets=["hub"], template="job.yaml", namespace="ml",
-    )  # fmt: skip
+        tmp_path,
+        gpus=4,
+        cpu="8",
+        memory="64Gi",
+        node_selector={"gpu": "a100"},
+        tolerations=[{"key": "gpu", "operator": "Exists"}],
+        service_account="trainer",
+        env={"B": "2"},
+        env_from_secrets=["hub"],
+        template="job.yaml",
+        namespace="ml",
+    )
     job = training_job(finished, tmp_path / "job")
     made = manifest(job, job.work / "job.json", given, tmp_path)
     kubernetes_validate.validate(made, VERSION, strict=True)
@@ -311,11 +323,37 @@ def test_end_that_the_cluster_brought_about_is_a_fault(
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (waiting("CreateContainerConfigError", 'secret "hub" not found'), r"launcher\.env_from_secrets: .*hub"),
-        ({"phase": "Failed", "containerStatuses": [{"name": "step", "state": {"terminated": {"exitCode": 128, "reason": "StartError"}}}]}, r"launcher\.image"),
-        ({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False", "message": 'persistentvolumeclaim "store" not found'}]}, r"launcher\.volumes"),
+        (
+            waiting("CreateContainerConfigError", 'secret "hub" not found'),
+            r"launcher\.env_from_secrets: .*hub",
+        ),
+        (
+            {
+                "phase": "Failed",
+                "containerStatuses": [
+                    {
+                        "name": "step",
+                        "state": {"terminated": {"exitCode": 128, "reason": "StartError"}},
+                    }
+                ],
+            },
+            r"launcher\.image",
+        ),
+        (
+            {
+                "phase": "Pending",
+                "conditions": [
+                    {
+                        "type": "PodScheduled",
+                        "status": "False",
+                        "message": 'persistentvolumeclaim "store" not found',
+                    }
+                ],
+            },
+            r"launcher\.volumes",
+        ),
     ],
-)  # fmt: skip
+)
 def test_pod_that_can_never_run_names_its_key(
     tmp_path: Path, status: dict[str, Any], said: str
 ) -> None:

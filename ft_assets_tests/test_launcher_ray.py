@@ -34,10 +34,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A head node with two CPUs, a process group of its own; yields its address."""
     port = free_port()
     head = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--num-gpus=0",
-         "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"],
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            f"--port={port}",
+            "--num-cpus=2",
+            "--num-gpus=0",
+            "--include-dashboard=false",
+            "--disable-usage-stats",
+            "--object-store-memory=100000000",
+            "--node-ip-address=127.0.0.1",
+        ],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     yield f"127.0.0.1:{port}"
     os.killpg(head.pid, signal.SIGKILL)  # the cluster of this test, all of it
     head.wait()

@@ -1,4 +1,4 @@
-"""Steps as jobs of a real Slurm cluster of this machine, and what the states mean that it cannot be brought into."""
+"""Steps as jobs of a real Slurm cluster of this machine, and the states it cannot produce."""
 
 import os
 import signal
@@ -197,7 +197,10 @@ def test_controller_that_does_not_answer_is_a_fault(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for sbatch: the real one asks a dead controller for minutes."""
-    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n")  # fmt: skip
+    (tmp_path / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: Batch job submission failed: "
+        "Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
+    )
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(StepLost, match="Unable to contact slurm controller"):
@@ -217,7 +220,7 @@ def test_time_limit_names_its_key() -> None:
 
 
 def steps(work: Path) -> list[int]:
-    """Return the processes of this machine that are ranks of the job, not what watches over them."""
+    """Return the processes of this machine that are ranks of the job, not their wrappers."""
     return sorted(
         pid
         for pid in process_groups(work)

@@ -1,4 +1,4 @@
-"""The store on S3 (moto's server): other machines reuse what one made, half an upload is nothing, damage is named."""
+"""The store on S3 (moto's server): reuse by other machines, half uploads, damage."""
 
 import json
 import shutil
@@ -61,9 +61,17 @@ def publish(store: ArtifactStore, content: str, version: str) -> Any:
         (staged / "sub").mkdir()
         (staged / "sub/file").write_text(content)
         return store.publish(
-            staged, asset="a", partition="tiny", version=version, code_version="1", settings={}, inputs={}, environment={},
-            metrics={"n": 1}, started=0.0,
-        )  # fmt: skip
+            staged,
+            asset="a",
+            partition="tiny",
+            version=version,
+            code_version="1",
+            settings={},
+            inputs={},
+            environment={},
+            metrics={"n": 1},
+            started=0.0,
+        )
 
 
 @pytest.fixture

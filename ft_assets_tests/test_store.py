@@ -17,13 +17,21 @@ def publish(store: ArtifactStore, version: str = "v1", text: str = "rows") -> Ar
         for number in range(20):
             (staged / f"{number}.txt").write_text(text * 1000)
         return store.publish(
-            staged, asset="raw_dataset", partition=None, version=version, code_version="1", settings={}, inputs={}, environment={},
-            metrics={}, started=time.time(),
-        )  # fmt: skip
+            staged,
+            asset="raw_dataset",
+            partition=None,
+            version=version,
+            code_version="1",
+            settings={},
+            inputs={},
+            environment={},
+            metrics={},
+            started=time.time(),
+        )
 
 
 def writer(root: Path, rounds: int) -> None:
-    """Make each version and read it at once, as the steps below do. Any error ends the process with a code."""
+    """Make each version and read it at once, as steps do. An error ends the process with a code."""
     store = ArtifactStore(root)
     for number in range(rounds):
         verify_files(publish(store, f"v{number}"))

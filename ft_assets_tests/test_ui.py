@@ -1,4 +1,4 @@
-"""The UI as a person and as a hostile page meet it: a real webserver and daemon, started by `ft ui`."""
+"""The UI for a person and for a hostile page: a real webserver and daemon, started by `ft ui`."""
 
 import json
 import os
@@ -35,8 +35,12 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ft_assets.cli", "ui", "--port", str(self.port), *options],
-                cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
         end = time.monotonic() + 120
         while self.process.poll() is None and time.monotonic() < end:
@@ -156,10 +160,15 @@ def test_websocket_of_another_page_is_refused(
     server: Server, origin: str | None, accepted: bool
 ) -> None:
     lines = [
-        "GET /graphql HTTP/1.1", f"Host: 127.0.0.1:{server.port}", "Upgrade: websocket", "Connection: Upgrade",
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Protocol: graphql-ws",
+        "GET /graphql HTTP/1.1",
+        f"Host: 127.0.0.1:{server.port}",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Protocol: graphql-ws",
         *([f"Origin: {origin}"] if origin else []),
-    ]  # fmt: skip
+    ]
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
         status = connection.recv(4096).split(b"\r\n")[0]
@@ -177,7 +186,9 @@ def test_read_only_shows_and_starts_nothing_and_everything_ends_with_it(finished
             ).status_code
             == 200
         )
-        launch = 'mutation { launchRun(executionParams: {selector: {jobName: "retrain", repositoryName: "__repository__", repositoryLocationName: "ft_assets.definitions"}}) { __typename } }'
+        launch = """mutation { launchRun(executionParams: {selector: {
+            jobName: "retrain", repositoryName: "__repository__",
+            repositoryLocationName: "ft_assets.definitions"}}) { __typename } }"""
         assert (
             server.client.post("/graphql", json={"query": launch}).json()["data"]["launchRun"][
                 "__typename"

@@ -87,7 +87,7 @@ def run(
             run_config={"loggers": {"console": {}}},
         )
     if as_json:
-        print(json.dumps(outcomes, indent=1))
+        print(json.dumps([outcome.model_dump() for outcome in outcomes], indent=1))
     if failed:
         print(
             f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)",
@@ -149,7 +149,7 @@ def status(
         if key in graph.materializable_asset_keys
     ]
     found = look(project, [(key.to_user_string(), graph.get(key).is_partitioned) for key in keys])
-    print(json.dumps(found.to_dict(), indent=1) if as_json else table(found))
+    print(json.dumps(found.model_dump(), indent=1) if as_json else table(found))
 
 
 @app.command()

@@ -41,13 +41,16 @@ def init(
     ] = False,
 ) -> None:
     """Write a first finetune.yaml for a data file, and describe its rows. Overwrites nothing."""
-    from ft_assets.commands.init import facts, said, write_project
+    from ft_assets.commands.init import describe, summary, write_project
 
     columns = {
         ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if theirs
     }
     written = write_project(data_file, base, folder, columns)
-    print(json.dumps(facts(*written), indent=1, ensure_ascii=False) if as_json else said(*written))
+    if as_json:
+        print(json.dumps(summary(*written).model_dump(), indent=1, ensure_ascii=False))
+    else:
+        print(describe(*written))
 
 
 @app.command()

@@ -3,8 +3,8 @@
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+
+from pydantic import BaseModel, field_serializer
 
 from ft_assets.artifacts import Artifact, ArtifactStore, open_store
 from ft_assets.assets import declared
@@ -16,29 +16,23 @@ from ft_assets.orchestration.declarations import Summary
 NOT_MADE = "–"
 
 
-@dataclass(frozen=True)
-class Line:
-    """The current version of one asset; all but the names None where there is none."""
+class Line(BaseModel, frozen=True):
+    """The current version of one asset. Without one, all fields but the names are None."""
 
     asset: str
     partition: str | None
     fingerprint: str | None = None
-    made: float | None = None
+    made: float | None = None  # seconds since 1970
     seconds: float | None = None
     key: str | None = None
     problem: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        made = (
-            None
-            if self.made is None
-            else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.made))
-        )
-        return {**asdict(self), "made": made}
+    @field_serializer("made")
+    def _in_utc(self, made: float | None) -> str | None:
+        return None if made is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(made))
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(BaseModel, frozen=True):
     """The state of a project's store."""
 
     store: str
@@ -47,16 +41,7 @@ class Status:
     versions: int
     unpartitioned: list[Line]
     base_models: dict[str, list[Line]]
-    elsewhere: list[str]  # base models of the store that finetune.yaml does not name
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "unpartitioned": [line.to_dict() for line in self.unpartitioned],
-            "base_models": {
-                name: [line.to_dict() for line in lines] for name, lines in self.base_models.items()
-            },
-        }
+    elsewhere: list[str]  # versions of the store that are not of finetune.yaml
 
 
 def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
@@ -93,17 +78,16 @@ def _line(store: ArtifactStore, asset: str, partition: str | None) -> Line:
         artifact = store.current(asset, partition)
     except (ArtifactError, OSError, ValueError) as error:
         said = f"{error.found}; {error.fix}" if isinstance(error, ArtifactError) else str(error)
-        return Line(asset, partition, problem=f"cannot be read: {said}")
+        return Line(asset=asset, partition=partition, problem=f"cannot be read: {said}")
     if artifact is None:
-        return Line(asset, partition)
-    finished, started = artifact.manifest.finished, artifact.manifest.started
+        return Line(asset=asset, partition=partition)
     return Line(
-        asset,
-        partition,
-        artifact.fingerprint,
-        finished,
-        round(finished - started, 1),
-        key_number(artifact),
+        asset=asset,
+        partition=partition,
+        fingerprint=artifact.fingerprint,
+        made=artifact.manifest.finished,
+        seconds=round(artifact.manifest.seconds, 1),
+        key=key_number(artifact),
     )
 
 

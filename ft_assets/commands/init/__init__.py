@@ -2,7 +2,8 @@
 
 import os
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from ft_assets.commands.init.base_source import BaseSource
 from ft_assets.commands.init.survey import LOOKED_AT, Found, look
@@ -46,8 +47,8 @@ def write_project(
     return target, found, source
 
 
-def said(path: Path, found: Found, source: BaseSource) -> str:
-    """Return what `ft init` prints."""
+def describe(path: Path, found: Found, source: BaseSource) -> str:
+    """Return the text that `ft init` prints."""
     looked = (
         f"the first {found.looked_at}"
         if not found.ended or found.total > LOOKED_AT
@@ -61,15 +62,28 @@ def said(path: Path, found: Found, source: BaseSource) -> str:
     return "\n".join([*lines, f"wrote {path}", "next: ft doctor, then ft run"])
 
 
-def facts(path: Path, found: Found, source: BaseSource) -> dict[str, Any]:
-    """Return the same as plain data; `looked_at`: not all rows, unless `complete`."""
-    return {
-        "path": str(path),
-        "shape": str(found.shape),
-        "rows_valid": found.valid,
-        "rows_looked_at": found.looked_at,
-        "complete": found.ended and found.total <= LOOKED_AT,
-        "unusable": list(found.reasons),
-        "answers": found.answers.said(),
-        "base_model": {"name": source.name, source.kind: source.value, "note": source.note},
-    }
+class Summary(BaseModel, frozen=True):
+    """What `ft init --json` prints. `complete` is true if all rows were validated."""
+
+    path: str
+    shape: str
+    rows_valid: int
+    rows_looked_at: int
+    complete: bool
+    unusable: list[str]
+    answers: str
+    base_model: dict[str, str | None]
+
+
+def summary(path: Path, found: Found, source: BaseSource) -> Summary:
+    """Return the result of `write_project` for --json."""
+    return Summary(
+        path=str(path),
+        shape=found.shape,
+        rows_valid=found.valid,
+        rows_looked_at=found.looked_at,
+        complete=found.ended and found.total <= LOOKED_AT,
+        unusable=list(found.reasons),
+        answers=found.answers.said(),
+        base_model={"name": source.name, source.kind: source.value, "note": source.note},
+    )

@@ -27,20 +27,22 @@ def project_text(data_path: str, source: BaseSource, found: "Found") -> str:
     answers = found.answers
     columns = f"\n  columns: {_inline({'train': found.columns})}" if found.columns else ""
     return f"""\
-# The one file you edit. Paths are relative to it. Unknown keys are refused, with the nearest known
-# one named.
+# The one file you edit. Paths are relative to it. An unknown key is an error that names the nearest
+# known one.
 
 data:
   # {found.shape}
   train: {_inline([glob.escape(data_path)])}{columns}
-  # Rows that look like production, which nobody trained on, are the better judge; without them a
-  # share of train is held out. heldout: [data/production.jsonl]
+  # Prefer held-out rows that look like production and were never trained on. Without them, a share
+  # of train is held out.
+  # heldout: [data/production.jsonl]
   heldout_share: {_share(found)}
-  # retention: [data/general.jsonl]      # general prompts the model must not get worse at: without
-  # them nobody knows rehearsal: [data/more_general.jsonl] # general conversations trained beside
-  # the task, so that the rest is not forgotten preferences: [data/pairs.jsonl]      # prompt,
-  # chosen, rejected: DPO after SFT few_shot: [data/few_shot.jsonl]      # the rival: the base with
-  # these examples in its prompt
+  # retention: general prompts. Without them, forgetting is not measured.
+  # retention: [data/general.jsonl]
+  # rehearsal: general conversations, trained beside the task against forgetting.
+  # rehearsal: [data/more_general.jsonl]
+  # preferences: [data/pairs.jsonl]      # prompt, chosen, rejected: DPO after SFT
+  # few_shot: [data/few_shot.jsonl]      # the rival: the base with these examples in its prompt
 
 base_models:                             # one partition of the graph each
   {_inline(source.name)}:
@@ -52,9 +54,10 @@ evaluation:
 {_evaluation(found)}
   max_new_tokens: {answers.max_new_tokens}  # the longest answer has {answers.longest} bytes
 
-# gate: {{max_retention_loss: 0.2, min_heldout_rows: 40}}   # what a PASS needs; docs/verdict.md has
-# every key schedule: {{cron: "0 3 * * 1", timezone: Europe/Berlin}}  # retrain by itself; switched
-# on in the UI
+# What a PASS needs; docs/verdict.md has every key:
+# gate: {{max_retention_loss: 0.2, min_heldout_rows: 40}}
+# Retrain on a schedule, which you switch on in the UI:
+# schedule: {{cron: "0 3 * * 1", timezone: Europe/Berlin}}
 """
 
 
