@@ -1,9 +1,10 @@
-"""How fast are held-out rows answered? The evaluation's generation against a naive loop and transformers' own engines.
+"""Measure the evaluation's generation against a naive loop and transformers' own engines.
 
     python bench/generation.py [8b | <folder of a snapshot>] [rows] [new tokens]
 
-All variants answer the same prompts greedily with a LoRA adapter acting. `8b` is the shape of an 8B Llama with random
-weights (speed does not depend on their values; nothing stops before the cap). Tokens/s count new tokens alone.
+All variants answer the same prompts greedily with an active LoRA adapter. `8b` is the shape of an
+8B Llama with random weights: speed does not depend on their values, and nothing stops early.
+Tokens/s count new tokens alone.
 """
 
 import sys
@@ -23,7 +24,8 @@ from ft_assets.models.loading import load_base
 
 def shape_8b() -> Any:
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
@@ -66,7 +68,8 @@ def timed(name: str, call: Callable[[], int], against: float | None) -> float:
         tokens = call()
     except Exception as error:
         print(
-            f"| {name} | – | – | {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''} |",
+            f"| {name} | – | – | {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:120]} |",
             flush=True,
         )
         return 0.0
@@ -136,7 +139,8 @@ def main(which: str, rows: int, new: int) -> None:
 
     gpu = torch.cuda.is_available()
     print(
-        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {which}, {rows} prompts of 120–320 tokens, {new} new tokens each\n"
+        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {which}, {rows} prompts of "
+        f"120–320 tokens, {new} new tokens each\n"
     )
     print("| variant | tokens/s | against naive | peak GiB |\n|---|---|---|---|")
     with torch.no_grad():  # not inference_mode: generate_batch has a thread of its own

@@ -1,12 +1,13 @@
-"""Write projects of public data sets, to see what the graph does with them: real rows, real numbers.
+"""Write projects of public data sets, to measure the graph on real rows.
 
-    python bench/real.py banking77 <folder with train.csv, test.csv, categories.json> <project folder>
+    python bench/real.py banking77 <folder with train.csv, test.csv, categories.json> <project>
     python bench/real.py persona <jsonl file> <project folder>
     cd <project folder> && ft run && ft report
 
-banking77: customer questions of a bank, one of 77 intents; the published test rows are the held-out file, less those
-whose text stands in train too. persona: statements answered Yes or No; one part trains SFT, another DPO (chosen: the
-answer that matches the trait), a third is held out. Retention and rehearsal are the demo's.
+banking77: customer questions of a bank, one of 77 intents. The published test rows are the held-out
+file, without those whose text is also in train. persona: statements answered Yes or No. One part
+trains SFT, another DPO (chosen: the answer that matches the trait), a third is held out. Retention
+and rehearsal are the demo's.
 """
 
 import csv
@@ -76,7 +77,8 @@ def banking77(source: Path, folder: Path) -> None:
     known = {normalise(text) for text, _ in rows["train"]}
     heldout = [row for row in rows["test"] if normalise(row[0]) not in known]
     print(
-        f"{len(rows['train'])} train, {len(rows['test'])} test, {len(rows['test']) - len(heldout)} of them stand in train and are left out"
+        f"{len(rows['train'])} train, {len(rows['test'])} test, "
+        f"{len(rows['test']) - len(heldout)} of them are also in train and filtered"
     )
     chance.shuffle(rows["train"])
     shown, pairs, train = rows["train"][:8], rows["train"][8:1008], rows["train"][8:]
@@ -100,7 +102,8 @@ def banking77(source: Path, folder: Path) -> None:
     project(
         folder,
         {
-            "few_shot_system": f"Name the intent of the bank customer's question. Answer with one of: {', '.join(labels)}."
+            "few_shot_system": "Name the intent of the bank customer's question. "
+            f"Answer with one of: {', '.join(labels)}."
         },
         sft={
             "num_train_epochs": 3,

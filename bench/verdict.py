@@ -1,9 +1,9 @@
-"""How often is the verdict wrong? Draws of held-out scores with a known truth, judged by the verdict's own code.
+"""Error rates of the verdict: draws of held-out scores with a known truth, judged by its own code.
 
     python bench/verdict.py [draws]
 
-Each line is one truth: a false PASS is one where the candidate is not better; power is the share of PASS where it is
-better by exactly the difference that the rows are said to be able to show.
+Each line is one truth. A PASS is false if the candidate is not better. Power is the share of PASS
+if it is better by exactly the difference that the report calls detectable with these rows.
 """
 
 import sys
@@ -29,7 +29,10 @@ MARGIN = GateSettings(min_heldout_rows=20, metrics={"exact": 0.1})
 def right_or_wrong(
     chance: np.random.Generator, n: int, base: float, gain: float, discordant: float
 ) -> tuple[list[float], list[float]]:
-    """Return 0/1 scores of (base, candidate): the candidate is better by `gain`, `discordant` of the rows differ."""
+    """Return 0/1 scores of (base, candidate).
+
+    The candidate is better by `gain`; the share `discordant` of the rows differs.
+    """
     kinds = [(discordant + gain) / 2, (discordant - gain) / 2]
     outcome = chance.choice([1, -1, 0], size=n, p=[*kinds, 1 - sum(kinds)])
     tied = (chance.random(n) < base).astype(float)
@@ -71,7 +74,7 @@ def verdict(seed: int, n: int, gain: float, kind: str, gate: GateSettings, candi
 
 
 def detectable(n: int) -> float:
-    """Return the difference that n rows of these draws can show four times in five, by the project's own statement."""
+    """Return the difference that n rows of these draws detect with a power of 80 %."""
     low, high = 0.0, 0.35
     for _ in range(40):
         middle = (low + high) / 2
@@ -98,7 +101,8 @@ def main(draws: int) -> None:
             gain = told[n] if kind == "right or wrong" else shown[n]
             lines += [(n, kind, f"better by what it can show, {gain:.3f}", gain, GATE, 1)]
     print(
-        f"{draws} draws a line, five times as many for power\n\n| rows | scores | truth | PASS | FAIL | INCONCLUSIVE |\n|---|---|---|---|---|---|"
+        f"{draws} draws a line, five times as many for power\n\n"
+        "| rows | scores | truth | PASS | FAIL | INCONCLUSIVE |\n|---|---|---|---|---|---|"
     )
     with ProcessPoolExecutor() as pool:
         for n, kind, truth, gain, gate, candidates in lines:
@@ -109,7 +113,8 @@ def main(draws: int) -> None:
             found = list(pool.map(one, range(some), chunksize=25))
             passed, failed = found.count(PASS) / some, found.count(FAIL) / some
             print(
-                f"| {n} | {kind} | {truth} | {passed:.1%} | {failed:.1%} | {1 - passed - failed:.1%} |",
+                f"| {n} | {kind} | {truth} | {passed:.1%} | {failed:.1%} "
+                f"| {1 - passed - failed:.1%} |",
                 flush=True,
             )
 

@@ -9,6 +9,7 @@ from ft_assets.evaluation.report_model import (
     Harness,
     Proofs,
 )
+from ft_assets.evaluation.scored_rows import ScoredRow
 
 EVIDENCE = Evidence(
     train=Diversity(rows=1, distinct_prompts=1.0, answer_entropy_bits=0.0, top_answer=1.0),
@@ -20,12 +21,16 @@ EVIDENCE = Evidence(
 )
 
 
-def scored_row(answer: str, **scores: float) -> dict[str, Any]:
+def scored_row(answer: str, **scores: float) -> ScoredRow:
     """Return a held-out row with an answer that stopped by itself, and its scores."""
     behaviour = {"refused": 0.0, "repetition": 0.0}
     likelihood = {"loss": 1.0, "token_accuracy": 0.5}
-    answered = {"answer": answer, "stopped": True, "tokens": len(answer.split())}
-    return {**answered, **behaviour, **scores, **likelihood}
+    return ScoredRow(
+        scores={**behaviour, **scores, **likelihood},
+        answer=answer,
+        stopped=True,
+        tokens=len(answer.split()),
+    )
 
 
 def empty_report(**parts: Any) -> EvalReport:
@@ -45,4 +50,4 @@ def empty_report(**parts: Any) -> EvalReport:
         evidence=EVIDENCE,
         bound_to={},
     )
-    return EvalReport.model_validate({**dict(report), **parts})
+    return report.model_copy(update=parts)

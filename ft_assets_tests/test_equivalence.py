@@ -18,9 +18,10 @@ from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError, ModelError, VerdictError
-from ft_assets.evaluation.candidates import Rows, Scorer, Task
-from ft_assets.evaluation.proofs import load_candidates
+from ft_assets.evaluation.candidate_proofs import load_candidates
 from ft_assets.evaluation.references import with_references
+from ft_assets.evaluation.scored_rows import ScoredRow
+from ft_assets.evaluation.scorer import Scorer, Task
 from ft_assets.merging import verify
 from ft_assets.merging.file_verdict import require_same
 from ft_assets.merging.merge import merge
@@ -40,7 +41,7 @@ class Bench:
     adapter: Path
     task: Task
     scratch: Path
-    judged: Rows  # what base + adapter answered in the evaluation
+    judged: list[ScoredRow]  # what base + adapter answered in the evaluation
 
     def merge(
         self, name: str = "merged", base: Path | None = None, adapter: Path | None = None
@@ -51,7 +52,7 @@ class Bench:
         return folder
 
     def prove(self, merged: Path) -> Proof:
-        blank = [{"answer": ""} for _ in self.task.heldout]
+        blank = [ScoredRow(scores={}) for _ in self.task.heldout]
         return prove(self.base, self.adapter, merged, self.task, blank, self.judged, self.scratch)
 
     def faults(self, merged: Path) -> str:
@@ -66,7 +67,7 @@ def bench(finished: Path, tmp_path: Path) -> Bench:
     base, split = artifact(finished, "base_model"), artifact(finished, "heldout_split")
     rows = with_references(load_tokenizer(base), read_table(split / "heldout.parquet"))[:12]
     task, adapter = (
-        Task(rows, [], [], [], None, EvaluationSettings(max_new_tokens=4)),
+        Task(rows, EvaluationSettings(max_new_tokens=4)),
         artifact(finished, "dpo_adapter"),
     )
     tuned = load_candidates(base, {"dpo": adapter})
@@ -119,7 +120,7 @@ def test_the_right_merge_is_proven(bench: Bench) -> None:
 
 
 def test_greedy_answers_are_compared_with_the_judged_ones_row_by_row(bench: Bench) -> None:
-    bench.judged[3] = {**bench.judged[3], "answer": bench.judged[3]["answer"] + "!"}
+    bench.judged[3] = replace(bench.judged[3], answer=bench.judged[3].answer + "!")
     assert bench.prove(bench.merge()).metrics()["greedy_agreement"] == pytest.approx(11 / 12)
 
 

@@ -18,7 +18,7 @@ from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import EvaluationSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ModelError, VerdictError
-from ft_assets.evaluation.file_report import scored_rows
+from ft_assets.evaluation.scored_rows import read_scored_rows
 from ft_assets.inference.losses import answer_losses
 from ft_assets.job import Job
 from ft_assets.merging.file_verdict import better_base
@@ -168,8 +168,8 @@ def test_dequantized_winner_is_measured_beyond_the_heldout_rows_and_its_card_sho
         read_table(job.inputs["heldout_split"] / "retention.parquet"),
     )
     base = [
-        row["loss"]
-        for row in scored_rows(job.inputs["eval_report"] / "retention.parquet", "base", rows)
+        row.scores["loss"]
+        for row in read_scored_rows(job.inputs["eval_report"] / "retention.parquet", "base", rows)
     ]
     own = answer_losses(load_base(job.output), rows, 8, tokenizer.pad_token_id)[0]
     assert rise == pytest.approx(statistics.fmean(own) - statistics.fmean(base), abs=1e-3)

@@ -309,7 +309,7 @@ def test_inner_white_space_that_a_template_changes_is_refused() -> None:
 
 
 def test_template_swapped_after_tokenization_is_found() -> None:
-    from ft_assets.evaluation.proofs import template_mismatches
+    from ft_assets.evaluation.candidate_proofs import template_mismatches
 
     which = renderer()
     rows = [

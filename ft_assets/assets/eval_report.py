@@ -7,7 +7,7 @@ import dagster as dg
 from ft_assets.artifacts import Artifact
 from ft_assets.config import GateSettings, settings_version
 from ft_assets.evaluation.report_model import Estimate, EvalReport
-from ft_assets.evaluation.sources import own_metric_version, read_schema
+from ft_assets.evaluation.setting_files import read_schema, user_metric_version
 from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts, forgetting
 from ft_assets.evaluation.verdict.gate import bound_versions, require_lineage
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -40,7 +40,7 @@ def _evaluation(materializer: Materializer, name: str) -> dict[str, Any]:
     return {
         "evaluation": settings.model_dump(mode="json"),
         "schema": read_schema(project, settings),
-        "own_metric": own_metric_version(project, settings),
+        "own_metric": user_metric_version(project, settings),
         "few_shot_system": project.data.few_shot_system,
         "few_shot": materializer.store.need("raw_dataset", None).part_version("few_shot"),
     }

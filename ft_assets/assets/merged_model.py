@@ -5,7 +5,7 @@ import dagster as dg
 from ft_assets.assets.eval_report import TRAINED, judged, numbers
 from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import Estimate
-from ft_assets.evaluation.sources import read_schema
+from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run

@@ -15,7 +15,7 @@ from ft_assets.assets.eval_report import TRAINED, judged, numbers
 from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
 from ft_assets.evaluation.report_model import Estimate
-from ft_assets.evaluation.sources import read_schema
+from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check

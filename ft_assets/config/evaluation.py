@@ -70,7 +70,8 @@ class EvaluationSettings(Section):
     )
     lm_eval: list[str] = Field(
         default=[],
-        description="Tasks of lm-evaluation-harness, as general prompts (needs ft_assets[lm-eval]).",
+        description="Tasks of lm-evaluation-harness, as general prompts "
+        "(needs ft_assets[lm-eval]).",
     )
     lm_eval_limit: int = Field(default=100, ge=2, description="Documents a task.")
     lm_eval_path: str | None = Field(
@@ -161,7 +162,8 @@ class GateSettings(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     metrics: dict[str, Literal["better"] | float] = Field(
         default={},
-        description="What a PASS needs: `better`, or a margin by which the metric may be worse. Default: {evaluation.metric: better}.",
+        description="What a PASS needs: `better`, or a margin by which the metric may be worse. "
+        "Default: {evaluation.metric: better}.",
     )
     prompting: Literal["warn", "fail"] = Field(
         default="warn", description="What happens when a prompted base is as good."
@@ -185,7 +187,8 @@ class GateSettings(Section):
     dpo_retention_margin: float = Field(
         default=0.02,
         ge=0,
-        description="Nats a token that DPO may lose against SFT on general prompts without being better on held-out ones.",
+        description="Nats per token that DPO may lose against SFT on general prompts without being "
+        "better on held-out ones.",
     )
     min_heldout_rows: int = Field(default=20, ge=1)
     min_top1_agreement: float = Field(

@@ -1,6 +1,6 @@
-"""Habits of an answer that need no reference: does it refuse, does it repeat itself.
+"""Behaviour of an answer that needs no reference: refusals and repetition.
 
-Not proof of anything alone: compared pair by pair with the base's answers to the same prompts.
+Neither proves anything alone. The rates are compared with those of the base on the same prompts.
 """
 
 import re
@@ -15,12 +15,15 @@ REFUSALS = (
 
 
 def refusal_pattern(extra: list[str]) -> re.Pattern[str]:
-    """Return the pattern that finds a refusal: the English phrases above and those of evaluation.refusals."""
+    """Return the pattern of a refusal: the English phrases above and `evaluation.refusals`."""
     return re.compile("|".join((*REFUSALS, *extra)), re.IGNORECASE)
 
 
 def repetition(text: str) -> float:
-    """Return the share of the text's word 4-grams that stood in it before: rep-4 of Welleck et al. 2020, in [0, 1)."""
+    """Return the share of the word 4-grams that occur earlier in the text, in [0, 1).
+
+    This is rep-4 of Welleck et al. 2020.
+    """
     words = text.split()
     grams = [tuple(words[index : index + 4]) for index in range(len(words) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

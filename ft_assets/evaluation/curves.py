@@ -1,4 +1,4 @@
-"""What the curves of a training say: where training and validation loss part. Plain numbers, no torch."""
+"""Find overfitting in the loss curves of a training. Plain numbers, no torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ PARTED = (
 
 
 def up_to_kept(validation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the measurements up to the weights that were kept (all of them where none is marked)."""
+    """Return the measurements up to the kept weights; all of them if none is marked."""
     kept = next(
         (index for index, entry in enumerate(validation) if entry.get("kept")), len(validation) - 1
     )
@@ -19,7 +19,10 @@ def up_to_kept(validation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def overfitting(
     curve: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]
 ) -> tuple[float | None, str]:
-    """Return (the relative rise of the validation loss where the curves part, else None; what is to be said)."""
+    """Return the relative rise of the validation loss, and a sentence about it.
+
+    The rise is None unless the training loss falls while the validation loss rises.
+    """
     trained = [entry for entry in validation if entry["step"] > 0]
     if not trained:
         return None, "no validation loss was measured"
@@ -27,12 +30,16 @@ def overfitting(
     before = [entry["loss"] for entry in curve if entry["step"] <= lowest["step"]]
     after = [entry["loss"] for entry in curve if entry["step"] > lowest["step"]]
     rise = last["validation_loss"] / max(lowest["validation_loss"], 1e-6) - 1
-    text = f"validation loss {lowest['validation_loss']:.3f} at step {lowest['step']}, {last['validation_loss']:.3f} at the last"
+    text = (
+        f"validation loss {lowest['validation_loss']:.3f} at step {lowest['step']}, "
+        f"{last['validation_loss']:.3f} at the last"
+    )
     window = max(1, len(before) // 4)
     falls = bool(before and after) and sum(after) / len(after) < sum(before[-window:]) / window
     if rise <= PARTED or not falls:
         return None, text
     return (
         rise,
-        f"{text}, while the training loss went on falling: it overfits from step {lowest['step']} on",
+        f"{text}, while the training loss went on falling: "
+        f"it overfits from step {lowest['step']} on",
     )

@@ -1,7 +1,7 @@
-"""Candidates that are all weights instead of an adapter, behind the interface of a PeftModel: one model in memory.
+"""Candidates with all weights trained, behind the interface of a PeftModel: one model in memory.
 
-Which one acts is a matter of what was copied into it last. The weights are read from disk each time: for an 8B model some
-seconds a change, and there are as many changes as candidates.
+The candidate whose weights were copied last is active. The weights are read from disk each time,
+which takes some seconds for an 8B model. There are as many changes as candidates.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ class FullWeights:
             self.set_adapter(before)
 
     def _check(self, name: str, path: Path) -> None:
-        """Raise EvaluationError unless a candidate has all of the base's weights, in the base's shapes."""
+        """Raise EvaluationError unless a candidate has all weights of the base in its shapes."""
         shapes: dict[str, tuple[int, ...]] = {}
         for file_path in sorted(path.glob("*.safetensors")):
             with safe_open(file_path, framework="pt") as file:
@@ -90,7 +90,7 @@ def prove_weights_act(
     before: torch.Tensor,
     ids: torch.Tensor,
 ) -> AdapterProof:
-    """Return the tensors of a candidate, how many of them differ from the base's, and the largest change of a logit.
+    """Prove that a candidate's weights differ from the base's and change its logits.
 
     Raises EvaluationError "not applied" if no weight differs, or no logit does.
     """
@@ -104,7 +104,8 @@ def prove_weights_act(
     if not changed or not change > 0 or not torch.isfinite(after).all():
         raise EvaluationError(
             where=f"adapter {name}",
-            found=f"not applied: {changed} of {len(changes)} weights differ from the base's, logits change by {change:.3g}",
+            found=f"not applied: {changed} of {len(changes)} weights differ from the base's, "
+            f"logits change by {change:.3g}",
             expected="other weights and other logits than the base's",
             fix="train it again: scores would be the base's",
         )

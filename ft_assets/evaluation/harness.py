@@ -1,4 +1,6 @@
-"""Tasks of EleutherAI's lm-evaluation-harness as general prompts: an option, for who has the hub (or own task files).
+"""Tasks of EleutherAI's lm-evaluation-harness as general prompts, an option.
+
+They need access to the hub, or task files of your own.
 
 The package is not a dependency: `pip install "ft_assets[lm-eval]"`.
 """
@@ -15,7 +17,9 @@ MAIN_METRICS = ("exact_match", "acc", "f1", "em")
 def harness_scores(
     model: Any, tokenizer: Any, settings: EvaluationSettings, root: Path
 ) -> dict[str, list[float]]:
-    """Return {"task metric": one score a document} of the tasks of evaluation.lm_eval, by the model's own chat template.
+    """Score the tasks of evaluation.lm_eval with the model's own chat template.
+
+    Returns {"task metric": one score for each document}.
 
     Raises EvaluationError if the package or a task is missing.
     """
@@ -58,9 +62,10 @@ def harness_scores(
     except Exception as error:  # the harness and the hub's client raise their own
         raise EvaluationError(
             where=f"evaluation.lm_eval: {', '.join(settings.lm_eval)}",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
             expected="tasks whose data can be read",
-            fix="most tasks' data lie on the hub; a task file of your own may read local files (evaluation.lm_eval_path)",
+            fix="the data of most tasks is on the hub; a task file of your own may read local "
+            "files (evaluation.lm_eval_path)",
         ) from error
     return dict(_scores(name, samples) for name, samples in sorted(results["samples"].items()))
 

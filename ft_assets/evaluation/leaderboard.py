@@ -1,12 +1,13 @@
-"""The leaderboard's rows: what is known of each base model, as plain data, and as a table. No torch.
+"""The rows of the leaderboard, one for each base model, and their table. No torch.
 
-Only reports on the same held-out rows can be ranked; one on other rows is shown apart, a base model without a report with
-the reason. Not here: where the numbers come from (assets/leaderboard.py).
+Only reports on the same held-out rows can be ranked. A report on other rows is shown apart, a base
+model without a report with the reason. Not here: reading the store (assets/leaderboard.py).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ft_assets import markdown
 from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import EvalReport
 from ft_assets.evaluation.verdict.decision import decide
@@ -14,9 +15,10 @@ from ft_assets.metrics import higher_is_better
 
 Entry = dict[str, Any]
 HEADER = (
-    "#", "base model", "verdict", "score", "interval", "base", "few-shot", "gain", "general loss", "general task",
-    "GB in training", "GPU-seconds", "tokens/s trained", "tokens/s answered", "size", "serves",
-)  # fmt: skip
+    *("#", "base model", "verdict", "score", "interval", "base", "few-shot", "gain"),
+    *("general loss", "general task", "GB in training", "GPU-seconds"),
+    *("tokens/s trained", "tokens/s answered", "size", "serves"),
+)
 
 
 def judged_entry(
@@ -28,9 +30,12 @@ def judged_entry(
     serves: str,
     stale: str | None = None,
 ) -> Entry:
-    """Return the row of a base model that has a report. `rows`: the ids of its held-out rows; `costs`: {"memory_gb",
-    "gpu_seconds", "train_tokens_per_s", "answer_tokens_per_s", "bytes"}, None where not known; `serves`: what is released;
-    `stale`: what has changed since the report."""
+    """Return the row of a base model that has a report.
+
+    rows: the ids of its held-out rows. costs: memory_gb, gpu_seconds, train_tokens_per_s,
+    answer_tokens_per_s and bytes, None if not known. serves: the released model. stale: the inputs
+    that changed since the report.
+    """
     verdict, metric = decide(report, gate), report.metric
     best = verdict.reported_candidate
     gain, general = report.comparisons[best]["base"][metric], report.retention
@@ -66,8 +71,11 @@ def failed_entry(name: str, reason: str) -> Entry:
 
 
 def rank(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the entries, best first, each with "rank": None where there is no report, a stale one, or one on other rows or by
-    another metric than most have (`"apart"` says so)."""
+    """Return the entries with their "rank", best first.
+
+    The rank is None without a report, with a stale one, or with one on other rows or by another
+    metric than most have; "apart" has the reason.
+    """
     judged = [entry for entry in entries if entry["verdict"]]
     kinds = [(entry["metric"], tuple(entry["heldout_ids"])) for entry in judged]
     fresh = [kind for entry, kind in zip(judged, kinds, strict=True) if not entry["stale"]]
@@ -88,17 +96,22 @@ def rank(entries: Sequence[Entry]) -> list[Entry]:
 
 def _why_apart(entry: Entry, usual: tuple[str, tuple[str, ...]] | None) -> str:
     if entry["stale"]:
-        return f"stale: its report is about another {entry['stale']}: not ranked until its eval_report is made again"
+        return (
+            f"stale: its report is about another {entry['stale']}: "
+            "not ranked until its eval_report is made again"
+        )
     assert usual is not None, "an entry that is not stale has a kind"
     if entry["metric"] != usual[0]:
         return f"judged by {entry['metric']}, the others by {usual[0]}: not ranked"
-    return f"judged on {entry['heldout_rows']} other held-out rows: not ranked until its eval_report is made again"
+    return (
+        f"judged on {entry['heldout_rows']} other held-out rows: "
+        "not ranked until its eval_report is made again"
+    )
 
 
 def table(ranked: Sequence[Entry]) -> str:
-    """Return the leaderboard as markdown: a table, and below it what keeps a base model out of it or behind the gate."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(_cells(entry)) + " |" for entry in ranked]
+    """Return the leaderboard as markdown: a table, and notes on models that are not ranked."""
+    lines = [markdown.table(HEADER, map(_cells, ranked))]
     notes = [f"- **{entry['name']}**: {note}" for entry in ranked if (note := _note(entry))]
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
 

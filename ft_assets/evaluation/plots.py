@@ -53,7 +53,7 @@ def score_plot(report: EvalReport) -> bytes:
 
 
 def outcome_plot(report: EvalReport, steps: list[tuple[str, str]]) -> bytes:
-    """Return a PNG: of each paired comparison in the gate metric, the share of rows won, tied and lost."""
+    """Draw the share of rows won, tied and lost of each comparison in the gate metric, as PNG."""
     figure, axes = _axes(0.8 + 0.36 * len(steps))
     n = report.heldout_rows
     for place, (name, rival) in enumerate(steps):
@@ -89,7 +89,7 @@ def outcome_plot(report: EvalReport, steps: list[tuple[str, str]]) -> bytes:
 
 
 def read_curve(adapter: Path, name: str) -> list[dict[str, float]]:
-    """Return a curve that training left beside an adapter (`curve` or `validation`), [] if it left none."""
+    """Read a curve of a training beside its adapter (`curve` or `validation`), [] if missing."""
     path = adapter / "info" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
@@ -97,7 +97,7 @@ def read_curve(adapter: Path, name: str) -> list[dict[str, float]]:
 def curve_plot(
     curve: list[dict[str, float]], title: str, validation: list[dict[str, float]] | None = None
 ) -> bytes:
-    """Return a PNG: the loss over optimizer steps, and that of the validation rows after each epoch."""
+    """Draw the loss over optimizer steps, and that of the validation rows by epoch, as PNG."""
     figure, axes = _axes()
     axes.plot(
         [entry["step"] for entry in curve],
@@ -144,7 +144,10 @@ def length_plot(histogram: Mapping[str, Any], max_length: int) -> bytes:
 
 
 def leaderboard_plot(ranked: list[dict[str, Any]]) -> bytes:
-    """Return a PNG: each base model before and after, with intervals; entries as evaluation/leaderboard.py has them."""
+    """Draw each base model before and after, with intervals, as PNG.
+
+    ranked: judged entries of evaluation/leaderboard.py.
+    """
     figure, axes = _axes(1.0 + 0.55 * len(ranked))
     for place, entry in enumerate(ranked):
         for key, interval, offset, color in (

@@ -2,10 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ft_assets.config import EvaluationSettings, GateSettings
-from ft_assets.evaluation.candidates import Rows, Scored
+from ft_assets.evaluation.candidates import Scored
 from ft_assets.evaluation.report_model import (
     Comparisons,
     Differences,
@@ -15,10 +15,10 @@ from ft_assets.evaluation.report_model import (
     Retention,
     Scores,
 )
+from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.verdict.statistics import compare, interval
 from ft_assets.metrics import higher_is_better
 
-TEXT = ("answer", "stopped", "tokens")
 BEHAVIOUR = ("refused", "repetition")  # compared as rates, not row by row
 RIVALS = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
 
@@ -67,18 +67,18 @@ def summarise(
     )
 
 
-def score_columns(rows: Rows) -> dict[str, list[float]]:
-    """Return {metric: values}, of the rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in TEXT)
-    return {name: [row[name] for row in rows if name in row] for name in names}
+def score_columns(rows: Sequence[ScoredRow]) -> dict[str, list[float]]:
+    """Return {metric: scores}, of the rows that have the metric."""
+    names = dict.fromkeys(name for row in rows for name in row.scores)
+    return {name: [row.scores[name] for row in rows if name in row.scores] for name in names}
 
 
-def _means(columns: Mapping[str, list[float]], rows: Rows) -> Scores:
-    answered = [row for row in rows if "answer" in row]
+def _means(columns: Mapping[str, list[float]], rows: Sequence[ScoredRow]) -> Scores:
+    answered = [row for row in rows if row.answered]
     means = {name: statistics.fmean(values) for name, values in columns.items()}
-    means["perplexity"] = math.exp(min(means["loss"], 700.0))
-    means["stop_rate"] = statistics.fmean(float(row["stopped"]) for row in answered)
-    means["mean_tokens"] = statistics.fmean(row["tokens"] for row in answered)
+    means["perplexity"] = math.exp(min(means["loss"], 700.0))  # e^710 overflows a float
+    means["stop_rate"] = statistics.fmean(float(row.stopped) for row in answered)
+    means["mean_tokens"] = statistics.fmean(row.tokens for row in answered)
     return means
 
 
@@ -114,7 +114,7 @@ def compare_columns(
 
 
 def _retention(
-    retention: Mapping[str, Rows], settings: EvaluationSettings, gate: GateSettings
+    retention: Mapping[str, Sequence[ScoredRow]], settings: EvaluationSettings, gate: GateSettings
 ) -> Retention | None:
     if not retention.get("base"):
         return None
@@ -122,7 +122,7 @@ def _retention(
     return Retention(
         metric=settings.retention_metric,
         rows=len(retention["base"]),
-        answered=sum("answer" in row for row in retention["base"]),
+        answered=sum(row.answered for row in retention["base"]),
         scores={name: _means(columns[name], retention[name]) for name in columns},
         comparisons=_comparisons(columns, settings, gate),
     )

@@ -1,20 +1,22 @@
-"""The report as one HTML file that needs nothing beside it: pictures and the rows' parquet file are inside."""
+"""The report as one HTML file that includes its pictures and the parquet file of the rows."""
 
 import base64
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from ft_assets.evaluation.candidates import Rows
 from ft_assets.evaluation.plots import LABELS, curve_plot, data_uri, outcome_plot, score_plot
+from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_markdown import (
     DETECTABLE,
     NO_CAUSE,
     STEPS,
+    Rows,
     changed_most,
     harness_table,
     prompting_sentence,
@@ -33,15 +35,18 @@ def report_html(
     report: EvalReport,
     verdict: Verdict,
     findings: Sequence[Finding],
-    rows: Mapping[str, Rows],
-    heldout: Rows,
+    rows: Rows,
+    heldout: Sequence[ReferencedRow],
     partition: str,
     curves: Mapping[str, Mapping[str, Any]],
     since: str,
     parquet: Path,
 ) -> str:
-    """Return the page. `curves` is {title: {"train": …, "validation": …}}, `since` the diff to the previous report as
-    markdown, `parquet` the file of all rows."""
+    """Return the page.
+
+    curves: {title: {"train": …, "validation": …}}. since: the changes since the previous report as
+    markdown. parquet: the file of all rows.
+    """
     metric = report.metric
     best, worst = changed_most(report, rows, verdict.reported_candidate, EXAMPLES)
     steps = [(name, other) for name, other in STEPS if other in report.comparisons.get(name, {})]
@@ -94,17 +99,29 @@ def _tables(report: EvalReport) -> list[tuple[str, Table]]:
     return tables
 
 
-def _examples(rows: Mapping[str, Rows], heldout: Rows, metric: str, chosen: list[int]) -> Rows:
+@dataclass(frozen=True)
+class Example:
+    """A held-out row with each candidate's label, answer and score."""
+
+    id: str
+    prompt: str
+    reference: str
+    answers: list[tuple[str, str, float]]
+
+
+def _examples(
+    rows: Rows, heldout: Sequence[ReferencedRow], metric: str, chosen: list[int]
+) -> list[Example]:
     return [
-        {
-            "id": heldout[index]["id"],
-            "prompt": heldout[index]["messages"][-2]["content"],
-            "reference": heldout[index]["reference"],
-            "answers": [
-                (LABELS[name], rows[name][index]["answer"], rows[name][index][metric])
-                for name in rows
+        Example(
+            id=heldout[index]["id"],
+            prompt=heldout[index]["messages"][-2]["content"],
+            reference=heldout[index]["reference"],
+            answers=[
+                (LABELS[name], scored[index].answer, scored[index].scores[metric])
+                for name, scored in rows.items()
             ],
-        }
+        )
         for index in chosen
     ]
 

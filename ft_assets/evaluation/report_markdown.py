@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ft_assets.evaluation.candidates import Rows
 from ft_assets.evaluation.plots import LABELS
+from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import Differences, EvalReport, Finding, Verdict
+from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.verdict.decision import PASS, beats
 from ft_assets.markdown import Table, table
 
+Rows = Mapping[str, Sequence[ScoredRow]]  # by candidate
 STEPS = (("sft", "base"), ("sft", "few_shot"), ("dpo", "sft"), ("dpo", "base"), ("dpo", "few_shot"))
 BEHAVIOUR = ("stop_rate", "refused", "repetition")
 EXAMPLES = 3
@@ -27,8 +29,8 @@ def report_markdown(
     report: EvalReport,
     verdict: Verdict,
     findings: Sequence[Finding],
-    rows: Mapping[str, Rows],
-    heldout: Rows,
+    rows: Rows,
+    heldout: Sequence[ReferencedRow],
     partition: str,
 ) -> str:
     """Return the report: the verdict, scores, steps, general prompts, and what changed most."""
@@ -169,7 +171,7 @@ def _number(value: float) -> str:
 
 
 def changed_most(
-    report: EvalReport, rows: Mapping[str, Rows], candidate: str, count: int
+    report: EvalReport, rows: Rows, candidate: str, count: int
 ) -> tuple[list[int], list[int]]:
     """Return the indices of the rows with the largest gains and losses against the base.
 
@@ -178,8 +180,8 @@ def changed_most(
     pairs = list(zip(rows[candidate], rows["base"], strict=True))
     metric = report.metric
     sign = 1 if report.higher_is_better(metric) else -1
-    gains = [sign * (tuned[metric] - base[metric]) for tuned, base in pairs]
-    finer = [base["loss"] - tuned["loss"] for tuned, base in pairs]
+    gains = [sign * (tuned.scores[metric] - base.scores[metric]) for tuned, base in pairs]
+    finer = [base.scores["loss"] - tuned.scores["loss"] for tuned, base in pairs]
     order = sorted(range(len(gains)), key=lambda index: (gains[index], finer[index]))
     best = [index for index in order[::-1] if gains[index] > 0][:count]
     worst = [index for index in order if gains[index] < 0][:count]
@@ -187,13 +189,13 @@ def changed_most(
 
 
 def _examples(
-    report: EvalReport, rows: Mapping[str, Rows], heldout: Rows, candidate: str
+    report: EvalReport, rows: Rows, heldout: Sequence[ReferencedRow], candidate: str
 ) -> list[str]:
     metric = report.metric
     best, worst = changed_most(report, rows, candidate, EXAMPLES)
     sections = [("Largest gains", best), ("Largest losses", worst)]
     if report.higher_is_better(metric):
-        scores = [row[metric] for row in rows[candidate]]
+        scores = [row.scores[metric] for row in rows[candidate]]
         missed = [index for index, score in enumerate(scores) if score < 1]
         sections.append(("Misses", sorted(missed, key=scores.__getitem__)[:MISSES]))
     lines: list[str] = []
@@ -206,15 +208,12 @@ def _examples(
     return lines
 
 
-def _example(rows: Mapping[str, Rows], heldout: Rows, candidate: str, index: int) -> list[str]:
+def _example(rows: Rows, heldout: Sequence[ReferencedRow], candidate: str, index: int) -> list[str]:
     return [
         f"> {_cell(heldout[index]['messages'][-2]['content'])}",
         "",
         f"- reference: `{_cell(heldout[index]['reference'])}`",
-        *[
-            f"- {LABELS[name]}: `{_cell(rows[name][index]['answer'])}`"
-            for name in ("base", candidate)
-        ],
+        *[f"- {LABELS[name]}: `{_cell(rows[name][index].answer)}`" for name in ("base", candidate)],
         "",
     ]
 
@@ -226,18 +225,18 @@ def _cell(text: str) -> str:
 
 @dataclass(frozen=True)
 class PreviousReport:
-    """The report before this one. `rows` are those of its rows.parquet."""
+    """The report before this one. scores: {candidate: {row id: score}} in its gate metric."""
 
     report: EvalReport
     verdict: Verdict
-    rows: Rows
+    scores: Mapping[str, Mapping[str, float]]
 
 
 def changes(
     report: EvalReport,
     verdict: Verdict,
-    rows: Mapping[str, Rows],
-    heldout: Rows,
+    rows: Rows,
+    heldout: Sequence[ReferencedRow],
     previous: PreviousReport | None,
 ) -> str:
     """Return the changes since the previous report of this base model as markdown."""
@@ -253,26 +252,21 @@ def changes(
     lines = [f"Verdict: {previous.verdict.status} → {verdict.status}.", ""]
     lines += [f"What changed: {', '.join(changed) or 'nothing that is judged'}.", ""]
     ids = [row["id"] for row in heldout]
-    now = {name: _by_id(ids, rows[name], metric) for name in report.scores if name in old.scores}
+    now = {
+        name: dict(zip(ids, (row.scores[metric] for row in rows[name]), strict=True))
+        for name in report.scores
+        if name in old.scores
+    }
     cells = [
         [
             LABELS[name],
             f"{old.scores[name][metric]:.3f}",
             f"{report.scores[name][metric]:.3f}",
-            _flips(_previous_scores(previous, name), scores),
+            _flips(previous.scores[name], scores),
         ]
         for name, scores in now.items()
     ]
     return "\n".join([*lines, table(header, cells)])
-
-
-def _by_id(ids: list[str], rows: Rows, metric: str) -> dict[str, float]:
-    return {row_id: row[metric] for row_id, row in zip(ids, rows, strict=True)}
-
-
-def _previous_scores(previous: PreviousReport, candidate: str) -> dict[str, float]:
-    metric = previous.report.metric
-    return {row["id"]: row[metric] for row in previous.rows if row["candidate"] == candidate}
 
 
 def _flips(before: Mapping[str, float], now: Mapping[str, float]) -> str:

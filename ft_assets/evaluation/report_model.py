@@ -1,4 +1,4 @@
-"""The types of an evaluation report and of its verdict: what `eval_report` writes and other steps read.
+"""The types of the files that `eval_report` writes and other steps read.
 
 `EvalReport` is report.json, `Verdict` is verdict.json, a list of `Finding` is diagnosis.json. The
 field names are the keys of these files, but for two aliases. A field that was not set is not
@@ -34,7 +34,10 @@ class Part(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a JSON file. Raises ArtifactError if it is missing, damaged, or of another version."""
+        """Read a JSON file.
+
+        Raises ArtifactError if it is missing, damaged, or of another version.
+        """
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:

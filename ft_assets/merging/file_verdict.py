@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.errors import VerdictError
-from ft_assets.evaluation.candidates import Rows, Task
 from ft_assets.evaluation.file_report import report_of_file
 from ft_assets.evaluation.report import compare_columns, score_columns
 from ft_assets.evaluation.report_model import Difference, EvalReport, Verdict
+from ft_assets.evaluation.scored_rows import ScoredRow
+from ft_assets.evaluation.scorer import Task
 from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, judge, quality
 from ft_assets.merging.merge import MergeBase
 from ft_assets.merging.verify import Proof
@@ -82,8 +83,8 @@ class Evaluated:
     task: Task
     verdict: Verdict
     gate: GateSettings
-    base: Rows
-    judged: Rows
+    base: list[ScoredRow]
+    judged: list[ScoredRow]
 
     @property
     def settings(self) -> EvaluationSettings:
@@ -118,7 +119,9 @@ def better_base(scores: Mapping[MergeBase, float], settings: EvaluationSettings)
 
 
 def judge_files(
-    evaluated: Evaluated, rows: Mapping[MergeBase, Rows], folders: Mapping[MergeBase, Path]
+    evaluated: Evaluated,
+    rows: Mapping[MergeBase, list[ScoredRow]],
+    folders: Mapping[MergeBase, Path],
 ) -> dict[MergeBase, FileVerdict]:
     """Judge each merged file by its scored held-out rows.
 
@@ -155,7 +158,7 @@ def judge_files(
 
 
 def file_gains(
-    evaluated: Evaluated, rows: Mapping[MergeBase, Rows]
+    evaluated: Evaluated, rows: Mapping[MergeBase, list[ScoredRow]]
 ) -> tuple[dict[MergeBase, FileGain], dict[str, dict[str, float]]]:
     """Compare each file's held-out answers with the base's, by the rules of the adapter's verdict.
 
@@ -173,10 +176,10 @@ def file_gains(
     adjusted = adjusted_p(against, metric, gate)
     gains: dict[MergeBase, FileGain] = {}
     for name, scored in rows.items():
-        stop_rate = statistics.fmean(float(row["stopped"]) for row in scored)
+        stop_rate = statistics.fmean(float(row.stopped) for row in scored)
         passed = quality(against[name], metric, gate, adjusted[name]).passed
         gains[name] = FileGain(
-            score=statistics.fmean(row[metric] for row in scored),
+            score=statistics.fmean(row.scores[metric] for row in scored),
             stop_rate=stop_rate,
             difference=against[name][metric],
             beats_base=passed and stop_rate >= gate.min_stop_rate,

@@ -5,6 +5,7 @@ then the merged model is compared with them row by row.
 """
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
-from ft_assets.evaluation.candidates import Rows, Scorer, Task
-from ft_assets.evaluation.proofs import template_mismatches
+from ft_assets.evaluation.candidate_proofs import template_mismatches
+from ft_assets.evaluation.scored_rows import ScoredRow
+from ft_assets.evaluation.scorer import Scorer, Task
 from ft_assets.merging.audit import Audit, audit
 from ft_assets.merging.merge import MergeBase, require_space
 from ft_assets.merging.nf4 import simulate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
-from ft_assets.rows.types import Message
+from ft_assets.rows.types import Message, TokenizedRow
 
 LOGITS_BYTES = 4_000_000_000  # of fp32 logits on disk; rows beyond are not compared, and counted
 POSITIONS = 64  # compared at once: 64 x 128k logits are 33 MB in fp32
@@ -68,7 +70,7 @@ class Answers:
     logits: LogitAgreement
     greedy_agreement: float
     compared_rows: int
-    rows: Rows
+    rows: list[ScoredRow]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Proof:
     answers: Answers | None
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> list[ScoredRow]:
         """The scored held-out rows; [] if the model was not run."""
         return self.answers.rows if self.answers else []
 
@@ -114,8 +116,8 @@ def prove(
     adapter: Path,
     merged: Path,
     task: Task,
-    base_rows: Rows,
-    judged: Rows,
+    base_rows: list[ScoredRow],
+    judged: list[ScoredRow],
     scratch: Path,
     base: MergeBase = "original",
 ) -> Proof:
@@ -137,15 +139,18 @@ def prove(
     faults += _generation_faults(model, snapshot)
     scorer = Scorer(model, load_tokenizer(merged), stop_ids(merged), task)
     rows = scorer.heldout(task.heldout, base_rows)
-    equal = [
-        float(row["answer"] == before["answer"]) for row, before in zip(rows, judged, strict=True)
-    ]
+    equal = [float(row.answer == before.answer) for row, before in zip(rows, judged, strict=True)]
     return Proof(weights, faults, Answers(agreement, statistics.fmean(equal), len(compared), rows))
 
 
 def _reference(
-    snapshot: Path, adapter: Path, merged: Path, rows: Rows, logits: Path, base: MergeBase
-) -> tuple[Audit, Rows]:
+    snapshot: Path,
+    adapter: Path,
+    merged: Path,
+    rows: Sequence[TokenizedRow],
+    logits: Path,
+    base: MergeBase,
+) -> tuple[Audit, list[TokenizedRow]]:
     """Audit the merged weights and write the logits of base + adapter.
 
     Returns the audit and the rows that had room in the file; [] if the audit found faults.
@@ -162,7 +167,7 @@ def _reference(
 
 
 @torch.inference_mode()
-def answer_logits(model: Any, row: dict[str, Any]) -> torch.Tensor:
+def answer_logits(model: Any, row: TokenizedRow) -> torch.Tensor:
     """Compute the logits that predict a tokenized row's supervised tokens: (tokens, V), fp32."""
     model.eval()
     ids = torch.tensor([row["input_ids"]], device=model.device)
@@ -172,7 +177,7 @@ def answer_logits(model: Any, row: dict[str, Any]) -> torch.Tensor:
     return logits[torch.tensor(flags[first:], device=logits.device)].float().cpu()
 
 
-def write_logits(model: Any, rows: Rows, path: Path) -> Rows:
+def write_logits(model: Any, rows: Sequence[TokenizedRow], path: Path) -> list[TokenizedRow]:
     """Write the rows' logits to a file of raw fp32, at most LOGITS_BYTES; return the written rows.
 
     The rows are taken in the order of their ids, which are hashes of content: a random sample.
@@ -192,7 +197,7 @@ def write_logits(model: Any, rows: Rows, path: Path) -> Rows:
     return chosen
 
 
-def compare_logits(model: Any, rows: Rows, path: Path) -> LogitAgreement:
+def compare_logits(model: Any, rows: Sequence[TokenizedRow], path: Path) -> LogitAgreement:
     """Compare a model's logits with those in the file, one row in memory at a time.
 
     A position agrees if the most likely token is the same, or if the file's logits of the two
@@ -237,7 +242,7 @@ def _kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
     return float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
 
 
-def tokenizer_faults(snapshot: Path, merged: Path, rows: Rows) -> list[str]:
+def tokenizer_faults(snapshot: Path, merged: Path, rows: Sequence[TokenizedRow]) -> list[str]:
     """List the differences from the base in tokenizer, template, generation settings and config.
 
     Compares the tokens of the held-out rows and of a probe, special and stop tokens, the settings

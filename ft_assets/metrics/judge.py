@@ -6,13 +6,14 @@ score is ½ by definition, so a candidate with a mean above ½ wins more often t
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_assets.errors import EvaluationError
-from ft_assets.metrics.registry import Metric
+from ft_assets.metrics.registry import Metric, Turn
 
 INSTRUCTION = (
     "You compare two answers to the same conversation. {criteria}\n"
@@ -45,7 +46,7 @@ class JudgeSettings(BaseModel):
 def judge_scores(
     settings: JudgeSettings,
     ids: list[str],
-    prompts: list[list[dict[str, str]]],
+    conversations: Sequence[Sequence[Turn]],
     answers: list[str],
     rivals: list[str],
 ) -> list[float]:
@@ -57,8 +58,8 @@ def judge_scores(
     def one(index: int) -> float:
         if answers[index] == rivals[index]:
             return 0.5
-        first = _ask(settings, ids[index], prompts[index], answers[index], rivals[index])
-        second = _ask(settings, ids[index], prompts[index], rivals[index], answers[index])
+        first = _ask(settings, ids[index], conversations[index], answers[index], rivals[index])
+        second = _ask(settings, ids[index], conversations[index], rivals[index], answers[index])
         return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((first, second), 0.5)
 
     with ThreadPoolExecutor(PARALLEL) as pool:
@@ -66,10 +67,10 @@ def judge_scores(
 
 
 def _ask(
-    settings: JudgeSettings, row: str, prompt: list[dict[str, str]], left: str, right: str
+    settings: JudgeSettings, row: str, conversation: Sequence[Turn], left: str, right: str
 ) -> str:
-    conversation = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-    text = f"[Conversation]\n{conversation}\n\n[Answer A]\n{left}\n\n[Answer B]\n{right}"
+    turns = "\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)
+    text = f"[Conversation]\n{turns}\n\n[Answer A]\n{left}\n\n[Answer B]\n{right}"
     messages = [
         {"role": "system", "content": INSTRUCTION.format(criteria=settings.criteria)},
         {"role": "user", "content": text},

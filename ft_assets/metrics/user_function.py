@@ -3,16 +3,16 @@
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_assets.errors import EvaluationError
-from ft_assets.metrics.registry import Metric
+from ft_assets.metrics.registry import Metric, Turn
 
-Function = Callable[[str, str, list[dict[str, str]]], float]
+Function = Callable[[str, str, Sequence[Turn]], float]
 
 
 class UserMetric(BaseModel):
@@ -36,7 +36,10 @@ class UserMetric(BaseModel):
 
 
 def load_function(name: str, root: Path) -> Function:
-    """Load the function of `module:function`; the module may be in `root`. Raises EvaluationError."""
+    """Load the function of `module:function`; the module may be in `root`.
+
+    Raises EvaluationError.
+    """
     module, _, function = name.partition(":")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
@@ -57,7 +60,7 @@ def user_scores(
     ids: list[str],
     answers: list[str],
     references: list[str],
-    prompts: list[list[dict[str, str]]],
+    conversations: Sequence[Sequence[Turn]],
 ) -> list[float]:
     """Score each row with the user's function.
 
@@ -65,7 +68,9 @@ def user_scores(
     number.
     """
     scores = []
-    for row, answer, reference, messages in zip(ids, answers, references, prompts, strict=True):
+    for row, answer, reference, messages in zip(
+        ids, answers, references, conversations, strict=True
+    ):
         try:
             value: Any = function(answer, reference, messages)
         except Exception as error:  # the user's code may raise anything

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from ft_assets.config import EvaluationSettings, GateSettings
@@ -26,14 +24,17 @@ from ft_assets.evaluation.report_model import (
     Verdict,
     findings_json,
 )
+from ft_assets.evaluation.scored_rows import read_scores, write_scored_rows
 from ft_assets.evaluation.verdict.decision import decide
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_tokenizer
+from ft_assets.rows.types import ConversationRow, TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
-    from ft_assets.evaluation.candidates import Rows, Scored, Task
+    from ft_assets.evaluation.candidates import Scored
     from ft_assets.evaluation.report_markdown import PreviousReport
+    from ft_assets.evaluation.scorer import Task
 
 
 class Settings(StepSettings):
@@ -53,28 +54,14 @@ class Settings(StepSettings):
 
 @takes(Settings)
 def step(job: Job, given: Settings, report: Report) -> StepResult:
-    from ft_assets.evaluation.candidates import Task, score
+    from ft_assets.evaluation.candidates import score
     from ft_assets.evaluation.report import summarise
     from ft_assets.evaluation.report_markdown import report_markdown
     from ft_assets.evaluation.verdict.diagnosis import diagnose
 
     settings, gate = given.evaluation, given.gate
-    split = job.inputs["heldout_split"]
-    train, tokenizer = read_table(split / "train.parquet"), load_tokenizer(job.inputs["base_model"])
-    task = Task(
-        heldout=with_references(tokenizer, read_table(split / "heldout.parquet")),
-        retention=with_references(
-            tokenizer, read_table(split / "retention.parquet", settings.retention_rows)
-        ),
-        train=sorted((row for row in train if row["judged"]), key=lambda row: row["id"])[
-            : settings.train_rows
-        ],
-        few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet"),
-        few_shot_system=given.few_shot_system,
-        settings=settings,
-        schema=given.answer_schema,
-        root=given.root,
-    )
+    train = read_table(job.inputs["heldout_split"] / "train.parquet", row=TokenizedRow)
+    task = _task(job, given, train)
     adapters = {"sft": job.inputs["lora_adapter"]}
     if given.has_dpo:
         adapters["dpo"] = job.inputs["dpo_adapter"]
@@ -91,17 +78,39 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     (job.output / "verdict.json").write_text(verdict.to_json())
     (job.output / "diagnosis.json").write_text(findings_json(findings))
     (job.output / "report.md").write_text(text)
-    _write_rows(job.output / "rows.parquet", scored.heldout, task.heldout)
-    _write_rows(job.output / "retention.parquet", scored.retention, task.retention)
+    write_scored_rows(job.output / "rows.parquet", scored.heldout, task.heldout)
+    write_scored_rows(job.output / "retention.parquet", scored.retention, task.retention)
     _write_pages(job, given, numbers, verdict, findings, scored, task)
     return StepResult(_metrics(numbers, verdict, findings, scored, settings))
 
 
-def _evidence(job: Job, scored: Scored, train: Rows, settings: EvaluationSettings) -> Evidence:
+def _task(job: Job, given: Settings, train: list[TokenizedRow]) -> Task:
+    from ft_assets.evaluation.scorer import Task
+
+    settings, split = given.evaluation, job.inputs["heldout_split"]
+    tokenizer = load_tokenizer(job.inputs["base_model"])
+    heldout = read_table(split / "heldout.parquet", row=TokenizedRow)
+    retention = read_table(split / "retention.parquet", settings.retention_rows, row=TokenizedRow)
+    judged = sorted((row for row in train if row["judged"]), key=lambda row: row["id"])
+    return Task(
+        heldout=with_references(tokenizer, heldout),
+        settings=settings,
+        retention=with_references(tokenizer, retention),
+        train=judged[: settings.train_rows],
+        few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet", row=ConversationRow),
+        few_shot_system=given.few_shot_system,
+        schema=given.answer_schema,
+        root=given.root,
+    )
+
+
+def _evidence(
+    job: Job, scored: Scored, train: list[TokenizedRow], settings: EvaluationSettings
+) -> Evidence:
     """Collect the facts that the diagnosis needs besides the scores."""
     from ft_assets.evaluation.verdict.diagnosis import diversity
 
-    general = [row["stopped"] for row in scored.retention["base"] if "stopped" in row]
+    general = [row.stopped for row in scored.retention["base"] if row.answered]
     facts = json.loads((job.inputs["base_model"] / "facts.json").read_text())
     validation = up_to_kept(read_curve(job.inputs["lora_adapter"], "validation"))
     return Evidence(
@@ -114,25 +123,6 @@ def _evidence(job: Job, scored: Scored, train: Rows, settings: EvaluationSetting
     )
 
 
-def _write_rows(path: Path, scored: dict[str, Rows], asked: Rows) -> None:
-    flat = [
-        {
-            "candidate": name,
-            "id": row["id"],
-            "prompt": json.dumps(row["messages"][:-1], ensure_ascii=False),
-            "reference": row["reference"],
-            **answer,
-        }
-        for name, answers in scored.items()
-        for row, answer in zip(asked, answers, strict=True)
-    ]
-    # from_pylist takes the columns of the first row alone
-    columns = dict.fromkeys(key for row in flat for key in row)
-    pq.write_table(
-        pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in flat]), path
-    )
-
-
 def _write_pages(
     job: Job,
     given: Settings,
@@ -142,7 +132,11 @@ def _write_pages(
     scored: Scored,
     task: Task,
 ) -> None:
-    """Write what people look at. Under info/: it compares with the previous report, which is no part of the content."""
+    """Write the pages and pictures.
+
+    They are in info/, because they compare with the previous report, which is not a part of the
+    content.
+    """
     from ft_assets.evaluation.report_html import report_html
     from ft_assets.evaluation.report_markdown import changes
 
@@ -182,10 +176,11 @@ def _previous(folder: Path | None) -> PreviousReport | None:
 
     if folder is None or not (folder / "report.json").exists():
         return None
+    report = EvalReport.read(folder / "report.json")
     return PreviousReport(
-        report=EvalReport.read(folder / "report.json"),
+        report=report,
         verdict=Verdict.read(folder / "verdict.json"),
-        rows=read_table(folder / "rows.parquet"),
+        scores=read_scores(folder / "rows.parquet", report.metric),
     )
 
 
@@ -199,9 +194,7 @@ def _metrics(
     best, metric, rows = verdict.reported_candidate, settings.metric, scored.heldout
     general = numbers.retention.comparisons[best]["base"] if numbers.retention else None
     tokens = sum(
-        row.get("tokens", 0)
-        for part in (*rows.values(), *scored.retention.values())
-        for row in part
+        row.tokens for part in (*rows.values(), *scored.retention.values()) for row in part
     )
     return {
         "verdict": verdict.status,

@@ -19,9 +19,11 @@ from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report_model import EvalReport, Verdict
+from ft_assets.evaluation.scored_rows import read_scored_rows
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.release.card_facts import CardFacts
+from ft_assets.rows.types import TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
@@ -74,21 +76,17 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
 
 def _evaluated(job: Job, settings: Settings) -> Evaluated:
     """Read the evaluation that judged the adapter."""
-    from ft_assets.evaluation.candidates import Task
-    from ft_assets.evaluation.file_report import scored_rows
+    from ft_assets.evaluation.scorer import Task
     from ft_assets.merging.file_verdict import Evaluated
 
     split = job.inputs["heldout_split"]
     tokenizer = load_tokenizer(job.inputs["base_model"])
     evaluation = settings.evaluation
-    heldout = read_table(split / "heldout.parquet")
-    general = read_table(split / "retention.parquet", evaluation.retention_rows)
+    heldout = read_table(split / "heldout.parquet", row=TokenizedRow)
+    general = read_table(split / "retention.parquet", evaluation.retention_rows, row=TokenizedRow)
     task = Task(
         heldout=with_references(tokenizer, heldout),
         retention=with_references(tokenizer, general),
-        train=[],
-        few_shot=[],
-        few_shot_system=None,
         settings=evaluation,
         schema=settings.answer_schema,
         root=settings.root,
@@ -100,8 +98,8 @@ def _evaluated(job: Job, settings: Settings) -> Evaluated:
         task=task,
         verdict=settings.verdict,
         gate=settings.gate,
-        base=scored_rows(table, "base", task.heldout),
-        judged=scored_rows(table, settings.verdict.merged_candidate, task.heldout),
+        base=read_scored_rows(table, "base", task.heldout),
+        judged=read_scored_rows(table, settings.verdict.merged_candidate, task.heldout),
     )
 
 

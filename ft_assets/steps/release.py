@@ -15,6 +15,7 @@ from ft_assets.data.tables import read_table
 from ft_assets.errors import ReleaseError
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report_model import Differences
+from ft_assets.evaluation.scored_rows import ScoredRow, read_scored_rows
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.release.champion import Measured, beats_base, decide_release
@@ -27,10 +28,12 @@ from ft_assets.release.register import (
     ReleaseState,
     write_release,
 )
+from ft_assets.rows.types import TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
-    from ft_assets.evaluation.candidates import Rows, Task
+    from ft_assets.evaluation.references import ReferencedRow
+    from ft_assets.evaluation.scorer import Task
 
 Side = Literal["champion", "challenger"]
 INPUTS: dict[Side, str] = {"champion": "champion", "challenger": "merged_model"}
@@ -55,23 +58,23 @@ class Settings(StepSettings):
 
 @takes(Settings)
 def step(job: Job, settings: Settings, report: Report) -> StepResult:
-    from ft_assets.evaluation.file_report import scored_rows
-
     where = f"release[{job.partition}]"
     metric = settings.evaluation.metric
     for folder in (job.inputs[name] for name in INPUTS.values()):
         verify_files(Artifact.read(folder))
     tokenizer = load_tokenizer(job.inputs["base_model"])
-    heldout = read_table(job.inputs["heldout_split"] / "heldout.parquet")
-    heldout = with_references(tokenizer, heldout)
+    table = job.inputs["heldout_split"] / "heldout.parquet"
+    heldout = with_references(tokenizer, read_table(table, row=TokenizedRow))
     rows = unseen(heldout, job.inputs["champion_adapter"], where)
     _require_enough(len(rows), len(heldout), settings.gate, where)
-    base = scored_rows(job.inputs["eval_report"] / "rows.parquet", "base", rows)
+    base = read_scored_rows(job.inputs["eval_report"] / "rows.parquet", "base", rows)
     task = _task(rows, settings)
-    scored: dict[Side, Rows] = {
+    scored: dict[Side, list[ScoredRow]] = {
         side: _score(job.inputs[name], task, base) for side, name in INPUTS.items()
     }
-    scores = {side: statistics.fmean(row[metric] for row in its) for side, its in scored.items()}
+    scores = {
+        side: statistics.fmean(row.scores[metric] for row in its) for side, its in scored.items()
+    }
     for side, value in scores.items():
         report(side, **{metric: round(value, DIGITS)})
     measured = _measure(scored, base, settings)
@@ -104,28 +107,26 @@ def _require_enough(unseen_rows: int, rows: int, gate: GateSettings, where: str)
     )
 
 
-def _task(rows: Rows, settings: Settings) -> Task:
-    from ft_assets.evaluation.candidates import Task
+def _task(rows: list[ReferencedRow], settings: Settings) -> Task:
+    from ft_assets.evaluation.scorer import Task
 
     return Task(
         heldout=rows,
-        retention=[],
-        train=[],
-        few_shot=[],
-        few_shot_system=None,
         settings=settings.evaluation,
         schema=settings.answer_schema,
         root=settings.root,
     )
 
 
-def _measure(scored: dict[Side, Rows], base: Rows, settings: Settings) -> Measured:
+def _measure(
+    scored: dict[Side, list[ScoredRow]], base: list[ScoredRow], settings: Settings
+) -> Measured:
     """Compare champion, challenger and base, row by row."""
     from ft_assets.evaluation.report import compare_columns, score_columns
 
     names = settings.evaluation.metric_names()
 
-    def compare(one: Rows, other: Rows) -> Differences:
+    def compare(one: list[ScoredRow], other: list[ScoredRow]) -> Differences:
         columns = {key: values for key, values in score_columns(one).items() if key in names}
         return compare_columns(columns, score_columns(other), settings.evaluation, settings.gate)
 
@@ -175,7 +176,7 @@ def _metrics(
     }
 
 
-def unseen(rows: Rows, adapter: Path, where: str) -> Rows:
+def unseen(rows: list[ReferencedRow], adapter: Path, where: str) -> list[ReferencedRow]:
     """Return the rows that an adapter was not trained on; a changed split may have moved them.
 
     Raises ReleaseError if the adapter's list of training rows cannot be read.
@@ -197,9 +198,9 @@ def unseen(rows: Rows, adapter: Path, where: str) -> Rows:
     return [row for row in rows if row["group"] not in seen]
 
 
-def _score(folder: Path, task: Task, base: Rows) -> Rows:
+def _score(folder: Path, task: Task, base: list[ScoredRow]) -> list[ScoredRow]:
     """Score a merged model with its own tokenizer and template."""
-    from ft_assets.evaluation.candidates import Scorer
+    from ft_assets.evaluation.scorer import Scorer
 
     scorer = Scorer(load_base(folder), load_tokenizer(folder), stop_ids(folder), task)
     return scorer.heldout(scorer.tokenized(task.heldout), base)

@@ -51,7 +51,7 @@ class Reasons:
 
     @property
     def decisive(self) -> list[str]:
-        """The reasons of the status: failures first, else what is undecided, else what is proven."""
+        """The reasons of the status: failures, else what is undecided, else what is proven."""
         return self.fails or self.unsure or self.proven
 
     def judgement(self) -> Judgement:

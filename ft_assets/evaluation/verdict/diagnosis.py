@@ -7,7 +7,7 @@ in this run's numbers is not named.
 
 import math
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
 
 from scipy.stats import entropy
 
@@ -23,6 +23,7 @@ from ft_assets.evaluation.report_model import (
 )
 from ft_assets.evaluation.verdict.decision import PASS, forgetting
 from ft_assets.metrics import registered
+from ft_assets.rows.types import TokenizedRow
 
 NARROW_TOP_ANSWER = 0.9  # share of one answer among all
 NARROW_DISTINCT = 0.5  # share of distinct prompts
@@ -35,7 +36,7 @@ NAMES_A_LABEL = [
 FOREIGN_TEMPLATE_STOPS = 0.05  # stop rate of a base that does not know the end of a turn
 
 
-def diversity(rows: list[dict[str, Any]]) -> Diversity:
+def diversity(rows: Sequence[TokenizedRow]) -> Diversity:
     """Return how diverse the prompts and the answers of training rows are."""
     prompts = Counter(row["group"] for row in rows)
     answers = Counter(row["messages"][-1]["content"].strip() for row in rows)

@@ -1,6 +1,7 @@
-"""The gate of `merged_model`: a PASS for exactly these versions, recomputed from the numbers, or nothing.
+"""The gate of `merged_model`: it opens only for a PASS about exactly these versions.
 
-A verdict is never believed: the report's files are checked against their hashes and the verdict is decided again.
+A stored verdict is not trusted. The report's files are checked against their hashes, and the
+verdict is recomputed from the numbers.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,10 @@ MADE_FROM = (  # (artifact, what it must have been made from)
 
 
 def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
-    """Raise VerdictError unless the artifacts were made from each other: no adapter of another base, no rows tokenized
-    with another template."""
+    """Raise VerdictError unless the artifacts were made from each other.
+
+    This rejects an adapter of another base, and rows tokenized with another template.
+    """
     for name, source in MADE_FROM:
         then, now = used[name].manifest.inputs.get(source), used[source].data_version
         if then != now:
@@ -36,8 +39,11 @@ def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
 
 
 def bound_versions(used: Mapping[str, Artifact], evaluation: str) -> dict[str, str]:
-    """Return the identity of what is judged. The base's version covers its weights, tokenizer and template; `evaluation`
-    is the version of the evaluation's settings, with the files they name."""
+    """Return the versions that a verdict is bound to.
+
+    The base's version covers its weights, tokenizer and template. evaluation: the version of the
+    evaluation's settings and of their files.
+    """
     return {
         **{name: used[name].data_version for name in ("base_model", "lora_adapter", "dpo_adapter")},
         **{part: used["heldout_split"].part_version(part) for part in ("heldout", "retention")},
@@ -48,7 +54,10 @@ def bound_versions(used: Mapping[str, Artifact], evaluation: str) -> dict[str, s
 def require_pass(
     report: Artifact | None, versions: Mapping[str, str], gate: GateSettings, where: str
 ) -> Verdict:
-    """Return the verdict if it is a PASS for exactly these versions (or overridden by config). Raises VerdictError."""
+    """Return the verdict if it is a PASS for exactly these versions, or overridden by config.
+
+    Raises VerdictError.
+    """
     if report is None:
         raise VerdictError(
             where=where,

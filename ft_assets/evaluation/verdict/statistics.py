@@ -20,7 +20,10 @@ DRAWS = 9999
 
 
 def interval(values: list[float], confidence: float, seed: int) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean (9,999 draws; the point itself if all values are equal)."""
+    """Return the percentile bootstrap interval of the mean, of 9,999 draws.
+
+    If all values are equal, it is that value.
+    """
     if len(set(values)) <= 1:
         return values[0], values[0]
     result = bootstrap(
@@ -95,7 +98,8 @@ def _detectable(differences: list[float], binary: bool, alpha: float) -> float |
     if n < 5 or deviation == 0.0:
         return None
     if not binary:
-        return float(deviation * TTestPower().solve_power(nobs=n, alpha=alpha, power=POWER))  # pyright: ignore[reportArgumentType]
+        effect: Any = TTestPower().solve_power(nobs=n, alpha=alpha, power=POWER)
+        return float(deviation * effect)
     discordant = sum(value != 0 for value in differences) / n
     if mcnemar_power(n, discordant, 1.0, alpha) < POWER:
         return None
@@ -107,9 +111,12 @@ def _detectable(differences: list[float], binary: bool, alpha: float) -> float |
 
 
 def mcnemar_power(n: int, discordant: float, difference: float, alpha: float) -> float:
-    """Return the power of McNemar's exact two-sided test to find a better candidate: n pairs, a true difference of the
-    two shares, and the share of pairs that disagree (at least the difference). Averaged over the number of
-    disagreeing pairs (Duffy 1984, Biometrics 40:1005)."""
+    """Return the power of McNemar's exact two-sided test to find a better candidate.
+
+    n: pairs. discordant: the share of pairs that disagree, at least the difference. difference: the
+    true difference of the two shares. The power is averaged over the number of disagreeing pairs
+    (Duffy 1984, Biometrics 40:1005).
+    """
     discordant = max(discordant, difference)
     if discordant <= 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""The files that the evaluation's settings name, as part of its identity: a JSON schema, the user's own metric. No torch."""
+"""The files of the evaluation's settings, a part of its identity: JSON schema, user metric."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from ft_assets.errors import ConfigError
 
 
 def read_schema(project: Project, settings: EvaluationSettings) -> dict[str, Any] | None:
-    """Return the JSON schema of evaluation.json_schema, or None. Raises ConfigError if it is none."""
+    """Read the JSON schema of evaluation.json_schema. Raises ConfigError if it is not one."""
     if settings.json_schema is None:
         return None
     from jsonschema.exceptions import SchemaError
@@ -32,8 +32,11 @@ def read_schema(project: Project, settings: EvaluationSettings) -> dict[str, Any
     return schema
 
 
-def own_metric_version(project: Project, settings: EvaluationSettings) -> str | None:
-    """Return the hash of the module of evaluation.python, or None. Raises ConfigError if there is no such module."""
+def user_metric_version(project: Project, settings: EvaluationSettings) -> str | None:
+    """Return the hash of the module of evaluation.python; None without such a metric.
+
+    Raises ConfigError if the module does not exist.
+    """
     if settings.user_metric is None:
         return None
     name = settings.user_metric.function

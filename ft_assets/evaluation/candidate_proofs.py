@@ -1,9 +1,11 @@
-"""What must hold before a score means anything: the adapter acts, it never saw the rows, and the tokens are the template's.
+"""The proofs behind a score: the adapter acts, it was not trained on the rows, the tokens fit.
 
-The first two raise, because there is nothing to report; the third is counted, because the report then says so.
+The first two raise, because there is nothing to report. Rows whose tokens are not those of the
+template are counted, and the report shows the count.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ from ft_assets.evaluation.full_weights import FullWeights, prove_weights_act
 from ft_assets.evaluation.report_model import AdapterProof
 from ft_assets.models.adapter_files import TRAINED_GROUPS, is_full
 from ft_assets.models.loading import load_base
+from ft_assets.rows.types import TokenizedRow
 
 
 def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
-    """Return the base with all adapters loaded (or, of fully trained weights, FullWeights). Raises EvaluationError if one
-    does not fit the base."""
+    """Load the base with all adapters; after full fine-tuning, FullWeights.
+
+    Raises EvaluationError if an adapter does not fit the base.
+    """
     base = load_base(snapshot)
     if any(
         is_full(path) for path in adapters.values()
@@ -48,8 +53,11 @@ def load_candidates(snapshot: Path, adapters: dict[str, Path]) -> Any:
 def prove_adapters_act(
     model: Any, snapshot: Path, adapters: dict[str, Path], probe: list[int]
 ) -> dict[str, AdapterProof]:
-    """Return, for each adapter, its targets, the smallest ‖ΔW‖ among them (Frobenius) and the largest change of a logit
-    after the probe prompt. Raises EvaluationError "not applied" unless every target has an update and logits change."""
+    """Prove that each adapter changes the logits after the probe prompt (token ids).
+
+    The smallest ‖ΔW‖ of a proof is a Frobenius norm. Raises EvaluationError "not applied" unless
+    every target has an update and logits change.
+    """
     ids = torch.tensor([probe], device=model.device)
     with model.disable_adapter():
         before = model(input_ids=ids, logits_to_keep=1).logits.float()
@@ -78,7 +86,8 @@ def prove_adapters_act(
         ):
             raise EvaluationError(
                 where=f"adapter {name}",
-                found=f"not applied: {zero} of {len(norms)} targets have a zero update, the file holds {in_file}, logits change by {change:.3g}",
+                found=f"not applied: {zero} of {len(norms)} targets have a zero update, "
+                f"the file holds {in_file}, logits change by {change:.3g}",
                 expected="a nonzero update on every target and other logits than the base's",
                 fix="train it again: scores would be the base's",
             )
@@ -89,13 +98,19 @@ def prove_adapters_act(
 
 
 def update_norm(low: Any, high: Any) -> float:
-    """Return ‖B·A‖ (Frobenius) of A (r × in) and B (out × r) by r × r products: ‖BA‖² = tr(AAᵀ BᵀB)."""
+    """Return ‖B·A‖ (Frobenius) of A (r × in) and B (out × r).
+
+    It needs only r × r products: ‖BA‖² = tr(AAᵀ BᵀB).
+    """
     low, high = low.float(), high.float()
     return float(((low @ low.T) * (high.T @ high)).sum().clamp(min=0).sqrt())
 
 
-def prove_unseen(adapters: dict[str, Path], **sides: list[dict[str, Any]]) -> None:
-    """Raise EvaluationError if an adapter was trained on a row (by the group of its prompt) that it is judged on."""
+def prove_unseen(adapters: dict[str, Path], **sides: Sequence[TokenizedRow]) -> None:
+    """Raise EvaluationError if an adapter was trained on a row that it is judged on.
+
+    Rows are compared by the group of their prompt.
+    """
     for name, path in adapters.items():
         try:
             seen = set(json.loads((path / TRAINED_GROUPS).read_text()))
@@ -111,16 +126,18 @@ def prove_unseen(adapters: dict[str, Path], **sides: list[dict[str, Any]]) -> No
             if shared:
                 raise EvaluationError(
                     where=f"adapter {name}",
-                    found=f"was trained on {len(shared)} of the {len(rows)} {side} rows, e.g. {shared[0]}",
+                    found=f"was trained on {len(shared)} of the {len(rows)} {side} rows, "
+                    f"e.g. {shared[0]}",
                     expected="none: a score on trained rows says nothing",
-                    fix=f"materialize heldout_split and {'lora' if name == 'sft' else name}_adapter again",
+                    fix="materialize heldout_split and "
+                    f"{'lora' if name == 'sft' else name}_adapter again",
                 )
 
 
-def template_mismatches(renderer: Renderer, rows: list[dict[str, Any]]) -> list[str]:
+def template_mismatches(renderer: Renderer, rows: Sequence[TokenizedRow]) -> list[str]:
     """Return the ids of tokenized rows that the tokenizer's template renders to other tokens today.
 
-    Of a conversation what is compared is what the model is given before the last answer; a plain text is compared whole.
+    Of a conversation the prompt before the last answer is compared. A plain text is compared whole.
     """
     texts: list[Any] = [row for row in rows if row["messages"][0]["role"] == "text"]
     chats: list[Any] = [row for row in rows if row["messages"][0]["role"] != "text"]

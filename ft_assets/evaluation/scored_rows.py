@@ -1,0 +1,88 @@
+"""The scored rows of a candidate, and their tables: rows.parquet and retention.parquet of a report.
+
+A table has one line for each candidate and row: `candidate`, `id`, `prompt` (JSON), `reference`,
+`answer`, `stopped`, `tokens`, and a column for each score.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ft_assets.evaluation.references import ReferencedRow
+from ft_assets.rows.types import DataRow
+
+IDENTITY = ("candidate", "id", "prompt", "reference")
+ANSWER = ("answer", "stopped", "tokens")
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """One candidate's answer to a row, and its scores by metric, `refused` and `repetition` too.
+
+    stopped: the answer ended by itself. tokens: the length of the answer. answered: False for a
+    general prompt beyond `retention_answers`, which has only a loss.
+    """
+
+    scores: dict[str, float]
+    answer: str = ""
+    stopped: bool = False
+    tokens: int = 0
+    answered: bool = True
+
+    def scored(self, scores: Mapping[str, float]) -> "ScoredRow":
+        """Return the row with further scores."""
+        return replace(self, scores={**self.scores, **scores})
+
+    def columns(self) -> dict[str, Any]:
+        """Return the row as columns of the table."""
+        answer = {"answer": self.answer, "stopped": self.stopped, "tokens": self.tokens}
+        return {**(answer if self.answered else {}), **self.scores}
+
+
+def write_scored_rows(
+    path: Path, scored: Mapping[str, Sequence[ScoredRow]], rows: Sequence[ReferencedRow]
+) -> None:
+    """Write the scored rows of all candidates as one table."""
+    flat = [
+        {
+            "candidate": name,
+            "id": row["id"],
+            "prompt": json.dumps(row["messages"][:-1], ensure_ascii=False),
+            "reference": row["reference"],
+            **answer.columns(),
+        }
+        for name, answers in scored.items()
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    # from_pylist takes the columns of the first row alone.
+    columns = dict.fromkeys(key for row in flat for key in row)
+    table = pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in flat])
+    pq.write_table(table, path)
+
+
+def read_scored_rows(table: Path, candidate: str, rows: Sequence[DataRow]) -> list[ScoredRow]:
+    """Read one candidate's scored rows, in the order of `rows`."""
+    lines = pq.read_table(table, filters=[("candidate", "=", candidate)]).to_pylist()
+    by_id = {line["id"]: _scored_row(line) for line in lines}
+    return [by_id[row["id"]] for row in rows]
+
+
+def _scored_row(line: Mapping[str, Any]) -> ScoredRow:
+    # A column that a row does not have is null, e.g. the answer of an unanswered general prompt.
+    known = {key: value for key, value in line.items() if value is not None}
+    scores = {key: value for key, value in known.items() if key not in (*IDENTITY, *ANSWER)}
+    answer = {key: known[key] for key in ANSWER if key in known}
+    return ScoredRow(scores=scores, answered="answer" in known, **answer)
+
+
+def read_scores(table: Path, metric: str) -> dict[str, dict[str, float]]:
+    """Read one metric as {candidate: {row id: score}}."""
+    found: dict[str, dict[str, float]] = {}
+    for line in pq.read_table(table, columns=["candidate", "id", metric]).to_pylist():
+        found.setdefault(line["candidate"], {})[line["id"]] = line[metric]
+    return found
