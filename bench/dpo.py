@@ -66,7 +66,8 @@ def pairs(count: int, prompt: int, answer: int, vocabulary: int = 30000) -> list
 
 def make_base(folder: Path, shape: str | None) -> None:
     """Write the base model: SmolLM2, or a shape's config without weights."""
-    from ft_assets.models.source import source_identity, write_snapshot
+    from ft_assets.models.snapshot import write_snapshot
+    from ft_assets.models.source import source_identity
 
     if shape:
         for file in snapshot(SHAPES[shape]).iterdir():

@@ -21,7 +21,8 @@ from ft_assets.export import readers
 from ft_assets.export.export_report import Agreement
 from ft_assets.export.formats import ServingFacts, Source, WrittenFormat, make_format
 from ft_assets.models.loading import load_base, load_tokenizer
-from ft_assets.models.source import source_identity, write_snapshot
+from ft_assets.models.snapshot import write_snapshot
+from ft_assets.models.source import source_identity
 from ft_assets.rows.types import Message
 
 NEW_TOKENS = 24

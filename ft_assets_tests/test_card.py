@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.evaluation.report_model import EvalReport, Verdict
-from ft_assets.models.source import source_identity, write_snapshot
+from ft_assets.models.snapshot import write_snapshot
+from ft_assets.models.source import source_identity
 from ft_assets.orchestration.materializer import StoreMaterializer
 from ft_assets.release.card import MergedFile, model_card
 from ft_assets.release.card_facts import CardFacts, card_facts, excerpt

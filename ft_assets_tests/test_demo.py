@@ -80,7 +80,8 @@ def test_files_share_no_message() -> None:
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's base model: real weights, dequantized from the GGUF file of its package."""
-    from ft_assets.models.source import source_identity, write_snapshot
+    from ft_assets.models.snapshot import write_snapshot
+    from ft_assets.models.source import source_identity
 
     project = load_project(ROOT / "finetune.yaml")
     name = next(iter(project.base_models))

@@ -16,7 +16,8 @@ from transformers import (
 
 from ft_assets.config import BaseModelSettings, LoraSettings
 from ft_assets.errors import ModelError
-from ft_assets.models.source import source_identity, write_snapshot
+from ft_assets.models.snapshot import write_snapshot
+from ft_assets.models.source import source_identity
 from ft_assets.training.adapter import new_adapter
 from ft_assets_tests.factories import tiny_tokenizer
 

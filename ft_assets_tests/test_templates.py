@@ -9,7 +9,7 @@ from ft_assets.chat.rendering import ProofFailed, Renderer, fold_system, prints_
 from ft_assets.config import ChatSettings
 from ft_assets.errors import TemplateError
 from ft_assets.models.chat_template import DATE_KEY, bake, broken_markers, date_of, end_of_turn
-from ft_assets.models.source import settle_template
+from ft_assets.models.snapshot import settle_template
 from ft_assets_tests.factories import CHATML, tiny_tokenizer
 
 LLAMA = (
@@ -351,7 +351,7 @@ def test_template_for_a_base_without_one_needs_markers_of_its_vocabulary() -> No
 def test_variable_that_the_template_does_not_read_is_refused() -> None:
     with pytest.raises(
         TemplateError,
-        match=r"template_kwargs\.enable_thinking: the template reads no such variable",
+        match=r"template_kwargs\.enable_thinking: the template does not read this variable",
     ):
         settle_template(
             "m", tiny_tokenizer(), None, ChatSettings(template_kwargs={"enable_thinking": False})

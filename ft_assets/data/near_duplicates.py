@@ -1,8 +1,9 @@
 """Find near-duplicate prompts.
 
-MinHash LSH (datasketch) gives the candidates, exact Jaccard similarity the score. A row is the set of word triples of its user turns (character 5-grams where words are few, as in
-Chinese). Triples that many rows share show a common instruction, not a copy, and are filtered.
-Only the indexed rows are in memory; the rows that are compared with them are read once.
+MinHash LSH (datasketch) gives the candidates, exact Jaccard similarity the score. A row is the set
+of word triples of its user turns (character 5-grams where words are few, as in Chinese). Triples
+that many rows share show a common instruction, not a copy, and are filtered. Only the indexed rows
+are in memory; the rows that are compared with them are read once.
 """
 
 from collections import Counter

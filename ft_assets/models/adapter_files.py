@@ -1,19 +1,23 @@
-"""A trained adapter (or trained weights) on disk: which kind it is, the rows it was trained on, what it changed."""
+"""Read and write the files of a trained adapter or of trained weights.
+
+They include the groups of the trained rows, and give the weights that the training changed.
+"""
 
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from ft_assets.rows.types import DataRow
 
 TRAINED_GROUPS = "trained_groups.json"
 
 
 def is_full(adapter: Path) -> bool:
-    """Return whether a trained artifact holds all weights instead of an adapter."""
+    """Return True if a trained artifact holds all weights instead of an adapter."""
     return not (adapter / "adapter_config.json").exists()
 
 
@@ -24,19 +28,25 @@ def copy_trained(source: Path, output: Path) -> None:
             shutil.copy2(path, output / path.name)
 
 
-def save_groups(rows: Iterable[dict[str, Any]], output: Path, before: Path | None = None) -> None:
-    """Write the groups of the rows an adapter was trained on (also those of the adapter it started from): the
-    evaluation refuses to judge it on any of them."""
-    groups = {row["group"] for row in rows} | (
-        set(json.loads((before / TRAINED_GROUPS).read_text())) if before else set()
-    )
+def save_groups(rows: Iterable[DataRow], output: Path, before: Path | None = None) -> None:
+    """Write the groups of the rows that an adapter was trained on.
+
+    They include the groups of the adapter `before`, from which the training started. The evaluation
+    refuses to score the adapter on any of them.
+    """
+    groups = {row["group"] for row in rows}
+    if before:
+        groups.update(json.loads((before / TRAINED_GROUPS).read_text()))
     (output / TRAINED_GROUPS).write_text(json.dumps(sorted(groups), indent=0))
 
 
 def changed_weights(
     trained: Path, snapshot: Path
 ) -> Iterable[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield (name, weight, the base's weight in its dtype) of each tensor that both hold, one at a time."""
+    """Yield (name, weight, the base's weight in the same dtype) of each tensor that both have.
+
+    One tensor is in memory at a time.
+    """
     base = {name: path for path in sorted(snapshot.glob("*.safetensors")) for name in _names(path)}
     for path in sorted(trained.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -1,7 +1,8 @@
-"""A chat template as text: what is baked into it for a snapshot, and what it says of itself.
+"""Bake settings into the text of a chat template, and read properties of the template.
 
-Baked in are Jinja lines before the template, so that training, evaluation and the served model all render alike.
-Not here: rendering conversations (rendering.py), and where templates come from (models/source.py).
+Settings are baked in as Jinja lines before the template, so that training, evaluation and the
+served model all render alike.
+Not here: rendering conversations (chat/rendering.py), and the source of templates (snapshot.py).
 """
 
 import functools
@@ -11,12 +12,15 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import date, datetime, time
 from typing import Any
 
+from ft_assets.rows.types import Message
+
 FROZEN_DATE = date(2025, 1, 1)
 DATE_KEY = "chat_date"  # in tokenizer_config.json of a snapshot
 FOLD = (
     "{%- if messages and messages[0]['role'] == 'system' %}"
     "{%- if messages[1:] and messages[1]['role'] == 'user' %}"
-    "{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\\n\\n' + messages[1]['content'])] + messages[2:] %}"
+    "{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\\n\\n' + "
+    "messages[1]['content'])] + messages[2:] %}"
     "{%- else %}{%- set messages = [dict(messages[0], role='user')] + messages[1:] %}{%- endif %}"
     "{%- endif %}\n"
 )
@@ -26,9 +30,10 @@ DATE_CODES = ["-d", "-m", "-H", "-I", "-j", *"aAbBcdDeFHIjmMpSTuUwWxXyYZ"]
 
 
 def bake(template: str, kwargs: Mapping[str, Any], system_turn: str) -> str:
-    """Return the template with `kwargs` set, and the system turn put into the first user turn if `system_turn` is user.
+    """Return the template with `kwargs` set.
 
-    The newline after a block is cut by the environment in which chat templates run, so the text itself is unchanged.
+    If `system_turn` is user, the system turn is put into the first user turn. The environment in
+    which chat templates run cuts the newline after a block, so the template's text is unchanged.
     """
     lines = [f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in sorted(kwargs.items())]
     return "".join(lines) + (FOLD if system_turn == "user" else "") + template
@@ -38,45 +43,46 @@ def _literal(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return (
-            "{"
-            + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items())
-            + "}"
-        )
+        items = (f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
 
-def fold_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with the system turn in front of the first user turn's text, as `bake` does it in Jinja."""
-    turns = [dict(turn) for turn in messages]
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with the system turn's text before that of the first user turn.
+
+    `bake` does the same in Jinja.
+    """
+    turns = [turn.copy() for turn in messages]
     if not turns or turns[0]["role"] != "system":
         return turns
     if len(turns) > 1 and turns[1]["role"] == "user":
-        return [
-            {**turns[1], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]},
-            *turns[2:],
-        ]
-    return [{**turns[0], "role": "user"}, *turns[1:]]
+        system, *turns = turns
+        turns[0]["content"] = system["content"] + "\n\n" + turns[0]["content"]
+    else:
+        turns[0]["role"] = "user"
+    return turns
 
 
 def reads(template: str, name: str) -> bool:
-    """Return whether a template mentions a variable."""
+    """Return True if a template mentions a variable."""
     return re.search(rf"(?<![\w.'\"]){re.escape(name)}(?![\w'\"])", template) is not None
 
 
 def prints_date(tokenizer: Any) -> bool:
-    """Return whether the template can print today's date."""
+    """Return True if the template can print today's date."""
     return reads(tokenizer.chat_template or "", "strftime_now")
 
 
 @functools.cache
 def frozen(template: str, day: date) -> str:
-    """Return the template with a `strftime_now` that says `day`, whatever day it is; one without dates as it is.
+    """Return the template with a `strftime_now` that prints `day` on every day.
 
-    A macro in Jinja, because transformers passes no functions to templates. It is for rendering only and never saved: the
-    served model prints the true date.
+    A template without dates is unchanged. The function is a macro in Jinja, because transformers
+    passes no functions to templates. It is for rendering only and never saved: the served model
+    prints the true date.
     """
     if not reads(template, "strftime_now"):
         return template
@@ -94,7 +100,7 @@ def date_of(tokenizer: Any) -> date:
 
 
 def broken_markers(template: str, tokenizer: Any) -> dict[str, int]:
-    """Return the special markers of a template that are no single token of the vocabulary, and how many tokens each is."""
+    """Return {marker: tokens} of a template's special markers that are not one known token."""
     lengths = {
         marker: len(tokenizer.encode(marker, add_special_tokens=False))
         for marker in sorted(set(MARKER.findall(template)))
@@ -109,10 +115,11 @@ def broken_markers(template: str, tokenizer: Any) -> dict[str, int]:
 
 
 def end_of_turn(tokenizer: Any, known: Collection[int] = ()) -> int | None:
-    """Return the added token that a template ends an answer with, if none of the `known` stop tokens does.
+    """Return the added token that ends an answer, if the template writes no `known` stop token.
 
-    It is the first after the answer that the template does not also write between the context and the answer. None if
-    the template refuses a question and an answer, or writes no such token.
+    It is the first token after the answer that the template does not also write between the context
+    and the answer. Return None if the template refuses a question and an answer, or writes no such
+    token.
     """
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     template = frozen(tokenizer.chat_template, FROZEN_DATE)
@@ -121,7 +128,7 @@ def end_of_turn(tokenizer: Any, known: Collection[int] = ()) -> int | None:
             turns[:1], chat_template=template, add_generation_prompt=True, tokenize=False
         )
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    except Exception:  # templates raise anything; the rows' own proofs will say it
+    except Exception:  # templates raise anything; the proofs of the rows report it
         return None
     before, found, after = text.rpartition(ANSWER)
     if not found:

@@ -1,4 +1,4 @@
-"""Load a snapshot for a step: tokenizer alone (no torch), or the weights in the dtype this machine is good at."""
+"""Load a snapshot: the tokenizer alone (no torch), or the weights in this machine's best dtype."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def stop_ids(snapshot: Path) -> frozenset[int]:
 
 
 def context_length(snapshot: Path) -> int | None:
-    """Return how many positions the model was made for, in tokens; None where its config does not say."""
+    """Return the model's context in tokens, or None if its config does not have it."""
     config = json.loads((snapshot / "config.json").read_text())
     return config.get("max_position_embeddings") or config.get("text_config", {}).get(
         "max_position_embeddings"
@@ -34,8 +34,11 @@ def context_length(snapshot: Path) -> int | None:
 def load_base(
     snapshot: Path, quantized: bool = False, dtype: Any = None, on_cpu: bool = False
 ) -> Any:
-    """Return the base on the GPU if there is one and it shall not stay on the CPU, in `dtype` (else the compute dtype); NF4
-    with double quantization if `quantized`."""
+    """Load the base model, on the GPU if one is available and `on_cpu` is false.
+
+    The weights are in `dtype`, by default the compute dtype; NF4 with double quantization if
+    `quantized`.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers import logging as hf_logging
@@ -59,7 +62,10 @@ def load_base(
 
 
 def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
-    """Return the module names of a preset or a list. Raises TrainingError naming what the model has."""
+    """Return the module names of a preset or a list.
+
+    Raises TrainingError with the names of the model's linear layers if one is missing.
+    """
     if targets == ALL_LINEAR:
         return targets
     wanted = list(TARGETS[targets]) if isinstance(targets, str) else targets

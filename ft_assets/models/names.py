@@ -1,7 +1,8 @@
-"""Whether a model's weights are called in its files as they are in memory: an adapter names modules, the merge reads and writes files.
+"""Check that a model's weights have the same names in its files as in memory.
 
-Of most models both names are one. Some that take pictures too (Gemma 3 from 4B on) are renamed by transformers when they are
-loaded, and an adapter of theirs would be trained and judged, and could then not be merged.
+An adapter names modules, while the merge reads and writes files. Most models have one set of names.
+transformers renames the weights of some models that also take pictures (Gemma 3 from 4B on) when it
+loads them: an adapter of such a model could be trained and evaluated, but not merged.
 """
 
 import re
@@ -11,11 +12,11 @@ from typing import Any
 
 from ft_assets.errors import ModelError
 
-HEAD = re.compile(r"(^|\.)lm_head\.weight$")  # has no tensor of its own where it is the embedding
+HEAD = re.compile(r"(^|\.)lm_head\.weight$")  # a tied head has no tensor of its own
 
 
 def linear_weights(model: Any) -> list[str]:
-    """Return the names of the weights of a model's linear layers, without the head's."""
+    """Return the names of the weights of a model's linear layers, except the head's."""
     import torch
 
     names = [
@@ -27,7 +28,7 @@ def linear_weights(model: Any) -> list[str]:
 
 
 def unstored(names: Iterable[str], snapshot: Path) -> list[str]:
-    """Return those of the names of weights that the snapshot's files do not hold; a head that is the embedding is not missed."""
+    """Return the names of weights that the snapshot's files do not have, except a tied head's."""
     from safetensors import safe_open
 
     stored: set[str] = set()
@@ -42,8 +43,9 @@ def refuse_renamed(where: str, model: Any, renamed: list[str]) -> None:
     if renamed:
         raise ModelError(
             where=where,
-            found=f"{type(model).__name__}: {len(renamed)} weights to train have other names in its files than in memory, e.g. {renamed[0]}, "
-            "so that what is trained could not be merged",
-            expected="a causal language model whose modules are called as in its files",
-            fix="name a text-only export of it: of Gemma 3 one of the class Gemma3ForCausalLM, as its GGUF files are",
+            found=f"{type(model).__name__}: {len(renamed)} weights to train have other names in "
+            f"its files than in memory, e.g. {renamed[0]}, so that an adapter could not be merged",
+            expected="a causal language model whose modules have the names of its files",
+            fix="name a text-only export of it: of Gemma 3 one of the class Gemma3ForCausalLM, "
+            "as its GGUF files are",
         )

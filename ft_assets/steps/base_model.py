@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import JsonValue
-
 from ft_assets.config import BaseModelSettings, ChatSettings
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.license import LICENSE_FILE, stated_license
-from ft_assets.models.source import write_snapshot
+from ft_assets.models.snapshot import write_snapshot
+from ft_assets.models.source import SourceIdentity
 from ft_assets.step_runner import main, takes
 
 
@@ -21,7 +20,7 @@ class Settings(StepSettings):
     model: BaseModelSettings
     chat: ChatSettings = ChatSettings()
     root: Path
-    identity: dict[str, JsonValue]
+    identity: SourceIdentity
     template: str | None
 
 
@@ -42,11 +41,9 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     path = job.output / LICENSE_FILE
     path.parent.mkdir(exist_ok=True)
     commit = settings.identity.get("commit")
-    license_ = stated_license(
-        name, settings.model, settings.root, commit if isinstance(commit, str) else None
-    )
+    license_ = stated_license(name, settings.model, settings.root, commit)
     path.write_text(json.dumps(license_.model_dump(mode="json"), indent=1))
-    return StepResult(facts)
+    return StepResult({**facts})
 
 
 if __name__ == "__main__":
