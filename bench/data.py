@@ -1,9 +1,11 @@
-"""Read public data files and say what was found: rows, rejected rows with their reasons, doubles, near-duplicates.
+"""Read public data files and print their rows, rejected rows, duplicates and near-duplicates.
 
     python bench/data.py <folder>
-    python bench/data.py <file> [--pairs] [--columns prompt=text,completion=category] [--against <file>]
+    python bench/data.py <file> [--pairs] [--against <file>]
+        [--columns prompt=text,completion=category]
 
-Of a folder all .json, .jsonl and .csv files are read, as conversations or, where their rows say so, as preferences.
+Of a folder all .json, .jsonl and .csv files are read, as conversations, or as preferences if their
+rows have the keys of preferences.
 `--against` names a second file (a published test set, say) and lists what stands in both.
 """
 
@@ -66,7 +68,8 @@ def shown(path: Path, found: Loaded) -> None:
     """Print what a file holds."""
     counts, rows = found.counts, found.rows
     print(
-        f"{path.name}: {counts.total} rows, {counts.rows} used, {counts.duplicates} duplicates, {counts.rejected} rejected, "
+        f"{path.name}: {counts.total} rows, {counts.rows} used, {counts.duplicates} duplicates, "
+        f"{counts.rejected} rejected, "
         f"{counts.total / found.seconds:.0f} rows/s"
     )
     for reason, count in found.problems.most_common(3):
@@ -75,7 +78,8 @@ def shown(path: Path, found: Loaded) -> None:
     roles = Counter(role for row in rows for role in {turn["role"] for turn in row["messages"]})
     calls = sum(any("tool_calls" in turn for turn in row["messages"]) for row in rows)
     print(
-        f"    {len(rows) - len(groups)} more rows share their prompt with another; {roles['system']} with a system turn, {calls} with tool calls"
+        f"    {len(rows) - len(groups)} more rows share their prompt with another; "
+        f"{roles['system']} with a system turn, {calls} with tool calls"
     )
 
 
@@ -90,11 +94,13 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
         for side in (left, right)
     ]
     print(
-        f"{len(words[0] & words[1])} texts of {names[0]} stand in {names[1]} but for case and white space,"
+        f"{len(words[0] & words[1])} texts of {names[0]} stand in {names[1]} but for case and "
+        f"white space,"
     )
     print(f"{len({overlap.id for overlap in same})} but for punctuation too;")
     print(
-        f"{len({match[1] for match in near})} are at least 0.8 alike, found in {seconds:.1f} s; the least alike of them:"
+        f"{len({match[1] for match in near})} are at least 0.8 alike, found in {seconds:.1f} s; "
+        f"the least alike of them:"
     )
     text = {row["id"]: row["messages"][0]["content"] for row in (*left.rows, *right.rows)}
     for one, other, score in near[-5:]:

@@ -1,11 +1,12 @@
-"""Fuzz the readers: any bytes in any container are rows or a DataError, any row is canonical or a RowProblem.
+"""Fuzz the readers: any bytes are rows or a DataError, any row is canonical or a RowProblem.
 
     pip install atheris
     python bench/fuzz_readers.py <folder for the corpus> -max_total_time=600
 
-An empty folder is filled with small files of each kind first. Options after the folder are libFuzzer's. The first byte
-of an input chooses the file's ending, the second the form of its rows, the third the encoding; the rest is the file, or
-(BUILT) decides what JSON is built out of known keys and values, which byte by byte would seldom come about.
+An empty folder is filled with small files of each kind first. Options after the folder are
+libFuzzer's. The first byte of an input chooses the file's ending, the second the format of its
+rows, the third the encoding. The rest is the file, or (BUILT) decides which JSON is built from
+known keys and values, which would seldom occur byte by byte.
 """
 
 import bz2
@@ -23,7 +24,8 @@ try:
     import atheris  # pyright: ignore[reportMissingImports]
 except ImportError:
     sys.exit(
-        "fuzz_readers.py: atheris is not installed\n  to do:    pip install atheris (it is not a dependency: Linux and few Pythons only)"
+        "fuzz_readers.py: atheris is not installed\n  to do:    pip install atheris (it is not a "
+        "dependency: Linux and few Pythons only)"
     )
 
 with atheris.instrument_imports(include=["ft_assets.data", "ft_assets.rows"]):
@@ -43,7 +45,8 @@ PACKERS = {
     ".bz2": bz2.compress,
     ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
 }
-# Inputs named `packed` are compressed here, so that a change reaches what is inside; the others are compressed bytes.
+# Inputs named `packed` are compressed here, so that a change reaches their content; the others are
+# compressed bytes.
 BUILT = "built"
 ENDINGS = [
     *[
@@ -54,11 +57,74 @@ ENDINGS = [
     *[(f".csv{packed}", packed) for packed in PACKERS],
     *[(".jsonl", BUILT)] * 6,
 ]
-KEYS = ("messages", "conversations", "role", "content", "from", "value", "prompt", "completion", "instruction", "input", "output", "history",
-        "system", "chosen", "rejected", "responses", "scores", "ranks", "group", "tool_calls", "function_call", "type", "text", "tools", "functions",
-        "function", "name", "arguments", "id", "tool_call_id", "train", "weight", "label", "images", "thinking")  # fmt: skip
-VALUES = ("user", "assistant", "human", "gpt", "system", "tool", "function", "function_call", "observation", "f", "a", "hi", "", " ", "{}", "[]",
-          '{"name": "f", "arguments": {}}', '[{"name": "f"}]', "\x00", "\ud83d", "text", None, True, False, 0, 1, -1, 1.5, 10**30)  # fmt: skip
+KEYS = (
+    "messages",
+    "conversations",
+    "role",
+    "content",
+    "from",
+    "value",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "system",
+    "chosen",
+    "rejected",
+    "responses",
+    "scores",
+    "ranks",
+    "group",
+    "tool_calls",
+    "function_call",
+    "type",
+    "text",
+    "tools",
+    "functions",
+    "function",
+    "name",
+    "arguments",
+    "id",
+    "tool_call_id",
+    "train",
+    "weight",
+    "label",
+    "images",
+    "thinking",
+)
+VALUES = (
+    "user",
+    "assistant",
+    "human",
+    "gpt",
+    "system",
+    "tool",
+    "function",
+    "function_call",
+    "observation",
+    "f",
+    "a",
+    "hi",
+    "",
+    " ",
+    "{}",
+    "[]",
+    '{"name": "f", "arguments": {}}',
+    '[{"name": "f"}]',
+    "\x00",
+    "\ud83d",
+    "text",
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    1.5,
+    10**30,
+)
 TURNS = (
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "a"},

@@ -1,10 +1,12 @@
-"""How time and memory of the data path grow: N conversations through raw_dataset -> chat_dataset -> heldout_split.
+"""Measure how time and memory of the data path grow with the number of conversations.
 
     python bench/scale.py <folder with .jsonl/.json/.csv files> [10000 100000 1000000]
 
-The conversations are those of the folder's files, repeated; in each repetition about a third of the prompt's words is drawn
-anew, so that they are not copies of each other. Memory is the resident set of all processes of the run together, shared
-pages counted once (PSS), sampled twice a second. Each size runs in a fresh project with the demo's base model.
+N conversations go through raw_dataset -> chat_dataset -> heldout_split. They are those of the
+folder's files, repeated; in each repetition about a third of the prompt's words is drawn anew, so
+that they are not copies of each other. Memory is the resident set of all processes of the run
+together, shared pages counted once (PSS), sampled twice a second. Each size runs in a fresh project
+with the demo's base model.
 """
 
 import json
@@ -142,7 +144,8 @@ def main() -> None:
     rows = real(Path(sys.argv[1]))
     print(f"{len(rows)} real conversations", file=sys.stderr)
     print(
-        "| rows | file MB | raw s | chat s | split s | whole run s | s per 100k rows | peak GB | train | held-out | left out | tokens |"
+        "| rows | file MB | raw s | chat s | split s | whole run s | s per 100k rows | peak GB | "
+        "train | held-out | left out | tokens |"
     )
     print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for count in [int(argument) for argument in sys.argv[2:]] or [10_000, 100_000, 1_000_000]:
@@ -151,7 +154,8 @@ def main() -> None:
         parts = " | ".join(f"{found[name]:.1f}" for name in ASSETS)
         each = sum(found[name] for name in ASSETS) / count * 1e5
         print(
-            f"| {count} | {found['file_mb']:.0f} | {parts} | {found['whole_run']:.0f} | {each:.0f} | {found['peak_gb']:.2f} "
+            f"| {count} | {found['file_mb']:.0f} | {parts} | {found['whole_run']:.0f} | {each:.0f} "
+            f"| {found['peak_gb']:.2f} "
             f"| {found['train']} | {found['heldout']} | {found['removed']} | {found['tokens']} |",
             flush=True,
         )

@@ -1,9 +1,9 @@
-"""Prove real chat templates on real conversations, and write what came out as docs/templates.md.
+"""Prove real chat templates on real conversations, and write the table in docs/templates.md.
 
     python bench/templates.py <folder of .jinja files> [page]
 
-The tokenizer is SmolLM2's; each template's markers are added to it as special tokens, and what the template ends an
-answer with is what generation stops at, as it is with the template's own model.
+The tokenizer is SmolLM2's, with each template's markers as added special tokens. Generation stops
+at the template's own end of an answer, as with the template's own model.
 """
 
 import argparse
@@ -36,7 +36,8 @@ CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": "My kettle (order FW-10233) leaks. What now?"},
     {
         "role": "assistant",
-        "content": "Please stop using it.\n\n1. Unplug it.\n2. Tell us where it leaks:\n   - lid\n   - base",
+        "content": "Please stop using it.\n\n1. Unplug it.\n2. Tell us where it leaks:\n   - lid\n "
+        "  - base",
     },
     {"role": "user", "content": 'At the base. Is a < 5 mm crack "normal"?'},
     {"role": "assistant", "content": "No, it is not. We send a new one."},
@@ -129,7 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def prepared(base: Any, template: str) -> tuple[Any, frozenset[int]]:
-    """Return a tokenizer that has the template, its markers, and BOS and EOS as it means them; and where generation stops."""
+    """Return a tokenizer with the template, its markers, BOS and EOS; and its stop tokens."""
     tokenizer = copy.deepcopy(base)
     tokenizer.chat_template = template
     tokenizer.add_special_tokens({"bos_token": "<BOS>", "eos_token": "<EOS>"})
@@ -152,7 +153,10 @@ def _written(tokenizer: Any, row: dict[str, Any]) -> str | None:
 
 
 def _end_of_call(tokenizer: Any) -> int | None:
-    """Return the last added token of a conversation that ends with a call: with the end of an answer, where generation stops."""
+    """Return the last added token of a conversation that ends with a call.
+
+    Generation stops at it, and at the end of an answer.
+    """
     text = _written(tokenizer, {"messages": CALLED[:2], "tools": TOOLS})
     if text is None or end_of_turn(tokenizer) is None:
         return None

@@ -1,4 +1,4 @@
-"""Containers and shapes: what is read equals what was written, and what cannot be read is named, never mangled."""
+"""File formats and row formats: rows are read as written, and errors name their place."""
 
 import bz2
 import csv
@@ -255,8 +255,30 @@ def test_columns_are_renamed_and_a_missing_one_is_named() -> None:
         renamed({"text": "hi", "category": "hello"}, {"completion": "label"})
 
 
-KEYS = ("messages", "conversations", "role", "content", "from", "value", "prompt", "completion", "instruction", "input", "output", "history", "system",
-        "chosen", "rejected", "responses", "scores", "ranks", "group", "tool_calls", "type", "text")  # fmt: skip
+KEYS = (
+    "messages",
+    "conversations",
+    "role",
+    "content",
+    "from",
+    "value",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "system",
+    "chosen",
+    "rejected",
+    "responses",
+    "scores",
+    "ranks",
+    "group",
+    "tool_calls",
+    "type",
+    "text",
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: (

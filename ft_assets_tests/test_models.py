@@ -1,4 +1,4 @@
-"""Rendering and generation: the parts that a quiet mistake would hide in, against slow and plain references."""
+"""Rendering and generation against slow and plain references, where a mistake would be silent."""
 
 import dataclasses
 from pathlib import Path

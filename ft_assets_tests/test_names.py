@@ -1,4 +1,4 @@
-"""A model whose weights are called otherwise in its files than in memory is refused before anything is trained."""
+"""A model whose weights have other names in its files than in memory is refused before training."""
 
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,14 @@ from ft_assets.training.adapter import new_adapter
 from ft_assets_tests.factories import tiny_tokenizer
 
 TEXT: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
     "sliding_window": 64,
-}  # fmt: skip
+}
 PICTURES = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -74,7 +79,8 @@ def test_gemma_3_with_pictures_is_refused_where_it_is_named(tmp_path: Path) -> N
     )  # else transformers renames no more, and nothing is to be refused
     with pytest.raises(
         ModelError,
-        match=r"base_models\.gemma: Gemma3ForConditionalGeneration: .* weights to train have other names",
+        match=r"base_models\.gemma: Gemma3ForConditionalGeneration: .* weights to train have other "
+        r"names",
     ) as error:
         snapshot(folder, tmp_path / "snapshot")
     assert "Gemma3ForCausalLM" in str(error.value)
@@ -82,7 +88,7 @@ def test_gemma_3_with_pictures_is_refused_where_it_is_named(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_its_adapter_is_refused_before_it_is_trained(tmp_path: Path, method: str) -> None:
-    """Also of a snapshot that was made before such bases were refused, or that renames a part only."""
+    """Also for a snapshot that was made before such bases were refused, or with some renames."""
     folder = save(tmp_path / "gemma", pictures=True)
     with pytest.raises(
         ModelError, match=r"Gemma3ForConditionalGeneration: .* other names in its files"

@@ -1,4 +1,4 @@
-"""Near-duplicates: copies with small changes are found with their score; a common instruction makes nobody a copy."""
+"""Near-duplicates: changed copies have a score; rows with a common instruction are not copies."""
 
 from typing import Any
 

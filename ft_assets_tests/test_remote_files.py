@@ -1,5 +1,7 @@
-"""Data that lies elsewhere: a real HTTP server, a real S3-compatible one (moto's). hf:// needs the hub, which tests cannot reach:
-of it only what is refused before anything is fetched."""
+"""Remote data: a real HTTP server, a real S3-compatible server (moto's).
+
+hf:// needs the hub, which tests cannot reach: they cover its refusals before anything is fetched.
+"""
 
 import functools
 import http.server
@@ -162,8 +164,11 @@ def test_graph_reads_a_bucket_and_sees_a_new_object(
     project: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {
-        "AWS_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "ada", "AWS_SECRET_ACCESS_KEY": "planted-secret", "AWS_DEFAULT_REGION": "us-east-1"
-    }.items():  # fmt: skip
+        "AWS_ENDPOINT_URL": s3,
+        "AWS_ACCESS_KEY_ID": "ada",
+        "AWS_SECRET_ACCESS_KEY": "planted-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")
     client.create_bucket(Bucket="talks")

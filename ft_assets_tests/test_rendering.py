@@ -1,4 +1,4 @@
-"""The proofs of a rendered sequence: what is right passes, and each kind of wrong mask or template fails with its own reason."""
+"""The proofs of a rendered sequence: each kind of wrong mask or template fails with its reason."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,8 @@ TURNS = [
 REWRITING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m.content.split('</think>')[-1].lstrip() if m.role == 'assistant' and not loop.last else m.content }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{{ m.content.split('</think>')[-1].lstrip() if m.role == 'assistant' and not loop.last else "
+    "m.content }}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -381,7 +382,8 @@ ARGUMENTS = CALL["function"]["arguments"]
         "find[ARGS]" + json.dumps(ARGUMENTS),
         f"[find({', '.join(f'{key}={value!r}' for key, value in ARGUMENTS.items())})]",
         '<call=find><city>Bonn "am" Rhein</city><n>3</n><open>true</open><tags>["a", "b"]</tags>',
-        '<call=find><city>Bonn "am" Rhein</city><n>3</n><open>true</open><tags><item>a</item><item>b</item></tags>',
+        '<call=find><city>Bonn "am" '
+        "Rhein</city><n>3</n><open>true</open><tags><item>a</item><item>b</item></tags>",
     ],
 )
 def test_calls_are_found_in_json_in_python_and_in_tags(text: str) -> None:
@@ -427,7 +429,8 @@ def test_training_mask_is_that_of_trl() -> None:
         assert ours.input_ids == theirs["input_ids"]
         mask = [bool(flag) for flag in theirs["assistant_masks"]]
         assert all(there for here, there in zip(ours.supervised, mask, strict=True) if here)
-        # TRL trains the newline behind the end of turn too, which is never generated, and with Qwen2.5 that of the prompt
+        # TRL also trains the newline after the end of turn, which is never generated, and with
+        # Qwen2.5 the newline of the prompt
         more = [
             place
             for place, (here, there) in enumerate(zip(ours.supervised, mask, strict=True))

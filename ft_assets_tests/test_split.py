@@ -1,4 +1,4 @@
-"""The split: growing data moves nobody; whatever stands on two sides is left out, counted, and looked for again by the check."""
+"""The split: growing data moves no row, and a row on two sides is removed, counted and checked."""
 
 import random
 import shutil
@@ -182,7 +182,10 @@ def test_heldout_prompt_in_other_case_and_blanks_is_left_out(place: Workplace, s
 
 
 def paraphrase(prompt: str) -> str:
-    """Return a prompt of 20 words that shares 16 of 20 distinct triples with the given one: Jaccard 16 / 20."""
+    """Return a prompt of 20 words that shares 16 of 20 distinct triples with the given prompt.
+
+    Their Jaccard similarity is 16 / 20.
+    """
     return " ".join([*prompt.split()[:-2], "other", "end"])
 
 

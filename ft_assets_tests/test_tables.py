@@ -1,4 +1,4 @@
-"""Tables: what is written comes back, versions are of sets, rejected rows are kept, memory does not hold a data set."""
+"""Tables: rows come back as written, versions are of sets, rejected rows are stored."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Templates in the styles of real models: what is learnt under each, what is refused, and what is baked into a snapshot."""
+"""Templates in the styles of real models: the trained tokens, the refusals, and baked settings."""
 
 from datetime import date
 from typing import Any
@@ -13,33 +13,48 @@ from ft_assets.models.snapshot import settle_template
 from ft_assets_tests.factories import CHATML, tiny_tokenizer
 
 LLAMA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>"
+    "' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% else %}{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% else %}"
+    "{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}"
 )
 NEMO = (
-    "{% if messages[0].role == 'system' %}{% set first = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}"
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
-    "{{ '[INST]' + (first + '\n\n' if loop.last and first else '') + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    "{{ '[INST]' + (first + '\n\n' if loop.last and first else '') + m.content + '[/INST]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | "
+    "trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 QWEN3 = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}"
-    "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
 )
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}" + CHATML
 TOOLS = (
-    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for c in m.tool_calls or [] %}"
-    "{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' + ARGUMENTS + '}</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}"
+    '{{ \'<tool_call>{"name": "\' + c.function.name + \'", "arguments": \' + ARGUMENTS + '
+    "'}</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 AS_OBJECT, AS_TEXT = (
@@ -154,7 +169,8 @@ def test_answers_and_their_ends_are_learnt_in_each_style(
         (
             NEMO,
             "</s>",
-            r"messages\[0\] \(system\): the template writes this turn at generation and drops it once messages\[2\]",
+            r"messages\[0\] \(system\): the template writes this turn at generation and drops it "
+            r"once messages\[2\]",
         ),
         (
             NEMO.replace("(first + '\n\n' if loop.last and first else '') + ", ""),
@@ -211,7 +227,8 @@ def test_calls_are_given_in_the_form_that_the_template_writes_as_json(template: 
     which = renderer(template, bos=None)
     (text,) = learnt(which, CALLED, tools=[TOOL])
     assert text.startswith(
-        '<tool_call>{"name": "colour_of", "arguments": {"thing": "the \\"red\\" apple", "deep": true}}</tool_call><|im_end|>'
+        '<tool_call>{"name": "colour_of", "arguments": {"thing": "the \\"red\\" apple", "deep": '
+        "true}}</tool_call><|im_end|>"
     )
     assert text.endswith("</tool_call><|im_end|>yes<|im_end|>")
 
@@ -219,7 +236,8 @@ def test_calls_are_given_in_the_form_that_the_template_writes_as_json(template: 
 def test_ids_are_made_for_templates_that_insist_on_them() -> None:
     strict = AS_OBJECT.replace(
         "{{ '<tool_call>",
-        "{% if c.id | length != 9 %}{{ raise_exception('ids of length 9') }}{% endif %}{{ '<tool_call>",
+        "{% if c.id | length != 9 %}{{ raise_exception('ids of length 9') }}{% endif %}"
+        "{{ '<tool_call>",
     )
     which = renderer(
         strict.replace("m.role + '\n'", "m.role + (m.tool_call_id or '') + '\n'"), bos=None
@@ -283,7 +301,8 @@ def test_templates_that_lose_calls_results_or_tools_are_refused(template: str, r
 
 def test_thinking_of_earlier_turns_may_go_and_that_of_the_answer_is_learnt() -> None:
     template = QWEN3.replace(
-        "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content",
+        "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m.content",
         "{{ (m.content if loop.last else m.content.split('</think>')[-1].lstrip())",
     )
     thought = [
@@ -335,7 +354,8 @@ def test_template_for_a_base_without_one_needs_markers_of_its_vocabulary() -> No
         settle_template("m", bare, None, ChatSettings())
     with pytest.raises(
         TemplateError,
-        match=r"its marker <\|end_header_id\|> is \d+ tokens(.|\n)*LoRA does not train(.|\n)*<\|im_start\|>",
+        match=r"its marker <\|end_header_id\|> is \d+ tokens(.|\n)*LoRA does not train(.|\n)*"
+        r"<\|im_start\|>",
     ):
         settle_template("m", bare, LLAMA, ChatSettings())
     assert set(broken_markers(LLAMA, bare)) == {
@@ -362,7 +382,8 @@ def test_variable_that_the_template_does_not_read_is_refused() -> None:
 
 def test_end_of_turn_is_not_a_marker_that_also_opens_the_answer() -> None:
     tokenizer = tokenizer_of(
-        "{% for m in messages %}{{ '[INST]' + m.role + '[/INST]' + m.content + '[/INST]</s>' }}{% endfor %}"
+        "{% for m in messages %}{{ '[INST]' + m.role + '[/INST]' + m.content + '[/INST]</s>' }}"
+        "{% endfor %}"
     )
     assert tokenizer.decode([end_of_turn(tokenizer)]) == "</s>"
     tokenizer.chat_template = (
