@@ -223,7 +223,8 @@ def tokenized(renderer: Renderer, rows: Sequence[Row]) -> list[Row]:
 
 def prompts(renderer: Renderer, rows: Sequence[TokenizedRow]) -> list[list[int]]:
     """Return the token ids before the last message of each row. Raises EvaluationError."""
-    rendered = renderer.prompts([{**row, "messages": row["messages"][:-1]} for row in rows])
+    asked: list[TokenizedRow] = [{**row, "messages": row["messages"][:-1]} for row in rows]
+    rendered = renderer.prompts(asked)
     return [_proven(row, prompt) for row, prompt in zip(rows, rendered, strict=True)]
 
 
