@@ -150,7 +150,7 @@ def test_init_tells_folders_hub_ids_and_gguf_files_apart(tmp_path: Path, tiny_mo
     assert (tmp_path / "0" / str(model.folder)).resolve() == tiny_model.resolve()
     with pytest.raises(ModelError, match="there is no file"):
         inited(tmp_path / "3", rows, "missing.gguf")
-    with pytest.raises(ConfigError, match="no hub id, folder or GGUF file"):
+    with pytest.raises(ConfigError, match="not a hub id, a folder or a GGUF file"):
         inited(tmp_path / "4", rows, "what is this")
 
 

@@ -179,9 +179,9 @@ def test_user_is_told_what_the_store_wants(
     tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = ObjectStore("s3://elsewhere/team", tmp_path / "one")
-    with pytest.raises(ArtifactError, match="no such bucket"):
+    with pytest.raises(ArtifactError, match="the bucket does not exist"):
         missing.require_space(1, "a test")  # what is asked before the work begins
-    with pytest.raises(ArtifactError, match="no such bucket"):
+    with pytest.raises(ArtifactError, match="the bucket does not exist"):
         publish(missing, "weights", "v1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreUnreachable, match="does not answer"):

@@ -68,7 +68,7 @@ class Manifest(BaseModel, frozen=True):
         return parse_document(str(path), cls, path.read_text(), f"delete {folder}")
 
     def to_text(self) -> str:
-        """Return the manifest as it is stored."""
+        """Return the text of manifest.json."""
         exclude = {"place"} if self.place is None else None
         return json.dumps(self.model_dump(exclude=exclude), indent=1, ensure_ascii=False)
 

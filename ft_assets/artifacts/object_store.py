@@ -1,10 +1,12 @@
 """The store on an object file system (s3://, gs://), with a local cache for its readers.
 
-An object store renames nothing. So a version's files are written first, under a name that no other
-writer uses, and its manifest, which says where they are, last: it is the commit mark, and half an
-upload is nothing. CURRENT is one object, replaced whole. What is read is fetched once, by
-fingerprint, and checked against the manifest's sha256. What was made but could not be sent waits in
-the cache, and is sent when it is asked for again. Credentials come from the environment.
+An object store cannot rename. So a version's files are uploaded first, under a name that no other
+writer uses. Its manifest, which holds that name, is uploaded last: it is the commit mark, and half
+an upload does not exist for a reader. CURRENT is one object, replaced whole.
+
+A version is fetched once, by fingerprint, and checked against the SHA-256 of its manifest. One that
+could not be uploaded waits in the cache, and is uploaded on the next request for it.
+Credentials come from the environment.
 """
 
 import contextlib
@@ -42,7 +44,7 @@ REFUSED = frozenset(
 
 
 class ObjectStore(ArtifactStore):
-    """An ArtifactStore whose versions lie at `url`; `root` is the cache of this machine."""
+    """An ArtifactStore whose versions are at `url`; `root` is the cache of this machine."""
 
     def __init__(self, url: str, cache: Path) -> None:
         super().__init__(cache)
@@ -112,7 +114,7 @@ class ObjectStore(ArtifactStore):
                     self._files.put_file(
                         str(waiting / name), self._key(*home, manifest.place or "", name)
                     )
-        except FileNotFoundError:  # another one has sent it, and moved it to where it is read
+        except FileNotFoundError:  # another process has uploaded and moved it
             if (text := self._read_text(self._key(*home, MANIFEST))) is None:
                 raise
             return self._artifact(Manifest.model_validate_json(text))
@@ -234,7 +236,7 @@ class ObjectStore(ArtifactStore):
             if "bucket" in str(error).lower():
                 raise ArtifactError(
                     where=where,
-                    found="there is no such bucket",
+                    found="the bucket does not exist",
                     expected="a bucket that exists",
                     fix="create it, or correct store:",
                 ) from None
@@ -270,7 +272,7 @@ class ObjectStore(ArtifactStore):
 
 
 def _holds(folder: Path, manifest: Manifest) -> bool:
-    """Return whether the folder is a whole copy of a version's files."""
+    """Return True if the folder is a whole copy of a version's files."""
     try:
         return Manifest.read(folder).files == manifest.files
     except (FileNotFoundError, ValueError, ArtifactError):

@@ -2,7 +2,7 @@
 
 `<store>/<asset>/<partition>/<fingerprint>/` holds the files and `manifest.json`; `CURRENT` beside
 it names the version that readers get. A version is staged under `.tmp-…`, fsynced and renamed, so
-that nobody ever sees half of one.
+a reader never sees half of one.
 """
 
 import errno
@@ -125,8 +125,8 @@ class ArtifactStore:
     ) -> Artifact:
         """Publish a staged version durably, make it CURRENT, and return it.
 
-        If another run has published the same version meanwhile, that one stays: somebody may be
-        reading it.
+        If another run has published the same version meanwhile, that version stays, because a
+        reader may be using it.
         """
         manifest = make_manifest(
             staged,
@@ -156,15 +156,15 @@ class ArtifactStore:
                 raise
             if (known := self._read(final)) is not None:
                 return known
-            replace(staged, final)  # what lies there has no manifest: it was damaged
+            replace(staged, final)  # a folder without a manifest is damaged
         fsync(final.parent)
         return Artifact(final, manifest)
 
     def versions(self, *below: str) -> tuple[list[Artifact], list[str]]:
         """Return all versions, and the folders with an unreadable manifest.
 
-        `below` limits them to an asset
-        only, or of an asset's partition."""
+        `below` limits them to an asset, or to a partition of it.
+        """
         found, unreadable = list[Artifact](), list[str]()
         for folder in _folders_with_manifest(self.root.joinpath(*below)):
             try:
@@ -174,13 +174,13 @@ class ArtifactStore:
         return found, unreadable
 
     def bytes_of(self, artifact: Artifact) -> int:
-        """Return what a version takes, in bytes."""
+        """Return the size of a version in bytes."""
         return sum(path.lstat().st_size for path in artifact.folder.rglob("*") if path.is_file())
 
     def remove(self, artifact: Artifact) -> bool:
-        """Delete a version; return False if it became current meanwhile, or another one deletes it.
+        """Delete a version. Return False if it became current, or another process deletes it.
 
-        It is renamed first and deleted then: a reader finds it whole or not at all. Raises OSError.
+        It is renamed before it is deleted: a reader finds it whole or not at all. Raises OSError.
         """
         home, name, partition = artifact.folder.parent, artifact.fingerprint, artifact.partition
         if self.current_name(artifact.asset, partition) == name:
@@ -221,7 +221,7 @@ def _folders_with_manifest(root: Path) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Return when a file or a folder is on the disk."""
+    """Wait until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -230,7 +230,7 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Return when a folder and all in it are on the disk."""
+    """Wait until a folder and everything in it is on the disk."""
     for path in root.rglob("*"):
         fsync(path)
     fsync(root)

@@ -9,7 +9,7 @@ import typer
 
 from ft_assets.cli.app import app, chosen, dagster_home, graph_project, quiet, select
 
-INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
+INTERRUPTED = 128 + signal.SIGINT  # the exit code of a shell
 
 
 @app.command()

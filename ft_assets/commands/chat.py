@@ -20,7 +20,7 @@ from ft_assets.rows.types import Message
 def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
     """Return (name, folder) of the base, the champion, and the newest merged model if it differs.
 
-    Raises ArtifactError if there is no merged model, or a file of one is not as it was published.
+    Raises ArtifactError without a merged model, or if a file was changed after publication.
     """
     merged, released = store.need("merged_model", name), store.current("release", name)
     found = [("base", store.need("base_model", name).path)]
@@ -38,10 +38,10 @@ def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
 
 
 class SideBySide:
-    """The models, which keep no history: each message is answered on its own.
+    """The models, without a history: each message is answered on its own.
 
-    All are loaded at once where they fit into the free memory, else one after the other, which
-    `note` says.
+    If they do not fit into the free memory together, they are loaded one at a time, and `note` is
+    set.
     """
 
     def __init__(self, project: Project, name: str, system: str | None) -> None:

@@ -225,7 +225,7 @@ def _template(facts: Facts) -> Section:
     why = (
         "A chat template writes turns with the special tokens that the base was trained on, and it "
         "marks the end of a turn. Concatenated strings such as “user: …” become ordinary text: the "
-        "model sees a format that it does not know, never learns to stop, and nothing tells prompt "
+        "model sees an unfamiliar format, never learns to stop, and nothing tells prompt "
         "tokens from answer tokens for the loss mask."
     )
     measured = (

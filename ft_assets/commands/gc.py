@@ -1,4 +1,4 @@
-"""`ft gc`: which versions of the store nobody needs any more, and their removal.
+"""`ft gc`: the removal of versions that are not needed any more.
 
 Kept are, of every asset and partition: CURRENT, the newest few, what is younger than an hour; then
 all that a kept version says it was made from, and what a running step reads. A version is renamed
@@ -23,14 +23,14 @@ YOUNG_SECONDS = 3600
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that can go: a version, or what a step left behind."""
+    """A version, or the leftover of a step, that can be removed."""
 
     path: Path
     what: str
     why: str
     made: float
     bytes: int
-    artifact: Artifact | None  # the version; None for what a step left behind
+    artifact: Artifact | None  # the version; None for a leftover
 
 
 def removals(
@@ -64,7 +64,7 @@ def removals(
 def kept_versions(
     store: ArtifactStore, found: list[Version], keep: int, now: float, in_use: Iterable[Path] = ()
 ) -> set[Path]:
-    """Return the folders of the versions that stay."""
+    """Return the folders of the versions to keep."""
     homes: dict[Path, list[Version]] = defaultdict(list)
     for version in sorted(found, key=lambda version: version.made, reverse=True):
         homes[version.home].append(version)
@@ -90,7 +90,7 @@ def kept_versions(
 
 
 def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version]) -> list[Version]:
-    """Return what must be kept besides for a version's inputs.
+    """Return the versions to keep because this version was made from them.
 
     One version that has all the parts it read is enough: an equal data version is equal content. A
     kept one will do, else it is the newest. Without this, a report (which reads the few-shot part
@@ -143,7 +143,7 @@ def remove(store: ArtifactStore, removal: Removal) -> bool:
 
 
 def table(going: list[Removal]) -> str:
-    """Return what would go, with sizes and their sum."""
+    """Return the removals as text, with their sizes and the sum."""
     if not going:
         return "nothing to remove"
     rows = [

@@ -1,7 +1,7 @@
 """Leftovers of steps in the store: job folders, checkpoints, staging folders, deletions.
 
-In use is what a living process of this machine works with, or what was touched within a day: a
-process of another machine that shares the disk is seen only by what it writes.
+A folder is in use if a living process of this machine works with it, or if it was touched within a
+day: a process of another machine that shares the disk is visible only through its files.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class Leftover:
 
 
 def leftovers(root: Path, now: float) -> Iterator[Leftover]:
-    """Yield what no step works with any more."""
+    """Yield the leftovers that no step uses any more."""
     running = [job for job, alive in _jobs(root, now) if alive]
     busy = {path.resolve() for job in running for path in (job.work, job.checkpoints, job.output)}
     for path, what in _candidates(root):
@@ -80,7 +80,7 @@ def _jobs(root: Path, now: float) -> Iterator[tuple[Job, bool]]:
 
 
 def _command_lines() -> Iterator[bytes]:
-    """Yield the command lines of this machine's processes; none where there is no /proc."""
+    """Yield the command lines of this machine's processes; none without /proc."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             yield file.read_bytes()
@@ -94,7 +94,7 @@ def _staged_by_the_living(path: Path) -> bool:
 
 
 def touched(path: Path) -> float:
-    """Return when a folder or anything in it last changed, in seconds since 1970."""
+    """Return the last change of a folder or anything in it, in seconds since 1970."""
     latest = 0.0
     for place, _, files in os.walk(path):
         for name in [place, *(os.path.join(place, file) for file in files)]:  # noqa: PTH118

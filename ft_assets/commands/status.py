@@ -77,8 +77,8 @@ def _line(store: ArtifactStore, asset: str, partition: str | None) -> Line:
     try:
         artifact = store.current(asset, partition)
     except (ArtifactError, OSError, ValueError) as error:
-        said = f"{error.found}; {error.fix}" if isinstance(error, ArtifactError) else str(error)
-        return Line(asset=asset, partition=partition, problem=f"cannot be read: {said}")
+        reason = f"{error.found}; {error.fix}" if isinstance(error, ArtifactError) else str(error)
+        return Line(asset=asset, partition=partition, problem=f"cannot be read: {reason}")
     if artifact is None:
         return Line(asset=asset, partition=partition)
     return Line(
@@ -124,7 +124,7 @@ def table(shown: Status) -> str:
         lines.append(
             f"also there, of no asset or base model of finetune.yaml: {', '.join(shown.elsewhere)}"
         )
-    lines.append("times are UTC; ft plan says what is out of date, ft gc removes old versions")
+    lines.append("times are UTC; ft plan shows what is out of date, ft gc removes old versions")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from ft_assets.artifacts import Artifact, ArtifactStore
 
 @dataclass(frozen=True)
 class Version:
-    """A published version; its folder lies beside the CURRENT of its asset and partition."""
+    """A published version; its folder is beside the CURRENT of its asset and partition."""
 
     artifact: Artifact
 
@@ -60,7 +60,7 @@ def size(path: Path) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk that a folder lies on, or will lie on."""
+    """Return the free bytes of the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(existing(path)).free
 
 

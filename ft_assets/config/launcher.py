@@ -65,7 +65,7 @@ class LauncherSettings(BaseModel, frozen=True, extra="forbid"):
         return 1
 
     def sharding_mode(self) -> Sharding:
-        """Return how the ranks of a training step share the base model."""
+        """Return the mode in which the ranks of a training step share the base model."""
         return "ddp"
 
     def on_gpu(self) -> bool:

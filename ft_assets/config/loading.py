@@ -25,7 +25,7 @@ def find_config(start: Path | None = None) -> Path:
         if not path.is_file():
             raise ConfigError(
                 where="FT_CONFIG",
-                found=f"there is no file {path}",
+                found=f"{path} does not exist",
                 expected="the path of a finetune.yaml",
                 fix="correct or unset FT_CONFIG",
             )

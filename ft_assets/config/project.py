@@ -69,7 +69,7 @@ class Project(Section):
         default=".ft/store", description="A folder, or s3://bucket/prefix, gs://bucket/prefix."
     )
     store_cache: str = Field(
-        default=".ft/cache", description="Where copies of what lies in an object store are kept."
+        default=".ft/cache", description="Local copies of the artifacts of an object store."
     )
     data: DataSettings
     base_models: dict[str, BaseModelSettings] = Field(min_length=1)
@@ -91,14 +91,14 @@ class Project(Section):
     root: Path = Field(default=Path(), exclude=True)
 
     def path(self, relative: str) -> Path:
-        """Return a path of finetune.yaml, relative to the folder it lies in."""
+        """Return a path of finetune.yaml, relative to its folder."""
         return (
             (self.root / relative).resolve() if not Path(relative).is_absolute() else Path(relative)
         )
 
     @property
     def store_url(self) -> str | None:
-        """Where the artifacts lie if that is an object store, else None."""
+        """The URL of the store if it is an object store, otherwise None."""
         return (
             self.store.replace("gcs://", "gs://", 1)
             if "://" in self.store and not self.store.startswith("file://")

@@ -13,14 +13,13 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from ft_assets.runs.launcher import end_run
 from ft_assets.runs.process import TAG, RunProcess
 
-LAST_CHECKPOINT_SECONDS = (
-    40.0  # a step whose run died has 30 seconds for a checkpoint, and holds the GPU so long
-)
+# A step whose run died has 30 seconds for a checkpoint, and holds the GPU until then.
+LAST_CHECKPOINT_SECONDS = 40.0
 UNDER_WAY = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 
 
 def new_run() -> tuple[str, dict[str, str]]:
-    """Return the id of a run that this process will execute, and the tag that says so."""
+    """Return the id and the tags of a run that this process will execute."""
     run_id = str(uuid.uuid4())
     return run_id, {TAG: RunProcess.this(run_id).model_dump_json()}
 
@@ -28,7 +27,7 @@ def new_run() -> tuple[str, dict[str, str]]:
 def end_dead_runs(instance: DagsterInstance) -> list[str]:
     """Mark failed the runs whose process on this machine was killed, and return their ids.
 
-    Where it has just died, waits until its step, which ends by itself, has had its time.
+    If a process died just now, wait for the checkpoint of its step, which ends by itself.
     """
     ended = []
     for run in instance.get_runs(RunsFilter(statuses=UNDER_WAY)):

@@ -1,9 +1,9 @@
 """A run as a process of its own that outlives the code server and the daemon.
 
-Dagster's default launcher makes it a child of the code server and says nothing of its health: when
-the server is killed or the machine restarts, such a run stays "started" for ever and keeps its
-place in the pool. Here run monitoring is told the truth, marks a dead run failed, frees its place,
-and Dagster's run retries start it again.
+Dagster's default launcher makes it a child of the code server and does not report its health: after
+the server is killed or the machine restarts, such a run stays "started" forever and keeps its place
+in the pool. This launcher reports the health to run monitoring, which marks a dead run failed and
+frees its place. Dagster's run retries then start it again.
 """
 
 import subprocess
@@ -82,7 +82,7 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
             return run.status == DagsterRunStatus.STARTING
         if not process.here:
             instance.report_engine_event(
-                f"The run is {process}: it can be stopped there only.", run, cls=type(self)
+                f"The run is {process}: it can be stopped only there.", run, cls=type(self)
             )
             return False
         if not process.terminate():
@@ -96,16 +96,18 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """Return FAILED only if the run's process has certainly ended.
 
-        Run monitoring marks failed all that is not RUNNING, also
-        UNKNOWN: a run that cannot be seen from here (another machine's, or one of `ft run`) must
-        not be started a second time."""
+        Run monitoring marks everything failed that is not RUNNING, also UNKNOWN. But a run that is
+        not visible from here (another machine's, or one of `ft run`) must not be started twice.
+        """
         process = RunProcess.of(run.run_id, run.tags)
         if process is None:
             return CheckRunHealthResult(
                 WorkerStatus.RUNNING, "its process was not started by this launcher"
             )
         if not process.here:
-            return CheckRunHealthResult(WorkerStatus.RUNNING, f"{process}: not seen from here")
+            return CheckRunHealthResult(
+                WorkerStatus.RUNNING, f"{process}: not visible from this machine"
+            )
         if process.alive:
             return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=str(process))
         return CheckRunHealthResult(
@@ -116,8 +118,9 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
 def _bury(process: subprocess.Popen[bytes], ref: InstanceRef, run_id: str) -> None:
     """Wait for a run's process, and report one that ended before its run did.
 
-    Run monitoring would take its interval; also one that
-    could not begin, which run monitoring would give its whole time to start."""
+    Run monitoring would notice it an interval later, and a run that could not start only after its
+    whole start timeout.
+    """
     code = process.wait()
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     with DagsterInstance.from_ref(ref) as instance:
@@ -127,8 +130,9 @@ def _bury(process: subprocess.Popen[bytes], ref: InstanceRef, run_id: str) -> No
 def end_run(instance: DagsterInstance, run_id: str, why: str) -> None:
     """End a run whose process has ended, if the run has not ended.
 
-    Run monitoring frees its place in the pool a while later:
-    what a killed process leaves has 30 seconds to write a checkpoint and holds the GPU so long."""
+    Run monitoring frees its place in the pool later: the step of a killed process has 30 seconds
+    for a checkpoint, and holds the GPU until then.
+    """
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:
         return

@@ -24,7 +24,7 @@ class RunProcess(BaseModel):
 
     @classmethod
     def this(cls, run_id: str) -> "RunProcess":
-        """Return the process that calls."""
+        """Return the calling process."""
         pid = os.getpid()
         return cls(
             run_id=run_id,
@@ -38,8 +38,8 @@ class RunProcess(BaseModel):
     def of(cls, run_id: str, tags: Mapping[str, str]) -> "RunProcess | None":
         """Return the process in the tags of a run, or None.
 
-        A retry inherits the tags of the run
-        before it, and with them a process that is not its own."""
+        A retry inherits the tags of the run before it, and with them a process that is not its own.
+        """
         try:
             found = cls.model_validate_json(tags.get(TAG, ""))
         except ValidationError:
@@ -53,7 +53,7 @@ class RunProcess(BaseModel):
 
     @property
     def alive(self) -> bool:
-        """Whether that very process runs. Ask only if it is `here`."""
+        """Whether exactly this process runs. Valid only if it is `here`."""
         return self.boot == _boot() and _started(self.pid) == self.started
 
     def terminate(self) -> bool:

@@ -1,9 +1,9 @@
-"""A run's process: it writes down which process it is, then lets Dagster execute the run.
+"""A run's process: it tags the run with its own identity, and then executes the run.
 
     python -m ft_assets.runs.worker '<ExecuteRunArgs>'
 
-It writes this itself, and first: a launcher that is killed after starting it could not, and a run
-that has begun without it would be one that nobody can find.
+The process writes the tag itself, and first: a launcher that is killed after starting it could not,
+and a started run without the tag could not be found.
 """
 
 import sys

@@ -3,10 +3,13 @@
 Only pages that the server sent itself may send requests to it.
 
 Without it, any page open in the same browser could start runs: the stock server executes mutations
-sent by GET, by forms, and from foreign origins. The guard knows three rules: the Host is one of
-ours (else a name that resolves to this machine would do, "DNS rebinding"); the Origin, or what the
-browser says in Sec-Fetch-Site, is ours; and what changes something is a POST of JSON. It is no
-login: who can reach the port can use it.
+sent by GET, by forms, and from foreign origins. The guard has three rules:
+
+- The Host is one of ours. Otherwise any name of this machine would pass (DNS rebinding).
+- The Origin, or the browser's Sec-Fetch-Site, is ours.
+- A change is a POST of JSON.
+
+It is not a login: anyone who can reach the port can use it.
 """
 
 import json
@@ -65,12 +68,12 @@ class Guard:
         ):  # a link on another page may open ours
             return (
                 403,
-                f"the browser says that the request comes from elsewhere (Sec-Fetch-Site: {site})",
+                f"the request comes from another site (Sec-Fetch-Site: {site})",
             )
         if scope["type"] == "websocket" or not _is_api(scope["path"]):
             return None
         if reads and _is_mutation(scope["query_string"]):
-            return 405, "a mutation by GET; what changes something is sent by POST"
+            return 405, "a mutation by GET; send it by POST"
         if (
             scope["method"] == "POST"
             and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
@@ -94,7 +97,7 @@ def _is_api(path: str) -> bool:
 
 
 def _is_mutation(query_string: bytes) -> bool:
-    """Return whether a query string holds a mutation, or what cannot be told."""
+    """Return True if a query string holds a mutation, or cannot be parsed."""
     texts = parse_qs(query_string.decode("latin-1")).get("query", [])
     for text in texts:
         try:

@@ -21,7 +21,7 @@ def hosts_of(port: int, names: Sequence[str] = ()) -> set[str]:
 def serve(module: str, port: int, names: Sequence[str], read_only: bool) -> int:
     """Run the guarded webserver on 127.0.0.1 and, unless read-only, the daemon, until one ends.
 
-    Returns the exit code: 0 after a stop, else that of the process which ended.
+    Returns the exit code: 0 after a stop, otherwise that of the process that ended.
     """
     environment = {**os.environ, "FT_UI_HOSTS": ",".join(sorted(hosts_of(port, names)))}
     web = [

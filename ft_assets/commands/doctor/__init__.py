@@ -56,7 +56,7 @@ def _config() -> tuple[Project | None, Check]:
             f"{error.where}: {error.found}",
             f"{advice}. Data and base models were not looked at",
         )
-    except Exception as error:  # e.g. bytes that are no UTF-8, a folder of this name
+    except Exception as error:  # e.g. bytes that are not UTF-8, a folder of this name
         return None, fail(
             CONFIG_NAME,
             f"cannot be read ({type(error).__name__}: {error})",

@@ -31,7 +31,7 @@ def source(name: str, settings: BaseModelSettings, root: Path) -> Iterator[Check
         else:
             yield fail(
                 label,
-                f"{path} is no GGUF file (it begins with {magic!r})",
+                f"{path} is not a GGUF file (it begins with {magic!r})",
                 "download it again, whole",
             )
     else:
@@ -50,15 +50,15 @@ def _hub(label: str, settings: BaseModelSettings) -> Check:
 
     hub, revision = settings.hub or "", settings.revision
     cached = _cached(hub, revision) is not None
-    said = f"{hub}, in the cache" if cached else f"{hub}, not in the cache"
+    state = f"{hub}, in the cache" if cached else f"{hub}, not in the cache"
     pinned = revision is not None and len(revision) == COMMIT_LENGTH
     if cached and pinned:
-        return ok(label, said)
+        return ok(label, state)
     offline = "put it into a folder, or unset HF_HUB_OFFLINE" + (
         "; a commit as its revision needs no hub" if cached else ""
     )
     if constants.is_offline_mode():
-        return fail(label, f"{said}, and HF_HUB_OFFLINE is set", offline)
+        return fail(label, f"{state}, and HF_HUB_OFFLINE is set", offline)
     try:
         gated = within(PATIENCE_SECONDS, lambda: _gated(hub, revision, get_token()))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
@@ -70,14 +70,14 @@ def _hub(label: str, settings: BaseModelSettings) -> Check:
             else ALTERNATIVES
         )
         what = "is refused" if reached else "cannot be reached"
-        return fail(label, f"{said}; {constants.ENDPOINT} {what} ({first_line(error)})", advice)
+        return fail(label, f"{state}; {constants.ENDPOINT} {what} ({first_line(error)})", advice)
     if gated and get_token() is None:
         return fail(
             label,
-            f"{said}; it is gated and there is no token",
+            f"{state}; it is gated and there is no token",
             "accept its licence on the hub and set HF_TOKEN in the environment",
         )
-    return ok(label, f"{said}, the hub answers{', gated and open to this token' if gated else ''}")
+    return ok(label, f"{state}, the hub answers{', gated and open to this token' if gated else ''}")
 
 
 def _gated(hub: str, revision: str | None, token: str | None) -> bool:
@@ -134,7 +134,7 @@ def template(name: str, settings: BaseModelSettings, project: Project) -> Iterat
     label = f"{name}: chat template"
     configured = project.recipe(name).chat.chat_template
     if read_template(name, configured, project.root) is not None:
-        yield ok(label, f"{configured}, as finetune.yaml says")
+        yield ok(label, f"{configured}, from finetune.yaml")
         return
     looked = False
     for folder in _folders(name, settings, project):
@@ -154,7 +154,7 @@ def template(name: str, settings: BaseModelSettings, project: Project) -> Iterat
 
 
 def has_template(folder: Path) -> bool:
-    """Return whether a folder's tokenizer has a chat template, without loading it."""
+    """Return True if a folder's tokenizer has a chat template, without loading it."""
     if (
         (folder / "chat_template.jinja").is_file()
         or (folder / "chat_template.json").is_file()

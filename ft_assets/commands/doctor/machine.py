@@ -136,7 +136,7 @@ def _numbers(torch: Any) -> Iterator[Check]:
 
 
 def bitsandbytes(needed: bool) -> Iterator[Check]:
-    """Whether QLoRA can be used; `needed` says that finetune.yaml wants it."""
+    """Check whether QLoRA works. Without bitsandbytes, fail if `needed`, and otherwise warn."""
     try:
         module = importlib.import_module("bitsandbytes")
     except Exception as error:  # its own loading of CUDA libraries raises many kinds

@@ -42,7 +42,7 @@ def write_project(
     try:
         load_project(target)
     except ConfigError:
-        target.unlink()  # nothing half-right is left behind
+        target.unlink()  # leave no invalid file behind
         raise
     return target, found, source
 
@@ -56,7 +56,7 @@ def describe(path: Path, found: Found, source: BaseSource) -> str:
     )
     lines = [f"shape: {found.shape}", f"rows: {found.valid} of {looked} can be used"]
     lines += [f"  {reason}" for reason in found.reasons]
-    lines.append(f"answers: {found.answers.said()}")
+    lines.append(f"answers: {found.answers.describe()}")
     if source.note:
         lines.append(f"base: {source.note}")
     return "\n".join([*lines, f"wrote {path}", "next: ft doctor, then ft run"])
@@ -84,6 +84,6 @@ def summary(path: Path, found: Found, source: BaseSource) -> Summary:
         rows_looked_at=found.looked_at,
         complete=found.ended and found.total <= LOOKED_AT,
         unusable=list(found.reasons),
-        answers=found.answers.said(),
+        answers=found.answers.describe(),
         base_model={"name": source.name, source.kind: source.value, "note": source.note},
     )

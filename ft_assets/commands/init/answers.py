@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 MOST_LABELS = 50
 LONGEST_LABEL = 60  # characters
-ROWS_A_LABEL = 2  # on average at least: answers that each occur once are no labels
+ROWS_A_LABEL = 2  # on average at least: answers that occur once are not labels
 
 
 @dataclass
@@ -53,14 +53,15 @@ class Answers:
         needed = self.longest // 2 + 8
         return min(2048, max(32, -(-needed // 16) * 16))
 
-    def said(self) -> str:
+    def describe(self) -> str:
+        """Return the form of the answers in words."""
         if self.json_fields:
             return f"JSON objects with the keys {', '.join(self.json_fields)}"
         if self.labels:
             more = ", …" if len(self.labels) > 8 else ""
             return f"{len(self.labels)} labels: {', '.join(self.labels[:8])}{more}"
         if self.distinct is not None and len(self.distinct) == 1:
-            return "always the same one: a model learns nothing but that from it"
+            return "always the same: a model can learn nothing else from them"
         return "free text"
 
 
@@ -69,9 +70,8 @@ def _keys(answer: str) -> list[str]:
         raise ValueError(name)
 
     try:
-        value = json.loads(
-            answer, parse_constant=refuse
-        )  # NaN is no JSON: the metric refuses it too
+        # NaN is not JSON: the metric refuses it too.
+        value = json.loads(answer, parse_constant=refuse)
     except (ValueError, RecursionError):
         return []
     return list(value) if isinstance(value, dict) and all(value) else []

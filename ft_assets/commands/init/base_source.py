@@ -1,4 +1,4 @@
-"""What `--base` names: a hub id, a folder or a GGUF file, as finetune.yaml spells it."""
+"""The value of `--base` as an entry of finetune.yaml: a hub id, a folder or a GGUF file."""
 
 import os
 import re
@@ -41,13 +41,13 @@ class BaseSource:
                 _name(given.rpartition("/")[2]),
                 "hub",
                 given,
-                note=f"{given} is no folder here, so it is taken for a hub id",
+                note=f"{given} is not a folder here, so it is used as a hub id",
             )
         raise ConfigError(
             where=f"--base {given}",
-            found="is no hub id, folder or GGUF file",
+            found="is not a hub id, a folder or a GGUF file",
             expected="e.g. Qwen/Qwen3-0.6B, models/mine, model.gguf or package://package/file.gguf",
-            fix="correct it, or leave --base out for a small demo model",
+            fix="correct it, or omit --base for a small demo model",
         )
 
 

@@ -11,10 +11,8 @@ from ft_assets.rows.row_formats import recognise, renamed
 from ft_assets.rows.types import RawFields
 from ft_assets.rows.values import RowProblem
 
-LOOKED_AT = 1000
-
-
-SHOWN = 3
+LOOKED_AT = 1000  # rows
+SHOWN = 3  # reasons
 
 
 @dataclass
@@ -39,14 +37,14 @@ def look(path: Path, columns: dict[str, str]) -> Found:
     if not path.is_file():
         raise DataError(
             where=str(path),
-            found="there is no such file",
+            found="does not exist",
             expected="a data file of conversations",
             fix="correct the path",
         )
     found, reasons = Found("", columns, Answers()), list[str]()
     for row in read_rows(path):
-        # What is seen in 1000 rows must hold in all of them: a label that comes later would stop
-        # the evaluation.
+        # A form of the first 1000 rows must hold in all rows: a later label would stop the
+        # evaluation.
         if found.total >= LOOKED_AT and not found.answers.have_a_form:
             found.ended = False
             break
@@ -55,7 +53,7 @@ def look(path: Path, columns: dict[str, str]) -> Found:
         found.looked_at += first
         try:
             if row.value is None:
-                raise RowProblem(row.problem or "is no object")
+                raise RowProblem(row.problem or "is not an object")
             raw = renamed(row.value, columns) if columns else row.value
             messages = conversation(raw)["messages"]
         except RowProblem as problem:
@@ -69,7 +67,7 @@ def look(path: Path, columns: dict[str, str]) -> Found:
     if not found.answers.count:
         raise DataError(
             where=str(path),
-            found="has no row that can be used" + "".join(f"\n    {reason}" for reason in reasons)
+            found="has no usable row" + "".join(f"\n    {reason}" for reason in reasons)
             if found.total
             else "has no rows",
             expected="conversations: messages, ShareGPT, Alpaca, or prompt and completion",

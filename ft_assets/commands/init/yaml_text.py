@@ -10,9 +10,9 @@ from ft_assets.commands.init.base_source import BaseSource
 if TYPE_CHECKING:
     from ft_assets.commands.init.survey import Found
 
-HELDOUT_AIMED_AT = 100  # rows: with fewer only a large gain is told from chance
+HELDOUT_AIMED_AT = 100  # rows: with fewer, only a large gain is significant
 SMALL = """\
-# Defaults fit a 7-8B model. This one is small: it wants a higher learning rate and all linear
+# Defaults fit a 7-8B model. This one is small: it needs a higher learning rate and all linear
 # layers.
 lora: {r: 16, lora_alpha: 32, target_modules: all-linear}
 sft: {num_train_epochs: 2, learning_rate: 1.0e-3, effective_batch: 8, micro_batch: 8}"""
