@@ -42,7 +42,7 @@ QUESTIONS = [
 ]
 
 
-def beside_fp32(file: Path, model: Path, asked: list[list[Message]]) -> str:
+def beside_fp32(file: Path, model: Path, prompts: list[list[Message]]) -> str:
     """Compare llama.cpp's logits of a file, and the model's in bf16, with the model's in fp32."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
@@ -50,7 +50,7 @@ def beside_fp32(file: Path, model: Path, asked: list[list[Message]]) -> str:
     exact, rounded = load_base(model).float(), load_base(model).bfloat16()
     reader = llama_cpp.Llama(str(file), n_ctx=512, logits_all=True, verbose=False)
     equal, apart, tokens = [0, 0], [0.0, 0.0], 0
-    for messages in asked:
+    for messages in prompts:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert reader.tokenize(text.encode(), add_bos=False, special=True) == ids, (
@@ -84,16 +84,16 @@ def measure(
     written: WrittenFormat,
     folder: Path,
     model: Path,
-    asked: list[list[Message]],
+    prompts: list[list[Message]],
     expected: list[readers.Expected],
 ) -> tuple[list[Agreement | None], str]:
     """Return the agreement by transformers and by llama.cpp, and if all parts are carried over."""
     if written.file is None:
-        found = readers.by_transformers(folder, asked, expected, NEW_TOKENS)
+        found = readers.by_transformers(folder, prompts, expected, NEW_TOKENS)
         return [readers.agreement(expected, found), None], "unchanged"
     file = folder / written.file
-    by_llama_cpp = readers.by_llama_cpp(file, asked, expected, NEW_TOKENS)
-    own = readers.by_transformers_gguf(file, asked, expected, NEW_TOKENS)
+    by_llama_cpp = readers.by_llama_cpp(file, prompts, expected, NEW_TOKENS)
+    own = readers.by_transformers_gguf(file, prompts, expected, NEW_TOKENS)
     carried = "equal" if all(readers.carried_over(file, model).values()) else "NOT equal"
     other = None if by_llama_cpp is None else readers.agreement(expected, by_llama_cpp)
     return [readers.agreement(expected, own), other], carried
@@ -101,7 +101,7 @@ def measure(
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else len(QUESTIONS)
-    asked: list[list[Message]] = [
+    prompts: list[list[Message]] = [
         [{"role": "user", "content": question}] for question in QUESTIONS[:count]
     ]
     has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
@@ -114,7 +114,7 @@ def main() -> None:
         model.mkdir()
         identity = source_identity("smollm2", settings, root)
         write_snapshot("smollm2", settings, root, identity, None, model)
-        expected, dtype = readers.by_merged(model, asked, NEW_TOKENS)
+        expected, dtype = readers.by_merged(model, prompts, NEW_TOKENS)
         print(
             f"{count} questions, {NEW_TOKENS} tokens, greedy; top-1 agreement with the model in "
             f"{dtype} / share of equal greedy answers\n"
@@ -125,15 +125,15 @@ def main() -> None:
         for name in formats:
             begun = time.perf_counter()
             folder = root / name
-            written = make_format(name, Source(model, model), folder, facts, asked)
+            written = make_format(name, Source(model, model), folder, facts, prompts)
             seconds = time.perf_counter() - begun
-            shares, carried = measure(written, folder, model, asked, expected)
+            shares, carried = measure(written, folder, model, prompts, expected)
             cells = [
                 "–" if share is None else f"{share.top1:.3f} / {share.greedy:.2f}"
                 for share in shares
             ]
             if written.file is not None and has_llama_cpp:
-                comparisons.append(beside_fp32(folder / written.file, model, asked))
+                comparisons.append(beside_fp32(folder / written.file, model, prompts))
             size = f"{written.bytes / 1e6:.0f} | {seconds:.1f}"
             print(f"| {name} | {size} | {' | '.join(cells)} | {carried} |", flush=True)
         print("\n" + "\n".join(comparisons))

@@ -157,7 +157,10 @@ class LoraSettings(BaseModel):
         return next((rank for rank in VLLM_RANKS if rank >= largest), None)
 
     def problem(self) -> str | None:
-        """Return why vLLM does not load the adapter (its lora/peft_helper.py, config/lora.py)."""
+        """Return the reason why vLLM does not load the adapter, None if it does.
+
+        The rules are those of its lora/peft_helper.py and config/lora.py.
+        """
         if self.use_dora:
             return "vLLM does not load DoRA (lora.use_dora)"
         for key in ("modules_to_save", "trainable_token_indices"):

@@ -86,7 +86,7 @@ class Architecture(BaseModel):
         return (self.rope_scaling or Rope()).model_copy(update={"rope_theta": self.rope_theta})
 
     def problem(self) -> str | None:
-        """Return why the model cannot be written here, None if it can."""
+        """Return the reason why the model cannot be written here, None if it can."""
         name = self.architectures[0]
         if name not in ARCHITECTURES:
             return f"{name} is not one of {', '.join(ARCHITECTURES)}"
@@ -159,7 +159,7 @@ class PlannedTensor:
 
 
 def why_not(folder: Path) -> str | None:
-    """Return why the model cannot be written here, None if it can."""
+    """Return the reason why the model cannot be written here, None if it can."""
     return read_document(folder / "config.json", Architecture, REMAKE).problem()
 
 

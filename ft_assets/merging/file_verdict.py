@@ -49,7 +49,7 @@ class FileGain:
         }
 
     def problems(self, metric: str) -> list[str]:
-        """Return why the file is not better than the base; [] if it is."""
+        """Return the reasons why the file is not better than the base; [] if it is."""
         if self.beats_base:
             return []
         gain = self.difference

@@ -154,7 +154,7 @@ def _read_config(adapter: Path) -> AdapterConfig:
 
 
 def _target(name: str) -> str | None:
-    """Return the base's tensor that a tensor of the adapter updates; None if another one leads.
+    """Return the base's tensor that a tensor of the adapter updates; None if it follows another tensor.
 
     Of A and B, A leads.
     """
