@@ -154,7 +154,7 @@ def _read_config(adapter: Path) -> AdapterConfig:
 
 
 def _target(name: str) -> str | None:
-    """Return the base's tensor that a tensor of the adapter updates; None if it follows another tensor.
+    """Return the base's tensor that a tensor of the adapter updates, None if it only follows.
 
     Of A and B, A leads.
     """
