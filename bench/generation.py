@@ -89,7 +89,7 @@ def timed(name: str, call: Callable[[], int], against: float | None) -> float:
 
 def main(which: str, rows: int, new: int) -> None:
     model = adapted(shape_8b() if which == "8b" else load_base(Path(which)))
-    asked = prompts(rows, model.config.vocab_size)
+    prompt_ids = prompts(rows, model.config.vocab_size)
     greedy: dict[str, Any] = {
         "do_sample": False,
         "max_new_tokens": new,
@@ -99,19 +99,21 @@ def main(which: str, rows: int, new: int) -> None:
     }
 
     def naive() -> int:
-        few = asked[: max(2, min(8, rows // 8))]
+        few = prompt_ids[: max(2, min(8, rows // 8))]
         for prompt in few:
             ids = torch.tensor([prompt], device=model.device)
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
         return new * len(few)
 
     def ours(batch: int | None, some: int = rows) -> int:
-        generate(model, Pad(), asked[:some], frozenset([model.config.vocab_size - 1]), new, batch)
+        generate(
+            model, Pad(), prompt_ids[:some], frozenset([model.config.vocab_size - 1]), new, batch
+        )
         return new * some
 
     def stock(batch: int, **options: Any) -> int:
         for begin in range(0, rows, batch):
-            chosen = asked[begin : begin + batch]
+            chosen = prompt_ids[begin : begin + batch]
             width = max(map(len, chosen))
             ids = torch.tensor(
                 [[0] * (width - len(prompt)) + prompt for prompt in chosen], device=model.device
@@ -131,7 +133,7 @@ def main(which: str, rows: int, new: int) -> None:
             pad_token_id=0,
         )
         found = model.generate_batch(
-            inputs=asked,
+            inputs=prompt_ids,
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(**options),
         )

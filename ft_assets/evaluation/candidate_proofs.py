@@ -72,7 +72,7 @@ def prove_adapters_act(
             if name in getattr(layer, "lora_A", {})
         ]
         with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-            in_file = sum(key.endswith("lora_A.weight") for key in file.keys())  # noqa: SIM118  (safe_open is no mapping)
+            in_file = sum(key.endswith("lora_A.weight") for key in file.keys())  # noqa: SIM118  (safe_open is not a mapping)
         model.set_adapter(name)
         after = model(input_ids=ids, logits_to_keep=1).logits.float()
         change = float((after - before).abs().max())
@@ -145,8 +145,8 @@ def template_mismatches(renderer: Renderer, rows: Sequence[TokenizedRow]) -> lis
     for row, rendered in zip(texts, renderer.train(texts), strict=True):
         if isinstance(rendered, ProofFailed) or rendered[0].input_ids != row["input_ids"]:
             found.add(row["id"])
-    asked: list[Any] = [{**row, "messages": row["messages"][:-1]} for row in chats]
-    prompts = renderer.prompts(asked)
+    without_answer: list[Any] = [{**row, "messages": row["messages"][:-1]} for row in chats]
+    prompts = renderer.prompts(without_answer)
     for row, prompt in zip(chats, prompts, strict=True):
         if (
             isinstance(prompt, ProofFailed)

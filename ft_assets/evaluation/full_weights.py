@@ -42,7 +42,7 @@ class FullWeights:
         with torch.no_grad():
             for path in sorted(self._places[name].glob("*.safetensors")):
                 with safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                         if key in self._tensors:
                             self._tensors[key].copy_(file.get_tensor(key))
         self._acting = name

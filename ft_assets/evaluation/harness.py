@@ -43,7 +43,7 @@ def harness_scores(
     if missing:
         raise EvaluationError(
             where=f"evaluation.lm_eval: {missing[0]}",
-            found="is no task",
+            found="is not a task",
             expected="a task of lm_eval, or of evaluation.lm_eval_path",
             fix="correct the name",
         )

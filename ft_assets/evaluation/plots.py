@@ -29,7 +29,7 @@ def _axes(height: float = 2.4) -> tuple[Any, Any]:
 
 
 def score_plot(report: EvalReport) -> bytes:
-    """Return a PNG: the gate metric of each candidate with its interval."""
+    """Draw the gate metric of each candidate with its interval, as PNG."""
     figure, axes = _axes()
     metric = report.metric
     names = list(report.scores)
@@ -132,7 +132,7 @@ def data_uri(png: bytes) -> str:
 
 
 def length_plot(histogram: Mapping[str, Any], max_length: int) -> bytes:
-    """Return a PNG: how many conversations have how many tokens, and where they are left out."""
+    """Draw the lengths of the conversations in tokens, and the filter at max_length, as PNG."""
     figure, axes = _axes()
     edges, counts = histogram["edges"], histogram["counts"]
     axes.bar(edges[:-1], counts, width=edges[1] - edges[0], align="edge", color="#2f855a")

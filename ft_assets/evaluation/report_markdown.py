@@ -270,7 +270,7 @@ def changes(
 
 
 def _flips(before: Mapping[str, float], now: Mapping[str, float]) -> str:
-    """Return how many rows of both reports got worse and better, as text."""
+    """Return the counts of rows that got worse and better since the report before, as text."""
     both = [(before[row_id], score) for row_id, score in now.items() if row_id in before]
     lost = sum(score < then for then, score in both)
     won = sum(score > then for then, score in both)

@@ -1,10 +1,10 @@
 """Metrics of an answer that must be one strict JSON object with the keys of `json_fields`."""
 
 import json
-from typing import Any
 
 from ft_assets.errors import EvaluationError
 from ft_assets.metrics.registry import Metric
+from ft_assets.rows.types import Json, JsonObject
 
 
 @Metric("valid_json", binary=True, needs_reference=False, config="json_fields")
@@ -34,7 +34,7 @@ def field(answers: list[str], references: list[str], name: str) -> list[float]:
     ]
 
 
-def parse_json(text: str) -> tuple[bool, Any]:
+def parse_json(text: str) -> tuple[bool, Json]:
     """Return (True, value) if the whole text is strict JSON, else (False, None).
 
     Text around the JSON, a code fence or NaN is invalid.
@@ -49,13 +49,13 @@ def parse_json(text: str) -> tuple[bool, Any]:
         return False, None
 
 
-def parse_object(text: str) -> dict[str, Any] | None:
+def parse_object(text: str) -> JsonObject | None:
     """Return the object if the whole text is one strict JSON object, else None."""
     _, value = parse_json(text)
     return value if isinstance(value, dict) else None
 
 
-def right_fields(given: dict[str, Any] | None, expected: dict[str, Any]) -> set[str]:
+def right_fields(given: JsonObject | None, expected: JsonObject) -> set[str]:
     """Return the keys of `expected` that the answer gives with the same value and type."""
     return {
         name
@@ -67,7 +67,7 @@ def right_fields(given: dict[str, Any] | None, expected: dict[str, Any]) -> set[
     }
 
 
-def reference_objects(references: list[str], json_fields: list[str]) -> list[dict[str, Any]]:
+def reference_objects(references: list[str], json_fields: list[str]) -> list[JsonObject]:
     """Parse the references. Raises EvaluationError unless each is an object with these keys."""
     objects = []
     for index, reference in enumerate(references):

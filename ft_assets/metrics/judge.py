@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_assets.errors import EvaluationError
-from ft_assets.metrics.registry import Metric, Turn
+from ft_assets.metrics.registry import Metric
+from ft_assets.rows.types import Message
 
 INSTRUCTION = (
     "You compare two answers to the same conversation. {criteria}\n"
@@ -46,7 +47,7 @@ class JudgeSettings(BaseModel):
 def judge_scores(
     settings: JudgeSettings,
     ids: list[str],
-    conversations: Sequence[Sequence[Turn]],
+    conversations: Sequence[Sequence[Message]],
     answers: list[str],
     rivals: list[str],
 ) -> list[float]:
@@ -67,7 +68,7 @@ def judge_scores(
 
 
 def _ask(
-    settings: JudgeSettings, row: str, conversation: Sequence[Turn], left: str, right: str
+    settings: JudgeSettings, row: str, conversation: Sequence[Message], left: str, right: str
 ) -> str:
     turns = "\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)
     text = f"[Conversation]\n{turns}\n\n[Answer A]\n{left}\n\n[Answer B]\n{right}"

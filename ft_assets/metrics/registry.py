@@ -2,20 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from ft_assets.errors import EvaluationError
 
 Function = TypeVar("Function", bound=Callable[..., list[float]])
-
-
-class Turn(TypedDict):
-    """The part of a message that a metric reads."""
-
-    role: str
-    content: str
-
-
 Option = Any  # the value of one key of `evaluation:`; each metric's function has its real type
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_assets.errors import EvaluationError
-from ft_assets.metrics.registry import Metric, Turn
+from ft_assets.metrics.registry import Metric
+from ft_assets.rows.types import Message
 
-Function = Callable[[str, str, Sequence[Turn]], float]
+Function = Callable[[str, str, Sequence[Message]], float]
 
 
 class UserMetric(BaseModel):
@@ -60,7 +61,7 @@ def user_scores(
     ids: list[str],
     answers: list[str],
     references: list[str],
-    conversations: Sequence[Sequence[Turn]],
+    conversations: Sequence[Sequence[Message]],
 ) -> list[float]:
     """Score each row with the user's function.
 

@@ -115,7 +115,7 @@ def _enough_rows(rows: int, gate: GateSettings) -> Reasons:
 
 
 def goals(metric: str, gate: GateSettings) -> Mapping[str, Literal["better"] | float]:
-    """Return what a PASS needs: {metric: "better" or a margin}."""
+    """Return the goals of a PASS: {metric: "better" or a margin}."""
     return gate.metrics or {metric: "better"}
 
 
@@ -309,7 +309,7 @@ def decide(report: EvalReport, gate: GateSettings) -> Verdict:
 
 
 def dpo_hurts(report: EvalReport, gate: GateSettings) -> str | None:
-    """Return how DPO is worse than SFT on held-out or general prompts; None if it is not.
+    """Describe the damage of DPO against SFT on held-out or general prompts; None without any.
 
     Both comparisons are paired. A DPO that is better on held-out rows may cost general prompts the
     usual tolerance; one that is not may cost only `gate.dpo_retention_margin`.

@@ -37,7 +37,7 @@ FOREIGN_TEMPLATE_STOPS = 0.05  # stop rate of a base that does not know the end 
 
 
 def diversity(rows: Sequence[TokenizedRow]) -> Diversity:
-    """Return how diverse the prompts and the answers of training rows are."""
+    """Measure the diversity of the prompts and the answers of training rows."""
     prompts = Counter(row["group"] for row in rows)
     answers = Counter(row["messages"][-1]["content"].strip() for row in rows)
     counts = list(answers.values())
