@@ -541,6 +541,7 @@ def test_doctor_finds_nothing_wrong_with_a_right_project(project: Path) -> None:
     assert not (project / ".ft").exists()
 
 
+@pytest.mark.slow
 def test_doctor_of_a_project_whose_base_model_is_missing(project: Path) -> None:
     edit(project, base_models={"tiny": {"folder": "nowhere"}})
     done = ft(project, "doctor")

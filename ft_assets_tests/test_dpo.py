@@ -79,6 +79,7 @@ def loss_and_gradient(the_trainer: PairTrainer) -> tuple[float, torch.Tensor]:
     return loss.item(), torch.cat(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_every_loss_of_trl_is_the_same_with_the_prompt_scored_once(
     tiny_model: Path, adapter: Path, tmp_path: Path
@@ -136,6 +137,7 @@ def mixture(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_experts_are_trained_with_their_own_loss_by_sft_and_dpo(
     mixture: Path, tmp_path: Path
 ) -> None:

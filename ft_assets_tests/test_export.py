@@ -44,6 +44,7 @@ def gguf(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return files
 
 
+@pytest.mark.slow
 def test_weights_read_back_by_the_gguf_package_are_the_models(
     gguf: dict[str, Path], taught_model: Path
 ) -> None:

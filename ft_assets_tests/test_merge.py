@@ -350,6 +350,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """370 MB of weights, none above 34 MB, go through less than 150 MB of memory."""
     torch.manual_seed(0)

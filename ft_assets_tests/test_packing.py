@@ -315,6 +315,7 @@ def test_memory_that_runs_out_in_the_probe_is_no_fault_of_the_attention(
         run("none")
 
 
+@pytest.mark.slow
 def test_the_same_run_packed_and_padded_ends_in_the_same_loss(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def turning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ft_assets.training.sft.Validation", Validated)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("turning")
 def test_weights_of_the_lowest_validation_loss_are_kept(tiny_model: Path, tmp_path: Path) -> None:
     best = sft(tiny_model, tmp_path / "best", num_train_epochs=4)
@@ -127,6 +128,7 @@ def turning_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("turning_pairs")
 def test_dpo_keeps_the_weights_of_the_lowest_validation_loss_also_after_a_resume(
     tiny_model: Path, adapter: Path, tmp_path: Path
