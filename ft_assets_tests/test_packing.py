@@ -319,7 +319,7 @@ def test_memory_that_runs_out_in_the_probe_is_no_fault_of_the_attention(
 def test_the_same_run_packed_and_padded_ends_in_the_same_loss(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ft_assets.hardware.compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr("ft_assets.models.loading.compute_dtype", lambda: torch.float32)
     monkeypatch.setattr("ft_assets.training.trl_options.compute_dtype", lambda: torch.float32)
     losses = []
     for packing, micro in ((True, None), (False, 2), (True, 4)):
