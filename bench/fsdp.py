@@ -1,11 +1,13 @@
-"""Tokens/s and peak memory a rank of DDP against FSDP, in one run: SFT with LoRA on a Llama shape with random weights.
+"""Tokens/s and peak memory of a rank with DDP and with FSDP: LoRA SFT on a random Llama shape.
 
-    python bench/fsdp.py                                       # 8B, all GPUs of this machine
+    python bench/fsdp.py                 # 8B, all GPUs of this machine
     python bench/fsdp.py --layers 80 --hidden 8192 --intermediate 28672 --heads 64
-    python bench/fsdp.py --layers 2 --hidden 64 --intermediate 128 --heads 4 --kv-heads 2 --vocabulary 512 --ranks 2   # on a CPU
+    python bench/fsdp.py --layers 2 --hidden 64 --intermediate 128 --heads 4 --kv-heads 2 \\
+        --vocabulary 512 --ranks 2       # on a CPU
 
-Both run as in a project: launcher, step, memory plan. Needs room on the disk for the weights in bf16 (8B: 16 GB). The peak is
-the first rank's; a way that does not fit prints its refusal. The first steps are not counted.
+Both run as in a project: launcher, step, memory plan. The disk must have space for the weights in
+bf16 (8B: 16 GB). The peak is the first rank's; a way that does not fit prints its refusal. The
+first steps are not counted.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from gpu_training import LLAMA_8B, WARM, documents, llama_config, snapshot
+from gpu_ways import WARM
+from random_base import LLAMA_8B, LlamaShape, documents, llama_config, snapshot
 
 from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import FtError
@@ -28,8 +31,11 @@ from ft_assets.job import Job
 from ft_assets.launchers.accelerate import AccelerateLauncher
 
 
-def write_weights(shape: dict[str, Any], folder: Path) -> None:
-    """Write random bf16 weights, a file a layer, so that no model is ever whole in memory."""
+def write_weights(shape: LlamaShape, folder: Path) -> None:
+    """Write random bf16 weights, one file for each layer.
+
+    So the whole model is never in memory.
+    """
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
@@ -65,13 +71,26 @@ def measure(way: str, base: Path, rows: Path, given: argparse.Namespace) -> str:
     home = Path(tempfile.mkdtemp())
     (home / "output").mkdir()
     sft = {
-        "num_train_epochs": 1, "effective_batch": given.effective, "micro_batch": given.micro, "save_steps": 10_000, "keep": "last",
+        "num_train_epochs": 1,
+        "effective_batch": given.effective,
+        "micro_batch": given.micro,
+        "save_steps": 10_000,
+        "keep": "last",
         "gradient_checkpointing": given.checkpointing,
-    }  # fmt: skip
+    }
     job = Job(
-        step="sft", gpu=True, distributed=True, asset="bench", partition=None, fingerprint=way, output=home / "output",
-        checkpoints=home / "checkpoints", work=home / "work", settings={"lora": {"method": "lora", "r": 16}, "sft": sft}, inputs={"base_model": base, "heldout_split": rows},
-    )  # fmt: skip
+        step="sft",
+        gpu=True,
+        distributed=True,
+        asset="bench",
+        partition=None,
+        fingerprint=way,
+        output=home / "output",
+        checkpoints=home / "checkpoints",
+        work=home / "work",
+        settings={"lora": {"method": "lora", "r": 16}, "sft": sft},
+        inputs={"base_model": base, "heldout_split": rows},
+    )
     stamps: list[float] = []
     launcher = AccelerateLauncher(
         AccelerateSettings(kind="accelerate", processes=given.ranks, sharding=way)
@@ -84,14 +103,28 @@ def measure(way: str, base: Path, rows: Path, given: argparse.Namespace) -> str:
         return f"| {way} | {refused.found} | | | | | |"
     steps = len(stamps) - WARM
     speed = found["train_tokens"] / len(stamps) * steps / (stamps[-1] - stamps[WARM - 1])
-    numbers = f"{found['micro_batch']} | {found['checkpointed_layers']} | {found['predicted_memory_gb']:.2f} | {found['peak_train_memory_gb']:.2f}"
-    return f"| {way} | {speed:,.0f} | {numbers} | {found['loss_first']:.4f}, {found['loss_last']:.4f} |"
+    cells = [
+        way,
+        f"{speed:,.0f}",
+        found["micro_batch"],
+        found["checkpointed_layers"],
+        f"{found['predicted_memory_gb']:.2f}",
+        f"{found['peak_train_memory_gb']:.2f}",
+        f"{found['loss_first']:.4f}, {found['loss_last']:.4f}",
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    shape = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size", "heads": "num_attention_heads",
-             "kv-heads": "num_key_value_heads", "vocabulary": "vocab_size"}  # fmt: skip
+    shape = {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "intermediate": "intermediate_size",
+        "heads": "num_attention_heads",
+        "kv-heads": "num_key_value_heads",
+        "vocabulary": "vocab_size",
+    }
     for name, key in shape.items():
         parser.add_argument(f"--{name}", dest=key, type=int, default=LLAMA_8B[key])
     parser.add_argument("--ranks", type=int, default=len(visible_gpus()) or 2)
@@ -104,17 +137,19 @@ def main() -> None:
     parser.add_argument(
         "--micro",
         type=int,
-        help="of these, at once on a rank; by default as the memory plan finds for each way",
+        help="of these, at once on a rank; by default the memory plan decides for each way",
     )
     parser.add_argument(
         "--checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="by default as the memory plan finds",
+        help="by default the memory plan decides",
     )
     parser.add_argument("--steps", type=int, default=16)
     given = parser.parse_args()
-    wanted = {**LLAMA_8B, **{key: getattr(given, key) for key in shape.values()}}
-    base, rows = snapshot(wanted), Path(tempfile.mkdtemp())
+    chosen: Any = {key: getattr(given, key) for key in shape.values()}
+    wanted: LlamaShape = {**LLAMA_8B, **chosen}
+    base = snapshot(wanted)
+    rows = Path(tempfile.mkdtemp())
     write_weights(wanted, base)
     made = [
         {
@@ -130,10 +165,12 @@ def main() -> None:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e9
     print(
-        f"{given.ranks} ranks on {where}; {size:.1f} GB of weights, {given.effective} conversations a step\n"
+        f"{given.ranks} ranks on {where}; {size:.1f} GB of weights, "
+        f"{given.effective} conversations in a step\n"
     )
     print(
-        "| way | tokens/s, all ranks | micro-batch | layers computed again | predicted GB a rank | peak GB a rank | loss first, last |"
+        "| way | tokens/s, all ranks | micro-batch | checkpointed layers | predicted GB per rank"
+        " | peak GB per rank | loss first, last |"
     )
     print("|---|---:|---:|---:|---:|---:|---|")
     for way in ("ddp", "fsdp"):

@@ -1,9 +1,10 @@
-"""Kill training at each point, run it again, compare the result with that of a run that nobody disturbed: bit for bit.
+"""Kill training at each point, run it again, and compare the result with an undisturbed run.
 
     python bench/kill_matrix.py [sft] [dpo] [full]
 
-Real child processes, SIGKILL at a patched call (nothing sleeps), dropout on, a tiny random Llama on the CPU. `full` is SFT
-of all weights. Prints a table; exit code 1 if a line is not as it should be.
+The results must be equal bit for bit. Real child processes, SIGKILL at a patched call (nothing
+sleeps), dropout on, a tiny random Llama on the CPU. `full` is SFT of all weights. Prints a table;
+the exit code is 1 if a line is wrong.
 """
 
 import json

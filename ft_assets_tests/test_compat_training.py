@@ -23,7 +23,7 @@ from ft_assets.compat import transformers as transformers_hooks
 from ft_assets.compat import trl as trl_hooks
 from ft_assets.compat.peft import active_lora, is_plain
 from ft_assets.models.loading import load_tokenizer
-from ft_assets.training.dpo import PairTrainer
+from ft_assets.training.pair_trainer import PairTrainer
 from ft_assets.training.sft import ResumingCpuSFTTrainer, ResumingSFTTrainer
 from ft_assets_tests.training import make_pairs
 
@@ -92,7 +92,7 @@ def test_trl_makes_a_reference_copy_under_the_name_that_is_deleted(
 ) -> None:
     assert trl_hooks.REFERENCE_ADAPTER not in pair_trainer.model.peft_config
     assert "default" in pair_trainer.model.peft_config
-    monkeypatch.setattr("ft_assets.training.dpo.drop_reference_copy", lambda model: None)
+    monkeypatch.setattr("ft_assets.training.pair_trainer.drop_reference_copy", lambda model: None)
     args = pair_trainer.args
     pairs = pair_trainer.pairs
     kept = PairTrainer(

@@ -16,9 +16,10 @@ from ft_assets.errors import ConfigError, TrainingError
 from ft_assets.models import loading
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.training import dpo as module
+from ft_assets.training import pair_trainer
 from ft_assets.training.adapter import trained_adapter
-from ft_assets.training.dpo import PairTrainer
 from ft_assets.training.length_order import LengthOrder
+from ft_assets.training.pair_trainer import PairTrainer
 from ft_assets.training.pairs import branch_mask, row_length
 from ft_assets_tests.training import LORA, dpo, make_pairs, sft
 
@@ -234,9 +235,9 @@ def test_a_difference_is_held_against_what_another_batch_alone_changes(
         )
 
     monkeypatch.setattr(PairTrainer, "token_scores", rounded)
-    monkeypatch.setattr(module, "half_precision", lambda _: True)
+    monkeypatch.setattr(pair_trainer, "half_precision", lambda _: True)
     one = trainer(tiny_model, adapter, tmp_path, True)
-    assert one.settle() is shared
+    assert one.check_prompt_sharing() is shared
     assert one.sharing["sharing_difference"] > 0.05
 
 
@@ -292,14 +293,26 @@ def test_reference_is_computed_once_for_all_betas(
     ):
         (tmp_path / folder / "output").mkdir(parents=True)
         module.train_dpo(
-            tiny_model, adapter, make_pairs(6), LoraSettings.model_validate(LORA), settings(**changes), tmp_path / "work" / folder,
-            tmp_path / folder / "output", lambda *_, **__: None,
-        )  # fmt: skip
+            snapshot=tiny_model,
+            sft_adapter=adapter,
+            pairs=make_pairs(6),
+            lora=LoraSettings.model_validate(LORA),
+            dpo=settings(**changes),
+            checkpoints=tmp_path / "work" / folder,
+            output=tmp_path / folder / "output",
+            report=lambda *_, **__: None,
+        )
     assert len(calls) == 1
     module.train_dpo(
-        tiny_model, adapter, make_pairs(7), LoraSettings.model_validate(LORA), settings(), tmp_path / "work/three", tmp_path / "one/output",
-        lambda *_, **__: None,
-    )  # fmt: skip
+        snapshot=tiny_model,
+        sft_adapter=adapter,
+        pairs=make_pairs(7),
+        lora=LoraSettings.model_validate(LORA),
+        dpo=settings(),
+        checkpoints=tmp_path / "work/three",
+        output=tmp_path / "one/output",
+        report=lambda *_, **__: None,
+    )
     assert len(calls) == 2  # other pairs
 
 

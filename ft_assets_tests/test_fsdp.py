@@ -190,12 +190,12 @@ def test_auto_divides_only_what_one_gpu_does_not_hold() -> None:
     assert (planned(141).method, planned(141).shards) == ("qlora", 1)
     divided = planned(141, method="lora")
     assert divided.shards == 8 and divided.predicted < 141e9
-    assert divided.facts()["base_shards"] == 8
+    assert divided.metrics()["base_shards"] == 8
     assert planned(36).method == "lora" and planned(36).shards == 8  # NF4 takes 44 GB
     assert planned(800, method="lora").shards == 1
     with pytest.raises(
         MemoryPlanError,
-        match=r"lora.method: lora with launcher.sharding: auto, which divides the base over 8 GPUs",
+        match=r"lora.method: lora with launcher.sharding: auto, which shards the base over 8 GPUs",
     ):
         planned(36, method="qlora")
     with pytest.raises(MemoryPlanError, match="a smaller base model"):
@@ -203,7 +203,7 @@ def test_auto_divides_only_what_one_gpu_does_not_hold() -> None:
 
 
 def test_predicted_memory_is_a_share_of_the_layers_and_what_every_rank_holds() -> None:
-    setup = Setup.of(LLAMA_70B, 16, "attention", tokens=4096, kept_layers=0)
+    setup = Setup.of(LLAMA_70B, 16, "attention", tokens=4096, checkpointed_layers=LLAMA_70B.layers)
     whole, divided = (
         predict(LLAMA_70B, setup),
         predict(LLAMA_70B, dataclasses.replace(setup, shards=8)),

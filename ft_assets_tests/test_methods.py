@@ -112,7 +112,7 @@ def test_every_kind_of_adapter_trains_and_goes_on_with_dpo(
 def test_token_that_does_not_exist_is_named(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError,
-        match=r"trainable_token_indices: '<\|im_sart\|>' is no token[\s\S]*did you mean '<\|im_start\|>'",
+        match=r"trainable_token_indices: '<\|im_sart\|>' is not a token[\s\S]*did you mean '<\|im_start\|>'",
     ):
         sft(tiny_model, tmp_path, lora={"trainable_token_indices": ["<|im_sart|>"]})
     with pytest.raises(

@@ -224,14 +224,14 @@ def test_packing_that_leaks_is_refused_or_left_out(
         output = tmp_path / f"out-{packing}"
         output.mkdir()
         return train_sft(
-            tiny_model,
-            rows(16),
-            [],
-            lora,
-            settings,
-            tmp_path / f"c-{packing}",
-            output,
-            lambda text, **_: said.append(text),
+            snapshot=tiny_model,
+            rows=rows(16),
+            validation=[],
+            lora=lora,
+            sft=settings,
+            checkpoints=tmp_path / f"c-{packing}",
+            output=output,
+            report=lambda text, **_: said.append(text),
         )
 
     with pytest.raises(TrainingError, match=r"sft\.packing"):
@@ -245,7 +245,7 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of this machine is right: its separation of documents is taken away by hand."""
     monkeypatch.setattr(
         "ft_assets.training.attention._boundaries",
-        lambda query, kwargs: (torch.tensor([0, query.shape[2]]), query.shape[2]),
+        lambda query, **_: (torch.tensor([0, query.shape[2]]), query.shape[2]),
     )
 
 
@@ -271,12 +271,19 @@ def test_without_packing_the_plan_is_made_anew(
     plans: list[dict[str, Any]] = []
     (tmp_path / "out").mkdir()
     metrics = train_sft(
-        tiny_model, uneven, [], lora, settings, tmp_path / "c", tmp_path / "out",
-        lambda text, **numbers: plans.append(numbers) if text == "plan" else None, limit,
-    )  # fmt: skip
-    assert padded.facts().items() <= metrics.items()
-    assert [padded.facts().items() <= said.items() for said in plans] == [True]
-    assert json.loads((tmp_path / "out/info/plan.json").read_text()) == padded.facts()
+        snapshot=tiny_model,
+        rows=uneven,
+        validation=[],
+        lora=lora,
+        sft=settings,
+        checkpoints=tmp_path / "c",
+        output=tmp_path / "out",
+        report=lambda text, **numbers: plans.append(numbers) if text == "plan" else None,
+        memory_limit_gb=limit,
+    )
+    assert padded.metrics().items() <= metrics.items()
+    assert [padded.metrics().items() <= said.items() for said in plans] == [True]
+    assert json.loads((tmp_path / "out/info/plan.json").read_text()) == padded.metrics()
 
 
 def test_memory_that_runs_out_in_the_probe_is_no_fault_of_the_attention(
@@ -297,14 +304,14 @@ def test_memory_that_runs_out_in_the_probe_is_no_fault_of_the_attention(
         (tmp_path / name).mkdir()
         lora = LoraSettings(r=2, lora_dropout=0)
         return train_sft(
-            tiny_model,
-            rows(16, 200),
-            [],
-            lora,
-            settings,
-            tmp_path / f"c-{name}",
-            tmp_path / name,
-            lambda *_, **__: None,
+            snapshot=tiny_model,
+            rows=rows(16, 200),
+            validation=[],
+            lora=lora,
+            sft=settings,
+            checkpoints=tmp_path / f"c-{name}",
+            output=tmp_path / name,
+            report=lambda *_, **__: None,
         )
 
     most = 64
@@ -334,7 +341,14 @@ def test_the_same_run_packed_and_padded_ends_in_the_same_loss(
         )
         lora = LoraSettings(r=4, lora_dropout=0, target_modules="all-linear")
         metrics = train_sft(
-            tiny_model, rows(20), [], lora, settings, output / "c", output, lambda *_, **__: None
+            snapshot=tiny_model,
+            rows=rows(20),
+            validation=[],
+            lora=lora,
+            sft=settings,
+            checkpoints=output / "c",
+            output=output,
+            report=lambda *_, **__: None,
         )
         assert metrics["steps"] == 6
         assert metrics["packed"] is packing

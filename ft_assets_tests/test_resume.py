@@ -28,7 +28,7 @@ from ft_assets.launchers.local import LocalLauncher
 from ft_assets.training import checkpoints as checkpoints_module
 from ft_assets.training.callbacks import Progress
 from ft_assets.training.checkpoints import damage, last_whole
-from ft_assets.training.linears import groups
+from ft_assets.training.linears import linear_groups
 from ft_assets.training.memory_plan.estimate import CONTEXT_BYTES
 from ft_assets.training.memory_plan.plan import MARGIN, Machine
 from ft_assets.training.prepare import plan_sft
@@ -136,7 +136,7 @@ def test_checkpoint_without_its_list_of_files_is_not_whole(
     shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints/checkpoint-15/whole.json").unlink()
     (tmp_path / "checkpoints/checkpoint-14/rng_state.pth").unlink()
-    assert damage(tmp_path / "checkpoints/checkpoint-15") == "it was not written to its end"
+    assert damage(tmp_path / "checkpoints/checkpoint-15") == "it was not written completely"
     assert "rng_state.pth has 0 of" in str(damage(tmp_path / "checkpoints/checkpoint-14"))
     assert last_whole(tmp_path / "checkpoints", silent) is None
     assert list((tmp_path / "checkpoints").glob("checkpoint-*")) == []
@@ -317,7 +317,7 @@ def test_memory_that_runs_out_within_a_layer_leaves_no_activations_to_the_retry(
 
 
 def holding(model: Any) -> list[Any]:
-    return [group for group in groups(model) if group._outputs or group._input is not None]
+    return [group for group in linear_groups(model) if group._outputs or group._input is not None]
 
 
 def test_memory_that_runs_out_in_dpo_halves_the_micro_batch_and_keeps_the_reference(
@@ -421,7 +421,7 @@ def test_weights_that_are_not_finite_are_never_written(
                     float("nan")
                 )
 
-    monkeypatch.setattr(module, "_Midway", lambda: Spoil())
+    monkeypatch.setattr(module, "_OptimizerStep", lambda: Spoil())
     with pytest.raises(TrainingError, match=r"step 4: 1 trained weights are not finite"):
         sft(tiny_model, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == [

@@ -28,7 +28,7 @@ def said(trainer: dict, settings: type = SftSettings, kind: type = SFTConfig) ->
 def test_option_that_a_proof_relies_on_is_refused_with_the_reason() -> None:
     assert "sft.trainer.output_dir: cannot be set" in said({"output_dir": "/tmp"})
     assert "only the same version resumes" in said({"output_dir": "/tmp"})
-    assert "left out and counted before" in said({"max_length": 5})
+    assert "filtered and counted before" in said({"max_length": 5})
     assert "the SFT policy, proven" in said(
         {"precompute_ref_log_probs": True}, DpoSettings, DPOConfig
     )

@@ -13,8 +13,8 @@ import torch
 from ft_assets.errors import TrainingError
 from ft_assets.evaluation.curves import overfitting, up_to_kept
 from ft_assets.training import validation as module
-from ft_assets.training.dpo import PairTrainer
 from ft_assets.training.pair_loss import PairLoss
+from ft_assets.training.pair_trainer import PairTrainer
 from ft_assets.training.reference import batches, scores
 from ft_assets_tests.training import EOS, dpo, same, sft
 
@@ -197,7 +197,7 @@ def test_dpo_measures_its_own_loss_and_disturbs_nothing(
         assert [entry[name] for entry in shown[0]] == [entry[name] for entry in shown[1]]
     assert (
         without["kept_why"]
-        == "the last step: no validation loss was measured: of the pairs, fewer than 8 would be watched"
+        == "the last step: no validation loss was measured: fewer than 8 of the pairs would be validation pairs"
     )
 
 

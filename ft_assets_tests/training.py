@@ -78,7 +78,14 @@ def sft_into(
     lora = LoraSettings.model_validate({**LORA, **told.get("lora", {})})
     settings = SftSettings.model_validate({**SFT, **told.get("settings", {})})
     metrics = train_sft(
-        Path(told["base"]), rows, make_rows(4, seed=9), lora, settings, checkpoints, output, report
+        snapshot=Path(told["base"]),
+        rows=rows,
+        validation=make_rows(4, seed=9),
+        lora=lora,
+        sft=settings,
+        checkpoints=checkpoints,
+        output=output,
+        report=report,
     )
     save_groups(rows, output)
     return metrics
@@ -94,16 +101,15 @@ def dpo_into(
     settings = DpoSettings.model_validate({**DPO, **told.get("settings", {})})
     pairs, watched = make_pairs(told.get("rows", 10)), make_pairs(told.get("watched", 0), seed=5)
     return train_dpo(
-        Path(told["base"]),
-        Path(told["adapter"]),
-        pairs,
-        lora,
-        settings,
-        checkpoints,
-        output,
-        report,
-        None,
-        watched,
+        snapshot=Path(told["base"]),
+        sft_adapter=Path(told["adapter"]),
+        pairs=pairs,
+        validation=watched,
+        lora=lora,
+        dpo=settings,
+        checkpoints=checkpoints,
+        output=output,
+        report=report,
     )
 
 

@@ -1,4 +1,4 @@
-"""A hook into a private part of liger-kernel; pyproject.toml bounds it at its next minor version."""
+"""A hook into a private part of liger-kernel; pyproject.toml bounds its version."""
 
 from typing import Any
 

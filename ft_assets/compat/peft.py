@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers, seen from the inside; pyproject.toml bounds PEFT at its next minor version."""
+"""The inside of PEFT's LoRA layers; pyproject.toml bounds PEFT at its next minor version."""
 
 from dataclasses import dataclass
 from typing import Any

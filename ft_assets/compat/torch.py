@@ -5,7 +5,10 @@ from typing import Any
 
 
 def use_expandable_segments() -> None:
-    """Let the GPU allocator grow its segments, so that micro-batches of many lengths leave no holes."""
+    """Let the GPU allocator grow its segments.
+
+    Otherwise micro-batches of many lengths leave holes.
+    """
     import torch
 
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")

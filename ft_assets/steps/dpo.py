@@ -10,6 +10,7 @@ from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
+from ft_assets.rows.types import PairRow
 from ft_assets.step_runner import main, takes
 
 
@@ -23,46 +24,52 @@ class Settings(StepSettings):
 
 @takes(Settings)
 def step(job: Job, settings: Settings, report: Report) -> StepResult:
-    from ft_assets.models.adapter_files import copy_trained, save_groups
+    from ft_assets.models.adapter_files import save_groups
     from ft_assets.training.dpo import train_dpo
-    from ft_assets.training.method_choice import CHOICE, chosen_method
 
-    if not (job.inputs["heldout_split"] / "preferences_validation.parquet").exists():
+    split = job.inputs["heldout_split"]
+    if not (split / "preferences_validation.parquet").exists():
         raise ArtifactError(
             where="heldout_split",
-            found="an older version made it, without pairs to watch",
-            expected="preferences_validation",
+            found="an older version made it, without validation pairs",
+            expected="a preferences_validation table",
             fix="materialize heldout_split again",
         )
-    pairs, validation = (
-        read_table(job.inputs["heldout_split"] / f"{part}.parquet")
-        for part in ("preferences", "preferences_validation")
-    )
-    lora, dpo = settings.lora, settings.dpo
-    sft_adapter = job.inputs["lora_adapter"]
+    pairs = read_table(split / "preferences.parquet", row=PairRow)
+    validation = read_table(split / "preferences_validation.parquet", row=PairRow)
     if not pairs:
-        copy_trained(sft_adapter, job.output)
-        (job.output / "info").mkdir()
-        shutil.copy2(sft_adapter / CHOICE, job.output / CHOICE)
-        method = chosen_method(sft_adapter, lora).method
-        return StepResult(
-            {"pairs": 0, "note": "no preference data: this is the SFT adapter", "method": method}
-        )
-    used = pairs[: dpo.max_pairs]
+        return _publish_sft(job, settings.lora)
+    used = pairs[: settings.dpo.max_pairs]
+    sft_adapter = job.inputs["lora_adapter"]
     metrics = train_dpo(
-        job.inputs["base_model"],
-        sft_adapter,
-        used,
-        lora,
-        dpo,
-        job.checkpoints,
-        job.output,
-        report,
-        settings.memory_limit_gb,
-        validation,
+        snapshot=job.inputs["base_model"],
+        sft_adapter=sft_adapter,
+        pairs=used,
+        validation=validation,
+        lora=settings.lora,
+        dpo=settings.dpo,
+        checkpoints=job.checkpoints,
+        output=job.output,
+        report=report,
+        memory_limit_gb=settings.memory_limit_gb,
     )
     save_groups(used, job.output, before=sft_adapter)
     return StepResult({**metrics, "pairs_left_out": len(pairs) - len(used)})
+
+
+def _publish_sft(job: Job, lora: LoraSettings) -> StepResult:
+    """Publish the SFT adapter as the DPO adapter."""
+    from ft_assets.models.adapter_files import copy_trained
+    from ft_assets.training.method_choice import PLAN_FILE, resolve_method
+
+    sft_adapter = job.inputs["lora_adapter"]
+    copy_trained(sft_adapter, job.output)
+    (job.output / "info").mkdir()
+    shutil.copy2(sft_adapter / PLAN_FILE, job.output / PLAN_FILE)
+    method = resolve_method(sft_adapter, lora).method
+    return StepResult(
+        {"pairs": 0, "note": "no preference data: this is the SFT adapter", "method": method}
+    )
 
 
 if __name__ == "__main__":

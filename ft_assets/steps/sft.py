@@ -5,6 +5,7 @@ from typing import ClassVar
 from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.data.tables import read_table
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
+from ft_assets.rows.types import TokenizedRow
 from ft_assets.step_runner import main, takes
 
 
@@ -21,18 +22,18 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     from ft_assets.models.adapter_files import save_groups
     from ft_assets.training.sft import train_sft
 
-    rows = read_table(job.inputs["heldout_split"] / "train.parquet")
-    validation = read_table(job.inputs["heldout_split"] / "validation.parquet")
+    split = job.inputs["heldout_split"]
+    rows = read_table(split / "train.parquet", row=TokenizedRow)
     metrics = train_sft(
-        job.inputs["base_model"],
-        rows,
-        validation,
-        settings.lora,
-        settings.sft,
-        job.checkpoints,
-        job.output,
-        report,
-        settings.memory_limit_gb,
+        snapshot=job.inputs["base_model"],
+        rows=rows,
+        validation=read_table(split / "validation.parquet", row=TokenizedRow),
+        lora=settings.lora,
+        sft=settings.sft,
+        checkpoints=job.checkpoints,
+        output=job.output,
+        report=report,
+        memory_limit_gb=settings.memory_limit_gb,
     )
     save_groups(rows, job.output)
     return StepResult(metrics)

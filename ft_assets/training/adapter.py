@@ -1,7 +1,7 @@
-"""Put a LoRA adapter on a base (or make all of its weights trainable), save it, and read what was trained."""
+"""Put a LoRA adapter on a base model, or make all weights trainable; save and inspect it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,36 +16,26 @@ from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 from ft_assets.models.sharding import shard_base
 
 
-def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
-    """Return the base with a fresh adapter: A random, B zero, so that it starts as the base (Hu et al. 2021, 4.1).
+class TrainableMetrics(TypedDict):
+    """The number of trained parameters, and their share of all parameters in percent."""
 
-    With method full: the base with trainable fp32 weights; AdamW's steps are smaller than bf16 can hold. `shards`: over how
-    many ranks the base is divided (sharding.py).
+    trainable_parameters: int
+    trainable_percent: float
+
+
+def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
+    """Load the base with a fresh adapter, or with trainable fp32 weights if the method is full.
+
+    A is random and B is zero, so the model starts as the base (Hu et al. 2021, section 4.1). Full
+    fine-tuning needs fp32 because AdamW's steps are smaller than bf16 can represent. `shards`: the
+    number of ranks that the base is sharded over (models/sharding.py).
     """
     if settings.method == "full":
-        base = load_base(snapshot, dtype=torch.float32)
-        refuse_renamed(
-            "lora.method: full",
-            base,
-            unstored((name for name, _ in base.named_parameters()), snapshot),
-        )
-        return base
+        return _full_model(snapshot)
     base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
-    # What NF4 rounds is read from the files by name too, for the merge onto it.
+    # The merge onto NF4 weights reads by name what NF4 rounds, so those names must be stored too.
     linears = linear_weights(base) if settings.method == "qlora" else []
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
-        lora_dropout=settings.lora_dropout,
-        target_modules=target_modules(base, settings.target_modules),
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        modules_to_save=_known_modules(base, settings.modules_to_save) or None,
-        trainable_token_indices=token_ids(snapshot, settings.trainable_token_indices) or None,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, _lora_config(base, snapshot, settings))
     targets = [
         f"{name}.weight"
         for name, module in model.get_base_model().named_modules()
@@ -59,8 +49,33 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
     return model
 
 
+def _full_model(snapshot: Path) -> Any:
+    base = load_base(snapshot, dtype=torch.float32)
+    names = (name for name, _ in base.named_parameters())
+    refuse_renamed("lora.method: full", base, unstored(names, snapshot))
+    return base
+
+
+def _lora_config(base: Any, snapshot: Path, settings: LoraSettings) -> LoraConfig:
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
+        lora_dropout=settings.lora_dropout,
+        target_modules=target_modules(base, settings.target_modules),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        modules_to_save=_check_modules(base, settings.modules_to_save) or None,
+        trainable_token_indices=token_ids(snapshot, settings.trainable_token_indices) or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
 def token_ids(snapshot: Path, tokens: list[str]) -> list[int]:
-    """Return the ids of tokens given by their text. Raises TrainingError naming the first that is no single token."""
+    """Return the ids of tokens given by their text.
+
+    Raises TrainingError that names the first text that is not a single token.
+    """
     if not tokens:
         return []
     vocabulary = load_tokenizer(snapshot).get_vocab()
@@ -68,29 +83,32 @@ def token_ids(snapshot: Path, tokens: list[str]) -> list[int]:
         if token not in vocabulary:
             raise TrainingError(
                 where="lora.trainable_token_indices",
-                found=f"{token!r} is no token of the tokenizer",
-                expected="tokens that it has",
+                found=f"{token!r} is not a token of the tokenizer",
+                expected="texts that are one token of the base model's vocabulary",
                 fix=nearest(token, vocabulary),
             )
     return [vocabulary[token] for token in tokens]
 
 
-def _known_modules(model: Any, names: list[str]) -> list[str]:
+def _check_modules(model: Any, names: list[str]) -> list[str]:
     known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
     for name in names:
         if name not in known:
             raise TrainingError(
                 where="lora.modules_to_save",
                 found=f"the model has no module {name}",
-                expected="one of its modules",
+                expected="the last part of a module's path, e.g. embed_tokens",
                 fix=nearest(name, known),
             )
     return names
 
 
 def trained_adapter(snapshot: Path, settings: LoraSettings, adapter: Path, shards: int = 1) -> Any:
-    """Return the base with a trained adapter that goes on training, named `default` as TRL needs it; or the trained weights.
-    `shards`: over how many ranks the base is divided."""
+    """Load the base with a trained adapter that continues training, or the trained weights.
+
+    The adapter is named `default`, as TRL requires. `shards`: the number of ranks that the base is
+    sharded over.
+    """
     if is_full(adapter):
         return load_base(adapter, dtype=torch.float32)
     base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
@@ -106,35 +124,32 @@ def save_trained(model: Any, output: Path) -> None:
     if not isinstance(model, PeftModel):
         _save_full(model, output)
         return
-    model.peft_config[
-        "default"
-    ].base_model_name_or_path = None  # a path of this machine would be no identity
+    # A path of this machine would not identify the base.
+    model.peft_config["default"].base_model_name_or_path = None
     model.save_pretrained(str(output), selected_adapters=["default"])
-    (output / "README.md").unlink(
-        missing_ok=True
-    )  # PEFT's empty card; ours stands on the merged model
+    # PEFT's model card is empty; our card belongs to the merged model.
+    (output / "README.md").unlink(missing_ok=True)
 
 
 def _save_full(model: Any, output: Path) -> None:
-    rounded: dict[
-        int, torch.Tensor
-    ] = {}  # tied weights stay one tensor, as save_pretrained expects them
+    # Tied weights stay one tensor, as save_pretrained expects them.
+    rounded: dict[int, torch.Tensor] = {}
     state = {}
     for name, weight in model.state_dict().items():
         if weight.data_ptr() not in rounded:
-            rounded[weight.data_ptr()] = weight.detach().to(
-                "cpu", torch.bfloat16 if weight.is_floating_point() else weight.dtype
-            )
+            dtype = torch.bfloat16 if weight.is_floating_point() else weight.dtype
+            rounded[weight.data_ptr()] = weight.detach().to("cpu", dtype)
         state[name] = rounded[weight.data_ptr()]
-    before, model.config.dtype = model.config.dtype, torch.bfloat16
+    before = model.config.dtype
+    model.config.dtype = torch.bfloat16
     try:
         model.save_pretrained(str(output), state_dict=state)
     finally:
         model.config.dtype = before
 
 
-def trainable_share(model: Any) -> dict[str, float]:
-    """Return the number of trained parameters and their share in percent. A 4-bit weight counts its numbers, not its bytes."""
+def trainable_share(model: Any) -> TrainableMetrics:
+    """Count the trained parameters. A 4-bit weight counts its numbers, not its bytes."""
     if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()
     else:
@@ -143,25 +158,26 @@ def trainable_share(model: Any) -> dict[str, float]:
 
 
 def largest_update(trained: Path, snapshot: Path) -> float:
-    """Return the largest |B| of a saved adapter, or the largest change of a weight: zero means that nothing was learnt."""
-    largest = 0.0
+    """Return the largest |B| of a saved adapter, or the largest change of a fully trained weight.
+
+    Zero means that nothing was learned.
+    """
     if is_full(trained):
-        return max(
-            (
-                float((weight.float() - before.float()).abs().max())
-                for _, weight, before in changed_weights(trained, snapshot)
-            ),
-            default=0.0,
+        changes = (
+            float((weight.float() - before.float()).abs().max())
+            for _, weight, before in changed_weights(trained, snapshot)
         )
+        return max(changes, default=0.0)
+    largest = 0.0
     with safe_open(trained / "adapter_model.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+        for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
             if "lora_B" in name:
                 largest = max(largest, float(file.get_tensor(name).abs().max()))
     return largest
 
 
 def is_finite(model: Any) -> bool:
-    """Return whether all trained parameters are finite."""
+    """Return True if all trained parameters are finite."""
     return all(
         bool(torch.isfinite(parameter).all())
         for parameter in model.parameters()

@@ -1,8 +1,9 @@
-"""Which rows make an optimizer step, and how a step is cut into micro-batches.
+"""The rows of an optimizer step, and the micro-batches that a step is cut into.
 
-A step is always `effective_batch` conversations in an order that depends on the seed and the epoch alone. How they are
-cut (padded or packed, in how many micro-batches) changes neither the step's rows nor, because the loss is divided by the
-supervised tokens of the whole step, its loss.
+A step always has `effective_batch` conversations, in an order that depends only on seed and epoch.
+The cut (padded or packed, the number of micro-batches) does not change the rows of a step. It does
+not change the loss of a step either, because that is divided by the supervised tokens of the whole
+step.
 """
 
 import itertools
@@ -12,11 +13,13 @@ from collections.abc import Iterator, Sequence
 
 
 class StepBatches:
-    """A batch sampler: yields the micro-batches of each step, as lists of row indices.
+    """A batch sampler that yields the micro-batches of each step as lists of row indices.
 
-    Packed: `accumulation` micro-batches of nearly equal tokens. Padded: at most `ceil(effective_batch / accumulation)`
-    rows of similar length each, so that little is padded. Of several ranks each yields its share of every step, as many
-    micro-batches as the others; where a step has fewer rows than ranks, some rows are repeated.
+    Packed: `accumulation` micro-batches with nearly equal numbers of tokens. Padded: at most
+    `ceil(effective_batch / accumulation)` rows of similar length each, so that padding is small.
+
+    Each of several ranks yields its share of every step, with as many micro-batches as the others.
+    If a step has fewer rows than there are ranks, some rows are repeated.
     """
 
     def __init__(
@@ -29,21 +32,23 @@ class StepBatches:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.lengths, self.effective_batch, self.accumulation = (
-            lengths,
-            effective_batch,
-            min(accumulation, effective_batch),
-        )
-        self.seed, self.packed, self.epoch, self.rank, self.ranks = seed, packed, 0, rank, ranks
+        self.lengths = lengths
+        self.effective_batch = effective_batch
+        self.accumulation = min(accumulation, effective_batch)
+        self.seed = seed
+        self.packed = packed
+        self.epoch = 0
+        self.rank = rank
+        self.ranks = ranks
 
     @property
     def sampler(self) -> "StepBatches":
-        """Return itself: accelerate looks for `set_epoch` there when it has wrapped the sampler to skip batches."""
+        """This sampler: Accelerate finds `set_epoch` here if it wrapped it to skip batches."""
         return self
 
     @property
     def batch_sampler(self) -> "StepBatches":
-        """Return itself: transformers looks for `set_epoch` there when accelerate has not wrapped the sampler."""
+        """This sampler: transformers finds `set_epoch` here if Accelerate did not wrap it."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -52,51 +57,56 @@ class StepBatches:
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.effective_batch)
-        return full * self._number(self.effective_batch) + (self._number(rest) if rest else 0)
+        last = self._count(rest) if rest else 0
+        return full * self._count(self.effective_batch) + last
 
     def __iter__(self) -> Iterator[list[int]]:
         for rows in steps(len(self.lengths), self.effective_batch, self.seed, self.epoch):
             yield from self.micro_batches(rows)
 
     def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """Return one step's rows in micro-batches, the longest rows first."""
+        """Return this rank's micro-batches of one step, the longest rows first."""
         longest_first = sorted(rows, key=lambda row: (-self.lengths[row], row))
         if len(longest_first) < self.ranks:
             longest_first = (longest_first * self.ranks)[: self.ranks]
         if self.packed:
-            return balanced(
-                longest_first, self.lengths, self._number(len(longest_first)) * self.ranks
-            )[self.rank :: self.ranks]
-        return self._cut(longest_first)[self.rank :: self.ranks]
+            count = self._count(len(longest_first)) * self.ranks
+            batches = balanced(longest_first, self.lengths, count)
+        else:
+            batches = self._cut(longest_first)
+        return batches[self.rank :: self.ranks]
 
-    def _number(self, rows: int) -> int:
-        """Return how many micro-batches each rank makes of a step of so many rows."""
+    def _count(self, rows: int) -> int:
+        """Return the number of micro-batches of each rank in a step of `rows` rows."""
         if self.packed:
             return max(1, min(self.accumulation, rows // self.ranks))
-        return math.ceil(rows / (self._most_rows() * self.ranks))
+        return math.ceil(rows / (self._max_rows() * self.ranks))
 
-    def _most_rows(self) -> int:
-        """Return how many rows a padded micro-batch has at most."""
+    def _max_rows(self) -> int:
+        """Return the maximum number of rows of a padded micro-batch."""
         return math.ceil(self.effective_batch / (self.accumulation * self.ranks))
 
     def _cut(self, rows: Sequence[int]) -> list[list[int]]:
         if self.ranks > 1:  # every rank must get a row in each of its micro-batches
-            pieces = self._number(len(rows)) * self.ranks
+            pieces = self._count(len(rows)) * self.ranks
             edges = [len(rows) * piece // pieces for piece in range(pieces + 1)]
             return [list(rows[begin:end]) for begin, end in itertools.pairwise(edges)]
-        size = self._most_rows()
+        size = self._max_rows()
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def steps(rows: int, effective_batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the rows of each optimizer step of an epoch: every row once, in an order of its own."""
+    """Return the rows of each optimizer step of an epoch: every row once, in the epoch's order."""
     order = list(range(rows))
     random.Random(f"{seed} {epoch}").shuffle(order)
     return [order[start : start + effective_batch] for start in range(0, rows, effective_batch)]
 
 
 def balanced(longest_first: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Return the rows in `count` groups of nearly equal length: each row goes to the shortest group (Graham 1969)."""
+    """Split rows into `count` groups with nearly equal numbers of tokens.
+
+    Each row goes to the group that has the fewest tokens so far (Graham 1969).
+    """
     groups: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
     for row in longest_first:
@@ -114,7 +124,10 @@ def largest_micro_batch(
     epochs: int,
     packed: bool,
 ) -> int:
-    """Return the tokens of the largest micro-batch of all epochs, padding included: what memory must be planned for."""
+    """Return the tokens of the largest micro-batch of all epochs, padding included.
+
+    The memory plan reserves memory for it.
+    """
     sampler = StepBatches(lengths, effective_batch, accumulation, seed, packed)
     largest = 0
     for epoch in range(epochs):

@@ -1,13 +1,14 @@
-"""What a person sees while it trains, and what is kept: step, loss, tokens/s, memory, time left; the loss curve.
+"""Progress of a training: step, loss, tokens/s, memory and time left; and the loss curve.
 
-Training that goes wrong is stopped here: a loss or gradient that is not finite, a loss that rises for good.
+A training that goes wrong is stopped here: a loss or gradient that is not finite, a loss that rises
+for good.
 """
 
 import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import TrainerCallback
@@ -19,27 +20,37 @@ from ft_assets.training.distributed import world_size
 from ft_assets.training.flops import mfu_percent
 from ft_assets.training.memory_plan.model_shape import Shape
 
-WINDOW = 10
-SPEED = (
-    "tokens_per_s",
-    "mfu_percent",
-)  # kept in the checkpoint's log: a retry of a training that was done has measured none
+WINDOW = 10  # steps
+# These go into the checkpoint's log, for a retry of a training that had already ended.
+SPEED = ("tokens_per_s", "mfu_percent")
 SHOWN = ("learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies")
 
 
+class SpeedMetrics(TypedDict, total=False):
+    """Tokens/s of all ranks, and the share of the GPU's peak FLOP/s in percent, if known."""
+
+    tokens_per_s: float
+    mfu_percent: float
+
+
 def device_memory_gb() -> float:
-    """Return peak memory in GB: of the GPU's allocator if there is one, else of the process."""
+    """Return peak memory in GB: of the GPU's allocator if there is a GPU, else of the process."""
     return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else peak_memory_gb()
 
 
 def gpu_name() -> str | None:
-    """Return the name of this process' GPU, None without one."""
+    """Return the name of this process' GPU, or None without a GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def gpu_share(shape: Shape, full: bool, computed: float = 1.0) -> Callable[[float], float | None]:
-    """Return what turns the tokens/s of all ranks into the percent of a GPU's peak; None where the peak is not known.
-    `computed`: the share of the counted tokens that pass through the model."""
+def mfu_from_speed(
+    shape: Shape, full: bool, computed: float = 1.0
+) -> Callable[[float], float | None]:
+    """Return a function that converts the tokens/s of all ranks to MFU in percent.
+
+    The function returns None if the GPU's peak is not known. `computed`: the share of the counted
+    tokens that pass through the model.
+    """
     gpu = gpu_name()
     return lambda speed: (
         mfu_percent(speed * computed / world_size(), shape, gpu, full) if gpu else None
@@ -47,10 +58,11 @@ def gpu_share(shape: Shape, full: bool, computed: float = 1.0) -> Callable[[floa
 
 
 class Progress(TrainerCallback):
-    """Reports each step and keeps the curve. Raises TrainingError on a loss or gradient that is not finite, and on a mean
-    of ten steps that is more than `max_loss_rise` above the lowest mean of ten before.
+    """Report each step and keep the loss curve.
 
-    `mfu` turns tokens/s into percent of the machine's peak FLOP/s, None where that is not known.
+    Raises TrainingError if a loss or gradient is not finite, or if the mean of ten steps is more
+    than `max_loss_rise` above the lowest earlier mean of ten steps. `mfu` converts tokens/s to MFU
+    in percent, or returns None.
     """
 
     def __init__(
@@ -60,35 +72,53 @@ class Progress(TrainerCallback):
         max_loss_rise: float | None = None,
         mfu: Callable[[float], float | None] = lambda _: None,
     ) -> None:
-        self.report, self.tokens_per_step, self.max_loss_rise, self.mfu = (
-            report,
-            tokens_per_step,
-            max_loss_rise,
-            mfu,
-        )
+        self.report = report
+        self.tokens_per_step = tokens_per_step
+        self.max_loss_rise = max_loss_rise
+        self.mfu = mfu
         self.curve: list[dict[str, float]] = []
         self._begun = 0.0
         self._first = 0
 
     def restore(self, state: Any) -> None:
-        """Take over the curve of a run that had reached its last step before."""
+        """Take over the curve of a run that had already reached its last step."""
         if not self.curve:
             self.curve = [_entry(entry) for entry in state.log_history if "loss" in entry]
 
-    def speed(self) -> dict[str, float]:
-        """Return tokens/s and the share of the GPU's peak, for the metrics: what is known of them."""
-        return {name: self.curve[-1][name] for name in SPEED if name in self.curve[-1]}
+    def speed(self) -> SpeedMetrics:
+        """Return the speed at the last step; a value that is not known is absent."""
+        last = self.curve[-1]
+        speed = SpeedMetrics()
+        if "tokens_per_s" in last:
+            speed["tokens_per_s"] = last["tokens_per_s"]
+        if "mfu_percent" in last:
+            speed["mfu_percent"] = last["mfu_percent"]
+        return speed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun, self._first = time.perf_counter(), state.global_step
+        self._begun = time.perf_counter()
+        self._first = state.global_step
         self.curve = [_entry(entry) for entry in state.log_history if "loss" in entry]
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         if not logs or "loss" not in logs:
             return
         self._refuse_nonsense(state.global_step, logs)
+        numbers = self._numbers(state, logs)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update({name: numbers[name] for name in SPEED if name in numbers})
+        self.curve.append(dict(numbers))
+        self._refuse_divergence(state.global_step)
+        self.report("train", **numbers)
+
+    def _numbers(self, state: Any, logs: dict[str, float]) -> dict[str, float]:
         done = max(1, state.global_step - self._first)
         elapsed = time.perf_counter() - self._begun
         speed = self.tokens_per_step * done / elapsed
@@ -99,23 +129,21 @@ class Progress(TrainerCallback):
             "memory_gb": round(device_memory_gb(), 2),
             "seconds_left": round(elapsed / done * (state.max_steps - state.global_step)),
         }
-        share = self.mfu(speed)
-        if share is not None:
-            numbers["mfu_percent"] = share
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update({name: numbers[name] for name in SPEED if name in numbers})
-        self.curve.append(dict(numbers))
-        self._refuse_divergence(state.global_step)
-        self.report("train", **numbers)
+        mfu = self.mfu(speed)
+        if mfu is not None:
+            numbers["mfu_percent"] = mfu
+        return numbers
 
-    def _refuse_nonsense(self, step: int, logs: dict[str, Any]) -> None:
+    def _refuse_nonsense(self, step: int, logs: dict[str, float]) -> None:
         for name in ("loss", "grad_norm"):
             if name in logs and not math.isfinite(float(logs[name])):
+                shown = "loss" if name == "loss" else "gradient"
                 raise TrainingError(
                     where=f"step {step}",
-                    found=f"the {'loss' if name == 'loss' else 'gradient'} is {float(logs[name])}",
-                    expected="a finite number",
-                    fix="lower learning_rate or look at the rows of this step; the checkpoint before it is kept",
+                    found=f"the {shown} is {float(logs[name])}",
+                    expected="a finite loss and a finite gradient",
+                    fix="lower learning_rate or inspect the rows of this step; the checkpoint "
+                    "before it is kept",
                 )
 
     def _refuse_divergence(self, step: int) -> None:
@@ -130,14 +158,16 @@ class Progress(TrainerCallback):
         if now - lowest > self.max_loss_rise:
             raise TrainingError(
                 where=f"step {step}",
-                found=f"training diverges: the loss of the last {WINDOW} steps is {now:.2f} and was {lowest:.2f}",
+                found=f"training diverges: the loss of the last {WINDOW} steps is {now:.2f} and "
+                f"was {lowest:.2f}",
                 expected=f"a rise of at most max_loss_rise ({self.max_loss_rise})",
-                fix="lower learning_rate, warm up longer, or set max_loss_rise; the checkpoint before it is kept",
+                fix="lower learning_rate, warm up longer, or raise max_loss_rise; the checkpoint "
+                "before it is kept",
             )
 
 
-def _entry(logs: dict[str, Any]) -> dict[str, float]:
-    """Return a step of the curve: its number, its loss in nats and what else TRL logs of it."""
+def _entry(logs: dict[str, float]) -> dict[str, float]:
+    """Return a step of the curve: its number, its loss in nats, other values of TRL's log."""
     shown = {
         key.replace("rewards/", "reward_"): round(float(logs[key]), 4)
         for key in SHOWN

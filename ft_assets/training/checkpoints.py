@@ -1,6 +1,8 @@
-"""Whole checkpoints or none: written beside, fsynced, renamed; read only if every file has the size it was written with.
+"""Complete checkpoints or none.
 
-Not here: when one is written (`save_steps`), and what is done with it (`run.py`).
+A checkpoint is written to a staging folder, fsynced and renamed. It is read only if every file has
+the size it was written with. Not here: when a checkpoint is written (`save_steps`), and how
+training resumes from it (loop.py).
 """
 
 import errno
@@ -19,45 +21,34 @@ from ft_assets.models.sharding import is_sharded
 
 WRITING = ".writing"
 FILES = "whole.json"
-KEPT = 2
-# What torch.save and safetensors say where the operating system says ENOSPC.
+KEPT = 2  # checkpoints
+# The words of torch.save and safetensors for the operating system's ENOSPC.
 FULL = ("No space left", "PytorchStreamWriter failed", "inline_container.cc", "iostream error")
 
 
 class WholeCheckpoints(Trainer):
-    """Mixin before a TRL trainer: a checkpoint appears under its name when all of it is on the disk.
+    """Mixin before a TRL trainer: a checkpoint gets its name when all of it is on the disk.
 
-    Raises TrainingError instead of writing weights that are not finite, ArtifactError when the disk is full; what was
-    written before stays.
+    Raises TrainingError instead of writing weights that are not finite, and ArtifactError when the
+    disk is full. Earlier checkpoints stay.
     """
 
     _writing = False
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """Leave a divided base where it lies: its weights cannot be moved."""
+        """Leave a sharded base where it is: its weights cannot be moved."""
         if not is_sharded(model):
             super()._move_model_to_device(model, device)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: ours stands on the merged model."""
+        """Write no card: our card belongs to the merged model."""
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / WRITING) if self._writing else folder
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        unsound = [
-            name
-            for name, weight in model.named_parameters()
-            if weight.requires_grad and not torch.isfinite(weight).all()
-        ]
-        if unsound:
-            raise TrainingError(
-                where=f"step {self.state.global_step}",
-                found=f"{len(unsound)} trained weights are not finite, e.g. {unsound[0]}",
-                expected="finite weights",
-                fix="lower learning_rate or max_grad_norm; the checkpoint before it is kept",
-            )
+        self._refuse_unsound(model)
         home = Path(super()._get_output_dir(trial))
         staged = home / WRITING / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -78,30 +69,48 @@ class WholeCheckpoints(Trainer):
         finally:
             self._writing = False
 
+    def _refuse_unsound(self, model: Any) -> None:
+        unsound = [
+            name
+            for name, weight in model.named_parameters()
+            if weight.requires_grad and not torch.isfinite(weight).all()
+        ]
+        if unsound:
+            raise TrainingError(
+                where=f"step {self.state.global_step}",
+                found=f"{len(unsound)} trained weights are not finite, e.g. {unsound[0]}",
+                expected="finite weights",
+                fix="lower learning_rate or max_grad_norm; the checkpoint before it is kept",
+            )
+
 
 def disk_is_full(error: BaseException) -> bool:
-    """Return whether a write failed for want of space: safetensors and torch.save raise errors of their own for it."""
+    """Return True if a write failed because the disk is full.
+
+    safetensors and torch.save raise errors of their own for it.
+    """
     chain: BaseException | None = error
     while chain is not None:
-        if getattr(chain, "errno", None) == errno.ENOSPC or any(
-            words in str(chain) for words in FULL
-        ):
+        words = str(chain)
+        if getattr(chain, "errno", None) == errno.ENOSPC or any(full in words for full in FULL):
             return True
         chain = chain.__cause__ or chain.__context__
     return False
 
 
 def full_disk(folder: Path, what: str) -> ArtifactError:
+    """Return the error of a file (`what`) that could not be written for want of space."""
     return ArtifactError(
         where=str(folder),
         found=f"the disk is full: {what} could not be written",
-        expected="free space",
-        fix="free some space, or set store: to another disk; a rerun continues from the checkpoint before it",
+        expected="free space for the file",
+        fix="free some space, or set store: to another disk; a rerun continues from the checkpoint "
+        "before it",
     )
 
 
 def publish_folder(staged: Path, final: Path) -> None:
-    """List the files of a staged folder with their sizes, bring all of it to the disk, and give it its name in one rename."""
+    """List the files of a staged folder with their sizes, fsync all of it, and rename it."""
     sizes = {
         path.relative_to(staged).as_posix(): path.stat().st_size
         for path in sorted(staged.rglob("*"))
@@ -110,7 +119,7 @@ def publish_folder(staged: Path, final: Path) -> None:
     (staged / FILES).write_text(json.dumps(sizes, indent=0))
     for path in [*staged.rglob("*"), staged]:
         _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)  # of a try before, found damaged
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one of an earlier try
     os.rename(staged, final)
     _fsync(final.parent)
 
@@ -124,7 +133,7 @@ def _fsync(path: Path) -> None:
 
 
 def rotate(home: Path) -> None:
-    """Delete all checkpoints but the newest two: the one before is there if the newest is damaged later."""
+    """Delete all checkpoints but the newest two: the second is used if the newest gets damaged."""
     for old in _by_step(home)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -139,16 +148,16 @@ def _by_step(home: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """Return the optimizer steps that a checkpoint holds; 0 for none."""
+    """Return the number of optimizer steps that a checkpoint holds; 0 for None."""
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if it is whole."""
+    """Return a description of a checkpoint's damage, or None if it is complete."""
     try:
         sizes = json.loads((checkpoint / FILES).read_text())
     except (OSError, ValueError):
-        return "it was not written to its end"
+        return "it was not written completely"
     for name, size in sizes.items():
         path = checkpoint / name
         found = path.stat().st_size if path.is_file() else 0
@@ -158,11 +167,11 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def last_whole(home: Path, report: Report) -> Path | None:
-    """Return the newest whole checkpoint, or None. One that is not whole is reported and deleted."""
+    """Return the newest complete checkpoint, or None. Incomplete ones are reported and deleted."""
     for checkpoint in reversed(_by_step(home)):
         wrong = damage(checkpoint)
         if wrong is None:
             return checkpoint
         report(f"{checkpoint.name} is not resumed from: {wrong}", step=step_of(checkpoint))
-        shutil.rmtree(checkpoint, ignore_errors=True)  # of several ranks each comes here
+        shutil.rmtree(checkpoint, ignore_errors=True)  # every rank does this
     return None

@@ -1,7 +1,8 @@
-"""Training as one of several ranks: what the launcher says of them, and how the effective batch is divided.
+"""Training as one of several ranks: the launcher's environment, and the accumulation of each rank.
 
-The environment is that of `accelerate launch`, torchrun and Ray Train; without it there is one rank. Our launcher adds
-FT_SHARDING. The effective batch is what is trained on, wherever that is: micro-batch × accumulation × ranks.
+The environment variables are those of `accelerate launch`, torchrun and Ray Train; without them
+there is one rank. Our launcher adds FT_SHARDING. The effective batch does not depend on the number
+of ranks: it is micro-batch x accumulation x ranks.
 """
 
 import os
@@ -16,24 +17,30 @@ def world_size() -> int:
 
 
 def sharding() -> str:
-    """Return how several ranks hold the base: ddp (each the whole), fsdp (divided), or auto (as the memory plan finds)."""
+    """Return how the ranks hold the base: ddp (each in whole), fsdp (sharded), or auto.
+
+    With auto the memory plan decides.
+    """
     return os.environ.get("FT_SHARDING", "ddp")
 
 
 def accumulation(settings: TrainSettings, key: str, ranks: int | None = None) -> int:
-    """Return the gradient accumulation steps of each rank (by default of `world_size()` of them). Raises ConfigError unless
-    the effective batch divides evenly."""
+    """Return the gradient accumulation steps of each rank; `ranks` defaults to world_size().
+
+    Raises ConfigError unless the effective batch divides evenly.
+    """
     ranks = ranks or world_size()
     assert settings.micro_batch is not None, "the memory plan sets it"
     at_once = settings.micro_batch * ranks
     if settings.effective_batch % at_once:
         over = f" x {ranks} ranks" if ranks > 1 else ""
+        fix = "change one of them"
+        if ranks > 1:
+            fix = f"lower {key}.micro_batch, or take fewer ranks"
         raise ConfigError(
             where=f"{key}.effective_batch",
             found=str(settings.effective_batch),
             expected=f"a multiple of {key}.micro_batch ({settings.micro_batch}){over}",
-            fix="change one of them"
-            if ranks == 1
-            else f"lower {key}.micro_batch, or take fewer ranks",
+            fix=fix,
         )
     return settings.effective_batch // at_once

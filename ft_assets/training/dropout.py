@@ -1,4 +1,4 @@
-"""Score with the model in training, but without dropout."""
+"""Score with the model in training mode, but without dropout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,10 @@ import torch
 
 @contextmanager
 def without_dropout(model: Any) -> Iterator[None]:
-    """Context without dropout and in training mode: a CPU's inference mode would spoil NF4 weights for training for good."""
+    """Disable dropout inside the block while the model stays in training mode.
+
+    On a CPU a forward pass in evaluation mode would spoil NF4 weights for training for good.
+    """
     active = [
         module
         for module in model.modules()

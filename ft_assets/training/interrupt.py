@@ -1,8 +1,10 @@
-"""An interrupt (cancelled run, Ctrl-C, launcher gone) ends training at the end of the step, with a checkpoint.
+"""An interrupt ends training after the current step, with a checkpoint.
 
-Another one within the time that the launcher gives for the checkpoint says nothing new: systemd sends one to each process of
-a service, and then the launcher, which got one too, sends its own. The launcher follows with TERM and KILL if a step takes too
-long.
+That is a cancelled run, Ctrl-C, or a launcher that is gone.
+
+A second interrupt within the time that the launcher grants for the checkpoint is ignored: systemd
+sends one to each process of a service, and the launcher, which got one too, then sends its own.
+The launcher follows with TERM and KILL if a step takes too long.
 """
 
 import signal
@@ -14,36 +16,40 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-CHECKPOINT_SECONDS = 25.0  # somewhat more than local.py's grace after INT
+CHECKPOINT_SECONDS = 25.0  # a little more than the local launcher's grace period after INT
 
 
 class Interrupt(TrainerCallback):
-    """Turns SIGINT into a checkpoint at the end of the step, then into KeyboardInterrupt."""
+    """Turn SIGINT into a checkpoint at the end of the step, then into KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self.first = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        if self.requested:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Context in which SIGINT is taken. Outside the main thread Python lets nobody listen: then it changes nothing."""
+    def handled(self) -> Iterator[None]:
+        """Handle SIGINT inside the block.
+
+        Outside the main thread Python allows no signal handlers; then the block changes nothing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def handle(*_: Any) -> None:
-            if self.asked and time.monotonic() - self.first > CHECKPOINT_SECONDS:
+            if self.requested and time.monotonic() - self.first > CHECKPOINT_SECONDS:
                 raise KeyboardInterrupt
-            if not self.asked:
-                self.asked, self.first = True, time.monotonic()
+            if not self.requested:
+                self.requested = True
+                self.first = time.monotonic()
 
         before = signal.signal(signal.SIGINT, handle)
         try:

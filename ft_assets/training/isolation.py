@@ -1,32 +1,43 @@
-"""The proof that packed documents do not see each other, made on the model, the kernels and the machine that train."""
+"""The proof that packed documents do not see each other.
+
+It runs on the model, the kernels and the machine that train.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ft_assets.rows.types import TokenSequence
 from ft_assets.errors import MemoryPlanError, TrainingError
 from ft_assets.hardware import compute_dtype
 from ft_assets.models.sharding import is_sharded
 from ft_assets.training.dropout import without_dropout
+from ft_assets.training.out_of_memory import release
 
-MOST_LEAK = 1e-3  # of the movement of the changed document itself; a document that is seen moves its neighbour by 0.1 and more
-MOST_TOKENS = 512  # of one document of the probe
-LEAST_TOKENS = 16  # where memory runs out
+# Relative to the movement of the changed document itself. A document that is seen moves its
+# neighbor by 0.1 and more.
+MAX_LEAK = 1e-3
+MAX_TOKENS = 512  # of one document of the probe
+MIN_TOKENS = 16  # the probe shrinks to this when memory runs out
+FIX = "set sft.packing to false (or auto, which then trains without packing)"
 
 
 def leak(
-    model: Any, rows: Sequence[dict[str, Any]], collator: Any, most_tokens: int = MOST_TOKENS
+    model: Any, rows: Sequence[TokenSequence], collator: Any, max_tokens: int = MAX_TOKENS
 ) -> float:
-    """Return how far the neighbours' logits move when every token of the middle one of three packed documents is changed,
-    as a share of how far the changed document's own logits move.
+    """Measure how far a change in one packed document moves the logits of its neighbors.
 
-    In training mode without dropout: an evaluating pass would repack a CPU's NF4 weights for good. `rows` need `input_ids`;
-    three of them are taken, `most_tokens` of each.
+    Three documents are packed, and every token of the middle one is changed. Returns the largest
+    movement of the neighbors' logits as a share of the largest movement of the changed document's
+    own logits. The first three of `rows` are taken, `max_tokens` of each.
+
+    In training mode without dropout: a pass in evaluation mode would repack a CPU's NF4 weights
+    for good.
     """
     if len(rows) < 2:
-        return 0.0  # nothing to be packed with
-    chosen = [list(rows[index % len(rows)]["input_ids"])[:most_tokens] for index in range(3)]
+        return 0.0  # nothing to pack together
+    chosen = [list(rows[index % len(rows)]["input_ids"])[:max_tokens] for index in range(3)]
     vocabulary = model.config.get_text_config().vocab_size
     changed = [
         chosen[0],
@@ -35,13 +46,16 @@ def leak(
     ]
     with without_dropout(model):
         before, after = (_logits(model, documents, collator) for documents in (chosen, changed))
-    moved = (before - after).abs().amax(-1)
-    begin, end = len(chosen[0]), len(chosen[0]) + len(chosen[1])
-    own, others = moved[begin:end].max(), torch.cat([moved[:begin], moved[end:]]).max()
+    moved = (before - after).abs().amax(-1)  # (T,)
+    begin = len(chosen[0])
+    end = begin + len(chosen[1])
+    own = moved[begin:end].max()
+    others = torch.cat([moved[:begin], moved[end:]]).max()
     return float(others / own.clamp(min=1e-12))
 
 
 def _logits(model: Any, documents: list[list[int]], collator: Any) -> torch.Tensor:
+    """Return the fp32 logits (T, vocabulary) of documents packed into one row."""
     device = next(model.parameters()).device
     batch = collator([{"input_ids": ids, "labels": ids} for ids in documents])
     batch = {
@@ -50,27 +64,25 @@ def _logits(model: Any, documents: list[list[int]], collator: Any) -> torch.Tens
         if key != "labels"
     }
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype() == torch.bfloat16),
-    ):
-        hidden = base.get_decoder()(**batch, use_cache=False).last_hidden_state[0]
+    in_bf16 = compute_dtype() == torch.bfloat16
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+        hidden = base.get_decoder()(**batch, use_cache=False).last_hidden_state[0]  # (T, D)
         return base.get_output_embeddings()(hidden).float()
 
 
-def prove_isolation(model: Any, rows: Sequence[dict[str, Any]], collator: Any) -> float:
-    """Return `leak`, of shorter documents where memory runs out. Raises TrainingError if a document moves its neighbours, or
-    the attention cannot run at all, MemoryPlanError if not even short documents fit."""
-    tokens = MOST_TOKENS
+def prove_isolation(model: Any, rows: Sequence[TokenSequence], collator: Any) -> float:
+    """Return `leak`, of shorter documents if memory runs out.
+
+    Raises TrainingError if a document moves its neighbors or the attention cannot run, and
+    MemoryPlanError if not even short documents fit.
+    """
+    tokens = MAX_TOKENS
     while True:
         try:
             found = leak(model, rows, collator, tokens)
             break
-        except (
-            torch.OutOfMemoryError
-        ) as error:  # a RuntimeError too, but it says nothing of the attention
-            said = str(error).split("\n")[0].partition(". ")[0]
-            error.__traceback__ = None  # its frames hold the logits
+        except torch.OutOfMemoryError as error:  # a RuntimeError too, but not about the attention
+            reason = release(error)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise TrainingError(
                 where="sft.packing",
@@ -78,26 +90,25 @@ def prove_isolation(model: Any, rows: Sequence[dict[str, Any]], collator: Any) -
                 expected="documents that do not see each other",
                 fix=FIX,
             ) from error
-        if tokens <= LEAST_TOKENS or is_sharded(
-            model
-        ):  # other ranks wait in the middle of this pass
+        # The other ranks of a sharded base wait in the middle of this pass.
+        if tokens <= MIN_TOKENS or is_sharded(model):
             raise MemoryPlanError(
-                where="sft: the proof that packed documents are apart",
-                found=f"three documents of {tokens} tokens do not fit into memory beside the weights ({said})",
-                expected="room for them",
-                fix="end what else is on this GPU, raise memory_limit_gb, or set lora.method: qlora",
+                where="sft: the proof that packed documents are isolated",
+                found=f"three documents of {tokens} tokens do not fit into memory beside the "
+                f"weights ({reason})",
+                expected="memory for the weights and three short documents",
+                fix="end other processes on this GPU, raise memory_limit_gb, or set "
+                "lora.method: qlora",
             )
         tokens //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if not found <= MOST_LEAK:
+    if not found <= MAX_LEAK:
         raise TrainingError(
             where="sft.packing",
-            found=f"changing one document moved its neighbours' logits by {found:.2g} of its own movement",
-            expected=f"at most {MOST_LEAK:g}: packed documents must not see each other",
+            found=f"changing one document moved its neighbors' logits by {found:.2g} of its own "
+            "movement",
+            expected=f"at most {MAX_LEAK:g}: packed documents must not see each other",
             fix=FIX,
         )
     return found
-
-
-FIX = "set sft.packing to false (or auto, which then trains without it)"

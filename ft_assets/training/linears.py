@@ -1,28 +1,33 @@
-"""The linear layers of a decoder with their adapters, several at once: the same numbers as PEFT's layers, fewer kernels.
+"""The linear layers of a decoder with their adapters, several at once.
 
-PEFT computes each target alone: it copies the base's output, drops out its own copy of the input, scales and adds. Here the
-layers that share an input (q, k, v; gate, up) are one operation: one dropout, one product with all A, B added in place by
-the matrix product itself, and one gradient of the input that is accumulated in place. What differs from PEFT: with dropout,
-layers that share an input share its mask. The mask is not stored but drawn again in the backward pass.
+The results are those of PEFT's layers, with fewer kernels. PEFT computes each target alone: it
+copies the base's output, drops out its own copy of the input, scales and adds. Here the layers
+that share an input (q, k, v; gate, up) are one operation: one dropout, one product with all A, B
+added in place by the matrix product itself, and one gradient of the input that is accumulated in
+place.
 
-Only for what it can do exactly: plain (rs)LoRA, one active adapter, not merged, NF4 or unquantized bases. For anything else
-(DoRA, disabled adapters, mixed batches) a layer's own forward runs.
+One difference from PEFT: with dropout, layers that share an input share its mask. The mask is not
+stored but drawn again in the backward pass.
+
+Only for what can be computed exactly: plain (rs)LoRA, one active adapter, not merged, NF4 or
+unquantized bases. For anything else (DoRA, disabled adapters, mixed batches) a layer's own forward
+runs.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
-from ft_assets.compat.peft import active_lora, is_plain
+from ft_assets.compat.peft import ActiveLora, active_lora, is_plain
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse_linears(model: Any) -> int:
-    """Replace the forward of the decoder layers' linears; returns how many layers are fused."""
+    """Replace the forward of the decoder layers' linears. Returns the number of fused linears."""
     fused = 0
     for layer in model.get_base_model().get_decoder().layers:
         for parent in _parents(layer):
@@ -30,7 +35,7 @@ def fuse_linears(model: Any) -> int:
             grouped = [tuple(name for name in names if name in children) for names in SHARED_INPUT]
             alone = [(name,) for name in children if not any(name in names for names in grouped)]
             for names in (*filter(None, grouped), *alone):
-                group = Group([children[name] for name in names])
+                group = LinearGroup([children[name] for name in names])
                 for index, name in enumerate(names):
                     children[name].forward = functools.partial(
                         group.forward, index, children[name].forward
@@ -40,7 +45,7 @@ def fuse_linears(model: Any) -> int:
 
 
 def _parents(module: Any) -> Iterator[Any]:
-    """Yield a module and all below it, but nothing inside an adapter's layer."""
+    """Yield a module and all modules below it, but none inside an adapter's layer."""
     if isinstance(module, LoraLayer):
         return
     yield module
@@ -53,12 +58,15 @@ def _simple(module: Any) -> bool:
     if isinstance(module, LoraLayer) and not is_plain(module):
         return False
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
-        return False  # trained whole: lora.modules_to_save
+        return False  # fully trained: lora.modules_to_save
     return type(base) is torch.nn.Linear or type(base).__name__ == "Linear4bit"
 
 
-class Group:
-    """Linears that share an input. The first call computes all; the others take their outputs, if the input is the same."""
+class LinearGroup:
+    """Linears that share an input.
+
+    The first call computes all of them. The others take their outputs, if the input is the same.
+    """
 
     def __init__(self, members: list[Any]) -> None:
         self.members = members
@@ -68,7 +76,7 @@ class Group:
     def forward(
         self, index: int, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Return the output of member `index` for `x`."""
+        """Return the output (B, T, out) of member `index` for `x` (B, T, in)."""
         if args or kwargs or not torch.is_grad_enabled():
             return plain(x, *args, **kwargs)
         if self._input is x and index in self._outputs:
@@ -76,8 +84,8 @@ class Group:
             if not self._outputs:
                 self._input = None
             return out
-        adapters = [_adapter(member) for member in self.members]
-        if any(adapter is NOT_PLAIN for adapter in adapters):
+        adapters = _adapters(self.members)
+        if adapters is None:
             return plain(x)
         outputs = _compute(x, [_base(member) for member in self.members], adapters)
         self._outputs = {other: out for other, out in enumerate(outputs) if other != index}
@@ -85,55 +93,66 @@ class Group:
         return outputs[index]
 
     def forget(self) -> None:
-        """Drop the outputs that a pass which broke off has left: the autograd graph, and so its activations, hangs on them."""
-        self._input, self._outputs = None, {}
+        """Drop the outputs that an interrupted pass has left.
+
+        They hold the autograd graph, and so its activations.
+        """
+        self._input = None
+        self._outputs = {}
 
 
-def groups(model: Any) -> list[Group]:
-    """Return the groups of a model whose linears are fused, each once; none of another model."""
-    return list(
-        {id(group): group for module in model.modules() if (group := _group_of(module))}.values()
-    )
+def linear_groups(model: Any) -> list[LinearGroup]:
+    """Return the groups of a model whose linears are fused, each once; else an empty list."""
+    groups = {id(group): group for module in model.modules() if (group := _group_of(module))}
+    return list(groups.values())
 
 
 def adapters_are_fused(model: Any) -> bool:
-    """Return whether no adapter's layer runs PEFT's own forward."""
+    """Return True if no adapter's layer runs PEFT's own forward."""
     return all(_group_of(module) for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _group_of(module: Any) -> Group | None:
-    found = getattr(getattr(module.__dict__.get("forward"), "func", None), "__self__", None)
-    return found if isinstance(found, Group) else None
-
-
-NOT_PLAIN: Any = object()
+def _group_of(module: Any) -> LinearGroup | None:
+    owner = getattr(getattr(module.__dict__.get("forward"), "func", None), "__self__", None)
+    return owner if isinstance(owner, LinearGroup) else None
 
 
 def _base(member: Any) -> Any:
     return member.base_layer if isinstance(member, LoraLayer) else member
 
 
-def _adapter(member: Any) -> Any:
-    """Return the one active adapter (ActiveLora), None for a plain linear, NOT_PLAIN where PEFT must compute."""
-    if not isinstance(member, LoraLayer):
-        return None
-    return active_lora(member) or NOT_PLAIN
+def _adapters(members: list[Any]) -> list[ActiveLora | None] | None:
+    """Return each member's active adapter, None for a member without one.
+
+    Returns None instead of the list if PEFT must compute a member.
+    """
+    adapters: list[ActiveLora | None] = []
+    for member in members:
+        adapter = active_lora(member) if isinstance(member, LoraLayer) else None
+        if adapter is None and isinstance(member, LoraLayer):
+            return None
+        adapters.append(adapter)
+    return adapters
 
 
-def _compute(x: torch.Tensor, bases: list[Any], adapters: list[Any]) -> tuple[torch.Tensor, ...]:
-    dropout = max((adapter.dropout for adapter in adapters if adapter), default=0.0)
+def _compute(
+    x: torch.Tensor, bases: list[Any], adapters: Sequence[ActiveLora | None]
+) -> tuple[torch.Tensor, ...]:
+    present = [adapter for adapter in adapters if adapter]
+    dropout = max((adapter.dropout for adapter in present), default=0.0)
     seed = _draw(x.device) if dropout else 0
     scales = [adapter.scale if adapter else None for adapter in adapters]
-    weights = [tensor for adapter in adapters if adapter for tensor in (adapter.a, adapter.b)]
+    weights = [tensor for adapter in present for tensor in (adapter.a, adapter.b)]
     return _Linears.apply(x, bases, scales, dropout, seed, *weights)  # type: ignore[no-any-return]
 
 
 def dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a base layer's weight (out, in) in `dtype`: dequantized if it is NF4."""
+    """Return a base layer's weight (out, in) in `dtype`, dequantized if it is NF4."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight.to(dtype)
-    # bitsandbytes' own function decides anew at each call how the scales are stored; at 4,096 tokens that is what a GPU waits for.
+    # bitsandbytes' own function works out at each call how the scales are stored. At 4,096 tokens
+    # the GPU waits for that.
     scales = layer.__dict__.get("plain_scales")
     if scales is None:
         scales = layer.__dict__["plain_scales"] = plain_scales(state)
@@ -144,7 +163,7 @@ def dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def plain_scales(state: Any) -> torch.Tensor:
-    """Return the fp32 scale of each block of an NF4 weight, itself dequantized once: 4 bytes for 64 parameters."""
+    """Dequantize the scales of an NF4 weight: one fp32 number for each block of 64 parameters."""
     if not state.nested:
         return state.absmax.float()
     from bitsandbytes.functional import dequantize_blockwise
@@ -153,7 +172,10 @@ def plain_scales(state: Any) -> torch.Tensor:
 
 
 def _draw(device: torch.device) -> int:
-    """Return what `_drop` draws its mask from; checkpointing restores both generators for a recomputed layer."""
+    """Return the state that `_drop` draws its mask from.
+
+    Activation checkpointing restores both generators for a recomputed layer.
+    """
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index].get_offset()
     return int(torch.randint(2**62, ()))
@@ -162,7 +184,10 @@ def _draw(device: torch.device) -> int:
 def _drop(
     x: torch.Tensor, dropout: float, drawn: int, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (x with a share of `dropout` set to 0 and the rest scaled, the boolean mask of what stays); `again`: the same as before."""
+    """Return (x after dropout, the boolean mask of what was not dropped).
+
+    A share of `dropout` is set to 0 and the rest is scaled. `again`: draw the same mask as before.
+    """
     if x.device.type == "cuda":
         generator = torch.cuda.default_generators[x.device.index]
         now = generator.get_offset()
@@ -178,7 +203,11 @@ def _drop(
 
 
 class _Linears(torch.autograd.Function):
-    """y_i = x W_iᵀ + bias_i + s_i (drop(x) A_iᵀ) B_iᵀ for all members; the base is frozen."""
+    """y_i = x W_iᵀ + bias_i + s_i (drop(x) A_iᵀ) B_iᵀ for all members; the base is frozen.
+
+    x: (B, T, in). W_i: (out_i, in). A_i: (r_i, in). B_i: (out_i, r_i). y_i: (B, T, out_i).
+    Inside, the B · T positions are N rows.
+    """
 
     @staticmethod
     def forward(
@@ -192,25 +221,32 @@ class _Linears(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        ctx.bases, ctx.scales, ctx.dropout, ctx.seed, ctx.shape, ctx.dtype, ctx.input_dtype = (
-            bases, scales, dropout, seed, x.shape, dtype, x.dtype,
-        )  # fmt: skip
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
+        ctx.bases = bases
+        ctx.scales = scales
+        ctx.dropout = dropout
+        ctx.seed = seed
+        ctx.shape = x.shape
+        ctx.dtype = dtype
+        ctx.input_dtype = x.dtype
         low = None
         if weights:
             dropped = _drop(flat, dropout, seed, again=False)[0] if dropout else flat
-            low = dropped @ torch.cat([a.to(dtype) for a in weights[::2]]).T
+            low = dropped @ torch.cat([a.to(dtype) for a in weights[::2]]).T  # (N, sum of r)
             ctx.save_for_backward(flat, low, *weights)
             del dropped
-        outputs, rank, pair = [], 0, 0
+        outputs = []
+        rank = 0
+        pair = 0
         for base, scale in zip(bases, scales, strict=True):
             bias = base.bias.to(dtype) if base.bias is not None else None
-            out = torch.nn.functional.linear(flat, dense_weight(base, dtype), bias)
+            out = torch.nn.functional.linear(flat, dense_weight(base, dtype), bias)  # (N, out)
             if scale is not None:
                 assert low is not None
                 b = weights[pair + 1]
                 out.addmm_(low[:, rank : rank + b.shape[1]], b.to(dtype).T, alpha=scale)
-                rank, pair = rank + b.shape[1], pair + 2
+                rank += b.shape[1]
+                pair += 2
             outputs.append(out.reshape(*x.shape[:-1], -1))
         return tuple(outputs)
 
@@ -219,9 +255,13 @@ class _Linears(torch.autograd.Function):
         saved = ctx.saved_tensors
         none: Any = None
         flat, low, weights = (saved[0], saved[1], saved[2:]) if saved else (none, none, ())
-        dtype, rows = ctx.dtype, None
-        into: torch.Tensor | None = None
-        ups, back, rank, pair = [], [], 0, 0
+        dtype = ctx.dtype
+        into: torch.Tensor | None = None  # the gradient of x, (N, in)
+        ups = []  # the gradients of the low-rank products, (N, r) each
+        back = []  # the gradients of B, (out, r) each
+        rank = 0
+        pair = 0
+        rows = None
         for base, scale, gradient in zip(ctx.bases, ctx.scales, gradients, strict=True):
             rows = (
                 gradient.reshape(-1, gradient.shape[-1]).to(dtype) if gradient is not None else None
@@ -239,14 +279,15 @@ class _Linears(torch.autograd.Function):
             else:
                 ups.append((rows @ b.to(dtype)).mul_(scale))
                 back.append((rows.T @ low[:, rank : rank + b.shape[1]]).mul_(scale).to(b.dtype))
-            rank, pair = rank + b.shape[1], pair + 2
+            rank += b.shape[1]
+            pair += 2
         result: list[Any] = []
         if ups:
-            up = torch.cat(ups, 1)
-            dropped, keep = (
-                _drop(flat, ctx.dropout, ctx.seed, again=True) if ctx.dropout else (flat, None)
-            )
-            down = up.T @ dropped
+            up = torch.cat(ups, 1)  # (N, sum of r)
+            dropped, keep = flat, None
+            if ctx.dropout:
+                dropped, keep = _drop(flat, ctx.dropout, ctx.seed, again=True)
+            down = up.T @ dropped  # the gradients of all A, (sum of r, in)
             del dropped
             rank = 0
             for a, db in zip(weights[::2], back, strict=True):

@@ -1,14 +1,16 @@
-"""Train to the end: from the last whole checkpoint, through interrupts, and with smaller micro-batches when memory runs out.
+"""Train to the last step, through interrupts and out-of-memory errors.
 
-Everything that a resume needs is in a checkpoint or follows from the seed: weights, optimizer, schedule, random numbers,
-the place in the data. On a CPU the result is bitwise that of a run that nobody disturbed.
+Training resumes from the last complete checkpoint. When memory runs out it continues with smaller
+micro-batches. A checkpoint holds everything that a resume needs, or it follows from the seed:
+weights, optimizer, schedule, random numbers, the place in the data. On a CPU the result is bitwise
+that of a run without interrupts.
 """
 
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import TrainerCallback
@@ -20,33 +22,31 @@ from ft_assets.job import Report
 from ft_assets.training.checkpoints import last_whole, step_of
 from ft_assets.training.distributed import world_size
 from ft_assets.training.interrupt import Interrupt
-from ft_assets.training.linears import groups
+from ft_assets.training.linears import linear_groups
+from ft_assets.training.out_of_memory import release
 
-Build = Callable[
-    [int, list[TrainerCallback]], Any
-]  # (micro-batch, callbacks) -> a trainer on the same model
+# (micro-batch, callbacks) -> a trainer on the same model
+Build = Callable[[int, list[TrainerCallback]], Any]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What came of it: the trainer after its last step, and what is said in the metrics."""
+class RunMetrics(TypedDict):
+    """The step that the run resumed from, its last micro-batch, and how often memory ran out."""
 
-    trainer: Any
     resumed_from_step: int
     micro_batch: int
     out_of_memory: int
 
-    def facts(self) -> dict[str, int]:
-        """Return the metrics: where it was resumed, with which micro-batch it ended, how often memory ran out."""
-        return {
-            "resumed_from_step": self.resumed_from_step,
-            "micro_batch": self.micro_batch,
-            "out_of_memory": self.out_of_memory,
-        }
+
+@dataclass(frozen=True)
+class Run:
+    """The trainer after its last step, and the run's metrics."""
+
+    trainer: Any
+    metrics: RunMetrics
 
 
-class _Midway(TrainerCallback):
-    """Knows whether the optimizer is writing into the weights right now."""
+class _OptimizerStep(TrainerCallback):
+    """`inside` is True while the optimizer writes into the weights."""
 
     inside = False
 
@@ -59,46 +59,54 @@ class _Midway(TrainerCallback):
 
 def train_to_the_end(
     build: Build,
+    *,
     micro_batch: int,
     effective_batch: int,
     checkpoints: Path,
     report: Report,
     key: str,
 ) -> Run:
-    """Train and return the run. `build` is called again with a smaller micro-batch after each torch.OutOfMemoryError; the
-    effective batch, and so the rows of every step, stay. Raises TrainingError when that cannot help."""
-    first, times = None, 0
+    """Train to the last step.
+
+    After each torch.OutOfMemoryError `build` is called again with a smaller micro-batch. The
+    effective batch, and so the rows of every step, stay. Raises TrainingError if a smaller
+    micro-batch cannot help.
+    """
+    first: int | None = None
+    times = 0
     while True:
-        interrupt, midway = Interrupt(), _Midway()
-        trainer = build(micro_batch, [interrupt, midway])
+        interrupt = Interrupt()
+        optimizer_step = _OptimizerStep()
+        trainer = build(micro_batch, [interrupt, optimizer_step])
         checkpoint = last_whole(checkpoints, report)
         first = step_of(checkpoint) if first is None else first
         if checkpoint is not None:
             report("resumed", step=step_of(checkpoint))
         try:
-            with interrupt.listening():
+            with interrupt.handled():
                 _train(trainer, checkpoint)
-            return Run(trainer, first, micro_batch, times)
+            return Run(
+                trainer,
+                RunMetrics(resumed_from_step=first, micro_batch=micro_batch, out_of_memory=times),
+            )
         except torch.OutOfMemoryError as error:
-            said = str(error).split("\n")[0].partition(". ")[0]
-            error.__traceback__ = None  # its frames hold the activations
+            reason = release(error)
         finally:
-            for group in groups(trainer.model):
+            for group in linear_groups(trainer.model):
                 group.forget()
-        if (
-            micro_batch == 1 or midway.inside or world_size() > 1
-        ):  # other ranks wait in the middle of this step
+        # With several ranks, the others wait in the middle of this step.
+        if micro_batch == 1 or optimizer_step.inside or world_size() > 1:
+            what = _too_large(optimizer_step.inside, micro_batch)
             raise TrainingError(
                 where=f"{key}: step {trainer.state.global_step + 1}",
-                found=f"{_what(midway.inside, micro_batch)} does not fit into memory ({said})",
-                expected="room for it",
-                fix=f"lower {key}.micro_batch or chat.max_length, set gradient_checkpointing: true, or lora.method: qlora",
+                found=f"{what} does not fit into memory ({reason})",
+                expected="memory for one micro-batch and the optimizer",
+                fix=f"lower {key}.micro_batch or chat.max_length, set "
+                f"{key}.gradient_checkpointing: true, or lora.method: qlora",
             )
-        times, micro_batch = (
-            times + 1,
-            max(size for size in range(1, micro_batch // 2 + 1) if effective_batch % size == 0),
-        )
-        _keep(trainer, step_of(checkpoint))
+        times += 1
+        micro_batch = _smaller(micro_batch, effective_batch)
+        _save_last_step(trainer, step_of(checkpoint))
         report(
             "out of memory: smaller micro-batch, more accumulation, same effective batch",
             step=trainer.state.global_step,
@@ -110,30 +118,32 @@ def train_to_the_end(
             torch.cuda.empty_cache()
 
 
-def _what(in_the_optimizer: bool, micro_batch: int) -> str:
+def _smaller(micro_batch: int, effective_batch: int) -> int:
+    """Return the largest divisor of the effective batch up to half of the micro-batch."""
+    return max(size for size in range(1, micro_batch // 2 + 1) if effective_batch % size == 0)
+
+
+def _too_large(in_the_optimizer: bool, micro_batch: int) -> str:
     if in_the_optimizer:
         return "the optimizer"
-    return (
-        "one row at a time"
-        if micro_batch == 1
-        else f"a micro-batch of {micro_batch} on {world_size()} ranks"
-    )
+    if micro_batch == 1:
+        return "one row at a time"
+    return f"a micro-batch of {micro_batch} on {world_size()} ranks"
 
 
 def _train(trainer: Any, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if (
-            state.global_step >= state.max_steps
-        ):  # it was done; transformers would train on to the end of the epoch
+        # transformers would train a finished run on to the end of its epoch.
+        if state.global_step >= state.max_steps:
             load_checkpoint_weights(trainer, checkpoint)
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _keep(trainer: Any, resumed: int) -> None:
-    """Write a checkpoint of the last whole step, unless there is one."""
+def _save_last_step(trainer: Any, resumed: int) -> None:
+    """Write a checkpoint of the last complete step, unless it has one."""
     trainer.model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

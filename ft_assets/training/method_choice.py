@@ -1,7 +1,9 @@
-"""Which method `lora.method: auto` came to: kept beside the checkpoints for a retry, and in the adapter for later steps.
+"""The method that `lora.method: auto` resolved to.
 
-The fingerprint holds only `auto`, and the checkpoints of a version lie under it. A retry may find other memory free, but an
-adapter that was trained on a 16-bit base must not go on, unnoticed, on an NF4 one.
+It is stored beside the checkpoints for a retry, and in the adapter for later steps. The fingerprint
+holds only `auto`, and the checkpoints of a version are under that fingerprint. A retry may find
+another amount of free memory, but it must not continue, unnoticed, an adapter that was trained on a
+16-bit base on an NF4 one.
 """
 
 import json
@@ -15,58 +17,68 @@ from ft_assets.job import Report
 from ft_assets.training.checkpoints import last_whole
 from ft_assets.training.memory_plan.plan import Plan
 
-CHOICE = "info/plan.json"
-BEGUN = "plan.json"
+PLAN_FILE = "info/plan.json"  # in an adapter
+STARTED_PLAN_FILE = "plan.json"  # beside the checkpoints
 
 
-def save_choice(plan: Plan, output: Path) -> None:
-    """Write what the plan chose into the adapter's folder: later steps read the method from there and do not choose again."""
+def save_plan(plan: Plan, output: Path) -> None:
+    """Write the plan into the adapter's folder: later steps read the method from there."""
     (output / "info").mkdir(exist_ok=True)
-    (output / CHOICE).write_text(json.dumps(plan.facts()))
+    (output / PLAN_FILE).write_text(json.dumps(plan.metrics()))
 
 
-def chosen_method(adapter: Path, lora: LoraSettings) -> LoraSettings:
-    """Return the settings with the method that an adapter was trained with, where it was left to the plan."""
+def resolve_method(adapter: Path, lora: LoraSettings) -> LoraSettings:
+    """Replace `lora.method: auto` by the method that an adapter was trained with."""
     if lora.method != "auto":
         return lora
-    path = adapter / CHOICE
-    return lora.model_copy(
-        update={"method": json.loads(path.read_text())["method"] if path.is_file() else "lora"}
-    )
+    path = adapter / PLAN_FILE
+    method = json.loads(path.read_text())["method"] if path.is_file() else "lora"
+    return lora.model_copy(update={"method": method})
 
 
 def plan_once(
     lora: LoraSettings, checkpoints: Path, plan: Callable[[LoraSettings], Plan], report: Report
 ) -> Plan:
-    """Return the plan, and note it beside the checkpoints. Where there is a whole checkpoint, `auto` is what it was when that
-    training began. Raises MemoryPlanError if this does not fit any more: what was trained is not thrown away unasked."""
-    begun = (
-        _begun(checkpoints) if lora.method == "auto" and last_whole(checkpoints, report) else None
-    )
-    if begun is None:
-        found = plan(lora)
+    """Make the plan and store it beside the checkpoints.
+
+    If there is a complete checkpoint, `auto` keeps the method that its training started with.
+    Raises MemoryPlanError if that method no longer fits: a trained adapter is not thrown away
+    without the user's consent.
+    """
+    started = None
+    if lora.method == "auto" and last_whole(checkpoints, report):
+        started = _started_method(checkpoints)
+    if started is None:
+        made = plan(lora)
     else:
         try:
-            found = plan(lora.model_copy(update={"method": begun}))
+            made = plan(lora.model_copy(update={"method": started}))
         except MemoryPlanError as error:
-            raise MemoryPlanError(
-                where=error.where,
-                found=f"{error.found}, and lora.method: auto was {begun} when the checkpoints of this version were begun",
-                expected=error.expected,
-                fix=f"free that memory or raise memory_limit_gb to go on; or name another lora.method, which is another version; or delete "
-                f"{checkpoints} to begin this one anew",
-            ) from None
-        report(f"lora.method: auto stays {begun}, as when the checkpoints were begun")
+            raise _started_no_longer_fits(error, started, checkpoints) from None
+        report(f"lora.method: auto stays {started}, as when the checkpoints were begun")
     checkpoints.mkdir(parents=True, exist_ok=True)
-    staged = checkpoints / f".{BEGUN}-{os.getpid()}"  # several ranks write the same
-    staged.write_text(json.dumps(found.facts()))
-    os.replace(staged, checkpoints / BEGUN)
-    return found
+    staged = checkpoints / f".{STARTED_PLAN_FILE}-{os.getpid()}"  # several ranks write the same
+    staged.write_text(json.dumps(made.metrics()))
+    os.replace(staged, checkpoints / STARTED_PLAN_FILE)
+    return made
 
 
-def _begun(checkpoints: Path) -> str | None:
-    """Return the noted method; None where it was not noted, as by versions of this program that did not."""
+def _started_no_longer_fits(
+    error: MemoryPlanError, started: str, checkpoints: Path
+) -> MemoryPlanError:
+    return MemoryPlanError(
+        where=error.where,
+        found=f"{error.found}, and lora.method: auto was {started} when the checkpoints of this "
+        "version were begun",
+        expected=error.expected,
+        fix="free that memory or raise memory_limit_gb to continue; or name another lora.method, "
+        f"which makes another version; or delete {checkpoints} to start this version again",
+    )
+
+
+def _started_method(checkpoints: Path) -> str | None:
+    """Return the stored method, or None if an older version of ft_assets did not store it."""
     try:
-        return json.loads((checkpoints / BEGUN).read_text())["method"]
+        return json.loads((checkpoints / STARTED_PLAN_FILE).read_text())["method"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

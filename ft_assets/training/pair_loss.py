@@ -1,5 +1,6 @@
-"""The DPO loss of pairs that are watched and not trained on: TRL's own loss, with its accuracy and margin."""
+"""The DPO loss of validation pairs: TRL's own loss, with its accuracy and margin."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,40 +10,49 @@ from ft_assets.compat.transformers import prepare_inputs
 from ft_assets.compat.trl import separate_metrics, step_metrics
 from ft_assets.models.sharding import is_sharded
 from ft_assets.training.dropout import without_dropout
+from ft_assets.training.pairs import ReferencedPair
 from ft_assets.training.reference import batches
 
 MEASURED = {"validation_accuracy": "rewards/accuracies", "validation_margin": "rewards/margins"}
 
 
 class PairLoss:
-    """Measures the validation loss of pairs that hold the reference's log-probabilities, `batch` pairs at once and half as many
-    each time that memory runs out. `trainer`: the one that trains; each try of a training has its own.
+    """Measure the validation loss of pairs that hold the reference's log-probabilities.
 
-    A loss that compares pairs with each other (bco_pair, aot) is that of the batches, which are the same in each measurement.
+    `batch` pairs are scored at once, and half as many each time that memory runs out. `trainer` is
+    the one that trains; each try of a training sets its own.
+
+    A loss that compares pairs with each other (bco_pair, aot) depends on the batches. These are the
+    same in each measurement.
     """
 
-    def __init__(self, pairs: list[dict[str, Any]], batch: int) -> None:
-        self.pairs, self.batch = pairs, batch
+    def __init__(self, pairs: Sequence[ReferencedPair], batch: int) -> None:
+        self.pairs = pairs
+        self.batch = batch
         self.trainer: Any = None
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Return {"validation_loss", "validation_accuracy" (0 to 1), "validation_margin"}: means over the pairs. Raises
-        torch.OutOfMemoryError where one pair does not fit."""
+        """Return the means over the pairs.
+
+        Keys: "validation_loss", "validation_accuracy" (0 to 1) and "validation_margin". Raises
+        torch.OutOfMemoryError if one pair does not fit.
+        """
         while True:
             try:
-                return self._measured()
+                return self._measure()
             except torch.OutOfMemoryError:
-                if self.batch == 1 or is_sharded(
-                    model
-                ):  # other ranks wait in the middle of this pass
+                # The other ranks of a sharded base wait in the middle of this pass.
+                if self.batch == 1 or is_sharded(model):
                     raise
             self.batch //= 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _measured(self) -> dict[str, float]:
-        trainer, means = self.trainer, dict.fromkeys(("validation_loss", *MEASURED), 0.0)
-        # In training mode, as the reference is scored: an evaluating pass would repack a CPU's NF4 weights for good.
+    def _measure(self) -> dict[str, float]:
+        trainer = self.trainer
+        means = dict.fromkeys(("validation_loss", *MEASURED), 0.0)
+        # In training mode, as the reference is scored: a pass in evaluation mode would repack a
+        # CPU's NF4 weights for good. Every rank measures all pairs, so nothing is gathered.
         with (
             separate_metrics(trainer),
             without_gathering(trainer.accelerator),
@@ -52,13 +62,11 @@ class PairLoss:
         ):
             for rows in batches(self.pairs, self.batch):
                 step_metrics(trainer).clear()
-                inputs = prepare_inputs(
-                    trainer, trainer.data_collator([self.pairs[row] for row in rows])
-                )
+                batch = trainer.data_collator([self.pairs[row] for row in rows])
+                inputs = prepare_inputs(trainer, batch)
                 found = {"validation_loss": float(trainer.compute_loss(trainer.model, inputs))}
-                found |= {
-                    name: step_metrics(trainer)[theirs][0] for name, theirs in MEASURED.items()
-                }
+                for name, theirs in MEASURED.items():
+                    found[name] = step_metrics(trainer)[theirs][0]
                 for name, value in found.items():
                     means[name] += value * len(rows) / len(self.pairs)
         return means

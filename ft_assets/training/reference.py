@@ -1,13 +1,14 @@
-"""The reference's log-probabilities: computed once from the policy before its first step, kept by version, and proven.
+"""The reference's log-probabilities: computed before the first step, stored by key, and proven.
 
-The reference of DPO is the SFT policy. Before the first step that is the model itself, so that no second copy of any
-weight is needed; a rerun with another beta or learning rate reads what was computed before.
+The reference of DPO is the SFT policy. Before the first step that is the model itself, so no second
+copy of any weight is needed. A rerun with another beta or learning rate reads the stored values.
 """
 
 import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,29 @@ from ft_assets.errors import TrainingError
 from ft_assets.models.sharding import is_sharded
 from ft_assets.training.checkpoints import disk_is_full, full_disk
 from ft_assets.training.dropout import without_dropout
-from ft_assets.training.pairs import row_length
+from ft_assets.training.pairs import TokenPair, row_length, with_reference
 
 TOLERANCE = 1e-3  # nats
-ROUNDING = 0.5  # nats over an answer: in bf16 a row's logits change with the batch that it is in
-EXACT_A_TOKEN = 1e-5  # nats, on average, in fp32
+ROUNDING = 0.5  # nats over an answer: in bf16 the logits of a row change with its batch
+# The mean difference of the log-probabilities of a token up to which prompts are shared, in nats.
+EXACT_A_TOKEN = 1e-5  # in fp32
 ROUNDING_A_TOKEN = 0.02  # in 16 bits
-TIMES_NOISE = 2.0  # or so many times what a token's score moves with the batch that it is in
+TIMES_NOISE = 2.0  # or this many times the change of a token's score with its batch
 CODE = "2"  # 2: from the adapter in fp32 also on an NF4 base
 
 
 def reference_key(
-    base: str, adapter: str, lora: LoraSettings, pairs: list[dict[str, Any]], how: dict[str, Any]
+    base: str,
+    adapter: str,
+    lora: LoraSettings,
+    pairs: Sequence[TokenPair],
+    how: Mapping[str, object],
 ) -> str:
-    """Return what the log-probabilities depend on, as a hash: versions of base and SFT policy, whether the base is
-    quantized, the tokens of the pairs in their order, and `how` they are computed (dtype, library versions)."""
+    """Return a hash of everything that the log-probabilities depend on.
+
+    That is: the versions of base and SFT policy, whether the base is quantized, the tokens of the
+    pairs in their order, and `how` they are computed (dtype, library versions).
+    """
     digest = hashlib.sha256(
         json.dumps([CODE, base, adapter, lora.method == "qlora", how], sort_keys=True).encode()
     )
@@ -48,7 +57,7 @@ def reference_key(
 
 
 def data_version(artifact: Path) -> str:
-    """Return the data version of a published artifact, or the hash of its files where it is a bare folder."""
+    """Return the data version of a published artifact, or the hash of a bare folder's weights."""
     manifest = artifact / "manifest.json"
     if manifest.exists():
         return Manifest.read(artifact).data_version
@@ -60,24 +69,27 @@ def data_version(artifact: Path) -> str:
 
 @dataclass(frozen=True)
 class Reference:
-    """Summed log-probabilities (chosen, rejected) of each pair in nats, and how many pairs were scored at once."""
+    """Summed log-probabilities (chosen, rejected) of each pair in nats.
+
+    `batch`: the number of pairs that were scored at once.
+    """
 
     batch: int
     values: list[tuple[float, float]]
 
 
 def read_reference(file: Path, pairs: int) -> Reference | None:
-    """Return what was kept for this key, or None if it is not there whole."""
+    """Read the stored log-probabilities; None if the file is absent or incomplete."""
     try:
-        found = json.loads(file.read_text())
-        values = [(float(chosen), float(rejected)) for chosen, rejected in found["values"]]
-        return Reference(int(found["batch"]), values) if len(values) == pairs else None
+        stored = json.loads(file.read_text())
+        values = [(float(chosen), float(rejected)) for chosen, rejected in stored["values"]]
+        return Reference(int(stored["batch"]), values) if len(values) == pairs else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_reference(file: Path, reference: Reference) -> None:
-    """Keep it, in one rename. Raises ArtifactError when the disk is full."""
+    """Store the log-probabilities with one rename. Raises ArtifactError when the disk is full."""
     file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_name(f".{file.name}-{os.getpid()}")
     try:
@@ -90,9 +102,12 @@ def write_reference(file: Path, reference: Reference) -> None:
         raise
 
 
-def score_reference(trainer: Any, pairs: list[dict[str, Any]], batch: int) -> Reference:
-    """Return the log-probabilities of all pairs under the untrained policy; half as many at once when memory runs out,
-    unless ranks divide the base: they must make the same passes."""
+def score_reference(trainer: Any, pairs: Sequence[TokenPair], batch: int) -> Reference:
+    """Score all pairs under the untrained policy.
+
+    Half as many pairs are scored at once each time that memory runs out, unless the base is
+    sharded: its ranks must make the same passes.
+    """
     while True:
         try:
             scored = [
@@ -102,70 +117,67 @@ def score_reference(trainer: Any, pairs: list[dict[str, Any]], batch: int) -> Re
             ]
             return Reference(batch, [value for _, value in sorted(scored)])
         except torch.OutOfMemoryError:
-            if batch == 1 or is_sharded(
-                trainer.model
-            ):  # other ranks wait in the middle of this pass
+            # The other ranks of a sharded base wait in the middle of this pass.
+            if batch == 1 or is_sharded(trainer.model):
                 raise
             batch //= 2
             torch.cuda.empty_cache()
 
 
-def batches(pairs: list[dict[str, Any]], size: int) -> list[list[int]]:
-    """Return row numbers, pairs of like length together, the longest first."""
+def batches(pairs: Sequence[TokenPair], size: int) -> list[list[int]]:
+    """Return row numbers in batches: pairs of similar length together, the longest first."""
     order = sorted(range(len(pairs)), key=lambda index: (-row_length(pairs[index]), index))
     return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
 
-def scores(trainer: Any, pairs: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Return (chosen, rejected) summed log-probabilities of some pairs under the policy as it is, without dropout."""
-    batch = prepare_inputs(
-        trainer,
-        trainer.data_collator(
-            [{**pair, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for pair in pairs]
-        ),
-    )
+def scores(trainer: Any, pairs: Sequence[TokenPair]) -> list[tuple[float, float]]:
+    """Return the summed log-probabilities (chosen, rejected) of pairs under the current policy.
+
+    Dropout is off.
+    """
+    batch = trainer.data_collator([with_reference(pair) for pair in pairs])
+    inputs = prepare_inputs(trainer, batch)
     with without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
-        summed = trainer.log_probabilities(batch).tolist()
+        summed = trainer.log_probabilities(inputs).tolist()
     return list(zip(summed[: len(pairs)], summed[len(pairs) :], strict=True))
 
 
 def prove_reference(
-    trainer: Any, pairs: list[dict[str, Any]], reference: Reference, count: int = 2
+    trainer: Any, pairs: Sequence[TokenPair], reference: Reference, count: int = 2
 ) -> tuple[float, float]:
-    """Return the largest |policy - reference| in nats over the first batches, and TRL's sigmoid loss of the first steps.
+    """Prove that the policy is the reference before the first step.
 
-    The same pairs are scored in the same batches again, so that rounding is the same: 0 on a CPU. Then TRL computes its
-    loss on the first training batches: with policy == reference every margin is 0, and the sigmoid loss is ln 2
-    (Rafailov et al. 2023, eq. 7); in bf16 other batches round differently, so that this one has room. Dropout is off.
-    Raises TrainingError.
+    Returns the largest |policy - reference| in nats over the first `count` batches, and TRL's
+    sigmoid loss of the first `count` steps. Raises TrainingError if they are wrong.
+
+    The same pairs are scored again in the same batches, so rounding is the same: the difference is
+    0 on a CPU. Then TRL computes its loss on the first training batches: with policy == reference
+    every margin is 0, and the sigmoid loss is ln 2 (Rafailov et al. 2023, eq. 7). In bf16 these
+    other batches round differently, so the tolerance for the loss is larger. Dropout is off.
     """
     largest = 0.0
     for rows in batches(pairs, reference.batch)[:count]:
         for row, policy in zip(rows, scores(trainer, [pairs[row] for row in rows]), strict=True):
-            largest = max(
-                largest,
-                *(
-                    abs(mine - kept)
-                    for mine, kept in zip(policy, reference.values[row], strict=True)
-                ),
-            )
+            stored = reference.values[row]
+            largest = max(largest, *(abs(a - b) for a, b in zip(policy, stored, strict=True)))
     alone = trainer.loss_types == ["sigmoid"] and not (
         trainer.use_weighting or trainer.aux_loss_enabled
     )
     loss = _first_loss(trainer, count) if alone else math.log(2)
-    room = trainer.beta * (ROUNDING if half_precision(trainer) else TOLERANCE)
-    if not largest <= TOLERANCE or not abs(loss - math.log(2)) <= room:
+    tolerance = trainer.beta * (ROUNDING if half_precision(trainer) else TOLERANCE)
+    if not largest <= TOLERANCE or not abs(loss - math.log(2)) <= tolerance:
         raise TrainingError(
             where="dpo: reference",
-            found=f"policy and reference differ by {largest:.4f} nats before the first step, and the loss is {loss:.4f}",
+            found=f"policy and reference differ by {largest:.4f} nats before the first step, and "
+            f"the loss is {loss:.4f}",
             expected=f"0 and ln 2 = {math.log(2):.4f}: the SFT policy is the reference",
-            fix="this is a fault of the set-up, not of your data: report it",
+            fix="this is a bug in ft_assets, not in your data: please report it",
         )
     return largest, loss
 
 
 def _first_loss(trainer: Any, count: int) -> float:
-    """Return TRL's loss on the first training batches: the one that is furthest from ln 2."""
+    """Return TRL's loss that is furthest from ln 2, among the first `count` training batches."""
     losses = []
     with without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for _, batch in zip(range(count), trainer.get_train_dataloader(), strict=False):
@@ -177,7 +189,7 @@ def _first_loss(trainer: Any, count: int) -> float:
 
 
 def half_precision(trainer: Any) -> bool:
-    """Return whether anything is computed in 16 bits."""
+    """Return True if the trainer computes anything in 16 bits."""
     kinds = (torch.bfloat16, torch.float16)
     return (
         trainer.args.bf16

@@ -1,13 +1,14 @@
 """Supervised fine-tuning with TRL on rows that are already tokenized, masked and proven.
 
-The trainer gets `input_ids` and `labels`, so that it neither renders nor tokenizes anything again: what was proven is
-what is trained on. Labels are -100 outside the assistant's answers and their end of turn.
+The trainer gets `input_ids` and `labels`, so it neither renders nor tokenizes again: it trains on
+exactly what was proven. Labels are -100 outside the assistant's answers and their end of turn.
 """
 
 import functools
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from datasets import Dataset
@@ -17,45 +18,102 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ft_assets.config import LoraSettings, SftSettings
+from ft_assets.rows.types import TokenSequence
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.models.sharding import held_weights
-from ft_assets.training.adapter import is_finite, largest_update, new_adapter, trainable_share
-from ft_assets.training.callbacks import Progress, device_memory_gb, gpu_share
+from ft_assets.training.adapter import (
+    TrainableMetrics,
+    is_finite,
+    largest_update,
+    new_adapter,
+    trainable_share,
+)
+from ft_assets.training.callbacks import (
+    Progress,
+    SpeedMetrics,
+    device_memory_gb,
+    mfu_from_speed,
+)
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
-from ft_assets.training.loop import train_to_the_end
+from ft_assets.training.loop import Run, RunMetrics, train_to_the_end
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
-from ft_assets.training.method_choice import plan_once, save_choice
+from ft_assets.training.memory_plan.plan import Plan
+from ft_assets.training.method_choice import plan_once, save_plan
 from ft_assets.training.prepare import (
+    PreparedMetrics,
+    PreparedModel,
     WholeSteps,
     autocast_is_idle,
     full_precision_adapter,
-    make_ready,
-    memory_facts,
+    memory_error,
     plan_padded,
     plan_sft,
+    prepare_model,
     this_machine,
 )
 from ft_assets.training.trackers import keep_events
-from ft_assets.training.trl_options import ToldOptions, told, trainer_options, trl_config
-from ft_assets.training.validation import LogsValidation, Validation, answer_loss, save_kept
+from ft_assets.training.trl_options import (
+    ReportsTrlErrors,
+    trainer_options,
+    trl_config,
+    trl_errors_as_config_errors,
+)
+from ft_assets.training.validation import (
+    LogsValidation,
+    Validation,
+    ValidationMetrics,
+    answer_loss,
+    save_result,
+)
 
 
-class ResumingSFTTrainer(LogsValidation, ToldOptions, WholeSteps, SFTTrainer):
-    """SFTTrainer whose checkpoints are whole, and so are its steps."""
+class LossMetrics(ValidationMetrics):
+    """The largest update of a weight, and the mean loss of the first and the last tenth of steps.
+
+    Losses are in nats per token.
+    """
+
+    largest_update: float
+    loss_first: float
+    loss_last: float
+
+
+class SftMetrics(LossMetrics, TrainableMetrics, SpeedMetrics, PreparedMetrics, RunMetrics):
+    """The metrics of supervised fine-tuning; memory in GB of 1e9 bytes."""
+
+    train_rows: int
+    train_tokens: int
+    supervised_tokens: int
+    steps: int
+    seconds: float
+    peak_train_memory_gb: float
+    memory_error_percent: NotRequired[float]
+    held_weights_gb: NotRequired[float]
+
+
+class SftRow(TypedDict):
+    """A row for TRL: the label of a token is its id, or -100 where the loss skips it."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class ResumingSFTTrainer(LogsValidation, ReportsTrlErrors, WholeSteps, SFTTrainer):
+    """SFTTrainer with complete checkpoints and whole steps."""
 
     key = "sft"
 
 
-class ResumingCpuSFTTrainer(LogsValidation, ToldOptions, WholeSteps, CpuSFTTrainer):
-    """The same with the loss that pays on a CPU."""
+class ResumingCpuSFTTrainer(LogsValidation, ReportsTrlErrors, WholeSteps, CpuSFTTrainer):
+    """The same with the loss for a CPU."""
 
     key = "sft"
 
 
-def labels(row: dict[str, Any]) -> list[int]:
+def labels(row: TokenSequence) -> list[int]:
     """Return the labels of a tokenized row: its ids where supervised, -100 elsewhere."""
     return [
         token if flag else -100
@@ -64,121 +122,148 @@ def labels(row: dict[str, Any]) -> list[int]:
 
 
 def train_sft(
+    *,
     snapshot: Path,
-    rows: list[dict[str, Any]],
-    validation: list[dict[str, Any]],
+    rows: Sequence[TokenSequence],
+    validation: Sequence[TokenSequence],
     lora: LoraSettings,
     sft: SftSettings,
     checkpoints: Path,
     output: Path,
     report: Report,
     memory_limit_gb: float | None = None,
-) -> dict[str, Any]:
-    """Train and save the adapter to `output`; resume from `checkpoints` if one is there.
+) -> SftMetrics:
+    """Train and save the adapter, or all weights, to `output`.
 
-    Returns metrics: loss of the first and last steps, tokens/s over all trained tokens, peak memory in GB, trainable
-    parameters, the plan. Raises TrainingError if nothing was learnt or the loss is not finite, MemoryPlanError if it
-    cannot fit.
+    Resumes from `checkpoints` if it holds a complete checkpoint. `validation` rows are measured and
+    not trained on.
+
+    Assumptions:
+      - `rows` are tokenized in the model's own chat template, non-empty, and none is longer than
+        chat.max_length; each has at least one supervised token.
+      - `snapshot` holds a causal language model in 16-bit safetensors with its tokenizer.
+      - `output` exists and is empty.
+      - With several ranks, each calls this function with the same arguments.
+
+    Raises TrainingError if nothing was learned or a weight is not finite, MemoryPlanError if the
+    training cannot fit, and ConfigError for options that TRL refuses.
     """
     set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    asked, machine = sft, this_machine(memory_limit_gb)
-    plan = plan_once(
-        lora, checkpoints, lambda lora: plan_sft(snapshot, lora, asked, rows, machine), report
-    )
-    lora, sft = (
-        lora.model_copy(update={"method": plan.method}),
-        sft.model_copy(update={"micro_batch": plan.micro_batch}),
-    )
-    trl_config(
-        SFTConfig,
-        {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)},
-        "sft",
-    )  # before weights load
+    given = sft
+    machine = this_machine(memory_limit_gb)
+
+    def make_plan(lora: LoraSettings) -> Plan:
+        return plan_sft(snapshot, lora, given, rows, machine)
+
+    plan = plan_once(lora, checkpoints, make_plan, report)
+    lora = lora.model_copy(update={"method": plan.method})
+    sft = sft.model_copy(update={"micro_batch": plan.micro_batch})
+    trl_config(SFTConfig, _options(sft, checkpoints), "sft")  # before weights load
     model = new_adapter(snapshot, lora, plan.shards)
     share = trainable_share(model)
-    padded = functools.partial(plan_padded, plan, snapshot, lora, asked, rows, machine)
-    ready = make_ready(model, plan, sft, rows, tokenizer.pad_token_id, report, padded)
-    plan = ready.plan
-    idle = {"bf16": False} if autocast_is_idle(model, ready) else {}
-    dataset = Dataset.from_list(
-        [{"input_ids": row["input_ids"], "labels": labels(row)} for row in rows]
+    padded = functools.partial(plan_padded, plan, snapshot, lora, given, rows, machine)
+    prepared = prepare_model(model, plan, sft, rows, tokenizer.pad_token_id, report, padded)
+    plan = prepared.plan
+    progress = _progress(snapshot, rows, sft, report, full=lora.method == "full")
+    watch = _validation(
+        validation, prepared, lora, sft, tokenizer.pad_token_id, checkpoints, report
     )
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    share_of_gpu = gpu_share(snapshot_shape(snapshot), lora.method == "full")
-    progress = Progress(
-        report, tokens / len(rows) * sft.effective_batch, sft.max_loss_rise, share_of_gpu
-    )
-    # bitsandbytes repacks NF4 weights for good in a CPU's first forward pass for inference; LoRA gradients are zero after it.
-    watched = [] if lora.method == "qlora" and not torch.cuda.is_available() else validation
-    unwatched = (
-        ": bitsandbytes' inference pass on a CPU would spoil the weights for training"
-        if validation and not watched
-        else ""
-    )
-    watch = Validation(
-        answer_loss(watched, plan, tokenizer.pad_token_id),
-        sft,
-        "sft",
-        checkpoints,
-        report,
-        unwatched,
-    )
-    report("loaded", rows=len(rows), tokens=tokens, **share)
-    alone_on_cpu = (
-        not torch.cuda.is_available() and world_size() == 1
-    )  # the loss for a CPU goes round DDP
-    kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
+    report("loaded", rows=len(rows), tokens=_tokens(rows), **share)
+    new_trainer = _trainer_factory(model, prepared, rows, tokenizer, sft, checkpoints)
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
+        return new_trainer(micro_batch, [progress, watch, *callbacks])
+
+    begun = time.perf_counter()
+    run = train_to_the_end(
+        build,
+        micro_batch=plan.micro_batch,
+        effective_batch=sft.effective_batch,
+        checkpoints=checkpoints,
+        report=report,
+        key="sft",
+    )
+    seconds = time.perf_counter() - begun
+    progress.restore(run.trainer.state)
+    watch.restore(run.trainer.state)
+    losses = _save(run.trainer.model, snapshot, progress, watch, checkpoints, output)
+    save_plan(plan, output)
+    return _metrics(run, prepared, rows, share, losses, progress, seconds)
+
+
+def _tokens(rows: Sequence[TokenSequence]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
+
+
+def _options(sft: SftSettings, checkpoints: Path) -> dict[str, Any]:
+    return {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}
+
+
+def _progress(
+    snapshot: Path, rows: Sequence[TokenSequence], sft: SftSettings, report: Report, *, full: bool
+) -> Progress:
+    mfu = mfu_from_speed(snapshot_shape(snapshot), full)
+    per_step = _tokens(rows) / len(rows) * sft.effective_batch
+    return Progress(report, per_step, sft.max_loss_rise, mfu)
+
+
+def _validation(
+    rows: Sequence[TokenSequence],
+    prepared: PreparedModel,
+    lora: LoraSettings,
+    sft: SftSettings,
+    pad: int,
+    checkpoints: Path,
+    report: Report,
+) -> Validation:
+    """Make the measurement of the validation rows.
+
+    With QLoRA on a CPU nothing is measured: in the first pass in evaluation mode bitsandbytes
+    repacks NF4 weights for good, and LoRA gradients are zero after it.
+    """
+    reason = ""
+    if rows and lora.method == "qlora" and not torch.cuda.is_available():
+        rows = []
+        reason = ": bitsandbytes' inference pass on a CPU would spoil the weights for training"
+    measure = answer_loss(rows, prepared.plan, pad)
+    return Validation(measure, sft, "sft", checkpoints, report, reason)
+
+
+def _trainer_factory(
+    model: Any,
+    prepared: PreparedModel,
+    rows: Sequence[TokenSequence],
+    tokenizer: Any,
+    sft: SftSettings,
+    checkpoints: Path,
+) -> Callable[[int, list[TrainerCallback]], SFTTrainer]:
+    """Return a function (micro-batch, callbacks) that makes a trainer of the prepared model."""
+    # The loss for a CPU bypasses DDP.
+    alone_on_cpu = not torch.cuda.is_available() and world_size() == 1
+    kind = ResumingCpuSFTTrainer if alone_on_cpu else ResumingSFTTrainer
+    fused = prepared.metrics.get("fused_linears", 0)
+    idle = {"bf16": False} if autocast_is_idle(model, fused) else {}
+    table = [SftRow(input_ids=row["input_ids"], labels=labels(row)) for row in rows]
+    dataset = Dataset.from_list(table)  # type: ignore[arg-type]
+
+    def new_trainer(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
         settings = sft.model_copy(update={"micro_batch": micro_batch})
-        options = {
-            "max_length": None,
-            **trainer_options(settings, "sft", checkpoints, SFTConfig),
-            **idle,
-        }
-        with told("sft"):
+        options = {**_options(settings, checkpoints), **idle}
+        with trl_errors_as_config_errors("sft"):
             trainer = kind(
                 model=model,
                 args=SFTConfig(**options),
                 train_dataset=dataset,
-                data_collator=ready.collator,
+                data_collator=prepared.collator,
                 processing_class=tokenizer,
-                callbacks=[progress, watch, *callbacks],
+                callbacks=callbacks,
             )
-        trainer.packed = plan.packed
+        trainer.packed = prepared.plan.packed
         full_precision_adapter(model)
         return trainer
 
-    begun = time.perf_counter()
-    run = train_to_the_end(build, plan.micro_batch, sft.effective_batch, checkpoints, report, "sft")
-    seconds = time.perf_counter() - begun
-    trainer = run.trainer
-    progress.restore(trainer.state)
-    watch.restore(trainer.state)
-    if not is_finite(trainer.model):
-        raise TrainingError(
-            where="sft",
-            found="the adapter holds values that are not finite",
-            expected="finite weights",
-            fix="lower sft.learning_rate",
-        )
-    saved = _save(trainer.model, snapshot, progress, watch, checkpoints, output)
-    save_choice(plan, output)
-    return saved | {
-        **share,
-        "train_rows": len(rows),
-        "train_tokens": tokens,
-        "supervised_tokens": sum(sum(row["supervised"]) for row in rows),
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
-        **progress.speed(),
-        "peak_train_memory_gb": round(device_memory_gb(), 3),
-        **ready.facts,
-        **memory_facts(plan),
-        **held_weights(trainer.model),
-        **run.facts(),
-    }
+    return new_trainer
 
 
 def _save(
@@ -188,14 +273,21 @@ def _save(
     watch: Validation,
     checkpoints: Path,
     output: Path,
-) -> dict[str, Any]:
-    save_kept(model, watch, progress.curve, output)
+) -> LossMetrics:
+    if not is_finite(model):
+        raise TrainingError(
+            where="sft",
+            found="the adapter holds values that are not finite",
+            expected="finite weights",
+            fix="lower sft.learning_rate",
+        )
+    save_result(model, watch, progress.curve, output)
     update = largest_update(output, snapshot)
     if update == 0.0:
         raise TrainingError(
             where="sft",
             found="every B of the adapter is still zero",
-            expected="a trained adapter",
+            expected="an adapter that training has changed",
             fix="raise sft.learning_rate or the number of steps",
         )
     keep_events(checkpoints, output)
@@ -205,5 +297,31 @@ def _save(
         "largest_update": update,
         "loss_first": round(sum(losses[:window]) / window, 4),
         "loss_last": round(sum(losses[-window:]) / window, 4),
-        **watch.facts(),
+        **watch.metrics(),
+    }
+
+
+def _metrics(
+    run: Run,
+    prepared: PreparedModel,
+    rows: Sequence[TokenSequence],
+    share: TrainableMetrics,
+    losses: LossMetrics,
+    progress: Progress,
+    seconds: float,
+) -> SftMetrics:
+    return {
+        **losses,
+        **share,
+        "train_rows": len(rows),
+        "train_tokens": _tokens(rows),
+        "supervised_tokens": sum(sum(row["supervised"]) for row in rows),
+        "steps": run.trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        **progress.speed(),
+        "peak_train_memory_gb": round(device_memory_gb(), 3),
+        **prepared.metrics,
+        **memory_error(prepared.plan),
+        **held_weights(run.trainer.model),
+        **run.metrics,
     }

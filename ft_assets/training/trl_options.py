@@ -20,7 +20,10 @@ from ft_assets.training.trl_refused_options import check_trainer
 def trainer_options(
     settings: TrainSettings, key: str, checkpoints: Path, kind: type
 ) -> dict[str, Any]:
-    """Return keyword arguments of TRL's config class `kind`. Raises ConfigError for an option that cannot be set."""
+    """Return the keyword arguments of TRL's config class `kind`.
+
+    Raises ConfigError for an option that cannot be set.
+    """
     check_trainer(settings, key, {field.name for field in dataclasses.fields(kind)})
     on_gpu = torch.cuda.is_available()
     options: dict[str, Any] = {
@@ -34,7 +37,7 @@ def trainer_options(
         "gradient_accumulation_steps": accumulation(settings, key),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "gradient_checkpointing": False,  # setup.py turns it on for the layers that need it
+        "gradient_checkpointing": False,  # prepare.py enables it for the layers that need it
         "bf16": compute_dtype() == torch.bfloat16,
         "use_cpu": not on_gpu,
         "seed": settings.seed,
@@ -52,21 +55,27 @@ def trainer_options(
 
 
 def trl_config(kind: Any, options: dict[str, Any], key: str) -> Any:
-    """Return TRL's config. Raises ConfigError where TRL refuses a value, or where the optimizer's package is missing."""
-    with told(key):
+    """Make TRL's config.
+
+    Raises ConfigError if TRL refuses a value, or if the optimizer's package is missing.
+    """
+    with trl_errors_as_config_errors(key):
         config = kind(**options)
     try:
         Trainer.get_optimizer_cls_and_kwargs(config)
     except ImportError as error:
         raise _refusal(f"{key}.trainer.optim", error) from None
-    except (TypeError, ValueError):  # some ask for the model: they are asked again when it is there
+    except (
+        TypeError,
+        ValueError,
+    ):  # some optimizers need the model: checked again when it is there
         pass
     return config
 
 
 @contextlib.contextmanager
-def told(key: str) -> Iterator[None]:
-    """Raise ConfigError, with TRL's own words, for what TRL and transformers say of options that they cannot take."""
+def trl_errors_as_config_errors(key: str) -> Iterator[None]:
+    """Raise ConfigError, with TRL's own words, for options that TRL or transformers refuse."""
     try:
         yield
     except (TypeError, ValueError, ImportError, NotImplementedError) as error:
@@ -75,23 +84,29 @@ def told(key: str) -> Iterator[None]:
 
 def _refusal(where: str, error: Exception) -> ConfigError:
     return ConfigError(
-        where=where, found=str(error), expected="values that TRL takes", fix="change or remove them"
+        where=where,
+        found=str(error),
+        expected="options and values that TRL accepts",
+        fix="change or remove the option",
     )
 
 
-class ToldOptions:
-    """Mixin before a TRL trainer: a loader, optimizer or schedule that cannot be made is an error of `<key>.trainer`."""
+class ReportsTrlErrors:
+    """Mixin before a TRL trainer.
+
+    A loader, optimizer or schedule that cannot be made is an error of `<key>.trainer`.
+    """
 
     key = ""
 
     def get_train_dataloader(self) -> Any:
-        with told(self.key):
+        with trl_errors_as_config_errors(self.key):
             return super().get_train_dataloader()  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        with told(self.key):
+        with trl_errors_as_config_errors(self.key):
             return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        with told(self.key):
+        with trl_errors_as_config_errors(self.key):
             return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]

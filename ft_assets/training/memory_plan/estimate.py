@@ -1,9 +1,15 @@
-"""How much memory training takes, computed before weights are loaded: a formula over the model's shape. No torch.
+"""How much memory training takes, computed before weights are loaded: a formula over the shape.
 
-What is counted, in bytes: weights (2 a parameter in bf16; NF4 with double quantization: half a byte, one byte of scale for 64
-parameters, and 4 bytes for 256 scales: Dettmers et al. 2023), the adapter (fp32 weights, gradients and two moments: 16 a
-parameter), what is trained beside it, what each layer keeps for its backward pass, what is alive only for a moment, and the head.
-docs/training.md holds the table of predicted and measured peaks.
+No torch. What is counted, in bytes:
+
+- weights: 2 per parameter in bf16. NF4 with double quantization takes half a byte, one byte of
+  scale for 64 parameters, and 4 bytes for 256 scales (Dettmers et al. 2023).
+- the adapter: fp32 weights, gradients and two moments, 16 per parameter.
+- other trained parameters beside the adapter.
+- what each layer keeps for its backward pass.
+- temporary tensors, and the head.
+
+docs/training.md has the table of predicted and measured peaks.
 """
 
 from collections.abc import Sequence
@@ -15,26 +21,32 @@ from ft_assets.training.memory_plan.model_shape import Shape
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 PLAIN_SCALES = 4 / 64  # linears.py keeps the scales dequantized
 CONTEXT_BYTES = (
-    0.55e9  # CUDA's context and cuBLAS' workspaces: outside what torch's allocator counts
+    0.55e9  # CUDA's context and cuBLAS' workspaces; torch's allocator does not count them
 )
 HEAD_TILE = 4096 * 32768  # TRL's fused head: positions x vocabulary at once
-GATHERED_LAYERS = 3  # of a divided base: the layer that computes, and the next one as it arrives and as it is laid out
+# Of a sharded base: the layer that computes, and the next one as it arrives and as it is laid out.
+GATHERED_LAYERS = 3
 SLACK = 1.03  # what the allocator reserves and cannot use
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the peak depends on besides the shape.
+    """Everything that the peak depends on besides the shape.
 
-    `tokens`: of the largest micro-batch, padding included. `kept_layers`: how many layers keep their activations; the others
-    keep their input and are computed again. `trained`: parameters of the adapter and beside it (0: all weights are trained). `bytes`: of a number
-    (2: bf16, 4: fp32). `whole`: numbers of the modules trained whole beside the adapter, the largest first; `rows`: of the token
-    embeddings trained alone. `fused`: linears of training/linears.py. `liger`: its kernels for norms and SwiGLU. `shards`: over how
-    many ranks the weights of the layers are divided; what is outside of them, and the adapter, every rank holds.
+    tokens: of the largest micro-batch, padding included.
+    checkpointed_layers: layers that keep only their input and recompute their activations.
+    trained: parameters of the adapter and beside it; 0 if all weights are trained.
+    bytes: of a number (2: bf16, 4: fp32).
+    whole: parameters of each module trained fully beside the adapter, the largest first.
+    rows: parameters of the token embeddings that are trained alone.
+    fused: the linears of training/linears.py are used.
+    liger: liger's kernels for norms and SwiGLU are used.
+    shards: the number of ranks that the weights of the layers are sharded over. Every rank holds
+      the other weights and the adapter in whole.
     """
 
     tokens: int
-    kept_layers: int
+    checkpointed_layers: int
     trained: int
     targets: tuple[str, ...]
     quantized: bool = False
@@ -59,8 +71,11 @@ class Setup:
         tokens_alone: int = 0,
         **given: object,
     ) -> "Setup":
-        """Return a setup whose trained parameters follow from rank and targets, the modules trained whole and the number of
-        token embeddings trained alone."""
+        """Make a setup and count its trained parameters.
+
+        They follow from rank and targets, the `modules` trained fully, and the number of token
+        embeddings trained alone (`tokens_alone`).
+        """
         names = TARGETS[targets] if isinstance(targets, str) else tuple(targets)
         whole = tuple(sorted(shape.module_parameters(modules).values(), reverse=True))
         adapter = shape.adapter_parameters(r, targets, bool(given.get("dora")))
@@ -75,29 +90,30 @@ class Setup:
 
 
 def predict(shape: Shape, setup: Setup) -> dict[str, float]:
-    """Return the parts of the peak in bytes, and `total`, which is what torch's allocator reserves."""
-    kept = setup.kept_layers * layer_bytes(shape, setup)
-    inputs = (shape.layers - setup.kept_layers) * shape.hidden * _stream(setup)
-    again = layer_bytes(shape, setup) if setup.kept_layers < shape.layers else 0.0
+    """Return the parts of the peak in bytes, and `total`, which torch's allocator reserves."""
+    stored = (shape.layers - setup.checkpointed_layers) * layer_bytes(shape, setup)
+    inputs = setup.checkpointed_layers * shape.hidden * _residual_bytes(setup)
+    recomputed = layer_bytes(shape, setup) if setup.checkpointed_layers else 0.0
+    ends = setup.tokens * shape.hidden * setup.bytes * 3  # embeddings, last norm, their gradient
     parts = {
         "weights": weight_bytes(shape, setup),
         "gathered_layers": gathered_bytes(shape, setup),
         "adapter": 16.0 * setup.trained + (4.0 * setup.trained if setup.reference else 0.0),
         "beside_adapter": _beside(shape, setup),
-        "activations": setup.tokens * (kept + inputs),
-        "recomputed_layer": setup.tokens * again,
+        "activations": setup.tokens * (stored + inputs),
+        "recomputed_layer": setup.tokens * recomputed,
         "dora_weights": _dora_weights(shape, setup),
         "temporary": max(_temporary(shape, setup), _head(shape, setup)),
-        "ends": setup.tokens
-        * shape.hidden
-        * setup.bytes
-        * 3,  # embeddings, last norm, their gradient
+        "ends": ends,
     }
     return {**parts, "total": SLACK * sum(parts.values())}
 
 
 def weight_bytes(shape: Shape, setup: Setup) -> float:
-    """Return what the weights take; trained whole, also their fp32 gradients and two moments, and autocast's 16-bit copies."""
+    """Return the bytes of the weights.
+
+    With full fine-tuning they include fp32 gradients, two moments, and autocast's 16-bit copies.
+    """
     if setup.full:
         return (16.0 + (setup.bytes if setup.bytes < 4 else 0)) * shape.parameters
     linear = (NF4_BYTES + (PLAIN_SCALES if setup.fused else 0)) if setup.quantized else setup.bytes
@@ -105,56 +121,64 @@ def weight_bytes(shape: Shape, setup: Setup) -> float:
 
 
 def gathered_bytes(shape: Shape, setup: Setup) -> float:
-    """Return what the layers take that are whole for the moment, where the weights are divided."""
+    """Return the bytes of the layers that are temporarily gathered, if the weights are sharded."""
     if setup.shards == 1:
         return 0.0
     return min(GATHERED_LAYERS, shape.layers) * setup.bytes * shape.linear_parameters / shape.layers
 
 
 def _beside(shape: Shape, setup: Setup) -> float:
-    """Return what modules trained whole and token embeddings trained alone take besides weights, gradients and moments.
+    """Return the other bytes of fully trained modules and of token embeddings trained alone.
 
-    Autocast's 16-bit copies, and the gradient of the largest module, which is made before it is added to that of the
-    micro-batch before. Of token rows: PEFT's TrainableTokensLayer copies the embeddings with the rows in place in each pass,
-    or makes the gradient of that copy; a tied head keeps such a copy until its backward pass and then has a gradient besides.
+    Other than weights, gradients and moments: autocast's 16-bit copies, and the gradient of the
+    largest module, which is made before it is added to that of the micro-batch before.
+
+    Token rows: PEFT's TrainableTokensLayer copies the embeddings with the rows in place in each
+    pass, or makes the gradient of that copy. A tied head keeps such a copy until its backward pass
+    and then has a gradient as well.
     """
     copies = setup.bytes * sum(setup.whole) if setup.bytes < 4 else 0
     gradient = 4.0 * setup.whole[0] if setup.whole else 0.0
-    replaced = (
-        (2 if shape.tied else 1) * setup.bytes * shape.vocabulary * shape.hidden
-        if setup.rows
-        else 0
-    )
-    return copies + gradient + replaced
+    if not setup.rows:
+        return copies + gradient
+    embeddings = setup.bytes * shape.vocabulary * shape.hidden
+    return copies + gradient + (2 if shape.tied else 1) * embeddings
 
 
 def _dora_weights(shape: Shape, setup: Setup) -> float:
-    """Return what PEFT's DoraLinearLayer makes of the targets' weights.
+    """Return the bytes of the matrices that PEFT's DoraLinearLayer makes of the targets' weights.
 
-    Where dropout is on, it multiplies the dropped input with the frozen weight once more, dense and cast, and autograd keeps
-    that matrix for the layers that keep their activations. For the norm, the largest target is there for a moment in fp32 as
-    base, update, scaled update and sum, beside an identity of its input's size.
+    With dropout it multiplies the dropped input with the frozen weight once more, dense and cast.
+    Autograd keeps that matrix for each layer that is not checkpointed. For the norm, the largest
+    target exists temporarily in fp32 as base, update, scaled update and sum, beside an identity
+    matrix of its input's size.
     """
     if not setup.dora:
         return 0.0
     sizes = shape.targets(setup.targets)
     dense = setup.bytes * sum(read * made for read, made in sizes) if setup.dropout else 0
-    layers = min(shape.layers, setup.kept_layers + 1)  # one is computed again
+    # One of the checkpointed layers is recomputed.
+    layers = min(shape.layers, shape.layers - setup.checkpointed_layers + 1)
     return layers * dense + max(4.0 * (4 * read * made + read * read) for read, made in sizes)
 
 
-def _stream(setup: Setup) -> int:
-    """Return the bytes of a number of the residual: PEFT's DoRA on an NF4 base returns fp32, on others what the base returns."""
+def _residual_bytes(setup: Setup) -> int:
+    """Return the bytes of a number of the residual.
+
+    PEFT's DoRA returns fp32 on an NF4 base, and the base's own dtype on others.
+    """
     return 4 if setup.dora and setup.quantized else setup.bytes
 
 
 def layer_bytes(shape: Shape, setup: Setup) -> float:
-    """Return what one layer keeps for its backward pass, a token.
+    """Return the bytes per token that one layer keeps for its backward pass.
 
-    The residual before both norms, the normed input where a target reads it, q, k, v and the attention's output, gate and
-    up, and SwiGLU's product where down is a target. A frozen matrix keeps nothing.
+    The residual before both norms, the normed input where a target reads it, q, k, v and the
+    attention's output, gate and up, and SwiGLU's product if down is a target. A frozen matrix keeps
+    nothing.
     """
-    wide, unit = shape.intermediate, setup.bytes
+    wide = shape.intermediate
+    unit = setup.bytes
     targets = set(setup.targets)
     inputs = {
         "attention": (shape.hidden, {"q_proj", "k_proj", "v_proj"}),
@@ -163,10 +187,10 @@ def layer_bytes(shape: Shape, setup: Setup) -> float:
         "down": (wide, {"down_proj"}),
     }
     numbers = 2 * shape.query + 2 * shape.keys + 2 * wide
-    extra = (
-        2 * shape.hidden * _stream(setup) + 4.0 * shape.heads
-    )  # the residual; the kernel's log-sum-exp, fp32
-    # PEFT's layer has its own copy of the input where it is dropped (and a mask), or cast to the adapter's fp32 and back by autocast
+    # The residual; the attention kernel's log-sum-exp in fp32.
+    extra = 2 * shape.hidden * _residual_bytes(setup) + 4.0 * shape.heads
+    # PEFT's layer has its own copy of the input if it is dropped out (and a mask), or if autocast
+    # casts it to the adapter's fp32 and back.
     own = (
         not setup.fused and not setup.full and (setup.dropout or setup.dora or not setup.quantized)
     )
@@ -176,12 +200,10 @@ def layer_bytes(shape: Shape, setup: Setup) -> float:
             extra += used * size * (unit + (1.0 if setup.dropout else 0.0))
         elif used and name != "output":  # the attention keeps o's input already
             numbers += size
-    if setup.dora:  # DoraLinearLayer scales two products and keeps both; without dropout one of them is the base's own
-        extra += (
-            unit
-            * (2 if setup.dropout else 1)
-            * sum(made for _, made in shape.targets(setup.targets))
-        )
+    if setup.dora:
+        # DoraLinearLayer scales two products and keeps both; without dropout one is the base's own.
+        made = sum(size for _, size in shape.targets(setup.targets))
+        extra += unit * (2 if setup.dropout else 1) * made
     if not setup.liger:
         extra += 2 * 4.0 * shape.hidden  # the norms' fp32 copies
         numbers += wide  # silu(gate)
@@ -189,13 +211,16 @@ def layer_bytes(shape: Shape, setup: Setup) -> float:
 
 
 def _temporary(shape: Shape, setup: Setup) -> float:
-    """Return what the widest moment of a layer's backward pass holds: SwiGLU's gradients, and matrices dequantized."""
+    """Return the bytes of the temporary tensors of a layer's backward pass at its widest point.
+
+    They are SwiGLU's gradients and dequantized matrices.
+    """
     numbers = (2 if setup.liger else 4) * shape.intermediate + 2 * shape.hidden
     matrix = shape.hidden * shape.intermediate * setup.bytes if setup.quantized else 0
-    dora = (
-        3 * 4.0 * max(made for _, made in shape.targets(setup.targets)) if setup.dora else 0.0
-    )  # its scaled products, fp32
-    return setup.tokens * (numbers * setup.bytes + dora) + 2 * matrix
+    scaled = 0.0  # DoRA's scaled products, fp32
+    if setup.dora:
+        scaled = 3 * 4.0 * max(made for _, made in shape.targets(setup.targets))
+    return setup.tokens * (numbers * setup.bytes + scaled) + 2 * matrix
 
 
 def _head(shape: Shape, setup: Setup) -> float:

@@ -1,4 +1,7 @@
-"""A model's shape from its config.json and the headers of its weights: what memory and arithmetic are computed from. No torch."""
+"""A model's shape, from its config.json and the headers of its weight files. No torch.
+
+Memory and arithmetic are computed from it.
+"""
 
 import json
 import math
@@ -13,8 +16,11 @@ from ft_assets.config.training import TARGETS
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder. `linear_parameters`: of the layers' matrices (NF4 holds them); `other_parameters`: the rest.
-    `tensors`: numbers of each tensor by its name, where the weights are there."""
+    """Sizes of a decoder.
+
+    linear_parameters: of the layers' matrices, which NF4 quantizes. other_parameters: the rest.
+    tensors: the size of each tensor by its name, if the weights are present.
+    """
 
     layers: int
     hidden: int
@@ -42,7 +48,7 @@ class Shape:
 
     @property
     def multiplied(self) -> int:
-        """Return the parameters that each token is multiplied with: all but the embeddings, and the head."""
+        """The parameters that each token is multiplied with: the layers' matrices and the head."""
         return self.linear_parameters + self.vocabulary * self.hidden
 
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -58,7 +64,7 @@ class Shape:
         }
 
     def targets(self, targets: str | Sequence[str]) -> list[tuple[int, int]]:
-        """Return (in, out) of a layer's targets. One of another name counts as a square one."""
+        """Return (in, out) of a layer's targets. An unknown name counts as a square matrix."""
         sizes = self.linears()
         return [
             sizes.get(name, (self.hidden, self.hidden))
@@ -66,15 +72,16 @@ class Shape:
         ]
 
     def adapter_parameters(self, r: int, targets: str | Sequence[str], dora: bool = False) -> int:
-        """Return r (in + out) summed over all targets, and with DoRA a magnitude for each output."""
+        """Return r (in + out) summed over all targets; with DoRA also a magnitude per output."""
         return self.layers * sum(
             r * (read + made) + dora * made for read, made in self.targets(targets)
         )
 
     def module_parameters(self, names: Sequence[str]) -> dict[str, int]:
-        """Return how many numbers PEFT copies for each of lora.modules_to_save, over all modules whose path ends so.
+        """Return the parameters that PEFT copies for each name in lora.modules_to_save.
 
-        Tied or not, PEFT copies the embeddings and the head each for itself; a tied head is not among the tensors.
+        They are those of all modules whose path ends with the name. Tied or not, PEFT copies
+        embeddings and head separately; a tied head is not among the tensors.
         """
         ends = {
             "embed_tokens": self.vocabulary * self.hidden,
@@ -97,16 +104,14 @@ class Shape:
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
-    """Return the shape that a config.json describes; a model with parts (vision) by its text part."""
+    """Read the shape from a parsed config.json; of a model with parts (vision), its text part."""
     text = {**config, **config.get("text_config", {})}
     hidden, heads = text["hidden_size"], text["num_attention_heads"]
     kv_heads = text.get("num_key_value_heads") or heads
     head_dim = text.get("head_dim") or hidden // heads
-    layers, intermediate, vocabulary = (
-        text["num_hidden_layers"],
-        text["intermediate_size"],
-        text["vocab_size"],
-    )
+    layers = text["num_hidden_layers"]
+    intermediate = text["intermediate_size"]
+    vocabulary = text["vocab_size"]
     attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
     tied = bool(text.get("tie_word_embeddings", False))
     return Shape(
@@ -124,9 +129,10 @@ def shape_of(config: dict[str, Any]) -> Shape:
 
 
 def snapshot_shape(snapshot: Path) -> Shape:
-    """Return the shape of a snapshot, its parameters counted in the headers of its safetensors files."""
+    """Read the shape of a snapshot, and count its parameters in its safetensors headers."""
     shape = shape_of(json.loads((snapshot / "config.json").read_text()))
-    linear = other = 0
+    linear = 0
+    other = 0
     tensors = [(name, sizes, math.prod(sizes)) for name, sizes in _tensors(snapshot)]
     for name, sizes, count in tensors:
         if len(sizes) >= 2 and ".layers." in name:

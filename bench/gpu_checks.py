@@ -1,0 +1,144 @@
+"""Packed and fused training against plain training, on this machine's kernels."""
+
+import time
+from typing import Any
+
+from random_base import LLAMA_8B, TINY, LlamaShape, documents, random_base
+
+
+def check() -> dict[str, float]:
+    """Compare packed rows with one document at a time, and fused linears with PEFT's.
+
+    Returns differences of the loss, cosines of the adapter's gradients, and the leak.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    shape: LlamaShape = {**LLAMA_8B, "num_hidden_layers": 2, "vocab_size": 4096} if on_gpu else TINY
+    texts = documents(12, shape["vocab_size"])
+    results: dict[str, float] = {}
+    for quantized in (False, on_gpu):
+        results |= _check_packing(shape, texts, quantized)
+    results["dropout: recomputed gradient cosine"] = _check_recompute(shape, texts)
+    return results
+
+
+def _adapted(shape: LlamaShape, quantized: bool, dropout: float = 0.0) -> Any:
+    """Return a base with an adapter whose B is not zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(random_base(shape, quantized), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def _gradients(model: Any) -> Any:
+    import torch
+
+    return torch.cat(
+        [weight.grad.flatten().float() for weight in model.parameters() if weight.grad is not None]
+    )
+
+
+def _loss_and_gradients(model: Any, texts: list[list[int]], packed: bool) -> tuple[float, Any]:
+    import torch
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    device = next(model.parameters()).device
+    model.zero_grad()
+    total = 0.0
+    count = sum(len(ids) - 1 for ids in texts)
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed)
+    for group in [texts] if packed else [[ids] for ids in texts]:
+        batch = collator([{"input_ids": ids, "labels": ids} for ids in group])
+        batch = {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
+        labels = batch.pop("labels")
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(**batch, use_cache=False).logits
+        summed = torch.nn.functional.cross_entropy(
+            logits[0, :-1].float(), labels[0, 1:], ignore_index=-100, reduction="sum"
+        )
+        loss = summed / count
+        loss.backward()
+        total += loss.item()
+    return total, _gradients(model)
+
+
+def _check_packing(shape: LlamaShape, texts: list[list[int]], quantized: bool) -> dict[str, float]:
+    import torch
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from ft_assets.training.attention import register
+    from ft_assets.training.isolation import leak
+    from ft_assets.training.linears import fuse_linears
+    from ft_assets.training.prepare import apply_liger
+
+    model = _adapted(shape, quantized).train()
+    loss, gradient = _loss_and_gradients(model, texts, packed=False)
+    fuse_linears(model)
+    apply_liger(model.get_base_model())
+    fused_loss, fused = _loss_and_gradients(model, texts, packed=False)
+    model.get_base_model().set_attn_implementation(register())
+    packed_loss, packed = _loss_and_gradients(model, texts, packed=True)
+    rows = [{"input_ids": ids, "supervised": [True] * len(ids)} for ids in texts]
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    kind = "nf4" if quantized else "bf16"
+    cosine = torch.cosine_similarity
+    return {
+        f"{kind} fused - plain loss": fused_loss - loss,
+        f"{kind} fused gradient cosine": cosine(gradient, fused, 0).item(),
+        f"{kind} packed - plain loss": packed_loss - loss,
+        f"{kind} packed gradient cosine": cosine(gradient, packed, 0).item(),
+        f"{kind} leak": leak(model, rows, collator),  # type: ignore[arg-type]
+    }
+
+
+def _check_recompute(shape: LlamaShape, texts: list[list[int]]) -> float:
+    """Return the cosine of the gradients with and without checkpointing, with dropout."""
+    import torch
+
+    from ft_assets.training.linears import fuse_linears
+
+    model = _adapted(shape, quantized=False, dropout=0.3)
+    fuse_linears(model)
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(7)
+        model.train().zero_grad()
+        device = next(model.parameters()).device
+        ids = torch.tensor([texts[0] + texts[1]], device=device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(_gradients(model))
+    return torch.cosine_similarity(*gradients, 0).item()
+
+
+def matmul_tflops() -> float:
+    """Measure the TFLOP/s of a large bf16 matrix product; 0 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    for _ in range(5):
+        left @ right
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(40):
+        left @ right
+    torch.cuda.synchronize()
+    return 40 * 2 * 8192**3 / (time.perf_counter() - begun) / 1e12
