@@ -31,9 +31,9 @@ def turning(monkeypatch: pytest.MonkeyPatch) -> None:
     class Validated(module.Validation):
         step = 0
 
-        def _take(self, model: Any, state: Any) -> None:
+        def _record(self, model: Any, state: Any) -> None:
             Validated.step = state.global_step
-            super()._take(model, state)
+            super()._record(model, state)
 
     monkeypatch.setattr(module, "answer_losses", losses)
     monkeypatch.setattr("ft_assets.training.sft.Validation", Validated)
@@ -264,7 +264,7 @@ def test_patience_and_min_delta(
     rule = SimpleNamespace(early_stopping=SimpleNamespace(patience=patience, min_delta=delta))
     watch = module.Validation(None, rule, "sft", Path(), lambda *_, **__: None)  # type: ignore[arg-type]
     watch.losses = [{"step": step, "validation_loss": loss} for step, loss in enumerate(losses)]
-    assert watch._enough() is enough
+    assert watch._patience_is_over() is enough
 
 
 def test_curves_that_part_are_overfitting() -> None:
