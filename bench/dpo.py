@@ -31,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from random_base import SHAPES, random_base, snapshot
 
+from ft_assets.artifacts.manifest import Manifest
 from ft_assets.config import BaseModelSettings, ChatSettings, DpoSettings, LoraSettings
 from ft_assets.training.dpo import DpoMetrics
 from ft_assets.training.pairs import TokenPair
@@ -106,6 +107,25 @@ def weights_on_the_card(shape: str) -> None:
     adapter.load_base = lambda *_, quantized=False, dtype=None, **__: random_base(
         SHAPES[shape], quantized, dtype
     )
+
+
+def _manifest(data_version: str) -> str:
+    """Return the text of a manifest of which only the data version is used."""
+    return Manifest(
+        asset="bench",
+        partition=None,
+        fingerprint="",
+        data_version=data_version,
+        parts={},
+        code_version="",
+        settings={},
+        inputs={},
+        environment={},
+        metrics={},
+        files={},
+        started=0.0,
+        finished=0.0,
+    ).to_text()
 
 
 def make_adapter(base: Path, folder: Path, lora: LoraSettings) -> None:
@@ -330,7 +350,7 @@ def main() -> None:
     # As in the store: without a manifest all weights would be hashed, in the timed part.
     for folder in (base, home / "adapter"):
         if not (folder / "manifest.json").exists():
-            (folder / "manifest.json").write_text(json.dumps({"data_version": folder.name}))
+            (folder / "manifest.json").write_text(_manifest(folder.name))
     where = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()

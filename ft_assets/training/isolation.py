@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ft_assets.rows.types import TokenSequence
 from ft_assets.errors import MemoryPlanError, TrainingError
 from ft_assets.hardware import compute_dtype
 from ft_assets.models.sharding import is_sharded
+from ft_assets.rows.types import TokenSequence
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.out_of_memory import release
 

@@ -15,10 +15,10 @@ from ft_assets.compat.liger import apply_kernels
 from ft_assets.compat.torch import use_expandable_segments
 from ft_assets.compat.trl import fused_head
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings
-from ft_assets.rows.types import TokenSequence
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype, free_memory
 from ft_assets.job import Report
+from ft_assets.rows.types import TokenSequence
 from ft_assets.training.attention import kernel_fits, register
 from ft_assets.training.batches import StepBatches
 from ft_assets.training.distributed import world_size

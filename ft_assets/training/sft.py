@@ -18,11 +18,11 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ft_assets.config import LoraSettings, SftSettings
-from ft_assets.rows.types import TokenSequence
 from ft_assets.errors import TrainingError
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.models.sharding import held_weights
+from ft_assets.rows.types import TokenSequence
 from ft_assets.training.adapter import (
     TrainableMetrics,
     is_finite,

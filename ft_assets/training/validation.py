@@ -14,11 +14,11 @@ import torch
 from transformers import TrainerCallback
 
 from ft_assets.config import TrainSettings
-from ft_assets.rows.types import TokenSequence
 from ft_assets.errors import TrainingError
 from ft_assets.inference.losses import answer_losses
 from ft_assets.job import Report
 from ft_assets.models.adapter_files import copy_trained
+from ft_assets.rows.types import TokenSequence
 from ft_assets.training.adapter import save_trained
 from ft_assets.training.checkpoints import WholeCheckpoints, disk_is_full, full_disk, publish_folder
 from ft_assets.training.memory_plan.plan import Plan
