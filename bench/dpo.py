@@ -3,7 +3,7 @@
     python bench/dpo.py [--base FOLDER] [--pairs 96] [--micro 4] [--effective 16] [--prompt 200]
                         [--answer 60] [--epochs 1]
     python bench/dpo.py --method qlora      # on an NF4 base, ours with its adapter in fp32
-    python bench/dpo.py --checkpointing on  # equal memory: both checkpoint every layer; off: neither
+    python bench/dpo.py --checkpointing on  # both checkpoint every layer; off: neither
 
 Every variant runs in a process of its own, on the same pairs from the same adapter (a random B, so
 that policy and base differ). Tokens are counted as TRL feeds them (two prompts for each pair, no

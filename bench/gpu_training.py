@@ -8,8 +8,8 @@
 Plain TRL is the reference: QLoRA NF4 with packing, sdpa and checkpointing, 4 x 4 packs of 1,024
 tokens. Ours is `train_sft` itself (plan, proof, trainer); only the weights are random instead of
 read from a disk. Equal everywhere: about 16 x 1,024 tokens in an optimizer step, targets q, k, v,
-o, r 16, the dropout. Each way runs in a process of its own. With --unsloth, which has dropout 0, ours
-also runs with dropout 0. DIR holds unsloth with the trl and datasets that it needs.
+o, r 16, the dropout. Each way runs in a process of its own. With --unsloth, which has dropout 0,
+ours also runs with dropout 0. DIR holds unsloth with the trl and datasets that it needs.
 """
 
 import argparse

@@ -82,12 +82,21 @@ def main() -> int:
     tolds: dict[str, dict[str, Any]] = {
         "sft": {"kind": "sft", "base": str(base)},
         "dpo": {
-            "kind": "dpo", "base": str(base), "adapter": str(home / "adapter/output"), "settings": {"trainer": {"disable_dropout": False}},
+            "kind": "dpo",
+            "base": str(base),
+            "adapter": str(home / "adapter/output"),
+            "settings": {"trainer": {"disable_dropout": False}},
         },
-        "full": {"kind": "sft", "base": str(base), "lora": {"method": "full"}, "settings": {"learning_rate": 1e-3}},
-    }  # fmt: skip
+        "full": {
+            "kind": "sft",
+            "base": str(base),
+            "lora": {"method": "full"},
+            "settings": {"learning_rate": 1e-3},
+        },
+    }
     print(
-        "| what | killed at (which call) | exit | published then | resumed from step | steps | result |\n|---|---|---:|---|---:|---:|---|"
+        "| what | killed at (which call) | exit | published then | resumed from step | steps"
+        " | result |\n|---|---|---:|---|---:|---:|---|"
     )
     fine = True
     for name in wanted:

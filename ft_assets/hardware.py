@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, memory, the number format it computes in. Module level imports no torch."""
+"""This machine's GPUs, memory and number format. Importing the module does not import torch."""
 
 import functools
 import gc
@@ -41,7 +41,10 @@ def first_gpu() -> Gpu | None:
 
 
 def available_memory() -> int | None:
-    """Return the bytes of main memory that are available (MemAvailable of /proc/meminfo), or None if unknown."""
+    """Return the available bytes of main memory, or None if unknown.
+
+    It is MemAvailable of /proc/meminfo.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -62,8 +65,9 @@ def peak_memory_gb() -> float:
 def compute_dtype() -> Any:
     """Return bfloat16 on a GPU, and on a CPU with AVX512-BF16 or AMX; else float32.
 
-    Without them bf16 matrix products are some 20 times slower than fp32. What the CPU can do is asked, not measured: on a
-    busy machine a measurement chose otherwise in the next process, and a resumed run ended with other weights.
+    Without them bf16 matrix products are some 20 times slower than fp32. The CPU's features decide,
+    not a measurement: on a busy machine a measurement gave another result in the next process, and
+    a resumed run ended with other weights.
     """
     import torch
 
@@ -77,7 +81,7 @@ def compute_dtype() -> Any:
 
 
 def free_memory() -> float:
-    """Return the bytes that are free where `load_base` puts a model: on the GPU if there is one."""
+    """Return the free bytes of the device that `load_base` uses: the GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -87,7 +91,7 @@ def free_memory() -> float:
 
 
 def free_unused() -> None:
-    """Give back the memory of models that nobody holds any more: torch keeps a GPU's for itself."""
+    """Release the memory of models without references; torch would keep a GPU's memory."""
     import torch
 
     gc.collect()
@@ -96,7 +100,10 @@ def free_unused() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else NVIDIA's device files."""
+    """Return the GPUs that this process may use, without importing torch.
+
+    They come from CUDA_VISIBLE_DEVICES, or else from NVIDIA's device files.
+    """
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         names = [name.strip() for name in visible.split(",") if name.strip()]
         return names[: names.index("-1")] if "-1" in names else names

@@ -2,9 +2,9 @@
 
 A pair is one row: the prompt without its last token, then two branches, each the prompt's last
 token and an answer. A branch sees the prompt and itself, not the other branch, and its positions
-continue where the prompt's end. TRL's loss gets the log-probabilities in its own layout, so every loss and
-metric stays TRL's. A comparison of the first batch with TRL's own pass finds the models that cannot
-be scored this way (a mask that they do not accept, recurrent layers).
+continue where the prompt ends. TRL's loss gets the log-probabilities in its own layout, so every
+loss and metric stays TRL's. A comparison of the first batch with TRL's own pass finds the models
+that cannot be scored this way (a mask that they do not accept, recurrent layers).
 """
 
 import contextlib
