@@ -1,10 +1,13 @@
-"""Many base models as a backfill: is the pool kept, does everything end in the right state, is anything lost when the daemon is killed?
+"""Run many base models as a backfill, and count what is wrong at the end.
 
     python bench/backfill.py --models 50 --kills 2 --in-process
 
-A real instance with webserver, daemon and run queue. Every tenth base model has no weights: its run must fail with the user's error, all
-others must end with a merged model. The pool is sampled every half second. `--in-process`: steps run inside the run's process instead of a
-child of it each (which starts Python and imports torch six times a model); runs themselves are processes of their own either way.
+Three questions: does the pool keep its limit, does every run end in the right state, and is
+anything lost when the daemon is killed? The script starts a real instance with webserver, daemon
+and run queue. Every tenth base model has no weights, so its run must fail with the user's error.
+All others must end with a merged model. The pool is sampled every half second. With
+`--in-process`, steps run inside the process of their run instead of in a child process, which
+would start Python and import torch six times per model. Each run is a process in both cases.
 """
 
 import argparse
@@ -28,10 +31,19 @@ from ft_assets_tests.factories import SETTINGS, conversations, tiny_tokenizer, w
 from ft_assets_tests.launching import stop_services
 
 LIMIT = 2
-HOME = "concurrency: {pools: {default_limit: 2, granularity: op}, runs: {max_concurrent_runs: 4}}\ntelemetry: {enabled: false}\n"
-HOME += "run_launcher: {module: ft_assets.runs, class: ProcessRunLauncher}\n"
-HOME += "run_monitoring: {enabled: true, start_timeout_seconds: 120, poll_interval_seconds: 10, free_slots_after_run_end_seconds: 10}\n"
-HOME += "run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false}\n"
+HOME = """
+concurrency:
+  pools: {default_limit: 2, granularity: op}
+  runs: {max_concurrent_runs: 4}
+telemetry: {enabled: false}
+run_launcher: {module: ft_assets.runs, class: ProcessRunLauncher}
+run_monitoring:
+  enabled: true
+  start_timeout_seconds: 120
+  poll_interval_seconds: 10
+  free_slots_after_run_end_seconds: 10
+run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false}
+"""
 IN_PROCESS = """
 from ft_assets.definitions import build
 from ft_assets.config import load_project
@@ -41,7 +53,15 @@ defs = build(load_project())
 defs.resources["materializer"].launcher = InProcessLauncher()
 """
 CHILDREN = "from ft_assets.definitions import defs  # noqa: F401\n"
-LAUNCH = "mutation($p: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $p) { __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }"
+LAUNCH = """
+mutation($p: LaunchBackfillParams!) {
+  launchPartitionBackfill(backfillParams: $p) {
+    __typename
+    ... on LaunchBackfillSuccess { backfillId }
+    ... on PythonError { message }
+  }
+}
+"""
 
 
 def write_model(folder: Path) -> None:
@@ -52,10 +72,18 @@ def write_model(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -201,7 +229,7 @@ def report(
     used: Counter[int],
     seconds: float,
 ) -> None:
-    """Print the table. Exits with 1 if a base model is in the wrong state or the pool was exceeded."""
+    """Print the table. Exit with 1 if a base model is in the wrong state or a limit broke."""
     runs = services.instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": backfill}))
     store = ArtifactStore(folder / ".ft/store")
     merged = {name for name in names if store.current("merged_model", name) is not None}

@@ -1,8 +1,10 @@
-"""What Dagster costs: loading the code location, a step in each way to run one, and a run of the whole graph that finds nothing to do.
+"""Measure what Dagster costs.
 
-    python bench/orchestration.py PROJECT      # a folder with finetune.yaml whose graph ran to its end
+    python bench/orchestration.py PROJECT      # a folder with finetune.yaml and a finished graph
 
-Prints two tables. Medians of --repeat; on a busy machine believe the ratios.
+Prints two tables: the time to load the code location, to start a step in each way, and to run the
+whole graph with nothing to do. The figures are medians of --repeat runs. On a busy machine only
+the ratios are reliable.
 """
 
 import argparse
@@ -28,7 +30,7 @@ STEPS = 7
 
 
 class EmptyStep(LocalLauncher):
-    """The launcher with a child process that does nothing: what is left is the launcher's own time and the start of Python."""
+    """A launcher with an empty child process: its own time and the start of Python remain."""
 
     def command(self, job_file: Path, job: Job) -> list[str]:
         write = "import sys; open(sys.argv[1], 'w').write('{\"metrics\": {}, \"parts\": {}}')"
@@ -158,7 +160,8 @@ def main() -> None:
     for name, seconds in rows.items():
         print(f"| {name} | {seconds:.2f} |")
     print(
-        f"\nOrchestration is {share:.1%} of a run that makes everything: a run that makes nothing, against the time of the steps."
+        f"\nOrchestration takes {share:.1%} of a run that makes everything: the time of a run with "
+        "nothing to do, divided by the time of the steps."
     )
 
 
