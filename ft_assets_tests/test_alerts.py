@@ -1,4 +1,7 @@
-"""Alerts reach a real server, say what failed and never hold a secret; freshness and schedule come from finetune.yaml."""
+"""Alerts reach a real server, name what failed and never hold a secret.
+
+Freshness and schedule come from finetune.yaml.
+"""
 
 import datetime
 import http.server
@@ -29,7 +32,7 @@ SECRET = "planted-secret-of-the-webhook"
 
 @pytest.fixture
 def receiver() -> Iterator[tuple[str, list[tuple[str, bytes]], list[int]]]:
-    """A real HTTP server; yields (its URL, what it received, the statuses it will answer, 200 when empty)."""
+    """A real HTTP server: its URL, the requests it received, the statuses it answers (else 200)."""
     received: list[tuple[str, bytes]] = []
     statuses: list[int] = []
 
@@ -53,7 +56,7 @@ def receiver() -> Iterator[tuple[str, list[tuple[str, bytes]], list[int]]]:
 def failed_run(
     instance: dg.DagsterInstance, passed: bool | None
 ) -> tuple[dg.ExecuteInProcessResult, dg.JobDefinition]:
-    """Run a job of one asset that fails: by its check (passed False), or by a user's error (None)."""
+    """Run a job of one asset that fails: by its check (passed False) or a user's error (None)."""
 
     @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["tiny"]))
     def eval_report() -> None:
@@ -179,7 +182,8 @@ def test_slack_gets_the_same_text(
 def test_mail_is_dagsters_own_sensor(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server with a certificate that smtplib trusts is not to be had here: what would be sent is caught where Dagster sends it."""
+    """Not a real server: smtplib trusts no certificate that can be made here. The test takes the
+    message where Dagster sends it."""
     sent: list[dict[str, Any]] = []
     monkeypatch.setenv("FT_SMTP_PASSWORD", SECRET)
     monkeypatch.setattr(

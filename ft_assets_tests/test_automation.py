@@ -1,5 +1,8 @@
-"""What runs without a person: off at first, waits for a file that is still being copied, reports a change once; and the leaderboard
-after a failed run."""
+"""What runs without a person.
+
+Sensors are off at first, wait for a file that is still being copied, and report a change once. The
+leaderboard follows a failed run.
+"""
 
 import uuid
 from pathlib import Path
@@ -66,14 +69,12 @@ def test_schedule_is_there_if_asked_for_and_nothing_starts_by_default(
             "Europe/Berlin",
         )
         assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    assert (
-        {sensor.name: sensor.default_status for sensor in repository.sensor_defs}
-        == {
-            "data_files_sensor": dg.DefaultSensorStatus.STOPPED,
-            "leaderboard_after_failure": dg.DefaultSensorStatus.RUNNING,  # follows what somebody has started
-            "rerun_stale": dg.DefaultSensorStatus.STOPPED,
-        }
-    )
+    assert {sensor.name: sensor.default_status for sensor in repository.sensor_defs} == {
+        "data_files_sensor": dg.DefaultSensorStatus.STOPPED,
+        # It follows a run that a person has started.
+        "leaderboard_after_failure": dg.DefaultSensorStatus.RUNNING,
+        "rerun_stale": dg.DefaultSensorStatus.STOPPED,
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""A user's mistake: one screen that says where, what, and what to do; exit code not 0; nothing half-written."""
+"""A user's mistake ends in one screen with the place, the problem and the fix.
+
+The exit code is not 0, and no artifact is half-written.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ pytestmark = pytest.mark.graph
 
 
 def refused(folder: Path, *arguments: str) -> str:
-    """Run ft, assert that it fails without a stack trace and leaves no half-written artifact; return what it said."""
+    """Run ft and return its message. Asserts a failure, no stack trace and no half artifact."""
     done = ft(folder, *arguments)
     said = done.stderr + done.stdout
     assert done.returncode != 0, said
@@ -221,7 +224,7 @@ def test_downstream_without_its_inputs_says_what_to_materialize(project: Path) -
 
 
 def test_no_disk_space(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The free space of a real full disk is not to be had here: what the operating system says of it is replaced.
+    # A mock: a full disk cannot be had here, so the operating system's answer is replaced.
     from ft_assets.artifacts import ArtifactStore
     from ft_assets.errors import ArtifactError
 

@@ -1,4 +1,7 @@
-"""From files to the split, through the graph: templates with a switch, plain texts, labelled answers, rejected rows that can be looked at."""
+"""From files to the split, through the graph.
+
+Cases: templates with a switch, plain texts, labelled answers, and rejected rows that are kept.
+"""
 
 import json
 from pathlib import Path
@@ -14,10 +17,12 @@ UP_TO_SPLIT = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldou
 # As Qwen3's: an empty thinking block before the last answer only, unless thinking is switched off.
 THINKING = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 
 

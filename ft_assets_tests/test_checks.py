@@ -1,4 +1,4 @@
-"""Every asset check is bound alike: it retries a store that does not answer, then fails in a sentence."""
+"""Every asset check retries a store that does not answer, then fails in a sentence."""
 
 from pathlib import Path
 from typing import Any

@@ -125,7 +125,8 @@ def test_code_location_loads_without_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, ft_assets.definitions; print(sorted({'torch','transformers','trl','peft','datasets','scipy'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "trl", "peft", "datasets", "scipy"}
+    code = f"import sys, ft_assets.definitions; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -1,4 +1,7 @@
-"""The whole graph through Dagster on a tiny random model: learns, is judged, merges; refuses when it should."""
+"""The whole graph through Dagster on a tiny random model.
+
+The model learns, is judged and is merged. The graph refuses the merge when it must.
+"""
 
 import json
 import shutil
@@ -27,7 +30,7 @@ def store(folder: Path) -> ArtifactStore:
 
 
 def merge_refused(folder: Path) -> str:
-    """Materialize merged_model alone, assert that it is refused and nothing published; return what was said."""
+    """Materialize merged_model alone, assert a refusal, and return its message."""
     done = ft(folder, "run", "--asset", "merged_model")
     assert done.returncode == 1
     assert store(folder).current("merged_model", "tiny") is None

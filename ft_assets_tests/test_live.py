@@ -31,7 +31,7 @@ class Heard(list[dict[str, Any]]):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no GPU here: one is named whose peak is so low that the tiny model takes a part of it that can be seen."""
+    """A mock, for want of a GPU: its peak is so low that the tiny model's share shows."""
     monkeypatch.setattr(callbacks, "gpu_name", lambda: "Slow card")
     monkeypatch.setattr(flops, "PEAKS", {"Slow": 1e-3})
 

@@ -1,4 +1,5 @@
-"""The rerun matrix: what runs again after each kind of change, in a real run, and that `ft plan` says it before."""
+"""The rerun matrix: what a real run makes again after each kind of change, and that `ft plan`
+predicts it."""
 
 import json
 import random
@@ -99,19 +100,46 @@ def few_shot(folder: Path) -> None:
     write_jsonl(folder / "data/few_shot.jsonl", conversations(3, lambda _: "yes", start=3000))
 
 
+BELOW_VERDICT = ["eval_report", "merged_model", "release", "export", "leaderboard"]
+BELOW_RATE = ["recipe", "lora_adapter", "dpo_adapter", *BELOW_VERDICT]
+BELOW_PAIRS = ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", *BELOW_VERDICT]
+# `release` runs because the changed row makes SFT the candidate instead of DPO, which changes the
+# merged model.
+BELOW_HELDOUT = ["raw_dataset", "chat_dataset", "heldout_split", *BELOW_VERDICT]
+
+
+def max_new_tokens(folder: Path) -> None:
+    edit(folder, evaluation={"max_new_tokens": 6})
+
+
+def learning_rate(folder: Path) -> None:
+    edit(folder, sft={"learning_rate": 0.021})
+
+
+def beta(folder: Path) -> None:
+    edit(folder, dpo={"beta": 0.2})
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
 MATRIX: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("one train row", one_train_row, ["raw_dataset", *BELOW_DATA]),
-    ("one preference pair", one_pair, ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
-    # `release` runs because the changed row makes SFT the candidate instead of DPO: another model is merged.
-    ("one held-out row", one_heldout_row, ["raw_dataset", "chat_dataset", "heldout_split", "eval_report", "merged_model", "release", "export", "leaderboard"]),
+    ("one preference pair", one_pair, BELOW_PAIRS),
+    ("one held-out row", one_heldout_row, BELOW_HELDOUT),
     ("a few-shot example", few_shot, ["raw_dataset", "eval_report", "merged_model", "leaderboard"]),
-    ("an evaluation setting", lambda folder: edit(folder, evaluation={"max_new_tokens": 6}), ["recipe", "eval_report", "merged_model", "export", "leaderboard"]),
-    ("the learning rate", lambda folder: edit(folder, sft={"learning_rate": 0.021}), ["recipe", "lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
-    ("beta", lambda folder: edit(folder, dpo={"beta": 0.2}), ["recipe", "dpo_adapter", "eval_report", "merged_model", "release", "export", "leaderboard"]),
+    (
+        "an evaluation setting",
+        max_new_tokens,
+        ["recipe", "eval_report", "merged_model", "export", "leaderboard"],
+    ),
+    ("the learning rate", learning_rate, BELOW_RATE),
+    ("beta", beta, ["recipe", "dpo_adapter", *BELOW_VERDICT]),
     ("order, names, times, comments", order_names_times_and_comments, ["raw_dataset"]),
     ("the base's files copied elsewhere", copied_base, ["base_model"]),
-    ("nothing", lambda folder: None, []),
-]  # fmt: skip
+    ("nothing", nothing, []),
+]
 
 
 def made(folder: Path) -> dict[str, float]:
@@ -139,13 +167,17 @@ def planned(folder: Path, partition: str = "tiny") -> dict[str, str]:
 
 
 def calm(folder: Path) -> None:
-    """Let every verdict through: a tiny random model does not learn its task with every order of rows; what runs is asked here."""
+    """Override the gate: a tiny random model does not learn its task with every order of rows, and
+    this test is about what runs."""
     edit(folder, gate={"override": "the matrix is about what runs"})
     assert materialize(folder).success
 
 
 def ran(folder: Path, partition: str = "tiny") -> list[str]:
-    """Run the whole graph of one base model; return what was made, not reused. The plan made before must have said it."""
+    """Run the whole graph of one base model and return the assets that were made, not reused.
+
+    Asserts that the plan predicted them.
+    """
     before, said = made(folder), planned(folder, partition)
     assert made(folder) == before  # planning makes nothing
     result = materialize(folder, partition=partition)
@@ -177,9 +209,16 @@ def test_split_of_an_older_version_is_made_again(copy: Path) -> None:
     (split.path / "preferences_validation.parquet").unlink()
     assert planned(copy)["dpo_adapter"] == RUNS
     job = Job(
-        step="dpo", asset="dpo_adapter", partition="tiny", fingerprint="0", output=copy, checkpoints=copy, work=copy,
-        settings={"lora": {}, "dpo": {}}, inputs={"heldout_split": split.path},
-    )  # fmt: skip
+        step="dpo",
+        asset="dpo_adapter",
+        partition="tiny",
+        fingerprint="0",
+        output=copy,
+        checkpoints=copy,
+        work=copy,
+        settings={"lora": {}, "dpo": {}},
+        inputs={"heldout_split": split.path},
+    )
     with pytest.raises(ArtifactError, match="materialize heldout_split again"):
         step(job, lambda *_, **__: None)
 

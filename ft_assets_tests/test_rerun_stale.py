@@ -1,4 +1,7 @@
-"""`rerun_stale`: requests exactly what a plan says would run, once, and not again before something changed. Also by a real daemon."""
+"""`rerun_stale` requests exactly what the plan would run, once, until something changes.
+
+One test runs a real daemon.
+"""
 
 import json
 import os
@@ -29,7 +32,10 @@ BELOW_BASE = {"base_model", "chat_dataset", "heldout_split", *BELOW_TRAINING}
 
 
 def two_models(folder: Path) -> Path:
-    """Give the finished project a second base model, `other`, as far as the first: a fingerprint does not name the base model."""
+    """Give the finished project a second base model, `other`, with the artifacts of the first.
+
+    A fingerprint does not name the base model, so the copies are valid.
+    """
     base = folder / "base"
     model = yaml.safe_load((folder / "finetune.yaml").read_text())["base_models"]["tiny"]
     shutil.copytree(model["folder"], base)
@@ -54,7 +60,8 @@ def both(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Switched:
-    """The sensor, switched on: its definitions are built once, as a code server's are, and it has seen the data files."""
+    """The running sensor, after it has seen the data files. Its definitions are built once, as a
+    code server builds them."""
 
     def __init__(self, folder: Path, instance: dg.DagsterInstance) -> None:
         self.folder, self.instance, self.cursor = folder, instance, None
@@ -268,7 +275,9 @@ repository = defs.get_repository_def()
 cursor = None
 with dg.DagsterInstance.ephemeral() as instance:
     for _ in range(2):
-        with dg.build_sensor_context(instance=instance, cursor=cursor, repository_def=repository) as context:
+        with dg.build_sensor_context(
+            instance=instance, cursor=cursor, repository_def=repository
+        ) as context:
             ticked = repository.get_sensor_def("rerun_stale").evaluate_tick(context)
         cursor = ticked.cursor
 assert ticked.skip_message == "nothing is stale", ticked
@@ -323,7 +332,10 @@ def test_daemon_sees_a_learning_rate_in_the_file_and_requests_that_base_models_s
         return list(instance.get_ticks(state.instigator_origin_id, state.selector_id))
 
     def quiet() -> int:
-        """Return how many ticks had nothing to request and no run to wait for; a verdict that is no PASS refuses the merge in each."""
+        """Return the number of ticks with nothing to request and no run to wait for.
+
+        A verdict that is not a PASS refuses the merge in each of them.
+        """
         said = [tick.skip_reason or UNSEEN for tick in ticks()]
         return sum(reason != UNSEEN and "under way" not in reason for reason in said)
 

@@ -1,4 +1,4 @@
-"""What must not PASS: each sabotage is refused or judged by its own name. On a project that passed before."""
+"""Each sabotage of a project that passed before is refused or judged by its own name."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from ft_assets.errors import EvaluationError
 from ft_assets.job import Job
 from ft_assets.steps.evaluate import step
 from ft_assets_tests.factories import conversations, edit, next_word, write_jsonl
-from ft_assets_tests.pipeline import artifact, checks, failure, materialize, read
+from ft_assets_tests.pipeline import UP_TO_REPORT, artifact, checks, failure, materialize, read
 
 
 @pytest.fixture
@@ -163,7 +163,8 @@ def test_generation_that_raises_on_one_row_is_an_error_that_names_it(
     monkeypatch.setattr(generation, "_generate_batch", faulty)
     with pytest.raises(
         EvaluationError,
-        match=r"held-out row [0-9a-f]{16}: its answer cannot be generated \(RuntimeError: CUDA error",
+        match=r"held-out row [0-9a-f]{16}: "
+        r"its answer cannot be generated \(RuntimeError: CUDA error",
     ):
         step(job, quiet)
     assert 1 in seen  # halved down to the row
@@ -186,15 +187,14 @@ def test_shuffled_references_do_not_pass(healthy: Callable[..., Path]) -> None:
     shuffled = [row["messages"][1]["content"] for row in heldout]
     random.Random(1).shuffle(shuffled)
     write_jsonl(project / "data/heldout.jsonl", heldout)
-    assets = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,lora_adapter,dpo_adapter,eval_report"
-    materialize(project, assets)
+    materialize(project, UP_TO_REPORT)
     assert read(project, "eval_report", "verdict.json")["status"] == "PASS", read(
         project, "eval_report", "verdict.json"
     )
     for row, text in zip(heldout, shuffled, strict=True):
         row["messages"][1]["content"] = text
     write_jsonl(project / "data/heldout.jsonl", heldout)
-    materialize(project, assets)
+    materialize(project, UP_TO_REPORT)
     verdict = read(project, "eval_report", "verdict.json")
     assert verdict["status"] == "INCONCLUSIVE"
     assert "the answers fit other rows' references as well" in " ".join(verdict["reasons"])
