@@ -1,6 +1,6 @@
 """Measure what the fork server saves: the SFT step of a finished project, fresh and forked.
 
-    python bench/fork_server.py PROJECT BASE_MODEL [--repeat 3] [--set sft.num_train_epochs=1]
+    python bench/fork_server.py PROJECT BASE_MODEL [--repeat 3] [--set num_train_epochs=1]
 
 Prints the seconds of the step in a fresh process, and in one that is forked from a server whose
 imports are done. Exits with 1 if the two adapters differ in a single bit.
@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="keys of sft, e.g. num_train_epochs=1")
     asked = parser.parse_args()
     project = load_project(asked.project.resolve() / "finetune.yaml")
-    changes = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in asked.set)}
+    parts = [item.partition("=") for item in asked.set]
+    changes = {key: yaml.safe_load(value) for key, _, value in parts}
     times: dict[bool, list[float]] = {True: [], False: []}
     adapters = set()
     with tempfile.TemporaryDirectory() as place:

@@ -1,4 +1,6 @@
-"""Print the shape of the code: untyped dicts, wide lines and long functions. `python bench/house.py`
+"""Print the shape of the code: untyped dicts, wide lines and long functions.
+
+    python bench/house.py [FOLDER]
 
 The limits are in ft_assets_tests/test_house.py, which holds them.
 """
