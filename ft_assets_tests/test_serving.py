@@ -208,7 +208,7 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
     del numbers["comparisons"]
     (report / "report.json").write_text(json.dumps(numbers))
     reason = entry_of(materializer, "tiny")["reason"]
-    assert "report.json: cannot be read (comparisons: Field required)" in reason
+    assert "another version of ft_assets (comparisons: Field required)" in reason
     assert "materialize eval_report again" in reason
 
 

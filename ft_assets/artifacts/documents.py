@@ -26,6 +26,8 @@ def _read(path: Path, fix: str) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise _unusable(str(path), "is missing", fix) from None
+    except OSError as error:
+        raise _unusable(str(path), f"cannot be read ({error.strerror})", fix) from None
 
 
 def parse_document(where: str, model: type[Document], text: bytes | str, fix: str) -> Document:

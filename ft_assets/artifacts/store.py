@@ -18,7 +18,8 @@ from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, make_mani
 from ft_assets.errors import ArtifactError
 
 UNPARTITIONED = "_"
-TRASH = ".trash-"
+STAGED = ".tmp-"  # the prefix of a version that is not published yet
+TRASH = ".trash-"  # the prefix of a folder that is being deleted
 
 
 class ArtifactStore:
@@ -92,7 +93,7 @@ class ArtifactStore:
     def staging(self, asset: str, partition: str | None) -> Iterator[Path]:
         """Yield an empty directory beside the versions; it is removed if it was not published."""
         home = self._home(asset, partition)
-        path = home / f".tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        path = home / f"{STAGED}{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
             path.mkdir(parents=True)
             yield path

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ft_assets.artifacts import Artifact, ArtifactStore
-from ft_assets.commands.leftovers import TRASH, leftovers, running_inputs
+from ft_assets.artifacts.store import TRASH
+from ft_assets.commands.leftovers import leftovers, running_inputs
 from ft_assets.commands.store_view import Version, columns, in_bytes, in_utc, size, versions
 
 YOUNG_SECONDS = 3600

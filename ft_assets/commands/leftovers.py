@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ft_assets.artifacts.store import STAGED, TRASH
 from ft_assets.job import Job
 
 IDLE_SECONDS = 24 * 3600
-TRASH = ".trash-"
-STAGED = ".tmp-"
 
 
 @dataclass(frozen=True)

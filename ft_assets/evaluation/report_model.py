@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ft_assets.errors import ArtifactError
+from ft_assets.artifacts.documents import read_document
 from ft_assets.metrics import higher_is_better
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -38,22 +38,7 @@ class Part(BaseModel):
 
         Raises ArtifactError if it is missing, damaged, or of another version.
         """
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            problem = error.strerror or type(error).__name__
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            problem = f"{key}: {first['msg']}" if key else first["msg"]
-        except ValueError as error:  # not UTF-8
-            problem = str(error)
-        raise ArtifactError(
-            where=f"{path.parent.name}/{path.name}",
-            found=f"cannot be read ({problem})",
-            expected="the file as this version of ft_assets writes it",
-            fix="materialize eval_report again",
-        )
+        return read_document(path, cls, "materialize eval_report again")
 
 
 def to_json(data: Any) -> str:
