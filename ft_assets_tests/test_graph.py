@@ -13,6 +13,8 @@ from ft_assets.artifacts import ArtifactStore
 from ft_assets.data.tables import read_table
 from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 
+pytestmark = pytest.mark.graph
+
 ASSETS = (
     "base_model",
     "recipe",
