@@ -50,16 +50,16 @@ DPO = [("forward pass of a pair", 1), ("reference written", 1), *COMMON]
 
 
 def line(
-    kind: str, point: str, call: int, told: dict[str, Any], whole: Path, home: Path
+    kind: str, point: str, call: int, work: dict[str, Any], whole: Path, home: Path
 ) -> tuple[str, bool]:
     folder = home / f"{kind}-{point}-{call}".replace(" ", "-").replace(":", "")
     folder.mkdir()
-    (folder / "work.json").write_text(json.dumps(told))
+    (folder / "work.json").write_text(json.dumps(work))
     killed = run(point, call, folder)
     store = ArtifactStore(folder / "store")
-    visible = store.current(told["kind"], "tiny") is not None
+    visible = store.current(work["kind"], "tiny") is not None
     ended = run("none", 0, folder)
-    done = store.current(told["kind"], "tiny")
+    done = store.current(work["kind"], "tiny")
     equal = done is not None and same(done.path, whole)
     good = killed == -9 and not visible and ended == 0 and equal
     facts = done.metrics if done else {}
@@ -79,7 +79,7 @@ def main() -> int:
     base = home / "base"
     make_tiny_model(base)
     sft(base, home / "adapter")
-    tolds: dict[str, dict[str, Any]] = {
+    works: dict[str, dict[str, Any]] = {
         "sft": {"kind": "sft", "base": str(base)},
         "dpo": {
             "kind": "dpo",
@@ -102,12 +102,12 @@ def main() -> int:
     for name in wanted:
         whole = home / f"{name}-whole"
         whole.mkdir()
-        (whole / "work.json").write_text(json.dumps(tolds[name]))
+        (whole / "work.json").write_text(json.dumps(works[name]))
         if run("none", 0, whole) != 0:
             raise SystemExit((whole / "log-0.txt").read_text()[-2000:])
-        undisturbed = ArtifactStore(whole / "store").need(tolds[name]["kind"], "tiny").path
+        undisturbed = ArtifactStore(whole / "store").need(works[name]["kind"], "tiny").path
         for point, call in DPO if name == "dpo" else SFT:
-            text, good = line(name, point, call, tolds[name], undisturbed, home)
+            text, good = line(name, point, call, works[name], undisturbed, home)
             fine &= good
             print(text if good else f"{text} <- WRONG", flush=True)
     return 0 if fine else 1

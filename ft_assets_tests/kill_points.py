@@ -1,8 +1,8 @@
-"""The points at which a step or a publication is killed: SIGKILL at a patched call.
+"""Kill a step or a publication at a given point, by SIGKILL at a patched call.
 
-`python -m ft_assets_tests.kill_points POINT CALL FOLDER` runs the work that `FOLDER/work.json`
-describes, and kills itself at the CALL-th pass of POINT. POINT `none` runs to the end. No timing
-is involved.
+`python -m ft_assets_tests.kill_points POINT CALL FOLDER` runs the work of `FOLDER/work.json`, and
+kills itself at the CALL-th pass of POINT. POINT `none` runs to the end. The kill does not depend on
+timing.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from ft_assets_tests import servers
 
-# point -> (module, dotted attribute, whether it is killed before or after the call)
+# Each point has a module, a dotted attribute, and `before` or `after` the call.
 POINTS: dict[str, tuple[str, str, str]] = {
     "load": ("ft_assets.training.adapter", "load_base", "before"),
     "before the first step": ("transformers.trainer", "Trainer._inner_training_loop", "before"),
@@ -72,18 +72,20 @@ def arm(point: str, call: int, kind: str) -> None:
 
 
 def work(folder: Path) -> None:
-    """Train and publish as the graph does: a version, a staging folder and checkpoints."""
+    """Train and publish like the graph: with a version, a staging folder and checkpoints."""
     from ft_assets.artifacts import ArtifactStore
     from ft_assets_tests import training
 
-    told = json.loads((folder / "work.json").read_text())
-    store, kind, version = ArtifactStore(folder / "store"), told["kind"], "v" * 20
-    if (known := store.find(kind, "tiny", version)) is not None:  # as the materializer does
+    settings = json.loads((folder / "work.json").read_text())
+    store = ArtifactStore(folder / "store")
+    kind = settings["kind"]
+    version = "v" * 20
+    if (known := store.find(kind, "tiny", version)) is not None:  # like the materializer
         store.make_current(known, "tiny")
         return
     train: Callable[..., dict[str, Any]] = getattr(training, f"{kind}_into")
     with store.staging(kind, "tiny") as staged:
-        metrics = train(told, store.checkpoints(kind, "tiny", version), staged)
+        metrics = train(settings, store.checkpoints(kind, "tiny", version), staged)
         store.publish(
             staged,
             asset=kind,
@@ -112,6 +114,6 @@ def run(point: str, call: int, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    told = json.loads((Path(sys.argv[3]) / "work.json").read_text())
-    arm(sys.argv[1], int(sys.argv[2]), told["kind"])
+    settings = json.loads((Path(sys.argv[3]) / "work.json").read_text())
+    arm(sys.argv[1], int(sys.argv[2]), settings["kind"])
     work(Path(sys.argv[3]))

@@ -1,7 +1,7 @@
-"""The hooks into TRL, transformers, accelerate, PEFT, liger and torch have the shape we rely on.
+"""Test that each hook into a library still has the shape that ft_assets/compat relies on.
 
-A failure here after an upgrade means: read the library's change, mend the hook in ft_assets/compat,
-then raise the upper bound in pyproject.toml.
+The libraries are TRL, transformers, accelerate, PEFT, liger and torch. After a failure, read the
+library's change, adapt the hook in ft_assets/compat, and raise the upper bound in pyproject.toml.
 """
 
 import importlib.util
@@ -27,7 +27,11 @@ from ft_assets.training.pair_trainer import PairTrainer
 from ft_assets.training.sft import ResumingCpuSFTTrainer, ResumingSFTTrainer
 from ft_assets_tests.training import make_pairs
 
-OURS = ((PairTrainer, DPOTrainer), (ResumingSFTTrainer, SFTTrainer), (ResumingCpuSFTTrainer, SFTTrainer))  # fmt: skip
+OURS = (
+    (PairTrainer, DPOTrainer),
+    (ResumingSFTTrainer, SFTTrainer),
+    (ResumingCpuSFTTrainer, SFTTrainer),
+)
 
 
 def parameters(method: Any) -> tuple[str, ...]:
@@ -59,7 +63,7 @@ def test_overridden_methods_have_the_parameters_that_we_accept() -> None:
 
 @pytest.fixture
 def pair_trainer(tiny_model: Path, tmp_path: Path) -> PairTrainer:
-    """A DPO trainer on a fresh adapter, that has computed no loss yet."""
+    """Return a DPO trainer on a fresh adapter, before its first loss."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM"))
     args = DPOConfig(
@@ -111,7 +115,7 @@ def test_trl_reads_the_reference_from_the_rows(pair_trainer: PairTrainer) -> Non
     source = inspect.getsource(DPOTrainer._compute_loss)
     assert "self.precompute_ref_logps" in source
     assert pair_trainer.precompute_ref_logps is True
-    loss(pair_trainer)  # without the rows' columns TRL would score a second model
+    loss(pair_trainer)  # TRL would score a second model without the rows' columns
     for name in ("use_weighting", "aux_loss_enabled", "ld_alpha", "loss_types", "loss_weights"):
         assert hasattr(pair_trainer, name), name
 
@@ -177,7 +181,9 @@ def test_accelerate_looks_the_guard_up_where_it_is_replaced(
     assert "model_has_dtensor(model)" in inspect.getsource(
         accelerate.accelerator.Accelerator.prepare_model
     )
-    monkeypatch.setattr(accelerate.accelerator, "model_has_dtensor", original)  # put back after
+    monkeypatch.setattr(
+        accelerate.accelerator, "model_has_dtensor", original
+    )  # undone after the test
     accelerate_hooks.allow_sharded_weights_in_ddp()
     assert accelerate.accelerator.model_has_dtensor(torch.nn.Linear(1, 1)) is False
 
@@ -199,8 +205,13 @@ def test_accelerate_gathers_through_the_methods_that_are_replaced(
 
 @pytest.mark.parametrize(
     ("options", "plain"),
-    [({}, True), ({"use_rslora": True}, True), ({"use_dora": True}, False), ({"lora_bias": True}, False)],
-)  # fmt: skip
+    [
+        ({}, True),
+        ({"use_rslora": True}, True),
+        ({"use_dora": True}, False),
+        ({"lora_bias": True}, False),
+    ],
+)
 def test_peft_layer_names_what_it_computes(options: dict[str, bool], plain: bool) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 6))
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["0"], **options)
@@ -214,7 +225,7 @@ def test_peft_layer_names_what_it_computes(options: dict[str, bool], plain: bool
     assert lora.dropout == 0.1
     layer.eval()
     assert active_lora(layer).dropout == 0.0  # type: ignore[union-attr]
-    if plain:  # the formula that replaces the layer's own forward
+    if plain:  # this formula replaces the layer's own forward
         x = torch.randn(3, 8)
         torch.nn.init.normal_(lora.b)
         expected = layer.base_layer(x) + lora.scale * x @ lora.a.T @ lora.b.T
@@ -227,8 +238,17 @@ def test_torch_has_the_operator_and_the_attributes() -> None:
     schema = torch.ops.aten._flash_attention_forward.default._schema
     names = [argument.name for argument in schema.arguments]
     assert names[:10] == [
-        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask",
-    ]  # fmt: skip
+        "query",
+        "key",
+        "value",
+        "cum_seq_q",
+        "cum_seq_k",
+        "max_q",
+        "max_k",
+        "dropout_p",
+        "is_causal",
+        "return_debug_mask",
+    ]
     assert {"scale", "window_size_left", "window_size_right"} <= set(names)
     assert parameters(torch.cuda.memory._set_allocator_settings) == ()
     assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(

@@ -1,4 +1,7 @@
-"""Four pipelines, each broken in one of the common ways, each named rightly; a healthy one names none."""
+"""Break a pipeline in four common ways, and test that the diagnosis names each cause.
+
+A healthy pipeline has no cause.
+"""
 
 import random
 from collections.abc import Callable
@@ -61,9 +64,8 @@ def test_narrow_data_is_named(healthy: Callable[..., Path]) -> None:
 def test_overfit_is_named(healthy: Callable[..., Path]) -> None:
     folder = healthy(sft={"num_train_epochs": 25, "keep": "last"})
     chance = random.Random(0)
-    write_jsonl(
-        folder / "data/train.jsonl", conversations(120, lambda _: chance.choice(WORDS))
-    )  # nothing to learn but by heart
+    # The answers are random: the model can only memorize them.
+    write_jsonl(folder / "data/train.jsonl", conversations(120, lambda _: chance.choice(WORDS)))
     materialize(folder, UP_TO_REPORT)
     assert causes(folder) == ["overfit"], read(folder, "eval_report", "verdict.json")
 

@@ -1,4 +1,7 @@
-"""DPO: TRL's losses from rows that share their prompt, the reference's proof, and its log-probabilities kept by version."""
+"""Test DPO: TRL's losses with a shared prompt, the proof of the reference, and its reuse.
+
+The log-probabilities of the reference are kept by version.
+"""
 
 import json
 import math
@@ -33,13 +36,16 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32, so that equal means equal."""
+    """Compute in fp32, so that comparisons can be exact."""
     for place in (loading, module):
         monkeypatch.setattr(place, "compute_dtype", lambda: torch.float32)
 
 
 def trainer(base: Path, adapter: Path, folder: Path, shares: bool, **options: Any) -> PairTrainer:
-    """A trainer on the SFT adapter whose reference is a little off, so that no loss is trivial."""
+    """Return a trainer on the SFT adapter.
+
+    Its reference differs a little from the policy, so that no loss is trivial.
+    """
     chance = random.Random(3)
     pairs = [
         {
@@ -55,9 +61,17 @@ def trainer(base: Path, adapter: Path, folder: Path, shares: bool, **options: An
     ]
     settings = LoraSettings.model_validate({**LORA, "lora_dropout": 0.0})
     args = DPOConfig(
-        output_dir=str(folder), max_length=None, remove_unused_columns=False, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
-        per_device_train_batch_size=6, label_smoothing=0.1, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_length=None,
+        remove_unused_columns=False,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        gradient_checkpointing=False,
+        per_device_train_batch_size=6,
+        label_smoothing=0.1,
+        **options,
+    )
     return PairTrainer(
         model=trained_adapter(base, settings, adapter),
         args=args,
@@ -123,16 +137,26 @@ def test_every_combination_of_trl_options_is_the_same(
 
 @pytest.fixture(scope="module")
 def mixture(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny mixture of experts whose routing has a loss of its own."""
+    """Write a tiny mixture of experts, whose routing has a loss of its own."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     folder, tokenizer = tmp_path_factory.mktemp("mixture"), load_tokenizer(tiny_model)
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02, max_position_embeddings=256, eos_token_id=2, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.02,
+        max_position_embeddings=256,
+        eos_token_id=2,
+        bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     MixtralForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -144,15 +168,15 @@ def test_experts_are_trained_with_their_own_loss_by_sft_and_dpo(
 ) -> None:
     lora = {"target_modules": "attention"}
     for name, coefficient in (("with", None), ("without", 0.0)):
-        told = {"router_aux_loss_coef": coefficient}
-        sft(mixture, tmp_path / name, lora=lora, num_train_epochs=1, trainer=told)
+        options = {"router_aux_loss_coef": coefficient}
+        sft(mixture, tmp_path / name, lora=lora, num_train_epochs=1, trainer=options)
         metrics = dpo(
             mixture,
             tmp_path / name / "output",
             tmp_path / name / "dpo",
             lora=lora,
             num_train_epochs=1,
-            trainer=told,
+            trainer=options,
         )
         assert metrics["prompts_shared"] is (name == "without")
         assert metrics["reference_difference"] <= 1e-3
@@ -161,9 +185,8 @@ def test_experts_are_trained_with_their_own_loss_by_sft_and_dpo(
             json.loads((tmp_path / name / part / "info/curve.json").read_text())[0]["loss"]
             for name in ("with", "without")
         )
-        assert 0.02 < first - plain < 0.2, (
-            part
-        )  # four experts, two of them at a time, evenly: 2 * 0.02
+        # Two of four experts at a time, with even routing: the loss is 2 * 0.02.
+        assert 0.02 < first - plain < 0.2, part
 
 
 def test_the_known_losses_are_those_trl_takes() -> None:
@@ -192,10 +215,10 @@ def test_a_branch_sees_the_prompt_and_itself() -> None:
     assert windowed[4].nonzero().flatten().tolist() == [3, 4]
 
 
-def test_model_that_cannot_share_a_prompt_is_asked_as_trl_does(
+def test_model_that_cannot_share_a_prompt_is_scored_as_trl_does(
     tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Injected: a mask that shows a branch the other one, as a model that ignores it would."""
+    """Inject a mask that lets each branch attend to the other, as a model without a mask does."""
     from ft_assets.training import pairs
 
     monkeypatch.setattr(
@@ -207,9 +230,8 @@ def test_model_that_cannot_share_a_prompt_is_asked_as_trl_does(
     )
     metrics = dpo(tiny_model, adapter, tmp_path)
     assert metrics["prompts_shared"] is False
-    alone = dpo(
-        tiny_model, adapter, tmp_path / "alone", share_prompts=False
-    )  # planned so from the beginning
+    # This plan does not share prompts from the beginning.
+    alone = dpo(tiny_model, adapter, tmp_path / "alone", share_prompts=False)
     planned = ("largest_micro_batch_tokens", "predicted_memory_gb", "micro_batch")
     assert [metrics[name] for name in planned] == [alone[name] for name in planned]
 
@@ -224,7 +246,10 @@ def test_a_difference_is_held_against_what_another_batch_alone_changes(
     moved: str,
     shared: bool,
 ) -> None:
-    """Injected: rounding of 0.1 nats a token, as an 8B model in bf16 has, in whatever is scored otherwise; or in shared rows only."""
+    """Inject the rounding of an 8B model in bf16: 0.1 nats per token.
+
+    It is in every batch, or in shared rows only.
+    """
     real = PairTrainer.token_scores
 
     def rounded(self: PairTrainer, inputs: Any, shares: bool) -> torch.Tensor:
@@ -244,9 +269,8 @@ def test_a_difference_is_held_against_what_another_batch_alone_changes(
 def test_reference_is_proven_and_the_first_loss_is_ln_2(
     tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    metrics = dpo(
-        tiny_model, adapter, tmp_path, trainer={"disable_dropout": False}
-    )  # the proof needs no dropout-free training
+    # The proof also holds for a training with dropout.
+    metrics = dpo(tiny_model, adapter, tmp_path, trainer={"disable_dropout": False})
     assert metrics["reference_difference"] <= 1e-3
     assert metrics["reference_loss"] == pytest.approx(math.log(2), abs=0.01)
     assert metrics["prompts_shared"] is True
@@ -339,9 +363,8 @@ def test_padding_is_never_in_the_loss_even_where_it_is_the_end_of_turn(
     answers = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in one.pairs)
     assert int(batch["completion_mask"].sum()) == answers
     assert int((batch["shared_labels"] != -100).sum()) == answers
-    assert int((batch["shared_labels"] == 2).sum()) == 2 * len(
-        one.pairs
-    )  # the end of each answer, and nothing else
+    # Only the last token of each answer is an end of turn.
+    assert int((batch["shared_labels"] == 2).sum()) == 2 * len(one.pairs)
 
 
 def test_order_puts_like_lengths_together_and_is_the_same_in_every_process() -> None:
@@ -355,7 +378,7 @@ def test_order_puts_like_lengths_together_and_is_the_same_in_every_process() -> 
     assert list(order) != first
     steps = [[lengths[row] for row in first[begin : begin + 8]] for begin in range(0, 50, 8)]
     assert sum(max(step) * len(step) for step in steps) / sum(lengths) < 1.1
-    assert len(steps[-1]) == 2  # the step that is not full is the last
+    assert len(steps[-1]) == 2  # the incomplete step is the last
 
 
 def test_loss_that_does_not_exist_is_named_with_its_nearest(tiny_model: Path) -> None:
@@ -375,7 +398,7 @@ def test_value_that_trl_refuses_is_the_users_error(
         )
 
 
-def test_loss_of_another_trainer_is_said_to_be_one() -> None:
+def test_loss_of_another_trainer_is_refused_with_the_name_of_its_trainer() -> None:
     for name, words in (
         ("kto_pair", "KTO, another trainer"),
         ("orpo", "ORPO"),

@@ -1,4 +1,7 @@
-"""A base that is divided among ranks: the same training, the same adapter, the same promises as with one process."""
+"""Test a base that is sharded over ranks.
+
+The training, the adapter and the guarantees are the same as with one process.
+"""
 
 import dataclasses
 import importlib
@@ -31,7 +34,8 @@ from ft_assets_tests.training import make_pairs, make_rows, silent
 
 pytestmark = pytest.mark.slow
 
-# On CPUs that compute bf16, one process would round otherwise than two: here all compute in fp32, so that little may differ.
+# On CPUs that compute in bf16, one process rounds differently from two. All processes compute in
+# fp32 here, so the tolerances are small.
 FLOAT32 = """
 import importlib, json, sys, torch
 torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
@@ -47,16 +51,22 @@ class Float32Launcher(AccelerateLauncher):
 
 DIVIDED = Float32Launcher(AccelerateSettings(kind="accelerate", processes=2, sharding="fsdp"))
 LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
-# Two micro-batches a rank and step, layers computed again, gradients clipped, weights kept by the validation loss.
+# Two micro-batches per rank and step, activation checkpointing, clipped gradients, and weights
+# chosen by the validation loss.
 SETTINGS: dict[str, Any] = {
-    "num_train_epochs": 3, "learning_rate": 1e-3, "effective_batch": 8, "micro_batch": 2, "save_steps": 2, "max_grad_norm": 0.5,
+    "num_train_epochs": 3,
+    "learning_rate": 1e-3,
+    "effective_batch": 8,
+    "micro_batch": 2,
+    "save_steps": 2,
+    "max_grad_norm": 0.5,
     "gradient_checkpointing": True,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base and a split as the graph makes them."""
+    """Return a base and a split, in the form that the graph writes."""
     split = tmp_path_factory.mktemp("split")
     sides = {
         "train": make_rows(40),
@@ -78,9 +88,18 @@ def make_job(
     (folder / "output").mkdir(parents=True)
     settings = {**SETTINGS, **({"eval_steps": 6} if step == "sft" else {}), **changes}
     return Job(
-        step=step, gpu=True, distributed=True, asset="test", partition="tiny", fingerprint="0", output=folder / "output",
-        checkpoints=folder / "checkpoints", work=folder / "work", settings={"lora": {**LORA, **(lora or {})}, step: settings}, inputs=inputs,
-    )  # fmt: skip
+        step=step,
+        gpu=True,
+        distributed=True,
+        asset="test",
+        partition="tiny",
+        fingerprint="0",
+        output=folder / "output",
+        checkpoints=folder / "checkpoints",
+        work=folder / "work",
+        settings={"lora": {**LORA, **(lora or {})}, step: settings},
+        inputs=inputs,
+    )
 
 
 def alone(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
@@ -99,7 +118,7 @@ def alone(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 @pytest.fixture(scope="module")
 def divided(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Any]:
-    """An SFT by two ranks that were killed in the middle, and tried again; returns its job and metrics."""
+    """Train SFT on two ranks, kill them midway, and retry; return the job and its metrics."""
     job = make_job(inputs, tmp_path_factory.mktemp("divided"))
 
     def kill(line: Any) -> None:
@@ -111,11 +130,11 @@ def divided(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         DIVIDED.run(job, kill)
     lines, _, metrics = trained(DIVIDED, job)
     steps = [line["step"] for line in lines if line["message"] == "train"]
-    assert steps == sorted(set(steps))  # one voice
+    assert steps == sorted(set(steps))  # only one rank reports
     return job, metrics
 
 
-def test_killed_ranks_go_on_and_end_as_one_process_that_nobody_disturbed(
+def test_killed_ranks_resume_and_end_as_one_undisturbed_process(
     inputs: dict[str, Path],
     divided: tuple[Job, Any],
     tmp_path: Path,
@@ -169,10 +188,16 @@ def test_dpo_on_a_divided_base(
     )
 
 
-LLAMA_70B = shape_of({
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-    "vocab_size": 128256,
-})  # fmt: skip
+LLAMA_70B = shape_of(
+    {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+)
 
 
 def planned(memory_gb: float, ranks: int = 8, sharding: str = "auto", **lora: Any) -> Plan:
@@ -227,7 +252,7 @@ def test_method_whose_base_cannot_be_divided_is_refused(method: str) -> None:
         planned(800, sharding="fsdp", method=method)
 
 
-def test_one_process_has_nobody_to_divide_with(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_one_process_cannot_shard(inputs: dict[str, Path], tmp_path: Path) -> None:
     launcher = AccelerateLauncher(
         AccelerateSettings(kind="accelerate", processes=1, sharding="fsdp")
     )
@@ -236,7 +261,7 @@ def test_one_process_has_nobody_to_divide_with(inputs: dict[str, Path], tmp_path
 
 
 def validated(job: Job) -> list[Any]:
-    """Return the validation losses of a job, and which weights were kept."""
+    """Return the step, the validation loss and the kept flag of each entry of a job."""
     found = json.loads((job.output / "info/validation.json").read_text())
     return [
         (
@@ -250,7 +275,10 @@ def validated(job: Job) -> list[Any]:
 
 @torch.no_grad()
 def assert_same_answers(base: Path, one: Path, two: Path) -> None:
-    """Load both adapters with PEFT alone and compare the logits; they must have moved away from the base's."""
+    """Load both adapters with PEFT alone and compare their logits.
+
+    The tolerance is relative to their distance from the base's logits.
+    """
     ids = torch.tensor([make_rows(1)[0]["input_ids"]])
     plain, first, second = (
         AutoModelForCausalLM.from_pretrained(base)(ids).logits,

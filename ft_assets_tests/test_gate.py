@@ -1,4 +1,7 @@
-"""The gate of merged_model: nothing but a PASS for exactly these versions opens it, in no order of runs."""
+"""Test the gate of merged_model: only a PASS for exactly the current versions opens it.
+
+This holds for every order of runs.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -14,13 +17,13 @@ from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
 @pytest.fixture
 def copy(copy: Path) -> Path:
-    """A project that passed, its merged model taken away."""
+    """Return a project that passed, without its merged model."""
     shutil.rmtree(copy / ".ft/store/merged_model")
     return copy
 
 
 def refused(folder: Path) -> str:
-    """Materialize merged_model alone; return why it was refused."""
+    """Materialize merged_model alone; return the reason of its refusal."""
     result = materialize(folder, "merged_model")
     assert not result.success
     assert ArtifactStore(folder / ".ft/store").current("merged_model", "tiny") is None
@@ -38,7 +41,7 @@ def test_fail_then_alone(copy: Path) -> None:
 
 
 def test_check_that_crashes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The crash is injected: Dagster lets what is downstream of a crashed check be built in a later run."""
+    """Inject a crash. Dagster lets a later run build the assets downstream of a crashed check."""
 
     def crash(*_: Any) -> None:
         raise RuntimeError("the check crashed")

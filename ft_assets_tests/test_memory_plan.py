@@ -1,4 +1,4 @@
-"""The memory plan: the formula against real models, what it chooses, what it keeps and how it refuses."""
+"""Test the memory plan: its formula against real models, its choices and its refusals."""
 
 import dataclasses
 import json
@@ -26,9 +26,13 @@ from ft_assets.training.prepare import checkpoint_layers
 from ft_assets_tests.factories import edit
 
 LLAMA_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
     "vocab_size": 128256,
-}  # fmt: skip
+}
 SHAPE = shape_of(LLAMA_8B)
 DATA = Data([200] * 400, packed=True)
 
@@ -70,10 +74,13 @@ def test_adapter_parameters_are_those_that_peft_trains(tiny_model: Path, targets
 
 
 BESIDE: list[dict[str, Any]] = [
-    {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head", "embed_tokens"]}, {"modules_to_save": ["norm"]},
-    {"trainable_token_indices": ["<|im_start|>", "<|im_end|>"]}, {"use_dora": True},
+    {"modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["lm_head", "embed_tokens"]},
+    {"modules_to_save": ["norm"]},
+    {"trainable_token_indices": ["<|im_start|>", "<|im_end|>"]},
+    {"use_dora": True},
     {"use_dora": True, "modules_to_save": ["lm_head"], "trainable_token_indices": ["<|im_end|>"]},
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +101,8 @@ def tied_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_planned_parameters_are_all_that_are_trained(
     tiny_model: Path, tied_model: Path, lora: dict[str, Any], tied: bool
 ) -> None:
-    snapshot, settings = (
-        tied_model if tied else tiny_model,
-        LoraSettings(method="lora", r=3, target_modules="all-linear", **lora),
-    )
+    snapshot = tied_model if tied else tiny_model
+    settings = LoraSettings(method="lora", r=3, target_modules="all-linear", **lora)
     shape = snapshot_shape(snapshot)
     assert shape.tied == tied
     request = Request(shape, settings, SftSettings(), DATA, Machine(False, 8e9, 4))
@@ -146,9 +151,8 @@ def test_dora_is_in_the_plan(kept: int) -> None:
         )
         for dora in (False, True)
     ]
-    dense = (
-        2 * 2 * 4096 * (4096 + 1024)
-    )  # q, k, v, o in bf16: kept by a layer that keeps its activations
+    # q, k, v and o in bf16: a layer that keeps its activations also keeps these.
+    dense = 2 * 2 * 4096 * (4096 + 1024)
     norm = 4 * 5 * 4096 * 4096  # of q in fp32
     assert parts[0]["dora_weights"] == 0
     assert parts[1]["dora_weights"] == min(32, kept + 1) * dense + norm
@@ -161,8 +165,9 @@ def test_dora_is_in_the_plan(kept: int) -> None:
 
 
 DPO: dict[str, Any] = {"reference": True, "fused": False, "liger": False, "dropout": False}
-# bench/gpu_training.py --memory and bench/dpo.py on an H100 80GB, modules_to_save and tokens alone on an H200: largest micro-batch in
-# tokens, layers that keep their activations, GB reserved.
+# Measured by bench/gpu_training.py --memory and bench/dpo.py on an H100 80GB. The rows with
+# `modules` or `tokens_alone` were measured on an H200. The columns are options, targets, tokens of
+# the largest micro-batch, layers that keep their activations, and GB reserved.
 MEASURED: list[tuple[dict[str, Any], str, int, int, float]] = [
     ({"quantized": True}, "attention", 881, 32, 9.72),
     ({"quantized": True}, "attention", 4191, 0, 9.51),
@@ -201,8 +206,20 @@ def test_the_formula_is_within_6_percent_of_what_a_gpu_took(
 def test_full_fine_tuning_counts_what_autocast_copies(
     tokens: int, kept: int, reserved: float
 ) -> None:
-    """Measured as above, 1B Llama shape. Without the copies the formula is 10 % and 6 % too low: more than the plan's margin."""
-    shape = shape_of({**LLAMA_8B, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True})  # fmt: skip
+    """Compare with two measurements of a 1B Llama shape, made as those above.
+
+    Without the copies, the formula is 10 % and 6 % too low. This exceeds the plan's margin.
+    """
+    shape = shape_of(
+        {
+            **LLAMA_8B,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        }
+    )
     setup = dataclasses.replace(
         Setup.of(shape, 16, "attention", tokens=tokens, checkpointed_layers=16 - kept, full=True),
         trained=0,
@@ -244,7 +261,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
     assert refused.value.fix == "a smaller base model, or a GPU with more memory"
 
 
-def test_on_a_cpu_nothing_is_quantized_or_computed_again() -> None:
+def test_on_a_cpu_nothing_is_quantized_or_recomputed() -> None:
     tiny = shape_of(
         {
             **LLAMA_8B,
@@ -277,7 +294,7 @@ def test_mfu_is_useful_work_over_the_datasheets_peak() -> None:
 def test_ft_plan_predicts_the_memory_of_a_training(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # There is no GPU here: a script answers in nvidia-smi's place.
+    # There is no GPU here, so a script replaces nvidia-smi.
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text('#!/bin/sh\necho "NVIDIA L4, ${FREE:-22500}, 23034, 570.1"\n')
@@ -289,7 +306,7 @@ def test_ft_plan_predicts_the_memory_of_a_training(
     assert ahead.peak_gb is not None and 0 <= ahead.peak_gb < 1 and ahead == Forecast(ahead.peak_gb)
     assert forecast(project, store, "dpo_adapter", "tiny").peak_gb is not None
     assert forecast(project, store, "raw_dataset", None) == Forecast()
-    monkeypatch.setenv("FREE", "100")  # another training holds it now
+    monkeypatch.setenv("FREE", "100")  # another training uses the rest
     assert (
         forecast(project, store, "lora_adapter", "tiny").note
         == "only 0.1 of the GPU's 24.2 GB are free now"
@@ -300,9 +317,8 @@ def test_ft_plan_predicts_the_memory_of_a_training(
     done = plan_run(
         small, build, list(build(small).resolve_asset_graph().materializable_asset_keys), "tiny"
     )
-    assert {step.asset: step.action for step in done}[
-        "lora_adapter"
-    ] == REUSED  # what is there needs no memory
+    # An adapter that exists needs no memory.
+    assert {step.asset: step.action for step in done}["lora_adapter"] == REUSED
     changed = small.model_copy(update={"sft": small.sft.model_copy(update={"learning_rate": 0.5})})
     steps = {
         step.asset: step
@@ -340,9 +356,8 @@ def test_plan_for_a_cluster_counts_its_ranks_and_takes_the_memory_that_is_stated
     )
     edit(copy, launcher=launcher)
     store = ArtifactStore(load_project(copy / "finetune.yaml").store_path)
-    assert (
-        forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny") == Forecast()
-    )  # nobody knows its GPUs
+    ahead = forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny")
+    assert ahead == Forecast()  # the GPUs of the cluster are unknown
     edit(copy, memory_limit_gb=24, sft={"effective_batch": 16, "micro_batch": None})
     ahead = forecast(load_project(copy / "finetune.yaml"), store, "lora_adapter", "tiny")
     assert ahead.peak_gb is not None and ahead.refused is None
@@ -353,13 +368,13 @@ def test_plan_for_a_cluster_counts_its_ranks_and_takes_the_memory_that_is_stated
     ).refused == (f"sft.effective_batch: 7; expected a multiple of {ranks} ranks")
 
 
-def test_layers_that_an_earlier_plan_would_compute_again_keep_their_activations(
+def test_layers_that_an_earlier_plan_would_recompute_keep_their_activations(
     tiny_model: Path,
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    again = [dataclasses.replace(plan(80), layers=2, checkpointed_layers=count) for count in (1, 0)]
+    plans = [dataclasses.replace(plan(80), layers=2, checkpointed_layers=count) for count in (1, 0)]
     found = []
-    for one in again:
+    for one in plans:
         checkpoint_layers(model, one)
         found.append([layer.gradient_checkpointing for layer in model.model.layers])
     assert found == [[False, True], [False, False]]

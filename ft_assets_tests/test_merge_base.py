@@ -48,9 +48,11 @@ def job(copy: Path, tmp_path: Path) -> Job:
     shutil.copytree(artifact(copy, "base_model"), tmp_path / "base")
     coarsen(tmp_path / "base")
     inputs = {
-        "base_model": tmp_path / "base", "eval_report": artifact(copy, "eval_report"),
-        "heldout_split": artifact(copy, "heldout_split"), "adapter": artifact(copy, "lora_adapter"),
-    }  # fmt: skip
+        "base_model": tmp_path / "base",
+        "eval_report": artifact(copy, "eval_report"),
+        "heldout_split": artifact(copy, "heldout_split"),
+        "adapter": artifact(copy, "lora_adapter"),
+    }
     (tmp_path / "output").mkdir()
     evaluation, gate = (
         {**job.settings["evaluation"], "metric": "loss"},

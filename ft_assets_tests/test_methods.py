@@ -1,4 +1,7 @@
-"""What can be trained: adapters of every kind, tokens, all weights; and that the metadata says how much of it."""
+"""Test every method of training: adapters of each kind, token rows and all weights.
+
+The metadata has the number of trainable parameters.
+"""
 
 import json
 from collections.abc import Callable
@@ -27,7 +30,10 @@ PRESETS = {
 
 
 def formula(config: Any, rank: int, preset: str, dora: bool = False) -> int:
-    """Return r·(in + out) summed over the targets of a Llama (Hu et al. 2021), and DoRA's `out` magnitudes."""
+    """Return the trainable parameters of an adapter of a Llama.
+
+    This is r·(in + out), summed over the targets (Hu et al. 2021). DoRA adds `out` magnitudes.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -112,7 +118,8 @@ def test_every_kind_of_adapter_trains_and_goes_on_with_dpo(
 def test_token_that_does_not_exist_is_named(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError,
-        match=r"trainable_token_indices: '<\|im_sart\|>' is not a token[\s\S]*did you mean '<\|im_start\|>'",
+        match=r"trainable_token_indices: '<\|im_sart\|>' is not a token"
+        r"[\s\S]*did you mean '<\|im_start\|>'",
     ):
         sft(tiny_model, tmp_path, lora={"trainable_token_indices": ["<|im_sart|>"]})
     with pytest.raises(
@@ -130,16 +137,19 @@ def test_adapter_settings_with_full_weights_are_refused() -> None:
 def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """On CPUs with AVX512-BF16 an inference pass before training makes every LoRA gradient 0: no such pass may happen."""
+    """Test that no inference pass runs before training.
+
+    On CPUs with AVX512-BF16, such a pass makes every LoRA gradient 0.
+    """
     bitsandbytes = pytest.importorskip("bitsandbytes")
     seen = []
     real = bitsandbytes.nn.Linear4bit.forward
 
-    def watched(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def recorded(self: Any, x: torch.Tensor) -> torch.Tensor:
         seen.append(self.training)
         return real(self, x)
 
-    bitsandbytes.nn.Linear4bit.forward = watched
+    bitsandbytes.nn.Linear4bit.forward = recorded
     try:
         metrics = sft(tiny_model, tmp_path / "sft", lora={"method": "qlora"}, num_train_epochs=2)
         after = dpo(
@@ -162,14 +172,19 @@ def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(
     assert min(updates) > 0
     why = "bitsandbytes' inference pass on a CPU would spoil the weights for training"
     assert metrics["kept_why"] == f"the last step: no validation loss was measured: {why}"
-    assert metrics["trainable_percent"] < 100 * 8192 / 120512  # a 4-bit weight counts its numbers
+    assert (
+        metrics["trainable_percent"] < 100 * 8192 / 120512
+    )  # a 4-bit weight counts each of its numbers
     assert after["reference_difference"] <= 1e-3
 
 
-def test_dpo_on_an_nf4_base_trains_the_sft_adapter_as_it_is_in_fp32(
+def test_dpo_on_an_nf4_base_trains_the_sft_adapter_in_fp32(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """bf16 has no number between 0.1 and 0.1005: at DPO's learning rate almost nothing would move."""
+    """Test that DPO trains in fp32.
+
+    bf16 has no number between 0.1 and 0.1005, so almost no weight would move at its learning rate.
+    """
     pytest.importorskip("bitsandbytes")
     lora, rate, steps = {"method": "qlora"}, 5e-6, 6
     sft(tiny_model, tmp_path / "sft", lora=lora, num_train_epochs=1)
@@ -189,9 +204,8 @@ def test_dpo_on_an_nf4_base_trains_the_sft_adapter_as_it_is_in_fp32(
             [(after[name] - before[name]).abs().flatten() for name in before if kind in name]
         )
         assert float((moved > 0).float().mean()) > 0.9, kind
-        assert float(moved.max()) < 2 * steps * rate, (
-            kind
-        )  # it starts from the adapter itself, not from that rounded to bf16
+        # DPO starts from the adapter itself, not from a copy in bf16.
+        assert float(moved.max()) < 2 * steps * rate, kind
 
 
 def test_full_weights_resume_and_dpo_starts_from_them(tiny_model: Path, tmp_path: Path) -> None:
@@ -225,9 +239,7 @@ def test_full_weights_go_through_the_whole_graph(healthy: Callable[..., Path]) -
     proofs = read(project, "eval_report", "report.json")["proofs"]["adapters"]["sft"]
     assert proofs["changed"] > 0
     assert proofs["logit_change"] > 0
-    trained, merged = (
-        weights(artifact(project, "lora_adapter")),
-        weights(artifact(project, "merged_model")),
-    )
+    trained = weights(artifact(project, "lora_adapter"))
+    merged = weights(artifact(project, "merged_model"))
     assert all(bool((trained[name] == merged[name]).all()) for name in trained)
     assert read(project, "eval_report", "verdict.json")["status"] == "PASS"

@@ -1,4 +1,7 @@
-"""Task metrics: what an answer is worth, row by row; the user's own metric; a judge behind a real local endpoint."""
+"""Test the task metrics: scores per row, the user's own metric, and the judge.
+
+The judge is a real local endpoint.
+"""
 
 import json
 import threading
@@ -20,10 +23,8 @@ from ft_assets.metrics.user_function import load_function, user_scores
 def test_text_metrics_are_one_score_a_row_and_equal_their_libraries() -> None:
     from sacrebleu import sentence_bleu, sentence_chrf
 
-    answers, references = (
-        ["the cat sat on the mat", "nothing alike"],
-        ["the cat sat on a mat", "the dog"],
-    )
+    answers = ["the cat sat on the mat", "nothing alike"]
+    references = ["the cat sat on a mat", "the dog"]
     scores = score_answers(
         answers, references, EvaluationSettings(metrics=["rouge", "bleu", "chrf"])
     )
@@ -56,7 +57,7 @@ def test_schema_regex_and_labels_judge_the_whole_answer() -> None:
     assert scores["known_label"] == scores["label"]
 
 
-def test_reference_that_is_no_label_is_an_error_that_names_the_row() -> None:
+def test_reference_that_is_not_a_label_is_an_error_that_names_the_row() -> None:
     with pytest.raises(EvaluationError, match=r"held-out row 1: the reference is 'maybe'"):
         score_answers(
             ["yes", "yes"],
@@ -93,7 +94,9 @@ def test_repetition_is_the_share_of_4_grams_seen_before() -> None:
 
 def test_user_metric_is_called_with_answer_reference_and_conversation(tmp_path: Path) -> None:
     (tmp_path / "own_metric_here.py").write_text(
-        "def shorter(answer, reference, messages):\n    assert messages[-1]['role'] == 'user'\n    return len(answer) <= len(reference)\n"
+        "def shorter(answer, reference, messages):\n"
+        "    assert messages[-1]['role'] == 'user'\n"
+        "    return len(answer) <= len(reference)\n"
         "def broken(answer, reference, messages):\n    return 1 / len(answer)\n"
         "def nothing(answer, reference, messages):\n    return None\n"
     )
@@ -113,7 +116,10 @@ def test_user_metric_is_called_with_answer_reference_and_conversation(tmp_path: 
 
 
 class Judge(BaseHTTPRequestHandler):
-    """A judge on a real socket: there is no LLM here, so it prefers the longer answer, or always A, or talks, or fails."""
+    """Serve a judge on a real socket.
+
+    There is no LLM here. The judge prefers the longer answer, prefers A, writes prose or fails.
+    """
 
     manner = "longer"
 
@@ -155,7 +161,7 @@ def judged(judge: JudgeSettings, manner: str) -> list[float]:
 
 def test_judge_counts_a_win_only_in_both_orders(judge: JudgeSettings) -> None:
     assert judged(judge, "longer") == [1.0, 0.0, 0.5]
-    assert judged(judge, "first") == [0.5, 0.5, 0.5]  # it prefers a place, not an answer
+    assert judged(judge, "first") == [0.5, 0.5, 0.5]  # it prefers a position, not an answer
 
 
 def test_failed_judgement_is_an_error_never_a_score(

@@ -1,4 +1,8 @@
-"""Packing: the same loss and gradient as one conversation at a time; every row once; a leak is found and refused."""
+"""Test packing.
+
+The loss and the gradient equal those of one conversation at a time. Each row occurs once per epoch.
+A leak between conversations is detected and refused.
+"""
 
 import json
 import random
@@ -78,7 +82,10 @@ def loss_and_gradient(
 def test_the_loss_of_a_gpu_is_trls_own(
     packing: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every micro-batch of a real training, with the divisor that it has there. Injected: a CPU is taken for a GPU."""
+    """Compare the losses in every micro-batch of a real training, with its own divisor.
+
+    The injected fault makes the code treat the CPU as a GPU.
+    """
     from ft_assets.training import sft as module
 
     real, theirs = module.ResumingSFTTrainer.compute_loss, SFTTrainer.compute_loss
@@ -100,9 +107,8 @@ def test_the_loss_of_a_gpu_is_trls_own(
             )
             ours = real(self, model, inputs, return_outputs, num_items_in_batch)
         found = torch.autograd.grad(ours, weights, retain_graph=True)
-        assert (
-            num_items_in_batch > (inputs["labels"][:, 1:] != -100).sum()
-        )  # of the whole step, not of this micro-batch
+        # The divisor counts the tokens of the whole step, not of this micro-batch.
+        assert num_items_in_batch > (inputs["labels"][:, 1:] != -100).sum()
         assert ours.item() == pytest.approx(expected.item(), rel=1e-4)
         assert (
             torch.nn.functional.cosine_similarity(
@@ -128,7 +134,7 @@ def test_the_loss_of_a_gpu_is_trls_own(
         lora={"lora_dropout": 0.0},
         packing=packing,
     )
-    assert len(calls) == 8  # 16 rows, two at once
+    assert len(calls) == 8  # 16 rows in batches of two
 
 
 @pytest.mark.parametrize("window", [None, 8], ids=["causal", "sliding window"])
@@ -242,7 +248,7 @@ def test_packing_that_leaks_is_refused_or_left_out(
 
 
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of this machine is right: its separation of documents is taken away by hand."""
+    """Remove the separation of documents: the attention kernel itself does not leak."""
     monkeypatch.setattr(
         "ft_assets.training.attention._boundaries",
         lambda query, **_: (torch.tensor([0, query.shape[2]]), query.shape[2]),
@@ -253,7 +259,7 @@ def test_without_packing_the_plan_is_made_anew(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leaking(monkeypatch)
-    uneven = [*rows(14, 6), *rows(2, 200, seed=1)]  # 303 tokens packed are 3,168 padded
+    uneven = [*rows(14, 6), *rows(2, 200, seed=1)]  # 303 tokens packed, or 3,168 padded
     settings, lora, limit = (
         SftSettings(packing="auto", effective_batch=16, max_steps=2),
         LoraSettings(r=2, lora_dropout=0),
@@ -381,7 +387,9 @@ def test_every_row_is_trained_once_an_epoch_in_the_steps_of_its_batch(
         ]
         assert max(sizes) <= largest
         orders.append(batches)
-    assert count <= batch or orders[0] != orders[1]  # one step holds all rows in any order
+    assert (
+        count <= batch or orders[0] != orders[1]
+    )  # if one step has all rows, the order does not matter
     assert {frozenset(row for group in orders[0][:accumulation] for row in group)} == {
         frozenset(
             row for group in list(StepBatches(lengths, batch, 1, 5, packed))[:1] for row in group
@@ -397,7 +405,10 @@ def test_every_row_is_trained_once_an_epoch_in_the_steps_of_its_batch(
 def test_ranks_share_each_steps_rows(
     packed: bool, count: int, batch: int, accumulation: int, ranks: int
 ) -> None:
-    """`accumulation` of each rank; a step of fewer rows than ranks (33: the last has one) is the only one that repeats rows."""
+    """Test that each rank has `accumulation` micro-batches per step.
+
+    Rows are repeated only in a step with fewer rows than ranks (the last of 33 rows has one).
+    """
     lengths = [len(row["input_ids"]) for row in rows(count)]
     shares = [
         list(StepBatches(lengths, batch, accumulation, 5, packed, rank, ranks))

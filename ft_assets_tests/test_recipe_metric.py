@@ -1,4 +1,4 @@
-"""Follow the recipe "Add a metric" of CONTRIBUTING.md: one new file, and nothing else."""
+"""Follow the recipe "Add a metric" of CONTRIBUTING.md: add one file, and change no other."""
 
 import json
 import re
@@ -36,7 +36,9 @@ for name, texts in answers.items():
     ]
 report = summarise(Scored(heldout=heldout), settings, GateSettings(), {}, EVIDENCE)
 verdict = decide(report, GateSettings())
-costs = dict.fromkeys(("memory_gb", "gpu_seconds", "train_tokens_per_s", "answer_tokens_per_s", "bytes"))
+costs = dict.fromkeys(
+    ("memory_gb", "gpu_seconds", "train_tokens_per_s", "answer_tokens_per_s", "bytes")
+)
 entries = [
     judged_entry(name, report, GateSettings(), ["row"], costs, "–") for name in ("better", "worse")
 ]
@@ -52,7 +54,7 @@ print(json.dumps({
 
 
 def code_of_the_recipe() -> str:
-    """Return the Python file that the section shows."""
+    """Return the Python code block of the recipe."""
     section = RECIPE.read_text().split("## Add a metric")[1].split("\n## ")[0]
     block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert block is not None

@@ -1,4 +1,7 @@
-"""An answer that is a tool call is compared with the call as the template writes it, through the whole graph."""
+"""Test the references of answers that are tool calls, through the whole graph.
+
+Such a reference is the call in the text form of the chat template.
+"""
 
 import json
 import shutil
@@ -61,9 +64,8 @@ def test_tool_calls_go_through_training_and_evaluation(project: Path, tiny_model
         data={"few_shot": [], "retention": [], "preferences": []},
     )
     result = materialize(project, UP_TO_REPORT)
-    assert not (said := failure(result)) or "better_than_base" in said, (
-        said
-    )  # no PASS after one epoch: as it should be
+    # One epoch is too short for a PASS.
+    assert not (said := failure(result)) or "better_than_base" in said, said
     judged = pq.read_table(artifact(project, "eval_report") / "rows.parquet").to_pylist()
     assert judged
     assert all(

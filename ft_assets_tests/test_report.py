@@ -1,4 +1,7 @@
-"""What people look at: the HTML page, the diff to the previous report, the rows; lm-evaluation-harness as general prompts."""
+"""Test the HTML page, its rows, the changes since the previous report, and harness tasks.
+
+Tasks of lm-evaluation-harness are general prompts.
+"""
 
 import base64
 import io
@@ -80,8 +83,10 @@ def harness_task(folder: Path) -> None:
     ] * 4
     write_jsonl(folder / "tasks/rows.jsonl", rows)
     (folder / "tasks/next_word.yaml").write_text(
-        f"task: next_word\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/tasks/rows.jsonl}}}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: 'after {{word}} 1'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{label}}'\n"
+        "task: next_word\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder}/tasks/rows.jsonl}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: 'after {{word}} 1'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{label}}'\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
 
@@ -91,7 +96,9 @@ def test_harness_tasks_are_general_prompts_with_a_tolerance(healthy: Callable[..
     harness_task(folder)
     materialize(folder, UP_TO_REPORT)
     report = read(folder, "eval_report", "report.json")
-    assert report["harness"]["scores"]["base"]["next_word acc"] > 0.5  # what the base was taught
+    assert (
+        report["harness"]["scores"]["base"]["next_word acc"] > 0.5
+    )  # the base was trained on this task
     assert report["harness"]["comparisons"]["sft"]["base"]["next_word acc"]["n"] == 24
     reasons = json.dumps(read(folder, "eval_report", "verdict.json"))
     assert "next_word acc of general prompts" in reasons

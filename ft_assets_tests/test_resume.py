@@ -97,13 +97,13 @@ def test_killed_dpo_in_its_second_epoch_goes_on_and_ends_the_same(
 ) -> None:
     adapter = undisturbed / "output"
     dpo(tiny_model, adapter, tmp_path / "whole", trainer={"disable_dropout": False})
-    told = {
+    work = {
         "kind": "dpo",
         "base": str(tiny_model),
         "adapter": str(adapter),
         "settings": {"trainer": {"disable_dropout": False}},
     }
-    (tmp_path / "work.json").write_text(json.dumps(told))
+    (tmp_path / "work.json").write_text(json.dumps(work))
     assert (
         run("forward pass of a pair", 10, tmp_path) == -signal.SIGKILL
     )  # ten pairs, two at once: step 5 of 6
@@ -298,7 +298,7 @@ def test_memory_that_runs_out_within_a_layer_leaves_no_activations_to_the_retry(
     def short(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def watched(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+    def recorded(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
         activation = self.model.get_base_model().get_decoder().layers[1].mlp.act_fn
         if self.state.global_step == 2 and not held:
             activation.forward = short
@@ -311,7 +311,7 @@ def test_memory_that_runs_out_within_a_layer_leaves_no_activations_to_the_retry(
             held.append(len(holding(self.model)))
         return real(self, model, inputs, *rest)
 
-    monkeypatch.setattr(module.ResumingCpuSFTTrainer, "training_step", watched)
+    monkeypatch.setattr(module.ResumingCpuSFTTrainer, "training_step", recorded)
     assert sft(tiny_model, tmp_path, num_train_epochs=1)["out_of_memory"] == 1
     assert held == [1, 0]  # when it ran out, and when the smaller micro-batch begins
 

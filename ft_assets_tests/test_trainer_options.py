@@ -1,4 +1,7 @@
-"""`trainer:` lets nothing through that the proofs, the resume or the records rely on; `report_to` really reports."""
+"""Test the `trainer:` options and the trackers of `report_to`.
+
+`trainer:` refuses every option that the proofs, the resume or the records rely on.
+"""
 
 import dataclasses
 import json
@@ -19,29 +22,29 @@ from ft_assets_tests.pipeline import artifact, materialize
 from ft_assets_tests.training import same, sft
 
 
-def said(trainer: dict, settings: type = SftSettings, kind: type = SFTConfig) -> str:
+def refusal(trainer: dict, settings: type = SftSettings, kind: type = SFTConfig) -> str:
     with pytest.raises(ConfigError) as caught:
         trainer_options(settings(trainer=trainer), "sft", Path("/nowhere"), kind)
     return str(caught.value)
 
 
 def test_option_that_a_proof_relies_on_is_refused_with_the_reason() -> None:
-    assert "sft.trainer.output_dir: cannot be set" in said({"output_dir": "/tmp"})
-    assert "only the same version resumes" in said({"output_dir": "/tmp"})
-    assert "filtered and counted before" in said({"max_length": 5})
-    assert "the SFT policy, proven" in said(
+    assert "sft.trainer.output_dir: cannot be set" in refusal({"output_dir": "/tmp"})
+    assert "only the same version resumes" in refusal({"output_dir": "/tmp"})
+    assert "filtered and counted before" in refusal({"max_length": 5})
+    assert "the SFT policy, proven" in refusal(
         {"precompute_ref_log_probs": True}, DpoSettings, DPOConfig
     )
-    assert "must be seen" in said({"logging_nan_inf_filter": True})
+    assert "must be seen" in refusal({"logging_nan_inf_filter": True})
 
 
 def test_option_with_a_setting_of_its_own_is_refused_with_its_name() -> None:
-    assert "set sft.learning_rate" in said({"learning_rate": 1.0})
-    assert "set sft.effective_batch and micro_batch" in said({"gradient_accumulation_steps": 2})
+    assert "set sft.learning_rate" in refusal({"learning_rate": 1.0})
+    assert "set sft.effective_batch and micro_batch" in refusal({"gradient_accumulation_steps": 2})
 
 
 def test_unknown_option_is_refused_with_the_nearest() -> None:
-    assert "did you mean 'adam_beta1'" in said({"adam_beta_1": 0.9})
+    assert "did you mean 'adam_beta1'" in refusal({"adam_beta_1": 0.9})
 
 
 def test_every_refused_name_is_an_option_of_trl() -> None:
@@ -49,21 +52,63 @@ def test_every_refused_name_is_an_option_of_trl() -> None:
     assert set(REFUSED) <= known
 
 
-# What is left to the user reaches TRL and does something there. A new option of TRL's belongs here or to the refused ones.
+# The options that users may set: each reaches TRL and has an effect there. Add a new option of TRL
+# either here or to the refused options.
 REACH = {
-    "accelerator_config", "activation_offloading", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "dataloader_multiprocessing_context",
-    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "disable_tqdm", "fp16", "include_num_input_tokens_seen",
-    "liger_kernel_config", "log_level", "log_level_replica", "log_on_each_node", "lr_scheduler_kwargs", "neftune_noise_alpha", "optim",
-    "optim_args", "optim_target_modules", "project", "router_aux_loss_coef", "run_name", "skip_memory_metrics", "tf32", "torch_compile",
-    "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
-    "trackio_static_space_id", "use_liger_kernel",
-}  # fmt: skip
+    "accelerator_config",
+    "activation_offloading",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "dataloader_multiprocessing_context",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_static_graph",
+    "debug",
+    "disable_tqdm",
+    "fp16",
+    "include_num_input_tokens_seen",
+    "liger_kernel_config",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "lr_scheduler_kwargs",
+    "neftune_noise_alpha",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "project",
+    "router_aux_loss_coef",
+    "run_name",
+    "skip_memory_metrics",
+    "tf32",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "torch_empty_cache_steps",
+    "trackio_bucket_id",
+    "trackio_space_id",
+    "trackio_static_space_id",
+    "use_liger_kernel",
+}
 REACH_SFT = {"average_tokens_across_devices", "label_smoothing_factor", "loss_type"}
 REACH_DPO = {
-    "disable_dropout", "discopop_tau", "f_alpha_divergence_coef", "f_divergence_type", "label_smoothing", "ld_alpha", "loss_weights",
-    "pad_to_multiple_of", "use_weighting",
-}  # fmt: skip
+    "disable_dropout",
+    "discopop_tau",
+    "f_alpha_divergence_coef",
+    "f_divergence_type",
+    "label_smoothing",
+    "ld_alpha",
+    "loss_weights",
+    "pad_to_multiple_of",
+    "use_weighting",
+}
 
 
 @pytest.mark.parametrize(
@@ -93,9 +138,9 @@ def test_options_of_the_loader_reach_it(
 ) -> None:
     from ft_assets.training import prepare as setup
 
-    asked, real = [], setup.DataLoader
+    calls, real = [], setup.DataLoader
     monkeypatch.setattr(
-        setup, "DataLoader", lambda *args, **more: asked.append(more) or real(*args, **more)
+        setup, "DataLoader", lambda *args, **more: calls.append(more) or real(*args, **more)
     )
     loader = {
         "dataloader_num_workers": 1,
@@ -114,7 +159,7 @@ def test_options_of_the_loader_reach_it(
         "persistent_workers": True,
         "multiprocessing_context": "fork",
     }
-    assert asked[0].items() >= expected.items()
+    assert calls[0].items() >= expected.items()
     sft(tiny_model, tmp_path / "two", num_train_epochs=1)
     assert same(tmp_path / "one/output", tmp_path / "two/output")
     with pytest.raises(
@@ -142,9 +187,10 @@ def test_optimizer_without_its_package_is_the_users_error_before_weights_load(
         if "safetensors" not in file.name:
             shutil.copy(file, tmp_path / "base")
     header = (tiny_model / "model.safetensors").read_bytes()
+    # The file has a header only, so loading the weights would fail.
     (tmp_path / "base/model.safetensors").write_bytes(
         header[: 8 + int.from_bytes(header[:8], "little")]
-    )  # no weights: they could not load
+    )
     with pytest.raises(ConfigError, match=r"sft\.trainer\.optim: [\s\S]*galore"):
         sft(
             tmp_path / "base",
@@ -162,7 +208,8 @@ def test_missing_tracker_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(trackers.PACKAGES, "mlflow", "no_such_package")
     with pytest.raises(
         ConfigError,
-        match=r"sft\.report_to: mlflow: its package is not installed[\s\S]*pip install no_such_package",
+        match=r"sft\.report_to: mlflow: its package is not installed"
+        r"[\s\S]*pip install no_such_package",
     ):
         trainer_options(
             SftSettings(micro_batch=4, report_to=["mlflow"]), "sft", Path("/nowhere"), SFTConfig

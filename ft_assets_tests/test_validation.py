@@ -1,4 +1,7 @@
-"""The validation loss chooses the weights and ends training; the held-out rows never do."""
+"""Test that the validation loss chooses the weights and ends training.
+
+The held-out rows never do.
+"""
 
 import json
 import math
@@ -23,7 +26,10 @@ TURNS = [5.0, 3.0, 2.0, 2.5, 3.0, 3.5, 4.0]  # lowest after the second epoch (st
 
 @pytest.fixture
 def turning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Injected: the tiny model does not overfit within a test's time. Its validation loss is a function of the step."""
+    """Inject a validation loss that is a function of the step.
+
+    The tiny model does not overfit within the time of a test.
+    """
 
     def losses(model: Any, rows: Any, *_: Any) -> Any:
         return [TURNS[Validated.step // 5]] * len(rows), []
@@ -53,11 +59,8 @@ def test_weights_of_the_lowest_validation_loss_are_kept(tiny_model: Path, tmp_pa
     assert (last["kept_step"], last["validation_loss"]) == (20, 3.0)
     assert not same(tmp_path / "best/output", tmp_path / "last/output")
     stopped = sft(tiny_model, tmp_path / "ten", num_train_epochs=6, early_stopping={"patience": 2})
-    assert (stopped["kept_step"], stopped["steps"], stopped["stopped_early"]) == (
-        10,
-        20,
-        True,
-    )  # two measurements after the best
+    # Training stops two measurements after the best.
+    assert (stopped["kept_step"], stopped["steps"], stopped["stopped_early"]) == (10, 20, True)
     assert sft(tiny_model, tmp_path / "six", num_train_epochs=6)["steps"] == 30
     assert same(tmp_path / "ten/output", tmp_path / "six/output")
     curve = json.loads((tmp_path / "best/output/info/validation.json").read_text())
@@ -90,13 +93,13 @@ def test_validation_every_few_steps(tiny_model: Path, tmp_path: Path) -> None:
     assert [entry["step"] for entry in curve] == [0, 4, 8, 10]
 
 
-def test_validation_takes_what_the_plan_has_room_for_and_says_where_memory_ran_out(
+def test_validation_uses_the_plans_room_and_names_itself_where_memory_ran_out(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    calls = []
 
     def full(model: Any, rows: Any, *room: Any) -> Any:
-        asked.append(room)
+        calls.append(room)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(module, "answer_losses", full)
@@ -105,9 +108,8 @@ def test_validation_takes_what_the_plan_has_room_for_and_says_where_memory_ran_o
         sft(tiny_model, tmp_path, lambda message, **numbers: said.append((message, numbers)))
     plan = next(numbers for message, numbers in said if message == "plan")
     assert plan["micro_batch"] == 2
-    assert asked == [
-        (2, EOS + 1, plan["largest_micro_batch_tokens"])
-    ]  # once: a smaller micro-batch of the training is no help
+    # There is one call: a smaller micro-batch of the training does not help.
+    assert calls == [(2, EOS + 1, plan["largest_micro_batch_tokens"])]
     assert "micro_batch" not in failed.value.fix
 
 
@@ -120,7 +122,10 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def turning_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for DPO: three steps an epoch, lowest after the second (step 6)."""
+    """Inject the same losses into DPO.
+
+    An epoch has three steps. The lowest loss is after the second epoch (step 6).
+    """
     monkeypatch.setattr(
         PairLoss,
         "__call__",
@@ -133,34 +138,36 @@ def turning_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dpo_keeps_the_weights_of_the_lowest_validation_loss_also_after_a_resume(
     tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    best = dpo(tiny_model, adapter, tmp_path / "best", watched=8, num_train_epochs=4)
+    best = dpo(tiny_model, adapter, tmp_path / "best", validation=8, num_train_epochs=4)
     assert (best["kept_step"], best["validation_loss"], best["steps"], best["kept_why"]) == (
         6,
         2.0,
         12,
         "the lowest validation loss",
     )
-    last = dpo(tiny_model, adapter, tmp_path / "last", watched=8, num_train_epochs=4, keep="last")
+    last = dpo(
+        tiny_model, adapter, tmp_path / "last", validation=8, num_train_epochs=4, keep="last"
+    )
     assert (last["kept_step"], last["kept_why"]) == (12, "dpo.keep is last")
     assert not same(tmp_path / "best/output", tmp_path / "last/output")
     curve = json.loads((tmp_path / "best/output/info/validation.json").read_text())
     assert [(entry["step"], entry["validation_loss"], entry.get("kept")) for entry in curve] == [
-        (0, 5.0, None), (3, 3.0, None), (6, 2.0, True), (9, 2.5, None), (12, 3.0, None),
-    ]  # fmt: skip
+        (0, 5.0, None),
+        (3, 3.0, None),
+        (6, 2.0, True),
+        (9, 2.5, None),
+        (12, 3.0, None),
+    ]
     shutil.copytree(tmp_path / "best/checkpoints", tmp_path / "two/checkpoints")
     (tmp_path / "two/checkpoints/checkpoint-12/whole.json").unlink()
-    assert (
-        dpo(tiny_model, adapter, tmp_path / "two", watched=8, num_train_epochs=4)[
-            "resumed_from_step"
-        ]
-        == 10
-    )
+    resumed = dpo(tiny_model, adapter, tmp_path / "two", validation=8, num_train_epochs=4)
+    assert resumed["resumed_from_step"] == 10
     assert same(tmp_path / "best/output", tmp_path / "two/output")
 
 
 @pytest.mark.usefixtures("turning_pairs")
 def test_dpo_stops_early_also_for_a_retry(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
-    stop = {"watched": 8, "num_train_epochs": 6, "early_stopping": {"patience": 1}}
+    stop = {"validation": 8, "num_train_epochs": 6, "early_stopping": {"patience": 1}}
     metrics = dpo(tiny_model, adapter, tmp_path / "one", **stop)
     assert (metrics["steps"], metrics["kept_step"], metrics["stopped_early"]) == (9, 6, True)
     shutil.copytree(tmp_path / "one/checkpoints", tmp_path / "two/checkpoints")
@@ -173,31 +180,35 @@ def test_dpo_measures_its_own_loss_and_disturbs_nothing(
     tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:
     said: list[dict[str, Any]] = []
-    watched = dpo(
-        tiny_model, adapter, tmp_path / "watched",
-        lambda message, **numbers: said.append(numbers) if message == "validation" else None, watched=9, eval_steps=2, keep="last",
-    )  # fmt: skip
-    curve = json.loads((tmp_path / "watched/output/info/validation.json").read_text())
+    measured = dpo(
+        tiny_model,
+        adapter,
+        tmp_path / "measured",
+        lambda message, **numbers: said.append(numbers) if message == "validation" else None,
+        validation=9,
+        eval_steps=2,
+        keep="last",
+    )
+    curve = json.loads((tmp_path / "measured/output/info/validation.json").read_text())
     assert [entry["step"] for entry in curve] == [0, 2, 4, 6] == [entry["step"] for entry in said]
-    assert curve[0]["validation_loss"] == pytest.approx(
-        math.log(2), abs=1e-3
-    )  # policy and reference are the same
+    # The policy equals the reference before the first step.
+    assert curve[0]["validation_loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert curve[0]["validation_margin"] == pytest.approx(0, abs=1e-2)
     assert {
-        name: watched[name] for name in curve[-1] if name.startswith("validation_")
+        name: measured[name] for name in curve[-1] if name.startswith("validation_")
     }.items() <= curve[-1].items()
-    assert watched["validation_pairs"] == 9
+    assert measured["validation_pairs"] == 9
     without = dpo(tiny_model, adapter, tmp_path / "without")
-    assert same(tmp_path / "watched/output", tmp_path / "without/output")
+    assert same(tmp_path / "measured/output", tmp_path / "without/output")
     shown = [
         json.loads((tmp_path / f"{name}/output/info/curve.json").read_text())
-        for name in ("watched", "without")
+        for name in ("measured", "without")
     ]
     for name in ("loss", "reward_margins", "reward_accuracies"):
         assert [entry[name] for entry in shown[0]] == [entry[name] for entry in shown[1]]
     assert (
-        without["kept_why"]
-        == "the last step: no validation loss was measured: fewer than 8 of the pairs would be validation pairs"
+        without["kept_why"] == "the last step: no validation loss was measured: "
+        "fewer than 8 of the pairs would be validation pairs"
     )
 
 
@@ -208,9 +219,8 @@ def test_validation_loss_of_pairs_is_that_of_the_paper_over_all_of_them(
 
     def both(self: PairLoss, model: Any) -> dict[str, float]:
         margins = []
-        for rows in batches(
-            self.pairs, self.batch
-        ):  # the same batches, so that rounding is the same
+        # The batches are the same, so that the rounding is the same.
+        for rows in batches(self.pairs, self.batch):
             few = [self.pairs[row] for row in rows]
             for pair, (chosen, rejected) in zip(few, scores(self.trainer, few), strict=True):
                 margins.append(
@@ -220,7 +230,15 @@ def test_validation_loss_of_pairs_is_that_of_the_paper_over_all_of_them(
         return found[-1][0]
 
     monkeypatch.setattr(PairLoss, "__call__", both)
-    dpo(tiny_model, adapter, tmp_path, watched=9, learning_rate=2e-2, num_train_epochs=4, beta=1.0)
+    dpo(
+        tiny_model,
+        adapter,
+        tmp_path,
+        validation=9,
+        learning_rate=2e-2,
+        num_train_epochs=4,
+        beta=1.0,
+    )
     assert len(found) == 5 and abs(found[-1][0]["validation_margin"]) > 0.1
     for measured, margins in found:  # Rafailov et al. 2023, eq. 7, with a beta of 1
         assert len(margins) == 9
@@ -247,17 +265,25 @@ def test_pairs_that_do_not_fit_at_once_are_halved(
 
     monkeypatch.setattr(PairTrainer, "compute_loss", full)
     most = 1
-    metrics = dpo(tiny_model, adapter, tmp_path / "halved", watched=8)
+    metrics = dpo(tiny_model, adapter, tmp_path / "halved", validation=8)
     assert (metrics["out_of_memory"], sizes[0], set(sizes[1:])) == (0, 2, {1})
     most = 0
     with pytest.raises(TrainingError, match="dpo: validation loss"):
-        dpo(tiny_model, adapter, tmp_path / "full", watched=8)
+        dpo(tiny_model, adapter, tmp_path / "full", validation=8)
 
 
-@pytest.mark.parametrize(("losses", "patience", "delta", "enough"), [
-    ([3, 2, 1], 1, 0.0, False), ([3, 2, 2], 1, 0.0, True), ([3, 2, 2.5], 2, 0.0, False), ([3, 2, 2.5, 2.1], 2, 0.0, True),
-    ([3, 2, 1.95], 1, 0.1, True), ([3, 2, 1.8], 1, 0.1, False), ([3], 1, 0.0, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("losses", "patience", "delta", "enough"),
+    [
+        ([3, 2, 1], 1, 0.0, False),
+        ([3, 2, 2], 1, 0.0, True),
+        ([3, 2, 2.5], 2, 0.0, False),
+        ([3, 2, 2.5, 2.1], 2, 0.0, True),
+        ([3, 2, 1.95], 1, 0.1, True),
+        ([3, 2, 1.8], 1, 0.1, False),
+        ([3], 1, 0.0, False),
+    ],
+)
 def test_patience_and_min_delta(
     losses: list[float], patience: int, delta: float, enough: bool
 ) -> None:
@@ -278,7 +304,6 @@ def test_curves_that_part_are_overfitting() -> None:
     assert "overfits from step 10 on" in text
     assert overfitting(curve, parted[:3])[0] is None
     flat = [{**entry, "loss": 1.0} for entry in curve]
-    assert (
-        overfitting(flat, parted)[0] is None
-    )  # the training loss does not fall: unstable, not overfit
+    # A training loss that does not fall is unstable, not overfit.
+    assert overfitting(flat, parted)[0] is None
     assert overfitting(curve, []) == (None, "no validation loss was measured")

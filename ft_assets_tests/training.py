@@ -1,4 +1,4 @@
-"""Tokenized rows and pairs of a tiny model, and SFT and DPO on them without a graph around."""
+"""Make tokenized rows and pairs for a tiny model, and train SFT and DPO on them without a graph."""
 
 import random
 from pathlib import Path
@@ -29,14 +29,15 @@ def ids(chance: random.Random, count: int) -> list[int]:
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return rows of several lengths with a group each; their answers have something in common that can be learnt."""
+    """Return rows of several lengths, each in its own group.
+
+    The answers share a pattern that a model can learn.
+    """
     chance = random.Random(seed)
     rows = []
     for number in range(count):
-        prompt, answer = (
-            ids(chance, chance.randrange(4, 16)),
-            [*[7, 8, 9][: chance.randrange(1, 4)], EOS],
-        )
+        prompt = ids(chance, chance.randrange(4, 16))
+        answer = [*[7, 8, 9][: chance.randrange(1, 4)], EOS]
         rows.append(
             {
                 "id": f"{seed}-{number}",
@@ -49,7 +50,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def make_pairs(count: int, seed: int = 1) -> list[dict[str, Any]]:
-    """Return preference pairs: short answers are chosen, long ones are not."""
+    """Return preference pairs: short answers are chosen, long answers are rejected."""
     chance = random.Random(seed)
     return [
         {
@@ -68,17 +69,20 @@ def silent(*_: Any, **__: Any) -> None:
 
 
 def sft_into(
-    told: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent
+    work: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent
 ) -> dict[str, Any]:
-    """Train SFT as `told` ({"base", "lora", "settings", "rows"}) and return the metrics."""
+    """Train SFT and return the metrics.
+
+    The keys of `work` are base, lora, settings and rows. The last three are optional.
+    """
     from ft_assets.models.adapter_files import save_groups
     from ft_assets.training.sft import train_sft
 
-    rows = make_rows(told.get("rows", 18))
-    lora = LoraSettings.model_validate({**LORA, **told.get("lora", {})})
-    settings = SftSettings.model_validate({**SFT, **told.get("settings", {})})
+    rows = make_rows(work.get("rows", 18))
+    lora = LoraSettings.model_validate({**LORA, **work.get("lora", {})})
+    settings = SftSettings.model_validate({**SFT, **work.get("settings", {})})
     metrics = train_sft(
-        snapshot=Path(told["base"]),
+        snapshot=Path(work["base"]),
         rows=rows,
         validation=make_rows(4, seed=9),
         lora=lora,
@@ -92,19 +96,24 @@ def sft_into(
 
 
 def dpo_into(
-    told: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent
+    work: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent
 ) -> dict[str, Any]:
-    """Train DPO as `told` ({"base", "adapter", "lora", "settings", "rows", "watched"}) and return the metrics."""
+    """Train DPO and return the metrics.
+
+    The keys of `work` are base, adapter, lora, settings, rows and validation. The last four are
+    optional. `rows` and `validation` are numbers of pairs.
+    """
     from ft_assets.training.dpo import train_dpo
 
-    lora = LoraSettings.model_validate({**LORA, **told.get("lora", {})})
-    settings = DpoSettings.model_validate({**DPO, **told.get("settings", {})})
-    pairs, watched = make_pairs(told.get("rows", 10)), make_pairs(told.get("watched", 0), seed=5)
+    lora = LoraSettings.model_validate({**LORA, **work.get("lora", {})})
+    settings = DpoSettings.model_validate({**DPO, **work.get("settings", {})})
+    pairs = make_pairs(work.get("rows", 10))
+    validation = make_pairs(work.get("validation", 0), seed=5)
     return train_dpo(
-        snapshot=Path(told["base"]),
-        sft_adapter=Path(told["adapter"]),
+        snapshot=Path(work["base"]),
+        sft_adapter=Path(work["adapter"]),
         pairs=pairs,
-        validation=watched,
+        validation=validation,
         lora=lora,
         dpo=settings,
         checkpoints=checkpoints,
@@ -121,10 +130,10 @@ def sft(
     rows: int = 18,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train in `folder` (`checkpoints/`, `output/`) and return the metrics."""
+    """Train SFT in `folder` (`checkpoints/`, `output/`) and return the metrics."""
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    told = {"base": base, "lora": lora or {}, "settings": settings, "rows": rows}
-    return sft_into(told, folder / "checkpoints", folder / "output", report)
+    work = {"base": base, "lora": lora or {}, "settings": settings, "rows": rows}
+    return sft_into(work, folder / "checkpoints", folder / "output", report)
 
 
 def dpo(
@@ -134,20 +143,20 @@ def dpo(
     report: Any = silent,
     lora: Any = None,
     rows: int = 10,
-    watched: int = 0,
+    validation: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train DPO in `folder` and return the metrics."""
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    told = {
+    work = {
         "base": base,
         "adapter": adapter,
         "lora": lora or {},
         "settings": settings,
         "rows": rows,
-        "watched": watched,
+        "validation": validation,
     }
-    return dpo_into(told, folder / "checkpoints", folder / "output", report)
+    return dpo_into(work, folder / "checkpoints", folder / "output", report)
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -162,7 +171,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 def same(left: Path, right: Path) -> bool:
-    """Return whether two trained artifacts hold the same bits."""
+    """Return True if two trained artifacts have the same bits."""
     ours, theirs = weights(left), weights(right)
     return (
         bool(ours)
