@@ -2,12 +2,12 @@
 
     python bench/backfill.py --models 50 --kills 2 --in-process
 
-Three questions: does the pool keep its limit, does every run end in the right state, and is
-anything lost when the daemon is killed? The script starts a real instance with webserver, daemon
-and run queue. Every tenth base model has no weights, so its run must fail with the user's error.
-All others must end with a merged model. The pool is sampled every half second. With
-`--in-process`, steps run inside the process of their run instead of in a child process, which
-would start Python and import torch six times per model. Each run is a process in both cases.
+The script checks three things: the pool keeps its limit, every run ends in the right state, and a
+killed daemon loses no run. It starts a real instance with webserver, daemon and run queue. Every
+tenth base model has no weights, so its run must fail with the user's error. All others must end
+with a merged model. The pool is sampled every half second. With `--in-process`, steps run inside
+the process of their run instead of in a child process, which would start Python and import torch
+six times per model. Each run is a process in both cases.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_project(folder: Path, models: int) -> list[str]:
-    """Write a project whose every verdict is overridden; return its base models."""
+    """Write a project that overrides every verdict; return its base models."""
     write_model(folder / "model")
     write_jsonl(folder / "data/train.jsonl", conversations(48, lambda _: "yes"))
     write_jsonl(folder / "data/retention.jsonl", conversations(4, lambda _: "no", start=2000))
@@ -116,7 +116,7 @@ def write_project(folder: Path, models: int) -> list[str]:
 
 
 class Services:
-    """Webserver and daemon of a project, each started in a session of its own."""
+    """The webserver and the daemon of a project, each in its own session."""
 
     def __init__(self, folder: Path, in_process: bool) -> None:
         self.folder, self.location = folder, folder / "location.py"
@@ -144,14 +144,14 @@ class Services:
         )
 
     def kill_daemon(self) -> None:
-        """Kill it as a crash does, and start another."""
+        """Kill the daemon with SIGKILL, like a crash, and start a new daemon."""
         self.daemon.send_signal(signal.SIGKILL)
         self.daemon.wait()
         time.sleep(5)
         self.daemon = self._start("dagster._daemon", "run")
 
     def launch(self, names: list[str]) -> str:
-        """Start a backfill of all assets over all base models, as the UI does; return its id."""
+        """Start a backfill of all assets over all base models, like the UI; return its id."""
         assets = [{"path": key.path} for key in self._keys()]
         body = {
             "query": LAUNCH,

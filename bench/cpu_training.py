@@ -1,9 +1,9 @@
-"""Tokens/s of SFT on a CPU: ft_assets and plain TRL with padding, on the demo's model and data.
+"""Measure the tokens/s of SFT on a CPU: ft_assets, and plain TRL with padding.
 
     python bench/cpu_training.py --store .ft/store --base smollm2-135m --rows 48
 
-Run it after `ft run`, or after its first steps. Both train the same rows with the same adapter in
-steps of 8. Rounds alternate, so that a busy machine slows both.
+Run it after `ft run`, or after its first steps. Both train on the demo's model and data, with the
+same rows and the same adapter, in steps of 8. Rounds alternate, so that a busy machine slows both.
 """
 
 import argparse

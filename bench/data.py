@@ -4,9 +4,9 @@
     python bench/data.py <file> [--pairs] [--against <file>]
         [--columns prompt=text,completion=category]
 
-Of a folder all .json, .jsonl and .csv files are read, as conversations, or as preferences if their
-rows have the keys of preferences.
-`--against` names a second file (a published test set, say) and lists what stands in both.
+The script reads all .json, .jsonl and .csv files of a folder as conversations. It reads them as
+preferences if their rows have the keys of preferences. `--against` names a second file, such as a
+published test set, and lists the rows that are in both.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from ft_assets.data.near_duplicates import near_duplicates
 from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
 
 PAIRED = ("chosen", "label")
-COLUMNS = {  # files whose columns must be named, by one of them
+COLUMNS = {  # files that need named columns, by one of their columns
     "category": {"prompt": "text", "completion": "category"},
     "answer_matching_behavior": {
         "prompt": "question",
@@ -39,7 +39,7 @@ COLUMNS = {  # files whose columns must be named, by one of them
 
 @dataclass
 class Loaded:
-    """What one file holds."""
+    """The rows and the counts of one file."""
 
     counts: Ingested
     rows: list[dict[str, Any]]
@@ -48,7 +48,7 @@ class Loaded:
 
 
 def load(path: Path, pairs: bool, columns: dict[str, str] | None) -> Loaded:
-    """Return what the graph would make of a file."""
+    """Read a file like the graph; return its rows and counts."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -65,7 +65,7 @@ def load(path: Path, pairs: bool, columns: dict[str, str] | None) -> Loaded:
 
 
 def shown(path: Path, found: Loaded) -> None:
-    """Print what a file holds."""
+    """Print the counts of a file."""
     counts, rows = found.counts, found.rows
     print(
         f"{path.name}: {counts.total} rows, {counts.rows} used, {counts.duplicates} duplicates, "
@@ -84,7 +84,7 @@ def shown(path: Path, found: Loaded) -> None:
 
 
 def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
-    """Print what stands in both files."""
+    """Print the rows that are in both files."""
     same = overlaps(left=left.rows, right=right.rows)
     begun = time.perf_counter()
     near = near_duplicates(left.rows, right.rows, 0.8)
@@ -108,7 +108,7 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
 
 
 def of_folder(folder: Path) -> None:
-    """Print what every file of a folder holds."""
+    """Print the counts of every file of a folder."""
     for path in sorted(
         path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".csv")
     ):

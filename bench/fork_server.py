@@ -2,8 +2,8 @@
 
     python bench/fork_server.py PROJECT BASE_MODEL [--repeat 3] [--set num_train_epochs=1]
 
-Prints the seconds of the step in a fresh process, and in one that is forked from a server whose
-imports are done. Exits with 1 if the two adapters differ in a single bit.
+Prints the seconds of the step in a fresh process, and in a process forked from a server that has
+finished its imports. Exits with 1 if the two adapters differ in a single bit.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Tokens/s and peak memory of a rank with DDP and with FSDP: LoRA SFT on a random Llama shape.
+"""Measure LoRA SFT with DDP and with FSDP on a random Llama shape: tokens/s and peak memory.
 
     python bench/fsdp.py                 # 8B, all GPUs of this machine
     python bench/fsdp.py --layers 80 --hidden 8192 --intermediate 28672 --heads 64
     python bench/fsdp.py --layers 2 --hidden 64 --intermediate 128 --heads 4 --kv-heads 2 \\
         --vocabulary 512 --ranks 2       # on a CPU
 
-Both run as in a project: launcher, step, memory plan. The disk must have space for the weights in
-bf16 (8B: 16 GB). The peak is the first rank's; a way that does not fit prints its refusal. The
-first steps are not counted.
+Both run like in a project, with launcher, step and memory plan. The disk must have space for the
+weights in bf16 (8B: 16 GB). The peak is that of the first rank. A variant that does not fit prints
+its refusal. The measurement excludes the first steps.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def write_weights(shape: LlamaShape, folder: Path) -> None:
         model = LlamaForCausalLM(llama_config(shape))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     index: dict[str, str] = {}
-    (folder / "model.safetensors").unlink()  # a header without numbers
+    (folder / "model.safetensors").unlink()  # a header without weights
     for file, weights in itertools.groupby(
         model.state_dict().items(),
         lambda pair: f"model-{pair[0].rpartition('.layers.')[2].split('.')[0]}.safetensors",
@@ -67,7 +67,7 @@ def write_weights(shape: LlamaShape, folder: Path) -> None:
 
 
 def measure(way: str, base: Path, rows: Path, given: argparse.Namespace) -> str:
-    """Train one way and return its line of the table."""
+    """Train one variant and return its line of the table."""
     home = Path(tempfile.mkdtemp())
     (home / "output").mkdir()
     sft = {

@@ -3,10 +3,10 @@
     pip install atheris
     python bench/fuzz_readers.py <folder for the corpus> -max_total_time=600
 
-An empty folder is filled with small files of each kind first. Options after the folder are
-libFuzzer's. The first byte of an input chooses the file's ending, the second the format of its
-rows, the third the encoding. The rest is the file, or (BUILT) decides which JSON is built from
-known keys and values, which would seldom occur byte by byte.
+The script first fills an empty folder with small files of each kind. Options after the folder are
+libFuzzer's. The first byte of an input chooses the suffix of the file, the second the format of its
+rows, and the third the encoding. The rest is the file. With BUILT, the rest instead chooses a JSON
+value of known keys and values, because random bytes seldom form one.
 """
 
 import bz2
@@ -45,8 +45,8 @@ PACKERS = {
     ".bz2": bz2.compress,
     ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
 }
-# Inputs named `packed` are compressed here, so that a change reaches their content; the others are
-# compressed bytes.
+# This script compresses the inputs named `packed`, so that a mutation reaches their content. The
+# others are compressed bytes.
 BUILT = "built"
 ENDINGS = [
     *[
@@ -158,7 +158,7 @@ def built_row(given: "atheris.FuzzedDataProvider") -> dict[str, Any]:
 
 
 def built(given: "atheris.FuzzedDataProvider", depth: int) -> Any:
-    """Return a JSON value: a known one, a list, an object, a talk of known turns, or any text."""
+    """Return a known JSON value, a list, an object, a conversation of known turns, or any text."""
     kind = given.ConsumeIntInRange(0, 7)
     if kind == 0 and depth < 5:
         return [built(given, depth + 1) for _ in range(given.ConsumeIntInRange(0, 4))]
@@ -175,7 +175,7 @@ def built(given: "atheris.FuzzedDataProvider", depth: int) -> Any:
 
 
 def one(data: bytes) -> None:
-    """Read one input as a file of rows; what is neither a row nor an error of ours is a finding."""
+    """Read one input as a file of rows. Anything but a row or our error is a finding."""
     if len(data) < 3:
         return
     ending, packed = ENDINGS[data[0] % len(ENDINGS)]

@@ -3,8 +3,8 @@
     python bench/generation.py [8b | <folder of a snapshot>] [rows] [new tokens]
 
 All variants answer the same prompts greedily with an active LoRA adapter. `8b` is the shape of an
-8B Llama with random weights: speed does not depend on their values, and nothing stops early.
-Tokens/s count new tokens alone.
+8B Llama with random weights. The speed does not depend on their values, and no answer stops early.
+Tokens/s count new tokens only.
 """
 
 import sys
@@ -48,7 +48,7 @@ def adapted(model: Any) -> Any:
 
 
 class Pad:
-    """What generation needs of a tokenizer."""
+    """The part of a tokenizer that generation needs."""
 
     pad_token_id = 0
 
@@ -57,7 +57,7 @@ class Pad:
 
 
 def prompts(rows: int, vocabulary: int) -> list[list[int]]:
-    """Return prompts that share 100 tokens (a system turn) and go on for 20 to 220 more."""
+    """Return prompts of 100 shared tokens (a system turn) and 20 to 220 of their own."""
     chance = torch.Generator().manual_seed(0)
     shared = torch.randint(10, vocabulary, (100,), generator=chance).tolist()
     lengths = torch.randint(20, 221, (rows,), generator=chance).tolist()
@@ -150,7 +150,7 @@ def main(which: str, rows: int, new: int) -> None:
         f"120–320 tokens, {new} new tokens each\n"
     )
     print("| variant | tokens/s | against naive | peak GiB |\n|---|---|---|---|")
-    with torch.no_grad():  # not inference_mode: generate_batch has a thread of its own
+    with torch.no_grad():  # not inference_mode: generate_batch has its own thread
         ours(None, rows if gpu else 2)  # warm up
         base = timed("naive: one prompt at a time", naive, None)
         timed("this project, its own choice", lambda: ours(None), base)

@@ -1,4 +1,4 @@
-"""Packed and fused training against plain training, on this machine's kernels."""
+"""Compare packed and fused training with plain training, on the kernels of this machine."""
 
 import time
 from typing import Any
@@ -128,7 +128,7 @@ def _check_recompute(shape: LlamaShape, texts: list[list[int]]) -> float:
 
 
 def matmul_tflops() -> float:
-    """Measure the TFLOP/s of a large bf16 matrix product; 0 without a GPU."""
+    """Measure the TFLOP/s of a large bf16 matrix product. Return 0 without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Tokens/s, MFU and peak memory of SFT on one GPU: plain TRL, and ft_assets with its choices.
+"""Measure SFT with plain TRL and with ft_assets on one GPU: tokens/s, MFU and peak memory.
 
     python bench/gpu_training.py                  # 8B Llama shape with random weights
     python bench/gpu_training.py --memory         # and predicted against measured peaks
@@ -6,10 +6,10 @@
     python bench/gpu_training.py --check          # only: packed and fused against plain
 
 Plain TRL is the reference: QLoRA NF4 with packing, sdpa and checkpointing, 4 x 4 packs of 1,024
-tokens. Ours is `train_sft` itself (plan, proof, trainer); only the weights are random instead of
-read from a disk. Equal everywhere: about 16 x 1,024 tokens in an optimizer step, targets q, k, v,
-o, r 16, the dropout. Each way runs in a process of its own. With --unsloth, which has dropout 0,
-ours also runs with dropout 0. DIR holds unsloth with the trl and datasets that it needs.
+tokens. Ours is `train_sft` itself (plan, proof, trainer), with random weights that are not read
+from a disk. All have about 16 x 1,024 tokens in an optimizer step, targets q, k, v and o, r 16, and
+the same dropout. Each setup runs in its own process. With --unsloth, which has dropout 0, ours also
+runs with dropout 0. DIR has unsloth with the trl and datasets that it needs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from random_base import SHAPES
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """Measure one way in this process and print its result as JSON."""
+    """Measure one setup in this process and print its result as JSON."""
     import torch
 
     torch.set_num_threads(min(8, torch.get_num_threads()))
@@ -51,7 +51,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace, way: Way) -> Result:
-    """Measure one way in a process of its own."""
+    """Measure one setup in its own process."""
     command = [sys.executable, __file__, "--job", json.dumps(dataclasses.asdict(way))]
     command += ["--steps", str(arguments.steps), "--dropout", str(arguments.dropout)]
     command += ["--shape", arguments.shape]
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, way: Way) -> Result:
 
 
 def ways_of(arguments: argparse.Namespace) -> list[tuple[str, Way]]:
-    """Return the ways to measure: plain TRL first, then those whose name matches --only."""
+    """Return the setups to measure: plain TRL first, then those whose name matches --only."""
     ways: list[tuple[str, Way]] = []
     if arguments.unsloth:
         ways += [(f"unsloth, {name}", way) for name, way in UNSLOTH.items()]
@@ -89,7 +89,7 @@ def ways_of(arguments: argparse.Namespace) -> list[tuple[str, Way]]:
 
 
 def print_speed(arguments: argparse.Namespace, machine: Result) -> None:
-    """Print a line of tokens/s, MFU and memory for each way."""
+    """Print a line of tokens/s, MFU and memory for each setup."""
     from ft_assets.training.flops import flops_per_token, peak_flops
     from ft_assets.training.memory_plan.model_shape import shape_of
 

@@ -1,9 +1,9 @@
-"""The setups that bench/gpu_training.py measures, and how each one trains in its own process.
+"""Define the setups of bench/gpu_training.py, and train each in its own process.
 
-unsloth is loaded by its own `FastLanguageModel.from_pretrained`, packs with TRL and has dropout 0.
-Its fast attention needs an argument that torch has since 2.12; `grouped_heads` adds it to torch
-2.11. The count of attention kernels in one more step is part of the result: without the fast path
-there are thousands of cuDNN's.
+unsloth loads with its own `FastLanguageModel.from_pretrained`, packs with TRL and has dropout 0.
+Its fast attention needs an argument that is new in torch 2.12. `grouped_heads` adds it to torch
+2.11. The result has the count of attention kernels in one extra step. Without the fast path, there
+are thousands of cuDNN kernels.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any, Literal, TypedDict
 from random_base import LONGEST, LlamaShape, documents, random_base, snapshot
 
 STEP_ROWS = 80  # conversations in an optimizer step
-WARM = 4  # steps that are not counted
+WARM = 4  # steps before the measurement
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ class Way:
 
 
 class Result(TypedDict, total=False):
-    """The measurements of a way. Memory in GB of 1e9 bytes; `spread`: of single steps, relative."""
+    """The measurements of a setup.
+
+    Memory is in GB of 1e9 bytes. `spread` is the relative spread of single steps.
+    """
 
     machine: str
     torch: str
@@ -303,7 +306,7 @@ ATTENTION = {
 
 
 def attention_kernels(profiler: Any) -> dict[str, int]:
-    """Return how often each kind of attention kernel ran on the GPU."""
+    """Return the number of runs of each kind of attention kernel on the GPU."""
     counts = dict.fromkeys(ATTENTION, 0)
     for row in profiler.key_averages():
         kind = next((kind for kind, part in ATTENTION.items() if part in row.key), None)
@@ -313,7 +316,7 @@ def attention_kernels(profiler: Any) -> dict[str, int]:
 
 
 def unsloth_model(folder: Path, shape: LlamaShape, way: Way) -> Any:
-    """Load the model with unsloth, its weights random, with unsloth's adapter."""
+    """Load the model with unsloth, with random weights and unsloth's adapter."""
     import torch
     from transformers import AutoModelForCausalLM
     from unsloth import FastLanguageModel  # type: ignore[import-not-found]
@@ -365,7 +368,7 @@ def plain(way: Way, steps: int, dropout: float, shape: LlamaShape) -> Result:
     from trl import SFTConfig, SFTTrainer
 
     class Stamps(TrainerCallback):
-        """The time of each step; the step after the last is profiled instead."""
+        """The time of each step. The step after the last is profiled instead."""
 
         def __init__(self) -> None:
             self.stamps: list[float] = []

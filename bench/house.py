@@ -2,7 +2,7 @@
 
     python bench/house.py [FOLDER]
 
-The limits are in ft_assets_tests/test_house.py, which holds them.
+ft_assets_tests/test_house.py has the limits and tests them.
 """
 
 import argparse
@@ -36,8 +36,7 @@ class Shape:
 
 
 def shape_of(folder: Path) -> Shape:
-    """Return the counts of a folder: `dict[str, Any]`, lines above 100 columns, functions above 60
-    lines."""
+    """Count `dict[str, Any]`, lines above 100 columns and functions above 60 lines."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))]
     lines = [line for text in texts for line in text.splitlines()]
     sizes = [

@@ -2,9 +2,9 @@
 
     python bench/kill_matrix.py [sft] [dpo] [full]
 
-The results must be equal bit for bit. Real child processes, SIGKILL at a patched call (nothing
-sleeps), dropout on, a tiny random Llama on the CPU. `full` is SFT of all weights. Prints a table;
-the exit code is 1 if a line is wrong.
+The results must be equal bit for bit. The script trains a tiny random Llama on the CPU, with
+dropout, in real child processes. It kills them with SIGKILL at a patched call, without any sleep.
+`full` is SFT of all weights. The script prints a table. Its exit code is 1 if a line is wrong.
 """
 
 import json
@@ -21,7 +21,7 @@ from ft_assets_tests.factories import make_tiny_model
 from ft_assets_tests.kill_points import run
 from ft_assets_tests.training import same, sft
 
-# point, at which of its calls
+# the point, and the number of the call
 COMMON = [
     ("load", 1),
     ("before the first step", 1),

@@ -7,10 +7,11 @@ The base is a random Llama in bf16.
     # 2.5 GB of base: also PEFT's merge, compared bit by bit
     python bench/merge.py --shape 1b --peft
 
-Copies and merges alternate. Each runs in its own process, whose peak memory is read at its end. The
-page cache is dropped before each run if this process has the permission (root); else the table
-states that it was not. Each run ends with an fsync of its files. Then every tensor is compared with
-W + s·BA computed in fp32 from the files: the largest error, in roundings to bf16.
+Copies and merges alternate. Each runs in its own process, and its peak memory is read at its end.
+The script drops the page cache before each run if it has the permission (root). Otherwise the table
+states that the cache was not dropped. Each run ends with an fsync of its files. Then the script
+compares every tensor with W + s·BA, computed in fp32 from the files, and prints the largest error
+in roundings to bf16.
 """
 
 import argparse
@@ -60,7 +61,7 @@ SYNC = """import os, sys, pathlib
 for path in pathlib.Path(sys.argv[3]).glob('*.safetensors'):
     with path.open('rb') as file: os.fsync(file.fileno())
 """
-# VmHWM, not getrusage: ru_maxrss is inherited from the process that started this one.
+# VmHWM, not getrusage: a process inherits ru_maxrss from its parent.
 PEAK = """line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))
 print(int(line.split()[1]) * 1024 / 1e9)
 """
@@ -250,7 +251,7 @@ def main() -> None:
 def run(
     ways: dict[str, str], arguments: argparse.Namespace, base: Path, adapter: Path
 ) -> tuple[dict[str, list[float]], dict[str, float], bool]:
-    """Run each way in turn; return the seconds, the peak GB, and if the page cache was dropped."""
+    """Run each variant in turn; return its seconds, peak GB, and True if the cache was dropped."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     peaks: dict[str, float] = dict.fromkeys(ways, 0.0)
     cold = True
@@ -258,7 +259,7 @@ def run(
         for way, code in ways.items():
             output = arguments.folder / way
             for other in ways:
-                # With PEFT the outputs of both merges are compared at the end.
+                # With PEFT, the end of the run compares the outputs of both merges.
                 if other != way and not (arguments.peft and other != "cp"):
                     shutil.rmtree(arguments.folder / other, ignore_errors=True)
             cold = drop_cache() and cold

@@ -30,7 +30,10 @@ STEPS = 7
 
 
 class EmptyStep(LocalLauncher):
-    """A launcher with an empty child process: its own time and the start of Python remain."""
+    """A launcher with an empty child process.
+
+    Its time is that of the launcher and of the start of Python.
+    """
 
     def command(self, job_file: Path, job: Job) -> list[str]:
         write = "import sys; open(sys.argv[1], 'w').write('{\"metrics\": {}, \"parts\": {}}')"
@@ -38,7 +41,7 @@ class EmptyStep(LocalLauncher):
 
 
 def chain(work: Callable[[Path], None]) -> list[dg.AssetsDefinition]:
-    """Return STEPS assets, each of which needs the one before."""
+    """Return a chain of STEPS assets: each needs the asset before it."""
 
     def asset(index: int) -> dg.AssetsDefinition:
         @dg.asset(name=f"step_{index}", deps=[f"step_{index - 1}"] if index else [])
@@ -115,7 +118,7 @@ def in_process(definitions: dg.Definitions) -> None:
 
 
 def made_in(folder: Path) -> float:
-    """Return the seconds in which the current artifacts of a project were made."""
+    """Return the seconds that the current artifacts of a project took."""
     project = load_project(folder / "finetune.yaml")
     store = ArtifactStore(project.store_path)
     total = 0.0

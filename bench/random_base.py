@@ -1,4 +1,4 @@
-"""Base models of a Llama shape with random weights, and documents for them; for the GPU benches."""
+"""Make base models of a Llama shape with random weights, and documents, for the GPU benches."""
 
 import json
 import random

@@ -4,10 +4,10 @@
     python bench/real.py persona <jsonl file> <project folder>
     cd <project folder> && ft run && ft report
 
-banking77: customer questions of a bank, one of 77 intents. The published test rows are the held-out
-file, without those whose text is also in train. persona: statements answered Yes or No. One part
-trains SFT, another DPO (chosen: the answer that matches the trait), a third is held out. Retention
-and rehearsal are the demo's.
+banking77 has customer questions of a bank, each with one of 77 intents. The held-out file has the
+published test rows, without those whose text is also in train. persona has statements that are
+answered with Yes or No. One part trains SFT, a second part trains DPO, and a third is held out. The
+chosen answer of a pair matches the trait. Retention and rehearsal are the demo's.
 """
 
 import csv
@@ -87,7 +87,7 @@ def banking77(source: Path, folder: Path) -> None:
     write(folder / "data/few_shot.jsonl", [turns(*row) for row in shown])
 
     def near(label: str) -> str:
-        """Return another label, one that begins alike if there is one."""
+        """Return a different label, if possible with the same beginning."""
         alike = [
             other
             for other in labels

@@ -2,11 +2,10 @@
 
     python bench/scale.py <folder with .jsonl/.json/.csv files> [10000 100000 1000000]
 
-N conversations go through raw_dataset -> chat_dataset -> heldout_split. They are those of the
-folder's files, repeated; in each repetition about a third of the prompt's words is drawn anew, so
-that they are not copies of each other. Memory is the resident set of all processes of the run
-together, shared pages counted once (PSS), sampled twice a second. Each size runs in a fresh project
-with the demo's base model.
+N conversations go through raw_dataset -> chat_dataset -> heldout_split. They repeat those of the
+folder's files. Each repetition draws about a third of the prompt's words anew, so that no two are
+copies. Memory is the sum of the resident sets of all processes of the run, sampled twice a second.
+Shared pages count once (PSS). Each size runs in a fresh project with the demo's base model.
 """
 
 import json
@@ -34,7 +33,7 @@ REPLACED = 0.35
 
 
 def real(folder: Path) -> list[dict[str, Any]]:
-    """Return the conversations of all files that hold some."""
+    """Return the conversations of all files that have any."""
     rows = []
     for path in sorted(
         path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".csv")

@@ -3,7 +3,7 @@
     python bench/templates.py <folder of .jinja files> [page]
 
 The tokenizer is SmolLM2's, with each template's markers as added special tokens. Generation stops
-at the template's own end of an answer, as with the template's own model.
+at the template's own end of an answer, like with the template's own model.
 """
 
 import argparse
@@ -130,7 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def prepared(base: Any, template: str) -> tuple[Any, frozenset[int]]:
-    """Return a tokenizer with the template, its markers, BOS and EOS; and its stop tokens."""
+    """Return a tokenizer with the template, its markers, BOS and EOS, and its stop tokens."""
     tokenizer = copy.deepcopy(base)
     tokenizer.chat_template = template
     tokenizer.add_special_tokens({"bos_token": "<BOS>", "eos_token": "<EOS>"})
@@ -171,7 +171,7 @@ def _end_of_call(tokenizer: Any) -> int | None:
 
 
 def helped(base: Any, template: str, row: dict[str, Any]) -> str | None:
-    """Return the settings of `chat` under which a refused conversation is proven, and how."""
+    """Return the `chat` settings that prove a refused conversation, and the kind of proof."""
     kwargs = [{name: False} for name in SWITCHES if reads(template, name)] + (
         [{"reasoning_effort": "none"}] if reads(template, "reasoning_effort") else []
     )
@@ -189,7 +189,7 @@ def helped(base: Any, template: str, row: dict[str, Any]) -> str | None:
 
 
 def outcome(renderer: Renderer, row: dict[str, Any]) -> str:
-    """Return `proven`, how, or `refused: why`."""
+    """Return `proven` with the kind of proof, or `refused` with the reason."""
     done = renderer.train([row])[0]
     if isinstance(done, ProofFailed):
         return f"refused: {done}"

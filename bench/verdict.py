@@ -1,9 +1,10 @@
-"""Error rates of the verdict: draws of held-out scores with a known truth, judged by its own code.
+"""Measure the error rates of the verdict, on draws of held-out scores with a known truth.
 
     python bench/verdict.py [draws]
 
-Each line is one truth. A PASS is false if the candidate is not better. Power is the share of PASS
-if it is better by exactly the difference that the report calls detectable with these rows.
+The verdict's own code judges each draw. Each line is one truth. A PASS is false if the candidate is
+not better. Power is the share of PASS if the candidate is better by exactly the difference that the
+report calls detectable with these rows.
 """
 
 import sys
@@ -109,7 +110,7 @@ def main(draws: int) -> None:
             one = partial(verdict, n=n, gain=gain, kind=kind, gate=gate, candidates=candidates)
             some = draws * (
                 5 if "can show" in truth else 1
-            )  # ±1.3 % at 1,000 draws would not tell 79 from 80
+            )  # ±1.3 % at 1,000 draws cannot separate 79 from 80
             found = list(pool.map(one, range(some), chunksize=25))
             passed, failed = found.count(PASS) / some, found.count(FAIL) / some
             print(
