@@ -23,6 +23,7 @@ COMMANDS = [
     "run",
     "status",
     "report",
+    "explain",
     "chat",
     "release",
     "export",
@@ -31,7 +32,7 @@ COMMANDS = [
     "doctor",
     "ui",
 ]
-JSON = [["plan"], ["status"], ["report"], ["gc"], ["doctor"], ["release"], ["export"]]
+JSON = [["plan"], ["status"], ["report"], ["explain"], ["gc"], ["doctor"], ["release"], ["export"]]
 
 
 def complete(words: str) -> list[str]:
@@ -179,7 +180,7 @@ def test_interrupt_ends_the_command_and_not_only_the_base_model_of_now(project: 
             break
     said = "".join([*lines, process.stderr.read()])
     assert process.wait() == 130
-    assert "interrupted: a training goes on" in said
+    assert "interrupted: a training resumes from its last checkpoint" in said
     assert "\ntiny-too" not in said
     assert "Traceback" not in said
 

@@ -274,7 +274,10 @@ def test_manifest_holds_all_that_is_set_over_the_template_and_no_secret(
     assert [item["key"] for item in pod["tolerations"]] == ["spot", "gpu"]
     assert (pod["serviceAccountName"], pod["nodeSelector"]) == ("trainer", {"gpu": "a100"})
     judge = manifest(
-        job.model_copy(update={"step": "evaluate"}), job.work / "job.json", given, tmp_path
+        job.model_copy(update={"step": "evaluate", "distributed": False}),
+        job.work / "job.json",
+        given,
+        tmp_path,
     )
     assert (
         judge["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]

@@ -34,14 +34,16 @@ def dpo_adapter(
     """
     store, name = materializer.store, context.partition_key
     chosen = materializer.project.recipe(name)
+    base = store.need("base_model", name)
+    adapter = store.need("lora_adapter", name)
     split = store.need("heldout_split", name)
     pairs = ("preferences", "preferences_validation")
     artifact, reused = materializer.materialize(
         context,
         identity={"lora": chosen.lora.model_dump(mode="json"), "dpo": chosen.dpo.decisive()},
         inputs={
-            "base_model": (store.need("base_model", name), None),
-            "lora_adapter": (store.need("lora_adapter", name), None),
+            "base_model": (base, None),
+            "lora_adapter": (adapter, None),
             **{f"heldout_split#{part}": (split, part) for part in pairs},
         },
         step=dpo.Settings(

@@ -30,12 +30,13 @@ def lora_adapter(
     """
     store, name = materializer.store, context.partition_key
     chosen = materializer.project.recipe(name)
+    base = store.need("base_model", name)
     split = store.need("heldout_split", name)
     artifact, reused = materializer.materialize(
         context,
         identity={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.decisive()},
         inputs={
-            "base_model": (store.need("base_model", name), None),
+            "base_model": (base, None),
             **{f"heldout_split#{part}": (split, part) for part in ("train", "validation")},
         },
         step=sft.Settings(

@@ -1,5 +1,6 @@
 """Commands on artifacts: report, explain, chat, release, export, serve."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -51,6 +52,9 @@ def explain(
     base: Annotated[
         str | None, typer.Option("--base", help="Base model; the first by default.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list of questions with their answers.")
+    ] = False,
 ) -> None:
     """Answer five questions about fine-tuning with the numbers of the current run."""
     from ft_assets.commands.explain import explain as sections_of
@@ -59,7 +63,11 @@ def explain(
     project = load_project()
     name = base or next(iter(project.base_models))
     project.base_model(name)
-    show(sections_of(project, name))
+    sections = sections_of(project, name)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(section) for section in sections], indent=1))
+        return
+    show(sections)
 
 
 @app.command()
