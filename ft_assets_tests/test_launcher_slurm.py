@@ -181,7 +181,7 @@ def test_one_task_judges_and_options_of_sbatch_win(finished: Path, tmp_path: Pat
     )
     assert "--no-requeue" not in options
     assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:1"} < set(
-        several.options(job.model_copy(update={"step": "evaluate"}))
+        several.options(job.model_copy(update={"step": "evaluate", "distributed": False}))
     )
 
 

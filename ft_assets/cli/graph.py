@@ -77,9 +77,8 @@ def run(
         outcomes.append(outcome_of(name, outcome))
     board = dg.AssetKey("leaderboard")
     shown = len(names) > 1 or open_store(project).current("leaderboard", None) is not None
-    if (
-        failed and board in keys and shown
-    ):  # what failed must stand in it, and skipped it in its own run
+    # The leaderboard must list what failed, and a failed run skips it.
+    if failed and board in keys and shown:
         job.execute_in_process(
             instance=instance,
             asset_selection=[board],

@@ -72,7 +72,8 @@ def prove_adapters_act(
             if name in getattr(layer, "lora_A", {})
         ]
         with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-            in_file = sum(key.endswith("lora_A.weight") for key in file.keys())  # noqa: SIM118  (safe_open is not a mapping)
+            keys = list(file.keys())
+        in_file = sum(key.endswith("lora_A.weight") for key in keys)
         model.set_adapter(name)
         after = model(input_ids=ids, logits_to_keep=1).logits.float()
         change = float((after - before).abs().max())

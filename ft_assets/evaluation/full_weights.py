@@ -62,7 +62,8 @@ class FullWeights:
         shapes: dict[str, tuple[int, ...]] = {}
         for file_path in sorted(path.glob("*.safetensors")):
             with safe_open(file_path, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                for key in file.keys():  # noqa: SIM118
+                    shapes[key] = tuple(file.get_slice(key).get_shape())
         tied = (
             set(self._base._tied_weights_keys or ())
             if self._base.config.get_text_config().tie_word_embeddings

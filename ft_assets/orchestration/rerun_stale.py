@@ -97,7 +97,7 @@ class StaleGraph:
         ]
 
     def remembered(self, steps: Sequence[PlannedStep], partition: str | None) -> Request:
-        """Return what the sensor remembers of a request of these steps."""
+        """Return the record that the sensor keeps of a request of these steps."""
         settings = self.project.model_dump(mode="json", exclude=DECIDES_NOTHING)
         own = self.project.base_models[partition].model_dump(mode="json") if partition else None
         libraries = {kind: library_versions(kind) for kind in LIBRARIES}

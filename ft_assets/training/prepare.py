@@ -251,7 +251,8 @@ class WholeSteps:
             and num_items_in_batch is not None
         )
         if not own or self.aux_loss_enabled or inputs["input_ids"].device.type not in self.quiet_on:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            plain = super().compute_loss  # type: ignore[misc]
+            return plain(model, inputs, return_outputs, num_items_in_batch)
         outputs = fused_head(model, **{**inputs, "use_cache": False})
         loss = -outputs.log_probs.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
         if self.args.average_tokens_across_devices:

