@@ -45,6 +45,7 @@ def overlay(tmp_path: Path) -> Path:
     return package.parent
 
 
+@pytest.mark.graph
 def test_asset_of_the_recipe_is_materialized_by_its_step_and_checked(
     overlay: Path, project: Path
 ) -> None:

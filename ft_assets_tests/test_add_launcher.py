@@ -79,6 +79,7 @@ def test_recipe_names_exactly_the_files_that_change(overlay: Path) -> None:
     assert set(steps) == changed
 
 
+@pytest.mark.graph
 def test_step_runs_by_the_new_launcher(overlay: Path, project: Path) -> None:
     edit(project, launcher={"kind": "echo", "word": "hi"})
     done = ft(overlay, project, "run", "--asset", "base_model")

@@ -518,6 +518,7 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, Chec
     return look_at
 
 
+@pytest.mark.slow
 def test_doctor_finds_nothing_wrong_with_a_right_project(project: Path) -> None:
     done = ft(project, "doctor", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -564,6 +565,7 @@ def test_doctor_of_a_broken_yaml(
     assert not [name for name in checks if name.startswith("data.")]
 
 
+@pytest.mark.slow
 def test_doctor_without_a_project_and_with_a_broken_yaml_exits_with_1(
     tmp_path: Path, project: Path
 ) -> None:
@@ -653,6 +655,7 @@ def source_check(
     return next(check for check in json.loads(done.stdout) if check["name"] == "tiny: source")
 
 
+@pytest.mark.slow
 def test_doctor_asks_the_hub(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

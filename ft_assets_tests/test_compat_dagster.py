@@ -120,6 +120,7 @@ def test_run_without_a_code_location_is_refused(instance: dg.DagsterInstance) ->
         hooks.write_run(hooks.LaunchRunContext(dagster_run=run, workspace=None), instance)
 
 
+@pytest.mark.slow
 def test_worker_executes_the_run_that_it_is_given(tmp_path: Path) -> None:
     """A process that executes a run, as the worker does: the job writes a file."""
     (tmp_path / "jobs.py").write_text(JOBS)

@@ -91,6 +91,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_real_base_speaks_and_stops_by_itself(snapshot: Path) -> None:
     from ft_assets.inference.generation import generate
     from ft_assets.models.loading import load_base, load_tokenizer, stop_ids

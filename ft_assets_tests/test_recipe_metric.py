@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[1] / "ft_assets"
 RECIPE = PACKAGE.parent / "CONTRIBUTING.md"
 USE = """
@@ -61,6 +63,7 @@ def code_of_the_recipe() -> str:
     return re.sub(r"^   ", "", block[1], flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_metric_of_the_recipe_is_validated_scored_and_judged(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "ft_assets", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "ft_assets/metrics/length_error.py").write_text(code_of_the_recipe())
