@@ -100,7 +100,9 @@ def _entry(materializer: Materializer, name: str) -> Entry:
     if report is None:
         return failed_entry(name, why_not_judged(materializer, name))
     numbers = EvalReport.read(report.path / "report.json")
-    rows = pq.read_table(report.path / "rows.parquet", columns=["candidate", "id"]).to_pylist()
+    # Not pq.read_table, which imports pyarrow.dataset and with it pandas.
+    with pq.ParquetFile(report.path / "rows.parquet") as table:
+        rows = table.read(columns=["candidate", "id"]).to_pylist()
     ids = [row["id"] for row in rows if row["candidate"] == "base"]
     costs = _costs(materializer, name, report)
     stale = _stale(materializer, name, numbers.bound_to)
