@@ -145,7 +145,7 @@ def _lora(facts: Facts) -> Section:
         answer.append(
             f"In your base, the first target is {inputs:,} × {outputs:,}: at r = {facts.lora.r} "
             f"that is {one:,} numbers, {one / (inputs * outputs):.2%} of the matrix. "
-            "All targets of all layers have "
+            "All targets of all layers have"
             f" {trained.trainable_parameters:,}, which is "
             f"{trained.trainable_percent:.2f}% of the model with its adapter."
         )
