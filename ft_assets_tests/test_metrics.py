@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from ft_assets.config import EvaluationSettings, JudgeSettings
-from ft_assets.errors import EvaluationError
+from ft_assets.config import EvaluationSettings, JudgeSettings, load_project
+from ft_assets.errors import ConfigError, EvaluationError
 from ft_assets.evaluation.answer_scores import retention_scores, score_answers
 from ft_assets.evaluation.behaviour import refusal_pattern, repetition
 from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.user_function import load_function, user_scores
+from ft_assets_tests.factories import edit
 
 
 def test_text_metrics_are_one_score_a_row_and_equal_their_libraries() -> None:
@@ -246,6 +247,13 @@ def test_json_objects_are_compared_field_by_field() -> None:
     [
         ({"metrics": ["chrff"]}, r"not one of rouge, bleu, chrf; did you mean 'chrf'\?"),
         ({"retention_metric": "regex"}, r"not one of exact, rouge1, rouge2, rougeL, bleu, chrf"),
+        ({"regex": "(yes|no"}, "regex\n.*is not a regular expression: missing \\)"),
+        ({"refusals": ["fine", "[a"]}, r"refusals\.1\n.*is not a regular expression: untermin"),
+        ({"refusals": ["fine", "(?i)nein"]}, "is not a regular expression: global flags not at"),
+        ({"labels": ["no", "No."]}, "'no' and 'No.' are one label"),
+        ({"labels": ["caf\u00e9", "cafe\u0301"]}, "are one label"),
+        ({"labels": ["yes", "."]}, r"the label '\.' has no letter, digit or symbol"),
+        ({"json_fields": ["a", "b", "a"]}, "'a' is there twice"),
         ({"python": "no_function"}, "python is written module:function"),
         ({"python": {"function": "no_function"}}, "python is written module:function"),
         ({"python": {"function": "a:b", "higher": True}}, "Extra inputs are not permitted"),
@@ -254,6 +262,20 @@ def test_json_objects_are_compared_field_by_field() -> None:
 def test_wrong_metric_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         EvaluationSettings(**settings)
+
+
+def test_margin_of_a_bounded_metric_is_below_1(project: Path) -> None:
+    edit(project, gate={"metrics": {"exact": "better", "loss": 1.5}})
+    load_project(project / "finetune.yaml")
+    edit(project, gate={"metrics": {"exact": 1.0}})
+    with pytest.raises(ConfigError, match=r"gate\.metrics\.exact: the margin is 1, and scores"):
+        load_project(project / "finetune.yaml")
+
+
+def test_broken_regex_is_refused_when_the_file_is_read(project: Path) -> None:
+    edit(project, evaluation={"regex": "(yes|no", "metric": "regex"})
+    with pytest.raises(ConfigError, match=r"finetune\.yaml: evaluation\.regex: '\(yes\|no'"):
+        load_project(project / "finetune.yaml")
 
 
 def test_user_metric_may_be_a_loss_and_its_short_form_is_kept() -> None:

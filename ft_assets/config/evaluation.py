@@ -1,19 +1,32 @@
 """`evaluation:` and `gate:` of finetune.yaml: what is measured, and what a PASS needs."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from ft_assets.config.section import Section
 from ft_assets.errors import nearest
 from ft_assets.metrics import Metric, Option, registered
 from ft_assets.metrics.judge import JudgeSettings
+from ft_assets.metrics.label import normal_label
 from ft_assets.metrics.user_function import UserMetric
 
 
 def _require_one_of(name: str, known: list[str]) -> None:
     if name not in known:
         raise ValueError(f"not one of {', '.join(known)}; {nearest(name, known)}")
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 def _python_form(value: Any) -> str:
@@ -41,7 +54,7 @@ class EvaluationSettings(Section):
         default=None, description="File with a JSON schema the answer must meet: metric `schema`."
     )
     metrics: list[str] = Field(default=[], description="Further metrics: rouge, bleu, chrf, …")
-    regex: str | None = Field(
+    regex: Pattern | None = Field(
         default=None, description="The whole answer must match it: metric `regex`."
     )
     labels: list[str] = Field(
@@ -80,7 +93,7 @@ class EvaluationSettings(Section):
     train_rows: int = Field(
         default=32, ge=1, description="Train rows whose loss is compared with the held-out loss."
     )
-    refusals: list[str] = Field(
+    refusals: list[Pattern] = Field(
         default=[], description="Regular expressions of a refusal, besides the English ones."
     )
     seed: int = 42
@@ -135,6 +148,36 @@ class EvaluationSettings(Section):
         for entry in entries:
             _require_one_of(entry, list(known))
         return entries
+
+    @field_validator("refusals")
+    @classmethod
+    def _compile_as_one(cls, patterns: list[str]) -> list[str]:
+        _compiles("|".join(("", *patterns)))  # as behaviour.py joins them
+        return patterns
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: list[str]) -> list[str]:
+        known: dict[str, str] = {}
+        for label in labels:
+            normal = normal_label(label)
+            if not normal:
+                raise ValueError(f"{label!r} is only blanks, quotes, and full stops")
+            if normal in known:
+                raise ValueError(
+                    f"{known[normal]!r} and {label!r} are one label: case, blanks, quotes and a "
+                    "final full stop do not count"
+                )
+            known[normal] = label
+        return labels
+
+    @field_validator("json_fields")
+    @classmethod
+    def _fields_differ(cls, fields: list[str]) -> list[str]:
+        twice = next((name for name in fields if fields.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} is there twice")
+        return fields
 
     @field_validator("retention_metric")
     @classmethod

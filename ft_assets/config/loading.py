@@ -86,8 +86,16 @@ def load_project(path: Path | None = None) -> Project:
 
 
 def _check_goals(path: Path, project: Project, name: str) -> None:
-    known = project.recipe(name).evaluation.metric_names()
-    for metric in project.gate.metrics:
+    measured = {metric.name: metric for metric in project.recipe(name).evaluation.measured()}
+    known = list(measured)
+    for metric, goal in project.gate.metrics.items():
+        if metric in measured and measured[metric].bounded and goal != "better" and goal >= 1:
+            raise ConfigError(
+                where=f"{path}: gate.metrics.{metric}",
+                found=f"the margin is {goal:g}, and scores of {metric} are between 0 and 1",
+                expected="a margin below 1: no model is worse by 1 or more",
+                fix="write the margin as a share, e.g. 0.05 for five points in a hundred",
+            )
         if metric not in known:
             raise ConfigError(
                 where=f"{path}: gate.metrics.{metric}",

@@ -1,5 +1,7 @@
 """Metrics of an answer that must be one of a closed set of labels."""
 
+import unicodedata
+
 from ft_assets.errors import EvaluationError
 from ft_assets.metrics.registry import Metric
 
@@ -38,8 +40,9 @@ def choice(
 
 
 def normal_label(text: str) -> str:
-    """Return a label without case, outer blanks, quotes and a final full stop."""
-    return " ".join(text.casefold().split()).strip("\"'. ")
+    """Return a label in NFC, without case, outer blanks, quotes and a final full stop."""
+    composed = unicodedata.normalize("NFC", text.casefold())
+    return " ".join(composed.split()).strip("\"'. ")
 
 
 def _require_labels(references: list[str], labels: list[str]) -> None:

@@ -3,5 +3,5 @@ tokens that are the most likely ones. inference/losses.py computes both in one f
 
 from ft_assets.metrics.registry import Metric
 
-Metric("loss", higher_is_better=False, always=True, of_answer=False).register()
+Metric("loss", higher_is_better=False, bounded=False, always=True, of_answer=False).register()
 Metric("token_accuracy", always=True, of_answer=False).register()

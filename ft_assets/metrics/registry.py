@@ -17,6 +17,8 @@ class Metric:
     name: the column of the score.
     higher_is_better: False for a loss.
     binary: each score is 0 or 1.
+    bounded: each score is in [0, 1], and the best answer has 1 (0 if lower is better). False for a
+    loss and for a user's own function.
     needs_reference: the function takes the references besides the answers.
     config: the key of `evaluation:` that switches the metric on; the function gets its value.
     entry: without `config`, the entry of `evaluation.metrics` that switches it on; by default the
@@ -30,6 +32,7 @@ class Metric:
     name: str
     higher_is_better: bool = True
     binary: bool = False
+    bounded: bool = True
     needs_reference: bool = True
     config: str | None = None
     entry: str | None = None

@@ -32,7 +32,11 @@ class UserMetric(BaseModel):
     def descriptor(self) -> Metric:
         """Return the descriptor of the metric."""
         return Metric(
-            self.name, higher_is_better=self.higher_is_better, config="python", of_answer=False
+            self.name,
+            higher_is_better=self.higher_is_better,
+            bounded=False,
+            config="python",
+            of_answer=False,
         )
 
 
