@@ -352,3 +352,17 @@ def test_order_changes_neither_rows_nor_versions(place: Workplace, tmp_path: Pat
         other.out / "info/near_duplicates.parquet"
     )
     assert set(NEAR_DUPLICATE.schema.names) == {"kind", "side", "id", "of", "similarity"}
+
+
+def test_judged_rows_that_belong_together_have_one_cluster(place: Workplace) -> None:
+    rows = [talk(words(number)) for number in range(60)]
+    family = [talk(words(900), f"answer {number}") for number in range(3)]
+    near = talk(" ".join([*words(900, 30).split()[:-1], "other"]))
+    retention = [*family, talk(words(900, 30)), near, talk(words(901))]
+    counts = place.split(rows, {"heldout": [*family, talk(words(902))], "retention": retention})
+    assert (counts["heldout_rows"], counts["heldout_groups"]) == (4, 2)
+    assert (counts["retention_rows"], counts["retention_groups"]) == (6, 3)
+    kept = {row["id"]: row["cluster"] for row in read_table(place.out / "retention.parquet")}
+    assert len({kept[row["id"]] for row in family}) == 1
+    assert kept[near["id"]] == kept[retention[3]["id"]] != kept[family[0]["id"]]
+    assert "cluster" not in read_table(place.out / "train.parquet")[0]

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ft_assets.config import DataSettings
-from ft_assets.data.near_duplicates import NearIndex, Rows, boilerplate, in_order, near_within
+from ft_assets.data.clusters import Clusters
+from ft_assets.data.near_duplicates import (
+    MAX_CANDIDATES,
+    NearIndex,
+    Rows,
+    boilerplate,
+    in_order,
+    near_within,
+)
 from ft_assets.data.ngrams import GramIndex, grams
 from ft_assets.data.tables import Table
 from ft_assets.rows.types import CopyKind, CopyRow, MemberRow, TextRow
@@ -120,6 +128,19 @@ def within(sides: Mapping[str, Rows], data: DataSettings, common: Common) -> lis
         for name, rows in sides.items()
         for match in near_within(rows, data.near_duplicate, common.triples)
     ]
+
+
+def clusters(rows: Rows, data: DataSettings) -> dict[str, str]:
+    """Return the cluster of each row. Rows of one group, or nearly the same, have one cluster.
+
+    Only the rows themselves decide, so other data change no cluster.
+    """
+    found = Clusters(rows)
+    if data.near_duplicate:
+        index = NearIndex(rows, data.near_duplicate, boilerplate(rows))
+        for one, other, _ in index.matches(rows, MAX_CANDIDATES):
+            found.join(one, other)
+    return found.names()
 
 
 def overlaps(**sides: Iterable[MemberRow]) -> list[Overlap]:

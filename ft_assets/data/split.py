@@ -18,8 +18,9 @@ from typing import Any, cast
 import pyarrow as pa
 
 from ft_assets.config import DataSettings
-from ft_assets.data.leakage import Common, common_features, find_copies, within
+from ft_assets.data.leakage import Chain, Common, clusters, common_features, find_copies, within
 from ft_assets.data.tables import (
+    JUDGED,
     NEAR_DUPLICATE,
     TOKENIZED,
     TOKENIZED_PREFERENCE,
@@ -28,6 +29,7 @@ from ft_assets.data.tables import (
     TableWriter,
     rows_of,
     select,
+    with_cluster,
     write_table,
 )
 from ft_assets.errors import DataError
@@ -134,8 +136,10 @@ def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> S
     }
     pairs = Side(tables["preferences"], rules.validation_pair)
     rules.validation_pairs = len(pairs) >= MIN_VALIDATION_PAIRS
-    sources, strata, versions = _write(tables, output, rules)
+    judged = _judged(rules, tables)
+    sources, strata, versions = _write(tables, output, rules, judged)
     counts: dict[str, int | str | None] = {**_counts(sources)}
+    counts |= {f"{name}_groups": len(set(side.values())) for name, side in judged.items()}
     _require_rows(counts, tables["conversations"])
     counts["near_duplicates_removed"] = sum(map(len, rules.removed.values()))
     counts["first_near_duplicate"] = (
@@ -175,6 +179,20 @@ def _find_copies(
     return find_copies(trained, held_out, rules.data, common), common
 
 
+def _judged(rules: _Rules, tables: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """Return the cluster of each row of the judged sides: {side: {id: cluster}}."""
+    sides = {
+        "heldout": Chain(
+            [
+                Side(tables["conversations"], rules.held_out),
+                Side(tables["heldout"], _whole),
+            ]
+        ),
+        "retention": Side(tables["retention"], _whole),
+    }
+    return {name: clusters(rows, rules.data) for name, rows in sides.items()}
+
+
 def _members(path: Path) -> Table[MemberRow]:
     return Table(path, MEMBERSHIP)
 
@@ -183,8 +201,12 @@ def _every(_: MemberRow) -> bool:
     return True
 
 
+def _whole(row: MemberRow) -> bool:
+    return bool(row.get("judged"))
+
+
 def _write(
-    tables: dict[str, Path], output: Path, rules: _Rules
+    tables: dict[str, Path], output: Path, rules: _Rules, judged: dict[str, dict[str, str]]
 ) -> tuple[Counter[tuple[str, str | None]], Strata, dict[str, str]]:
     """Write each row to its side.
 
@@ -196,13 +218,16 @@ def _write(
         writers: dict[str, TableWriter[Any]] = {}
         for name in SIDES:
             layout: Layout[Any] = TOKENIZED_PREFERENCE if name in PAIRS else TOKENIZED
+            layout = JUDGED if name in judged else layout
             writers[name] = stack.enter_context(TableWriter(output / f"{name}.parquet", layout))
         for source, path in tables.items():
             for batch in Table(path).batches():
                 members = _members_of(batch)
                 chosen = [rules.side(source, row) for row in members]
                 for name in dict.fromkeys(name for name in chosen if name):
-                    writers[name].copy(batch.filter(pa.array([entry == name for entry in chosen])))
+                    part = batch.filter(pa.array([entry == name for entry in chosen]))
+                    part = with_cluster(part, judged[name]) if name in judged else part
+                    writers[name].copy(part)
                 sources.update((source, name) for name in chosen)
                 _count_strata(strata, members, chosen)
         versions = {name: writer.version for name, writer in writers.items()}

@@ -82,6 +82,10 @@ TOKENIZED = Layout(
         ]
     ),
 )
+# The held-out and the retention side also have clusters.
+JUDGED = Layout(
+    TokenizedRow, TOKENIZED.schema.insert(len(DATA_COLUMNS), pa.field("cluster", pa.string()))
+)
 TOKENIZED_PREFERENCE = Layout(
     PairRow,
     pa.schema(
@@ -308,6 +312,20 @@ def select(
     """
     values = batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
     return batch.filter(pa.array([wanted(row) for row in values], pa.bool_()))
+
+
+def with_cluster(batch: pa.RecordBatch, clusters: Mapping[str, str]) -> pa.RecordBatch:
+    """Return a batch of JUDGED with the cluster of each row, which its digest covers."""
+    names = [clusters[identity] for identity in batch.column("id").to_pylist()]
+    digests = [
+        hashlib.sha256(f"{digest}:{name}".encode()).hexdigest()[:32]
+        for digest, name in zip(batch.column("digest").to_pylist(), names, strict=True)
+    ]
+    columns = {name: batch.column(name) for name in batch.schema.names}
+    columns |= {"cluster": pa.array(names, pa.string()), "digest": pa.array(digests, pa.string())}
+    return pa.RecordBatch.from_arrays(
+        [columns[name] for name in JUDGED.schema.names], schema=JUDGED.schema
+    )
 
 
 def _batched(rows: Iterable[RowT]) -> Iterator[list[RowT]]:

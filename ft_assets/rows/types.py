@@ -108,9 +108,12 @@ class TokenizedRow(DataRow, TokenSequence):
     """A conversation in the model's own template.
 
     `judged`: a whole conversation that ends in an answer. Only such a row can be held out.
+    `cluster`: only of a held-out or retention row. Rows with the same text are not independent:
+    they share a group, or one is nearly the other.
     """
 
     judged: bool
+    cluster: NotRequired[str]
 
 
 class PairRow(DataRow):
