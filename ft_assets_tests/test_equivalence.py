@@ -22,10 +22,11 @@ from ft_assets.evaluation.candidate_proofs import load_candidates
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.scorer import Scorer, Task
-from ft_assets.merging import verify
+from ft_assets.merging import agreement, verify
+from ft_assets.merging.audit import Audit
 from ft_assets.merging.file_verdict import require_same
 from ft_assets.merging.merge import merge
-from ft_assets.merging.verify import Proof, prove
+from ft_assets.merging.verify import Answers, Proof, prove
 from ft_assets.models.loading import load_tokenizer, stop_ids
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, materialize
@@ -150,7 +151,7 @@ def test_numbers_do_not_depend_on_the_pieces_they_are_computed_in(
 ) -> None:
     merged = bench.merge()
     whole = bench.prove(merged).metrics()
-    monkeypatch.setattr(verify, "POSITIONS", 1)
+    monkeypatch.setattr(agreement, "POSITIONS", 1)
     assert bench.prove(merged).metrics() == pytest.approx(whole, rel=1e-5)
 
 
@@ -158,7 +159,7 @@ def test_rows_beyond_the_scratch_space_are_counted_as_not_compared(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = bench.task.heldout[0]
-    monkeypatch.setattr(verify, "LOGITS_BYTES", 3 * 4 * 400 * sum(row["supervised"]))
+    monkeypatch.setattr(agreement, "LOGITS_BYTES", 3 * 4 * 400 * sum(row["supervised"]))
     numbers = bench.prove(bench.merge()).metrics()
     assert 1 <= numbers["compared_rows"] < numbers["heldout_rows"] == 12
     assert not list(bench.scratch.glob("*.f32"))
@@ -315,21 +316,83 @@ def test_answers_alone_would_not_have_caught_a_dropped_module(
     assert numbers["kl_mean"] > 0
 
 
-def test_two_tokens_that_bf16_cannot_tell_apart_are_a_tie_and_counted(
+def compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: Any, ours: Any, dtype: Any
+) -> agreement.LogitAgreement:
+    """Compare logits (tokens, V) as those of one row."""
+    monkeypatch.setattr(agreement, "answer_logits", lambda model, row: torch.tensor(ours))
+    torch.tensor(theirs).numpy().tofile(tmp_path / "logits")
+    return agreement.compare_logits(SimpleNamespace(dtype=dtype), [{}], tmp_path / "logits")
+
+
+def test_two_tokens_within_two_roundings_of_bf16_are_a_tie_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Near a logit of 20, bf16 steps are 0.125 wide.
 
-    Four positions: the same token, a tie, a real difference, and a gap wider than one step.
+    Five positions: the same token, two ties, a real difference, and a gap wider than two steps in
+    one of the models.
     """
-    theirs = torch.tensor([[20.0, 1.0], [20.0, 19.875], [20.0, 19.0], [20.0, 19.75]])
-    ours = torch.tensor([[20.0, 1.0], [19.875, 20.0], [19.0, 20.0], [19.75, 20.0]])
-    monkeypatch.setattr(verify, "answer_logits", lambda model, row: ours)
-    for dtype, ties in ((torch.bfloat16, 1), (torch.float32, 0)):
-        theirs.numpy().tofile(tmp_path / "logits")
-        numbers = verify.compare_logits(SimpleNamespace(dtype=dtype), [{}], tmp_path / "logits")
-        assert (numbers.top1_ties, numbers.top1_agreement) == (ties, (1 + ties) / 4)
-        assert numbers.compared_tokens == 4
+    theirs = [[20.0, 1.0], [20.0, 19.875], [20.0, 19.75], [20.0, 19.0], [20.0, 19.75]]
+    ours = [[20.0, 1.0], [19.875, 20.0], [19.75, 20.0], [19.0, 20.0], [19.5, 20.0]]
+    for dtype, ties in ((torch.bfloat16, 2), (torch.float32, 0)):
+        numbers = compared(tmp_path, monkeypatch, theirs, ours, dtype)
+        assert (numbers.top1_ties, numbers.top1_agreement) == (ties, (1 + ties) / 5)
+        assert numbers.compared_tokens == 5
+
+
+@pytest.mark.parametrize(("equal", "of", "published"), [(63, 64, True), (60, 64, False)])
+def test_only_a_proven_disagreement_of_proven_weights_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equal: int, of: int, published: bool
+) -> None:
+    """63 of 64 tokens may be an agreement of 0.99; 60 of 64 may not, whatever the weights are."""
+    theirs = [[20.0, 1.0]] * of
+    ours = [[20.0, 1.0]] * equal + [[1.0, 20.0]] * (of - equal)
+    logits = compared(tmp_path, monkeypatch, theirs, ours, torch.bfloat16)
+    assert logits.top1_agreement == equal / of
+    proof = Proof(Audit(modules=14, adapter_modules=14), [], Answers(logits, 1.0, 32, 0, []))
+    if published:
+        require_same(proof, GateSettings(), "merged_model[tiny]")
+        return
+    with pytest.raises(VerdictError, match=r"agreement 0\.9375 .* on 64 tokens") as refused:
+        require_same(proof, GateSettings(), "merged_model[tiny]")
+    assert "rounding does not explain" in refused.value.fix
+    lost = replace(proof, weights=replace(proof.weights, update_error=0.8))
+    with pytest.raises(VerdictError) as refused:
+        require_same(lost, GateSettings(), "merged_model[tiny]")
+    assert "rounding to the file's format loses up to 80%" in refused.value.fix
+
+
+def test_short_answers_are_compared_on_general_prompts_too(bench: Bench, finished: Path) -> None:
+    split = artifact(finished, "heldout_split")
+    general = read_table(split / "retention.parquet")
+    task = replace(bench.task, retention=with_references(load_tokenizer(bench.base), general))
+    numbers = replace(bench, task=task).prove(bench.merge()).metrics()
+    assert numbers["compared_rows"] == 12
+    assert numbers["compared_general_rows"] == len(general)  # all of them are still few
+    answers = [*bench.task.heldout, *general]
+    assert numbers["compared_tokens"] == sum(sum(row["supervised"]) for row in answers)
+    assert numbers["top1_low"] < numbers["top1_agreement"] == numbers["top1_high"] == 1
+
+
+def test_right_files_that_are_loaded_wrongly_are_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The audit reads tensors. A loader that drops one of them gives a model of other answers."""
+    load = verify.load_base
+    merged = bench.merge()
+
+    def loaded(folder: Path) -> Any:
+        model = load(folder)
+        if folder == merged:
+            torch.nn.init.normal_(model.lm_head.weight)
+        return model
+
+    monkeypatch.setattr(verify, "load_base", loaded)
+    proof = bench.prove(merged)
+    assert proof.faults == []
+    with pytest.raises(VerdictError, match="every tensor is base \\+ update, but"):
+        require_same(proof, GateSettings(), "merged_model[tiny]")
 
 
 def test_a_published_file_that_is_damaged_later_does_not_answer(copy: Path) -> None:

@@ -18,10 +18,12 @@ from ft_assets.evaluation.report_model import Difference, EvalReport, Verdict
 from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.scorer import Task
 from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, judge, quality
+from ft_assets.merging.agreement import LogitAgreement
 from ft_assets.merging.merge import MergeBase
 from ft_assets.merging.verify import Proof
 
 MAX_FAULTS = 3  # in an error message
+LOST_UPDATE = 0.5  # of a module's update: more than this explains other answers
 ONTO = {
     "original": "onto the original weights",
     "dequantized": "onto the NF4 round trip of the base",
@@ -93,22 +95,52 @@ class Evaluated:
 
 
 def require_same(proof: Proof, gate: GateSettings, where: str) -> None:
-    """Raise VerdictError unless the merged model is the judged one."""
+    """Raise VerdictError unless the merged model is the judged one.
+
+    The weights and the tokenizer must be proven. The agreement of the answers must not be proven to
+    be below `gate.min_top1_agreement`: where the compared tokens cannot tell, the file's own score
+    on the held-out rows decides (judge_files).
+    """
+    faults = proof.faults
+    if faults:
+        hidden = len(faults) - MAX_FAULTS
+        named = "; ".join(faults[:MAX_FAULTS]) + (f" (and {hidden} more)" if hidden > 0 else "")
+        raise VerdictError(
+            where=where,
+            found=f"the merged model is not what was proven: {named}",
+            expected="the base's tensors plus the adapter's update, the base's tokenizer and "
+            "template",
+            fix="nothing was published; this is a bug in ft_assets: please report it",
+        )
     least = gate.min_top1_agreement
-    faults = list(proof.faults)
-    # Not agreement < least: that is False for NaN.
-    if proof.answers is not None and not proof.answers.logits.top1_agreement >= least:
-        faults.append(f"top-1 agreement {proof.answers.logits.top1_agreement:.4f}")
-    if not faults:
-        return
-    hidden = len(faults) - MAX_FAULTS
-    more = f" (and {hidden} more)" if hidden > 0 else ""
-    raise VerdictError(
+    # Not high < least: that is False for NaN.
+    if proof.answers is not None and not proof.answers.logits.top1_high >= least:
+        raise _other_answers(proof.answers.logits, proof.weights.update_error, least, where)
+
+
+def _other_answers(
+    found: LogitAgreement, update_error: float, least: float, where: str
+) -> VerdictError:
+    """Return the error of a file whose tensors are right and whose answers are others."""
+    if update_error > LOST_UPDATE:
+        fix = (
+            f"nothing was published: rounding to the file's format loses up to {update_error:.0%} "
+            "of a module's update; train a stronger adapter (more steps, a higher learning rate), "
+            "or lower gate.min_top1_agreement: the file's own score on the held-out rows is "
+            "judged in any case"
+        )
+    else:
+        fix = (
+            "nothing was published; the files are right, and rounding does not explain other "
+            "answers: please report it with the versions of transformers and peft"
+        )
+    return VerdictError(
         where=where,
-        found=f"the merged model is not what was proven: {'; '.join(faults[:MAX_FAULTS])}{more}",
-        expected="the base's tensors plus the adapter's update, the base's tokenizer and template, "
-        f"top-1 agreement of at least {least}",
-        fix="nothing was published; this is a bug in ft_assets: please report it",
+        found="every tensor is base + update, but the merged model is not what was proven: top-1 "
+        f"agreement {found.top1_agreement:.4f} [{found.top1_low:.4f}, {found.top1_high:.4f}] on "
+        f"{found.compared_tokens} tokens",
+        expected=f"an agreement that may be {least}, as gate.min_top1_agreement requires",
+        fix=fix,
     )
 
 

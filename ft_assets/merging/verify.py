@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig
 
@@ -19,14 +17,18 @@ from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.evaluation.candidate_proofs import template_mismatches
 from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.scorer import Scorer, Task
+from ft_assets.merging.agreement import (
+    LogitAgreement,
+    compare_logits,
+    texts_to_compare,
+    write_logits,
+)
 from ft_assets.merging.audit import Audit, audit
-from ft_assets.merging.merge import MergeBase, require_space
+from ft_assets.merging.merge import MergeBase
 from ft_assets.merging.nf4 import simulate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.rows.types import Message, TokenizedRow
 
-LOGITS_BYTES = 4_000_000_000  # of fp32 logits on disk; rows beyond are not compared, and counted
-POSITIONS = 64  # compared at once: 64 x 128k logits are 33 MB in fp32
 PROBE: list[Message] = [
     {"role": "user", "content": "Ein Döner für 5 €, naïve?\n\n  2 + 2 = <b>4</b> 🦊"},
     {"role": "assistant", "content": "Yes."},
@@ -44,32 +46,18 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"
 
 
 @dataclass(frozen=True)
-class LogitAgreement:
-    """The agreement of the merged model's logits with those of base + adapter.
-
-    top1_agreement: the share of positions with the same most likely token, ties of two included.
-    kl_mean: KL(adapter || merged), in nats per position. logit_difference_mean, _max: of |Δlogit|.
-    """
-
-    top1_agreement: float
-    top1_ties: int
-    kl_mean: float
-    logit_difference_mean: float
-    logit_difference_max: float
-    compared_tokens: int
-
-
-@dataclass(frozen=True)
 class Answers:
     """The merged model's behaviour on the held-out rows; `rows` are its scored rows.
 
     greedy_agreement: the share of its greedy answers that equal those of the evaluation.
-    compared_rows: the rows whose logits had room in the scratch file.
+    compared_rows: the held-out rows whose logits had room in the scratch file. general_rows: the
+    general prompts that were compared besides, because the held-out answers are short.
     """
 
     logits: LogitAgreement
     greedy_agreement: float
     compared_rows: int
+    general_rows: int
     rows: list[ScoredRow]
 
 
@@ -99,6 +87,7 @@ class Proof:
                 "greedy_agreement": self.answers.greedy_agreement,
                 "same_tokenizer_and_template": not self.faults,
                 "compared_rows": self.answers.compared_rows,
+                "compared_general_rows": self.answers.general_rows,
                 "heldout_rows": len(self.answers.rows),
             }
         return {
@@ -129,7 +118,7 @@ def prove(
     faults = tokenizer_faults(snapshot, merged, task.heldout)
     logits = scratch / "logits.f32"
     try:
-        weights, compared = _reference(snapshot, adapter, merged, task.heldout, logits, base)
+        weights, compared = _reference(snapshot, adapter, merged, task, logits, base)
         if weights.faults:
             return Proof(weights, faults + weights.faults, None)
         model = load_base(merged)
@@ -140,14 +129,18 @@ def prove(
     scorer = Scorer(model, load_tokenizer(merged), stop_ids(merged), task)
     rows = scorer.heldout(task.heldout, base_rows)
     equal = [float(row.answer == before.answer) for row, before in zip(rows, judged, strict=True)]
-    return Proof(weights, faults, Answers(agreement, statistics.fmean(equal), len(compared), rows))
+    judged_ids = {row["id"] for row in task.heldout}
+    heldout = sum(row["id"] in judged_ids for row in compared)
+    greedy = statistics.fmean(equal)
+    answers = Answers(agreement, greedy, heldout, len(compared) - heldout, rows)
+    return Proof(weights, faults, answers)
 
 
 def _reference(
     snapshot: Path,
     adapter: Path,
     merged: Path,
-    rows: Sequence[TokenizedRow],
+    task: Task,
     logits: Path,
     base: MergeBase,
 ) -> tuple[Audit, list[TokenizedRow]]:
@@ -155,6 +148,7 @@ def _reference(
 
     Returns the audit and the rows that had room in the file; [] if the audit found faults.
     """
+    rows = texts_to_compare(task)
     if not (adapter / "adapter_config.json").exists():  # full fine-tuning: these are all weights
         weights = audit(adapter, snapshot, merged)
         return weights, [] if weights.faults else write_logits(load_base(adapter), rows, logits)
@@ -164,82 +158,6 @@ def _reference(
     tuned = PeftModel.from_pretrained(model, str(adapter))
     weights = audit(tuned, snapshot, merged, base == "dequantized")
     return weights, [] if weights.faults else write_logits(tuned, rows, logits)
-
-
-@torch.inference_mode()
-def answer_logits(model: Any, row: TokenizedRow) -> torch.Tensor:
-    """Compute the logits that predict a tokenized row's supervised tokens: (tokens, V), fp32."""
-    model.eval()
-    ids = torch.tensor([row["input_ids"]], device=model.device)
-    flags = row["supervised"]
-    first = flags.index(True)
-    logits = model(input_ids=ids, logits_to_keep=len(flags) - first + 1).logits[0, :-1]
-    return logits[torch.tensor(flags[first:], device=logits.device)].float().cpu()
-
-
-def write_logits(model: Any, rows: Sequence[TokenizedRow], path: Path) -> list[TokenizedRow]:
-    """Write the rows' logits to a file of raw fp32, at most LOGITS_BYTES; return the written rows.
-
-    The rows are taken in the order of their ids, which are hashes of content: a random sample.
-    """
-    vocabulary = model.config.get_text_config().vocab_size
-    used = 0
-    chosen = []
-    for row in sorted(rows, key=lambda row: row["id"]):
-        used += 4 * vocabulary * sum(row["supervised"])
-        if used > LOGITS_BYTES and chosen:
-            break
-        chosen.append(row)
-    require_space(path.parent, min(used, LOGITS_BYTES))
-    with path.open("wb") as file:
-        for row in chosen:
-            answer_logits(model, row).numpy().tofile(file)
-    return chosen
-
-
-def compare_logits(model: Any, rows: Sequence[TokenizedRow], path: Path) -> LogitAgreement:
-    """Compare a model's logits with those in the file, one row in memory at a time.
-
-    A position agrees if the most likely token is the same, or if the file's logits of the two
-    tokens are equal within the rounding of `model.dtype`: bf16 logits of 16 to 32 are 0.125 apart,
-    and which of two equally rounded logits comes first is chance. `top1_ties` counts the latter.
-    """
-    rounding = torch.finfo(model.dtype).eps
-    agree = ties = positions = count = 0
-    kl = difference = largest = 0.0
-    with path.open("rb") as file:
-        for row in rows:
-            ours = answer_logits(model, row)
-            raw = np.fromfile(file, dtype=np.float32, count=ours.numel())
-            theirs = torch.from_numpy(raw).reshape(ours.shape)
-            for left, right in zip(theirs.split(POSITIONS), ours.split(POSITIONS), strict=True):
-                first = left.argmax(-1, keepdim=True)
-                second = right.argmax(-1, keepdim=True)
-                top = left.gather(-1, first)
-                gap = top - left.gather(-1, second)
-                ties += int(((first != second) & (gap <= rounding * top.abs())).sum())
-                agree += int((first == second).sum())
-                kl += _kl(left, right)
-                apart = (left - right).abs()
-                difference += float(apart.double().sum())
-                largest = max(largest, float(apart.max()))
-                positions += len(left)
-                count += left.numel()
-    return LogitAgreement(
-        top1_agreement=(agree + ties) / positions,
-        top1_ties=ties,
-        kl_mean=kl / positions,
-        logit_difference_mean=difference / count,
-        logit_difference_max=largest,
-        compared_tokens=positions,
-    )
-
-
-def _kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """Sum KL(reference || logits) over positions, in nats; in fp64: a small KL cancels in fp32."""
-    before = reference.double().log_softmax(-1)
-    after = logits.double().log_softmax(-1)
-    return float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
 
 
 def tokenizer_faults(snapshot: Path, merged: Path, rows: Sequence[TokenizedRow]) -> list[str]:
