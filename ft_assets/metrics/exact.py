@@ -1,6 +1,7 @@
 """Exact match: of the stripped text, or of the JSON object that the task asks for."""
 
-from ft_assets.metrics.json_object import parse_object, reference_objects, right_fields
+from ft_assets.metrics.equality import same_json
+from ft_assets.metrics.json_object import parse_object, reference_objects
 from ft_assets.metrics.registry import Metric
 
 
@@ -13,6 +14,5 @@ def exact(answers: list[str], references: list[str], json_fields: list[str]) -> 
     scores = []
     for answer, expected in zip(answers, reference_objects(references, json_fields), strict=True):
         given = parse_object(answer)
-        complete = given is not None and set(given) == set(json_fields)
-        scores.append(float(complete and len(right_fields(given, expected)) == len(json_fields)))
+        scores.append(float(given is not None and same_json(given, expected)))
     return scores

@@ -1,8 +1,10 @@
 """Metrics of an answer that must be one strict JSON object with the keys of `json_fields`."""
 
 import json
+from typing import TypeGuard
 
 from ft_assets.errors import EvaluationError
+from ft_assets.metrics.equality import composed, same_json
 from ft_assets.metrics.registry import Metric
 from ft_assets.rows.types import Json, JsonObject
 
@@ -11,7 +13,7 @@ from ft_assets.rows.types import Json, JsonObject
 def valid_json(answers: list[str], json_fields: list[str]) -> list[float]:
     """Score 1 if the whole answer is a JSON object with exactly these keys."""
     parsed = [parse_object(answer) for answer in answers]
-    return [float(given is not None and set(given) == set(json_fields)) for given in parsed]
+    return [float(has_keys(given, json_fields)) for given in parsed]
 
 
 @Metric("field_f1", config="json_fields")
@@ -28,23 +30,27 @@ def field_f1(answers: list[str], references: list[str], json_fields: list[str]) 
 @Metric("field_{}", binary=True, config="json_fields", each=True)
 def field(answers: list[str], references: list[str], name: str) -> list[float]:
     """Score 1 if one field of the object has the expected value."""
-    pairs = zip(answers, map(json.loads, references), strict=True)
-    return [
-        float(name in right_fields(parse_object(answer), expected)) for answer, expected in pairs
-    ]
+    pairs = zip(map(parse_object, answers), map(parse_object, references), strict=True)
+    return [float(composed(name) in right_fields(given, wanted or {})) for given, wanted in pairs]
 
 
 def parse_json(text: str) -> tuple[bool, Json]:
     """Return (True, value) if the whole text is strict JSON, else (False, None).
 
-    Text around the JSON, a code fence or NaN is invalid.
+    Text around the JSON, a code fence, NaN, or a key that an object has twice is invalid.
     """
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def distinct(pairs: list[tuple[str, Json]]) -> JsonObject:
+        found = {composed(key): value for key, value in pairs}
+        if len(found) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
     try:
-        return True, json.loads(text, parse_constant=refuse)
+        return True, json.loads(text, parse_constant=refuse, object_pairs_hook=distinct)
     except (ValueError, RecursionError):
         return False, None
 
@@ -55,32 +61,31 @@ def parse_object(text: str) -> JsonObject | None:
     return value if isinstance(value, dict) else None
 
 
+def has_keys(given: JsonObject | None, json_fields: list[str]) -> TypeGuard[JsonObject]:
+    """Return True for an object with exactly these keys."""
+    return given is not None and set(given) == set(map(composed, json_fields))
+
+
 def right_fields(given: JsonObject | None, expected: JsonObject) -> set[str]:
-    """Return the keys of `expected` that the answer gives with the same value and type."""
+    """Return the keys of `expected` that the answer gives with an equal value."""
+    if given is None:
+        return set()
     return {
-        name
-        for name, value in expected.items()
-        if given is not None
-        and name in given
-        and type(given[name]) is type(value)
-        and given[name] == value
+        name for name, value in expected.items() if name in given and same_json(given[name], value)
     }
 
 
 def reference_objects(references: list[str], json_fields: list[str]) -> list[JsonObject]:
     """Parse the references. Raises EvaluationError unless each is an object with these keys."""
-    objects = []
+    objects: list[JsonObject] = []
     for index, reference in enumerate(references):
-        try:
-            value = json.loads(reference)
-        except json.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict) or set(value) != set(json_fields):
+        value = parse_object(reference)
+        if not has_keys(value, json_fields):
             raise EvaluationError(
                 where=f"held-out row {index}",
                 found=f"the reference is {reference[:80]!r}",
                 expected=f"a JSON object with the keys {', '.join(json_fields)}",
-                fix="correct the data, or evaluation.json_fields",
+                fix="correct the row, or evaluation.json_fields",
             )
         objects.append(value)
     return objects

@@ -1,8 +1,7 @@
 """Metrics of an answer that must be one of a closed set of labels."""
 
-import unicodedata
-
 from ft_assets.errors import EvaluationError
+from ft_assets.metrics.equality import composed
 from ft_assets.metrics.registry import Metric
 
 
@@ -41,8 +40,7 @@ def choice(
 
 def normal_label(text: str) -> str:
     """Return a label in NFC, without case, outer blanks, quotes and a final full stop."""
-    composed = unicodedata.normalize("NFC", text.casefold())
-    return " ".join(composed.split()).strip("\"'. ")
+    return " ".join(composed(text.casefold()).split()).strip("\"'. ")
 
 
 def _require_labels(references: list[str], labels: list[str]) -> None:
@@ -54,5 +52,5 @@ def _require_labels(references: list[str], labels: list[str]) -> None:
                 where=f"held-out row {index}",
                 found=f"the reference is {reference[:80]!r}",
                 expected=f"one of the {len(labels)} labels of evaluation.labels",
-                fix="correct the data, or evaluation.labels",
+                fix="correct the row, or evaluation.labels",
             )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ft_assets.errors import EvaluationError
+from ft_assets.metrics.equality import composed
 
 Function = TypeVar("Function", bound=Callable[..., list[float]])
 Option = Any  # the value of one key of `evaluation:`; each metric's function has its real type
@@ -61,8 +62,12 @@ class Metric:
         return replace(self, name=self.name.format(item), item=item)
 
     def score(self, answers: list[str], references: list[str], option: Option) -> list[float]:
-        """Score each answer. Raises EvaluationError unless there is one score for each."""
+        """Score each answer, in NFC as its reference.
+
+        Raises EvaluationError unless there is one score for each.
+        """
         assert self.function is not None and self.of_answer, f"{self.name} needs more than texts"
+        answers, references = (list(map(composed, texts)) for texts in (answers, references))
         texts = [answers, references] if self.needs_reference else [answers]
         options = [] if self.config is None else [self.item if self.each else option]
         scores = self.function(*texts, *options)
