@@ -21,7 +21,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["raw_dataset", "raw_preferences", "base_model", "recipe"],
     group="data",
     kinds=["huggingface", "parquet"],
-    code_version="4",
+    code_version="5",
     schema=TOKENIZED.schema,
     summary=_summary,
 )

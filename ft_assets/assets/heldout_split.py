@@ -9,6 +9,8 @@ from ft_assets.config import DataSettings
 from ft_assets.data.leakage import leaks
 from ft_assets.data.split import make_split
 from ft_assets.data.tables import TOKENIZED
+from ft_assets.evaluation.reachable import places, read_targets, unreachable
+from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
@@ -97,6 +99,32 @@ def nothing_leaks(checked: Checked) -> dg.AssetCheckResult:
             text += f", nor one that is {data.near_duplicate:.0%} alike"
     return dg.AssetCheckResult(
         passed=not found.sentences, description=text, metadata=dict(found.counts)
+    )
+
+
+@check(
+    heldout_split,
+    blocking=True,
+    description="An answer that equals its reference gets the best score, on every held-out row.",
+)
+def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
+    """Fail with the file and line of each reference that the evaluation's metrics cannot reach."""
+    project = checked.project
+    settings = project.recipe(checked.name).evaluation
+    targets = read_targets(checked.artifact.path / "heldout.parquet")
+    raw = checked.materializer.store.need("raw_dataset", None)
+    errors = unreachable(
+        targets,
+        settings,
+        project.gate,
+        read_schema(project, settings),
+        where=lambda ids: places(raw.path, ids),
+    )
+    text = f"each of {len(targets)} references has the best score against itself"
+    return dg.AssetCheckResult(
+        passed=not errors,
+        description="\n".join(map(str, errors)) or text,
+        metadata={"longest_reference_tokens": max((one.tokens for one in targets), default=0)},
     )
 
 

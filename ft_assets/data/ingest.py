@@ -96,11 +96,11 @@ def _row_text(row: RawRow) -> str:
 def _canonical(
     row: RawRow, form: Canonical, columns: dict[str, str], stratum: str | None
 ) -> DataRow:
-    """Return the canonical row, with the name of its file as `source`. Raises RowProblem."""
+    """Return the canonical row, with its file and line as `source`. Raises RowProblem."""
     if row.value is None:
         raise RowProblem(row.problem or "cannot be read")
     canonical: Any = form(renamed(row.value, columns) if columns else row.value)
-    canonical["source"] = row.where.rsplit(":", 1)[0].rsplit("[", 1)[0]
+    canonical["source"] = row.where
     if stratum is not None:
         value = row.value.get(stratum)
         if value is None or isinstance(value, dict | list):

@@ -29,6 +29,9 @@ from ft_assets.rows.types import (
 BATCH = 1000  # rows that are Python objects at the same time
 MODULUS = 2**128
 
+# Columns that no version counts: where a row came from, and what the base model decides.
+UNCOUNTED = ("source", "reference", "decoded", "digest")
+
 RowT = TypeVar("RowT", bound=Mapping[str, object])
 # A row as Arrow holds it: every column of the schema, None where the row has no value, JSON texts.
 ArrowRow = dict[str, Any]
@@ -78,6 +81,8 @@ TOKENIZED = Layout(
             ("judged", pa.bool_()),
             ("input_ids", IDS),
             ("supervised", pa.list_(pa.bool_())),
+            ("reference", pa.string()),
+            ("decoded", pa.string()),
             *DIGEST,
         ]
     ),
@@ -177,8 +182,10 @@ class TableWriter(Generic[RowT]):
             self._flush()
 
     def copy(self, batch: pa.RecordBatch) -> None:
-        """Add the rows of a batch of the same schema, unchanged."""
+        """Add the rows of a batch. A column that an older table does not have is null."""
         self._flush()
+        if batch.schema.names != self.schema.names:
+            batch = _completed(batch, self.schema)
         self._append(batch)
         self.rows += batch.num_rows
 
@@ -321,11 +328,23 @@ def with_cluster(batch: pa.RecordBatch, clusters: Mapping[str, str]) -> pa.Recor
         hashlib.sha256(f"{digest}:{name}".encode()).hexdigest()[:32]
         for digest, name in zip(batch.column("digest").to_pylist(), names, strict=True)
     ]
+    batch = _completed(batch, TOKENIZED.schema)
     columns = {name: batch.column(name) for name in batch.schema.names}
     columns |= {"cluster": pa.array(names, pa.string()), "digest": pa.array(digests, pa.string())}
     return pa.RecordBatch.from_arrays(
         [columns[name] for name in JUDGED.schema.names], schema=JUDGED.schema
     )
+
+
+def _completed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Return a batch with all columns of a schema. A column that it does not have is null."""
+    columns = [
+        batch.column(field.name)
+        if field.name in batch.schema.names
+        else pa.nulls(batch.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _batched(rows: Iterable[RowT]) -> Iterator[list[RowT]]:
@@ -345,11 +364,9 @@ def _stored(row: Mapping[str, object], schema: pa.Schema) -> ArrowRow:
 
 
 def _digest(encoded: ArrowRow) -> str:
-    """Return the digest of a stored row, without the name of the file it came from."""
+    """Return the digest of a stored row, without its UNCOUNTED columns."""
     content = {
-        key: value
-        for key, value in encoded.items()
-        if key not in ("source", "digest") and value is not None
+        key: value for key, value in encoded.items() if key not in UNCOUNTED and value is not None
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -373,7 +390,7 @@ def _encoded_turn(turn: Message) -> ArrowRow | Message:
 def _decoded(row: ArrowRow) -> ArrowRow:
     if row.get("messages") is not None:
         row["messages"] = [_decoded_turn(turn) for turn in row["messages"]]
-    for key in ("tools", "stratum"):
+    for key in ("tools", "stratum", "reference", "decoded"):
         if key in row and row[key] is None:
             del row[key]
     if "tools" in row:

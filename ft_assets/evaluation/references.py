@@ -1,11 +1,12 @@
 """The reference of each row, as text: what an answer is compared with.
 
-It is the content of the row's last message, unless that has tool calls. A call is compared as the
-model's own template writes it, decoded as answers are. Its content alone would be an empty text,
-which no answer equals.
+It is the content of the row's last message without special tokens, because the decoding of answers
+drops them too. A message with tool calls is compared as the model's own template writes them,
+decoded as answers are. Its content alone would be an empty text, which no answer equals.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ft_assets.rows.types import TokenizedRow
@@ -17,18 +18,57 @@ class ReferencedRow(TokenizedRow):
     reference: str
 
 
+class ReferenceTexts:
+    """Reads the reference of a tokenized row, and the text that its tokens decode to."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        special = [
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def columns(self, row: TokenizedRow) -> dict[str, str]:
+        """Return the columns `reference` and `decoded` of a row; see TokenizedRow."""
+        decoded = self.decoded(row)
+        content = row["messages"][-1]["content"].strip()
+        reference = self._reference(row, decoded)
+        columns = {"reference": reference} if reference != content else {}
+        return {**columns, "decoded": decoded} if decoded != reference else columns
+
+    def reference(self, row: TokenizedRow) -> str:
+        """Return the text that an answer is compared with."""
+        return self._reference(row, None)
+
+    def decoded(self, row: TokenizedRow) -> str:
+        """Return the reference's tokens, without the end of turn, decoded as answers are."""
+        begin, end = last_answer(row["supervised"])
+        tokens = row["input_ids"][begin : end - 1]
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def _reference(self, row: TokenizedRow, decoded: str | None) -> str:
+        answer = row["messages"][-1]
+        if answer.get("tool_calls"):
+            return self.decoded(row) if decoded is None else decoded
+        return self._special.sub("", answer["content"]).strip()
+
+
 def with_references(tokenizer: Any, rows: Iterable[TokenizedRow]) -> list[ReferencedRow]:
     """Return the tokenized rows, each with its `reference`."""
-    return [{**row, "reference": _reference(tokenizer, row)} for row in rows]
+    texts = ReferenceTexts(tokenizer)
+    return [{**row, "reference": row.get("reference") or texts.reference(row)} for row in rows]
 
 
-def _reference(tokenizer: Any, row: TokenizedRow) -> str:
-    answer = row["messages"][-1]
-    if not answer.get("tool_calls"):
-        return answer["content"]
-    end = len(row["supervised"]) - row["supervised"][::-1].index(True)
+def stored_reference(row: Mapping[str, Any]) -> str:
+    """Return the reference of a row that chat_dataset wrote; no tokenizer is needed."""
+    return row.get("reference") or row["messages"][-1]["content"].strip()
+
+
+def last_answer(supervised: list[bool]) -> tuple[int, int]:
+    """Return the (begin, end) of the last supervised run: the answer with its end of turn."""
+    end = len(supervised) - supervised[::-1].index(True)
     begin = end
-    while begin and row["supervised"][begin - 1]:
+    while begin and supervised[begin - 1]:
         begin -= 1
-    without_end_of_turn = row["input_ids"][begin : end - 1]
-    return tokenizer.decode(without_end_of_turn, skip_special_tokens=True).strip()
+    return begin, end

@@ -11,11 +11,13 @@ COLUMNS = {
     "messages": "The turns, as role and content. Tool calls are JSON. `train: false` marks answers "
     "that are context only.",
     "tools": "The available tools, as JSON.",
-    "source": "The file that the row comes from.",
+    "source": "The file and the line that the row comes from.",
     "digest": "Hash of the whole row. Content versions are made of it.",
     "judged": "True if the conversation is whole and ends in an answer. Only such a row can be "
     "held out.",
     "input_ids": "Tokens of the conversation in this model's own template.",
+    "reference": "The text that answers are compared with, where it is not the last message's.",
+    "decoded": "The text that the reference's tokens decode to, where it is not the reference.",
     "supervised": "The loss mask: True for the answers and their end of turn.",
 }
 

@@ -79,7 +79,7 @@ class DataRow(Conversation):
 
 
 class ConversationRow(DataRow):
-    """A row of the raw dataset; `source` is the file it came from."""
+    """A row of the raw dataset; `source` is the file and the line (or index) it came from."""
 
     source: str
 
@@ -92,7 +92,7 @@ class Preference(DataRow):
 
 
 class PreferenceRow(Preference):
-    """A row of the raw preferences; `source` is the file it came from."""
+    """A row of the raw preferences; `source` is the file and the line it came from."""
 
     source: str
 
@@ -110,10 +110,14 @@ class TokenizedRow(DataRow, TokenSequence):
     `judged`: a whole conversation that ends in an answer. Only such a row can be held out.
     `cluster`: only of a held-out or retention row. Rows with the same text are not independent:
     they share a group, or one is nearly the other.
+    `reference`: the text that answers are compared with, where it is not the last message's.
+    `decoded`: the text that the reference's tokens decode to, where it is not the reference.
     """
 
     judged: bool
     cluster: NotRequired[str]
+    reference: NotRequired[str]
+    decoded: NotRequired[str]
 
 
 class PairRow(DataRow):

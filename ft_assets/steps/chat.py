@@ -18,6 +18,7 @@ from ft_assets.data.tables import (
     Table,
     TableWriter,
 )
+from ft_assets.evaluation.references import ReferenceTexts
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.chat_template import date_of, reads
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
@@ -94,6 +95,7 @@ class RowRenderer:
         self, renderer: Renderer, max_length: int, refused: TableWriter[RejectedRow]
     ) -> None:
         self.renderer = renderer
+        self.texts = ReferenceTexts(renderer.tokenizer)
         self.max_length = max_length
         self.refused = refused
         self.first: str | None = None
@@ -113,7 +115,7 @@ class RowRenderer:
                 for sequence in rendered:
                     self.added.update(sequence.added)
                     if ledger.fits(sequence.supervised):
-                        table.write(_tokenized(row, sequence))
+                        table.write(self._tokenized(row, sequence))
         return ledger
 
     def preferences(self, path: Path, table: TableWriter[PairRow]) -> Ledger:
@@ -133,6 +135,24 @@ class RowRenderer:
                     if ledger.fits([False] * len(prompt) + [True] * longest):
                         table.write(_pair(row, prompt, better, worse))
         return ledger
+
+    def _tokenized(self, row: DataRow, sequence: Rendered) -> TokenizedRow:
+        """Return the row of a sequence: the conversation up to the turn that ends the sequence.
+
+        Only a whole conversation can be held out.
+        """
+        whole = sequence.turns == len(row["messages"])
+        tokenized: TokenizedRow = {
+            **row,
+            "id": row["id"] if whole else f"{row['id']}.{sequence.turns}",
+            "messages": row["messages"][: sequence.turns],
+            "judged": whole and row["messages"][-1]["role"] == "assistant",
+            "input_ids": sequence.input_ids,
+            "supervised": sequence.supervised,
+        }
+        if tokenized["judged"]:
+            tokenized.update(self.texts.columns(tokenized))
+        return tokenized
 
     def _counted(self, batches: Iterator[list[RowT]]) -> Iterator[list[RowT]]:
         for rows in batches:
@@ -154,22 +174,6 @@ def _answered(row: PreferenceRow, answer: str) -> Conversation:
     if "tools" in row:
         answered["tools"] = row["tools"]
     return answered
-
-
-def _tokenized(row: DataRow, sequence: Rendered) -> TokenizedRow:
-    """Return the row of a sequence: the conversation up to the turn that ends the sequence.
-
-    Only a whole conversation can be held out.
-    """
-    whole = sequence.turns == len(row["messages"])
-    return {
-        **row,
-        "id": row["id"] if whole else f"{row['id']}.{sequence.turns}",
-        "messages": row["messages"][: sequence.turns],
-        "judged": whole and row["messages"][-1]["role"] == "assistant",
-        "input_ids": sequence.input_ids,
-        "supervised": sequence.supervised,
-    }
 
 
 def _pair(row: DataRow, prompt: list[int], better: list[int], worse: list[int]) -> PairRow:

@@ -1,0 +1,211 @@
+"""Score each held-out reference against itself, as if a model had generated exactly its tokens.
+
+A row on which even the reference fails is a row on which no model can succeed. Its cause is in the
+data or in the settings, so it is found before any training. Needs no model and no tokenizer:
+chat_dataset stores the text that the reference's tokens decode to.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ft_assets.config import EvaluationSettings, GateSettings
+from ft_assets.data.tables import Table
+from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.references import last_answer, stored_reference
+from ft_assets.metrics import Metric, Option
+from ft_assets.rows.types import TokenizedRow
+
+COLUMNS = ["id", "messages", "supervised", "reference", "decoded"]
+SHOWN = 80  # characters of a text in a message
+PLACES = 5  # further rows that a message names
+ROUNDING = 1e-6  # sacrebleu's scores of equal texts are a rounding error below 1
+Where = Callable[[Sequence[str]], Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A held-out reference. decoded: the text of an answer with exactly its tokens.
+
+    tokens: the length of that answer with its end of turn.
+    """
+
+    id: str
+    reference: str
+    decoded: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is wrong with the rows `ids`, of which `found` describes the first."""
+
+    ids: list[str]
+    found: str
+    expected: str
+    fix: str
+
+
+def read_targets(heldout: Path) -> list[Target]:
+    """Read the references of a table that heldout_split wrote."""
+    return [target(row) for row in Table[TokenizedRow](heldout, COLUMNS)]
+
+
+def target(row: TokenizedRow) -> Target:
+    """Return the reference of a row."""
+    begin, end = last_answer(row["supervised"])
+    reference = stored_reference(row)
+    return Target(row["id"], reference, row.get("decoded") or reference, end - begin)
+
+
+def unreachable(
+    targets: Sequence[Target],
+    settings: EvaluationSettings,
+    gate: GateSettings,
+    schema: Option,
+    where: Where,
+) -> list[EvaluationError]:
+    """Return an error for each reason why references cannot be reached, with file and line.
+
+    schema: the parsed `evaluation.json_schema`. where: returns {row id: its file and line}.
+    """
+    judged = _judged(settings, gate)
+    problems = [*_too_long(targets, settings, gate, judged)]
+    told: set[tuple[str | None, str]] = set()  # a row is told once for each key of finetune.yaml
+    for metric in settings.measured():
+        if not metric.of_answer:
+            continue
+        option = schema if metric.config == "json_schema" else settings.option(metric)
+        known = [one for one in targets if (metric.config, one.id) not in told]
+        found = [*_below_the_best(metric, option, known, strict=metric in judged)]
+        told.update((metric.config, row) for problem in found for row in problem.ids)
+        problems += found
+    return [_error(problem, where) for problem in problems]
+
+
+def _judged(settings: EvaluationSettings, gate: GateSettings) -> list[Metric]:
+    """Return the metrics that must be reached: those of the verdict, and those with a key."""
+    goals = {settings.metric, *gate.metrics}
+    return [
+        metric
+        for metric in settings.measured()
+        if metric.name in goals or (metric.config and metric.of_answer and not metric.always)
+    ]
+
+
+def _too_long(
+    targets: Sequence[Target],
+    settings: EvaluationSettings,
+    gate: GateSettings,
+    judged: Iterable[Metric],
+) -> Iterator[_Problem]:
+    """Yield the rows whose reference is longer than an answer can be.
+
+    A truncated answer scores 0 by a metric of whole answers. A graded score of it is a score, but
+    the answer does not end by itself, which counts for `gate.min_stop_rate`.
+    """
+    limit = settings.max_new_tokens
+    longest = max((one.tokens for one in targets), default=0)
+    whole = [one.name for one in judged if one.of_answer and (one.binary or one.config)]
+    by_length = sorted(targets, key=lambda one: -one.tokens)
+    cut = [one for one in by_length if one.tokens - 1 > limit]
+    unended = [one for one in by_length if one.tokens > limit]
+    if whole and cut:
+        yield _Problem(
+            [one.id for one in cut],
+            f"the reference has {cut[0].tokens - 1} tokens",
+            f"at most evaluation.max_new_tokens, {limit}: {whole[0]} of a truncated answer is 0",
+            f"set evaluation.max_new_tokens to {longest}, the longest with its end of turn",
+        )
+    elif targets and 1 - len(unended) / len(targets) < gate.min_stop_rate:
+        yield _Problem(
+            [one.id for one in unended],
+            f"{len(unended)} of {len(targets)} references do not end within "
+            f"evaluation.max_new_tokens, {limit}",
+            f"at least the share gate.min_stop_rate, {gate.min_stop_rate:g}, that ends",
+            f"set evaluation.max_new_tokens to {longest}, the longest with its end of turn",
+        )
+
+
+def _below_the_best(
+    metric: Metric, option: Option, targets: Sequence[Target], strict: bool
+) -> Iterator[_Problem]:
+    """Yield the rows whose reference has not the best score, or none at all.
+
+    strict: False for a metric that only the report shows. A missing score is a problem even then.
+    """
+    try:
+        scores = _scores(metric, option, targets)
+    except EvaluationError:
+        yield _unscored(metric, option, targets)
+        return
+    best = 1.0 if metric.higher_is_better else 0.0
+    short = [
+        (one, score)
+        for one, score in zip(targets, scores, strict=True)
+        if not math.isclose(score, best, abs_tol=ROUNDING)
+    ]
+    if short and strict and metric.bounded:
+        yield _explained(metric, option, *short[0], [one.id for one, _ in short])
+
+
+def _unscored(metric: Metric, option: Option, targets: Sequence[Target]) -> _Problem:
+    """Return the rows on which the metric cannot be computed."""
+    errors: dict[str, EvaluationError] = {}
+    for one in targets:
+        try:
+            _scores(metric, option, [one])
+        except EvaluationError as error:
+            errors[one.id] = error
+    first = next(iter(errors.values()))
+    return _Problem(list(errors), first.found, first.expected, first.fix)
+
+
+def _scores(metric: Metric, option: Option, targets: Sequence[Target]) -> list[float]:
+    decoded = [one.decoded for one in targets]
+    return metric.score(decoded, [one.reference for one in targets], option)
+
+
+def _explained(
+    metric: Metric, option: Option, one: Target, score: float, ids: list[str]
+) -> _Problem:
+    key = f"evaluation.{metric.config or 'metric'}"
+    found = f"the reference {one.reference[:SHOWN]!r} itself has {metric.name} {score:g}"
+    if one.decoded == one.reference:
+        return _Problem(
+            ids,
+            found,
+            f"{metric.name} 1 for an answer that equals its reference",
+            f"correct the row, or {key}",
+        )
+    return _Problem(
+        ids,
+        f"{found}, because its tokens decode to {one.decoded[:SHOWN]!r}",
+        "a reference that the tokenizer gives back",
+        f"write the reference as it is decoded, correct the chat template, or change {key}",
+    )
+
+
+def _error(problem: _Problem, where: Where) -> EvaluationError:
+    first, *others = problem.ids
+    named = where(problem.ids[: PLACES + 1])
+    more = ""
+    if others:
+        places = ", ".join(named[one] for one in others[:PLACES])
+        beyond = ", …" if len(others) > PLACES else ""
+        more = f" ({len(problem.ids)} rows in all; also {places}{beyond})"
+    return EvaluationError(
+        where=named[first], found=problem.found + more, expected=problem.expected, fix=problem.fix
+    )
+
+
+def places(raw_dataset: Path, ids: Sequence[str]) -> dict[str, str]:
+    """Return {row id: file and line} of held-out rows, from the tables of raw_dataset."""
+    wanted = set(ids)
+    found = {one: f"held-out row {one}" for one in ids}
+    for name in ("conversations", "heldout"):
+        for row in Table[TokenizedRow](raw_dataset / f"{name}.parquet", ["id", "source"]):
+            if row["id"] in wanted:
+                found[row["id"]] = str(row["source"])
+    return found
