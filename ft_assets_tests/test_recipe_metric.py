@@ -50,7 +50,7 @@ print(json.dumps({
     "scores": {name: report.scores[name]["length_error"] for name in answers},
     "gain": report.comparisons["sft"]["base"]["length_error"].mean,
     "verdict": verdict.status,
-    "first": rank(entries)[0]["name"],
+    "first": rank(entries, GateSettings())[0]["name"],
 }))
 """
 

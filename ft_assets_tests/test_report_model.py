@@ -133,4 +133,4 @@ def test_user_metric_that_is_a_loss_is_judged_and_ranked_as_one() -> None:
         {**judged_entry(name, report, GateSettings(), ["row"], costs, "–"), "score": score}
         for name, score in (("far", 9.0), ("near", 1.0))
     )
-    assert [entry["name"] for entry in rank([far, near])] == ["near", "far"]
+    assert [entry["name"] for entry in rank([far, near], GateSettings())] == ["near", "far"]

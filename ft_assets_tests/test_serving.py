@@ -1,4 +1,4 @@
-"""The uses of a released model: its card, the leaderboard, chat and the HTTP endpoint."""
+"""The uses of a released model: its card, the leaderboard asset, chat and the HTTP endpoint."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -17,11 +16,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.assets.leaderboard import entry_of
+from ft_assets.assets.leaderboard import compare_the_first, entry_of
 from ft_assets.commands.chat import SideBySide, contenders
 from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.errors import ArtifactError, ReleaseError
-from ft_assets.evaluation.leaderboard import rank, table
 from ft_assets.export.serving import choose_engine
 from ft_assets.models.license import (
     LICENSE_FILE,
@@ -104,69 +102,6 @@ def test_recorded_licence_is_read_back_and_a_damaged_record_is_an_error(tmp_path
         snapshot_license(tmp_path)
 
 
-def entry(
-    name: str, score: float, ids: tuple[str, ...] = ("a", "b"), **changes: Any
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "verdict": "PASS",
-        "candidate": "sft",
-        "reason": "better",
-        "metric": "exact",
-        "score": score,
-        "interval": [0, 1],
-        "base": 0.1,
-        "base_interval": [0, 1],
-        "few_shot": None,
-        "gain": {"mean": 0.1, "low": 0.0, "high": 0.2},
-        "general_loss_rise": None,
-        "general_task": None,
-        "heldout_rows": len(ids),
-        "heldout_ids": list(ids),
-        "serves": "–",
-        "stale": None,
-        "memory_gb": None,
-        "gpu_seconds": 1.0,
-        "train_tokens_per_s": None,
-        "answer_tokens_per_s": None,
-        "bytes": None,
-        **changes,
-    }
-
-
-def test_leaderboard_ranks_the_same_rows_only_and_hides_nobody() -> None:
-    failed = {
-        "name": "broken",
-        "verdict": None,
-        "reason": "lora_adapter has not been made (the disk is full)",
-    }
-    ranked = rank(
-        [
-            entry("low", 0.2),
-            failed,
-            entry("other", 0.9, ("a", "c")),
-            entry("high", 0.5, verdict="FAIL"),
-        ]
-    )
-    assert [(one["name"], one["rank"]) for one in ranked] == [
-        ("high", 1),
-        ("low", 2),
-        ("other", None),
-        ("broken", None),
-    ]
-    text = table(ranked)
-    assert "**broken**: not judged: lora_adapter has not been made (the disk is full)" in text
-    assert "**other**: judged on 2 other held-out rows: not ranked" in text
-    assert "**high**: FAIL: better" in text
-    assert [
-        one["name"]
-        for one in rank([entry("a", 2.0, metric="loss"), entry("b", 1.0, metric="loss")])
-    ] == ["b", "a"]
-    ranked = rank([entry("old", 0.9, ("a", "c"), stale="lora_adapter"), entry("new", 0.2)])
-    assert [(one["name"], one["rank"]) for one in ranked] == [("new", 1), ("old", None)]
-    assert "**old**: stale: its report is about another lora_adapter" in table(ranked)
-
-
 def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_others(
     copy: Path,
 ) -> None:
@@ -195,6 +130,9 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
         one["name"]: one for one in read(copy, "leaderboard", "leaderboard.json", partition=None)
     }  # type: ignore[arg-type]
     assert entries["tiny"]["rank"] == 1
+    twin = {**entries["tiny"], "name": "old"}
+    twins = compare_the_first(materializer, [entries["tiny"], twin])
+    assert twins.startswith("**tiny** is first; not proven better: exact +0.000 against old")
     assert "cannot be read (ArrowInvalid" in entries["cut"]["reason"]
     assert (
         "manifest.json: is damaged or was written by another version of ft_assets (Invalid JSON"

@@ -12,9 +12,17 @@ import pyarrow.parquet as pq
 
 from ft_assets.artifacts import Artifact
 from ft_assets.errors import ArtifactError, FtError
-from ft_assets.evaluation.leaderboard import Entry, failed_entry, judged_entry, rank, table
+from ft_assets.evaluation.leaderboard import (
+    Entry,
+    failed_entry,
+    judged_entry,
+    rank,
+    table,
+    winner,
+)
 from ft_assets.evaluation.plots import data_uri, leaderboard_plot
 from ft_assets.evaluation.report_model import EvalReport
+from ft_assets.evaluation.scored_rows import read_scores
 from ft_assets.evaluation.verdict.gate import bound_versions
 from ft_assets.job import Job, StepResult
 from ft_assets.orchestration.declarations import Metrics, asset
@@ -38,7 +46,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["eval_report", "merged_model", "release"],
     group="release",
     kinds=["table"],
-    code_version="3",
+    code_version="4",
     per_base_model=False,
     summary=_summary,
 )
@@ -49,11 +57,14 @@ def leaderboard(
 
     A base model that failed has its reason.
     """
-    ranked = rank([entry_of(materializer, name) for name in materializer.project.base_models])
+    gate = materializer.project.gate
+    entries = [entry_of(materializer, name) for name in materializer.project.base_models]
+    ranked = rank(entries, gate)
 
     def make(output: Path) -> StepResult:
+        first = compare_the_first(materializer, ranked)
         (output / "leaderboard.json").write_text(json.dumps(ranked, indent=1, ensure_ascii=False))
-        (output / "leaderboard.md").write_text(table(ranked))
+        (output / "leaderboard.md").write_text(table(ranked, first))
         (output / "info").mkdir()
         drawn = [entry for entry in ranked if entry["rank"]]
         (output / "info" / "picture.txt").write_text(
@@ -74,12 +85,29 @@ def leaderboard(
     }
     known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
     artifact, reused = materializer.materialize(
-        context, identity={"entries": ranked}, inputs=known, make=make
+        context,
+        identity={"entries": ranked, "confidence": gate.confidence},
+        inputs=known,
+        make=make,
     )
     picture = (artifact.path / "info" / "picture.txt").read_text()
     text = (artifact.path / "leaderboard.md").read_text()
     shown = f"![leaderboard]({picture})\n\n{text}" if picture else text
     return result(artifact, reused, leaderboard=dg.MetadataValue.md(shown))
+
+
+def compare_the_first(materializer: Materializer, ranked: list[Entry]) -> str:
+    """Return the sentence that compares the first base model with each other one, row by row."""
+    placed = [entry for entry in ranked if entry["rank"]]
+    if len(placed) < 2:
+        return ""
+    scores = []
+    for entry in placed:
+        report = materializer.store.need("eval_report", entry["name"])
+        rows = read_scores(report.path / "rows.parquet", entry["metric"])
+        scores.append(rows[entry["candidate"]])
+    seed = materializer.project.recipe(placed[0]["name"]).evaluation.seed
+    return winner(placed, scores, materializer.project.gate, seed)
 
 
 def entry_of(materializer: Materializer, name: str) -> Entry:

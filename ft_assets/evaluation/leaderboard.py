@@ -1,16 +1,19 @@
 """The rows of the leaderboard, one for each base model, and their table. No torch.
 
 Only reports on the same held-out rows can be ranked. A report on other rows is shown apart, a base
-model without a report with the reason. Not here: reading the store (assets/leaderboard.py).
+model without a report with the reason. Each ranked base model is a chance of a false winner, so
+p-values are corrected over all of them. Not here: reading the store (assets/leaderboard.py).
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from ft_assets import markdown
 from ft_assets.config import GateSettings
-from ft_assets.evaluation.report_model import EvalReport
-from ft_assets.evaluation.verdict.decision import decide
+from ft_assets.evaluation.report_model import Difference, EvalReport
+from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, beats, decide, quality
+from ft_assets.evaluation.verdict.holm import holm
 from ft_assets.metrics import higher_is_better
 
 Entry = dict[str, Any]
@@ -58,6 +61,9 @@ def judged_entry(
         else None,
         "heldout_rows": len(rows),
         "heldout_ids": sorted(rows),
+        "against_base": {
+            candidate: rivals["base"] for candidate, rivals in report.comparisons.items()
+        },
         "serves": serves,
         "stale": stale,
         **costs,
@@ -70,11 +76,12 @@ def failed_entry(name: str, reason: str) -> Entry:
     return {"name": name, "verdict": None, "reason": reason}
 
 
-def rank(entries: Sequence[Entry]) -> list[Entry]:
+def rank(entries: Sequence[Entry], gate: GateSettings) -> list[Entry]:
     """Return the entries with their "rank", best first.
 
     The rank is None without a report, with a stale one, or with one on other rows or by another
-    metric than most have; "apart" has the reason.
+    metric than most have; "apart" has the reason. "chance" has the reason why a PASS is not proven
+    among all ranked base models.
     """
     judged = [entry for entry in entries if entry["verdict"]]
     kinds = [(entry["metric"], tuple(entry["heldout_ids"])) for entry in judged]
@@ -86,12 +93,75 @@ def rank(entries: Sequence[Entry]) -> list[Entry]:
     lower = any(entry.get("lower_is_better") for entry in shared)
     sign = 1 if lower or (usual and not higher_is_better(usual[0])) else -1
     shared.sort(key=lambda entry: (sign * entry["score"], entry["name"]))
-    placed = [{**entry, "rank": place, "apart": None} for place, entry in enumerate(shared, 1)]
+    chances = _unproven_among_all(shared, gate)
+    placed = [
+        {**entry, "rank": place, "apart": None, "chance": chances.get(entry["name"])}
+        for place, entry in enumerate(shared, 1)
+    ]
     placed += [{**entry, "rank": None, "apart": _why_apart(entry, usual)} for entry in apart]
     placed += [{**entry, "rank": None, "apart": None} for entry in entries if not entry["verdict"]]
-    return [
-        {key: value for key, value in entry.items() if key != "heldout_ids"} for entry in placed
-    ]
+    internal = ("heldout_ids", "against_base")
+    return [{key: value for key, value in entry.items() if key not in internal} for entry in placed]
+
+
+def _unproven_among_all(ranked: Sequence[Entry], gate: GateSettings) -> dict[str, str]:
+    """Return {name: reason} of each PASS that is not proven by p-values over all base models."""
+    if len(ranked) < 2:
+        return {}
+    metric = ranked[0]["metric"]
+    against = {
+        f"{entry['name']} {candidate}": differences
+        for entry in ranked
+        for candidate, differences in entry["against_base"].items()
+    }
+    adjusted = adjusted_p(against, metric, gate)
+    found = {}
+    for entry in ranked:
+        key = f"{entry['name']} {entry['candidate']}"
+        among_all = quality(against[key], metric, gate, adjusted[key])
+        if entry["verdict"] == PASS and not among_all.passed:
+            p = min(adjusted[key].values(), default=1.0)
+            found[entry["name"]] = (
+                f"PASS on its own, not among the {len(ranked)} base models on these rows: "
+                f"Holm's p over all of them is {p:.2g}"
+            )
+    return found
+
+
+def winner(
+    ranked: Sequence[Entry], scores: Sequence[Mapping[str, float]], gate: GateSettings, seed: int
+) -> str:
+    """Return the sentence that tells whether the first is proven better than the others.
+
+    ranked: the entries with a rank, best first. scores: the {row id: score} of their candidates.
+    The p-values are Holm's over all pairs, because the first was chosen by its score.
+    """
+    # Not at the top: scipy takes longer than the rest of a run with nothing to do.
+    from ft_assets.evaluation.verdict.statistics import compare
+
+    if len(ranked) < 2:
+        return ""
+    first, metric = ranked[0], ranked[0]["metric"]
+    lower = bool(first.get("lower_is_better")) or not higher_is_better(metric)
+    ids = sorted(scores[0])
+    columns = {
+        entry["name"]: [own[row] for row in ids] for entry, own in zip(ranked, scores, strict=True)
+    }
+    pairs: dict[tuple[str, str], Difference] = {
+        (one, other): compare(columns[one], columns[other], gate.confidence, seed, lower)
+        for one, other in combinations(columns, 2)
+    }
+    adjusted = holm({" ".join(pair): entry.p for pair, entry in pairs.items()})
+    proven, unproven = [], []
+    for other in list(columns)[1:]:
+        pair = (first["name"], other)
+        p = adjusted[" ".join(pair)]
+        text = pairs[pair].model_copy(update={"p": p}).describe(metric, other)
+        (proven if beats(pairs[pair], gate.confidence, p) else unproven).append(text)
+    parts = [f"proven better: {'; '.join(proven)}"] if proven else []
+    parts += [f"not proven better: {'; '.join(unproven)}"] if unproven else []
+    corrected = f" (Holm's p over {len(pairs)} pairs)" if len(pairs) > 1 else ""
+    return f"**{first['name']}** is first; {'; '.join(parts)}{corrected}."
 
 
 def _why_apart(entry: Entry, usual: tuple[str, tuple[str, ...]] | None) -> str:
@@ -109,9 +179,9 @@ def _why_apart(entry: Entry, usual: tuple[str, tuple[str, ...]] | None) -> str:
     )
 
 
-def table(ranked: Sequence[Entry]) -> str:
-    """Return the leaderboard as markdown: a table, and notes on models that are not ranked."""
-    lines = [markdown.table(HEADER, map(_cells, ranked))]
+def table(ranked: Sequence[Entry], first: str = "") -> str:
+    """Return the leaderboard as markdown: the sentence about the first, a table, and notes."""
+    lines = [*([first, ""] if first else []), markdown.table(HEADER, map(_cells, ranked))]
     notes = [f"- **{entry['name']}**: {note}" for entry in ranked if (note := _note(entry))]
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
 
@@ -121,7 +191,7 @@ def _note(entry: Entry) -> str | None:
         return f"not judged: {entry['reason']}"
     if entry["apart"]:
         return entry["apart"]
-    return None if entry["verdict"] == "PASS" else f"{entry['verdict']}: {entry['reason']}"
+    return entry["chance"] if entry["verdict"] == PASS else f"{entry['verdict']}: {entry['reason']}"
 
 
 def _cells(entry: Entry) -> list[str]:

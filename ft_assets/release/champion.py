@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ReleaseError
 from ft_assets.evaluation.report_model import Differences
-from ft_assets.evaluation.verdict.decision import adjusted_p, beats, goals, quality, worse
+from ft_assets.evaluation.verdict.decision import (
+    adjusted_p,
+    beats,
+    margins,
+    not_worse,
+    quality,
+    worse,
+)
 from ft_assets.release.register import (
     KEPT,
     PROMOTED,
@@ -72,8 +79,9 @@ def _against_champion(
     text = entry.describe(metric, CHAMPION)
     if worse(entry, gate.confidence):
         return _kept(f"the challenger is worse than the champion: {text}")
-    if broken := _broken_margins(measured.against, metric, gate):
-        return _kept(*broken)
+    kept = margins(measured.against, metric, gate, CHAMPION)
+    if not kept.passed:
+        return _kept(*kept.decisive)
     passed, found = beats_base(measured.champion, metric, gate)
     if not passed:
         return _promoted(
@@ -85,21 +93,11 @@ def _against_champion(
     if rule.rule == "better":
         why = "the challenger is not proven better than the champion, as release.rule requires"
         return _kept(f"{why}: {text}")
-    if entry.low > -rule.margin or entry.wins == entry.losses == 0:
+    if not_worse(entry, rule.margin):
         return _promoted(f"the challenger is not worse than the champion by {rule.margin}: {text}")
     needed = f"; about {entry.rows_needed} held-out rows would decide" if entry.rows_needed else ""
     why = f"the challenger may be worse than the champion by more than {rule.margin}"
     return _kept(f"{why}: {text}{needed}")
-
-
-def _broken_margins(against: Differences, metric: str, gate: GateSettings) -> list[str]:
-    """List the metrics that may be worse than the champion's by more than their margin."""
-    return [
-        f"it may be worse than the champion by more than {margin}: "
-        f"{against[name].describe(name, CHAMPION)}"
-        for name, margin in goals(metric, gate).items()
-        if margin != "better" and against[name].low <= -margin
-    ]
 
 
 def _kept(*reasons: str) -> Decision:

@@ -76,6 +76,11 @@ def worse(entry: Difference, confidence: float, p: float | None = None) -> bool:
     return entry.mean < 0 and entry.high <= 0 and significant
 
 
+def not_worse(entry: Difference, margin: float) -> bool:
+    """Return True if a difference is proven to be above −margin."""
+    return entry.low > -margin
+
+
 def judge(
     candidate: str, report: EvalReport, gate: GateSettings, adjusted: Mapping[str, float]
 ) -> Judgement:
@@ -152,12 +157,19 @@ def quality(
     return Reasons.joined(
         [
             _improvement(against, gate.confidence, adjusted),
-            *[
-                _margin(name, against[name], goal)
-                for name, goal in goals(metric, gate).items()
-                if goal != "better"
-            ],
+            margins(against, metric, gate),
         ]
+    )
+
+
+def margins(
+    against: Differences, metric: str, gate: GateSettings, rival: str = "the base"
+) -> Reasons:
+    """Judge the margins of `gate.metrics` against the base, or against another named rival."""
+    return Reasons.joined(
+        _margin(name, against[name], goal, rival)
+        for name, goal in goals(metric, gate).items()
+        if goal != "better"
     )
 
 
@@ -178,13 +190,13 @@ def _improvement(against: Differences, confidence: float, adjusted: Mapping[str,
     return found
 
 
-def _margin(metric: str, entry: Difference, margin: float) -> Reasons:
-    text = entry.describe(metric)
+def _margin(metric: str, entry: Difference, margin: float, rival: str) -> Reasons:
+    text = entry.describe(metric, rival)
     if entry.high < -margin:
-        return Reasons(fails=[f"worse than the base by more than {margin}: {text}"])
-    if entry.low <= -margin:
-        return Reasons(unsure=[f"may be worse than the base by more than {margin}: {text}"])
-    return Reasons(proven=[f"not worse than the base by {margin}: {text}"])
+        return Reasons(fails=[f"worse than {rival} by more than {margin}: {text}"])
+    if not not_worse(entry, margin):
+        return Reasons(unsure=[f"may be worse than {rival} by more than {margin}: {text}"])
+    return Reasons(proven=[f"not worse than {rival} by {margin}: {text}"])
 
 
 def _how_many(entry: Difference) -> str:
