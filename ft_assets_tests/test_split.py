@@ -146,6 +146,50 @@ def test_a_declared_group_stays_on_one_side(place: Workplace) -> None:
     assert counts["heldout_rows"] % 10 == 0
 
 
+def chat(*turns: str, **fields: Any) -> Row:
+    """Return a row of turns like "user: hello". The last is the judged answer."""
+    messages = [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
+    row = conversation({"messages": messages, **fields})
+    return {**row, "judged": True, "input_ids": [1, 2], "supervised": [False, True]}
+
+
+def documents(count: int) -> list[Row]:
+    """Return rows that ask the same of distinct documents."""
+    return [
+        chat(f"system: {words(number)}", "user: Summarise the text above.", f"assistant: {number}")
+        for number in range(count)
+    ]
+
+
+def greetings(count: int) -> list[Row]:
+    """Return chats that open alike and ask distinct things."""
+    return [
+        chat(
+            "user: Good morning!",
+            "assistant: How can I help?",
+            f"user: {words(number, 8)}",
+            "assistant: yes",
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("rows", [documents(200), greetings(200)], ids=["documents", "greetings"])
+def test_turn_that_all_rows_share_merges_no_rows(place: Workplace, rows: list[Row]) -> None:
+    counts = place.split(rows, heldout_share=0.25, validation_share=0)
+    assert counts["heldout_groups"] == counts["heldout_rows"]
+    assert 30 < counts["heldout_rows"] < 70
+    assert counts["train_rows"] == 200 - counts["heldout_rows"]
+    assert place.leaks() == []
+
+
+def test_chats_that_open_like_a_heldout_chat_are_trained_on(place: Workplace) -> None:
+    general = chat("user: good morning", "assistant: Good morning to you!")
+    counts = place.split(greetings(200)[3:], {"heldout": greetings(3), "retention": [general]})
+    assert counts["train_rows_removed"] == 0
+    assert place.leaks() == []
+
+
 def heldout_prompt(place: Workplace, rows: list[Row]) -> tuple[str, str]:
     """Return (id, prompt) of a row that is held out."""
     place.split(rows)
@@ -339,7 +383,7 @@ def test_part_of_a_conversation_is_never_held_out_nor_lost(place: Workplace) -> 
 
 def test_no_heldout_row_is_an_error_that_says_so(place: Workplace) -> None:
     with pytest.raises(DataError, match="no held-out rows out of 1"):
-        place.split([talk("hello")], heldout_share=0.01)
+        place.split([talk("good morning")], heldout_share=0.01)
 
 
 def test_order_changes_neither_rows_nor_versions(place: Workplace, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ft_assets.data.ingest import Ingest, Ingested, require_valid, target, worst
 from ft_assets.data.ledger import Ledger
 from ft_assets.data.tables import (
     CONVERSATION,
+    JUDGED,
     NEAR_DUPLICATE,
     PREFERENCE,
     REJECTED,
@@ -240,7 +241,7 @@ def test_ledger_counts_what_each_limit_costs() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [CONVERSATION, PREFERENCE, TOKENIZED, TOKENIZED_PREFERENCE, NEAR_DUPLICATE, REJECTED],
+    [CONVERSATION, PREFERENCE, TOKENIZED, JUDGED, TOKENIZED_PREFERENCE, NEAR_DUPLICATE, REJECTED],
     ids=lambda layout: layout.row.__name__,
 )
 def test_row_type_has_the_columns_of_its_table(layout: Layout[Any]) -> None:

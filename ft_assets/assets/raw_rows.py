@@ -24,6 +24,11 @@ from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, resu
 from ft_assets.rows.types import DataRow, RejectedRow
 
 ToCanonical = Callable[..., Any]  # of a raw row, and of its format if the key can have one
+# Rows that are used in another form than they have in their file, by the ending of their metric.
+ADAPTED = {
+    "_with_joined_turns": "rows have user turns in a row, which became one turn",
+    "_opened_by_assistant": "rows open with the assistant's turn, which is context only",
+}
 Sources = Mapping[str, tuple[str, ToCanonical]]  # {key of data: (table, its rows' form)}
 
 
@@ -172,6 +177,9 @@ def validity(checked: Checked) -> dg.AssetCheckResult:
     if rejected:
         text = f"{rejected} of {total} rows of {name} cannot be used"
         text += f" (data.max_invalid: {most:.1%}):\n{metrics['first_rejected']}"
+    for ending, what in ADAPTED.items():
+        if count := sum(value for key, value in metrics.items() if key.endswith(ending)):
+            text += f"; {count} {what}"
     duplicates = sum(value for key, value in metrics.items() if key.endswith("_duplicates"))
     return dg.AssetCheckResult(
         passed=rejected == 0,

@@ -2,14 +2,15 @@
 
 The messages of a RowProblem name the index of the wrong turn. Ids are hashes of normalised
 content, so they survive reordering and renaming of files. `group` must stay on one side of the
-split: rows that share their first user message (or a declared `group`) share it.
+split: rows that share all context before the judged answer (or a declared `group`) share it.
 """
 
 import hashlib
 import json
-import re
-import unicodedata
+from collections.abc import Sequence
+from typing import cast
 
+from ft_assets.data.units import normalise
 from ft_assets.rows.messages import checked
 from ft_assets.rows.row_formats import conversation_turns, preference_turns
 from ft_assets.rows.tools import tools
@@ -18,12 +19,6 @@ from ft_assets.rows.values import RowProblem, text
 
 # A message as its id sees it: role, text, and the other parts if it has any.
 _Identified = tuple[str, str] | tuple[str, str, dict[str, bool | list[FunctionCall]]]
-
-
-def normalise(text: str) -> str:
-    """Return text for comparison: NFKC, lower case, letters and digits only, single blanks."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return re.sub(r"[\W_]+", " ", text).strip()
 
 
 def digest(*parts: str) -> str:
@@ -45,7 +40,7 @@ def conversation(raw: RawFields, format: str | None = None) -> DataRow:
         raise RowProblem("is nested too deeply") from None
     if messages[-1]["role"] != "assistant":
         raise RowProblem(
-            f"messages[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; "
+            f"messages[{len(turns) - 1}]: the last turn is the {messages[-1]['role']}'s; "
             "expected the assistant's answer"
         )
     if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
@@ -55,8 +50,9 @@ def conversation(raw: RawFields, format: str | None = None) -> DataRow:
     row: DataRow = {
         "id": _identity(messages, offered),
         "messages": messages,
-        "group": _group(raw, _first_question(messages)),
+        "group": _group(raw, context_key(messages[:-1], offered)),
     }
+    _note_joined(row, len(turns) - len(messages))
     if offered:
         row["tools"] = offered
     return row
@@ -65,7 +61,8 @@ def conversation(raw: RawFields, format: str | None = None) -> DataRow:
 def _plain_text(raw: RawFields, content: str) -> DataRow:
     messages: list[Message] = [{"role": "text", "content": content}]
     # It has no user turn: the text itself must stay on one side of the split.
-    return {"id": _identity(messages, []), "messages": messages, "group": _group(raw, content)}
+    group = _group(raw, context_key(messages, []))
+    return {"id": _identity(messages, []), "messages": messages, "group": group}
 
 
 def preference(raw: RawFields, format: str | None = None) -> Preference:
@@ -81,7 +78,7 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
         raise RowProblem("is nested too deeply") from None
     if messages[-1]["role"] not in ("user", "tool"):
         raise RowProblem(
-            f"prompt[{len(messages) - 1}]: the last turn is the {messages[-1]['role']}'s; "
+            f"prompt[{len(turns) - 1}]: the last turn is the {messages[-1]['role']}'s; "
             "expected the user's"
         )
     chosen, rejected = (
@@ -99,8 +96,9 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
         "messages": messages,
         "chosen": chosen,
         "rejected": rejected,
-        "group": _group(raw, _first_question(messages)),
+        "group": _group(raw, context_key(messages, offered)),
     }
+    _note_joined(row, len(turns) - len(messages))
     if offered:
         row["tools"] = offered
     return row
@@ -128,15 +126,34 @@ def _identified(turn: Message) -> _Identified:
     return (role, content, extra) if extra else (role, content)
 
 
-def _first_question(messages: list[Message]) -> str:
-    return next(turn["content"] for turn in messages if turn["role"] == "user")
+def _note_joined(row: DataRow, turns: int) -> None:
+    """Note how many user turns were joined, for the counts of ingest.py. No table stores it."""
+    if turns:
+        cast(dict[str, object], row)["joined"] = turns
 
 
-def _group(raw: RawFields, question: str) -> str:
+def context_key(context: Sequence[Message], offered: Sequence[Tool]) -> str:
+    """Return the key of a prompt: of its tools and all its turns, normalised, with their roles.
+
+    Equal keys are the same prompt but for case, blanks, and punctuation.
+    """
+    turns = [_asked(turn) for turn in context]
+    content = [*turns, *([offered] if offered else [])]
+    return digest("context", json.dumps(content, ensure_ascii=False, sort_keys=True))
+
+
+def _asked(turn: Message) -> list[str | list[FunctionCall]]:
+    # A text that has only punctuation is compared as it is.
+    said = normalise(turn["content"]) or turn["content"].strip()
+    calls = [call["function"] for call in turn.get("tool_calls", [])]
+    return [turn["role"], said, *([calls] if calls else [])]
+
+
+def _group(raw: RawFields, context: str) -> str:
     group = raw.get("group")
     # An empty cell of a table is not a group.
     if group is None or (isinstance(group, str) and not group.strip()):
-        return digest("prompt", normalise(question))
+        return context
     if not isinstance(group, str | int):
         raise RowProblem(f"group: is a {type(group).__name__}; expected a text or a whole number")
     return digest("group", text("group", str(group)))

@@ -5,14 +5,16 @@ Each row is valid, a duplicate, or rejected; a rejected row is stored with its r
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ft_assets.data.canonical import digest, normalise
+from ft_assets.data.canonical import context_key
 from ft_assets.data.file_formats import RawRow
 from ft_assets.data.tables import Layout, RowT, TableWriter, write_sorted
+from ft_assets.data.units import normalise
 from ft_assets.errors import DataError
 from ft_assets.rows.row_formats import conversation_turns, renamed
 from ft_assets.rows.types import DataRow, RawFields, RejectedRow
@@ -32,6 +34,8 @@ class Ingested:
     rejected: int
     first: list[str]
     version: str
+    joined: int = 0  # rows with user turns that were joined
+    opened: int = 0  # rows that the assistant opens
 
     @property
     def total(self) -> int:
@@ -42,6 +46,8 @@ class Ingested:
             f"{name}_rows": self.rows,
             f"{name}_duplicates": self.duplicates,
             f"{name}_rejected": self.rejected,
+            **({f"{name}_with_joined_turns": self.joined} if self.joined else {}),
+            **({f"{name}_opened_by_assistant": self.opened} if self.opened else {}),
         }
 
 
@@ -69,11 +75,14 @@ class Ingest:
         """
         before = self.rejected.rows
         first: list[str] = []
+        adapted: Counter[str] = Counter()
 
         def valid() -> Iterator[RowT]:
             for row in rows:
                 try:
-                    yield cast(RowT, _canonical(row, form, dict(columns or {}), stratum))
+                    canonical = _canonical(row, form, dict(columns or {}), stratum)
+                    adapted.update(joined=canonical.get("joined", 0) > 0, opened=_opened(canonical))
+                    yield cast(RowT, canonical)
                 except RowProblem as problem:
                     if len(first) < FIRST:
                         first.append(f"{row.where}: {problem}")
@@ -83,7 +92,14 @@ class Ingest:
 
         written = write_sorted(self.output / f"{name}.parquet", valid(), layout, self.scratch)
         rejected = self.rejected.rows - before
-        return Ingested(written.rows, written.duplicates, rejected, first, written.version)
+        return Ingested(
+            written.rows, written.duplicates, rejected, first, written.version, **adapted
+        )
+
+
+def _opened(row: DataRow) -> bool:
+    speakers = (turn["role"] for turn in row["messages"] if turn["role"] != "system")
+    return next(speakers, None) == "assistant"
 
 
 def _row_text(row: RawRow) -> str:
@@ -123,7 +139,7 @@ def target(raw: RawFields) -> DataRow:
     return {
         "id": hashlib.sha256(content.encode()).hexdigest()[:16],
         "messages": [{"role": "user", "content": text}],
-        "group": digest("prompt", normalise(texts[0])),
+        "group": context_key([{"role": "user", "content": texts[0]}], []),
     }
 
 

@@ -1,7 +1,7 @@
 """Find near-duplicate prompts.
 
 MinHash LSH (datasketch) gives the candidates, exact Jaccard similarity the score. A row is the set
-of word triples of its user turns (character 5-grams where words are few, as in Chinese). Triples
+of word triples of its context (character 5-grams where words are few, as in Chinese). Triples
 that many rows share show a common instruction, not a copy, and are filtered. Only the indexed rows
 are in memory; the rows that are compared with them are read once.
 """
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from ft_assets.data.canonical import normalise
+from ft_assets.data.units import normalise
 from ft_assets.rows.types import TextRow
 
 PERMUTATIONS = 128
@@ -95,11 +95,12 @@ def boilerplate(
 
 
 def shingles(row: TextRow) -> Shingles:
-    """Return the hashed word triples of the user turns."""
+    """Return the hashed word triples of the context before the judged answer."""
     import xxhash
 
-    user = (turn["content"] for turn in row["messages"] if turn["role"] in ("user", "text"))
-    text = normalise("\n".join(user))
+    turns = row["messages"]
+    context = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    text = normalise("\n".join(turn["content"] for turn in context))
     words = text.split()
     if len(words) < SHORT:
         grams: Iterable[str] = (text[index : index + 5] for index in range(max(1, len(text) - 4)))

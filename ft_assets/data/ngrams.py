@@ -10,8 +10,8 @@ grams is compared, those with the smallest hash: the share stays unbiased (Brode
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from ft_assets.data.canonical import normalise
 from ft_assets.data.near_duplicates import Match
+from ft_assets.data.units import normalise
 from ft_assets.rows.types import TextRow
 
 WORDS = 13

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from ft_assets.rows.types import (
     ConversationRow,
     CopyRow,
+    JudgedRow,
     Message,
     PairRow,
     PreferenceRow,
@@ -87,9 +88,8 @@ TOKENIZED = Layout(
         ]
     ),
 )
-# The held-out and the retention side also have clusters.
 JUDGED = Layout(
-    TokenizedRow, TOKENIZED.schema.insert(len(DATA_COLUMNS), pa.field("cluster", pa.string()))
+    JudgedRow, TOKENIZED.schema.insert(len(DATA_COLUMNS), pa.field("cluster", pa.string()))
 )
 TOKENIZED_PREFERENCE = Layout(
     PairRow,

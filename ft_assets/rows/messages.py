@@ -52,14 +52,26 @@ def _is_text(part: Any) -> bool:
 def checked(name: str, turns: list[Any]) -> list[Message]:
     """Return the turns as messages, each valid and in a valid order.
 
-    Raises RowProblem with the index of the first wrong turn.
+    User turns in a row become one turn, with a line break between their texts. An assistant turn
+    before the first user turn, such as a greeting, is context only. Raises RowProblem with the
+    index of the first wrong turn.
     """
     if not turns:
         raise RowProblem(f"{name}: is empty")
-    messages = [_message(f"{name}[{index}]", spelled(turn)) for index, turn in enumerate(turns)]
     order = _Order()
-    for index, message in enumerate(messages):
+    messages: list[Message] = []
+    for index, turn in enumerate(turns):
+        message = _message(f"{name}[{index}]", spelled(turn))
+        last = messages[-1]["role"] if messages else None
+        if last == message["role"] == "user":
+            messages[-1]["content"] += f"\n{message['content']}"
+            continue
+        if message["role"] == "assistant" and last in (None, "system"):
+            message = _opening(f"{name}[{index}]", message)
         order.add(f"{name}[{index}]", message, first=index == 0)
+        messages.append(message)
+    if all(message["role"] in ("system", "assistant") for message in messages):
+        raise RowProblem(f"{name}: has no user turn; expected one before the assistant's answer")
     last = messages[-1]["role"]
     if last == "system":
         raise RowProblem(f"{name}: only a system turn; expected a user turn")
@@ -71,11 +83,22 @@ def checked(name: str, turns: list[Any]) -> list[Message]:
     return messages
 
 
+def _opening(where: str, message: Message) -> Message:
+    """Return the turn with which an assistant opens a conversation: it answers no prompt."""
+    if "tool_calls" in message:
+        raise RowProblem(
+            f"{where}: the assistant opens the conversation with a tool call; "
+            "expected a user turn before it"
+        )
+    return {**message, "train": False}
+
+
 @dataclass
 class _Order:
     """The order of turns: user and assistant alternate, and each call has one result."""
 
     expected: str = "user"
+    spoken: bool = False  # there is a turn that is not the system's
     calls: list[ToolCall] = field(default_factory=list)  # of the last assistant turn
     results: list[Message] = field(default_factory=list)  # of these calls
 
@@ -91,12 +114,15 @@ class _Order:
                 raise RowProblem(f"{where}: a system turn; expected it first or not at all")
         elif role == "tool":
             self._add_result(where, message)
+        elif role == "assistant" and self.expected == "user" and not self.spoken:
+            pass  # it opens the conversation
         elif role != self.expected:
             raise RowProblem(f"{where}: role {shown(role)}; expected {self._expectation()}")
         else:
             self.calls = message.get("tool_calls", []) if role == "assistant" else []
             self.results = []
             self.expected = "assistant" if role == "user" else "tool" if self.calls else "user"
+        self.spoken = self.spoken or role != "system"
 
     def _add_result(self, where: str, message: Message) -> None:
         if not self.open_calls:
@@ -113,6 +139,8 @@ class _Order:
     def _expectation(self) -> str:
         if self.expected == "tool":
             return f"the tool's result ({len(self.results)} of {len(self.calls)} are there)"
+        if self.expected == "user":
+            return "'user' (turns alternate; join two answers in a row into one turn)"
         return f"{self.expected!r} (turns alternate)"
 
 

@@ -108,16 +108,22 @@ class TokenizedRow(DataRow, TokenSequence):
     """A conversation in the model's own template.
 
     `judged`: a whole conversation that ends in an answer. Only such a row can be held out.
-    `cluster`: only of a held-out or retention row. Rows with the same text are not independent:
-    they share a group, or one is nearly the other.
     `reference`: the text that answers are compared with, where it is not the last message's.
     `decoded`: the text that the reference's tokens decode to, where it is not the reference.
     """
 
     judged: bool
-    cluster: NotRequired[str]
     reference: NotRequired[str]
     decoded: NotRequired[str]
+
+
+class JudgedRow(TokenizedRow):
+    """A held-out or retention row.
+
+    Rows of one `cluster` are not independent: they share a group, or one is nearly the other.
+    """
+
+    cluster: str
 
 
 class PairRow(DataRow):
