@@ -16,7 +16,7 @@ from ft_assets_tests.factories import WORDS
 
 UP_TO_REPORT = (
     "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split,"
-    "lora_adapter,dpo_adapter,eval_report"
+    "lora_adapter,dpo_adapter,answers,eval_report"
 )
 
 

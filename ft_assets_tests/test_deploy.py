@@ -53,7 +53,7 @@ def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("  reused\n") == 13  # the database is empty, the store is not
+    assert done.stderr.count("  reused\n") == 14  # the database is empty, the store is not
     with create_engine(postgres).connect() as connection:
         materialized = connection.execute(
             text(

@@ -18,6 +18,7 @@ from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError, ModelError, VerdictError
+from ft_assets.evaluation.asker import Asker
 from ft_assets.evaluation.candidate_proofs import load_candidates
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.scored_rows import ScoredRow
@@ -77,7 +78,9 @@ def bench(finished: Path, tmp_path: Path) -> Bench:
         adapter,
         task,
         tmp_path,
-        Scorer(tuned, load_tokenizer(base), stop_ids(base), task).answers(rows),
+        Scorer(task).heldout(
+            Asker(tuned, load_tokenizer(base), stop_ids(base), task).heldout(rows), None
+        ),
     )
 
 

@@ -36,7 +36,7 @@ def test_pass_opens_it(copy: Path) -> None:
 
 def test_fail_then_alone(copy: Path) -> None:
     edit(copy, evaluation={"max_new_tokens": 1})
-    assert not checks(materialize(copy, "eval_report"))["better_than_base"].passed
+    assert not checks(materialize(copy, "answers,eval_report"))["better_than_base"].passed
     assert "the verdict is FAIL: sft: does not stop by itself" in refused(copy)
 
 

@@ -22,6 +22,7 @@ ASSETS = (
     "heldout_split",
     "lora_adapter",
     "dpo_adapter",
+    "answers",
     "eval_report",
     "merged_model",
 )

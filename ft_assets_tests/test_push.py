@@ -193,7 +193,9 @@ def test_rollback_is_pushed_although_that_model_was_pushed_before(
     first = artifact(copy, "merged_model").name
     assert ft(copy, "run", "--asset", "hub_model").returncode == 0
     edit(copy, sft={"learning_rate": 0.021}, release={"margin": 1.0})
-    promoted = materialize(copy, "recipe,lora_adapter,dpo_adapter,eval_report,merged_model,release")
+    promoted = materialize(
+        copy, "recipe,lora_adapter,dpo_adapter,answers,eval_report,merged_model,release"
+    )
     assert promoted.success, failure(promoted)
     second = artifact(copy, "merged_model").name
     assert ft(copy, "run", "--asset", "hub_model").returncode == 0

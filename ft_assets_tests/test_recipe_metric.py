@@ -17,9 +17,9 @@ from pathlib import Path
 
 from ft_assets.config import GateSettings, load_project
 from ft_assets.evaluation.answer_scores import score_answers
-from ft_assets.evaluation.candidates import Scored
 from ft_assets.evaluation.leaderboard import judged_entry, rank
 from ft_assets.evaluation.report import summarise
+from ft_assets.evaluation.scored_rows import Scored
 from ft_assets.evaluation.verdict.decision import decide
 from ft_assets_tests.reports import EVIDENCE, scored_row
 

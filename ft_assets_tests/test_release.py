@@ -26,7 +26,7 @@ from ft_assets.release.register import (
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
-UP_TO_RELEASE = "recipe,lora_adapter,dpo_adapter,eval_report,merged_model,release"
+UP_TO_RELEASE = "recipe,lora_adapter,dpo_adapter,answers,eval_report,merged_model,release"
 ROLL_BACK = {"release": {"rollback_to": "previous", "reason": "customers complained"}}
 
 
@@ -396,7 +396,7 @@ def test_no_comparison_with_a_champion_whose_trained_rows_nobody_knows(copy: Pat
 
 def test_release_alone_is_refused_without_a_pass_for_these_versions(copy: Path) -> None:
     edit(copy, evaluation={"max_new_tokens": 1})
-    materialize(copy, "eval_report")
+    materialize(copy, "answers,eval_report")
     before = champion(copy)
     result = materialize(copy, "release")
     assert not result.success
@@ -406,7 +406,7 @@ def test_release_alone_is_refused_without_a_pass_for_these_versions(copy: Path) 
 
 def test_merged_model_of_another_report_is_not_released(copy: Path) -> None:
     edit(copy, evaluation={"max_new_tokens": 7})
-    assert materialize(copy, "eval_report").success
+    assert materialize(copy, "answers,eval_report").success
     assert "was made from another eval_report" in failure(materialize(copy, "release"))
 
 

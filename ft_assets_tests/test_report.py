@@ -108,5 +108,5 @@ def test_harness_tasks_are_general_prompts_with_a_tolerance(healthy: Callable[..
 def test_unknown_harness_task_is_named(copy: Path) -> None:
     edit(copy, evaluation={"lm_eval": ["no_such_task"]})
     assert "evaluation.lm_eval: no_such_task: is not a task" in failure(
-        materialize(copy, "eval_report")
+        materialize(copy, "answers")
     )

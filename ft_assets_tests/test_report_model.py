@@ -7,10 +7,10 @@ import pytest
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.errors import ArtifactError
-from ft_assets.evaluation.candidates import Scored
 from ft_assets.evaluation.leaderboard import judged_entry, rank
 from ft_assets.evaluation.report import summarise
 from ft_assets.evaluation.report_model import AdapterProof, Difference, EvalReport, Finding, Verdict
+from ft_assets.evaluation.scored_rows import Scored
 from ft_assets.evaluation.verdict.decision import decide
 from ft_assets_tests.reports import EVIDENCE, empty_report, scored_row
 

@@ -30,6 +30,7 @@ BELOW_DATA = [
     "heldout_split",
     "lora_adapter",
     "dpo_adapter",
+    "answers",
     "eval_report",
     "merged_model",
     "release",
@@ -100,7 +101,7 @@ def few_shot(folder: Path) -> None:
     write_jsonl(folder / "data/few_shot.jsonl", conversations(3, lambda _: "yes", start=3000))
 
 
-BELOW_VERDICT = ["eval_report", "merged_model", "release", "export", "leaderboard"]
+BELOW_VERDICT = ["answers", "eval_report", "merged_model", "release", "export", "leaderboard"]
 BELOW_RATE = ["recipe", "lora_adapter", "dpo_adapter", *BELOW_VERDICT]
 BELOW_PAIRS = ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", *BELOW_VERDICT]
 # `release` runs because the changed row makes SFT the candidate instead of DPO, which changes the
@@ -128,11 +129,15 @@ MATRIX: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("one train row", one_train_row, ["raw_dataset", *BELOW_DATA]),
     ("one preference pair", one_pair, BELOW_PAIRS),
     ("one held-out row", one_heldout_row, BELOW_HELDOUT),
-    ("a few-shot example", few_shot, ["raw_dataset", "eval_report", "merged_model", "leaderboard"]),
+    (
+        "a few-shot example",
+        few_shot,
+        ["raw_dataset", "answers", "eval_report", "merged_model", "leaderboard"],
+    ),
     (
         "an evaluation setting",
         max_new_tokens,
-        ["recipe", "eval_report", "merged_model", "export", "leaderboard"],
+        ["recipe", "answers", "eval_report", "merged_model", "export", "leaderboard"],
     ),
     ("the learning rate", learning_rate, BELOW_RATE),
     ("beta", beta, ["recipe", "dpo_adapter", *BELOW_VERDICT]),
@@ -208,7 +213,7 @@ def ran(folder: Path, partition: str = "tiny") -> list[str]:
 def test_only_what_changed_runs_again_and_the_plan_says_so(
     calm: Path, change: Callable[[Path], None], expected: list[str]
 ) -> None:
-    assert len(made(calm)) == 13
+    assert len(made(calm)) == 14
     change(calm)
     assert ran(calm) == sorted(expected)
 
@@ -238,6 +243,7 @@ def test_split_of_an_older_version_is_made_again(copy: Path) -> None:
 BELOW_TRAINING = [
     "lora_adapter",
     "dpo_adapter",
+    "answers",
     "eval_report",
     "merged_model",
     "release",
@@ -310,12 +316,13 @@ def test_newer_libraries_redo_what_they_touch(calm: Path, monkeypatch: pytest.Mo
         for name, action in said.items()
         if action == RUNS and name not in ("release", "export")
     ]
-    assert runs == ["lora_adapter", "dpo_adapter", "eval_report", "merged_model"]
-    # The champion is scored again by the newer libraries; what is exported did not change.
-    assert set(ran(calm)) - {"leaderboard", "release", "export"} == {
+    assert runs == ["lora_adapter", "dpo_adapter", "answers", "merged_model"]
+    # The champion is scored again by the newer libraries; what is exported did not change. The
+    # report follows if training gave other bytes.
+    assert set(ran(calm)) - {"eval_report", "leaderboard", "release", "export"} == {
         "lora_adapter",
         "dpo_adapter",
-        "eval_report",
+        "answers",
         "merged_model",
     }
 

@@ -26,7 +26,15 @@ from ft_assets_tests.launching import stop_services
 from ft_assets_tests.pipeline import InProcessLauncher, materialize
 from ft_assets_tests.test_orphans import instance_in, until
 
-BELOW_TRAINING = {"lora_adapter", "dpo_adapter", "eval_report", "merged_model", "release", "export"}
+BELOW_TRAINING = {
+    "lora_adapter",
+    "dpo_adapter",
+    "answers",
+    "eval_report",
+    "merged_model",
+    "release",
+    "export",
+}
 BELOW_REPORT = {"eval_report", "merged_model", "release", "export"}
 BELOW_BASE = {"base_model", "chat_dataset", "heldout_split", *BELOW_TRAINING}
 

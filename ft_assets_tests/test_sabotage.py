@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from ft_assets.artifacts.manifest import make_manifest
 from ft_assets.data.tables import read_table
 from ft_assets.errors import EvaluationError
 from ft_assets.job import Job
-from ft_assets.steps.evaluate import step
+from ft_assets.steps import evaluate
+from ft_assets.steps.answers import step
 from ft_assets_tests.factories import conversations, edit, next_word, write_jsonl
 from ft_assets_tests.pipeline import UP_TO_REPORT, artifact, checks, failure, materialize, read
 
 
 @pytest.fixture
 def job(copy: Path, tmp_path: Path) -> Job:
-    """The job of the evaluation that passed, with copies of the adapters that may be spoilt."""
-    path = next((copy / ".ft/store/.work/jobs").glob("eval_report-*/job.json"))
+    """The job of the answers that passed, with copies of the adapters that may be spoilt."""
+    path = next((copy / ".ft/store/.work/jobs").glob("answers-*/job.json"))
     job = Job.model_validate_json(path.read_text())
     inputs = {name: artifact(copy, name) for name in job.inputs if name != "raw_dataset"}
     for name in ("lora_adapter", "dpo_adapter", "heldout_split"):
@@ -39,6 +41,23 @@ def quiet(*_: Any, **__: Any) -> None:
     pass
 
 
+def scored(copy: Path, asked: Job) -> Mapping[str, Any]:
+    """Score the answers that a job has written, and return the metrics of the report."""
+    empty: dict[str, Any] = {key: {} for key in ("settings", "inputs", "environment", "metrics")}
+    named: dict[str, Any] = dict.fromkeys(("partition", "version", "code_version"), "")
+    manifest = make_manifest(
+        asked.output, asset="answers", **named, **empty, parts=None, started=0.0
+    )
+    (asked.output / "manifest.json").write_text(manifest.to_text())
+    path = next((copy / ".ft/store/.work/jobs").glob("eval_report-*/job.json"))
+    job = Job.model_validate_json(path.read_text())
+    of_copy = {name: artifact(copy, name) for name in job.inputs}
+    inputs = {**of_copy, "answers": asked.output}
+    output = asked.output.with_name("report")
+    output.mkdir()
+    return evaluate.step(job.model_copy(update={"inputs": inputs, "output": output}), quiet).metrics
+
+
 def spoil(adapter: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(
@@ -48,8 +67,8 @@ def spoil(adapter: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) ->
 
 
 def test_untouched_job_passes(job: Job) -> None:
-    assert step(job, quiet).metrics["verdict"] == "PASS"
-    proofs = json.loads((job.output / "report.json").read_text())["proofs"]
+    step(job, quiet)
+    proofs = json.loads((job.output / "asked.json").read_text())["proofs"]
     assert proofs["template_mismatches"] == []
     assert proofs["adapters"]["sft"]["targets"] == 14
     assert (
@@ -106,25 +125,22 @@ def test_adapter_of_another_base_of_the_same_shape_is_refused(copy: Path) -> Non
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     edit(copy, base_models={"tiny": {"folder": str(model)}})
     assert materialize(copy, "base_model").success
-    assert "chat_dataset was made from another base_model" in failure(
-        materialize(copy, "eval_report")
-    )
+    assert "chat_dataset was made from another base_model" in failure(materialize(copy, "answers"))
     assert materialize(copy, "chat_dataset,heldout_split").success
-    assert "lora_adapter was made from another base_model" in failure(
-        materialize(copy, "eval_report")
-    )
+    assert "lora_adapter was made from another base_model" in failure(materialize(copy, "answers"))
     assert "was made from another base_model" in failure(materialize(copy, "merged_model"))
 
 
-def test_template_swapped_after_tokenization_fails_by_its_name(job: Job, tmp_path: Path) -> None:
+def test_template_swapped_after_tokenization_fails_by_its_name(
+    copy: Path, job: Job, tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(job.inputs["base_model"], base)
     template = base / "chat_template.jinja"
     text = template.read_text().replace("message['role'] + '\n'", "message['role'] + ':\n'")
     template.write_text(text.replace("assistant\n'", "assistant:\n'"))
-    metrics = step(
-        job.model_copy(update={"inputs": {**job.inputs, "base_model": base}}), quiet
-    ).metrics
+    step(job.model_copy(update={"inputs": {**job.inputs, "base_model": base}}), quiet)
+    metrics = scored(copy, job)
     assert metrics["verdict"] == "FAIL"
     assert "template mismatch" in metrics["reason"]
     assert metrics["diagnosis"].startswith("template mismatch")
@@ -133,7 +149,7 @@ def test_template_swapped_after_tokenization_fails_by_its_name(job: Job, tmp_pat
 def test_adapter_trained_on_heldout_rows_is_refused(copy: Path) -> None:
     edit(copy, data={"split_salt": "another"})
     assert materialize(copy, "heldout_split").success
-    said = failure(materialize(copy, "eval_report"))
+    said = failure(materialize(copy, "answers"))
     assert "was trained on" in said
     assert "heldout rows" in said
 
@@ -168,12 +184,12 @@ def test_generation_that_raises_on_one_row_is_an_error_that_names_it(
     ):
         step(job, quiet)
     assert 1 in seen  # halved down to the row
-    assert not (job.output / "verdict.json").exists()
+    assert not list(job.output.iterdir())
 
 
 def test_model_that_never_stops_fails(copy: Path) -> None:
     edit(copy, evaluation={"max_new_tokens": 1})
-    result = materialize(copy, "eval_report")
+    result = materialize(copy, "answers,eval_report")
     verdict = read(copy, "eval_report", "verdict.json")
     assert verdict["status"] == "FAIL"
     assert "does not stop by itself: stop rate 0.00" in " ".join(verdict["reasons"])

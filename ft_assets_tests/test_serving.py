@@ -195,7 +195,7 @@ def test_chat_asks_base_champion_and_challenger(copy: Path) -> None:
     store = ArtifactStore(copy / ".ft/store")
     assert [who for who, _ in contenders(store, "tiny")] == ["base", "champion"]
     edit(copy, dpo={"beta": 0.5, "learning_rate": 0.01})
-    assert materialize(copy, "recipe,dpo_adapter,eval_report,merged_model").success
+    assert materialize(copy, "recipe,dpo_adapter,answers,eval_report,merged_model").success
     assert [who for who, _ in contenders(store, "tiny")] == ["base", "champion", "challenger"]
     (artifact(copy, "merged_model") / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="was changed"):

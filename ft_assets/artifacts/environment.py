@@ -7,6 +7,7 @@ LIBRARIES = {
     "text": ("transformers", "tokenizers"),
     "train": ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"),
     "infer": ("torch", "transformers", "peft"),
+    "score": ("numpy", "scipy"),
 }
 
 

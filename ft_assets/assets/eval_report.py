@@ -1,49 +1,14 @@
 """The asset `eval_report`: the evaluation of base, SFT and DPO, and its checks."""
 
-from typing import Any
-
 import dagster as dg
 
-from ft_assets.artifacts import Artifact
-from ft_assets.config import GateSettings, settings_version
+from ft_assets.assets.judged import TRAINED, answers_of_today, evaluation_identity, judged
+from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import Estimate, EvalReport
-from ft_assets.evaluation.setting_files import read_schema, user_metric_version
 from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts, forgetting
-from ft_assets.evaluation.verdict.gate import bound_versions, require_lineage
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
 from ft_assets.steps import evaluate
-
-TRAINED = ("base_model", "recipe", "heldout_split", "lora_adapter", "dpo_adapter")
-
-
-def judged(
-    materializer: Materializer, asset: str, name: str
-) -> tuple[dict[str, Artifact], dict[str, str]]:
-    """Return the artifacts of a verdict and their versions.
-
-    Raises VerdictError if they were not made from each other.
-    """
-    names = ("base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter")
-    used = {made: materializer.store.need(made, name) for made in names}
-    require_lineage(used, f"{asset}[{name}]")
-    return used, bound_versions(used, settings_version(_evaluation(materializer, name)))
-
-
-def _evaluation(materializer: Materializer, name: str) -> dict[str, Any]:
-    """Return all that decides the evaluation besides the artifacts.
-
-    It has the settings, the files that they name, and the few-shot prompt.
-    """
-    project = materializer.project
-    settings = project.recipe(name).evaluation
-    return {
-        "evaluation": settings.model_dump(mode="json"),
-        "schema": read_schema(project, settings),
-        "own_metric": user_metric_version(project, settings),
-        "few_shot_system": project.data.few_shot_system,
-        "few_shot": materializer.store.need("raw_dataset", None).part_version("few_shot"),
-    }
 
 
 def _report(checked: Checked) -> EvalReport:
@@ -66,51 +31,47 @@ def _summary(metrics: Metrics) -> str:
 
 
 @asset(
-    deps=[*TRAINED, "raw_dataset"],
+    deps=[*TRAINED, "raw_dataset", "answers"],
     group="evaluation",
     kinds=["report"],
-    code_version="4",
-    gpu=True,
+    code_version="5",
     summary=_summary,
 )
 def eval_report(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:
-    """Base, prompted base, SFT and DPO on the same held-out rows, paired, and the verdict.
+    """The scores of base, prompted base, SFT and DPO, paired by row, and the verdict.
 
-    General prompts measure forgetting.
+    It loads no model: a changed metric scores the kept answers again. General prompts measure
+    forgetting.
     """
     name, project = context.partition_key, materializer.project
     used, versions = judged(materializer, "eval_report", name)
     previous = materializer.store.current("eval_report", name)
-    decisive = _evaluation(materializer, name)
+    decisive = evaluation_identity(materializer, name)
     gate = project.gate.model_dump(mode="json", exclude={"override", "min_top1_agreement"})
     has_dpo = used["dpo_adapter"].metrics["pairs"] > 0
     artifact, reused = materializer.materialize(
         context,
         identity={**decisive, "gate": gate, "has_dpo": has_dpo},
         inputs={
-            **{
-                asset: (used[asset], None)
-                for asset in ("base_model", "lora_adapter", "dpo_adapter")
-            },
+            "answers": (answers_of_today(materializer, name, used), None),
+            **{asset: (used[asset], None) for asset in ("lora_adapter", "dpo_adapter")},
             **{
                 f"heldout_split#{part}": (used["heldout_split"], part)
                 for part in ("train", "heldout", "retention")
             },
-            "raw_dataset#few_shot": (materializer.store.need("raw_dataset", None), "few_shot"),
         },
         step=evaluate.Settings(
             evaluation=project.recipe(name).evaluation,
             gate=GateSettings.model_validate(gate),
             answer_schema=decisive["schema"],
-            few_shot_system=project.data.few_shot_system,
             has_dpo=has_dpo,
             bound_to=versions,
             root=project.root,
             previous=previous.path if previous else None,
         ),
-        libraries="infer",
+        libraries="score",
     )
     picture = (artifact.path / "info" / "scores.txt").read_text()
     text, since = ((artifact.path / name).read_text() for name in ("report.md", "info/changes.md"))

@@ -34,6 +34,7 @@ CHAIN = (
     "heldout_split",
     "lora_adapter",
     "dpo_adapter",
+    "answers",
     "eval_report",
 )
 

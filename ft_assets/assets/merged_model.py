@@ -2,7 +2,8 @@
 
 import dagster as dg
 
-from ft_assets.assets.eval_report import TRAINED, judged, numbers
+from ft_assets.assets.eval_report import numbers
+from ft_assets.assets.judged import TRAINED, judged
 from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.setting_files import read_schema

@@ -11,7 +11,8 @@ import dagster as dg
 from pydantic import Field
 
 from ft_assets.artifacts import Artifact, ArtifactStore, verify_files
-from ft_assets.assets.eval_report import TRAINED, judged, numbers
+from ft_assets.assets.eval_report import numbers
+from ft_assets.assets.judged import TRAINED, judged
 from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
 from ft_assets.evaluation.report_model import Estimate

@@ -98,6 +98,16 @@ class EvaluationSettings(Section):
     )
     seed: int = 42
 
+    def asked(self) -> dict[str, Any]:
+        """Return the settings that decide what a model is asked; all others decide its scores.
+
+        Not `batch_size`: it decides the rounding alone.
+        """
+        keys = {"max_new_tokens", "retention_rows", "retention_answers", "train_rows"}
+        keys |= {"choice", "labels"} if self.choice else set()
+        keys |= {"lm_eval", "lm_eval_limit"} if self.lm_eval else set()
+        return self.model_dump(mode="json", include=keys)
+
     @property
     def user_metric(self) -> UserMetric | None:
         """The user's own metric."""

@@ -1,45 +1,54 @@
-"""Score base, prompted base, SFT and DPO on the same held-out rows with one load of the base."""
+"""Ask base, prompted base, SFT and DPO for the same held-out rows with one load of the base."""
 
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ft_assets.chat.rendering import Renderer
 from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.asker import Asker, active, prompts, tokenized
 from ft_assets.evaluation.candidate_proofs import (
     load_candidates,
     prove_adapters_act,
     prove_unseen,
     template_mismatches,
 )
+from ft_assets.evaluation.few_shot import few_shot_prompt
 from ft_assets.evaluation.harness import harness_scores
+from ft_assets.evaluation.kept_answers import (
+    SIDES,
+    Answers,
+    AskedRow,
+    Cost,
+    Facts,
+    HarnessScores,
+    Kept,
+    Side,
+    digest,
+)
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import AdapterProof, OwnTemplate, Proofs
-from ft_assets.evaluation.scored_rows import ScoredRow
-from ft_assets.evaluation.scorer import Scorer, Task, active, prompts, tokenized
+from ft_assets.evaluation.scorer import Task
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer, stop_ids
-from ft_assets.rows.types import ConversationRow, Message
 
 
-@dataclass
-class Scored:
-    """The results by candidate.
+@dataclass(frozen=True)
+class Candidates:
+    """The base's snapshot, the adapters, and the identity of each one's weights.
 
-    chance: the scores of each row's answer against other rows' references. harness: {"task metric":
-    scores}. train_loss: nats per token of each train row.
+    weights: by the adapter's name; `base` is the base's. harness: the identity of the tasks of
+    lm-evaluation-harness.
     """
 
-    heldout: dict[str, list[ScoredRow]] = field(default_factory=dict)
-    retention: dict[str, list[ScoredRow]] = field(default_factory=dict)
-    chance: dict[str, list[float]] = field(default_factory=dict)
-    harness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    train_loss: dict[str, list[float]] = field(default_factory=dict)
-    proofs: Proofs = field(default_factory=lambda: Proofs(adapters={}, template_mismatches=[]))
-    seconds: dict[str, float] = field(default_factory=dict)
+    snapshot: Path
+    adapters: dict[str, Path]
+    weights: dict[str, str]
+    harness: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,30 +60,45 @@ class _Plan:
     rows: list[ReferencedRow]
 
 
-def score(snapshot: Path, adapters: dict[str, Path], task: Task, report: Report) -> Scored:
-    """Score every candidate on the same rows, with the proofs of these scores.
+def ask(candidates: Candidates, task: Task, kept: Kept, report: Report) -> Answers:
+    """Ask every candidate for the same rows, and prove that it is the candidate that answers.
 
-    Raises EvaluationError.
+    What is in `kept` is not asked again. Raises EvaluationError.
     """
+    snapshot, adapters = candidates.snapshot, candidates.adapters
     prove_unseen(adapters, heldout=task.heldout, retention=task.retention)
     tokenizer = load_tokenizer(snapshot)
     stops = stop_ids(snapshot)
     renderer = Renderer(tokenizer, stops)
+    plans = _plans(renderer, task, adapters)
     model = load_candidates(snapshot, adapters)
     probe = prompts(renderer, task.heldout[:1])[0]
-    adapter_proofs = prove_adapters_act(model, snapshot, adapters, probe)
-    mismatches = template_mismatches(renderer, [*task.heldout, *task.train])
-    scorer = Scorer(model, tokenizer, stops, task)
-    scored = Scored()
-    for plan in _plans(renderer, task, adapters):
+    acting = prove_adapters_act(model, snapshot, adapters, probe)
+    rows: dict[Side, dict[str, list[AskedRow]]] = {side: {} for side in SIDES}
+    harness: dict[str, HarnessScores] = {}
+    cost = Cost(seconds={}, tokens=0)
+    for plan in plans:
         begun = time.perf_counter()
-        _score_candidate(scorer, plan, scored)
-        seconds = scored.seconds[plan.name] = time.perf_counter() - begun
-        metric = task.settings.metric
-        mean = statistics.fmean(row.scores[metric] for row in scored.heldout[plan.name])
-        report("scored", **{f"{plan.name}_{metric}": round(mean, 4), "seconds": round(seconds, 1)})
-    scored.proofs = _proofs(scorer, adapter_proofs, mismatches, replaced_template(snapshot))
-    return scored
+        asker = Asker(
+            model, tokenizer, stops, task, candidates.weights[plan.adapter or "base"], kept
+        )
+        with active(model, plan.adapter):
+            rows["heldout"][plan.name] = asker.heldout(plan.rows)
+            if plan.name != "few_shot":
+                rows["retention"][plan.name] = asker.retention(task.retention)
+                rows["train"][plan.name] = asker.train(task.train)
+                if task.settings.lm_eval:
+                    harness[plan.name] = _harness(asker, candidates.harness)
+        seconds = time.perf_counter() - begun
+        cost = Cost(
+            seconds={**cost.seconds, plan.name: seconds}, tokens=cost.tokens + asker.generated
+        )
+        report(f"asked {plan.name}", generated_tokens=asker.generated, seconds=round(seconds, 1))
+    mismatches = template_mismatches(renderer, [*task.heldout, *task.train])
+    base = Asker(model, tokenizer, stops, task)
+    proofs = _proofs(base, acting, mismatches, replaced_template(snapshot))
+    facts = Facts(proofs=proofs, harness=harness, vocabulary=_facts(snapshot)["vocabulary"])
+    return Answers(facts, rows, cost)
 
 
 def _plans(renderer: Renderer, task: Task, adapters: Mapping[str, Path]) -> list[_Plan]:
@@ -90,46 +114,26 @@ def _prompted(row: ReferencedRow, task: Task) -> ReferencedRow:
     return {**row, "messages": messages}
 
 
-def few_shot_prompt(
-    messages: list[Message], system: str | None, examples: Sequence[ConversationRow]
-) -> list[Message]:
-    """Return the messages of the prompted base.
-
-    They are the system turn (`system`, else the row's own), the turns of the examples, and those of
-    the row.
-    """
-    own = next((turn["content"] for turn in messages if turn["role"] == "system"), None)
-    first = system or own
-    turns: list[Message] = [{"role": "system", "content": first}] if first else []
-    for example in examples:
-        turns += [turn for turn in example["messages"] if turn["role"] != "system"]
-    return turns + [turn for turn in messages if turn["role"] != "system"]
-
-
-def _score_candidate(scorer: Scorer, plan: _Plan, scored: Scored) -> None:
-    task, name = scorer.task, plan.name
-    with active(scorer.model, plan.adapter):
-        scored.heldout[name] = scorer.heldout(plan.rows, scored.heldout.get("base"))
-        if plan.adapter is not None:  # only candidates for the merge are compared with chance
-            scored.chance[name] = scorer.chance(scored.heldout[name])
-        if name == "few_shot":
-            return
-        scored.retention[name] = scorer.retention(task.retention)
-        scored.train_loss[name] = scorer.losses(task.train)[0]
-        if task.settings.lm_eval:
-            scored.harness[name] = harness_scores(
-                scorer.model, scorer.tokenizer, task.settings, task.root
-            )
+def _harness(asker: Asker, tasks: str) -> HarnessScores:
+    """Return the harness's scores of the active candidate, the kept ones if there are any."""
+    key = digest("harness", asker.weights, tasks)
+    scores = asker.kept.harness.get(key) or harness_scores(
+        asker.model, asker.tokenizer, asker.settings, asker.task.root
+    )
+    return HarnessScores(key=key, scores=scores)
 
 
 def replaced_template(snapshot: Path) -> str | None:
     """Return the base's own chat template if finetune.yaml replaced it."""
-    facts = snapshot / "facts.json"
-    return json.loads(facts.read_text()).get("replaced_template") if facts.exists() else None
+    return _facts(snapshot).get("replaced_template")
+
+
+def _facts(snapshot: Path) -> dict[str, Any]:
+    return json.loads((snapshot / "facts.json").read_text())
 
 
 def _proofs(
-    scorer: Scorer,
+    asker: Asker,
     adapters: dict[str, AdapterProof],
     mismatches: list[str],
     replaced: str | None,
@@ -138,14 +142,14 @@ def _proofs(
     proofs = Proofs(adapters=adapters, template_mismatches=mismatches)
     if not replaced:
         return proofs
-    task = scorer.task
+    task = asker.task
     # General prompts show best how well a base predicts in its own template.
     known = task.retention or task.heldout
-    with active(scorer.model, None):
+    with active(asker.model, None):
         try:
             losses = OwnTemplate(
-                loss=scorer.loss_under(replaced, known),
-                loss_as_configured=statistics.fmean(scorer.losses(known)[0]),
+                loss=asker.loss_under(replaced, known),
+                loss_as_configured=statistics.fmean(asker.losses(known)[0]),
                 rows="general" if task.retention else "held-out",
             )
         except EvaluationError as problem:

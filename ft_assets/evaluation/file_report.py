@@ -7,11 +7,11 @@ the model can answer differently, also on general prompts, so its forgetting has
 from pathlib import Path
 
 from ft_assets.config import GateSettings
-from ft_assets.evaluation.candidates import Scored
+from ft_assets.evaluation.asker import Asker
 from ft_assets.evaluation.harness import harness_scores
 from ft_assets.evaluation.report import summarise
 from ft_assets.evaluation.report_model import EvalReport
-from ft_assets.evaluation.scored_rows import ScoredRow, read_scored_rows
+from ft_assets.evaluation.scored_rows import Scored, ScoredRow, read_scored_rows
 from ft_assets.evaluation.scorer import Scorer, Task
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
@@ -56,12 +56,12 @@ def _score_file(
     file: Path, task: Task, rows: list[ScoredRow], candidate: str, with_general: bool
 ) -> Scored:
     """Score the merged file; the model is freed on return, so that one is in memory at a time."""
-    scorer = Scorer(load_base(file), load_tokenizer(file), stop_ids(file), task)
+    asker, scorer = Asker(load_base(file), load_tokenizer(file), stop_ids(file), task), Scorer(task)
     scored = Scored(heldout={candidate: rows}, chance={candidate: scorer.chance(rows)})
     if with_general:
-        scored.retention[candidate] = scorer.retention(task.retention)
+        scored.retention[candidate] = scorer.retention(asker.retention(task.retention))
     if task.settings.lm_eval:
         scored.harness[candidate] = harness_scores(
-            scorer.model, scorer.tokenizer, task.settings, task.root
+            asker.model, asker.tokenizer, task.settings, task.root
         )
     return scored

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from ft_assets.config import EvaluationSettings, GateSettings
-from ft_assets.evaluation.candidates import Scored
 from ft_assets.evaluation.report_model import (
     Comparisons,
     Differences,
@@ -15,7 +14,7 @@ from ft_assets.evaluation.report_model import (
     Retention,
     Scores,
 )
-from ft_assets.evaluation.scored_rows import ScoredRow
+from ft_assets.evaluation.scored_rows import Scored, ScoredRow
 from ft_assets.evaluation.verdict.statistics import compare, interval
 from ft_assets.metrics import higher_is_better
 

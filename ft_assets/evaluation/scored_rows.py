@@ -6,7 +6,7 @@ A table has one line for each candidate and row: `candidate`, `id`, `prompt` (JS
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ft_assets.evaluation.references import ReferencedRow
+from ft_assets.evaluation.report_model import Proofs
 from ft_assets.rows.types import DataRow
 
 IDENTITY = ("candidate", "id", "prompt", "reference")
@@ -42,6 +43,22 @@ class ScoredRow:
         """Return the row as columns of the table."""
         answer = {"answer": self.answer, "stopped": self.stopped, "tokens": self.tokens}
         return {**(answer if self.answered else {}), **self.scores}
+
+
+@dataclass
+class Scored:
+    """The results by candidate.
+
+    chance: the scores of each row's answer against other rows' references. harness: {"task metric":
+    scores}. train_loss: nats per token of each train row.
+    """
+
+    heldout: dict[str, list[ScoredRow]] = field(default_factory=dict)
+    retention: dict[str, list[ScoredRow]] = field(default_factory=dict)
+    chance: dict[str, list[float]] = field(default_factory=dict)
+    harness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    train_loss: dict[str, list[float]] = field(default_factory=dict)
+    proofs: Proofs = field(default_factory=lambda: Proofs(adapters={}, template_mismatches=[]))
 
 
 def write_scored_rows(

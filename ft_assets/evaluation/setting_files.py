@@ -1,13 +1,14 @@
-"""The files of the evaluation's settings, a part of its identity: JSON schema, user metric."""
+"""What decides scores besides finetune.yaml: the files that it names, the metrics' packages."""
 
-import importlib.util
+import importlib.metadata
 import json
-from pathlib import Path
 from typing import Any
 
 from ft_assets.artifacts import file_sha256
 from ft_assets.config import EvaluationSettings, Project
 from ft_assets.errors import ConfigError
+from ft_assets.evaluation.user_modules import UserModules
+from ft_assets.metrics import registered
 
 
 def read_schema(project: Project, settings: EvaluationSettings) -> dict[str, Any] | None:
@@ -32,27 +33,72 @@ def read_schema(project: Project, settings: EvaluationSettings) -> dict[str, Any
     return schema
 
 
-def user_metric_version(project: Project, settings: EvaluationSettings) -> str | None:
-    """Return the hash of the module of evaluation.python; None without such a metric.
+def user_metric_version(
+    project: Project, settings: EvaluationSettings
+) -> dict[str, dict[str, str]] | None:
+    """Return the files and packages of the module of evaluation.python; None without one.
 
-    Raises ConfigError if the module does not exist.
+    The files are those of the project's folder that it imports or names. Raises ConfigError if the
+    module does not exist or cannot be parsed.
     """
     if settings.user_metric is None:
         return None
     name = settings.user_metric.function
     module = name.partition(":")[0]
     path = project.path(f"{module.replace('.', '/')}.py")
-    if path.is_file():
-        return file_sha256(path)
     try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None or found.origin is None:
+        found = UserModules.of(module, project.root)
+    except SyntaxError as error:
+        raise ConfigError(
+            where=f"evaluation.python: {name}",
+            found=f"{error.filename}, line {error.lineno}: {error.msg}",
+            expected="a Python module",
+            fix="correct the module",
+        ) from None
+    if found is None:
         raise ConfigError(
             where=f"evaluation.python: {name}",
             found=f"there is no module {module}",
             expected=f"{path}, or an installed module",
             fix="correct the name",
         )
-    return file_sha256(Path(found.origin))
+    return {"files": found.files, "packages": found.packages}
+
+
+def metric_packages(settings: EvaluationSettings) -> dict[str, str]:
+    """Return the versions of the packages that compute the chosen metrics."""
+    general = [metric for metric in registered() if metric.name == settings.retention_metric]
+    names = {name for metric in (*settings.measured(), *general) for name in metric.packages}
+    return {name: _version(name) for name in sorted(names)}
+
+
+def harness_version(project: Project, settings: EvaluationSettings) -> dict[str, Any] | None:
+    """Return the version of lm_eval and the hashes of your own task files; None without tasks.
+
+    Raises ConfigError if there is no folder evaluation.lm_eval_path.
+    """
+    if not settings.lm_eval:
+        return None
+    files: dict[str, str] = {}
+    if settings.lm_eval_path:
+        folder = project.path(settings.lm_eval_path)
+        if not folder.is_dir():
+            raise ConfigError(
+                where="evaluation.lm_eval_path",
+                found=f"there is no folder {folder}",
+                expected="a folder with task files of lm-evaluation-harness",
+                fix="correct the path; it is relative to finetune.yaml",
+            )
+        files = {
+            path.relative_to(folder).as_posix(): file_sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+    return {"lm_eval": _version("lm_eval"), "files": files}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
+from ft_assets.evaluation.asker import Asker
 from ft_assets.evaluation.candidate_proofs import template_mismatches
 from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.scorer import Scorer, Task
@@ -126,8 +127,8 @@ def prove(
     finally:
         logits.unlink(missing_ok=True)
     faults += _generation_faults(model, snapshot)
-    scorer = Scorer(model, load_tokenizer(merged), stop_ids(merged), task)
-    rows = scorer.heldout(task.heldout, base_rows)
+    asker = Asker(model, load_tokenizer(merged), stop_ids(merged), task)
+    rows = Scorer(task).heldout(asker.heldout(task.heldout), base_rows)
     equal = [float(row.answer == before.answer) for row, before in zip(rows, judged, strict=True)]
     judged_ids = {row["id"] for row in task.heldout}
     heldout = sum(row["id"] in judged_ids for row in compared)

@@ -4,7 +4,9 @@ from ft_assets.metrics.json_object import parse_json
 from ft_assets.metrics.registry import Metric, Option
 
 
-@Metric("schema", binary=True, needs_reference=False, config="json_schema")
+@Metric(
+    "schema", binary=True, needs_reference=False, config="json_schema", packages=("jsonschema",)
+)
 def schema(answers: list[str], json_schema: Option) -> list[float]:
     """Score 1 if the whole answer is strict JSON that meets the schema (parsed, not its path)."""
     from jsonschema.validators import validator_for

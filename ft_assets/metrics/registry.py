@@ -27,7 +27,8 @@ class Metric:
     always: it is measured in any case.
     each: there is one such metric for each item of the list `config`; `{}` in the name is the item.
     of_answer: False if it needs more than answers and references: the model, the conversation or
-    the base's answers. evaluation/candidates.py then computes it.
+    the base's answers. evaluation/scorer.py then computes it.
+    packages: the distributions that compute it; their versions are in the report's fingerprint.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Metric:
     always: bool = False
     each: bool = False
     of_answer: bool = True
+    packages: tuple[str, ...] = ()
     function: Callable[..., list[float]] | None = None
     item: str | None = None
 

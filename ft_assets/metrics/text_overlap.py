@@ -6,26 +6,28 @@ interval over its rows.
 
 from ft_assets.metrics.registry import Metric
 
+ROUGE = ("rouge-score", "regex")
 
-@Metric("rouge1", entry="rouge")
+
+@Metric("rouge1", entry="rouge", packages=ROUGE)
 def rouge1(answers: list[str], references: list[str]) -> list[float]:
     """Score the ROUGE-1 F-measure without stemming (Lin 2004)."""
     return _rouge("rouge1", answers, references)
 
 
-@Metric("rouge2", entry="rouge")
+@Metric("rouge2", entry="rouge", packages=ROUGE)
 def rouge2(answers: list[str], references: list[str]) -> list[float]:
     """Score the ROUGE-2 F-measure without stemming (Lin 2004)."""
     return _rouge("rouge2", answers, references)
 
 
-@Metric("rougeL", entry="rouge")
+@Metric("rougeL", entry="rouge", packages=ROUGE)
 def rouge_l(answers: list[str], references: list[str]) -> list[float]:
     """Score the ROUGE-L F-measure without stemming (Lin 2004)."""
     return _rouge("rougeL", answers, references)
 
 
-@Metric("bleu")
+@Metric("bleu", packages=("sacrebleu",))
 def bleu(answers: list[str], references: list[str]) -> list[float]:
     """Score sentence BLEU, effective order, sacrebleu's default smoothing (Post 2018)."""
     from sacrebleu import BLEU
@@ -37,7 +39,7 @@ def bleu(answers: list[str], references: list[str]) -> list[float]:
     ]
 
 
-@Metric("chrf")
+@Metric("chrf", packages=("sacrebleu",))
 def chrf(answers: list[str], references: list[str]) -> list[float]:
     """Score chrF2, character 6-grams (Popović 2015)."""
     from sacrebleu import CHRF

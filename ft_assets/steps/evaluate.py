@@ -1,8 +1,10 @@
-"""Step: score all candidates on the same held-out rows, summarise, decide, explain."""
+"""Step: score the kept answers of all candidates, summarise, decide, explain.
+
+It loads no model and no torch.
+"""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import JsonValue
 
+from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.curves import up_to_kept
+from ft_assets.evaluation.kept_answers import Answers, AskedRow
 from ft_assets.evaluation.plots import data_uri, read_curve, score_plot
-from ft_assets.evaluation.references import with_references
+from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import (
     EvalReport,
     Evidence,
@@ -24,15 +28,13 @@ from ft_assets.evaluation.report_model import (
     Verdict,
     findings_json,
 )
-from ft_assets.evaluation.scored_rows import read_scores, write_scored_rows
+from ft_assets.evaluation.scored_rows import Scored, read_scores, write_scored_rows
 from ft_assets.evaluation.verdict.decision import decide
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
-from ft_assets.models.loading import load_tokenizer
-from ft_assets.rows.types import ConversationRow, TokenizedRow
+from ft_assets.rows.types import TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
-    from ft_assets.evaluation.candidates import Scored
     from ft_assets.evaluation.report_markdown import PreviousReport
     from ft_assets.evaluation.scorer import Task
 
@@ -40,12 +42,11 @@ if TYPE_CHECKING:
 class Settings(StepSettings):
     """`bound_to`: the versions that the report is about. `previous`: the folder of the last one."""
 
-    STEP: ClassVar = Step("evaluate", gpu=True)
+    STEP: ClassVar = Step("evaluate")
 
     evaluation: EvaluationSettings
     gate: GateSettings
     answer_schema: dict[str, JsonValue] | None
-    few_shot_system: str | None
     has_dpo: bool
     bound_to: dict[str, str]
     root: Path
@@ -54,20 +55,17 @@ class Settings(StepSettings):
 
 @takes(Settings)
 def step(job: Job, given: Settings, report: Report) -> StepResult:
-    from ft_assets.evaluation.candidates import score
     from ft_assets.evaluation.report import summarise
     from ft_assets.evaluation.report_markdown import report_markdown
     from ft_assets.evaluation.verdict.diagnosis import diagnose
 
     settings, gate = given.evaluation, given.gate
-    train = read_table(job.inputs["heldout_split"] / "train.parquet", row=TokenizedRow)
-    task = _task(job, given, train)
-    adapters = {"sft": job.inputs["lora_adapter"]}
-    if given.has_dpo:
-        adapters["dpo"] = job.inputs["dpo_adapter"]
-    scored = score(job.inputs["base_model"], adapters, task, report)
+    verify_files(Artifact.read(job.inputs["answers"]))
+    answers = Answers.read(job.inputs["answers"])
+    task = _task(job, given, answers)
+    scored = _scored(answers, task, report)
     numbers = summarise(
-        scored, settings, gate, given.bound_to, _evidence(job, scored, train, settings)
+        scored, settings, gate, given.bound_to, _evidence(job, scored, answers, settings)
     )
     verdict = decide(numbers, gate)
     findings = diagnose(numbers, verdict, gate)
@@ -81,43 +79,65 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     write_scored_rows(job.output / "rows.parquet", scored.heldout, task.heldout)
     write_scored_rows(job.output / "retention.parquet", scored.retention, task.retention)
     _write_pages(job, given, numbers, verdict, findings, scored, task)
-    return StepResult(_metrics(numbers, verdict, findings, scored, settings))
+    return StepResult(_metrics(numbers, verdict, findings, scored, settings, answers))
 
 
-def _task(job: Job, given: Settings, train: list[TokenizedRow]) -> Task:
+def _task(job: Job, given: Settings, answers: Answers) -> Task:
     from ft_assets.evaluation.scorer import Task
 
     settings, split = given.evaluation, job.inputs["heldout_split"]
-    tokenizer = load_tokenizer(job.inputs["base_model"])
     heldout = read_table(split / "heldout.parquet", row=TokenizedRow)
     retention = read_table(split / "retention.parquet", settings.retention_rows, row=TokenizedRow)
-    judged = sorted((row for row in train if row["judged"]), key=lambda row: row["id"])
     return Task(
-        heldout=with_references(tokenizer, heldout),
+        heldout=_referenced(heldout, answers.rows["heldout"]["base"]),
         settings=settings,
-        retention=with_references(tokenizer, retention),
-        train=judged[: settings.train_rows],
-        few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet", row=ConversationRow),
-        few_shot_system=given.few_shot_system,
+        retention=_referenced(retention, answers.rows["retention"].get("base", [])),
         schema=given.answer_schema,
         root=given.root,
     )
 
 
-def _evidence(
-    job: Job, scored: Scored, train: list[TokenizedRow], settings: EvaluationSettings
-) -> Evidence:
+def _referenced(rows: list[TokenizedRow], asked: list[AskedRow]) -> list[ReferencedRow]:
+    """Return the rows with the references of the answers, which are of the same rows."""
+    of = {row.id: row.reference for row in asked}
+    return [{**row, "reference": of[row["id"]]} for row in rows]
+
+
+def _scored(answers: Answers, task: Task, report: Report) -> Scored:
+    """Score the answers of every candidate."""
+    from ft_assets.evaluation.scorer import Scorer
+
+    scorer, metric = Scorer(task), task.settings.metric
+    scored = Scored(
+        harness={name: one.scores for name, one in answers.facts.harness.items()},
+        train_loss={
+            name: [row.loss for row in rows] for name, rows in answers.rows["train"].items() if rows
+        },
+        proofs=answers.facts.proofs,
+    )
+    for name, rows in answers.rows["heldout"].items():
+        scored.heldout[name] = scorer.heldout(rows, scored.heldout.get("base"))
+        mean = statistics.fmean(row.scores[metric] for row in scored.heldout[name])
+        report("scored", **{f"{name}_{metric}": round(mean, 4)})
+        if name in answers.facts.proofs.adapters:  # candidates for the merge
+            scored.chance[name] = scorer.chance(scored.heldout[name])
+    for name, rows in answers.rows["retention"].items():
+        scored.retention[name] = scorer.retention(rows)
+    return scored
+
+
+def _evidence(job: Job, scored: Scored, answers: Answers, settings: EvaluationSettings) -> Evidence:
     """Collect the facts that the diagnosis needs besides the scores."""
     from ft_assets.evaluation.verdict.diagnosis import diversity
 
-    general = [row.stopped for row in scored.retention["base"] if row.answered]
-    facts = json.loads((job.inputs["base_model"] / "facts.json").read_text())
+    train = read_table(job.inputs["heldout_split"] / "train.parquet", row=TokenizedRow)
+    general = [row.stopped for row in scored.retention.get("base", []) if row.answered]
     validation = up_to_kept(read_curve(job.inputs["lora_adapter"], "validation"))
     return Evidence(
         train=diversity(train),
         train_loss={name: statistics.fmean(losses) for name, losses in scored.train_loss.items()},
         validation=[ValidationLoss.model_validate(point) for point in validation],
-        vocabulary=facts["vocabulary"],
+        vocabulary=answers.facts.vocabulary,
         general_stop_rate=statistics.fmean(general) if general else None,
         labels=len(settings.labels),
     )
@@ -190,12 +210,10 @@ def _metrics(
     findings: Sequence[Finding],
     scored: Scored,
     settings: EvaluationSettings,
+    answers: Answers,
 ) -> dict[str, Any]:
     best, metric, rows = verdict.reported_candidate, settings.metric, scored.heldout
     general = numbers.retention.comparisons[best]["base"] if numbers.retention else None
-    tokens = sum(
-        row.tokens for part in (*rows.values(), *scored.retention.values()) for row in part
-    )
     return {
         "verdict": verdict.status,
         "candidate": verdict.candidate or "none",
@@ -206,8 +224,7 @@ def _metrics(
         "gain_vs_base": round(numbers.comparisons[best]["base"][metric].mean, 4),
         "stop_rate": round(numbers.scores[best]["stop_rate"], 4),
         **({"retention_loss_rise": round(-general["loss"].mean, 4)} if general else {}),
-        "seconds": round(sum(scored.seconds.values()), 1),
-        "tokens_per_s": round(tokens / sum(scored.seconds.values()), 1),
+        **answers.cost.metrics(),
     }
 
 

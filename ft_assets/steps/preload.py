@@ -29,6 +29,7 @@ if not visible_gpus():
     import ft_assets.training.dpo
     import ft_assets.training.sft  # noqa: F401
     from ft_assets.steps import (  # noqa: F401
+        answers,
         base_model,
         chat,
         dpo,

@@ -200,10 +200,11 @@ def unseen(rows: list[ReferencedRow], adapter: Path, where: str) -> list[Referen
 
 def _score(folder: Path, task: Task, base: list[ScoredRow]) -> list[ScoredRow]:
     """Score a merged model with its own tokenizer and template."""
+    from ft_assets.evaluation.asker import Asker, tokenized
     from ft_assets.evaluation.scorer import Scorer
 
-    scorer = Scorer(load_base(folder), load_tokenizer(folder), stop_ids(folder), task)
-    return scorer.heldout(scorer.tokenized(task.heldout), base)
+    asker = Asker(load_base(folder), load_tokenizer(folder), stop_ids(folder), task)
+    return Scorer(task).heldout(asker.heldout(tokenized(asker.renderer, task.heldout)), base)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""The asset `answers`: what base, prompted base, SFT and DPO answer to the held-out rows."""
+
+import dagster as dg
+
+from ft_assets.assets.judged import TRAINED, asked_inputs, asking, judged
+from ft_assets.config import settings_version
+from ft_assets.orchestration.declarations import Metrics, asset
+from ft_assets.orchestration.materializer import Materializer, result
+from ft_assets.steps import answers as answers_step
+
+
+def _summary(metrics: Metrics) -> str:
+    return f"{metrics['candidates']} on {metrics['heldout_rows']} held-out rows"
+
+
+@asset(
+    deps=[*TRAINED, "raw_dataset"],
+    group="evaluation",
+    kinds=["parquet"],
+    code_version=answers_step.VERSION,
+    gpu=True,
+    summary=_summary,
+)
+def answers(
+    context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
+) -> dg.MaterializeResult:
+    """The answers and losses of every candidate, without scores: `eval_report` scores them.
+
+    An answer of the last version is kept if weights and prompt are the same.
+    """
+    name, project = context.partition_key, materializer.project
+    used, _ = judged(materializer, "answers", name)
+    previous = materializer.store.current("answers", name)
+    decisive = asking(materializer, name)
+    candidates = {"base": used["base_model"], "sft": used["lora_adapter"]}
+    if used["dpo_adapter"].metrics["pairs"] > 0:
+        candidates["dpo"] = used["dpo_adapter"]
+    base = used["base_model"].data_version
+    artifact, reused = materializer.materialize(
+        context,
+        identity=decisive,
+        inputs=asked_inputs(materializer, used),
+        step=answers_step.Settings(
+            evaluation=project.recipe(name).evaluation,
+            few_shot_system=project.data.few_shot_system,
+            weights={
+                candidate: settings_version([base, artifact.data_version])
+                for candidate, artifact in candidates.items()
+            },
+            harness=settings_version([decisive["evaluation"], decisive["harness"]]),
+            root=project.root,
+            previous=previous.path if previous else None,
+        ),
+        libraries="infer",
+    )
+    every_row = dg.MetadataValue.path(str(artifact.path / "heldout.parquet"))
+    return result(artifact, reused, every_row=every_row)

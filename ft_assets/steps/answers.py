@@ -1,0 +1,108 @@
+"""Step: ask all candidates for the held-out and general rows, and keep what they gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ft_assets.artifacts import Artifact, verify_files
+from ft_assets.artifacts.environment import library_versions
+from ft_assets.config import EvaluationSettings
+from ft_assets.data.tables import read_table
+from ft_assets.errors import ArtifactError
+from ft_assets.evaluation.kept_answers import Answers, Kept, digest
+from ft_assets.evaluation.references import with_references
+from ft_assets.job import Job, Report, Step, StepResult, StepSettings
+from ft_assets.models.loading import load_tokenizer
+from ft_assets.rows.types import ConversationRow, TokenizedRow
+from ft_assets.step_runner import main, takes
+
+if TYPE_CHECKING:
+    from ft_assets.evaluation.scorer import Task
+
+# Raise it with a change of code that changes what a model answers: then nothing is kept.
+VERSION = "1"
+
+
+class Settings(StepSettings):
+    """`weights`: the version of each candidate's. `harness`: of its tasks, as in `asking`.
+
+    `previous`: the folder of the last answers.
+    """
+
+    STEP: ClassVar = Step("answers", gpu=True)
+
+    evaluation: EvaluationSettings
+    few_shot_system: str | None
+    weights: dict[str, str]
+    harness: str
+    root: Path
+    previous: Path | None
+
+
+@takes(Settings)
+def step(job: Job, given: Settings, report: Report) -> StepResult:
+    from ft_assets.evaluation.candidates import Candidates, ask
+
+    libraries = library_versions("infer")
+    places = {"sft": "lora_adapter", "dpo": "dpo_adapter"}
+    candidates = Candidates(
+        snapshot=job.inputs["base_model"],
+        adapters={
+            name: job.inputs[place] for name, place in places.items() if name in given.weights
+        },
+        weights={
+            name: digest(VERSION, version, libraries) for name, version in given.weights.items()
+        },
+        harness=given.harness,
+    )
+    answers = ask(candidates, _task(job, given), _kept(given.previous, report), report)
+    answers.write(job.output)
+    return StepResult(_metrics(answers))
+
+
+def _task(job: Job, given: Settings) -> Task:
+    from ft_assets.evaluation.scorer import Task
+
+    settings, split = given.evaluation, job.inputs["heldout_split"]
+    tokenizer = load_tokenizer(job.inputs["base_model"])
+    heldout = read_table(split / "heldout.parquet", row=TokenizedRow)
+    retention = read_table(split / "retention.parquet", settings.retention_rows, row=TokenizedRow)
+    train = read_table(split / "train.parquet", row=TokenizedRow)
+    judged = sorted((row for row in train if row["judged"]), key=lambda row: row["id"])
+    return Task(
+        heldout=with_references(tokenizer, heldout),
+        settings=settings,
+        retention=with_references(tokenizer, retention),
+        train=judged[: settings.train_rows],
+        few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet", row=ConversationRow),
+        few_shot_system=given.few_shot_system,
+        root=given.root,
+    )
+
+
+def _kept(previous: Path | None, report: Report) -> Kept:
+    """Return what the last answers have; nothing if their files are not as they were written."""
+    if previous is None:
+        return Kept()
+    try:
+        verify_files(Artifact.read(previous))
+        return Kept.of(Answers.read(previous))
+    except (ArtifactError, OSError, TypeError) as error:  # damaged, or of another layout
+        report(f"asks everything: the last answers cannot be read ({error})")
+        return Kept()
+
+
+def _metrics(answers: Answers) -> dict[str, Any]:
+    heldout = answers.rows["heldout"]
+    return {
+        "candidates": ", ".join(heldout),
+        "heldout_rows": len(heldout["base"]),
+        "retention_rows": len(answers.rows["retention"]["base"]),
+        "generated_tokens": answers.cost.tokens,
+        **answers.cost.metrics(),
+    }
+
+
+if __name__ == "__main__":
+    main(step)
