@@ -413,3 +413,16 @@ def test_user_turns_in_a_row_become_one_turn() -> None:
         conversation({"conversations": turns("human: hey", "gpt: yes", "human: so")})
     with pytest.raises(RowProblem, match="join two answers in a row into one turn"):
         conversation({"conversations": turns("human: hey", "gpt: yes", "gpt: and no")})
+
+
+def test_options_of_a_row_are_kept_and_count_for_its_id() -> None:
+    row = {"prompt": "capital?", "completion": "Paris"}
+    options = ["Rome", "Paris"]
+    plain = conversation(row)
+    assert conversation({**row, "options": options})["options"] == options
+    assert conversation({**row, "options": json.dumps(options)})["options"] == options
+    assert conversation({**row, "options": options})["id"] != plain["id"]
+    assert conversation({**row, "options": {"A": "Rome"}}) == plain
+    assert conversation({**row, "options": "[A] or [B]"}) == plain
+    with pytest.raises(RowProblem, match=r"options\[1\]: empty content"):
+        conversation({**row, "options": ["Rome", " "]})

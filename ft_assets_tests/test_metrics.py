@@ -15,14 +15,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ft_assets.chat.rendering import Renderer
 from ft_assets.config import EvaluationSettings, JudgeSettings, load_project
 from ft_assets.errors import ConfigError, EvaluationError
 from ft_assets.evaluation.answer_scores import retention_scores, score_answers
+from ft_assets.evaluation.asker import Asker, tokenized
 from ft_assets.evaluation.behaviour import refusal_pattern, repetition
+from ft_assets.evaluation.references import with_references
+from ft_assets.evaluation.scorer import Scorer, Task
 from ft_assets.metrics.equality import same_json
 from ft_assets.metrics.judge import judge_scores
+from ft_assets.metrics.label import choice
 from ft_assets.metrics.user_function import load_function, user_scores
+from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets_tests.factories import edit
+from ft_assets_tests.test_split import talk
 
 
 def test_text_metrics_are_one_score_a_row_and_equal_their_libraries() -> None:
@@ -246,6 +253,37 @@ def test_json_objects_are_compared_field_by_field() -> None:
         score_answers(["x"], ["[1]"], settings)
 
 
+def test_choice_picks_the_most_likely_option_of_each_row() -> None:
+    options = [["yes", "no"], ["Rome", "Bonn", "Paris"]]
+    likely = [[-1.0, -2.0], [-3.0, -2.5, -2.0]]
+    assert choice(likely, ["Yes.", "paris"], options) == [1.0, 1.0]
+    assert choice(likely, ["no", "Bonn"], options) == [0.0, 0.0]
+    with pytest.raises(EvaluationError, match="the reference is 'Ulm' and the options are"):
+        choice(likely, ["no", "Ulm"], options)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_choice_of_a_model_is_over_the_row_s_own_options(tiny_model: Path, per_token: bool) -> None:
+    tokenizer, stops = load_tokenizer(tiny_model), stop_ids(tiny_model)
+    settings = EvaluationSettings(choice="options", metric="choice", choice_per_token=per_token)
+    rows = [
+        {**talk(f"which is {number}?", options[0]), "options": options}
+        for number, options in enumerate((["stone", "red lamp and stone"], ["a", "b", "c d e"]))
+    ]
+    task = Task(with_references(tokenizer, tokenized(Renderer(tokenizer, stops), rows)), settings)
+    asker = Asker(load_base(tiny_model, on_cpu=True), tokenizer, stops, task)
+    scored = Scorer(task).heldout(asker.heldout(task.heldout), None)
+    for row, score in zip(task.heldout, scored, strict=True):
+        likely = {}
+        for option in row["options"]:
+            answer = {"role": "assistant", "content": option}
+            asked = tokenized(asker.renderer, [{**row, "messages": [row["messages"][0], answer]}])
+            (loss,) = asker.losses(asked)[0]
+            likely[option] = -loss * (1 if per_token else sum(asked[0]["supervised"]))
+        best = max(likely, key=likely.__getitem__)
+        assert score.scores["choice"] == float(best == row["reference"])
+
+
 def test_equality_is_by_value_in_json_and_by_nfc_in_texts() -> None:
     settings = EvaluationSettings(json_fields=["caf\u00e9"])
     reference = '{"caf\u00e9": [1, {"x": "e\u0301", "y": true}]}'
@@ -293,6 +331,8 @@ def test_json_equality_is_reflexive_symmetric_and_agrees_with_python(one: Any, t
         ({"labels": ["no", "No."]}, "'no' and 'No.' are one label"),
         ({"labels": ["caf\u00e9", "cafe\u0301"]}, "are one label"),
         ({"labels": ["yes", "."]}, r"'\.' is only blanks"),
+        ({"choice": True}, "choice needs labels, or write `choice: options`"),
+        ({"choice": "labels"}, "choice needs labels"),
         ({"json_fields": ["a", "b", "a"]}, "'a' is there twice"),
         ({"python": "no_function"}, "python is written module:function"),
         ({"python": {"function": "no_function"}}, "python is written module:function"),

@@ -24,11 +24,12 @@ def found(
     schema: Any = None,
     gate: GateSettings | None = None,
     tokens: int = 5,
+    options: tuple[str, ...] = (),
     **settings: Any,
 ) -> list[str]:
     """Return the messages about references, each a text or (text, decoded text)."""
     pairs = [(one, one) if isinstance(one, str) else one for one in references]
-    targets = [Target(str(index), *pair, tokens) for index, pair in enumerate(pairs)]
+    targets = [Target(str(index), *pair, tokens, options) for index, pair in enumerate(pairs)]
     errors = unreachable(
         targets,
         EvaluationSettings(**settings),
@@ -97,6 +98,16 @@ def test_long_references_of_a_graded_metric_count_for_the_stop_rate() -> None:
     assert "10 of 10 references do not end within evaluation.max_new_tokens, 4" in message
     assert "gate.min_stop_rate, 0.9" in message
     assert found(["yes"] * 10, gate=GateSettings(min_stop_rate=0), **settings) == []
+
+
+def test_reference_is_one_of_the_options_of_its_row() -> None:
+    chosen = {"choice": "options", "metric": "choice"}
+    assert found(["Paris", "rome."], options=("Rome", "Paris"), **chosen) == []
+    assert found(["A"], options=("a", "A"), **chosen) == [], "options that differ by case alone"
+    for options in ((), ("Paris",), ("Rome", "Paris", "paris"), ("Rome", "Bonn")):
+        (message,) = found(["paris."], options=options, **chosen)
+        assert "the reference is 'paris.' and the options are" in message
+        assert message.startswith("heldout.jsonl:1: ")
 
 
 def test_chat_dataset_stores_what_the_tokens_decode_to(tmp_path: Path) -> None:

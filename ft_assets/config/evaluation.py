@@ -60,9 +60,15 @@ class EvaluationSettings(Section):
     labels: list[str] = Field(
         default=[], description="The answer is one of these: metrics `label`, `known_label`."
     )
-    choice: bool = Field(
+    choice: bool | Literal["labels", "options"] = Field(
         default=False,
-        description="Also pick the most likely of `labels` by log-probability: metric `choice`.",
+        description="Also pick the most likely answer by log-probability: metric `choice`. True or "
+        "`labels`: of `labels`; `options`: of the row's own field `options`.",
+    )
+    choice_per_token: bool = Field(
+        default=False,
+        description="Divide each log-probability by the number of tokens, so that long options are "
+        "not less likely for their length.",
     )
     python: Python | None = Field(
         default=None,
@@ -204,8 +210,8 @@ class EvaluationSettings(Section):
                 f"metric {self.metric!r} is not measured; "
                 f"with these settings there are {', '.join(names)}"
             )
-        if self.choice and not self.labels:
-            raise ValueError("choice needs labels")
+        if self.choice in (True, "labels") and not self.labels:
+            raise ValueError("choice needs labels, or write `choice: options`")
         if self.user_metric is not None and not self.user_metric.name.isidentifier():
             raise ValueError("python is written module:function")
         return self

@@ -8,14 +8,15 @@ split: rows that share all context before the judged answer (or a declared `grou
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import cast
 
 from ft_assets.data.units import normalise
 from ft_assets.rows.messages import checked
 from ft_assets.rows.row_formats import conversation_turns, preference_turns
 from ft_assets.rows.tools import tools
-from ft_assets.rows.types import DataRow, FunctionCall, Message, Preference, RawFields, Tool
-from ft_assets.rows.values import RowProblem, text
+from ft_assets.rows.types import AnsweredRow, FunctionCall, Message, Preference, RawFields, Tool
+from ft_assets.rows.values import RowProblem, parsed, text
 
 # A message as its id sees it: role, text, and the other parts if it has any.
 _Identified = tuple[str, str] | tuple[str, str, dict[str, bool | list[FunctionCall]]]
@@ -25,7 +26,7 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 
-def conversation(raw: RawFields, format: str | None = None) -> DataRow:
+def conversation(raw: RawFields, format: str | None = None) -> AnsweredRow:
     """Return the canonical form of a conversation row.
 
     The row has the named format, or the format that its keys show. Raises RowProblem.
@@ -36,6 +37,7 @@ def conversation(raw: RawFields, format: str | None = None) -> DataRow:
             return _plain_text(raw, text("text", turns[0]["content"]))
         messages = checked("messages", turns)
         offered = tools(raw)
+        options = _options(raw)
     except RecursionError:
         raise RowProblem("is nested too deeply") from None
     if messages[-1]["role"] != "assistant":
@@ -47,18 +49,31 @@ def conversation(raw: RawFields, format: str | None = None) -> DataRow:
         raise RowProblem(
             "messages: no assistant turn is to be trained (train: false or weight: 0 on each)"
         )
-    row: DataRow = {
-        "id": _identity(messages, offered),
+    row: AnsweredRow = {
+        "id": _identity(messages, offered, options),
         "messages": messages,
         "group": _group(raw, context_key(messages[:-1], offered)),
     }
     _note_joined(row, len(turns) - len(messages))
     if offered:
         row["tools"] = offered
+    if options:
+        row["options"] = options
     return row
 
 
-def _plain_text(raw: RawFields, content: str) -> DataRow:
+def _options(raw: RawFields) -> list[str]:
+    """Return the answers to choose from: the field `options`, if it is a list of texts."""
+    given = raw.get("options")
+    if isinstance(given, str):  # a cell of a CSV file
+        with suppress(RowProblem):
+            given = parsed("options", given)
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        return []
+    return [text(f"options[{index}]", one) for index, one in enumerate(given)]
+
+
+def _plain_text(raw: RawFields, content: str) -> AnsweredRow:
     messages: list[Message] = [{"role": "text", "content": content}]
     # It has no user turn: the text itself must stay on one side of the split.
     group = _group(raw, context_key(messages, []))
@@ -104,14 +119,17 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
     return row
 
 
-def _identity(messages: list[Message], offered: list[Tool]) -> str:
+def _identity(
+    messages: list[Message], offered: list[Tool], options: list[str] | None = None
+) -> str:
     """Return the id of a row.
 
     It hashes only roles and texts where a row has nothing else, so that the ids of plain
     conversations never change.
     """
     turns = [_identified(turn) for turn in messages]
-    content = {"turns": turns, "tools": offered} if offered else turns
+    others = {key: value for key, value in (("tools", offered), ("options", options)) if value}
+    content = {"turns": turns, **others} if others else turns
     return digest(json.dumps(content, ensure_ascii=False, sort_keys=True))
 
 
@@ -126,7 +144,7 @@ def _identified(turn: Message) -> _Identified:
     return (role, content, extra) if extra else (role, content)
 
 
-def _note_joined(row: DataRow, turns: int) -> None:
+def _note_joined(row: AnsweredRow, turns: int) -> None:
     """Note how many user turns were joined, for the counts of ingest.py. No table stores it."""
     if turns:
         cast(dict[str, object], row)["joined"] = turns

@@ -63,11 +63,12 @@ DATA_COLUMNS = [
     ("messages", pa.list_(TURN)),
     ("tools", pa.string()),  # JSON
 ]
+OPTIONS = [("options", pa.list_(pa.string()))]
 SOURCE = [("source", pa.string())]
 DIGEST = [("digest", pa.string())]  # versions are made of it
 IDS = pa.list_(pa.int32())
 
-CONVERSATION = Layout(ConversationRow, pa.schema([*DATA_COLUMNS, *SOURCE, *DIGEST]))
+CONVERSATION = Layout(ConversationRow, pa.schema([*DATA_COLUMNS, *OPTIONS, *SOURCE, *DIGEST]))
 PREFERENCE = Layout(
     PreferenceRow,
     pa.schema(
@@ -79,6 +80,7 @@ TOKENIZED = Layout(
     pa.schema(
         [
             *DATA_COLUMNS,
+            *OPTIONS,
             ("judged", pa.bool_()),
             ("input_ids", IDS),
             ("supervised", pa.list_(pa.bool_())),
@@ -390,7 +392,7 @@ def _encoded_turn(turn: Message) -> ArrowRow | Message:
 def _decoded(row: ArrowRow) -> ArrowRow:
     if row.get("messages") is not None:
         row["messages"] = [_decoded_turn(turn) for turn in row["messages"]]
-    for key in ("tools", "stratum", "reference", "decoded"):
+    for key in ("tools", "stratum", "options", "reference", "decoded"):
         if key in row and row[key] is None:
             del row[key]
     if "tools" in row:

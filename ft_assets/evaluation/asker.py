@@ -7,6 +7,7 @@ asked again (kept_answers.py).
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
@@ -128,12 +129,13 @@ class Asker:
         return _known_or(keys, self.kept.losses, computed)
 
     def options(self, rows: Sequence[ReferencedRow]) -> list[list[AskedOption]]:
-        """Return each label with its log-probability as the answer, for each row."""
-        labels = self.settings.labels
+        """Return each label, or each option of the row, with its log-probability as the answer."""
+        per_row = self.settings.choice == "options"
+        offered = [row.get("options", []) if per_row else self.settings.labels for row in rows]
         answered = [
-            _with_answer(row, {"role": "assistant", "content": label})
-            for row in rows
-            for label in labels
+            _with_answer(row, {"role": "assistant", "content": option})
+            for row, options in zip(rows, offered, strict=True)
+            for option in options
         ]
         rendered = tokenized(self.renderer, answered)
         keys = [
@@ -154,7 +156,8 @@ class Asker:
             AskedOption(row["messages"][-1]["content"], value, sum(row["supervised"]), key)
             for row, value, key in zip(rendered, sums, keys, strict=True)
         ]
-        return [asked[begin : begin + len(labels)] for begin in range(0, len(asked), len(labels))]
+        remaining = iter(asked)
+        return [list(islice(remaining, len(options))) for options in offered]
 
     def loss_under(self, template: str, rows: Sequence[TokenizedRow]) -> float:
         """Return the mean loss of the references under another template, in nats per token."""

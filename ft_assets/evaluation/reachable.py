@@ -15,9 +15,10 @@ from ft_assets.data.tables import Table
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.references import last_answer, stored_reference
 from ft_assets.metrics import Metric, Option
+from ft_assets.metrics.label import option_index
 from ft_assets.rows.types import TokenizedRow
 
-COLUMNS = ["id", "messages", "supervised", "reference", "decoded"]
+COLUMNS = ["id", "messages", "options", "supervised", "reference", "decoded"]
 SHOWN = 80  # characters of a text in a message
 PLACES = 5  # further rows that a message names
 ROUNDING = 1e-6  # sacrebleu's scores of equal texts are a rounding error below 1
@@ -28,13 +29,14 @@ Where = Callable[[Sequence[str]], Mapping[str, str]]
 class Target:
     """A held-out reference. decoded: the text of an answer with exactly its tokens.
 
-    tokens: the length of that answer with its end of turn.
+    tokens: the length of that answer with its end of turn. options: the row's own options.
     """
 
     id: str
     reference: str
     decoded: str
     tokens: int
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def target(row: TokenizedRow) -> Target:
     """Return the reference of a row."""
     begin, end = last_answer(row["supervised"])
     reference = stored_reference(row)
-    return Target(row["id"], reference, row.get("decoded") or reference, end - begin)
+    decoded, options = row.get("decoded") or reference, tuple(row.get("options", ()))
+    return Target(row["id"], reference, decoded, end - begin, options)
 
 
 def unreachable(
@@ -72,6 +75,8 @@ def unreachable(
     """
     judged = _judged(settings, gate)
     problems = [*_too_long(targets, settings, gate, judged)]
+    if settings.choice == "options":
+        problems += _refused(targets, lambda one: option_index(one.reference, [*one.options]))
     told: set[tuple[str | None, str]] = set()  # a row is told once for each key of finetune.yaml
     for metric in settings.measured():
         if not metric.of_answer:
@@ -138,7 +143,7 @@ def _below_the_best(
     try:
         scores = _scores(metric, option, targets)
     except EvaluationError:
-        yield _unscored(metric, option, targets)
+        yield from _refused(targets, lambda one: _scores(metric, option, [one]))
         return
     best = 1.0 if metric.higher_is_better else 0.0
     short = [
@@ -150,16 +155,17 @@ def _below_the_best(
         yield _explained(metric, option, *short[0], [one.id for one, _ in short])
 
 
-def _unscored(metric: Metric, option: Option, targets: Sequence[Target]) -> _Problem:
-    """Return the rows on which the metric cannot be computed."""
+def _refused(targets: Iterable[Target], score: Callable[[Target], object]) -> Iterator[_Problem]:
+    """Yield the rows on which a score cannot be computed."""
     errors: dict[str, EvaluationError] = {}
     for one in targets:
         try:
-            _scores(metric, option, [one])
+            score(one)
         except EvaluationError as error:
             errors[one.id] = error
-    first = next(iter(errors.values()))
-    return _Problem(list(errors), first.found, first.expected, first.fix)
+    if errors:
+        first = next(iter(errors.values()))
+        yield _Problem(list(errors), first.found, first.expected, first.fix)
 
 
 def _scores(metric: Metric, option: Option, targets: Sequence[Target]) -> list[float]:

@@ -63,13 +63,24 @@ class Scorer:
         scores["loss"] = [row.loss for row in asked]
         scores["token_accuracy"] = [row.token_accuracy for row in asked]
         if self.settings.choice:
-            by_row = [[option.log_probability for option in row.options] for row in asked]
-            scores["choice"] = choice(by_row, references, self.settings.labels)
+            scores["choice"] = self._chosen(asked, references)
         scores |= self._with_conversation([row.id for row in asked], texts, references, base)
         return [
             row.scored({name: values[index] for name, values in scores.items()})
             for index, row in enumerate(answered)
         ]
+
+    def _chosen(self, asked: Sequence[AskedRow], references: list[str]) -> list[float]:
+        """Score 1 where the reference is the most likely of the asked options."""
+        per_token = self.settings.choice_per_token
+        likely = [
+            [
+                one.log_probability / one.tokens if per_token else one.log_probability
+                for one in row.options
+            ]
+            for row in asked
+        ]
+        return choice(likely, references, [[one.text for one in row.options] for row in asked])
 
     def answered(self, row: AskedRow) -> ScoredRow:
         """Return an answered row; its scores are `refused` and `repetition`."""

@@ -16,6 +16,7 @@ COLUMNS = {
     "judged": "True if the conversation is whole and ends in an answer. Only such a row can be "
     "held out.",
     "input_ids": "Tokens of the conversation in this model's own template.",
+    "options": "The answers to choose from, for the metric `choice`.",
     "reference": "The text that answers are compared with, where it is not the last message's.",
     "decoded": "The text that the reference's tokens decode to, where it is not the reference.",
     "supervised": "The loss mask: True for the answers and their end of turn.",

@@ -78,7 +78,13 @@ class DataRow(Conversation):
     digest: NotRequired[str]
 
 
-class ConversationRow(DataRow):
+class AnsweredRow(DataRow):
+    """A conversation whose last turn is an answer. `options`: the answers to choose from."""
+
+    options: NotRequired[list[str]]
+
+
+class ConversationRow(AnsweredRow):
     """A row of the raw dataset; `source` is the file and the line (or index) it came from."""
 
     source: str
@@ -104,7 +110,7 @@ class TokenSequence(TypedDict):
     supervised: list[bool]
 
 
-class TokenizedRow(DataRow, TokenSequence):
+class TokenizedRow(AnsweredRow, TokenSequence):
     """A conversation in the model's own template.
 
     `judged`: a whole conversation that ends in an answer. Only such a row can be held out.
