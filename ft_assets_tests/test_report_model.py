@@ -117,14 +117,14 @@ def test_user_metric_that_is_a_loss_is_judged_and_ranked_as_one() -> None:
     )
     heldout = {
         name: [
-            scored_row("answer", exact=0.0, distance=distance + index / 100) for index in range(30)
+            scored_row("answer", exact=0.0, distance=distance + index / 100) for index in range(40)
         ]
         for name, distance in (("base", 5.0), ("sft", 2.0))
     }
     report = summarise(Scored(heldout=heldout), settings, GateSettings(), {}, EVIDENCE)
     assert report.lower_is_better == ["distance"]
     assert report.comparisons["sft"]["base"]["distance"].mean == pytest.approx(3.0)
-    assert report.comparisons["sft"]["base"]["distance"].wins == 30
+    assert report.comparisons["sft"]["base"]["distance"].wins == 40
     assert decide(report, GateSettings()).status == "PASS"
     costs = dict.fromkeys(
         ("memory_gb", "gpu_seconds", "train_tokens_per_s", "answer_tokens_per_s", "bytes")

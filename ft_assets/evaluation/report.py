@@ -2,11 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.evaluation.report_model import (
     Comparisons,
+    Difference,
     Differences,
     EvalReport,
     Evidence,
@@ -15,6 +16,7 @@ from ft_assets.evaluation.report_model import (
     Scores,
 )
 from ft_assets.evaluation.scored_rows import Scored, ScoredRow
+from ft_assets.evaluation.verdict.spending import spent_confidence
 from ft_assets.evaluation.verdict.statistics import compare, interval
 from ft_assets.metrics import higher_is_better
 
@@ -28,9 +30,16 @@ def summarise(
     gate: GateSettings,
     bound_to: Mapping[str, str],
     evidence: Evidence,
+    verdict_number: int = 1,
 ) -> EvalReport:
-    """Summarise the scored rows; `bound_to` and `evidence` are passed through."""
-    columns = {name: score_columns(rows) for name, rows in scored.heldout.items()}
+    """Summarise the scored rows; `bound_to` and `evidence` are passed through.
+
+    verdict_number: the how-manieth verdict on these held-out rows it is; each one after the first
+    is judged at a higher confidence.
+    """
+    confidence = spent_confidence(gate.confidence, verdict_number)
+    heldout = scored.heldout
+    columns = {name: score_columns(rows) for name, rows in heldout.items()}
     metric = settings.metric
     # Only a user's own metric is not known by its name.
     lower = [name for name in settings.lower_is_better() if higher_is_better(name)]
@@ -38,27 +47,38 @@ def summarise(
     return EvalReport(
         metric=metric,
         metrics=[name for name in columns["base"] if name not in BEHAVIOUR],
-        heldout_rows=len(scored.heldout["base"]),
-        confidence=gate.confidence,
-        scores={name: _means(columns[name], scored.heldout[name]) for name in columns},
+        heldout_rows=len(heldout["base"]),
+        heldout_groups=len(set(clusters(heldout["base"]))),
+        confidence=confidence,
+        gate_confidence=gate.confidence,
+        verdict_number=verdict_number,
+        scores={name: _means(columns[name], heldout[name]) for name in columns},
         intervals={
-            name: interval(values[metric], gate.confidence, settings.seed)
-            for name, values in columns.items()
+            name: interval(
+                columns[name][metric],
+                confidence,
+                settings.seed,
+                clusters(rows),
+                metric not in _unbounded(settings),
+            )
+            for name, rows in heldout.items()
         },
-        comparisons=_comparisons(columns, settings, gate),
-        retention=_retention(scored.retention, settings, gate),
+        comparisons=_comparisons(heldout, settings, confidence),
+        retention=_retention(scored.retention, settings, confidence),
         chance={
             name: compare(
                 columns[name][metric],
                 chance,
-                gate.confidence,
+                confidence,
                 settings.seed,
                 metric in settings.lower_is_better(),
+                clusters(heldout[name]),
+                metric not in _unbounded(settings),
             )
             for name, chance in scored.chance.items()
             if chance
         },
-        harness=_harness(scored.harness, settings, gate),
+        harness=_harness(scored.harness, settings, confidence),
         proofs=scored.proofs,
         evidence=evidence,
         bound_to=dict(bound_to),
@@ -81,39 +101,66 @@ def _means(columns: Mapping[str, list[float]], rows: Sequence[ScoredRow]) -> Sco
     return means
 
 
+def clusters(rows: Sequence[ScoredRow]) -> list[str]:
+    """Return the key of each row's group; a row without one is a group of its own."""
+    return [row.cluster or f"row {number}" for number, row in enumerate(rows)]
+
+
+def _unbounded(settings: EvaluationSettings) -> set[str]:
+    return {"loss", *(metric.name for metric in settings.measured() if not metric.bounded)}
+
+
 def _comparisons(
-    columns: Mapping[str, Mapping[str, list[float]]],
-    settings: EvaluationSettings,
-    gate: GateSettings,
+    scored: Mapping[str, Sequence[ScoredRow]], settings: EvaluationSettings, confidence: float
 ) -> Comparisons:
     return {
         name: {
-            rival: compare_columns(columns[name], columns[rival], settings, gate)
+            rival: compare_rows(scored[name], scored[rival], settings, confidence)
             for rival in RIVALS[name]
-            if rival in columns
+            if rival in scored
         }
         for name in RIVALS
-        if name in columns
+        if name in scored
     }
 
 
-def compare_columns(
-    columns: Mapping[str, list[float]],
-    rival: Mapping[str, list[float]],
+def compare_rows(
+    rows: Sequence[ScoredRow],
+    rivals: Sequence[ScoredRow],
     settings: EvaluationSettings,
-    gate: GateSettings,
+    confidence: float,
+    only: Collection[str] | None = None,
 ) -> Differences:
-    """Return the paired difference of two candidates in each metric; positive means better."""
-    lower = settings.lower_is_better()
-    return {
-        metric: compare(values, rival[metric], gate.confidence, settings.seed, metric in lower)
-        for metric, values in columns.items()
-        if metric not in BEHAVIOUR
-    }
+    """Return the paired difference of two candidates in each metric; positive means better.
+
+    only: the metrics to compare; by default all that the rows have.
+    """
+    names = dict.fromkeys(name for row in rows for name in row.scores if name not in BEHAVIOUR)
+    lower, unbounded = settings.lower_is_better(), _unbounded(settings)
+    differences = {}
+    for metric in names:
+        if only is not None and metric not in only:
+            continue
+        # General prompts beyond `retention_answers` have a loss and no other score.
+        pairs = [
+            (row, rival)
+            for row, rival in zip(rows, rivals, strict=True)
+            if metric in row.scores and metric in rival.scores
+        ]
+        differences[metric] = compare(
+            [row.scores[metric] for row, _ in pairs],
+            [rival.scores[metric] for _, rival in pairs],
+            confidence,
+            settings.seed,
+            metric in lower,
+            clusters([row for row, _ in pairs]),
+            metric not in unbounded,
+        )
+    return differences
 
 
 def _retention(
-    retention: Mapping[str, Sequence[ScoredRow]], settings: EvaluationSettings, gate: GateSettings
+    retention: Mapping[str, Sequence[ScoredRow]], settings: EvaluationSettings, confidence: float
 ) -> Retention | None:
     if not retention.get("base"):
         return None
@@ -121,21 +168,40 @@ def _retention(
     return Retention(
         metric=settings.retention_metric,
         rows=len(retention["base"]),
+        groups=len(set(clusters(retention["base"]))),
         answered=sum(row.answered for row in retention["base"]),
         scores={name: _means(columns[name], retention[name]) for name in columns},
-        comparisons=_comparisons(columns, settings, gate),
+        comparisons=_comparisons(retention, settings, confidence),
     )
 
 
 def _harness(
     harness: Mapping[str, Mapping[str, list[float]]],
     settings: EvaluationSettings,
-    gate: GateSettings,
+    confidence: float,
 ) -> Harness:
     return Harness(
         scores={
             name: {task: statistics.fmean(values) for task, values in tasks.items()}
             for name, tasks in harness.items()
         },
-        comparisons=_comparisons(harness, settings, gate),
+        comparisons={
+            name: {
+                rival: {
+                    task: _compare_task(values, harness[rival][task], settings, confidence)
+                    for task, values in harness[name].items()
+                }
+                for rival in RIVALS[name]
+                if rival in harness
+            }
+            for name in RIVALS
+            if name in harness
+        },
     )
+
+
+def _compare_task(
+    values: list[float], rival: list[float], settings: EvaluationSettings, confidence: float
+) -> Difference:
+    bounded = all(0 <= value <= 1 for value in (*values, *rival))
+    return compare(values, rival, confidence, settings.seed, bounded=bounded)

@@ -58,8 +58,10 @@ class Difference(Estimate):
     """The paired difference of two candidates in one metric, over the same rows.
 
     p is two-sided; `test` names the test. detectable: the smallest difference that n rows would
-    find with 80 % power at the gate's confidence, None if the rows do not differ. rows_needed:
-    the n at which a difference of the observed size would be found with that power.
+    find with 80 % power at the report's confidence, None if the rows do not differ. rows_needed:
+    the n at which a difference of the observed size would be found with that power. graded: the
+    scores are not all 0 or 1. groups: the groups of the n rows; correlation: the one within groups,
+    None if each row is a group; effective_n: the independent rows that they are worth.
     """
 
     wins: int
@@ -70,11 +72,36 @@ class Difference(Estimate):
     p: float
     detectable: float | None
     rows_needed: int | None
+    graded: bool | None = None
+    groups: int | None = None
+    correlation: float | None = None
+    effective_n: float | None = None
+
+    @property
+    def is_graded(self) -> bool:
+        """True if the scores are not all 0 or 1."""
+        return self.test == "permutation" if self.graded is None else self.graded
+
+    @property
+    def independent(self) -> int:
+        """The number of groups, which minimums count; of an old report the rows."""
+        return self.n if self.groups is None else self.groups
+
+    def rows(self) -> str:
+        """Return the number of rows as text, with groups where they are fewer."""
+        if self.independent == self.n:
+            return f"n={self.n}"
+        return (
+            f"n={self.n} in {self.groups} groups "
+            f"(correlation {self.correlation:.2f}, effective n {self.effective_n:.0f})"
+        )
 
     def describe(self, metric: str, rival: str = "base") -> str:
         """Return the difference as text, e.g. `exact +0.359 against base [+0.250, +0.484], …`."""
         interval = f"[{self.low:+.3f}, {self.high:+.3f}]"
-        return f"{metric} {self.mean:+.3f} against {rival} {interval}, p {self.p:.2g}, n={self.n}"
+        return (
+            f"{metric} {self.mean:+.3f} against {rival} {interval}, p {self.p:.2g}, {self.rows()}"
+        )
 
 
 Scores = dict[str, float]  # the mean of each metric
@@ -83,13 +110,17 @@ Comparisons = dict[str, dict[str, Differences]]  # by candidate, then by its riv
 
 
 class Retention(Part):
-    """The scores of the general prompts. `answered` of `rows` were generated; all have a loss."""
+    """The scores of the general prompts. `answered` of `rows` were generated; all have a loss.
+
+    groups: the number of groups of the rows.
+    """
 
     metric: str
     rows: int
     answered: int
     scores: dict[str, Scores]
     comparisons: Comparisons
+    groups: int | None = None
 
 
 class Harness(Part):
@@ -160,9 +191,12 @@ class Evidence(Part):
 class EvalReport(Part):
     """report.json: the numbers that the verdict, the pictures and the pages are made of.
 
-    scores: {candidate: {metric: mean}}. intervals: the bootstrap interval of each candidate's gate
-    metric. chance: {candidate: its scores against those of shuffled references}. bound_to: the
-    versions of what was judged. lower_is_better: of a user's own metrics those that are a loss.
+    confidence: of the intervals and tests; gate_confidence: the one that the gate asked for, which
+    repeated verdicts on the same rows raise (verdict_number; verdict/spending.py). heldout_groups:
+    the number of groups of the held-out rows.
+    scores: {candidate: {metric: mean}}. intervals: of each candidate's gate metric. chance:
+    {candidate: its scores against those of shuffled references}. bound_to: the versions of what was
+    judged. lower_is_better: of a user's own metrics those that are a loss.
     """
 
     metric: str
@@ -179,6 +213,9 @@ class EvalReport(Part):
     evidence: Evidence
     bound_to: dict[str, str]
     lower_is_better: list[str] | None = None
+    heldout_groups: int | None = None
+    gate_confidence: float | None = None
+    verdict_number: int | None = None
 
     def higher_is_better(self, metric: str) -> bool:
         """Return False if a metric of this report is better when it is lower."""

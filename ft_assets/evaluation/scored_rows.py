@@ -1,7 +1,7 @@
 """The scored rows of a candidate, and their tables: rows.parquet and retention.parquet of a report.
 
 A table has one line for each candidate and row: `candidate`, `id`, `prompt` (JSON), `reference`,
-`answer`, `stopped`, `tokens`, and a column for each score.
+`cluster`, `answer`, `stopped`, `tokens`, and a column for each score.
 """
 
 import json
@@ -17,7 +17,7 @@ from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import Proofs
 from ft_assets.rows.types import DataRow
 
-IDENTITY = ("candidate", "id", "prompt", "reference")
+IDENTITY = ("candidate", "id", "prompt", "reference", "cluster")
 ANSWER = ("answer", "stopped", "tokens")
 
 
@@ -26,7 +26,7 @@ class ScoredRow:
     """One candidate's answer to a row, and its scores by metric, `refused` and `repetition` too.
 
     stopped: the answer ended by itself. tokens: the length of the answer. answered: False for a
-    general prompt beyond `retention_answers`, which has only a loss.
+    general prompt beyond `retention_answers`, which has only a loss. cluster: the key of its group.
     """
 
     scores: dict[str, float]
@@ -34,6 +34,7 @@ class ScoredRow:
     stopped: bool = False
     tokens: int = 0
     answered: bool = True
+    cluster: str | None = None
 
     def scored(self, scores: Mapping[str, float]) -> "ScoredRow":
         """Return the row with further scores."""
@@ -71,6 +72,7 @@ def write_scored_rows(
             "id": row["id"],
             "prompt": json.dumps(row["messages"][:-1], ensure_ascii=False),
             "reference": row["reference"],
+            "cluster": cluster_of(row),
             **answer.columns(),
         }
         for name, answers in scored.items()
@@ -86,7 +88,17 @@ def read_scored_rows(table: Path, candidate: str, rows: Sequence[DataRow]) -> li
     """Read one candidate's scored rows, in the order of `rows`."""
     lines = pq.read_table(table, filters=[("candidate", "=", candidate)]).to_pylist()
     by_id = {line["id"]: _scored_row(line) for line in lines}
-    return [by_id[row["id"]] for row in rows]
+    return in_clusters([by_id[row["id"]] for row in rows], rows)
+
+
+def in_clusters(scored: Sequence[ScoredRow], rows: Sequence[DataRow]) -> list[ScoredRow]:
+    """Return the scored rows with the key of each row's group."""
+    return [replace(one, cluster=cluster_of(row)) for one, row in zip(scored, rows, strict=True)]
+
+
+def cluster_of(row: DataRow) -> str:
+    """Return the key of a row's group: rows of one group are not independent."""
+    return row.get("cluster") or row["group"]
 
 
 def _scored_row(line: Mapping[str, Any]) -> ScoredRow:

@@ -11,7 +11,7 @@ from ft_assets.evaluation.answer_scores import retention_scores, score_answers
 from ft_assets.evaluation.behaviour import refusal_pattern, repetition
 from ft_assets.evaluation.kept_answers import AskedRow, GivenAnswer
 from ft_assets.evaluation.references import ReferencedRow
-from ft_assets.evaluation.scored_rows import ScoredRow
+from ft_assets.evaluation.scored_rows import ScoredRow, in_clusters
 from ft_assets.metrics import Option
 from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.label import choice
@@ -65,10 +65,11 @@ class Scorer:
         if self.settings.choice:
             scores["choice"] = self._chosen(asked, references)
         scores |= self._with_conversation([row.id for row in asked], texts, references, base)
-        return [
+        scored = [
             row.scored({name: values[index] for name, values in scores.items()})
             for index, row in enumerate(answered)
         ]
+        return in_clusters(scored, self.task.heldout)
 
     def _chosen(self, asked: Sequence[AskedRow], references: list[str]) -> list[float]:
         """Score 1 where the reference is the most likely of the asked options."""
@@ -150,7 +151,7 @@ class Scorer:
             if answered
             else []
         )
-        return [
+        scored = [
             (
                 ScoredRow(scores={}, answered=False)
                 if row.answer is None
@@ -158,3 +159,4 @@ class Scorer:
             ).scored({"loss": row.loss})
             for row in asked
         ]
+        return in_clusters(scored, self.task.retention)

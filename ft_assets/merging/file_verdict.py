@@ -13,7 +13,7 @@ from pathlib import Path
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.errors import VerdictError
 from ft_assets.evaluation.file_report import report_of_file
-from ft_assets.evaluation.report import compare_columns, score_columns
+from ft_assets.evaluation.report import compare_rows
 from ft_assets.evaluation.report_model import Difference, EvalReport, Verdict
 from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.scorer import Task
@@ -200,11 +200,10 @@ def file_gains(
     settings = evaluated.settings
     metric = settings.metric
     names = settings.metric_names()
-    base_columns = score_columns(evaluated.base)
-    against = {}
-    for name, scored in rows.items():
-        columns = {key: values for key, values in score_columns(scored).items() if key in names}
-        against[name] = compare_columns(columns, base_columns, settings, gate)
+    against = {
+        name: compare_rows(scored, evaluated.base, settings, gate.confidence, names)
+        for name, scored in rows.items()
+    }
     adjusted = adjusted_p(against, metric, gate)
     gains: dict[MergeBase, FileGain] = {}
     for name, scored in rows.items():

@@ -122,13 +122,13 @@ def _measure(
     scored: dict[Side, list[ScoredRow]], base: list[ScoredRow], settings: Settings
 ) -> Measured:
     """Compare champion, challenger and base, row by row."""
-    from ft_assets.evaluation.report import compare_columns, score_columns
+    from ft_assets.evaluation.report import compare_rows
 
-    names = settings.evaluation.metric_names()
+    evaluation = settings.evaluation
 
     def compare(one: list[ScoredRow], other: list[ScoredRow]) -> Differences:
-        columns = {key: values for key, values in score_columns(one).items() if key in names}
-        return compare_columns(columns, score_columns(other), settings.evaluation, settings.gate)
+        confidence = settings.gate.confidence
+        return compare_rows(one, other, evaluation, confidence, evaluation.metric_names())
 
     return Measured(
         against=compare(scored["challenger"], scored["champion"]),

@@ -4,59 +4,77 @@ Every difference is oriented so that more is better: for a loss it is rival − 
 """
 
 import math
-import statistics as stats
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import binom, bootstrap, permutation_test
+from scipy.stats import binom
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.power import TTestPower, normal_sample_size_one_tail
 
 from ft_assets.evaluation.report_model import Difference
+from ft_assets.evaluation.verdict import intervals
+from ft_assets.evaluation.verdict.groups import Groups, Values
+from ft_assets.evaluation.verdict.intervals import BATCH, DRAWS, Interval
 
 POWER = 0.8
-DRAWS = 9999
+ALL_SIGNS = 13  # groups, up to which every combination of signs is tried
+MANY_ROWS = 2000  # beyond, the number of rows needed is that of the normal approximation
 
 
-def interval(values: list[float], confidence: float, seed: int) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean, of 9,999 draws.
+def interval(
+    values: Sequence[float],
+    confidence: float,
+    seed: int,
+    groups: Sequence[str] | None = None,
+    bounded: bool = True,
+) -> Interval:
+    """Return the confidence interval of the mean of one candidate's scores.
 
-    If all values are equal, it is that value.
+    groups: the key of each row's group. bounded: the scores are in [0, 1].
     """
-    if len(set(values)) <= 1:
-        return values[0], values[0]
-    result = bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=DRAWS,
-        batch=1000,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    scores = np.asarray(values, dtype=float)
+    rows = Groups.of(groups, len(scores))
+    if set(values) <= {0.0, 1.0}:
+        return intervals.share(float(scores.sum()), rows, scores, confidence)
+    spread = float(np.ptp(scores)) or 1.0
+    bounds = (0.0, 1.0) if bounded else (float(scores.min()) - spread, float(scores.max()) + spread)
+    return intervals.graded_mean(scores, rows, confidence, seed, bounds)
 
 
 def compare(
-    candidate: list[float],
-    rival: list[float],
+    candidate: Sequence[float],
+    rival: Sequence[float],
     confidence: float,
     seed: int,
     lower_is_better: bool = False,
+    groups: Sequence[str] | None = None,
+    bounded: bool = True,
 ) -> Difference:
     """Return the paired difference of two candidates, row by row.
 
-    The interval is the bootstrap interval of the mean. p is that of McNemar's exact test if all
-    scores are 0 or 1, else of a sign-flip permutation test of the mean.
+    groups: the key of each row's group; rows of one group do not count as independent. bounded: the
+    scores are in [0, 1]. The interval is Tango's score interval if all scores are 0 or 1, else
+    bootstrap-t. p is that of McNemar's exact test for 0/1 scores of ungrouped rows, else of a test
+    that flips the signs of whole groups.
     """
     sign = -1.0 if lower_is_better else 1.0
-    differences = [sign * (left - right) for left, right in zip(candidate, rival, strict=True)]
-    low, high = interval(differences, confidence, seed)
-    mean = stats.fmean(differences)
-    wins = sum(value > 0 for value in differences)
-    losses = sum(value < 0 for value in differences)
-    binary = set(candidate) | set(rival) <= {0.0, 1.0}
+    left, right = np.asarray(candidate, dtype=float), np.asarray(rival, dtype=float)
+    differences = sign * (left - right)
+    rows = Groups.of(groups, len(differences))
+    binary = bool(np.isin(left, (0, 1)).all() and np.isin(right, (0, 1)).all())
+    if binary:
+        low, high = intervals.paired_share(differences, rows, confidence)
+    else:
+        bounds = _bounds(left, right, bounded)
+        low, high = intervals.graded_mean(differences, rows, confidence, seed, bounds)
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    exact = binary and rows.alone
+    correlation = rows.correlation(differences)
+    effect = rows.design_effect(correlation)
+    mean = float(differences.mean())
     return Difference(
         mean=mean,
         low=low,
@@ -65,11 +83,26 @@ def compare(
         losses=losses,
         ties=len(differences) - wins - losses,
         n=len(differences),
-        test="McNemar" if binary else "permutation",
-        p=_mcnemar(wins, losses) if binary else _permutation(differences, seed),
-        detectable=_detectable(differences, binary, 1 - confidence),
-        rows_needed=_rows_needed(mean, differences, 1 - confidence),
+        test="McNemar" if exact else "permutation",
+        p=_mcnemar(wins, losses) if exact else _sign_flips(rows.sums(differences), seed),
+        detectable=_detectable(differences, effect, binary, 1 - confidence),
+        rows_needed=_rows_needed(differences, effect, binary, 1 - confidence),
+        graded=not binary,
+        groups=rows.count,
+        correlation=None if rows.alone else correlation,
+        effective_n=len(differences) / effect,
     )
+
+
+def _bounds(left: Values, right: Values, bounded: bool) -> Interval:
+    """Return the least and the largest difference that is taken as possible.
+
+    A metric without bounds has those of the scores that were observed.
+    """
+    if bounded:
+        return -1.0, 1.0
+    spread = float(np.ptp(np.concatenate([left, right]))) or 1.0
+    return -spread, spread
 
 
 def _mcnemar(wins: int, losses: int) -> float:
@@ -77,35 +110,54 @@ def _mcnemar(wins: int, losses: int) -> float:
     return float(result.pvalue) if result is not None else 1.0
 
 
-def _permutation(differences: list[float], seed: int) -> float:
-    if not any(differences):
+def _sign_flips(sums: Values, seed: int) -> float:
+    """Return the two-sided p-value of the sum under random signs of the groups.
+
+    Under no difference each sign of a group's sum is as likely as the other. A p-value that the
+    draws cannot resolve is Hoeffding's bound 2 exp(-z²/2) with z = Σs / √Σs², which holds for
+    random signs (1963, JASA 58:13).
+    """
+    if not sums.any():
         return 1.0
-    # Paired samples: under no difference each sign is as likely as the other.
-    result: Any = permutation_test(
-        (np.asarray(differences),),
-        lambda values, axis: np.mean(values, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=DRAWS,
-        batch=1000,
-        rng=np.random.default_rng(seed),
+    observed = abs(float(sums.sum())) * (1 - 1e-12)
+    if len(sums) <= ALL_SIGNS:
+        return float((np.abs(_all_signs(len(sums)) @ sums) >= observed).mean())
+    signs = _random_signs(len(sums), seed)
+    extreme = sum(
+        int((np.abs(signs[begin : begin + BATCH].astype(np.float64) @ sums) >= observed).sum())
+        for begin in range(0, len(signs), BATCH)
     )
-    return float(result.pvalue)
+    if extreme:
+        return (extreme + 1) / (len(signs) + 1)
+    bound = 2 * math.exp(-(observed**2) / float((sums**2).sum()) / 2)
+    return min(1 / (len(signs) + 1), bound)
 
 
-def _detectable(differences: list[float], binary: bool, alpha: float) -> float | None:
-    n, deviation = len(differences), float(np.std(differences))
+@lru_cache(maxsize=2)
+def _random_signs(count: int, seed: int) -> Values:
+    chance = np.random.default_rng(seed)
+    return chance.integers(0, 2, size=(DRAWS, count), dtype=np.int8) * 2 - 1
+
+
+def _all_signs(count: int) -> Values:
+    numbers = np.arange(2**count)[:, None]
+    return (numbers >> np.arange(count) & 1) * 2 - 1
+
+
+def _detectable(differences: Values, effect: float, binary: bool, alpha: float) -> float | None:
+    """Return the difference that the test finds with a power of 80 % in as many effective rows."""
+    n, deviation = len(differences) / effect, float(np.std(differences))
     if n < 5 or deviation == 0.0:
         return None
     if not binary:
-        effect: Any = TTestPower().solve_power(nobs=n, alpha=alpha, power=POWER)
-        return float(deviation * effect)
-    discordant = sum(value != 0 for value in differences) / n
-    if mcnemar_power(n, discordant, 1.0, alpha) < POWER:
+        found: Any = TTestPower().solve_power(nobs=n, alpha=alpha, power=POWER)
+        return float(deviation * found)
+    rows, discordant = math.floor(n), float((differences != 0).mean())
+    if mcnemar_power(rows, discordant, 1.0, alpha) < POWER:
         return None
 
     def missing(difference: float) -> float:
-        return mcnemar_power(n, discordant, difference, alpha) - POWER
+        return mcnemar_power(rows, discordant, difference, alpha) - POWER
 
     return float(brentq(missing, 0.0, 1.0))  # pyright: ignore[reportArgumentType]
 
@@ -129,8 +181,28 @@ def mcnemar_power(n: int, discordant: float, difference: float, alpha: float) ->
     return float(np.sum(binom.pmf(pairs, n, discordant) * found))
 
 
-def _rows_needed(mean: float, differences: list[float], alpha: float) -> int | None:
-    deviation = float(np.std(differences))
+def _rows_needed(differences: Values, effect: float, binary: bool, alpha: float) -> int | None:
+    """Return the rows in which the same test finds the observed difference with a power of 80 %.
+
+    None if nothing differs.
+    """
+    mean, deviation = abs(float(differences.mean())), float(np.std(differences))
     if mean == 0.0 or deviation == 0.0:
         return None
-    return math.ceil(normal_sample_size_one_tail(abs(mean), POWER, alpha / 2, std_null=deviation))
+    needed: Any = normal_sample_size_one_tail(mean, POWER, alpha / 2, std_null=deviation)
+    if binary and needed <= MANY_ROWS:
+        discordant = float((differences != 0).mean())
+        needed = _smallest(lambda n: mcnemar_power(n, discordant, mean, alpha) >= POWER)
+    return math.ceil(needed * effect)
+
+
+def _smallest(enough: Callable[[int], bool]) -> int:
+    """Return the smallest number that is enough, by doubling and halving."""
+    high = 2
+    while not enough(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
