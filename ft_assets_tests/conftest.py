@@ -156,7 +156,13 @@ def healthy(taught_model: Path, tmp_path: Path) -> Callable[..., Path]:
                 "effective_batch": 8,
                 "micro_batch": 8,
             },
-            "gate": {"min_heldout_rows": 10, "max_retention_loss": 0.5, "max_retention_drop": 0.5},
+            "gate": {
+                "min_heldout_rows": 10,
+                "min_graded_rows": 1,
+                "min_retention_rows": 1,
+                "max_retention_loss": 0.5,
+                "max_retention_drop": 0.5,
+            },
         }
         for section, values in changes.items():
             settings[section] = {**settings.get(section, {}), **values}

@@ -31,7 +31,13 @@ SETTINGS: dict[str, Any] = {
     "sft": {"num_train_epochs": 4, "learning_rate": 0.02, "effective_batch": 8, "micro_batch": 8},
     "dpo": {"learning_rate": 1e-5, "effective_batch": 8, "micro_batch": 8},
     "evaluation": {"max_new_tokens": 8},
-    "gate": {"max_retention_loss": 1000.0, "min_heldout_rows": 10, "min_top1_agreement": 0.95},
+    "gate": {
+        "max_retention_loss": 1000.0,
+        "min_heldout_rows": 10,
+        "min_graded_rows": 1,
+        "min_retention_rows": 1,
+        "min_top1_agreement": 0.95,
+    },
 }
 
 

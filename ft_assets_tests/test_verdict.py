@@ -152,9 +152,11 @@ def test_lower_dpo_leaves_only_within_the_declared_margin() -> None:
 
 
 def test_margin_passes_what_is_not_worse_and_only_then() -> None:
-    gate = GateSettings(metrics={"exact": 0.05})
+    gate = GateSettings(metrics={"exact": 0.1})
     assert decide(report(HALF, HALF), gate).status == PASS
-    assert "not worse than the base by 0.05" in decide(report(HALF, HALF), gate).reasons[0]
+    assert "not worse than the base by 0.1" in decide(report(HALF, HALF), gate).reasons[0]
+    tight = decide(report(HALF, HALF), GateSettings(metrics={"exact": 0.05}))
+    assert tight.status == INCONCLUSIVE  # 60 equal answers can hide a loss of 0.06
     noise = [1.0, 0.0] * 15 + [0.0, 1.0] * 15  # as good on the mean, but any row may differ
     assert decide(report(HALF, noise), gate).status == INCONCLUSIVE
     assert decide(report(HALF, NONE), gate).status == FAIL
@@ -186,13 +188,10 @@ def test_prompted_base_that_is_as_good_blocks_only_if_the_gate_says_so() -> None
     assert decide(numbers, GATE).status == PASS
     strict = decide(numbers, GATE.model_copy(update={"prompting": "fail"}))
     assert strict.status == INCONCLUSIVE
-    assert "you do not need this fine-tune" in strict.reasons[0]
-    assert (
-        decide(
-            report(NONE, HALF, few_shot=ALL), GATE.model_copy(update={"prompting": "fail"})
-        ).status
-        == FAIL
-    )
+    assert "not shown to be better than prompting" in strict.reasons[0]
+    better = decide(report(NONE, HALF, few_shot=ALL), GATE.model_copy(update={"prompting": "fail"}))
+    assert better.status == FAIL
+    assert "prompting is better than this fine-tune" in better.reasons[0]
 
 
 def test_dpo_that_gains_on_heldout_may_cost_general_prompts_the_usual_tolerance() -> None:
@@ -209,3 +208,40 @@ def test_two_candidates_are_two_chances_and_pay_for_it() -> None:
     lucky = [1.0] * 6 + [0.0] * 54  # p 0.03 alone
     assert decide(report(NONE, lucky), GATE).status == PASS
     assert decide(report(NONE, lucky, dpo=NONE), GATE).status == INCONCLUSIVE
+
+
+def test_groups_and_not_rows_count_for_the_minimum() -> None:
+    numbers = report(NONE, ALL).model_copy(update={"heldout_groups": 15})
+    verdict = decide(numbers, GATE)
+    assert verdict.status == INCONCLUSIVE
+    assert "too few groups of held-out rows: 15 < 20 (60 rows)" in verdict.reasons[0]
+
+
+def test_graded_metric_needs_more_rows_than_a_right_or_wrong_one() -> None:
+    base, better = [0.30, 0.31] * 12, [0.60, 0.65, 0.62] * 8
+    judged = decide(report(base, better), GATE)
+    assert judged.status == INCONCLUSIVE
+    assert "too few held-out rows for the graded metric exact: n=24, at least 36" in str(
+        judged.reasons
+    )
+    assert decide(report(base * 2, better * 2), GATE).status == PASS
+
+
+def test_few_general_prompts_cannot_prove_that_nothing_is_forgotten() -> None:
+    few = {
+        "base": SAME[:8],
+        "sft": [value + 0.01 * (index % 2) for index, value in enumerate(SAME[:8])],
+    }
+    verdict = decide(report(NONE, ALL, general=few), GATE)
+    assert verdict.status == INCONCLUSIVE
+    assert "too few general prompts" in verdict.reasons[0]
+    lowered = GATE.model_copy(update={"min_retention_rows": 8})
+    assert decide(report(NONE, ALL, general=few), lowered).status == PASS
+
+
+def test_verdict_is_decided_at_the_confidence_of_the_report() -> None:
+    lucky = [1.0] * 7 + [0.0] * 53  # p 0.016
+    numbers = report(NONE, lucky)
+    assert decide(numbers, GATE).status == PASS
+    later = numbers.model_copy(update={"confidence": 0.999})
+    assert decide(later, GATE).status == INCONCLUSIVE

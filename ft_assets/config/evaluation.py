@@ -249,7 +249,17 @@ class GateSettings(Section):
         description="Nats per token that DPO may lose against SFT on general prompts without being "
         "better on held-out ones.",
     )
-    min_heldout_rows: int = Field(default=20, ge=1)
+    min_heldout_rows: int = Field(
+        default=20, ge=1, description="Groups of held-out rows; a row without a group is one."
+    )
+    min_graded_rows: int = Field(
+        default=36,
+        ge=1,
+        description="The same for a metric with scores between 0 and 1, e.g. chrf.",
+    )
+    min_retention_rows: int = Field(
+        default=36, ge=1, description="Groups of general prompts, for the loss and the task score."
+    )
     min_top1_agreement: float = Field(
         default=0.99, ge=0, le=1, description="Merged model against base + adapter; a tie agrees."
     )
