@@ -146,6 +146,14 @@ def test_template_swapped_after_tokenization_fails_by_its_name(
     assert metrics["diagnosis"].startswith("template mismatch")
 
 
+def test_few_shot_prompt_beyond_the_context_is_not_asked(copy: Path) -> None:
+    write_jsonl(copy / "data/few_shot.jsonl", conversations(40, lambda _: "yes yes", start=3000))
+    assert materialize(copy, "raw_dataset").success
+    said = failure(materialize(copy, "answers"))  # without the check of heldout_split
+    assert "the prompt with 40 examples has" in said
+    assert "of the 40 examples, which fit" in said
+
+
 def test_adapter_trained_on_heldout_rows_is_refused(copy: Path) -> None:
     edit(copy, data={"split_salt": "another"})
     assert materialize(copy, "heldout_split").success

@@ -8,12 +8,16 @@ import dagster as dg
 from ft_assets.config import DataSettings
 from ft_assets.data.leakage import leaks
 from ft_assets.data.split import make_split
-from ft_assets.data.tables import TOKENIZED
+from ft_assets.data.tables import TOKENIZED, read_table
+from ft_assets.evaluation.context import Room
 from ft_assets.evaluation.reachable import places, read_targets, unreachable
+from ft_assets.evaluation.references import last_answer
 from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.job import StepResult
+from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
+from ft_assets.rows.types import ConversationRow, TokenizedRow
 
 SPLITTING = {
     "heldout_share",
@@ -126,6 +130,40 @@ def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
         description="\n".join(map(str, errors)) or text,
         metadata={"longest_reference_tokens": max((one.tokens for one in targets), default=0)},
     )
+
+
+@check(
+    heldout_split,
+    blocking=True,
+    description="Each prompt to answer, the few-shot prompt too, leaves room for its answer.",
+)
+def prompts_fit_the_context(checked: Checked) -> dg.AssetCheckResult:
+    """Fail with the number of few-shot examples that fit the model's context."""
+    name, store, split = checked.name, checked.materializer.store, checked.artifact.path
+    settings, data = checked.project.recipe(name).evaluation, checked.project.data
+    raw = store.need("raw_dataset", None).path
+    examples = read_table(raw / "few_shot.parquet", row=ConversationRow)
+    base = store.need("base_model", name).path
+    room = Room(context_length(base), settings.max_new_tokens)
+    heldout = read_table(split / "heldout.parquet", row=TokenizedRow)
+    general = read_table(split / "retention.parquet", settings.retention_rows, row=TokenizedRow)
+    error = room.rows_error(_prompts(heldout)) or room.rows_error(
+        _prompts(general[: settings.retention_answers]), "retention"
+    )
+    if error is None and examples:
+        from ft_assets.chat.rendering import Renderer
+
+        renderer = Renderer(load_tokenizer(base), stop_ids(base))
+        error = room.few_shot_error(renderer, heldout, examples, data.few_shot_system)
+    limit = f"the context of {room.context} tokens" if room.context else "no limit of the context"
+    return dg.AssetCheckResult(
+        passed=error is None, description=str(error or f"prompts and answers fit {limit}")
+    )
+
+
+def _prompts(rows: list[TokenizedRow]) -> dict[str, int]:
+    """Return the tokens of each row's prompt."""
+    return {row["id"]: last_answer(row["supervised"])[0] for row in rows}
 
 
 @check(heldout_split, description="Every value of data.stratify's field has held-out rows.")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.context import Room
 from ft_assets.evaluation.kept_answers import AskedOption, AskedRow, GivenAnswer, Kept, digest
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.scorer import Task
@@ -50,6 +51,9 @@ class Asker:
         self.kept = kept or Kept()
         self.generated = 0
         self.renderer = Renderer(tokenizer, stops)
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        self.room = Room(context, task.settings.max_new_tokens)
 
     def heldout(self, rows: Sequence[ReferencedRow]) -> list[AskedRow]:
         """Answer held-out rows, and score their references and options by probability."""
@@ -88,6 +92,9 @@ class Asker:
         if not rows:
             return []
         asked, limit = prompts(self.renderer, rows), self.settings.max_new_tokens
+        lengths = {row["id"]: len(ids) for row, ids in zip(rows, asked, strict=True)}
+        if (error := self.room.rows_error(lengths)) is not None:
+            raise error
         keys = [digest("answer", self.weights, limit, sorted(self.stops), ids) for ids in asked]
 
         def generated(missing: list[int]) -> list[GivenAnswer]:

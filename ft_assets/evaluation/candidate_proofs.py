@@ -16,6 +16,7 @@ from safetensors import safe_open
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.full_weights import FullWeights, prove_weights_act
+from ft_assets.evaluation.references import last_answer
 from ft_assets.evaluation.report_model import AdapterProof
 from ft_assets.models.adapter_files import TRAINED_GROUPS, is_full
 from ft_assets.models.loading import load_base
@@ -151,16 +152,7 @@ def template_mismatches(renderer: Renderer, rows: Sequence[TokenizedRow]) -> lis
     for row, prompt in zip(chats, prompts, strict=True):
         if (
             isinstance(prompt, ProofFailed)
-            or prompt != row["input_ids"][: _last_answer(row["supervised"])]
+            or prompt != row["input_ids"][: last_answer(row["supervised"])[0]]
         ):
             found.add(row["id"])
     return [row["id"] for row in rows if row["id"] in found]
-
-
-def _last_answer(supervised: list[bool]) -> int:
-    """Return where the last run of supervised tokens begins."""
-    backwards = supervised[::-1]
-    last = backwards.index(True)
-    return len(supervised) - (
-        backwards.index(False, last) if False in backwards[last:] else len(supervised)
-    )

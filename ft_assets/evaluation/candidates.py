@@ -17,6 +17,7 @@ from ft_assets.evaluation.candidate_proofs import (
     prove_unseen,
     template_mismatches,
 )
+from ft_assets.evaluation.context import Room
 from ft_assets.evaluation.few_shot import few_shot_prompt
 from ft_assets.evaluation.harness import harness_scores
 from ft_assets.evaluation.kept_answers import (
@@ -34,7 +35,7 @@ from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import AdapterProof, OwnTemplate, Proofs
 from ft_assets.evaluation.scorer import Task
 from ft_assets.job import Report
-from ft_assets.models.loading import load_tokenizer, stop_ids
+from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def ask(candidates: Candidates, task: Task, kept: Kept, report: Report) -> Answe
     tokenizer = load_tokenizer(snapshot)
     stops = stop_ids(snapshot)
     renderer = Renderer(tokenizer, stops)
+    _require_room(renderer, task, context_length(snapshot))
     plans = _plans(renderer, task, adapters)
     model = load_candidates(snapshot, adapters)
     probe = prompts(renderer, task.heldout[:1])[0]
@@ -99,6 +101,15 @@ def ask(candidates: Candidates, task: Task, kept: Kept, report: Report) -> Answe
     proofs = _proofs(base, acting, mismatches, replaced_template(snapshot))
     facts = Facts(proofs=proofs, harness=harness, vocabulary=_facts(snapshot)["vocabulary"])
     return Answers(facts, rows, cost)
+
+
+def _require_room(renderer: Renderer, task: Task, context: int | None) -> None:
+    """Raise EvaluationError if a few-shot prompt and its answer are longer than the context."""
+    room = Room(context, task.settings.max_new_tokens)
+    if task.few_shot and (
+        error := room.few_shot_error(renderer, task.heldout, task.few_shot, task.few_shot_system)
+    ):
+        raise error
 
 
 def _plans(renderer: Renderer, task: Task, adapters: Mapping[str, Path]) -> list[_Plan]:
