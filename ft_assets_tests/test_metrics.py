@@ -3,10 +3,12 @@
 The judge is a real local endpoint.
 """
 
+import datetime
 import json
 import threading
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,12 @@ from ft_assets.evaluation.asker import Asker, tokenized
 from ft_assets.evaluation.behaviour import refusal_pattern, repetition
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.scorer import Scorer, Task
-from ft_assets.metrics.equality import same_json
+from ft_assets.metrics import Metric
+from ft_assets.metrics.json_tree import json_f1
 from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.label import choice
 from ft_assets.metrics.user_function import load_function, user_scores
+from ft_assets.metrics.values import Values
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets_tests.factories import edit
 from ft_assets_tests.test_split import talk
@@ -306,7 +310,11 @@ def test_equality_is_by_value_in_json_and_by_nfc_in_texts() -> None:
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=12,
 )
@@ -314,6 +322,7 @@ JSON_VALUES = st.recursive(
 
 @given(JSON_VALUES, JSON_VALUES)
 def test_json_equality_is_reflexive_symmetric_and_agrees_with_python(one: Any, two: Any) -> None:
+    same_json = Values().same_json
     assert same_json(one, json.loads(json.dumps(one)))
     assert same_json(one, two) is same_json(two, one)
     if same_json(one, two) and isinstance(one, int | float | str):
@@ -321,9 +330,122 @@ def test_json_equality_is_reflexive_symmetric_and_agrees_with_python(one: Any, t
 
 
 @pytest.mark.parametrize(
+    ("decimal", "one", "other", "same"),
+    [
+        (".", "1,234.50", "1234.5", True),
+        (".", "1 234.5", "$1'234.50", True),
+        (",", "1.234,50 €", "1234,5", True),
+        (".", "\u2212.5", "-0.50", True),
+        (".", "1e3", "1000", True),
+        (".", "0.1", "0.10000000000000001", False),  # by value, not as a float
+        (".", "1,23", "1.23", False),  # a comma is no decimal separator here
+        (".", "12,34,567", "1234567", False),
+        (".", "1,234 567", "1234567", False),  # one mark in one number
+        (".", "12%", "12", False),
+        (".", "about 12", "12", False),
+        (".", "", "0", False),
+    ],
+)
+def test_numbers_are_equal_by_value(decimal: str, one: str, other: str, same: bool) -> None:
+    settings = EvaluationSettings(metrics=["number"], decimal=decimal, metric="number")
+    assert score_answers([one], [other], settings)["number"] == [float(same)]
+
+
+@pytest.mark.parametrize(
+    ("day_first", "one", "other", "same"),
+    [
+        (None, "2026-11-27", "27 Nov 2026", True),
+        (None, "November 27, 2026", "20261127", True),
+        (None, "2026-03-04", "2026/3/4", True),
+        (None, "2026-11-27T10:00:00+02:00", "2026-11-27T08:00:00Z", True),
+        (None, "27/11/2026", "2026-11-27", True),  # there is no month 27
+        (None, "03/04/2026", "2026-04-03", False),  # an ambiguous answer is no answer
+        (True, "03/04/2026", "2026-04-03", True),
+        (False, "03/04/2026", "2026-03-04", True),
+        (True, "2026-03-04", "4 March 2026", True),
+        (None, "Nov 2026", "2026-11-27", False),
+        (None, "27/11/26", "2026-11-27", False),
+        (None, "today", "2026-11-27", False),
+        (None, "27 Nov 2026, 10:00", "2026-11-27", False),
+        (None, "It is due on 27 Nov 2026", "2026-11-27", False),
+    ],
+)
+def test_dates_are_equal_by_value(day_first: bool | None, one: str, other: str, same: bool) -> None:
+    settings = EvaluationSettings(metrics=["date"], day_first=day_first, metric="date")
+    assert score_answers([one], [other], settings)["date"] == [float(same)]
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-1e9, max_value=1e9))
+def test_number_with_groups_is_the_number(value: Any) -> None:
+    values = Values()
+    assert values.number(f"{value:,}") == values.number(str(value)) == value
+
+
+@given(st.dates(min_value=datetime.date(1000, 1, 1)), st.booleans())
+def test_date_in_words_or_figures_is_the_date(day: Any, day_first: bool) -> None:
+    values = Values(day_first=day_first)
+    written = day.strftime("%d/%m/%Y" if day_first else "%m/%d/%Y")
+    found = {values.date(text) for text in (day.isoformat(), day.strftime("%d %B %Y"), written)}
+    assert {moment.date() for moment in found} == {day}
+
+
+def test_fields_are_compared_by_their_declared_kind() -> None:
+    settings = EvaluationSettings(
+        json_fields=["amount", "due", "items"],
+        normalise={"amount": "number", "due": "date", "items.price": "number"},
+        metrics=["json_f1"],
+    )
+    reference = json.dumps(
+        {"amount": "1,234.50", "due": "2026-11-27", "items": [{"price": "2.0", "of": "a"}]}
+    )
+    right = '{"due": "27 Nov 2026", "amount": 1234.5, "items": [{"of": "a", "price": 2}]}'
+    wrong = '{"due": null, "amount": true, "items": [{"of": "2", "price": "a"}]}'
+    scores = score_answers([right, wrong], [reference] * 2, settings)
+    for metric in ("exact", "field_f1", "field_amount", "field_due", "field_items", "json_f1"):
+        assert scores[metric] == [1.0, 0.0], metric
+    with pytest.raises(EvaluationError, match="its field due is '03/04/2026', which is 2026-03-04"):
+        score_answers([right], [reference.replace("2026-11-27", "03/04/2026")], settings)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ('{"who": {"name": "Ann", "tags": [1, 2]}, "items": [{"a": 1, "b": 2}, {"a": 3}]}', 1.0),
+        ('{"items": [{"a": 3}, {"b": 2, "a": 1.0}], "who": {"tags": [2, 1], "name": "Ann"}}', 1.0),
+        ('{"who": {"name": "Ann", "tags": [1]}, "items": [{"a": 1, "b": 2}]}', 2 * 4 / (4 + 6)),
+        ('{"who": {"name": "Ann"}, "items": [{"a": 1, "b": 9}]}', 2 * 2 / (3 + 6)),
+        ('{"who": "Ann", "items": []}', 0.0),
+        ("[" * 100_000, 0.0),
+        ("no JSON", 0.0),
+    ],
+)
+def test_json_f1_counts_values_at_any_depth(answer: str, score: float) -> None:
+    reference = '{"who": {"name": "Ann", "tags": [1, 2]}, "items": [{"a": 1, "b": 2}, {"a": 3}]}'
+    settings = EvaluationSettings(metrics=["json_f1"], metric="json_f1")
+    assert score_answers([answer], [reference], settings)["json_f1"] == [pytest.approx(score)]
+
+
+@given(JSON_VALUES, JSON_VALUES)
+def test_json_f1_of_equal_values_is_1_and_is_symmetric(one: Any, two: Any) -> None:
+    score = json_f1([json.dumps(one)], [json.dumps(one)], Values())
+    assert score == [1.0]
+    first, second = [json.dumps(one)], [json.dumps(two)]
+    there, back = json_f1(first, second, Values()), json_f1(second, first, Values())
+    assert there == pytest.approx(back)
+    assert 0 <= there[0] <= 1
+
+
+def test_scores_outside_of_the_declared_range_are_an_error() -> None:
+    for metric, found in ((Metric("half", binary=True), "returned 0.5"), (Metric("two"), "2.0")):
+        wrong = replace(metric, function=lambda answers, references: [float(len(answers[0])) / 2])
+        with pytest.raises(EvaluationError, match=found):
+            wrong.score(["a" if metric.binary else "abcd"], ["a"], None, Values())
+
+
+@pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"metrics": ["chrff"]}, r"not one of rouge, bleu, chrf; did you mean 'chrf'\?"),
+        ({"metrics": ["chrff"]}, r"not one of .*; did you mean 'chrf'\?"),
         ({"retention_metric": "regex"}, r"not one of exact, rouge1, rouge2, rougeL, bleu, chrf"),
         ({"regex": "(yes|no"}, "regex\n.*is not a regular expression: missing \\)"),
         ({"refusals": ["fine", "[a"]}, r"refusals\.1\n.*is not a regular expression: untermin"),
@@ -331,6 +453,10 @@ def test_json_equality_is_reflexive_symmetric_and_agrees_with_python(one: Any, t
         ({"labels": ["no", "No."]}, "'no' and 'No.' are one label"),
         ({"labels": ["caf\u00e9", "cafe\u0301"]}, "are one label"),
         ({"labels": ["yes", "."]}, r"'\.' is only blanks"),
+        ({"normalise": {"due": "date"}}, "normalise needs json_fields, or json_f1 in metrics"),
+        ({"normalise": {"du": "date"}, "json_fields": ["due"]}, "du: did you mean 'due'"),
+        ({"decimal": ";"}, "decimal"),
+        ({"retention_metric": "json_f1"}, "not one of exact"),
         ({"choice": True}, "choice needs labels, or write `choice: options`"),
         ({"choice": "labels"}, "choice needs labels"),
         ({"json_fields": ["a", "b", "a"]}, "'a' is there twice"),

@@ -100,6 +100,18 @@ def test_long_references_of_a_graded_metric_count_for_the_stop_rate() -> None:
     assert found(["yes"] * 10, gate=GateSettings(min_stop_rate=0), **settings) == []
 
 
+def test_reference_is_of_its_declared_kind() -> None:
+    (message,) = found(["12", "a dozen"], metrics=["number"], metric="number")
+    assert message.startswith("heldout.jsonl:2: the reference cannot be compared: it is 'a dozen'")
+    (message,) = found(["03/04/2026"], metrics=["date"], metric="date")
+    assert "which is 2026-03-04 or 2026-04-03: evaluation.day_first is not set" in message
+    assert found(["03/04/2026"], metrics=["date"], metric="date", day_first=True) == []
+    (message,) = found(['{"a": "x"}'], json_fields=["a"], normalise={"a": "number"})
+    assert "its field a is 'x', which is no number" in message
+    (message,) = found(["x"], metrics=["json_f1"])
+    assert "JSON: json_f1 is in evaluation.metrics" in message
+
+
 def test_reference_is_one_of_the_options_of_its_row() -> None:
     chosen = {"choice": "options", "metric": "choice"}
     assert found(["Paris", "rome."], options=("Rome", "Paris"), **chosen) == []

@@ -8,9 +8,11 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 from ft_assets.config.section import Section
 from ft_assets.errors import nearest
 from ft_assets.metrics import Metric, Option, registered
+from ft_assets.metrics.equality import composed
 from ft_assets.metrics.judge import JudgeSettings
 from ft_assets.metrics.label import normal_label
 from ft_assets.metrics.user_function import UserMetric
+from ft_assets.metrics.values import Kind, Values
 
 
 def _require_one_of(name: str, known: list[str]) -> None:
@@ -49,6 +51,17 @@ class EvaluationSettings(Section):
     metric: str = Field(default="exact", description="The metric the verdict is about.")
     json_fields: list[str] = Field(
         default=[], description="Keys of the JSON object that an answer must be."
+    )
+    normalise: dict[str, Kind] = Field(
+        default={},
+        description="Fields whose values are compared as a `number` or a `date`, e.g. {due: date}; "
+        "of an inner object: {customer.since: date}.",
+    )
+    decimal: Literal[".", ","] = Field(
+        default=".", description="The decimal separator of numbers in texts."
+    )
+    day_first: bool | None = Field(
+        default=None, description="Whether 03/04/2026 is in April. None: such a date is refused."
     )
     json_schema: str | None = Field(
         default=None, description="File with a JSON schema the answer must meet: metric `schema`."
@@ -145,6 +158,12 @@ class EvaluationSettings(Section):
         on = metric.always or (entry in self.metrics if entry else bool(self.option(metric)))
         return [metric] if on else []
 
+    @property
+    def values(self) -> Values:
+        """When two values of an answer are equal."""
+        kinds = {composed(key): kind for key, kind in self.normalise.items()}
+        return Values(kinds, self.decimal, self.day_first)
+
     def option(self, metric: Metric) -> Option:
         """Return the value that the metric's function gets; None if it has no key."""
         return getattr(self, metric.config) if metric.config else None
@@ -198,7 +217,8 @@ class EvaluationSettings(Section):
     @field_validator("retention_metric")
     @classmethod
     def _scores_texts(cls, name: str) -> str:
-        texts = [one for one in registered() if one.of_answer and one.needs_reference]
+        known = [one for one in registered() if one.of_answer and one.needs_reference]
+        texts = [one for one in known if one.any_reference]
         _require_one_of(name, [one.name for one in texts if one.listed_as() or one.always])
         return name
 
@@ -212,6 +232,11 @@ class EvaluationSettings(Section):
             )
         if self.choice in (True, "labels") and not self.labels:
             raise ValueError("choice needs labels, or write `choice: options`")
+        if self.normalise and not (self.json_fields or "json_f1" in self.metrics):
+            raise ValueError("normalise needs json_fields, or json_f1 in metrics")
+        for path in self.normalise if self.json_fields else ():
+            if path.partition(".")[0] not in self.json_fields and path not in self.json_fields:
+                raise ValueError(f"normalise.{path}: {nearest(path, self.json_fields)}")
         if self.user_metric is not None and not self.user_metric.name.isidentifier():
             raise ValueError("python is written module:function")
         return self

@@ -7,6 +7,7 @@ import evaluate
 
 from ft_assets.config import EvaluationSettings
 from ft_assets.metrics import Metric, Option, registered
+from ft_assets.metrics.values import Values
 
 
 class AnswerMetrics(evaluate.Metric):
@@ -25,10 +26,15 @@ class AnswerMetrics(evaluate.Metric):
         )
 
     def _compute(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, predictions: list[str], references: list[str], metrics: list[tuple[Metric, Option]]
+        self,
+        predictions: list[str],
+        references: list[str],
+        metrics: list[tuple[Metric, Option]],
+        values: Values,
     ) -> dict[str, list[float]]:
         return {
-            metric.name: metric.score(predictions, references, option) for metric, option in metrics
+            metric.name: metric.score(predictions, references, option, values)
+            for metric, option in metrics
         }
 
 
@@ -49,17 +55,23 @@ def score_answers(
         for metric in settings.measured()
         if metric.of_answer and only in (None, metric.name)
     ]
-    return _compute(answers, references, chosen)
+    return _compute(answers, references, chosen, settings.values)
 
 
 def retention_scores(answers: list[str], references: list[str], metric: str) -> list[float]:
     """Return the task score of general prompts, one for each row."""
     chosen = [(known, []) for known in registered() if known.name == metric]
-    return _compute(answers, references, chosen)[metric]
+    return _compute(answers, references, chosen, Values())[metric]
 
 
 def _compute(
-    answers: list[str], references: list[str], metrics: Iterable[tuple[Metric, Option]]
+    answers: list[str],
+    references: list[str],
+    metrics: Iterable[tuple[Metric, Option]],
+    values: Values,
 ) -> dict[str, list[float]]:
     module = AnswerMetrics(keep_in_memory=True)
-    return module.compute(predictions=answers, references=references, metrics=list(metrics)) or {}
+    scores = module.compute(
+        predictions=answers, references=references, metrics=list(metrics), values=values
+    )
+    return scores or {}

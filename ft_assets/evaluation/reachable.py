@@ -16,12 +16,13 @@ from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.references import last_answer, stored_reference
 from ft_assets.metrics import Metric, Option
 from ft_assets.metrics.label import option_index
+from ft_assets.metrics.registry import ROUNDING
+from ft_assets.metrics.values import Values
 from ft_assets.rows.types import TokenizedRow
 
 COLUMNS = ["id", "messages", "options", "supervised", "reference", "decoded"]
 SHOWN = 80  # characters of a text in a message
 PLACES = 5  # further rows that a message names
-ROUNDING = 1e-6  # sacrebleu's scores of equal texts are a rounding error below 1
 Where = Callable[[Sequence[str]], Mapping[str, str]]
 
 
@@ -37,6 +38,22 @@ class Target:
     decoded: str
     tokens: int
     options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A metric with the settings that its function gets."""
+
+    metric: Metric
+    option: Option
+    values: Values
+
+    def scores(self, targets: Sequence[Target]) -> list[float]:
+        """Score each reference against itself."""
+        decoded = [one.decoded for one in targets]
+        return self.metric.score(
+            decoded, [one.reference for one in targets], self.option, self.values
+        )
 
 
 @dataclass(frozen=True)
@@ -77,14 +94,15 @@ def unreachable(
     problems = [*_too_long(targets, settings, gate, judged)]
     if settings.choice == "options":
         problems += _refused(targets, lambda one: option_index(one.reference, [*one.options]))
-    told: set[tuple[str | None, str]] = set()  # a row is told once for each key of finetune.yaml
+    told: set[tuple[str, str]] = set()  # a row is told once for each key of finetune.yaml
     for metric in settings.measured():
         if not metric.of_answer:
             continue
         option = schema if metric.config == "json_schema" else settings.option(metric)
-        known = [one for one in targets if (metric.config, one.id) not in told]
-        found = [*_below_the_best(metric, option, known, strict=metric in judged)]
-        told.update((metric.config, row) for problem in found for row in problem.ids)
+        measure, key = _Measure(metric, option, settings.values), metric.config or metric.name
+        known = [one for one in targets if (key, one.id) not in told]
+        found = [*_below_the_best(measure, known, strict=metric in judged)]
+        told.update((key, row) for problem in found for row in problem.ids)
         problems += found
     return [_error(problem, where) for problem in problems]
 
@@ -112,7 +130,7 @@ def _too_long(
     """
     limit = settings.max_new_tokens
     longest = max((one.tokens for one in targets), default=0)
-    whole = [one.name for one in judged if one.of_answer and (one.binary or one.config)]
+    whole = [one.name for one in judged if one.of_answer and _of_whole_answers(one)]
     by_length = sorted(targets, key=lambda one: -one.tokens)
     cut = [one for one in by_length if one.tokens - 1 > limit]
     unended = [one for one in by_length if one.tokens > limit]
@@ -133,18 +151,23 @@ def _too_long(
         )
 
 
+def _of_whole_answers(metric: Metric) -> bool:
+    return metric.binary or metric.config is not None or not metric.any_reference
+
+
 def _below_the_best(
-    metric: Metric, option: Option, targets: Sequence[Target], strict: bool
+    measure: _Measure, targets: Sequence[Target], strict: bool
 ) -> Iterator[_Problem]:
     """Yield the rows whose reference has not the best score, or none at all.
 
     strict: False for a metric that only the report shows. A missing score is a problem even then.
     """
     try:
-        scores = _scores(metric, option, targets)
+        scores = measure.scores(targets)
     except EvaluationError:
-        yield from _refused(targets, lambda one: _scores(metric, option, [one]))
+        yield from _refused(targets, lambda one: measure.scores([one]))
         return
+    metric = measure.metric
     best = 1.0 if metric.higher_is_better else 0.0
     short = [
         (one, score)
@@ -152,7 +175,7 @@ def _below_the_best(
         if not math.isclose(score, best, abs_tol=ROUNDING)
     ]
     if short and strict and metric.bounded:
-        yield _explained(metric, option, *short[0], [one.id for one, _ in short])
+        yield _explained(metric, *short[0], [one.id for one, _ in short])
 
 
 def _refused(targets: Iterable[Target], score: Callable[[Target], object]) -> Iterator[_Problem]:
@@ -168,14 +191,7 @@ def _refused(targets: Iterable[Target], score: Callable[[Target], object]) -> It
         yield _Problem(list(errors), first.found, first.expected, first.fix)
 
 
-def _scores(metric: Metric, option: Option, targets: Sequence[Target]) -> list[float]:
-    decoded = [one.decoded for one in targets]
-    return metric.score(decoded, [one.reference for one in targets], option)
-
-
-def _explained(
-    metric: Metric, option: Option, one: Target, score: float, ids: list[str]
-) -> _Problem:
+def _explained(metric: Metric, one: Target, score: float, ids: list[str]) -> _Problem:
     key = f"evaluation.{metric.config or 'metric'}"
     found = f"the reference {one.reference[:SHOWN]!r} itself has {metric.name} {score:g}"
     if one.decoded == one.reference:

@@ -4,8 +4,9 @@ import json
 from typing import TypeGuard
 
 from ft_assets.errors import EvaluationError
-from ft_assets.metrics.equality import composed, same_json
+from ft_assets.metrics.equality import composed
 from ft_assets.metrics.registry import Metric
+from ft_assets.metrics.values import Values
 from ft_assets.rows.types import Json, JsonObject
 
 
@@ -16,22 +17,27 @@ def valid_json(answers: list[str], json_fields: list[str]) -> list[float]:
     return [float(has_keys(given, json_fields)) for given in parsed]
 
 
-@Metric("field_f1", config="json_fields")
-def field_f1(answers: list[str], references: list[str], json_fields: list[str]) -> list[float]:
+@Metric("field_f1", config="json_fields", values=True)
+def field_f1(
+    answers: list[str], references: list[str], json_fields: list[str], values: Values
+) -> list[float]:
     """Score 2·right / (fields given + fields expected); right: keys with the expected value."""
     scores = []
     for answer, expected in zip(answers, reference_objects(references, json_fields), strict=True):
         given = parse_object(answer)
-        right = len(right_fields(given, expected))
+        right = len(right_fields(given, expected, values))
         scores.append(2 * right / (len(given or {}) + len(json_fields)))
     return scores
 
 
-@Metric("field_{}", binary=True, config="json_fields", each=True)
-def field(answers: list[str], references: list[str], name: str) -> list[float]:
+@Metric("field_{}", binary=True, config="json_fields", each=True, values=True)
+def field(answers: list[str], references: list[str], name: str, values: Values) -> list[float]:
     """Score 1 if one field of the object has the expected value."""
     pairs = zip(map(parse_object, answers), map(parse_object, references), strict=True)
-    return [float(composed(name) in right_fields(given, wanted or {})) for given, wanted in pairs]
+    return [
+        float(composed(name) in right_fields(given, wanted or {}, values))
+        for given, wanted in pairs
+    ]
 
 
 def parse_json(text: str) -> tuple[bool, Json]:
@@ -66,12 +72,14 @@ def has_keys(given: JsonObject | None, json_fields: list[str]) -> TypeGuard[Json
     return given is not None and set(given) == set(map(composed, json_fields))
 
 
-def right_fields(given: JsonObject | None, expected: JsonObject) -> set[str]:
+def right_fields(given: JsonObject | None, expected: JsonObject, values: Values) -> set[str]:
     """Return the keys of `expected` that the answer gives with an equal value."""
     if given is None:
         return set()
     return {
-        name for name, value in expected.items() if name in given and same_json(given[name], value)
+        name
+        for name, value in expected.items()
+        if name in given and values.same_json(given[name], value, name)
     }
 
 

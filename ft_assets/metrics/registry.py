@@ -1,13 +1,16 @@
 """The descriptor of a metric, which registers the function that it decorates."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ft_assets.errors import EvaluationError
 from ft_assets.metrics.equality import composed
+from ft_assets.metrics.values import Values
 
 Function = TypeVar("Function", bound=Callable[..., list[float]])
+ROUNDING = 1e-6  # sacrebleu's best score is a rounding error off 1
 Option = Any  # the value of one key of `evaluation:`; each metric's function has its real type
 
 
@@ -28,6 +31,8 @@ class Metric:
     each: there is one such metric for each item of the list `config`; `{}` in the name is the item.
     of_answer: False if it needs more than answers and references: the model, the conversation or
     the base's answers. evaluation/scorer.py then computes it.
+    any_reference: False if a reference must have a form, e.g. JSON.
+    values: the function also gets the Values of `evaluation`: when two values are equal.
     packages: the distributions that compute it; their versions are in the report's fingerprint.
     """
 
@@ -41,6 +46,8 @@ class Metric:
     always: bool = False
     each: bool = False
     of_answer: bool = True
+    any_reference: bool = True
+    values: bool = False
     packages: tuple[str, ...] = ()
     function: Callable[..., list[float]] | None = None
     item: str | None = None
@@ -63,24 +70,36 @@ class Metric:
         """Return the metric of one item of the list `config`."""
         return replace(self, name=self.name.format(item), item=item)
 
-    def score(self, answers: list[str], references: list[str], option: Option) -> list[float]:
+    def score(
+        self, answers: list[str], references: list[str], option: Option, values: Values
+    ) -> list[float]:
         """Score each answer, in NFC as its reference.
 
-        Raises EvaluationError unless there is one score for each.
+        Raises EvaluationError unless there is one score for each, in the declared range.
         """
         assert self.function is not None and self.of_answer, f"{self.name} needs more than texts"
         answers, references = (list(map(composed, texts)) for texts in (answers, references))
         texts = [answers, references] if self.needs_reference else [answers]
         options = [] if self.config is None else [self.item if self.each else option]
-        scores = self.function(*texts, *options)
+        scores = self.function(*texts, *options, *([values] if self.values else []))
         if len(scores) != len(answers):
-            raise EvaluationError(
-                where=f"metric {self.name}",
-                found=f"returned {len(scores)} scores for {len(answers)} answers",
-                expected="one score for each answer",
-                fix="correct the metric's function",
+            raise self._wrong(
+                f"returned {len(scores)} scores for {len(answers)} answers",
+                "one score for each answer",
             )
+        outside = next((score for score in scores if not self._may_be(score)), None)
+        if outside is not None:
+            raise self._wrong(f"returned {outside}", "0 or 1" if self.binary else "0 to 1")
         return scores
+
+    def _may_be(self, score: float) -> bool:
+        if self.binary:
+            return score in (0, 1)
+        return 0 <= score <= 1 + ROUNDING if self.bounded else math.isfinite(score)
+
+    def _wrong(self, found: str, expected: str) -> EvaluationError:
+        where, fix = f"metric {self.name}", "correct the metric's function, or its descriptor"
+        return EvaluationError(where=where, found=found, expected=expected, fix=fix)
 
 
 _METRICS: dict[str, Metric] = {}
