@@ -28,11 +28,12 @@ SETTINGS: dict[str, Any] = {
         "heldout_share": 0.25,
     },
     "lora": {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"},
-    "sft": {"num_train_epochs": 4, "learning_rate": 0.02, "effective_batch": 8, "micro_batch": 8},
+    "sft": {"num_train_epochs": 6, "learning_rate": 0.02, "effective_batch": 8, "micro_batch": 8},
     "dpo": {"learning_rate": 1e-5, "effective_batch": 8, "micro_batch": 8},
     "evaluation": {"max_new_tokens": 8},
     "gate": {
         "max_retention_loss": 1000.0,
+        "max_retention_drop": 1.0,
         "min_heldout_rows": 10,
         "min_graded_rows": 1,
         "min_retention_rows": 1,
