@@ -2,10 +2,12 @@
 
 import dagster as dg
 
+from ft_assets.artifacts import ArtifactStore
 from ft_assets.assets.judged import TRAINED, answers_of_today, evaluation_identity, judged
 from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import Estimate, EvalReport
 from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts, forgetting
+from ft_assets.evaluation.verdict.uses import Uses
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
 from ft_assets.steps import evaluate
@@ -24,6 +26,13 @@ def numbers(estimate: Estimate) -> dict[str, float]:
     }
 
 
+def earlier_verdicts(store: ArtifactStore, name: str) -> Uses:
+    """Return the verdicts on a base model that the store knows, oldest first."""
+    reports, _ = store.versions("eval_report", name)
+    histories = [Uses.of_report(report) for report in reports]
+    return Uses.joined(sorted(histories, key=lambda one: len(one.looks)))
+
+
 def _summary(metrics: Metrics) -> str:
     gain = metrics.get("gain_vs_base")
     against = f", {gain:+.3f} against base" if gain is not None else ""
@@ -34,7 +43,7 @@ def _summary(metrics: Metrics) -> str:
     deps=[*TRAINED, "raw_dataset", "answers"],
     group="evaluation",
     kinds=["report"],
-    code_version="5",
+    code_version="6",
     summary=_summary,
 )
 def eval_report(
@@ -62,7 +71,7 @@ def eval_report(
                 for part in ("train", "heldout", "retention")
             },
         },
-        step=evaluate.Settings(
+        step=lambda: evaluate.Settings(
             evaluation=project.recipe(name).evaluation,
             gate=GateSettings.model_validate(gate),
             answer_schema=decisive["schema"],
@@ -70,6 +79,7 @@ def eval_report(
             bound_to=versions,
             root=project.root,
             previous=previous.path if previous else None,
+            uses=earlier_verdicts(materializer.store, name),
         ),
         libraries="score",
     )

@@ -19,10 +19,12 @@ from ft_assets.evaluation.report_markdown import (
     Rows,
     changed_most,
     harness_table,
+    heldout_count,
     prompting_sentence,
     retention_table,
     score_table,
     step_table,
+    use_sentence,
 )
 from ft_assets.evaluation.report_model import EvalReport, Finding, Verdict
 from ft_assets.markdown import Table
@@ -66,7 +68,9 @@ def report_html(
         detectable=DETECTABLE,
         partition=partition,
         labels=LABELS,
-        prompting=prompting_sentence(report, verdict),
+        notes=[
+            note for note in (prompting_sentence(report, verdict), use_sentence(report)) if note
+        ],
         tables=_tables(report),
         pictures=[data_uri(score_plot(report)), data_uri(outcome_plot(report, steps))],
         curves=[
@@ -88,7 +92,7 @@ def report_html(
 
 def _tables(report: EvalReport) -> list[tuple[str, Table]]:
     tables = [
-        (f"Scores on {report.heldout_rows} held-out rows", score_table(report)),
+        (f"Scores on {heldout_count(report)}", score_table(report)),
         ("Which step helped", step_table(report)),
     ]
     if report.retention is not None:

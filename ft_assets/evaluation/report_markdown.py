@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from ft_assets.evaluation.plots import LABELS
 from ft_assets.evaluation.references import ReferencedRow
@@ -14,6 +15,7 @@ Rows = Mapping[str, Sequence[ScoredRow]]  # by candidate
 STEPS = (("sft", "base"), ("sft", "few_shot"), ("dpo", "sft"), ("dpo", "base"), ("dpo", "few_shot"))
 BEHAVIOUR = ("stop_rate", "refused", "repetition")
 EXAMPLES = 3
+FRESH_ROWS = 4  # verdicts: a difference must be 1.5 times as large as for the first
 MISSES = 5
 LONGEST_CELL = 300  # characters
 DETECTABLE = (
@@ -36,7 +38,7 @@ def report_markdown(
     """Return the report: the verdict, scores, steps, general prompts, and what changed most."""
     lines = _verdict(report, verdict, partition)
     lines += _diagnosis(verdict, findings)
-    lines += ["", f"## Scores on {report.heldout_rows} held-out rows", ""]
+    lines += ["", f"## Scores on {heldout_count(report)}", ""]
     lines += [table(*score_table(report))]
     lines += ["", "## Which step helped", "", table(*step_table(report)), "", DETECTABLE]
     if (general := report.retention) is not None:
@@ -47,6 +49,14 @@ def report_markdown(
         lines += ["", "## lm-evaluation-harness", "", table(*harness_table(report))]
     lines += _examples(report, rows, heldout, verdict.reported_candidate)
     return "\n".join(lines) + "\n"
+
+
+def heldout_count(report: EvalReport) -> str:
+    """Return the number of held-out rows as text, with their groups where they are fewer."""
+    groups = report.heldout_groups
+    if groups is None or groups == report.heldout_rows:
+        return f"{report.heldout_rows} held-out rows"
+    return f"{report.heldout_rows} held-out rows in {groups} groups"
 
 
 def _verdict(report: EvalReport, verdict: Verdict, partition: str) -> list[str]:
@@ -60,7 +70,31 @@ def _verdict(report: EvalReport, verdict: Verdict, partition: str) -> list[str]:
         lines.append(f"- DPO: {verdict.dpo}")
     if prompting := prompting_sentence(report, verdict):
         lines.append(f"- {prompting}")
-    return lines
+    return [*lines, f"- {use_sentence(report)}"]
+
+
+def use_sentence(report: EvalReport) -> str:
+    """Describe how often these held-out rows were used for a verdict, and what that costs."""
+    number, first = report.verdict_number, report.gate_confidence
+    if number is None or first is None:
+        return "earlier verdicts on these held-out rows were not counted"
+    unseen = "only reports of this store are counted: settings chosen elsewhere by looking at "
+    unseen += "held-out results count too"
+    if number == 1:
+        return f"verdict 1 on these held-out rows ({unseen})"
+    harder = z(report.confidence) / z(first)
+    text = f"verdict {number} on these held-out rows: judged at {report.confidence:.4%} confidence "
+    text += (
+        f"instead of {first:.4g}, so a difference must be {harder:.1f} times as large ({unseen})"
+    )
+    if number < FRESH_ROWS:
+        return text
+    return f"{text}. **Bring fresh rows**: new data in data.heldout, or the next data.heldout_slice"
+
+
+def z(confidence: float) -> float:
+    """Return the two-sided normal quantile of a confidence."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def prompting_sentence(report: EvalReport, verdict: Verdict) -> str | None:
@@ -101,7 +135,7 @@ def score_table(report: EvalReport) -> Table:
 
 def step_table(report: EvalReport) -> Table:
     """Return the paired differences in the gate metric."""
-    header = ["step", "difference", "interval", "wins / ties / losses", "p", "detectable"]
+    header = ["step", "difference", "interval", "wins / ties / losses", "p", "rows", "detectable"]
     rows = []
     for name, other in STEPS:
         entry = report.comparisons.get(name, {}).get(other, {}).get(report.metric)
@@ -114,6 +148,7 @@ def step_table(report: EvalReport) -> Table:
                 f"[{entry.low:+.3f}, {entry.high:+.3f}]",
                 f"{entry.wins} / {entry.ties} / {entry.losses}",
                 f"{entry.p:.2g} ({entry.test})",
+                entry.rows(),
                 "–" if entry.detectable is None else f"{entry.detectable:.3f}",
             ]
         )

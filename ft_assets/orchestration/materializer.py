@@ -80,15 +80,16 @@ class Materializer(Protocol):
         identity: Any,
         inputs: Inputs | None = None,
         libraries: str | None = None,
-        step: StepSettings | None = None,
+        step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
         space: int = 0,
     ) -> tuple[Artifact, bool]:
         """Return (artifact, reused). A step (a child process) or `make` (this process) makes it.
 
         `identity` is the JSON that decides the content: it is fingerprinted, and is the manifest's
-        `settings`. `step` is what the step gets. Neither overwrites the other. `inputs` are
-        fingerprinted and passed. `space` is the free disk space in bytes that the artifact needs.
+        `settings`. `step` is what the step gets, or a function that returns it, called only if the
+        artifact is made. Neither overwrites the other. `inputs` are fingerprinted and passed.
+        `space` is the free disk space in bytes that the artifact needs.
         """
         ...
 
@@ -120,7 +121,7 @@ class StoreMaterializer:
         identity: Any,
         inputs: Inputs | None = None,
         libraries: str | None = None,
-        step: StepSettings | None = None,
+        step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
         space: int = 0,
     ) -> tuple[Artifact, bool]:
@@ -142,6 +143,7 @@ class StoreMaterializer:
         self.store.require_space(space or 50_000_000, asset)
         with self.store.staging(asset, partition) as staged:
             if step is not None:
+                step = step if isinstance(step, StepSettings) else step()
                 job = Job(
                     step=step.STEP.name,
                     gpu=step.STEP.gpu,

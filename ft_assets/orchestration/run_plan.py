@@ -67,7 +67,7 @@ class Planner:
         identity: Any,
         inputs: Inputs | None = None,
         libraries: str | None = None,
-        step: StepSettings | None = None,
+        step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
         space: int = 0,
     ) -> tuple[Artifact, bool]:

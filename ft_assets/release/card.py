@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from ft_assets.evaluation.plots import LABELS
-from ft_assets.evaluation.report_markdown import retention_table, score_table, step_table
+from ft_assets.evaluation.report_markdown import (
+    heldout_count,
+    retention_table,
+    score_table,
+    step_table,
+    use_sentence,
+)
 from ft_assets.evaluation.report_model import Estimate, EvalReport, Verdict
 from ft_assets.markdown import table
 from ft_assets.models.license import BaseLicense
@@ -205,16 +211,16 @@ def _results(verdict: Verdict, report: EvalReport, file: MergedFile) -> str:
             f"{label}, here and below, is the judged adapter on the 16-bit base. The change by "
             "rounding it into this file\nis in the section before the last."
         )
-    percent = f"{report.confidence:.0%}".replace("%", " %")
+    percent = f"{100 * report.confidence:.4g} %"
     return "\n".join(
         [
-            f"## Results on {report.heldout_rows} held-out rows",
+            f"## Results on {heldout_count(report)}",
             "",
             table(*score_table(report)),
             "",
             meaning,
             "",
-            f"Intervals are {percent} bootstrap intervals. Paired, row by row:",
+            f"Intervals have {percent} confidence. Paired, row by row:",
             "",
             table(*step_table(report)),
         ]
@@ -236,6 +242,8 @@ def _limits(facts: CardFacts, verdict: Verdict, report: EvalReport) -> str:
         "enough for you is your decision.",
         f"Answers were capped at {tokens} tokens and decoded greedily; sampling was not measured.",
     ]
+    used = use_sentence(report)
+    lines.append(f"{used[0].upper()}{used[1:]}.")
     if report.retention is None:
         lines.append("**What it forgot was not measured**: there were no general prompts.")
     if not report.harness.scores:

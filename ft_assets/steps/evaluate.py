@@ -30,6 +30,7 @@ from ft_assets.evaluation.report_model import (
 )
 from ft_assets.evaluation.scored_rows import Scored, read_scores, write_scored_rows
 from ft_assets.evaluation.verdict.decision import decide
+from ft_assets.evaluation.verdict.uses import Uses, look_key, prompt_digests, write_uses
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.rows.types import TokenizedRow
 from ft_assets.step_runner import main, takes
@@ -40,7 +41,10 @@ if TYPE_CHECKING:
 
 
 class Settings(StepSettings):
-    """`bound_to`: the versions that the report is about. `previous`: the folder of the last one."""
+    """`bound_to`: the versions that the report is about. `previous`: the folder of the last one.
+
+    `uses`: the earlier verdicts on this base model.
+    """
 
     STEP: ClassVar = Step("evaluate")
 
@@ -51,6 +55,7 @@ class Settings(StepSettings):
     bound_to: dict[str, str]
     root: Path
     previous: Path | None
+    uses: Uses
 
 
 @takes(Settings)
@@ -64,8 +69,15 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     answers = Answers.read(job.inputs["answers"])
     task = _task(job, given, answers)
     scored = _scored(answers, task, report)
+    key = look_key(given.bound_to, gate.model_dump(mode="json"))
+    prompts = prompt_digests(row["messages"][:-1] for row in task.heldout)
     numbers = summarise(
-        scored, settings, gate, given.bound_to, _evidence(job, scored, answers, settings)
+        scored,
+        settings,
+        gate,
+        given.bound_to,
+        _evidence(job, scored, answers, settings),
+        given.uses.number(key, prompts),
     )
     verdict = decide(numbers, gate)
     findings = diagnose(numbers, verdict, gate)
@@ -79,6 +91,7 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     write_scored_rows(job.output / "rows.parquet", scored.heldout, task.heldout)
     write_scored_rows(job.output / "retention.parquet", scored.retention, task.retention)
     _write_pages(job, given, numbers, verdict, findings, scored, task)
+    write_uses(job.output, given.uses.after(key, prompts))
     return StepResult(_metrics(numbers, verdict, findings, scored, settings, answers))
 
 
@@ -220,6 +233,7 @@ def _metrics(
         "reason": "; ".join(verdict.reasons),
         "diagnosis": ", ".join(finding.cause for finding in findings) or "–",
         "heldout_rows": numbers.heldout_rows,
+        "verdict_number": numbers.verdict_number,
         **{f"{name}_{metric}": round(numbers.scores[name][metric], 4) for name in rows},
         "gain_vs_base": round(numbers.comparisons[best]["base"][metric].mean, 4),
         "stop_rate": round(numbers.scores[best]["stop_rate"], 4),

@@ -75,6 +75,15 @@ def require_pass(
             expected="the report as it was written",
             fix="materialize eval_report again",
         ) from None
+    asked = numbers.gate_confidence or numbers.confidence
+    if asked != gate.confidence:
+        raise VerdictError(
+            where=where,
+            found=f"the verdict has a confidence of {asked}, and gate.confidence is "
+            f"{gate.confidence} now",
+            expected="a verdict at today's confidence: its intervals are made for it",
+            fix="materialize eval_report again",
+        )
     verdict = decide(numbers, gate)
     for name in BOUND:
         judged = verdict.bound_to.get(name)
