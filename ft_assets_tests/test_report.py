@@ -71,6 +71,13 @@ def test_report_says_what_changed_since_the_previous_one(copy: Path) -> None:
     assert "| SFT adapter |" in text
 
 
+def test_changed_metric_names_file_and_line_of_a_row_that_it_cannot_score(copy: Path) -> None:
+    edit(copy, evaluation={"json_fields": ["a"]})
+    said = failure(materialize(copy, "eval_report"))
+    assert re.search(r"(heldout|train)\.jsonl:\d+: the reference is", said), said
+    assert "a JSON object with the keys a" in said
+
+
 def test_ft_report_names_the_page(copy: Path) -> None:
     done = ft(copy, "report", "--page")
     assert done.returncode == 0, done.stderr

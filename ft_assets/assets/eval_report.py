@@ -77,6 +77,7 @@ def eval_report(
             answer_schema=decisive["schema"],
             has_dpo=has_dpo,
             bound_to=versions,
+            raw_dataset=materializer.store.need("raw_dataset", None).path,
             root=project.root,
             previous=previous.path if previous else None,
             uses=earlier_verdicts(materializer.store, name),

@@ -1,19 +1,26 @@
 """The asset `heldout_split`: train, validation and held-out rows by hash of their prompt."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import dagster as dg
 
-from ft_assets.config import DataSettings
+from ft_assets.config import DataSettings, EvaluationSettings, settings_version
 from ft_assets.data.leakage import leaks
 from ft_assets.data.split import make_split
 from ft_assets.data.tables import TOKENIZED, read_table
 from ft_assets.evaluation.context import Room
-from ft_assets.evaluation.reachable import places, read_targets, unreachable
+from ft_assets.evaluation.reachable import (
+    places,
+    read_targets,
+    refused_by_program,
+    unreachable,
+)
 from ft_assets.evaluation.references import last_answer
-from ft_assets.evaluation.setting_files import read_schema
+from ft_assets.evaluation.setting_files import program_version, read_schema
 from ft_assets.job import StepResult
+from ft_assets.metrics.user_function import require_usable
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
@@ -117,19 +124,31 @@ def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
     settings = project.recipe(checked.name).evaluation
     targets = read_targets(checked.artifact.path / "heldout.parquet")
     raw = checked.materializer.store.need("raw_dataset", None)
-    errors = unreachable(
-        targets,
-        settings,
-        project.gate,
-        read_schema(project, settings),
-        where=lambda ids: places(raw.path, ids),
-    )
+    where = partial(places, raw.path)
+    schema = read_schema(project, settings)
+    errors = unreachable(targets, settings, project.gate, schema, where)
+    if settings.user_metric:
+        require_usable(settings.user_metric.function, project.root)
+    if settings.program and not errors and not (passed := _passed(checked, settings)).exists():
+        errors = refused_by_program(targets, settings.program, project.root, where)
+        if not errors:
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
     text = f"each of {len(targets)} references has the best score against itself"
     return dg.AssetCheckResult(
         passed=not errors,
         description="\n".join(map(str, errors)) or text,
         metadata={"longest_reference_tokens": max((one.tokens for one in targets), default=0)},
     )
+
+
+def _passed(checked: Checked, settings: EvaluationSettings) -> Path:
+    """Return the file that notes that the program passed these references: it runs only once."""
+    rows = checked.artifact.part_version("heldout")
+    files = program_version(checked.project, settings)
+    program = settings.model_dump(mode="json", include={"program"})
+    name = settings_version([rows, files, program])
+    return checked.materializer.store.root / ".work" / "programs" / name
 
 
 @check(

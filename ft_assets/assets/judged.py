@@ -8,6 +8,7 @@ from ft_assets.errors import VerdictError
 from ft_assets.evaluation.setting_files import (
     harness_version,
     metric_packages,
+    program_version,
     read_schema,
     user_metric_version,
 )
@@ -90,6 +91,7 @@ def evaluation_identity(materializer: Materializer, name: str) -> dict[str, Any]
         "evaluation": settings.model_dump(mode="json"),
         "schema": read_schema(project, settings),
         "own_metric": user_metric_version(project, settings),
+        "program": program_version(project, settings),
         "packages": metric_packages(settings),
         "harness": harness_version(project, settings),
         "few_shot_system": project.data.few_shot_system,

@@ -11,6 +11,7 @@ from ft_assets.metrics import Metric, Option, registered
 from ft_assets.metrics.equality import composed
 from ft_assets.metrics.judge import JudgeSettings
 from ft_assets.metrics.label import normal_label
+from ft_assets.metrics.program import ProgramSettings
 from ft_assets.metrics.user_function import UserMetric
 from ft_assets.metrics.values import Kind, Values
 
@@ -87,6 +88,11 @@ class EvaluationSettings(Section):
         default=None,
         description="Own metric, module:function(answer, reference, messages) -> number; or "
         "{function: module:function, higher_is_better: false}.",
+    )
+    program: ProgramSettings | None = Field(
+        default=None,
+        description="Own program, {command: [...], seconds: 5, memory_mb: 512}: it passes an "
+        "answer by exit code 0. Metric `program`.",
     )
     judge: JudgeSettings | None = Field(
         default=None, description="An LLM judge: metric `judge`. Off by default."

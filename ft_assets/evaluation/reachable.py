@@ -16,9 +16,10 @@ from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.references import last_answer, stored_reference
 from ft_assets.metrics import Metric, Option
 from ft_assets.metrics.label import option_index
+from ft_assets.metrics.program import ProgramSettings, program_outcomes
 from ft_assets.metrics.registry import ROUNDING
 from ft_assets.metrics.values import Values
-from ft_assets.rows.types import TokenizedRow
+from ft_assets.rows.types import Message, TokenizedRow
 
 COLUMNS = ["id", "messages", "options", "supervised", "reference", "decoded"]
 SHOWN = 80  # characters of a text in a message
@@ -31,6 +32,7 @@ class Target:
     """A held-out reference. decoded: the text of an answer with exactly its tokens.
 
     tokens: the length of that answer with its end of turn. options: the row's own options.
+    messages: the turns before the answer.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Target:
     decoded: str
     tokens: int
     options: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def target(row: TokenizedRow) -> Target:
     begin, end = last_answer(row["supervised"])
     reference = stored_reference(row)
     decoded, options = row.get("decoded") or reference, tuple(row.get("options", ()))
-    return Target(row["id"], reference, decoded, end - begin, options)
+    asked = tuple(row["messages"][:-1])
+    return Target(row["id"], reference, decoded, end - begin, options, asked)
 
 
 def unreachable(
@@ -90,8 +94,21 @@ def unreachable(
 
     schema: the parsed `evaluation.json_schema`. where: returns {row id: its file and line}.
     """
+    long = _too_long(targets, settings, gate, _judged(settings, gate))
+    unfit = unscored(targets, settings, gate, schema, where)
+    return [*(_error(problem, where) for problem in long), *unfit]
+
+
+def unscored(
+    targets: Sequence[Target],
+    settings: EvaluationSettings,
+    gate: GateSettings,
+    schema: Option,
+    where: Where,
+) -> list[EvaluationError]:
+    """Return an error for each reason why references have no score, or not the best one."""
     judged = _judged(settings, gate)
-    problems = [*_too_long(targets, settings, gate, judged)]
+    problems: list[_Problem] = []
     if settings.choice == "options":
         problems += _refused(targets, lambda one: option_index(one.reference, [*one.options]))
     told: set[tuple[str, str]] = set()  # a row is told once for each key of finetune.yaml
@@ -107,13 +124,42 @@ def unreachable(
     return [_error(problem, where) for problem in problems]
 
 
+def refused_by_program(
+    targets: Sequence[Target], program: ProgramSettings, root: Path, where: Where
+) -> list[EvaluationError]:
+    """Return an error that names the references which the user's program does not pass.
+
+    Raises EvaluationError if the program cannot be started.
+    """
+    outcomes = program_outcomes(
+        program,
+        root,
+        [one.decoded for one in targets],
+        [one.reference for one in targets],
+        [one.messages for one in targets],
+    )
+    failed = [
+        (one, outcome) for one, outcome in zip(targets, outcomes, strict=True) if outcome.code != 0
+    ]
+    if not failed:
+        return []
+    first, outcome = failed[0]
+    problem = _Problem(
+        [one.id for one, _ in failed],
+        f"the program does not pass the reference {first.reference[:SHOWN]!r} itself ({outcome})",
+        "exit code 0 for an answer that equals its reference",
+        "correct the row, or evaluation.program",
+    )
+    return [_error(problem, where)]
+
+
 def _judged(settings: EvaluationSettings, gate: GateSettings) -> list[Metric]:
     """Return the metrics that must be reached: those of the verdict, and those with a key."""
     goals = {settings.metric, *gate.metrics}
     return [
         metric
         for metric in settings.measured()
-        if metric.name in goals or (metric.config and metric.of_answer and not metric.always)
+        if metric.name in goals or (metric.config and not metric.always)
     ]
 
 
@@ -130,7 +176,7 @@ def _too_long(
     """
     limit = settings.max_new_tokens
     longest = max((one.tokens for one in targets), default=0)
-    whole = [one.name for one in judged if one.of_answer and _of_whole_answers(one)]
+    whole = [one.name for one in judged if _of_whole_answers(one)]
     by_length = sorted(targets, key=lambda one: -one.tokens)
     cut = [one for one in by_length if one.tokens - 1 > limit]
     unended = [one for one in by_length if one.tokens > limit]
@@ -152,6 +198,9 @@ def _too_long(
 
 
 def _of_whole_answers(metric: Metric) -> bool:
+    """Return True if a truncated answer scores 0."""
+    if not metric.of_answer:
+        return metric.name == "program"
     return metric.binary or metric.config is not None or not metric.any_reference
 
 

@@ -15,6 +15,7 @@ from ft_assets.evaluation.scored_rows import ScoredRow, in_clusters
 from ft_assets.metrics import Option
 from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.label import choice
+from ft_assets.metrics.program import program_scores
 from ft_assets.metrics.user_function import load_function, user_scores
 from ft_assets.rows.types import ConversationRow, TokenizedRow
 
@@ -107,6 +108,10 @@ class Scorer:
         if self.user_function is not None and (user := self.settings.user_metric):
             scores[user.name] = user_scores(
                 self.user_function, user.function, ids, answers, references, conversations
+            )
+        if self.settings.program:
+            scores["program"] = program_scores(
+                self.settings.program, self.task.root, answers, references, conversations
             )
         if self.settings.judge:
             rivals = answers if base is None else [row.answer for row in base]

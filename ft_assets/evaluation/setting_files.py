@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from pathlib import Path
 from typing import Any
 
 from ft_assets.artifacts import file_sha256
@@ -63,6 +64,33 @@ def user_metric_version(
             fix="correct the name",
         )
     return {"files": found.files, "packages": found.packages}
+
+
+def program_version(
+    project: Project, settings: EvaluationSettings
+) -> dict[str, dict[str, str]] | None:
+    """Return the files of the project that evaluation.program names, and those they import.
+
+    None without a program.
+    """
+    if settings.program is None:
+        return None
+    found: dict[str, dict[str, str]] = {"files": {}, "packages": {}}
+    for path in settings.program.files(project.root):
+        found["files"][path.name] = file_sha256(path)
+        modules = _modules_of(path)
+        if modules is not None:
+            found["files"] |= modules.files
+            found["packages"] |= modules.packages
+    return found
+
+
+def _modules_of(path: Path) -> UserModules | None:
+    """Return what a Python program imports from its folder. None of a file that is no module."""
+    try:
+        return UserModules.of(path.stem, path.parent) if path.suffix == ".py" else None
+    except SyntaxError:  # the check references_can_be_reached runs it, and shows its message
+        return None
 
 
 def metric_packages(settings: EvaluationSettings) -> dict[str, str]:

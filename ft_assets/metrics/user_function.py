@@ -1,7 +1,10 @@
 """The user's own metric: a Python function named in finetune.yaml, called once for each row."""
 
 import importlib
+import inspect
+import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_assets.errors import EvaluationError
+from ft_assets.errors import EvaluationError, FtError
 from ft_assets.metrics.registry import Metric
 from ft_assets.rows.types import Message
 
@@ -43,20 +46,52 @@ class UserMetric(BaseModel):
 def load_function(name: str, root: Path) -> Function:
     """Load the function of `module:function`; the module may be in `root`.
 
-    Raises EvaluationError.
+    Raises EvaluationError if it cannot be imported, or cannot be called with three arguments.
     """
     module, _, function = name.partition(":")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+        inspect.signature(found).bind("answer", "reference", [])
+    except Exception as error:  # the user's module may raise anything
         raise EvaluationError(
             where=f"evaluation.python: {name}",
-            found=str(error),
-            expected=f"a module beside {root / 'finetune.yaml'}, or an installed one",
-            fix="correct the name",
+            found=f"cannot be used: {type(error).__name__}: {error}",
+            expected="a function of (answer, reference, messages) in a module beside "
+            f"{root / 'finetune.yaml'}, or in an installed one",
+            fix="correct the name or the module",
         ) from None
+    return found
+
+
+def require_usable(name: str, root: Path) -> None:
+    """Raise EvaluationError unless the function can be loaded.
+
+    A child process imports the module: what the module imports does not stay in this one.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, name, str(root)], capture_output=True, text=True
+    )
+    if done.returncode:
+        told = done.stdout.strip().splitlines()[-1:]
+        if told and told[0].startswith('{"kind"'):
+            raise FtError.from_dict(json.loads(told[0]))
+        raise EvaluationError(
+            where=f"evaluation.python: {name}",
+            found=f"the import ends the process with code {done.returncode}: {done.stderr[-300:]}",
+            expected="a module that can be imported",
+            fix="correct the module",
+        )
+
+
+def main() -> None:
+    """Load the function of `module:function` (argument 1) in a folder (2). Print the error."""
+    try:
+        load_function(sys.argv[1], Path(sys.argv[2]))
+    except EvaluationError as error:
+        print(json.dumps(error.to_dict()))
+        raise SystemExit(1) from None
 
 
 def user_scores(
@@ -94,3 +129,7 @@ def user_scores(
             )
         scores.append(float(value))
     return scores
+
+
+if __name__ == "__main__":
+    main()

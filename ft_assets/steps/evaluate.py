@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,7 @@ from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.curves import up_to_kept
 from ft_assets.evaluation.kept_answers import Answers, AskedRow
 from ft_assets.evaluation.plots import data_uri, read_curve, score_plot
+from ft_assets.evaluation.reachable import places, target, unscored
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import (
     EvalReport,
@@ -44,6 +46,7 @@ class Settings(StepSettings):
     """`bound_to`: the versions that the report is about. `previous`: the folder of the last one.
 
     `uses`: the earlier verdicts on this base model.
+    `raw_dataset`: the folder that has the lines of the rows, for messages.
     """
 
     STEP: ClassVar = Step("evaluate")
@@ -53,6 +56,7 @@ class Settings(StepSettings):
     answer_schema: dict[str, JsonValue] | None
     has_dpo: bool
     bound_to: dict[str, str]
+    raw_dataset: Path
     root: Path
     previous: Path | None
     uses: Uses
@@ -68,6 +72,7 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     verify_files(Artifact.read(job.inputs["answers"]))
     answers = Answers.read(job.inputs["answers"])
     task = _task(job, given, answers)
+    _require_scores(task, given)
     scored = _scored(answers, task, report)
     key = look_key(given.bound_to, gate.model_dump(mode="json"))
     prompts = prompt_digests(row["messages"][:-1] for row in task.heldout)
@@ -108,6 +113,22 @@ def _task(job: Job, given: Settings, answers: Answers) -> Task:
         schema=given.answer_schema,
         root=given.root,
     )
+
+
+def _require_scores(task: Task, given: Settings) -> None:
+    """Raise EvaluationError with file and line if a metric cannot be reached on a reference.
+
+    heldout_split has checked it, unless only this report is made for a changed metric.
+    """
+    unfit = unscored(
+        [target(row) for row in task.heldout],
+        task.settings,
+        given.gate,
+        task.schema,
+        partial(places, given.raw_dataset),
+    )
+    if unfit:
+        raise unfit[0]
 
 
 def _referenced(rows: list[TokenizedRow], asked: list[AskedRow]) -> list[ReferencedRow]:
