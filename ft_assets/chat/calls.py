@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ft_assets.metrics.json_object import json_values
 from ft_assets.rows.types import Json, JsonObject, Message, ToolCall
 
 NEAR = 80  # characters of the template's own syntax between an argument's name and its value
@@ -72,7 +73,7 @@ def missing_calls(text: str, calls: Sequence[ToolCall]) -> str | None:
 
     Return None if the text has exactly these calls, in order.
     """
-    found = [value for value in _json_values(text) if isinstance(value, dict)]
+    found = [value for value in json_values(text) if isinstance(value, dict)]
     if all(any(_is_call(value, call) for value in found) for call in calls):
         names = {call["function"]["name"] for call in calls}
         written = sum(bool(names & _texts(value)) for value in found)
@@ -97,7 +98,7 @@ def _lost_arguments(text: str, call: ToolCall) -> str | None:
     """Return a description of the first argument that the text of a call does not have."""
     name, arguments = call["function"]["name"], arguments_of(call)
     part = text[len(name) :]
-    if any(value == arguments for value in _json_values(part)):
+    if any(value == arguments for value in json_values(part)):
         return None
     if _python_call(text, name) == arguments:
         return None
@@ -115,20 +116,6 @@ def _is_repr_in(text: str, value: Json) -> bool:
     """Return True if a text has a value as a Python repr that is not also its JSON."""
     as_json = (json.dumps(value), json.dumps(value, ensure_ascii=False))
     return str(value) in text and str(value) not in as_json
-
-
-def _json_values(text: str) -> Iterator[Any]:
-    """Yield each JSON object or array in a text, and the objects within those, outermost first."""
-    decoder, position = json.JSONDecoder(), 0
-    while (match := re.compile(r"[{\[]").search(text, position)) is not None:
-        try:
-            value, position = decoder.raw_decode(text, match.start())
-        except ValueError:
-            position = match.start() + 1
-            continue
-        yield value
-        if isinstance(value, list):
-            yield from (item for item in value if isinstance(item, dict))
 
 
 def _python_call(text: str, name: str) -> Any:
@@ -179,7 +166,7 @@ def _argument_in(text: str, key: str, value: Any) -> bool:
         after = text[match.end() :]
         if isinstance(value, dict | list):
             begin = min((at for at in (after.find("{"), after.find("[")) if at >= 0), default=-1)
-            if 0 <= begin <= NEAR and any(found == value for found in _json_values(after[begin:])):
+            if 0 <= begin <= NEAR and any(found == value for found in json_values(after[begin:])):
                 return True
             if _leaves_in(after, value):
                 return True

@@ -84,6 +84,11 @@ class EvaluationSettings(Section):
         description="Divide each log-probability by the number of tokens, so that long options are "
         "not less likely for their length.",
     )
+    tool_calls: Literal["ordered", "unordered"] | None = Field(
+        default=None,
+        description="The answer calls tools, in this order or in any: metrics `tool_calls`, "
+        "`tool_names`, `tool_call_f1`.",
+    )
     python: Python | None = Field(
         default=None,
         description="Own metric, module:function(answer, reference, messages) -> number; or "
@@ -238,9 +243,10 @@ class EvaluationSettings(Section):
             )
         if self.choice in (True, "labels") and not self.labels:
             raise ValueError("choice needs labels, or write `choice: options`")
-        if self.normalise and not (self.json_fields or "json_f1" in self.metrics):
-            raise ValueError("normalise needs json_fields, or json_f1 in metrics")
-        for path in self.normalise if self.json_fields else ():
+        others = self.tool_calls or "json_f1" in self.metrics
+        if self.normalise and not (self.json_fields or others):
+            raise ValueError("normalise needs json_fields, tool_calls, or json_f1 in metrics")
+        for path in () if others else self.normalise:
             if path.partition(".")[0] not in self.json_fields and path not in self.json_fields:
                 raise ValueError(f"normalise.{path}: {nearest(path, self.json_fields)}")
         if self.user_metric is not None and not self.user_metric.name.isidentifier():

@@ -18,8 +18,9 @@ from ft_assets.metrics import Metric, Option
 from ft_assets.metrics.label import option_index
 from ft_assets.metrics.program import ProgramSettings, program_outcomes
 from ft_assets.metrics.registry import ROUNDING
+from ft_assets.metrics.tool_calls import unread_calls
 from ft_assets.metrics.values import Values
-from ft_assets.rows.types import Message, TokenizedRow
+from ft_assets.rows.types import Message, TokenizedRow, ToolCall
 
 COLUMNS = ["id", "messages", "options", "supervised", "reference", "decoded"]
 SHOWN = 80  # characters of a text in a message
@@ -32,7 +33,7 @@ class Target:
     """A held-out reference. decoded: the text of an answer with exactly its tokens.
 
     tokens: the length of that answer with its end of turn. options: the row's own options.
-    messages: the turns before the answer.
+    messages: the turns before the answer. calls: those of the row's own answer.
     """
 
     id: str
@@ -41,6 +42,20 @@ class Target:
     tokens: int
     options: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+
+
+def _require_readable_calls(one: Target) -> None:
+    """Raise EvaluationError unless the calls of a row can be read from its decoded text."""
+    problem = unread_calls(one.decoded, one.calls) if one.calls else None
+    if problem is not None:
+        raise EvaluationError(
+            where="a held-out row",
+            found=f"the template writes the calls as {one.decoded[:SHOWN]!r}: {problem}",
+            expected="calls as JSON, as Python calls, or in <function=…> tags",
+            fix="set chat.chat_template to one that writes one of these, or use metric: exact "
+            "or a metric of your own (python, program) in place of tool_calls",
+        )
 
 
 @dataclass(frozen=True)
@@ -79,8 +94,9 @@ def target(row: TokenizedRow) -> Target:
     begin, end = last_answer(row["supervised"])
     reference = stored_reference(row)
     decoded, options = row.get("decoded") or reference, tuple(row.get("options", ()))
-    asked = tuple(row["messages"][:-1])
-    return Target(row["id"], reference, decoded, end - begin, options, asked)
+    *asked, answer = row["messages"]
+    calls = tuple(answer.get("tool_calls", ()))
+    return Target(row["id"], reference, decoded, end - begin, options, tuple(asked), calls)
 
 
 def unreachable(
@@ -111,6 +127,8 @@ def unscored(
     problems: list[_Problem] = []
     if settings.choice == "options":
         problems += _refused(targets, lambda one: option_index(one.reference, [*one.options]))
+    if settings.tool_calls:
+        problems += _refused(targets, _require_readable_calls)
     told: set[tuple[str, str]] = set()  # a row is told once for each key of finetune.yaml
     for metric in settings.measured():
         if not metric.of_answer:

@@ -1,7 +1,9 @@
 """Metrics of an answer that must be one strict JSON object with the keys of `json_fields`."""
 
 import json
-from typing import TypeGuard
+import re
+from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 from ft_assets.errors import EvaluationError
 from ft_assets.metrics.equality import composed
@@ -65,6 +67,20 @@ def parse_object(text: str) -> JsonObject | None:
     """Return the object if the whole text is one strict JSON object, else None."""
     _, value = parse_json(text)
     return value if isinstance(value, dict) else None
+
+
+def json_values(text: str) -> Iterator[Any]:
+    """Yield each JSON object or array in a text, and the objects within those, outermost first."""
+    decoder, position = json.JSONDecoder(), 0
+    while (match := re.compile(r"[{\[]").search(text, position)) is not None:
+        try:
+            value, position = decoder.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            position = match.start() + 1
+            continue
+        yield value
+        if isinstance(value, list):
+            yield from (item for item in value if isinstance(item, dict))
 
 
 def has_keys(given: JsonObject | None, json_fields: list[str]) -> TypeGuard[JsonObject]:
