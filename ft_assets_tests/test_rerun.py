@@ -102,6 +102,7 @@ def few_shot(folder: Path) -> None:
 
 
 BELOW_VERDICT = ["answers", "eval_report", "merged_model", "release", "export", "leaderboard"]
+SCORED = ["eval_report", "merged_model", "release", "leaderboard"]  # no answer is asked for
 BELOW_RATE = ["recipe", "lora_adapter", "dpo_adapter", *BELOW_VERDICT]
 BELOW_PAIRS = ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", *BELOW_VERDICT]
 # `release` runs because the changed row makes SFT the candidate instead of DPO, which changes the
@@ -111,6 +112,14 @@ BELOW_HELDOUT = ["raw_dataset", "chat_dataset", "heldout_split", *BELOW_VERDICT]
 
 def max_new_tokens(folder: Path) -> None:
     edit(folder, evaluation={"max_new_tokens": 6})
+
+
+def metric(folder: Path) -> None:
+    edit(folder, evaluation={"metrics": ["chrf"]})
+
+
+def gate(folder: Path) -> None:
+    edit(folder, gate={"confidence": 0.94})
 
 
 def learning_rate(folder: Path) -> None:
@@ -139,6 +148,8 @@ MATRIX: list[tuple[str, Callable[[Path], None], list[str]]] = [
         max_new_tokens,
         ["recipe", "answers", "eval_report", "merged_model", "export", "leaderboard"],
     ),
+    ("a metric", metric, ["recipe", *SCORED]),
+    ("the gate", gate, SCORED),
     ("the learning rate", learning_rate, BELOW_RATE),
     ("beta", beta, ["recipe", "dpo_adapter", *BELOW_VERDICT]),
     ("order, names, times, comments", order_names_times_and_comments, ["raw_dataset"]),

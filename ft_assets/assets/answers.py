@@ -31,7 +31,7 @@ def answers(
     name, project = context.partition_key, materializer.project
     used, _ = judged(materializer, "answers", name)
     previous = materializer.store.current("answers", name)
-    decisive = asking(materializer, name)
+    decisive, settings = asking(materializer, name), project.recipe(name).evaluation
     candidates = {"base": used["base_model"], "sft": used["lora_adapter"]}
     if used["dpo_adapter"].metrics["pairs"] > 0:
         candidates["dpo"] = used["dpo_adapter"]
@@ -41,13 +41,15 @@ def answers(
         identity=decisive,
         inputs=asked_inputs(materializer, used),
         step=answers_step.Settings(
-            evaluation=project.recipe(name).evaluation,
+            evaluation=settings,
             few_shot_system=project.data.few_shot_system,
             weights={
                 candidate: settings_version([base, artifact.data_version])
                 for candidate, artifact in candidates.items()
             },
-            harness=settings_version([decisive["evaluation"], decisive["harness"]]),
+            harness=settings_version(
+                [decisive["harness"], settings.lm_eval, settings.lm_eval_limit]
+            ),
             root=project.root,
             previous=previous.path if previous else None,
         ),

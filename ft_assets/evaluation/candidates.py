@@ -19,7 +19,7 @@ from ft_assets.evaluation.candidate_proofs import (
 )
 from ft_assets.evaluation.context import Room
 from ft_assets.evaluation.few_shot import few_shot_prompt
-from ft_assets.evaluation.harness import harness_scores
+from ft_assets.evaluation.harness import harness_scores, require_tasks
 from ft_assets.evaluation.kept_answers import (
     SIDES,
     Answers,
@@ -67,6 +67,7 @@ def ask(candidates: Candidates, task: Task, kept: Kept, report: Report) -> Answe
     What is in `kept` is not asked again. Raises EvaluationError.
     """
     snapshot, adapters = candidates.snapshot, candidates.adapters
+    require_tasks(task.settings, task.root)
     prove_unseen(adapters, heldout=task.heldout, retention=task.retention)
     tokenizer = load_tokenizer(snapshot)
     stops = stop_ids(snapshot)

@@ -10,6 +10,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
+from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.config import BaseModelSettings
 from ft_assets.errors import ConfigError, ModelError, SourceUnreachable, is_transient
 
@@ -22,17 +23,16 @@ ALTERNATIVES = (
 class SourceIdentity(TypedDict):
     """The identity of a source, for the fingerprint.
 
-    `hub` with its `commit`; or `gguf` with `bytes` and `mtime`; or `folder` with `files`, a list of
-    [name, bytes, mtime]. Times are in nanoseconds.
+    `hub` with its `commit`; or `gguf` with its `sha256`; or `folder` with `contents`, the hash of
+    each file by its path.
     """
 
     hub: NotRequired[str]
     commit: NotRequired[str]
     gguf: NotRequired[str]
-    bytes: NotRequired[int]
-    mtime: NotRequired[int]
+    sha256: NotRequired[str]
     folder: NotRequired[str]
-    files: NotRequired[list[list[str | int]]]
+    contents: NotRequired[dict[str, str]]
 
 
 def locate_gguf(name: str, gguf: str, root: Path) -> Path:
@@ -156,21 +156,26 @@ def resolve_revision(name: str, hub: str, revision: str | None) -> str:
 
 
 def source_identity(name: str, settings: BaseModelSettings, root: Path) -> SourceIdentity:
-    """Return the identity of the source today, without reading the weights."""
+    """Return the identity of the source today: a commit, or the content of local files.
+
+    The hashes are kept in .ft/hashes.json, so that unchanged weights are not read again.
+    """
     if settings.hub:
         pinned = settings.revision if settings.revision and len(settings.revision) == 40 else None
         commit = pinned or resolve_revision(name, settings.hub, settings.revision)
         return {"hub": settings.hub, "commit": commit}
+    hashes = ContentHashes(root / ".ft" / "hashes.json")
     if settings.gguf:
-        stat = locate_gguf(name, settings.gguf, root).stat()
-        return {"gguf": settings.gguf, "bytes": stat.st_size, "mtime": stat.st_mtime_ns}
+        return {"gguf": settings.gguf, "sha256": hashes.of(locate_gguf(name, settings.gguf, root))}
     given = settings.folder or ""
     folder = locate_folder(name, given, root)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    listed: list[list[str | int]] = [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files
-    ]
-    return {"folder": given, "files": listed}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    contents = {
+        inner: hashes.of(path)
+        for inner, path in files.items()
+        if path.is_file() and not any(part.startswith(".") for part in Path(inner).parts)
+    }
+    return {"folder": given, "contents": contents}
 
 
 def read_template(name: str, template: str | None, root: Path) -> str | None:

@@ -1,0 +1,227 @@
+"""What decides a score is in the fingerprint of what it decides. No graph, no model."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from ft_assets.artifacts import content_hashes
+from ft_assets.artifacts.content_hashes import ContentHashes
+from ft_assets.assets.judged import asking, evaluation_identity
+from ft_assets.config import BaseModelSettings, load_project
+from ft_assets.errors import ConfigError
+from ft_assets.evaluation import setting_files
+from ft_assets.models.source import source_identity
+from ft_assets_tests.factories import edit
+
+METRIC = (
+    "import helpers\n\n\ndef score(answer, reference, messages):\n    return helpers.same(answer)\n"
+)
+JUDGE = {"base_url": "http://127.0.0.1:1/v1", "model": "judge"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a project whose evaluation has all kinds of metrics, without any run."""
+    evaluation = {
+        "metrics": ["chrf"],
+        "python": "scoring:score",
+        "lm_eval": ["words"],
+        "lm_eval_path": "tasks",
+        "labels": ["yes", "no"],
+        "judge": JUDGE,
+        "max_new_tokens": 8,
+    }
+    settings = {
+        "base_models": {"tiny": {"folder": "base"}},
+        "data": {"train": ["train.jsonl"]},
+        "evaluation": evaluation,
+    }
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "scoring.py").write_text(METRIC)
+    (tmp_path / "helpers.py").write_text("def same(answer):\n    return 1.0\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/words.yaml").write_text("task: words\n")
+    return tmp_path
+
+
+def identities(folder: Path) -> tuple[Any, Any]:
+    """Return the identity of the answers and that of the report."""
+    few_shot = SimpleNamespace(part_version=lambda part: "few-shot")
+    store = SimpleNamespace(need=lambda asset, partition: few_shot)
+    materializer: Any = SimpleNamespace(project=load_project(folder / "finetune.yaml"), store=store)
+    return asking(materializer, "tiny"), evaluation_identity(materializer, "tiny")
+
+
+def append(name: str, text: str = "# changed\n") -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).open("a").write(text)
+
+
+ONLY_SCORED: dict[str, Callable[[Path], Any]] = {
+    "a metric": lambda folder: edit(folder, evaluation={"metrics": ["chrf", "rouge"]}),
+    "a label": lambda folder: edit(folder, evaluation={"labels": ["yes", "no", "maybe"]}),
+    "a refusal": lambda folder: edit(folder, evaluation={"refusals": ["no way"]}),
+    "the judge's model": lambda folder: edit(
+        folder, evaluation={"judge": {**JUDGE, "model": "other"}}
+    ),
+    "the judge's criteria": lambda folder: edit(
+        folder, evaluation={"judge": {**JUDGE, "criteria": "Which is shorter?"}}
+    ),
+    "the module of your metric": append("scoring.py"),
+    "a module that your metric imports": append("helpers.py"),
+}
+ASKED: dict[str, Callable[[Path], Any]] = {
+    "max_new_tokens": lambda folder: edit(folder, evaluation={"max_new_tokens": 9}),
+    "a label of `choice`": lambda folder: edit(folder, evaluation={"choice": True}),
+    "a task of lm_eval": lambda folder: edit(folder, evaluation={"lm_eval_limit": 7}),
+    "a task file of lm_eval_path": append("tasks/words.yaml"),
+    "a further file of lm_eval_path": append("tasks/utils.py"),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_SCORED)
+def test_change_of_scoring_asks_nothing_and_scores_again(folder: Path, name: str) -> None:
+    asked, scored = identities(folder)
+    ONLY_SCORED[name](folder)
+    assert identities(folder)[0] == asked
+    assert identities(folder)[1] != scored
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_change_of_what_is_asked_is_in_both(folder: Path, name: str) -> None:
+    asked, scored = identities(folder)
+    ASKED[name](folder)
+    assert identities(folder)[0] != asked
+    assert identities(folder)[1] != scored
+
+
+def test_rounding_alone_asks_nothing(folder: Path) -> None:
+    asked, _ = identities(folder)
+    edit(folder, evaluation={"batch_size": 2})
+    assert identities(folder)[0] == asked
+
+
+def test_versions_of_the_chosen_metrics_packages_count_and_others_do_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, scored = identities(folder)
+    real = setting_files._version
+    assert scored["packages"] == {"sacrebleu": real("sacrebleu")}
+    newer = {"sacrebleu": "99", "rouge-score": "99"}
+    monkeypatch.setattr(setting_files, "_version", lambda name: newer.get(name) or real(name))
+    assert identities(folder)[0] == asked
+    assert identities(folder)[1]["packages"] == {"sacrebleu": "99"}
+    edit(folder, evaluation={"metrics": ["rouge"], "retention_metric": "exact"})
+    assert set(identities(folder)[1]["packages"]) == {"rouge-score", "regex"}
+    monkeypatch.setattr(setting_files, "_version", lambda name: "99")
+    assert identities(folder)[0]["harness"]["lm_eval"] == "99"
+
+
+MODULES = {
+    "scoring/__init__.py": "from .parts import deep\n",
+    "scoring/parts/__init__.py": "",
+    "scoring/parts/deep.py": "from ... import nothing\nfrom ..words import LIST\nimport yaml\n",
+    "scoring/words.py": "import json\nLIST = json.load(open('words.json'))\n",
+    "scoring/words.json": "[]",
+    "scoring/unused.py": "",
+    "late.py": "import cycle\n",
+    "cycle.py": "import late\n",
+    "scoring/main.py": "def score(*_):\n    import importlib\n"
+    "    import scoring.parts.deep\n    importlib.import_module('late')\n    return 1.0\n",
+}
+
+
+def test_imports_of_a_package_are_followed(folder: Path) -> None:
+    (folder / "scoring.py").unlink()
+    for name, text in MODULES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    edit(folder, evaluation={"python": "scoring.main:score"})
+    own = identities(folder)[1]["own_metric"]
+    assert set(own["files"]) == set(MODULES) - {"scoring/unused.py"}
+    assert set(own["packages"]) == {"PyYAML"}
+
+
+def test_module_of_a_metric_must_exist_and_be_python(folder: Path) -> None:
+    (folder / "helpers.py").write_text("def same(:\n")
+    with pytest.raises(ConfigError, match=r"helpers\.py, line 1"):
+        identities(folder)
+    edit(folder, evaluation={"python": "no_such_module:score"})
+    with pytest.raises(ConfigError, match="there is no module no_such_module"):
+        identities(folder)
+    edit(folder, evaluation={"lm_eval_path": "nowhere", "python": None})
+    with pytest.raises(ConfigError, match="there is no folder"):
+        identities(folder)
+
+
+def test_installed_module_is_followed_within_its_package(folder: Path) -> None:
+    edit(folder, evaluation={"python": "yaml.nodes:Node"})
+    own = identities(folder)[1]["own_metric"]
+    assert {"yaml/__init__.py", "yaml/nodes.py", "yaml/loader.py"} <= set(own["files"])
+    assert all(name.startswith("yaml/") for name in own["files"])
+
+
+@pytest.fixture
+def weights(folder: Path) -> Path:
+    """Return the weights of a local base, an hour old."""
+    (folder / "base").mkdir()
+    (folder / "base/config.json").write_text("{}")
+    path = folder / "base/model.safetensors"
+    path.write_bytes(b"one")
+    os.utime(path, (time.time() - 3600,) * 2)
+    return path
+
+
+def identity_of(weights: Path) -> Any:
+    root = weights.parent.parent
+    return source_identity("tiny", BaseModelSettings(folder="base"), root)
+
+
+def test_other_weights_of_equal_size_and_time_are_another_base(weights: Path) -> None:
+    before, stat = identity_of(weights), weights.stat()
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert identity_of(weights) != before
+    weights.write_bytes(b"one")
+    assert identity_of(weights) == before  # the time is no content
+    (weights.parent / "additional_chat_templates").mkdir()
+    (weights.parent / "additional_chat_templates/tools.jinja").write_text("of a tool")
+    assert identity_of(weights) != before
+
+
+def test_gguf_is_identified_by_its_content(weights: Path) -> None:
+    file = weights.with_suffix(".gguf")
+    file.write_bytes(b"one")
+    stat = file.stat()
+    given = BaseModelSettings(gguf="base/model.gguf")
+    before = source_identity("tiny", given, weights.parent.parent)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert source_identity("tiny", given, weights.parent.parent) != before
+
+
+def test_unchanged_file_is_read_once(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    real = content_hashes.file_sha256
+    monkeypatch.setattr(content_hashes, "file_sha256", lambda path: read.append(path) or real(path))
+    kept = weights.parent / "hashes.json"
+    monkeypatch.setattr(content_hashes, "SETTLED_SECONDS", -1.0)
+    first = ContentHashes(kept).of(weights)
+    assert ContentHashes(kept).of(weights) == first
+    assert len(read) == 1
+    weights.touch()
+    assert ContentHashes(kept).of(weights) == first
+    assert len(read) == 2
+    kept.write_text("{broken")
+    assert ContentHashes(kept).of(weights) == first
+    # What changed a moment ago may change again within one tick of the clock.
+    monkeypatch.setattr(content_hashes, "SETTLED_SECONDS", 60.0)
+    weights.write_bytes(b"new")
+    ContentHashes(kept).of(weights)
+    ContentHashes(kept).of(weights)
+    assert len(read) == 5
