@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
         "max_retention_loss": 1000.0,
         "max_retention_drop": 1.0,
         "min_heldout_rows": 10,
+        "form": "warn",  # the answers are all "yes"
         "min_graded_rows": 1,
         "min_retention_rows": 1,
         "min_top1_agreement": 0.95,

@@ -1,4 +1,4 @@
-"""Break a pipeline in four common ways, and test that the diagnosis names each cause.
+"""Break a pipeline in five common ways, and test that the diagnosis names each cause.
 
 A healthy pipeline has no cause.
 """
@@ -6,9 +6,14 @@ A healthy pipeline has no cause.
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from ft_assets.config import GateSettings
+from ft_assets.evaluation.report_model import Diversity, ValidationLoss, Verdict
+from ft_assets.evaluation.verdict.diagnosis import diagnose
 from ft_assets_tests.factories import WORDS, conversations, write_jsonl
 from ft_assets_tests.pipeline import UP_TO_REPORT, checks, materialize, read
+from ft_assets_tests.reports import EVIDENCE, empty_report
 
 FOREIGN = (
     "{% for message in messages %}{{ '### ' + message['role'] + '\n' + message['content'] }}"
@@ -47,7 +52,8 @@ def test_foreign_template_is_named(healthy: Callable[..., Path]) -> None:
     )
     (folder / "template.jinja").write_text(FOREIGN)
     materialize(folder, UP_TO_REPORT)
-    assert causes(folder) == ["template mismatch"], read(folder, "eval_report", "verdict.json")
+    named = ["template mismatch", "undertrained"]  # it took two steps
+    assert causes(folder) == named, read(folder, "eval_report", "verdict.json")
 
 
 def test_narrow_data_is_named(healthy: Callable[..., Path]) -> None:
@@ -76,4 +82,65 @@ def test_wrong_base_is_named(healthy: Callable[..., Path], tiny_model: Path) -> 
         sft={"max_steps": 2, "learning_rate": 1e-4},
     )
     materialize(folder, UP_TO_REPORT)
-    assert causes(folder) == ["wrong base model"], read(folder, "eval_report", "verdict.json")
+    named = ["undertrained", "wrong base model"]  # it took two steps
+    assert causes(folder) == named, read(folder, "eval_report", "verdict.json")
+
+
+def test_undertrained_is_named_and_not_told_to_train_less(healthy: Callable[..., Path]) -> None:
+    folder = healthy(sft={"max_steps": 2, "learning_rate": 1e-5})
+    materialize(folder, UP_TO_REPORT)
+    assert causes(folder) == ["undertrained"], read(folder, "eval_report", "verdict.json")
+    (finding,) = read(folder, "eval_report", "diagnosis.json")
+    assert "SFT took 2 steps" in finding["evidence"][-1]
+    assert "fewer epochs" not in finding["try"]
+
+
+def named(rows: int = 64, **evidence: Any) -> list[str]:
+    """Return the causes of a report without a PASS."""
+    losses = {"base": 2.0, "sft": 1.0}
+    scores = {name: {"exact": 0.5, "loss": loss, "stop_rate": 1.0} for name, loss in losses.items()}
+    report = empty_report(
+        heldout_rows=rows, scores=scores, evidence=EVIDENCE.model_copy(update=evidence)
+    )
+    verdict = Verdict(
+        status="INCONCLUSIVE",
+        candidate=None,
+        speaker="sft",
+        reasons=[],
+        dpo=None,
+        candidates={},
+        bound_to={},
+    )
+    return [finding.cause for finding in diagnose(report, verdict, GateSettings())]
+
+
+SPREAD = Diversity(rows=200, distinct_prompts=1.0, answer_entropy_bits=5.0, top_answer=0.1)
+LOSSES = {
+    "fell": {"base": 2.0, "sft": 1.0},
+    "hardly fell": {"base": 2.0, "sft": 1.85},
+}
+
+
+def measured(*losses: float) -> list[ValidationLoss]:
+    return [
+        ValidationLoss(epoch=index, step=10 * index, validation_loss=loss)
+        for index, loss in enumerate(losses)
+    ]
+
+
+def test_cause_of_a_training_is_undertrained_only_by_evidence() -> None:
+    trained = {"train": SPREAD, "train_loss": LOSSES["fell"], "steps": 100}
+    assert named(**trained) == []
+    assert named(**{**trained, "train_loss": LOSSES["hardly fell"]}) == ["undertrained"]
+    assert named(**{**trained, "steps": 4}) == ["undertrained"]
+    falling = {**trained, "validation": measured(2.0, 1.5, 1.2), "kept_is_last": True}
+    assert named(**falling) == ["undertrained"]
+    # Later epochs were worse, and their weights were not kept.
+    assert named(**{**falling, "kept_is_last": False}) == []
+    assert named(**{**falling, "validation": measured(2.0, 1.5, 1.49)}) == []
+
+
+def test_few_answers_suggest_no_cause() -> None:
+    narrow = {"train": SPREAD.model_copy(update={"top_answer": 1.0}), "train_loss": LOSSES["fell"]}
+    assert named(**narrow) == ["training data too narrow"]
+    assert named(rows=19, **narrow) == []

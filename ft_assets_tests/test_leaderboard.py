@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ft_assets.config import GateSettings
+from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.evaluation.leaderboard import rank, table, winner
 from ft_assets.evaluation.report_model import Difference
+from ft_assets.evaluation.scored_rows import ScoredRow
 
 
 def better(p: float) -> Difference:
@@ -46,6 +47,7 @@ def entry(
         "against_base": {"sft": {changes.get("metric", "exact"): better(0.001)}},
         "serves": "–",
         "stale": None,
+        "confidence": 0.95,
         "memory_gb": None,
         "gpu_seconds": 1.0,
         "train_tokens_per_s": None,
@@ -116,13 +118,14 @@ def test_first_base_model_is_proven_better_than_another_only_by_paired_rows() ->
         [entry("b", 0.75, rows), entry("a", 0.8, rows), entry("c", 0.25, rows)], GateSettings()
     )
     scores = [
-        {row: float(index < right) for index, row in enumerate(rows)} for right in (51, 48, 16)
+        [ScoredRow(scores={"exact": float(index < right)}) for index in range(64)]
+        for right in (51, 48, 16)
     ]
-    text = winner(ranked, scores, GateSettings(), 42)
+    text = winner(ranked, scores, EvaluationSettings(), GateSettings())
     assert text.startswith("**a** is first; proven better: exact +0.547 against c ")
     assert "not proven better: exact +0.047 against b " in text
     assert text.endswith(", p 0.25, n=64 (Holm's p over 3 pairs).")
-    assert winner(ranked[:1], scores[:1], GateSettings(), 42) == ""
+    assert winner(ranked[:1], scores[:1], EvaluationSettings(), GateSettings()) == ""
 
 
 def test_first_base_model_by_loss_is_the_one_with_the_lower_loss() -> None:
@@ -130,6 +133,27 @@ def test_first_base_model_by_loss_is_the_one_with_the_lower_loss() -> None:
         [entry(name, loss, metric="loss") for name, loss in (("high", 2.0), ("low", 1.0))],
         GateSettings(),
     )
-    scores = [{f"row{index}": loss + index % 7 / 100 for index in range(40)} for loss in (1.0, 2.0)]
-    text = winner(ranked, scores, GateSettings(), 42)
+    scores = [
+        [ScoredRow(scores={"loss": loss + index % 7 / 100}) for index in range(40)]
+        for loss in (1.0, 2.0)
+    ]
+    text = winner(ranked, scores, EvaluationSettings(metric="loss"), GateSettings())
     assert text.startswith("**low** is first; proven better: loss +1.000 against high")
+
+
+def test_copies_of_one_row_do_not_prove_a_first_base_model() -> None:
+    """Eight rows that differ are a proof; eight copies of one row are not."""
+    ranked = rank([entry("a", 0.9), entry("b", 0.5)], GateSettings())
+
+    def text(groups: int) -> str:
+        scores = [
+            [
+                ScoredRow(scores={"exact": right}, cluster=f"group{index % groups}")
+                for index in range(8)
+            ]
+            for right in (1.0, 0.0)
+        ]
+        return winner(ranked, scores, EvaluationSettings(), GateSettings())
+
+    assert "**a** is first; proven better" in text(8)
+    assert "**a** is first; not proven better" in text(2)

@@ -22,7 +22,7 @@ from ft_assets.evaluation.leaderboard import (
 )
 from ft_assets.evaluation.plots import data_uri, leaderboard_plot
 from ft_assets.evaluation.report_model import EvalReport
-from ft_assets.evaluation.scored_rows import read_scores
+from ft_assets.evaluation.scored_rows import read_candidate
 from ft_assets.evaluation.verdict.gate import bound_versions
 from ft_assets.job import Job, StepResult
 from ft_assets.orchestration.declarations import Metrics, asset
@@ -102,13 +102,13 @@ def compare_the_first(materializer: Materializer, ranked: list[Entry]) -> str:
     placed = [entry for entry in ranked if entry["rank"]]
     if len(placed) < 2:
         return ""
-    scores = []
+    rows = []
     for entry in placed:
         report = materializer.store.need("eval_report", entry["name"])
-        rows = read_scores(report.path / "rows.parquet", entry["metric"])
-        scores.append(rows[entry["candidate"]])
-    seed = materializer.project.recipe(placed[0]["name"]).evaluation.seed
-    return winner(placed, scores, materializer.project.gate, seed)
+        table = report.path / "rows.parquet"
+        rows.append(read_candidate(table, entry["candidate"], entry["metric"]))
+    settings = materializer.project.recipe(placed[0]["name"]).evaluation
+    return winner(placed, rows, settings, materializer.project.gate)
 
 
 def entry_of(materializer: Materializer, name: str) -> Entry:

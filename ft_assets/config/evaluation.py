@@ -121,7 +121,10 @@ class EvaluationSettings(Section):
         default=None, description="A folder with task files of your own."
     )
     train_rows: int = Field(
-        default=32, ge=1, description="Train rows whose loss is compared with the held-out loss."
+        default=64,
+        ge=1,
+        description="Train rows whose loss is compared with the held-out loss. Of a task of few "
+        "answers they are answered too.",
     )
     refusals: list[Pattern] = Field(
         default=[], description="Regular expressions of a refusal, besides the English ones."
@@ -134,7 +137,7 @@ class EvaluationSettings(Section):
         Not `batch_size`: it decides the rounding alone.
         """
         keys = {"max_new_tokens", "retention_rows", "retention_answers", "train_rows"}
-        keys |= {"choice", "labels"} if self.choice else set()
+        keys |= {"choice", "labels"} if self.choice or self.labels else set()
         keys |= {"lm_eval", "lm_eval_limit"} if self.lm_eval else set()
         return self.model_dump(mode="json", include=keys)
 
@@ -263,6 +266,11 @@ class GateSettings(Section):
     )
     prompting: Literal["warn", "fail"] = Field(
         default="warn", description="What happens when a prompted base is as good."
+    )
+    form: Literal["fail", "warn"] = Field(
+        default="fail",
+        description="What happens when rivals with the form of an answer alone are as good, e.g. "
+        "the most frequent answer.",
     )
     min_stop_rate: float = Field(default=0.9, ge=0, le=1)
     max_refusal_rise: float = Field(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.context import Room
+from ft_assets.evaluation.form import held_rows
 from ft_assets.evaluation.kept_answers import AskedOption, AskedRow, GivenAnswer, Kept, digest
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.scorer import Task
@@ -55,18 +56,33 @@ class Asker:
         context = getattr(config, "max_position_embeddings", None)
         self.room = Room(context, task.settings.max_new_tokens)
 
-    def heldout(self, rows: Sequence[ReferencedRow]) -> list[AskedRow]:
-        """Answer held-out rows, and score their references and options by probability."""
-        options = self.options(rows) if self.settings.choice else [[] for _ in rows]
-        return self._rows(rows, self.answers(rows), options)
+    def heldout(self, rows: Sequence[ReferencedRow], held: bool = False) -> list[AskedRow]:
+        """Answer held-out rows, and score their references and options by probability.
+
+        held: score the labels too if `choice` is off, of the first rows by id (form.py).
+        """
+        return self._rows(rows, self.answers(rows), self._options(rows, held))
+
+    def _options(self, rows: Sequence[ReferencedRow], held: bool) -> list[list[AskedOption]]:
+        if self.settings.choice:
+            return self.options(rows)
+        found: list[list[AskedOption]] = [[] for _ in rows]
+        if held and self.settings.labels:
+            by_id = sorted(range(len(rows)), key=lambda index: rows[index]["id"])
+            chosen = by_id[: held_rows(len(rows), len(self.settings.labels))]
+            for index, options in zip(
+                chosen, self.options([rows[index] for index in chosen]), strict=True
+            ):
+                found[index] = options
+        return found
 
     def retention(self, rows: Sequence[ReferencedRow]) -> list[AskedRow]:
         """Score general prompts: the loss of all, and the first `retention_answers` answered."""
         return self._rows(rows, self.answers(rows[: self.settings.retention_answers]), [])
 
-    def train(self, rows: Sequence[TokenizedRow]) -> list[AskedRow]:
-        """Score train rows: their losses alone."""
-        return self._rows([{**row, "reference": ""} for row in rows], [], [])
+    def train(self, rows: Sequence[ReferencedRow], held: bool = False) -> list[AskedRow]:
+        """Score train rows: their losses, and of a task of few answers as held-out rows."""
+        return self.heldout(rows, held) if self.task.few_answers else self._rows(rows, [], [])
 
     def _rows(
         self,

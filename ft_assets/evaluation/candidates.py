@@ -86,10 +86,10 @@ def ask(candidates: Candidates, task: Task, kept: Kept, report: Report) -> Answe
             model, tokenizer, stops, task, candidates.weights[plan.adapter or "base"], kept
         )
         with active(model, plan.adapter):
-            rows["heldout"][plan.name] = asker.heldout(plan.rows)
+            rows["heldout"][plan.name] = asker.heldout(plan.rows, held=plan.name == "base")
             if plan.name != "few_shot":
                 rows["retention"][plan.name] = asker.retention(task.retention)
-                rows["train"][plan.name] = asker.train(task.train)
+                rows["train"][plan.name] = asker.train(task.train, held=plan.name == "base")
                 if task.settings.lm_eval:
                     harness[plan.name] = _harness(asker, candidates.harness)
         seconds = time.perf_counter() - begun

@@ -49,7 +49,9 @@ def report_of_file(
     }
     own.proofs = before.proofs
     numbers = summarise(own, task.settings, gate, before.bound_to, before.evidence)
-    return numbers.model_copy(update={"chance": {**before.chance, **numbers.chance}})
+    # The form was told apart for the adapter; its rivals' answers are not in the report.
+    carried = {"chance": {**before.chance, **numbers.chance}, "form": before.form}
+    return numbers.model_copy(update=carried)
 
 
 def _score_file(

@@ -10,8 +10,9 @@ from itertools import combinations
 from typing import Any
 
 from ft_assets import markdown
-from ft_assets.config import GateSettings
+from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.evaluation.report_model import Difference, EvalReport
+from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, beats, decide, quality
 from ft_assets.evaluation.verdict.holm import holm
 from ft_assets.metrics import higher_is_better
@@ -61,6 +62,7 @@ def judged_entry(
         else None,
         "heldout_rows": len(rows),
         "heldout_ids": sorted(rows),
+        "confidence": report.confidence,
         "against_base": {
             candidate: rivals["base"] for candidate, rivals in report.comparisons.items()
         },
@@ -100,7 +102,7 @@ def rank(entries: Sequence[Entry], gate: GateSettings) -> list[Entry]:
     ]
     placed += [{**entry, "rank": None, "apart": _why_apart(entry, usual)} for entry in apart]
     placed += [{**entry, "rank": None, "apart": None} for entry in entries if not entry["verdict"]]
-    internal = ("heldout_ids", "against_base")
+    internal = ("heldout_ids", "against_base", "confidence")
     return [{key: value for key, value in entry.items() if key not in internal} for entry in placed]
 
 
@@ -118,7 +120,7 @@ def _unproven_among_all(ranked: Sequence[Entry], gate: GateSettings) -> dict[str
     found = {}
     for entry in ranked:
         key = f"{entry['name']} {entry['candidate']}"
-        among_all = quality(against[key], metric, gate, adjusted[key])
+        among_all = quality(against[key], metric, gate, adjusted[key], entry["confidence"])
         if entry["verdict"] == PASS and not among_all.passed:
             p = min(adjusted[key].values(), default=1.0)
             found[entry["name"]] = (
@@ -129,31 +131,30 @@ def _unproven_among_all(ranked: Sequence[Entry], gate: GateSettings) -> dict[str
 
 
 def winner(
-    ranked: Sequence[Entry], scores: Sequence[Mapping[str, float]], gate: GateSettings, seed: int
+    ranked: Sequence[Entry],
+    rows: Sequence[Sequence[ScoredRow]],
+    settings: EvaluationSettings,
+    gate: GateSettings,
 ) -> str:
     """Return the sentence that tells whether the first is proven better than the others.
 
-    ranked: the entries with a rank, best first. scores: the {row id: score} of their candidates.
-    The p-values are Holm's over all pairs, because the first was chosen by its score.
+    ranked: the entries with a rank, best first. rows: the scored rows of their candidates, in the
+    same order. The p-values are Holm's over all pairs, because the first was chosen by its score.
     """
     # Not at the top: scipy takes longer than the rest of a run with nothing to do.
-    from ft_assets.evaluation.verdict.statistics import compare
+    from ft_assets.evaluation.report import compare_rows
 
     if len(ranked) < 2:
         return ""
     first, metric = ranked[0], ranked[0]["metric"]
-    lower = bool(first.get("lower_is_better")) or not higher_is_better(metric)
-    ids = sorted(scores[0])
-    columns = {
-        entry["name"]: [own[row] for row in ids] for entry, own in zip(ranked, scores, strict=True)
-    }
+    of = {entry["name"]: its for entry, its in zip(ranked, rows, strict=True)}
     pairs: dict[tuple[str, str], Difference] = {
-        (one, other): compare(columns[one], columns[other], gate.confidence, seed, lower)
-        for one, other in combinations(columns, 2)
+        (one, other): compare_rows(of[one], of[other], settings, gate.confidence, {metric})[metric]
+        for one, other in combinations(of, 2)
     }
     adjusted = holm({" ".join(pair): entry.p for pair, entry in pairs.items()})
     proven, unproven = [], []
-    for other in list(columns)[1:]:
+    for other in list(of)[1:]:
         pair = (first["name"], other)
         p = adjusted[" ".join(pair)]
         text = pairs[pair].model_copy(update={"p": p}).describe(metric, other)

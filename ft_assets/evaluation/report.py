@@ -11,6 +11,7 @@ from ft_assets.evaluation.report_model import (
     Differences,
     EvalReport,
     Evidence,
+    Form,
     Harness,
     Retention,
     Scores,
@@ -79,6 +80,7 @@ def summarise(
             if chance
         },
         harness=_harness(scored.harness, settings, confidence),
+        form=_form(scored, settings, confidence),
         proofs=scored.proofs,
         evidence=evidence,
         bound_to=dict(bound_to),
@@ -172,6 +174,30 @@ def _retention(
         answered=sum(row.answered for row in retention["base"]),
         scores={name: _means(columns[name], retention[name]) for name in columns},
         comparisons=_comparisons(retention, settings, confidence),
+    )
+
+
+def _form(scored: Scored, settings: EvaluationSettings, confidence: float) -> Form | None:
+    if not scored.rivals and scored.form_not_measured is None:
+        return None
+    metric = settings.metric
+
+    def against(
+        rows: Mapping[str, Sequence[ScoredRow]], rivals: Mapping[str, Sequence[ScoredRow]]
+    ) -> dict[str, Differences]:
+        return {
+            name: {
+                rival: compare_rows(rows[name], its, settings, confidence, {metric})[metric]
+                for rival, its in rivals.items()
+            }
+            for name in RIVALS
+            if name in rows
+        }
+
+    return Form(
+        heldout=against(scored.heldout, scored.rivals),
+        train=against(scored.train, scored.train_rivals),
+        not_measured=scored.form_not_measured,
     )
 
 

@@ -22,8 +22,8 @@ DETECTABLE = (
     "Detectable: the difference that this many rows with this spread find four times in five."
 )
 NO_CAUSE = (
-    "The numbers show none of the four common causes (template, narrow data, overfitting, wrong "
-    "base). Add held-out rows first, then more or better training rows."
+    "The numbers show none of the five common causes (template, narrow data, overfitting, "
+    "undertraining, wrong base). Add held-out rows first, then more or better training rows."
 )
 
 

@@ -178,7 +178,11 @@ class ValidationLoss(Part):
 
 
 class Evidence(Part):
-    """Facts that the diagnosis needs besides the scores."""
+    """Facts that the diagnosis needs besides the scores.
+
+    validation: up to the kept weights; kept_is_last: no later one was measured. steps: SFT's
+    optimizer steps.
+    """
 
     train: Diversity
     train_loss: Scores
@@ -186,6 +190,20 @@ class Evidence(Part):
     vocabulary: int
     general_stop_rate: float | None
     labels: int
+    kept_is_last: bool | None = None
+    steps: int | None = None
+
+
+class Form(Part):
+    """The candidates against rivals that have the form of an answer alone, in the gate's metric.
+
+    heldout, train: {candidate: {rival: difference}} on held-out rows and on rows that the candidate
+    was trained on. not_measured: why there is no rival, None if there is one.
+    """
+
+    heldout: dict[str, Differences]
+    train: dict[str, Differences]
+    not_measured: str | None = None
 
 
 class EvalReport(Part):
@@ -216,6 +234,7 @@ class EvalReport(Part):
     heldout_groups: int | None = None
     gate_confidence: float | None = None
     verdict_number: int | None = None
+    form: Form | None = None
 
     def higher_is_better(self, metric: str) -> bool:
         """Return False if a metric of this report is better when it is lower."""

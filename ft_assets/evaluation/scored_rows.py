@@ -59,6 +59,10 @@ class Scored:
     chance: dict[str, list[float]] = field(default_factory=dict)
     harness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     train_loss: dict[str, list[float]] = field(default_factory=dict)
+    rivals: dict[str, list[ScoredRow]] = field(default_factory=dict)
+    train: dict[str, list[ScoredRow]] = field(default_factory=dict)
+    train_rivals: dict[str, list[ScoredRow]] = field(default_factory=dict)
+    form_not_measured: str | None = None
     proofs: Proofs = field(default_factory=lambda: Proofs(adapters={}, template_mismatches=[]))
 
 
@@ -115,3 +119,12 @@ def read_scores(table: Path, metric: str) -> dict[str, dict[str, float]]:
     for line in pq.read_table(table, columns=["candidate", "id", metric]).to_pylist():
         found.setdefault(line["candidate"], {})[line["id"]] = line[metric]
     return found
+
+
+def read_candidate(table: Path, candidate: str, metric: str) -> list[ScoredRow]:
+    """Read one candidate's scores in one metric, with the groups of the rows, by their ids."""
+    lines = pq.read_table(table, filters=[("candidate", "=", candidate)]).to_pylist()
+    return [
+        ScoredRow(scores={metric: line[metric]}, cluster=line.get("cluster"))
+        for line in sorted(lines, key=lambda line: line["id"])
+    ]

@@ -17,7 +17,7 @@ from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.label import choice
 from ft_assets.metrics.program import program_scores
 from ft_assets.metrics.user_function import load_function, user_scores
-from ft_assets.rows.types import ConversationRow, TokenizedRow
+from ft_assets.rows.types import ConversationRow
 
 SHUFFLES = 10
 
@@ -26,13 +26,16 @@ SHUFFLES = 10
 class Task:
     """The rows to ask and to score, the examples of the prompted base, the settings and files.
 
-    schema: the parsed `evaluation.json_schema`. root: the folder of finetune.yaml.
+    train: rows that the candidates were trained on. few_answers: the answers are labels (form.py),
+    so that train rows are answered too. schema: the parsed `evaluation.json_schema`. root: the
+    folder of finetune.yaml.
     """
 
     heldout: list[ReferencedRow]
     settings: EvaluationSettings
     retention: list[ReferencedRow] = field(default_factory=list)
-    train: list[TokenizedRow] = field(default_factory=list)
+    train: list[ReferencedRow] = field(default_factory=list)
+    few_answers: bool = False
     few_shot: list[ConversationRow] = field(default_factory=list)
     few_shot_system: str | None = None
     schema: Option = None
@@ -83,6 +86,33 @@ class Scorer:
             for row in asked
         ]
         return choice(likely, references, [[one.text for one in row.options] for row in asked])
+
+    def gate_scores(self, asked: Sequence[AskedRow]) -> list[dict[str, float]]:
+        """Score answers to held-out or train rows by the gate's metric alone: {metric: score}.
+
+        The scores are {} if the metric is not one of the answer: the loss, and the judge, which
+        compares with the base.
+        """
+        metric = next(one for one in self.settings.measured() if one.name == self.settings.metric)
+        texts = [row.answer.text for row in asked if row.answer]
+        references = [row.reference for row in asked]
+        user = self.settings.user_metric
+        if metric.of_answer and metric.needs_reference:
+            scores = score_answers(
+                texts, references, self.settings, self.task.schema, only=metric.name
+            )[metric.name]
+        elif metric.name == "choice":
+            scores = self._chosen(asked, references)
+        elif self.user_function is not None and user is not None and metric.name == user.name:
+            of = {row["id"]: row["messages"][:-1] for row in [*self.task.heldout, *self.task.train]}
+            ids = [row.id for row in asked]
+            conversations = [of[row] for row in ids]
+            scores = user_scores(
+                self.user_function, user.function, ids, texts, references, conversations
+            )
+        else:
+            return [{} for _ in asked]
+        return [{metric.name: score} for score in scores]
 
     def answered(self, row: AskedRow) -> ScoredRow:
         """Return an answered row; its scores are `refused` and `repetition`."""

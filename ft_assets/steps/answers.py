@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ft_assets.evaluation.scorer import Task
 
 # Raise it with a change of code that changes what a model answers: then nothing is kept.
-VERSION = "1"
+VERSION = "2"
 
 
 class Settings(StepSettings):
@@ -62,6 +62,7 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
 
 
 def _task(job: Job, given: Settings) -> Task:
+    from ft_assets.evaluation.form import fitted_rows, has_few_answers
     from ft_assets.evaluation.scorer import Task
 
     settings, split = given.evaluation, job.inputs["heldout_split"]
@@ -69,12 +70,13 @@ def _task(job: Job, given: Settings) -> Task:
     heldout = read_table(split / "heldout.parquet", row=TokenizedRow)
     retention = read_table(split / "retention.parquet", settings.retention_rows, row=TokenizedRow)
     train = read_table(split / "train.parquet", row=TokenizedRow)
-    judged = sorted((row for row in train if row["judged"]), key=lambda row: row["id"])
+    judged = [row for row in train if row["judged"]]
     return Task(
         heldout=with_references(tokenizer, heldout),
         settings=settings,
         retention=with_references(tokenizer, retention),
-        train=judged[: settings.train_rows],
+        train=with_references(tokenizer, fitted_rows(settings, judged)),
+        few_answers=has_few_answers(settings, judged),
         few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet", row=ConversationRow),
         few_shot_system=given.few_shot_system,
         root=given.root,

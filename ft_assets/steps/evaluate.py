@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +31,12 @@ from ft_assets.evaluation.report_model import (
     Verdict,
     findings_json,
 )
-from ft_assets.evaluation.scored_rows import Scored, read_scores, write_scored_rows
+from ft_assets.evaluation.scored_rows import (
+    Scored,
+    cluster_of,
+    read_scores,
+    write_scored_rows,
+)
 from ft_assets.evaluation.verdict.decision import decide
 from ft_assets.evaluation.verdict.uses import Uses, look_key, prompt_digests, write_uses
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
@@ -71,9 +77,11 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     settings, gate = given.evaluation, given.gate
     verify_files(Artifact.read(job.inputs["answers"]))
     answers = Answers.read(job.inputs["answers"])
-    task = _task(job, given, answers)
+    train = read_table(job.inputs["heldout_split"] / "train.parquet", row=TokenizedRow)
+    task = _task(job, given, answers, train)
     _require_scores(task, given)
     scored = _scored(answers, task, report)
+    _tell_form_apart(scored, answers, task, train)
     key = look_key(given.bound_to, gate.model_dump(mode="json"))
     prompts = prompt_digests(row["messages"][:-1] for row in task.heldout)
     numbers = summarise(
@@ -81,7 +89,7 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         settings,
         gate,
         given.bound_to,
-        _evidence(job, scored, answers, settings),
+        _evidence(job, scored, answers, settings, train),
         given.uses.number(key, prompts),
     )
     verdict = decide(numbers, gate)
@@ -100,8 +108,10 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     return StepResult(_metrics(numbers, verdict, findings, scored, settings, answers))
 
 
-def _task(job: Job, given: Settings, answers: Answers) -> Task:
+def _task(job: Job, given: Settings, answers: Answers, train: list[TokenizedRow]) -> Task:
     from ft_assets.evaluation.scorer import Task
+
+    asked = {row.id for row in answers.rows["train"].get("base", [])}
 
     settings, split = given.evaluation, job.inputs["heldout_split"]
     heldout = read_table(split / "heldout.parquet", row=TokenizedRow)
@@ -110,6 +120,9 @@ def _task(job: Job, given: Settings, answers: Answers) -> Task:
         heldout=_referenced(heldout, answers.rows["heldout"]["base"]),
         settings=settings,
         retention=_referenced(retention, answers.rows["retention"].get("base", [])),
+        train=_referenced(
+            [row for row in train if row["id"] in asked], answers.rows["train"].get("base", [])
+        ),
         schema=given.answer_schema,
         root=given.root,
     )
@@ -160,13 +173,48 @@ def _scored(answers: Answers, task: Task, report: Report) -> Scored:
     return scored
 
 
-def _evidence(job: Job, scored: Scored, answers: Answers, settings: EvaluationSettings) -> Evidence:
+def _tell_form_apart(
+    scored: Scored, answers: Answers, task: Task, train: list[TokenizedRow]
+) -> None:
+    """Score the rivals that have the form of an answer alone; they are added to `scored`."""
+    from ft_assets.evaluation import form
+    from ft_assets.evaluation.scorer import Scorer
+
+    judged = [row for row in train if row["judged"]]
+    scorer = Scorer(task)
+    if form.has_few_answers(task.settings, judged):
+        scored.rivals = form.rivals(answers.rows["heldout"]["base"], judged, scorer)
+        base = answers.rows["train"]["base"]
+        clusters = {row["id"]: cluster_of(row) for row in task.train}
+        if scored.rivals and base:
+            scored.train_rivals = form.rivals(base, judged, scorer)
+            scored.train = {
+                name: [
+                    replace(one, cluster=clusters[row.id])
+                    for one, row in zip(form.scored(rows, scorer), rows, strict=True)
+                ]
+                for name, rows in answers.rows["train"].items()
+            }
+    if form.is_json(task.settings) and "few_shot" in scored.heldout:
+        scored.rivals[form.PROMPTED] = scored.heldout["few_shot"]
+    if not scored.rivals:
+        scored.form_not_measured = form.why_not_measured(task.settings)
+
+
+def _evidence(
+    job: Job,
+    scored: Scored,
+    answers: Answers,
+    settings: EvaluationSettings,
+    train: list[TokenizedRow],
+) -> Evidence:
     """Collect the facts that the diagnosis needs besides the scores."""
     from ft_assets.evaluation.verdict.diagnosis import diversity
 
-    train = read_table(job.inputs["heldout_split"] / "train.parquet", row=TokenizedRow)
     general = [row.stopped for row in scored.retention.get("base", []) if row.answered]
-    validation = up_to_kept(read_curve(job.inputs["lora_adapter"], "validation"))
+    measured = read_curve(job.inputs["lora_adapter"], "validation")
+    validation = up_to_kept(measured)
+    curve = read_curve(job.inputs["lora_adapter"], "curve")
     return Evidence(
         train=diversity(train),
         train_loss={name: statistics.fmean(losses) for name, losses in scored.train_loss.items()},
@@ -174,6 +222,8 @@ def _evidence(job: Job, scored: Scored, answers: Answers, settings: EvaluationSe
         vocabulary=answers.facts.vocabulary,
         general_stop_rate=statistics.fmean(general) if general else None,
         labels=len(settings.labels),
+        kept_is_last=len(validation) == len(measured),
+        steps=int(max(point["step"] for point in curve)) if curve else None,
     )
 
 

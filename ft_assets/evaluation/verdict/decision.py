@@ -93,6 +93,7 @@ def judge(
             quality(comparisons["base"], metric, gate, adjusted, report.confidence),
             _chance(report.chance.get(candidate), metric, report.confidence),
             _prompting(comparisons.get("few_shot", {}).get(metric), report, gate),
+            _form(candidate, report, gate),
             _stopping(candidate, report.scores, gate),
             _behaviour(candidate, report.scores, gate, "held-out"),
             forgetting(candidate, report, gate),
@@ -249,7 +250,45 @@ def _chance(entry: Difference | None, metric: str, confidence: float) -> Reasons
     if entry is None or beats(entry, confidence):
         return Reasons()
     text = entry.describe(metric, "shuffled references")
-    return Reasons(unsure=[f"the answers fit other rows' references as well: {text}"])
+    if worse(entry, confidence):
+        return Reasons(fails=[f"the answers fit other rows' references better: {text}"])
+    return Reasons(unsure=[f"cannot tell the answers from answers to other rows: {text}"])
+
+
+def _form(candidate: str, report: EvalReport, gate: GateSettings) -> Reasons:
+    """Judge the gain against rivals that have the form of an answer alone.
+
+    On trained rows the candidate must be better than they are as well: a model that did not learn
+    its own rows has no content to be better by.
+    """
+    form, metric = report.form, report.metric
+    if form is None or "better" not in goals(metric, gate).values():
+        return Reasons()
+    found = Reasons(proven=[f"form and content are not told apart: {form.not_measured}"])
+    if form.not_measured is None:
+        found.proven.clear()
+    gains = beats(report.comparisons[candidate]["base"][metric], report.confidence)
+    for rival, entry in form.heldout.get(candidate, {}).items():
+        text = entry.describe(metric, rival)
+        if beats(entry, report.confidence):
+            found.proven.append(f"more than the form of an answer: {text}")
+        elif worse(entry, report.confidence):
+            alone = "the gain is form alone" if gains else "worse than form alone"
+            found.fails.append(f"{alone}: {text}")
+        else:
+            alone = "the gain may be form alone" if gains else "not shown to be more than form"
+            found.unsure.append(f"{alone}: {text}{_how_many(entry)}")
+    for rival, entry in form.train.get(candidate, {}).items():
+        text = f"{entry.describe(metric, rival)} on trained rows"
+        if worse(entry, report.confidence):
+            found.fails.append(f"does not fit its own training rows: {text}")
+        elif not beats(entry, report.confidence):
+            more = "; more evaluation.train_rows would show a smaller difference"
+            found.unsure.append(f"not shown to fit its own training rows: {text}{more}")
+    if gate.form == "warn":
+        warned = [f"warning: {text}" for text in (*found.fails, *found.unsure)]
+        return Reasons(proven=[*warned, *found.proven])
+    return found
 
 
 def _prompting(entry: Difference | None, report: EvalReport, gate: GateSettings) -> Reasons:

@@ -1,8 +1,9 @@
-"""The causes of a verdict that is not a PASS: the four common ones, by frequency, with evidence.
+"""The causes of a verdict that is not a PASS: the five common ones, by frequency, with evidence.
 
-1. the chat template is not the base's; 2. the training data is too narrow; 3. it overfits; 4. the
-base is the wrong one. A finding is a suspicion with numbers, not a proof. A cause without evidence
-in this run's numbers is not named.
+1. the chat template is not the base's; 2. the training data is too narrow; 3. it overfits; 4. it is
+undertrained; 5. the base is the wrong one. A finding is a suspicion with numbers, not a proof. A
+cause without evidence in this run's numbers is not named. Of fewer than MIN_ANSWERS answers only
+the template is named, whose evidence is a count of tokens and not of answers.
 """
 
 import math
@@ -29,6 +30,10 @@ NARROW_TOP_ANSWER = 0.9  # share of one answer among all
 NARROW_DISTINCT = 0.5  # share of distinct prompts
 OVERFIT_GAP = 0.5  # nats/token between train and held-out, beyond the base's own gap
 OVERFIT_TURN = 0.05  # relative rise of the validation loss above its lowest epoch
+UNDERTRAINED_DROP = 0.1  # relative fall of the trained rows' loss that is hardly any
+UNDERTRAINED_FALL = 0.1  # of the whole fall of the validation loss, at its last measurement
+FEW_STEPS = 10  # optimizer steps
+MIN_ANSWERS = 20  # held-out answers, below which their scores suggest no cause
 UNTRAINED = 0.7  # of ln(vocabulary): the loss of a model that has learnt next to no language
 NAMES_A_LABEL = [
     metric.name for metric in registered() if metric.binary and metric.needs_reference
@@ -55,10 +60,15 @@ def diagnose(report: EvalReport, verdict: Verdict, gate: GateSettings) -> list[F
         return []
     evidence, candidate = report.evidence, verdict.reported_candidate
     template = _template(report)
+    if (report.heldout_groups or report.heldout_rows) < MIN_ANSWERS:
+        return [template] if template else []
+    overfit = _overfit(report, evidence)
+    undertrained = _undertrained(evidence) if overfit is None else None
     found = [
         template,
-        _narrow(report, evidence, candidate, gate),
-        _overfit(report, evidence),
+        _narrow(report, evidence, candidate, gate, undertrained is not None),
+        overfit,
+        undertrained,
         # A base under a foreign template looks like a bad base.
         _wrong_base(report, evidence, candidate) if template is None else None,
     ]
@@ -93,10 +103,11 @@ def _template(report: EvalReport) -> Finding | None:
 
 
 def _narrow(
-    report: EvalReport, evidence: Evidence, candidate: str, gate: GateSettings
+    report: EvalReport, evidence: Evidence, candidate: str, gate: GateSettings, undertrained: bool
 ) -> Finding | None:
-    forgotten, spread = forgetting(candidate, report, gate), evidence.train
-    found = [*forgotten.fails, *forgotten.unsure]
+    spread = evidence.train
+    # What the rows cannot decide is no evidence.
+    found = list(forgetting(candidate, report, gate).fails)
     if spread.top_answer >= NARROW_TOP_ANSWER:
         found.append(
             f"{spread.top_answer:.0%} of the training answers are the same one "
@@ -109,8 +120,8 @@ def _narrow(
     return _finding(
         "training data too narrow",
         found,
-        "add general conversations as data.rehearsal, more kinds of prompts and answers; "
-        "fewer epochs or a lower sft.learning_rate",
+        "add general conversations as data.rehearsal, more kinds of prompts and answers"
+        + ("" if undertrained else "; fewer epochs or a lower sft.learning_rate"),
     )
 
 
@@ -154,6 +165,33 @@ def _validation_turn(curve: list[ValidationLoss]) -> str | None:
     return (
         f"the validation loss was lowest at epoch {lowest.epoch:g} ({lowest.validation_loss:.3f}) "
         f"and rose to {last.validation_loss:.3f} at epoch {last.epoch:g}"
+    )
+
+
+def _undertrained(evidence: Evidence) -> Finding | None:
+    """Return the finding of a training that ended before it learnt its rows."""
+    base, tuned = (evidence.train_loss.get(name) for name in ("base", "sft"))
+    steps = evidence.steps
+    found = []
+    if base and tuned is not None and tuned > base * (1 - UNDERTRAINED_DROP):
+        found.append(
+            f"on its own training rows SFT's loss is {tuned:.2f} nats/token, the base's {base:.2f}"
+        )
+    losses = [point.validation_loss for point in evidence.validation]
+    if len(losses) > 2 and evidence.kept_is_last and losses[-1] == min(losses):
+        fall = losses[-2] - losses[-1]
+        if fall > UNDERTRAINED_FALL * (losses[0] - losses[-1]):
+            found.append(
+                "the validation loss still fell at the end, "
+                f"from {losses[-2]:.3f} to {losses[-1]:.3f} (at first {losses[0]:.3f})"
+            )
+    if steps is not None and steps < FEW_STEPS:
+        found.append(f"SFT took {steps} steps on {evidence.train.rows} training rows")
+    return _finding(
+        "undertrained",
+        found,
+        "more epochs (sft.num_train_epochs) without sft.max_steps, a higher sft.learning_rate, "
+        "more training rows",
     )
 
 
@@ -202,6 +240,8 @@ def _at_chance(report: EvalReport, labels: int, candidate: str) -> str | None:
     if not labels or report.metric not in NAMES_A_LABEL:
         return None
     base, tuned = (report.scores[name][report.metric] for name in ("base", candidate))
-    if not tuned <= 1.5 / labels >= base:
+    # The interval: of few answers 0.7 may be a chance of 0.5, and may be well above it.
+    above = candidate in report.intervals and report.intervals[candidate][0] > 1 / labels
+    if above or not tuned <= 1.5 / labels >= base:
         return None
     return f"base {base:.3f} and {candidate} {tuned:.3f} are at the chance of {labels} labels"
