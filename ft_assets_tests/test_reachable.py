@@ -59,7 +59,10 @@ def test_reference_that_is_no_label_breaks_the_schema_or_the_pattern() -> None:
     (message,) = found(["yes", "maybe"], labels=["yes", "no"], metric="label")
     assert message.startswith("heldout.jsonl:2: the reference is 'maybe'")
     (message,) = found(["1", "x"], schema={"type": "integer"}, json_schema="file", metric="schema")
-    assert "heldout.jsonl:2: the reference 'x' itself has schema 0" in message
+    assert "heldout.jsonl:2: the reference 'x' itself has schema 0: it is not strict" in message
+    schema = {"type": "object", "properties": {"count": {"maximum": 9}}}
+    (message,) = found(['{"count": 10}'], schema=schema, json_schema="file", metric="schema")
+    assert "at $.count, 10 is greater than the maximum of 9" in message
     (message,) = found(["ab", "b"], regex="a.*")
     assert "heldout.jsonl:2: the reference 'b' itself has regex 0" in message
     assert "correct the row, or evaluation.regex" in message

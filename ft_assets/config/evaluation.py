@@ -223,7 +223,8 @@ class EvaluationSettings(Section):
     @field_validator("json_fields")
     @classmethod
     def _fields_differ(cls, fields: list[str]) -> list[str]:
-        twice = next((name for name in fields if fields.count(name) > 1), None)
+        names = [composed(name) for name in fields]
+        twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"{twice!r} is there twice")
         return fields

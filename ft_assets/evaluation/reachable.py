@@ -15,6 +15,7 @@ from ft_assets.data.tables import Table
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.references import last_answer, stored_reference
 from ft_assets.metrics import Metric, Option
+from ft_assets.metrics.json_schema import schema_problem
 from ft_assets.metrics.label import option_index
 from ft_assets.metrics.program import ProgramSettings, program_outcomes
 from ft_assets.metrics.registry import ROUNDING
@@ -131,12 +132,13 @@ def unscored(
         problems += _refused(targets, _require_readable_calls)
     told: set[tuple[str, str]] = set()  # a row is told once for each key of finetune.yaml
     for metric in settings.measured():
-        if not metric.of_answer:
-            continue
+        strict = metric in judged
+        if not metric.of_answer or (metric.any_reference and not metric.config and not strict):
+            continue  # a metric that no verdict needs, and that every reference has
         option = schema if metric.config == "json_schema" else settings.option(metric)
         measure, key = _Measure(metric, option, settings.values), metric.config or metric.name
         known = [one for one in targets if (key, one.id) not in told]
-        found = [*_below_the_best(measure, known, strict=metric in judged)]
+        found = [*_below_the_best(measure, known, strict)]
         told.update((key, row) for problem in found for row in problem.ids)
         problems += found
     return [_error(problem, where) for problem in problems]
@@ -242,7 +244,7 @@ def _below_the_best(
         if not math.isclose(score, best, abs_tol=ROUNDING)
     ]
     if short and strict and metric.bounded:
-        yield _explained(metric, *short[0], [one.id for one, _ in short])
+        yield _explained(measure, *short[0], [one.id for one, _ in short])
 
 
 def _refused(targets: Iterable[Target], score: Callable[[Target], object]) -> Iterator[_Problem]:
@@ -258,9 +260,12 @@ def _refused(targets: Iterable[Target], score: Callable[[Target], object]) -> It
         yield _Problem(list(errors), first.found, first.expected, first.fix)
 
 
-def _explained(metric: Metric, one: Target, score: float, ids: list[str]) -> _Problem:
+def _explained(measure: _Measure, one: Target, score: float, ids: list[str]) -> _Problem:
+    metric = measure.metric
     key = f"evaluation.{metric.config or 'metric'}"
     found = f"the reference {one.reference[:SHOWN]!r} itself has {metric.name} {score:g}"
+    if metric.name == "schema":
+        found += f": {schema_problem(one.decoded, measure.option)}"
     if one.decoded == one.reference:
         return _Problem(
             ids,
