@@ -10,10 +10,10 @@ import pytest
 
 from ft_assets.config import EvaluationSettings, load_project
 from ft_assets.errors import EvaluationError, FtError
-from ft_assets.evaluation.reachable import Target, refused_by_program
+from ft_assets.evaluation.reachable import Target, run_on_references
 from ft_assets.evaluation.setting_files import program_version
 from ft_assets.metrics.program import ProgramSettings, program_outcomes, program_scores
-from ft_assets.metrics.user_function import require_usable
+from ft_assets.metrics.user_function import require_scores
 from ft_assets_tests.factories import edit
 
 TESTS = """\
@@ -101,10 +101,11 @@ def test_references_that_the_program_refuses_are_named(tmp_path: Path) -> None:
     def where(ids: Any) -> dict[str, str]:
         return {one: f"exam.jsonl:{one}" for one in ids}
 
-    (error,) = refused_by_program(targets, settings, tmp_path, where)
+    measured = EvaluationSettings(program=settings)
+    (error,) = run_on_references(targets, measured, tmp_path, where)
     assert str(error).startswith("exam.jsonl:no: the program does not pass the reference 'no'")
     assert "exit code 3" in str(error) and "2 rows in all; also exam.jsonl:on" in str(error)
-    assert refused_by_program(targets[:1], settings, tmp_path, where) == []
+    assert run_on_references(targets[:1], measured, tmp_path, where) == []
 
 
 def test_files_of_the_program_belong_to_the_identity(project: Path) -> None:
@@ -130,19 +131,26 @@ def test_files_of_the_program_belong_to_the_identity(project: Path) -> None:
         ("def score(:\n", "SyntaxError"),
         ("score = 3\n", "is not a callable object"),
         ("raise RuntimeError('no GPU')\n", "RuntimeError: no GPU"),
-        ("import os\nos._exit(7)\n", "the import ends the process with code 7"),
+        ("import os\nos._exit(7)\n", "it ends the process with code 7"),
+        (
+            "def score(answer, reference, messages):\n"
+            "    print('x')\n    return 1 / (answer != 'x')\n",
+            "row exam.jsonl:2: raised ZeroDivisionError",
+        ),
     ],
 )
-def test_user_metric_is_imported_in_a_child_before_it_is_used(
+def test_user_metric_scores_the_references_in_a_child_before_training(
     tmp_path: Path, text: str, problem: str | None
 ) -> None:
     (tmp_path / "own_score.py").write_text(text)
+    asked = [{"role": "user", "content": "?"}]
+    rows: Any = [("exam.jsonl:1", "yes", "yes", asked), ("exam.jsonl:2", "x", "x", asked)]
     if problem is None:
-        require_usable("own_score:score", tmp_path)
+        require_scores("own_score:score", tmp_path, rows)
         return
     with pytest.raises(FtError, match=problem) as told:
-        require_usable("own_score:score", tmp_path)
-    assert told.value.where == "evaluation.python: own_score:score"
+        require_scores("own_score:score", tmp_path, rows)
+    assert told.value.where.startswith("evaluation.python: own_score:score")
 
 
 def test_settings_of_the_program_are_read_back() -> None:

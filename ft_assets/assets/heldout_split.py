@@ -14,13 +14,12 @@ from ft_assets.evaluation.context import Room
 from ft_assets.evaluation.reachable import (
     places,
     read_targets,
-    refused_by_program,
+    run_on_references,
     unreachable,
 )
 from ft_assets.evaluation.references import last_answer
-from ft_assets.evaluation.setting_files import program_version, read_schema
+from ft_assets.evaluation.setting_files import program_version, read_schema, user_metric_version
 from ft_assets.job import StepResult
-from ft_assets.metrics.user_function import require_usable
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
@@ -127,10 +126,9 @@ def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
     where = partial(places, raw.path)
     schema = read_schema(project, settings)
     errors = unreachable(targets, settings, project.gate, schema, where)
-    if settings.user_metric:
-        require_usable(settings.user_metric.function, project.root)
-    if settings.program and not errors and not (passed := _passed(checked, settings)).exists():
-        errors = refused_by_program(targets, settings.program, project.root, where)
+    own = settings.user_metric or settings.program
+    if own and not errors and not (passed := _passed(checked, settings)).exists():
+        errors = run_on_references(targets, settings, project.root, where)
         if not errors:
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
@@ -143,12 +141,15 @@ def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
 
 
 def _passed(checked: Checked, settings: EvaluationSettings) -> Path:
-    """Return the file that notes that the program passed these references: it runs only once."""
-    rows = checked.artifact.part_version("heldout")
-    files = program_version(checked.project, settings)
-    program = settings.model_dump(mode="json", include={"program"})
-    name = settings_version([rows, files, program])
-    return checked.materializer.store.root / ".work" / "programs" / name
+    """Return the file that notes that the user's code scored these references: once is enough."""
+    project = checked.project
+    decisive = [
+        checked.artifact.part_version("heldout"),
+        settings.model_dump(mode="json", include={"python", "program"}),
+        user_metric_version(project, settings),
+        program_version(project, settings),
+    ]
+    return checked.materializer.store.root / ".work" / "scored" / settings_version(decisive)
 
 
 @check(

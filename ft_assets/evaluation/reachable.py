@@ -17,9 +17,10 @@ from ft_assets.evaluation.references import last_answer, stored_reference
 from ft_assets.metrics import Metric, Option
 from ft_assets.metrics.json_schema import schema_problem
 from ft_assets.metrics.label import option_index
-from ft_assets.metrics.program import ProgramSettings, program_outcomes
+from ft_assets.metrics.program import program_outcomes
 from ft_assets.metrics.registry import ROUNDING
 from ft_assets.metrics.tool_calls import unread_calls
+from ft_assets.metrics.user_function import require_scores
 from ft_assets.metrics.values import Values
 from ft_assets.rows.types import Message, TokenizedRow, ToolCall
 
@@ -144,23 +145,31 @@ def unscored(
     return [_error(problem, where) for problem in problems]
 
 
-def refused_by_program(
-    targets: Sequence[Target], program: ProgramSettings, root: Path, where: Where
+def run_on_references(
+    targets: Sequence[Target], settings: EvaluationSettings, root: Path, where: Where
 ) -> list[EvaluationError]:
-    """Return an error that names the references which the user's program does not pass.
+    """Run the user's function and program on each reference. Return what the program refuses.
 
-    Raises EvaluationError if the program cannot be started.
+    Raises EvaluationError if one of them cannot be started, or the function raises.
     """
+    if settings.user_metric:
+        named = where([one.id for one in targets])
+        require_scores(
+            settings.user_metric.function,
+            root,
+            [(named[one.id], one.decoded, one.reference, one.messages) for one in targets],
+        )
+    if not settings.program:
+        return []
     outcomes = program_outcomes(
-        program,
+        settings.program,
         root,
         [one.decoded for one in targets],
         [one.reference for one in targets],
         [one.messages for one in targets],
     )
-    failed = [
-        (one, outcome) for one, outcome in zip(targets, outcomes, strict=True) if outcome.code != 0
-    ]
+    pairs = zip(targets, outcomes, strict=True)
+    failed = [(one, outcome) for one, outcome in pairs if outcome.code != 0]
     if not failed:
         return []
     first, outcome = failed[0]

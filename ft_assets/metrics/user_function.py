@@ -17,6 +17,7 @@ from ft_assets.metrics.registry import Metric
 from ft_assets.rows.types import Message
 
 Function = Callable[[str, str, Sequence[Message]], float]
+Row = tuple[str, str, str, Sequence[Message]]  # its place, the answer, the reference, the prompt
 
 
 class UserMetric(BaseModel):
@@ -65,13 +66,16 @@ def load_function(name: str, root: Path) -> Function:
     return found
 
 
-def require_usable(name: str, root: Path) -> None:
-    """Raise EvaluationError unless the function can be loaded.
+def require_scores(name: str, root: Path, rows: Sequence[Row]) -> None:
+    """Raise EvaluationError unless the function can be loaded and scores each row.
 
     A child process imports the module: what the module imports does not stay in this one.
     """
     done = subprocess.run(
-        [sys.executable, "-m", __name__, name, str(root)], capture_output=True, text=True
+        [sys.executable, "-m", __name__, name, str(root)],
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         told = done.stdout.strip().splitlines()[-1:]
@@ -79,18 +83,24 @@ def require_usable(name: str, root: Path) -> None:
             raise FtError.from_dict(json.loads(told[0]))
         raise EvaluationError(
             where=f"evaluation.python: {name}",
-            found=f"the import ends the process with code {done.returncode}: {done.stderr[-300:]}",
-            expected="a module that can be imported",
+            found=f"it ends the process with code {done.returncode}: {done.stderr[-300:]}",
+            expected="a module that can be imported, and a function that returns a number",
             fix="correct the module",
         )
 
 
 def main() -> None:
-    """Load the function of `module:function` (argument 1) in a folder (2). Print the error."""
+    """Score the rows of stdin with `module:function` (argument 1) in a folder (argument 2).
+
+    Print the error, if any, as the last line.
+    """
+    name, root = sys.argv[1:]
     try:
-        load_function(sys.argv[1], Path(sys.argv[2]))
+        function = load_function(name, Path(root))
+        for place, answer, reference, messages in json.load(sys.stdin):
+            user_scores(function, name, [place], [answer], [reference], [messages])
     except EvaluationError as error:
-        print(json.dumps(error.to_dict()))
+        print("\n" + json.dumps(error.to_dict()))
         raise SystemExit(1) from None
 
 
