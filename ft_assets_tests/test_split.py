@@ -106,6 +106,21 @@ def place(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)
 
 
+def test_slices_hold_out_rows_that_no_other_slice_has(place: Workplace) -> None:
+    rows = [talk(words(number)) for number in range(400)]
+    held_out = []
+    for number in range(4):
+        place.split(rows, heldout_share=0.25, heldout_slice=number)
+        held_out.append(place.ids("heldout"))
+    assert all(60 < len(ids) < 140 for ids in held_out)
+    assert sum(map(len, held_out)) == len(set().union(*held_out)) == 400
+
+
+def test_slice_beyond_the_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a share of 0\.25 has 4 slices, 0 to 3"):
+        DataSettings(train=["unused"], heldout_share=0.25, heldout_slice=4)
+
+
 def test_twenty_percent_more_rows_move_no_row(place: Workplace, tmp_path: Path) -> None:
     rows = [talk(words(number)) for number in range(1200)]
     place.split(rows[:1000], validation_share=0.1)

@@ -28,6 +28,7 @@ from ft_assets.rows.types import ConversationRow, TokenizedRow
 SPLITTING = {
     "heldout_share",
     "validation_share",
+    "heldout_slice",
     "split_salt",
     "near_duplicate",
     "quoted",

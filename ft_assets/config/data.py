@@ -57,6 +57,12 @@ class DataSettings(Section):
         description="Share of the train rows (and of the pairs, where it makes 8 or more) that is "
         "validation: measured each epoch and never trained on, it shows overfitting.",
     )
+    heldout_slice: int = Field(
+        default=0,
+        ge=0,
+        description="Which slice of the hash range is held out. 1, 2, … hold out rows that no "
+        "slice before has, for when the rows of this one were used for many verdicts.",
+    )
     split_salt: str = Field(
         default="", description="Changes which rows are held out; change it only deliberately."
     )
@@ -99,6 +105,16 @@ class DataSettings(Section):
         le=1,
         description="Share of rejected rows of a source above which the graph stops, e.g. 1%.",
     )
+
+    @model_validator(mode="after")
+    def _slice_exists(self) -> "DataSettings":
+        shares = [self.heldout_share, *(self.stratify.shares.values() if self.stratify else ())]
+        slices = int(1 / max(shares) + 1e-9)
+        if self.heldout_slice >= slices:
+            raise ValueError(
+                f"heldout_slice: a share of {max(shares)} has {slices} slices, 0 to {slices - 1}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _formats_fit(self) -> "DataSettings":

@@ -70,10 +70,13 @@ class Side:
             yield from cast(list[TextRow], rows_of(select(batch, accepts, MEMBERSHIP)))
 
 
-def is_heldout(group: str, share: float, salt: str = "") -> bool:
-    """Return True if a group is held out. Depends only on the group, the share and the salt."""
+def is_heldout(group: str, share: float, salt: str = "", number: int = 0) -> bool:
+    """Return True if a group is in a slice of the hash range, by default the first.
+
+    It depends only on the group, the share, the salt and the number of the slice.
+    """
     value = int.from_bytes(hashlib.sha256(f"{salt}:{group}".encode()).digest()[:8], "big")
-    return value / 2**64 < share
+    return number * share <= value / 2**64 < (number + 1) * share
 
 
 @dataclass
@@ -92,7 +95,7 @@ class _Rules:
         return (
             not self.fixed
             and bool(row.get("judged"))
-            and is_heldout(row["group"], share, self.data.split_salt)
+            and is_heldout(row["group"], share, self.data.split_salt, self.data.heldout_slice)
         )
 
     def trainable(self, row: MemberRow) -> bool:
