@@ -133,6 +133,7 @@ def test_chat_dataset_stores_what_the_tokens_decode_to(tmp_path: Path) -> None:
     stops = frozenset([tokenizer.eos_token_id])
     write = tmp_path / "in.parquet"
     rows = [talk("one?", "fine"), talk("two?", "so . no"), talk("three?", "so <pad>no")]
+    rows[0]["options"] = ["fine", "bad"]
     with TableWriter(write, TOKENIZED) as table:
         for row in rows:
             table.write(row)
@@ -145,6 +146,7 @@ def test_chat_dataset_stores_what_the_tokens_decode_to(tmp_path: Path) -> None:
     assert renderer.first is None
     stored = {row["messages"][0]["content"]: row for row in read_table(tmp_path / "out.parquet")}
     assert "reference" not in stored["one?"] and "decoded" not in stored["one?"]
+    assert stored["one?"]["options"] == ["fine", "bad"] and "options" not in stored["two?"]
     assert stored["two?"]["decoded"] == "so. no"
     assert stored["three?"]["reference"] == "so no", "special tokens are dropped on both sides"
     targets = {one.reference: one.decoded for one in read_targets(tmp_path / "out.parquet")}

@@ -61,7 +61,7 @@ def test_tool_calls_go_through_training_and_evaluation(project: Path, tiny_model
         base_models={"tiny": {"folder": str(roomy)}},
         chat={"chat_template": "tools.jinja"},
         sft={"num_train_epochs": 1},
-        evaluation={"max_new_tokens": 128},
+        evaluation={"max_new_tokens": 128, "tool_calls": "ordered", "metric": "tool_calls"},
         data={"few_shot": [], "retention": [], "preferences": []},
     )
     result = materialize(project, UP_TO_REPORT)

@@ -64,7 +64,7 @@ def test_page_escapes_what_models_write(copy: Path) -> None:
 def test_report_says_what_changed_since_the_previous_one(copy: Path) -> None:
     assert "First report" in (artifact(copy, "eval_report") / "info/changes.md").read_text()
     edit(copy, evaluation={"max_new_tokens": 1})
-    materialize(copy, "eval_report")
+    materialize(copy, "answers,eval_report")
     text = (artifact(copy, "eval_report") / "info/changes.md").read_text()
     assert "Verdict: PASS → FAIL." in text
     assert "What changed: evaluation." in text

@@ -26,6 +26,11 @@ STOP = '{"name": "stop", "arguments": {}}'
         json.dumps({"name": "book", "parameters": BOOK["arguments"]}),
         json.dumps({"type": "function", "function": BOOK}),
         json.dumps({"name": "book", "arguments": json.dumps(BOOK["arguments"])}),
+        f"book{json.dumps(BOOK['arguments'])}",
+        f" book {json.dumps(BOOK['arguments'])}\n",
+        "<tool_call>book\n<arg_key>city</arg_key>\n<arg_value>Bonn</arg_value>\n<arg_key>nights"
+        "</arg_key>\n<arg_value>2</arg_value>\n<arg_key>extras</arg_key>\n<arg_value>[true, null]"
+        "</arg_value>\n</tool_call>",
         "book(city='Bonn', nights=2, extras=[True, None])",
         "[book(city='Bonn', nights=2.0, extras=(True, None))]",
         "<tool_call>\n<function=book>\n<parameter=city>\nBonn\n</parameter>\n<parameter=nights>\n2\n"
@@ -36,6 +41,12 @@ def test_calls_are_read_in_the_forms_that_templates_write(text: str) -> None:
     calls = parse_calls(text)
     assert calls == [BOOK]
     assert unread_calls(text, [{"type": "function", "function": BOOK}]) is None
+
+
+def test_call_without_arguments_is_read_from_tags() -> None:
+    wanted = [{"name": "stop", "arguments": {}}]
+    assert parse_calls("<tool_call>stop\n</tool_call>") == wanted
+    assert parse_calls("<tool_call><function=stop>\n</function></tool_call>") == wanted
 
 
 def scores(order: str, answers: list[str], reference: str, **more: Any) -> dict[str, list[float]]:
@@ -121,6 +132,8 @@ def test_calls_are_read_back_from_json_and_python(calls: list[Any]) -> None:
         f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['arguments'].items())})"
         for call in calls
     ]
+    named = "".join(f"{call['name']}{json.dumps(call['arguments'])}" for call in calls)
+    assert parse_calls(named) == calls
     assert parse_calls(tags) == parse_calls(f"[{', '.join(python)}]") == calls
 
 

@@ -54,7 +54,7 @@ def _require_readable_calls(one: Target) -> None:
         raise EvaluationError(
             where="a held-out row",
             found=f"the template writes the calls as {one.decoded[:SHOWN]!r}: {problem}",
-            expected="calls as JSON, as Python calls, or in <function=…> tags",
+            expected="calls as JSON, name{…}, Python calls, <function=…> or <arg_key> tags",
             fix="set chat.chat_template to one that writes one of these, or use metric: exact "
             "or a metric of your own (python, program) in place of tool_calls",
         )

@@ -1,9 +1,9 @@
 """Metrics of an answer that calls tools: the names, the arguments, and the order of the calls.
 
 Calls are read from the text of answer and reference in the forms that templates write: JSON
-(Hermes, Qwen, Llama 3, Mistral), Python calls (Llama 4), and `<function=…>` tags (Qwen3-Coder).
-Whether a model's own form can be read is checked on the references before training, see
-`unread_calls`. Text around the calls does not count.
+(Hermes, Qwen, Llama 3, Mistral), a name before JSON (later Mistral), Python calls (Llama 4, LFM2),
+and tags (Qwen3-Coder, GLM). Whether a model's own form can be read is checked on the references
+before training, see `unread_calls`. Text around JSON and tags does not count.
 """
 
 import ast
@@ -19,8 +19,19 @@ from ft_assets.rows.types import FunctionCall, Json, ToolCall
 
 # What an answer has that begins a call. If no call can be read, it is a broken one.
 OPENING = re.compile(r"<tool_call>|<function=|\[TOOL_CALLS\]|\"(?:arguments|parameters)\"\s*:")
-FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL)
-PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+# Two syntaxes of tags: a call with its name and body, and an argument with its key and value.
+TAGS = [
+    (
+        re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL),
+        re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL),
+    ),
+    (
+        re.compile(r"<tool_call>\s*([^<{\s]+)\s*(<arg_key>.*?)?</tool_call>", re.DOTALL),
+        re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL),
+    ),
+]
+NAME = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*(?=\{)")
+DECODER = json.JSONDecoder()
 ORDERED = "ordered"
 
 Calls = Sequence[FunctionCall]
@@ -59,7 +70,7 @@ def tool_call_f1(
 
 def parse_calls(text: str) -> list[FunctionCall] | None:
     """Return the calls of a text in their order; None if it begins a call that cannot be read."""
-    for form in (_tagged, _python, _json):
+    for form in (_tagged, _named, _python, _json):
         calls = form(text)
         if calls:
             return calls
@@ -148,14 +159,34 @@ def _json_call(value: dict[str, Any]) -> FunctionCall | None:
 
 
 def _tagged(text: str) -> list[FunctionCall]:
-    """Read <function=name><parameter=key>value</parameter></function>. A value is JSON or text."""
+    """Read tags, e.g. <function=name><parameter=key>value</parameter></function>.
+
+    A value is JSON, or else text.
+    """
     calls: list[FunctionCall] = []
-    for name, body in FUNCTION.findall(text):
-        arguments: dict[str, Json] = {}
-        for key, value in PARAMETER.findall(body):
-            is_json, parsed = parse_json(value)
-            arguments[key] = parsed if is_json else value
-        calls.append({"name": name, "arguments": arguments})
+    for function, argument in TAGS:
+        for name, body in function.findall(text):
+            pairs = {key: (*parse_json(value), value) for key, value in argument.findall(body)}
+            arguments: dict[str, Json] = {
+                key: parsed if is_json else value for key, (is_json, parsed, value) in pairs.items()
+            }
+            calls.append({"name": name, "arguments": arguments})
+    return calls
+
+
+def _named(text: str) -> list[FunctionCall]:
+    """Read name{…}, or several of them, if that is the whole text."""
+    calls: list[FunctionCall] = []
+    position, text = 0, text.strip()
+    while position < len(text):
+        name = NAME.match(text, position)
+        try:
+            value, position = DECODER.raw_decode(text, name.end()) if name else (None, 0)
+        except (ValueError, RecursionError):
+            return []
+        if name is None or not isinstance(value, dict):
+            return []
+        calls.append({"name": name[1], "arguments": value})
     return calls
 
 
