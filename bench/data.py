@@ -18,12 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ft_assets.config import DataSettings
+from ft_assets.data.boilerplate import common_of
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.file_formats import read_rows
 from ft_assets.data.ingest import Ingest, Ingested
 from ft_assets.data.kto import pair_labels
-from ft_assets.data.leakage import overlaps
-from ft_assets.data.near_duplicates import near_duplicates
+from ft_assets.data.leakage import find_copies, overlaps
 from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
 
 PAIRED = ("chosen", "label")
@@ -87,7 +88,10 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
     """Print the rows that are in both files."""
     same = overlaps(left=left.rows, right=right.rows)
     begun = time.perf_counter()
-    near = near_duplicates(left.rows, right.rows, 0.8)
+    settings = DataSettings(train=[])
+    sides: Any = {"left": left.rows}, {"right": right.rows}
+    common = common_of([left.rows, right.rows])  # type: ignore[list-item]
+    copies, _ = find_copies(*sides, settings, common)
     seconds = time.perf_counter() - begun
     words = [
         {" ".join(row["messages"][0]["content"].lower().split()) for row in side.rows}
@@ -98,13 +102,12 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
         f"white space,"
     )
     print(f"{len({overlap.id for overlap in same})} but for punctuation too;")
-    print(
-        f"{len({match[1] for match in near})} are at least 0.8 alike, found in {seconds:.1f} s; "
-        f"the least alike of them:"
-    )
+    kinds = Counter(copy["kind"] for copy in copies)
+    print(f"{len(copies)} repeat a row, found in {seconds:.1f} s: {dict(kinds)}; the last of each:")
     text = {row["id"]: row["messages"][0]["content"] for row in (*left.rows, *right.rows)}
-    for one, other, score in near[-5:]:
-        print(f"    {score:.2f}  {text[one]!r}\n          {text[other]!r}")
+    for copy in {copy["kind"]: copy for copy in copies}.values():
+        shown = f"{copy['kind']} {copy['similarity']:.2f}"
+        print(f"    {shown}  {text[copy['id']]!r}\n          {text[copy['of']]!r}")
 
 
 def of_folder(folder: Path) -> None:

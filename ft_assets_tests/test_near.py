@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from ft_assets.data.near_duplicates import near_duplicates
+from ft_assets.config import DataSettings
+from ft_assets.data.boilerplate import common_of
+from ft_assets.data.leakage import find_copies
 
 WORDS = [
     "please",
@@ -34,9 +36,27 @@ WORDS = [
 ]
 
 
+def near_duplicates(
+    left: list[dict[str, Any]], right: list[dict[str, Any]], threshold: float
+) -> list[tuple[str, str, float]]:
+    """Return (id of left, id of right, similarity) of near-duplicates."""
+    trained: Any = left
+    held_out: Any = right
+    data = DataSettings(train=[], near_duplicate=threshold, quoted=None)
+    copies, _ = find_copies(
+        {"left": trained}, {"right": held_out}, data, common_of([trained, held_out])
+    )
+    return [
+        (copy["id"], copy["of"], copy["similarity"])
+        for copy in copies
+        if copy["kind"] in ("same-prompt", "near-duplicate")
+    ]
+
+
 def row(identity: str, text: str) -> dict[str, Any]:
     return {
         "id": identity,
+        "group": identity,
         "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}],
     }
 

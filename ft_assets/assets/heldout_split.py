@@ -48,7 +48,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["chat_dataset", "raw_dataset"],
     group="data",
     kinds=["parquet"],
-    code_version="7",
+    code_version="8",
     schema=TOKENIZED.schema,
     summary=_summary,
 )

@@ -1,50 +1,39 @@
-"""Find rows on two sides of a split: the same prompt, nearly the same prompt, or a quoted prompt.
+"""Find rows on two sides of a split, whatever they share: a prompt, a part of one, an answer.
 
 The split removes them from the trained side, and the check looks again. The split decides once
-which features are a common instruction and stores them, so that both compare alike.
+what many rows share and stores it, so that both compare alike.
 """
 
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ft_assets.config import DataSettings
+from ft_assets.data.boilerplate import Common, Rows, common_of, sample
 from ft_assets.data.clusters import Clusters
-from ft_assets.data.near_duplicates import (
-    MAX_CANDIDATES,
-    NearIndex,
-    Rows,
-    boilerplate,
-    in_order,
-    near_within,
-)
-from ft_assets.data.ngrams import GramIndex, grams
+from ft_assets.data.leak_index import Found, LeakIndex
 from ft_assets.data.tables import Table
 from ft_assets.rows.types import CopyKind, CopyRow, MemberRow, TextRow
 
 TRAINED = ("train", "validation", "preferences", "preferences_validation")
 HELD_OUT = ("heldout", "retention")
-TEXTS = ["id", "group", "messages"]
-VERBS = {"near-duplicate": "is nearly", "quoted": "quotes"}
-
-
-@dataclass(frozen=True)
-class Common:
-    """The features that many rows share: hashed word triples, and hashed runs of 13 words."""
-
-    triples: frozenset[int]
-    grams: frozenset[int]
-
-    def write(self, path: Path) -> None:
-        stored = {"triples": sorted(self.triples), "grams": sorted(self.grams)}
-        path.write_text(json.dumps(stored))
-
-    @classmethod
-    def read(cls, path: Path) -> "Common":
-        stored = json.loads(path.read_text())
-        return cls(frozenset(stored["triples"]), frozenset(stored["grams"]))
+TEXTS = ["id", "group", "messages", "chosen", "rejected"]  # the last two only of pairs
+PROMPTS_ONLY = DataSettings(train=[], near_duplicate=None, quoted=None)
+MAX_CANDIDATES = 50  # of a row within its own side: a thousand copies are not a million pairs
+# What a row does to the other one, the surest kind first.
+VERBS: dict[CopyKind, str] = {
+    "same-prompt": "shares its prompt with",
+    "same-group": "is of the group of",
+    "same-chat": "is of the chat of",
+    "near-duplicate": "is nearly",
+    "one-word": "differs in a word from",
+    "contained": "asks a part of",
+    "quoted": "quotes",
+    "answer": "has the answer of",
+}
+ORDER = list(VERBS)
 
 
 @dataclass(frozen=True)
@@ -78,68 +67,98 @@ class Chain:
         return itertools.chain.from_iterable(self.sides)
 
 
-def common_features(sides: Sequence[Rows], data: DataSettings) -> Common:
-    """Return the features that many rows share, which do not show a copy."""
-    return Common(
-        triples=boilerplate(*sides) if data.near_duplicate else frozenset(),
-        grams=boilerplate(*sides, of=grams) if data.quoted else frozenset(),
-    )
-
-
 def find_copies(
-    trained: Mapping[str, Rows], held_out: Iterable[Rows], data: DataSettings, common: Common
-) -> list[CopyRow]:
-    """Return the rows of `trained` that are nearly rows of `held_out` or quote their prompts."""
-    held_out = list(held_out)
-    copies: list[CopyRow] = []
-    if data.near_duplicate:
-        near = NearIndex(Chain(held_out), data.near_duplicate, common.triples)
-        copies += _copies("near-duplicate", near, trained)
-    if data.quoted:
-        copies += _copies("quoted", GramIndex(Chain(held_out), data.quoted, common.grams), trained)
-    return copies
+    trained: Mapping[str, Rows], held_out: Mapping[str, Rows], data: DataSettings, common: Common
+) -> tuple[list[CopyRow], Common]:
+    """Return a copy for each row of `trained` that repeats a row of `held_out`.
 
-
-def _copies(
-    kind: CopyKind, index: NearIndex | GramIndex, trained: Mapping[str, Rows]
-) -> list[CopyRow]:
-    if not len(index):
-        return []
-    return [
-        _copy(kind, name, *match)
-        for name, rows in trained.items()
-        for match in in_order(index.matches(rows))
+    Of several held-out rows it names the one that the row repeats most surely. The slots that the
+    rows of both show are added to `common`.
+    """
+    index = LeakIndex(held_out, data, common)
+    best: dict[tuple[str, str], Found] = {}
+    for side, rows in trained.items() if len(index) else ():
+        for row in rows:
+            if found := _surest(index.matches(row, side)):
+                best[side, row["id"]] = found
+    for row, found in index.decided():
+        best[row] = min(best.get(row, found), found, key=_sureness)
+    copies = [
+        _copy(side, identity, found, index.side_of[found.of])
+        for (side, identity), found in best.items()
     ]
+    return sorted(copies, key=_order), replace(common, slots=index.slots)
 
 
-def _copy(kind: CopyKind, side: str, identity: str, of: str, similarity: float) -> CopyRow:
-    return {"kind": kind, "side": side, "id": identity, "of": of, "similarity": similarity}
+def _surest(matches: Iterator[Found]) -> Found | None:
+    """Return the best match of the first kind, without looking for other kinds."""
+    best: Found | None = None
+    for found in matches:
+        if best and best.kind != found.kind:
+            break
+        best = min(best or found, found, key=_sureness)
+    return best
+
+
+def _sureness(found: Found) -> tuple[int, float, str]:
+    return ORDER.index(found.kind), -found.similarity, found.of
+
+
+def _order(copy: CopyRow) -> tuple[int, float, str, str]:
+    return ORDER.index(copy["kind"]), -copy["similarity"], copy["side"], copy["id"]
+
+
+def _copy(side: str, identity: str, found: Found, of_side: str) -> CopyRow:
+    return {
+        "kind": found.kind,
+        "side": side,
+        "id": identity,
+        "of_side": of_side,
+        "of": found.of,
+        "similarity": found.similarity,
+    }
+
+
+def pairs_within(rows: Rows, data: DataSettings, common: Common) -> Iterator[tuple[str, Found]]:
+    """Yield (id, found) of the rows whose prompts repeat another row of the same side."""
+    index = LeakIndex({"": rows}, data, common, answers=False)
+    for row in rows:
+        for found in index.matches(row, most=MAX_CANDIDATES):
+            if found.of != row["id"]:
+                yield row["id"], found
+    for (_, identity), found in index.decided():
+        yield identity, found
 
 
 def within(sides: Mapping[str, Rows], data: DataSettings, common: Common) -> list[CopyRow]:
-    """Return the rows that are nearly an earlier row of their own side.
+    """Return the rows whose prompts repeat an earlier row of their own side.
 
-    They are counted and shown, not filtered.
+    They are counted and shown, not filtered. Of a large side only a sample is compared.
     """
-    if not data.near_duplicate:
-        return []
-    return [
-        _copy("within", name, *match)
-        for name, rows in sides.items()
-        for match in near_within(rows, data.near_duplicate, common.triples)
-    ]
+    copies: list[CopyRow] = []
+    for name, rows in sides.items():
+        sampled = list(sample(len(rows), rows))
+        position = {row["id"]: number for number, row in enumerate(sampled)}
+        best: dict[str, Found] = {}
+        for identity, found in pairs_within(sampled, data, common):
+            if found.kind == "near-duplicate" and position[found.of] < position[identity]:
+                best[identity] = min(best.get(identity, found), found, key=_sureness)
+        copies += [
+            _copy(name, identity, found._replace(kind="within"), name)
+            for identity, found in sorted(best.items(), key=lambda one: (_sureness(one[1]), one[0]))
+        ]
+    return copies
 
 
 def clusters(rows: Rows, data: DataSettings) -> dict[str, str]:
-    """Return the cluster of each row. Rows of one group, or nearly the same, have one cluster.
+    """Return the cluster of each row.
 
-    Only the rows themselves decide, so other data change no cluster.
+    Rows of one group, of one chat, or with nearly the same prompt have one cluster. Only the rows
+    themselves decide, so other data change no cluster.
     """
     found = Clusters(rows)
-    if data.near_duplicate:
-        index = NearIndex(rows, data.near_duplicate, boilerplate(rows))
-        for one, other, _ in index.matches(rows, MAX_CANDIDATES):
-            found.join(one, other)
+    for identity, other in pairs_within(rows, data, common_of([rows])):
+        found.join(identity, other.of)
     return found.names()
 
 
@@ -160,10 +179,11 @@ def leaks(split: Path, targets: Path, few_shot: Path, data: DataSettings) -> Lea
 
     Train and preferences may share prompts: they are two trainings of one model.
     """
-    shared = _shared_prompts(split, targets, few_shot)
-    copies = find_copies(
-        {name: _texts(split / f"{name}.parquet") for name in TRAINED},
-        [*(_texts(split / f"{name}.parquet") for name in HELD_OUT), _texts(targets)],
+    shared = _shared_prompts(split, few_shot)
+    held_out = {name: texts(split / f"{name}.parquet") for name in HELD_OUT}
+    copies, _ = find_copies(
+        {name: texts(split / f"{name}.parquet") for name in TRAINED},
+        {**held_out, "contamination": texts(targets)},
         data,
         Common.read(split / "info" / "boilerplate.json"),
     )
@@ -172,33 +192,28 @@ def leaks(split: Path, targets: Path, few_shot: Path, data: DataSettings) -> Lea
         for one in shared
     ]
     sentences += [
-        f"{copy['side']} {copy['id']} {VERBS[copy['kind']]} {copy['of']}, "
+        f"{copy['side']} {copy['id']} {VERBS[copy['kind']]} {copy['of_side']} {copy['of']}, "
         f"similarity {copy['similarity']:.2f}"
         for copy in copies
     ]
-    near = sum(copy["kind"] == "near-duplicate" for copy in copies)
-    counts = {
-        "overlaps": len(shared),
-        "near_duplicates": near,
-        "quotes": len(copies) - near,
-    }
-    return Leaks(sentences, counts)
+    kinds = Counter(copy["kind"] for copy in copies)
+    return Leaks(sentences, {"overlaps": len(shared), **kinds})
 
 
-def _shared_prompts(split: Path, targets: Path, few_shot: Path) -> list[Overlap]:
+def _shared_prompts(split: Path, few_shot: Path) -> list[Overlap]:
     ids = {name: _members(split / f"{name}.parquet") for name in (*TRAINED, *HELD_OUT)}
-
-    def trained() -> Iterator[MemberRow]:
-        return itertools.chain.from_iterable(ids[name] for name in TRAINED)
-
+    few_shot_index = LeakIndex({"few_shot": texts(few_shot)}, PROMPTS_ONLY, Common())
     return [
-        *overlaps(trained=trained(), heldout=ids["heldout"], retention=ids["retention"]),
+        *overlaps(heldout=ids["heldout"], retention=ids["retention"]),
         *overlaps(train=ids["train"], validation=ids["validation"]),
         *overlaps(
             preferences=ids["preferences"], preferences_validation=ids["preferences_validation"]
         ),
-        *overlaps(trained=trained(), contamination=_members(targets)),
-        *overlaps(few_shot=_members(few_shot), heldout=ids["heldout"]),
+        *(
+            Overlap("few_shot", found.of, "heldout", row["id"])
+            for row in texts(split / "heldout.parquet")
+            for found in itertools.islice(few_shot_index.matches(row), 1)
+        ),
     ]
 
 
@@ -206,5 +221,6 @@ def _members(path: Path) -> Table[MemberRow]:
     return Table(path, ["id", "group"])
 
 
-def _texts(path: Path) -> Table[TextRow]:
+def texts(path: Path) -> Table[TextRow]:
+    """Return the rows of a table with the columns that are compared."""
     return Table(path, TEXTS)

@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
 
 from ft_assets.config import DataSettings
-from ft_assets.data.leakage import Chain, Common, clusters, common_features, find_copies, within
+from ft_assets.data.boilerplate import Common, common_of
+from ft_assets.data.leakage import TEXTS, Chain, clusters, find_copies, within
 from ft_assets.data.tables import (
     JUDGED,
     NEAR_DUPLICATE,
@@ -42,6 +44,7 @@ PAIRS = ("preferences", "preferences_validation")
 MIN_VALIDATION_PAIRS = 8  # fewer show nothing about a DPO: they are trained on
 MEMBERSHIP = ["id", "group", "stratum", "judged"]
 STRATIFIED = ("train", "validation", "heldout")
+EQUAL = ("same-prompt", "same-group", "same-chat")  # kinds that are found without similarity
 PART = ""  # of a conversation that is elsewhere as a whole: on no side, and not lost
 Strata = dict[str, dict[str, int]]  # {stratum: {side: rows}}
 
@@ -66,7 +69,7 @@ class Side:
 
     def __iter__(self) -> Iterator[TextRow]:
         accepts = cast(Callable[[dict[str, Any]], bool], self.wanted)
-        for batch in Table(self.path, [*MEMBERSHIP, "messages"]).batches():
+        for batch in Table(self.path, [*MEMBERSHIP, *TEXTS[2:]]).batches():
             yield from cast(list[TextRow], rows_of(select(batch, accepts, MEMBERSHIP)))
 
 
@@ -97,6 +100,11 @@ class _Rules:
             and bool(row.get("judged"))
             and is_heldout(row["group"], share, self.data.split_salt, self.data.heldout_slice)
         )
+
+    def compared(self, source: str, row: MemberRow) -> bool:
+        """Return True for a row that would be trained if it repeated no held-out row."""
+        part = not row.get("judged", True) and not self.trainable(row)
+        return not part and not (source == "conversations" and self.held_out(row))
 
     def trainable(self, row: MemberRow) -> bool:
         return row["group"] not in self.held_out_groups
@@ -144,10 +152,10 @@ def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> S
     counts: dict[str, int | str | None] = {**_counts(sources)}
     counts |= {f"{name}_groups": len(set(side.values())) for name, side in judged.items()}
     _require_rows(counts, tables["conversations"])
-    counts["near_duplicates_removed"] = sum(map(len, rules.removed.values()))
-    counts["first_near_duplicate"] = (
-        "{side} {id} of {of}: {similarity:.2f}".format(**copies[0]) if copies else None
-    )
+    kinds = Counter(copy["kind"] for copy in copies)
+    counts["left_out"] = len(copies)
+    counts |= {f"left_out_{kind}": count for kind, count in kinds.items()}
+    counts["near_duplicates_removed"] = sum(kinds[kind] for kind in kinds if kind not in EQUAL)
     sides = {name: Side(output / f"{name}.parquet", _every) for name in SIDES}
     inside = within(sides, data, common)
     for name in SIDES:
@@ -173,24 +181,24 @@ def _held_out_groups(rules: _Rules, tables: dict[str, Path], targets: Path) -> s
 def _find_copies(
     rules: _Rules, tables: dict[str, Path], targets: Path
 ) -> tuple[list[CopyRow], Common]:
-    trained = {name: Side(tables[name], rules.trainable) for name in TRAINED_SOURCES}
-    held_out = [
-        Side(tables["conversations"], rules.held_out),
-        *(Side(path, _every) for path in (tables["heldout"], tables["retention"], targets)),
-    ]
-    common = common_features([*trained.values(), *held_out], rules.data)
-    return find_copies(trained, held_out, rules.data, common), common
+    trained = {name: Side(tables[name], partial(rules.compared, name)) for name in TRAINED_SOURCES}
+    held_out = {
+        "heldout": _heldout(rules, tables),
+        "retention": Side(tables["retention"], _whole),
+        "contamination": Side(targets, _every),
+    }
+    common = common_of([*trained.values(), *held_out.values()])
+    return find_copies(trained, held_out, rules.data, common)
+
+
+def _heldout(rules: _Rules, tables: dict[str, Path]) -> Chain:
+    return Chain([Side(tables["conversations"], rules.held_out), Side(tables["heldout"], _whole)])
 
 
 def _judged(rules: _Rules, tables: dict[str, Path]) -> dict[str, dict[str, str]]:
     """Return the cluster of each row of the judged sides: {side: {id: cluster}}."""
     sides = {
-        "heldout": Chain(
-            [
-                Side(tables["conversations"], rules.held_out),
-                Side(tables["heldout"], _whole),
-            ]
-        ),
+        "heldout": _heldout(rules, tables),
         "retention": Side(tables["retention"], _whole),
     }
     return {name: clusters(rows, rules.data) for name, rows in sides.items()}

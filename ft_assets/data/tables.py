@@ -98,6 +98,8 @@ TOKENIZED_PREFERENCE = Layout(
     pa.schema(
         [
             *DATA_COLUMNS,
+            ("chosen", pa.string()),
+            ("rejected", pa.string()),
             ("prompt_ids", IDS),
             ("chosen_ids", IDS),
             ("rejected_ids", IDS),
@@ -112,7 +114,10 @@ NEAR_DUPLICATE = Layout(
             ("kind", pa.string()),
             ("side", pa.string()),
             ("id", pa.string()),
+            ("source", pa.string()),
+            ("of_side", pa.string()),
             ("of", pa.string()),
+            ("of_source", pa.string()),
             ("similarity", pa.float64()),
         ]
     ),

@@ -133,8 +133,10 @@ class JudgedRow(TokenizedRow):
 
 
 class PairRow(DataRow):
-    """A tokenized preference pair: the ids of the prompt and of both answers."""
+    """A tokenized preference pair: the ids of the prompt and of both answers, and their texts."""
 
+    chosen: str
+    rejected: str
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
@@ -159,16 +161,33 @@ class TextRow(TypedDict):
     rejected: NotRequired[str]
 
 
-CopyKind = Literal["near-duplicate", "quoted", "within"]
+CopyKind = Literal[
+    "same-prompt",
+    "same-group",
+    "same-chat",
+    "near-duplicate",
+    "one-word",
+    "contained",
+    "quoted",
+    "answer",
+    "within",
+]
 
 
 class CopyRow(TypedDict):
-    """A row (`id`, on `side`) that repeats another row (`of`), and how similar they are."""
+    """A row (`id`, on `side`) that repeats a row (`of`, on `of_side`), and how similar they are.
+
+    `source` and `of_source` are their files and lines, absent for a row that raw_dataset does not
+    have.
+    """
 
     kind: CopyKind
     side: str
     id: str
+    source: NotRequired[str]
+    of_side: str
     of: str
+    of_source: NotRequired[str]
     similarity: float
 
 

@@ -1,0 +1,107 @@
+"""Find texts that stand in other texts: long ones by their runs of words, short ones as a whole.
+
+The score of a long text is the share of its runs of 13 units that a row repeats; Jaccard similarity
+does not see a text that a long text quotes. The contamination of GPT-3 and later models was
+measured so (Brown et al. 2020, appendix C). Of a very long text a fixed number of runs is compared,
+those with the smallest hash: the share stays unbiased (Broder 1997). A short text must stand in a
+row as a whole, and between the ends of sentences unless it has eight units.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ft_assets.data.boilerplate import GRAM
+from ft_assets.data.texts import Text
+
+MIN_GRAMS = 5  # of a long text
+MAX_GRAMS = 64
+ANCHOR = 4  # units: the shortest text that shows anything
+ENOUGH = 8  # units that need no ends of sentences
+
+
+class GramIndex:
+    """Finds the indexed long texts that a text repeats."""
+
+    def __init__(self, share: float, common: frozenset[int]) -> None:
+        self._share = share
+        self._common = common
+        self._owners: dict[int, list[int]] = {}
+        self._texts: list[tuple[str, int]] = []  # (id, its grams)
+
+    def add(self, identity: str, text: Text) -> bool:
+        """Index a text. Return False if it is too short."""
+        own = sorted(set(text.runs(GRAM).tolist()) - self._common)[:MAX_GRAMS]
+        if len(own) < MIN_GRAMS:
+            return False
+        for gram in own:
+            self._owners.setdefault(gram, []).append(len(self._texts))
+        self._texts.append((identity, len(own)))
+        return True
+
+    def matches(self, texts: Iterable[Text]) -> Iterator[tuple[str, float]]:
+        """Yield (id, share of its grams) of the indexed texts that the texts repeat."""
+        if not self._texts:
+            return
+        grams = {gram for text in texts for gram in text.runs(GRAM).tolist()}
+        hits = Counter(
+            number for gram in grams if gram in self._owners for number in self._owners[gram]
+        )
+        for number, count in hits.items():
+            identity, total = self._texts[number]
+            if count / total >= self._share:
+                yield identity, count / total
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A place in an indexed text at which a shorter text may stand."""
+
+    identity: str
+    text: Text
+    start: int
+
+
+class PhraseIndex:
+    """Finds the indexed texts that stand in a text, and those in which a text stands."""
+
+    def __init__(self) -> None:
+        self._phrases: dict[int, list[_Place]] = {}
+        self._places: dict[int, list[_Place]] = {}
+
+    def add_phrase(self, identity: str, text: Text) -> None:
+        """Index a text that may stand in others."""
+        if len(text) >= ANCHOR:
+            anchor = int(text.runs(ANCHOR)[0])
+            self._phrases.setdefault(anchor, []).append(_Place(identity, text.without_units(), 0))
+
+    def add_text(self, identity: str, text: Text) -> None:
+        """Index a text in which others may stand."""
+        anchors, text = text.runs(ANCHOR), text.without_units()
+        for start in text.breaks:
+            if start < len(anchors):
+                place = _Place(identity, text, start)
+                self._places.setdefault(int(anchors[start]), []).append(place)
+
+    def quoted(self, texts: Iterable[Text]) -> Iterator[str]:
+        """Yield the ids of the phrases that stand in the texts."""
+        for text in texts:
+            for start, anchor in enumerate(text.runs(ANCHOR).tolist()):
+                for phrase in self._phrases.get(anchor, ()):
+                    if _stands(phrase.text, text, start):
+                        yield phrase.identity
+
+    def quoting(self, phrase: Text) -> Iterator[str]:
+        """Yield the ids of the indexed longer texts in which a phrase stands."""
+        if len(phrase) >= ANCHOR:
+            for place in self._places.get(int(phrase.runs(ANCHOR)[0]), ()):
+                if _stands(phrase, place.text, place.start):
+                    yield place.identity
+
+
+def _stands(phrase: Text, text: Text, start: int) -> bool:
+    end = start + len(phrase)
+    whole = len(phrase) >= ENOUGH or {start, end} <= text.breaks
+    return whole and bool(np.array_equal(text.hashes[start:end], phrase.hashes))
