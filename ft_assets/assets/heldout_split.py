@@ -1,12 +1,15 @@
 """The asset `heldout_split`: train, validation and held-out rows by hash of their prompt."""
 
 import json
+import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import dagster as dg
 
 from ft_assets.config import DataSettings, EvaluationSettings, settings_version
+from ft_assets.data.content import CONVERSATIONS
 from ft_assets.data.leakage import leaks
 from ft_assets.data.split import make_split
 from ft_assets.data.tables import TOKENIZED, read_table
@@ -23,7 +26,7 @@ from ft_assets.job import StepResult
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
-from ft_assets.rows.types import ConversationRow, TokenizedRow
+from ft_assets.rows.types import ConversationRow, CopyRow, TokenizedRow
 
 SPLITTING = {
     "heldout_share",
@@ -32,16 +35,17 @@ SPLITTING = {
     "split_salt",
     "near_duplicate",
     "quoted",
+    "max_left_out",
     "stratify",
 }
 Strata = dict[str, dict[str, int]]  # {stratum: {side of the split: rows}}
 
 
 def _summary(metrics: Metrics) -> str:
-    return (
-        f"{metrics['train_rows']} train, {metrics['heldout_rows']} held-out rows in "
-        f"{metrics['heldout_groups']} groups"
-    )
+    text = f"{metrics['train_rows']} train, {metrics['heldout_rows']} held-out rows"
+    for name, shown in (("heldout_groups", "in {} groups"), ("left_out", "with {} left out")):
+        text += " " + shown.format(metrics[name]) if metrics.get(name) else ""
+    return text
 
 
 @asset(
@@ -63,6 +67,8 @@ def heldout_split(
     chat = store.need("chat_dataset", context.partition_key)
     raw = store.need("raw_dataset", None)
     targets = raw.path / "contamination.parquet"
+    preferences = store.need("raw_preferences", None).path / "preferences.parquet"
+    tables = [*(raw.path / f"{name}.parquet" for name in CONVERSATIONS.values()), preferences]
     artifact, reused = materializer.materialize(
         context,
         identity=data.model_dump(mode="json", include=SPLITTING),
@@ -70,16 +76,19 @@ def heldout_split(
             "chat_dataset": (chat, None),
             "raw_dataset#contamination": (raw, "contamination"),
         },
-        make=lambda output: _split(chat.path, targets, output, data),
+        make=lambda output: _split(chat.path, targets, output, data, tables),
     )
     strata: Strata = json.loads((artifact.path / "info" / "strata.json").read_text())
     shown = {"strata": dg.MetadataValue.md(_table(strata))} if strata else {}
+    shown |= _left_out(artifact.path / "info" / "near_duplicates.parquet")
     rows = artifact.metrics["train_rows"]
     return result(artifact, reused, **shown, **{"dagster/partition_row_count": rows})
 
 
-def _split(chat: Path, targets: Path, output: Path, data: DataSettings) -> StepResult:
-    split = make_split(chat, targets, output, data)
+def _split(
+    chat: Path, targets: Path, output: Path, data: DataSettings, tables: Sequence[Path]
+) -> StepResult:
+    split = make_split(chat, targets, output, data, tables)
     return StepResult(split.counts, split.versions)
 
 
@@ -90,6 +99,20 @@ def _table(strata: Strata) -> str:
         for name, sides in sorted(strata.items())
     ]
     return "\n".join(lines)
+
+
+def _left_out(path: Path) -> dict[str, dg.MarkdownMetadataValue]:
+    """Return the first 20 rows that were left out. The file has all of them."""
+    rows = [copy for copy in read_table(path, row=CopyRow) if copy["kind"] != "within"]
+    if not rows:
+        return {}
+    lines = ["| kind | row left out | held-out row | similarity |", "|---|---|---|---:|"]
+    lines += [
+        f"| {copy['kind']} | {copy['side']} {copy.get('source') or copy['id']} "
+        f"| {copy['of_side']} {copy.get('of_source') or copy['of']} | {copy['similarity']:.2f} |"
+        for copy in rows[:20]
+    ]
+    return {"left_out_rows": dg.MetadataValue.md("\n".join(lines))}
 
 
 @check(
@@ -214,3 +237,26 @@ def heldout_is_large_enough(checked: Checked) -> dg.AssetCheckResult:
         severity=WARN,
         description=f"{groups} groups in {rows} held-out rows; gate.min_heldout_rows is {least}",
     )
+
+
+@check(heldout_split, description="The held-out share is near data.heldout_share.")
+def heldout_share_is_as_asked(checked: Checked) -> dg.AssetCheckResult:
+    """Warn if the share is less than half or more than twice what was asked, and not by chance.
+
+    By chance it is within three standard deviations of a binomial count of groups.
+    """
+    metrics = checked.metrics
+    if "heldout_share" not in metrics:
+        text = "data.heldout names the held-out rows"
+        return dg.AssetCheckResult(passed=True, severity=WARN, description=text)
+    share, asked = metrics["heldout_share"], metrics["heldout_share_asked"]
+    groups, largest = metrics["groups"], metrics["largest_group_rows"]
+    chance = 3 * math.sqrt(asked * (1 - asked) / groups)
+    far = not asked / 2 <= share <= asked * 2 and abs(share - asked) > chance
+    text = f"{share:.1%} of the rows are held out; {asked:.1%} were asked for"
+    if far:
+        text += (
+            f": a group is on one side as a whole, and the largest of {groups} groups has "
+            f"{largest} rows; split it by the rows' `group`, or name a file in data.heldout"
+        )
+    return dg.AssetCheckResult(passed=not far, severity=WARN, description=text)

@@ -84,14 +84,21 @@ class DataSettings(Section):
         gt=0,
         le=1,
         description="Jaccard similarity from which a trained prompt is a copy of a held-out one "
-        "and is filtered; null: off.",
+        "and is filtered; a short prompt is a copy if one word differs; null: both off.",
     )
     quoted: float | None = Field(
         default=0.5,
         gt=0,
         le=1,
-        description="Share of a held-out prompt's 13-word runs from which a trained text quotes it "
-        "and is filtered; null: off.",
+        description="Share of the 13-word runs of a held-out prompt or answer from which a trained "
+        "text quotes it and is filtered; a short one must stand in it as a whole; null: off.",
+    )
+    max_left_out: Share = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Share of the rows of a source that repeat held-out rows and are left out, "
+        "above which the graph stops.",
     )
     contamination: list[str] = Field(
         default=[], description="Your evaluation files: trained rows must not be in them."

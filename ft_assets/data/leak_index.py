@@ -150,16 +150,19 @@ class LeakIndex:
         return [found.whole, *(part for part in parts if self._distinctive(part))]
 
     def _equal(self, row: TextRow, found: Asked, prompts: list[Prompt]) -> Iterator[Found]:
+        whole = found.whole.key
+        if (of := self._contexts.get(whole)) is not None:
+            yield Found("same-prompt", of, 1.0)
+        if (of := self._groups.get(row["group"])) is not None:
+            yield Found("same-group", of, 1.0)
+        earlier = (self._contexts.get(prompt.key) for prompt in prompts if not prompt.final)
+        for of in (*earlier, self._chats.get(whole)):
+            if of is not None:
+                yield Found("same-chat", of, 1.0)
         for prompt in prompts:
-            if (of := self._contexts.get(prompt.key)) is not None:
-                yield Found("same-prompt", of, 1.0)
             question = " ".join(prompt.text.units)
             if self._distinctive(prompt) and (of := self._questions.get(question)) is not None:
                 yield Found("same-prompt", of, 1.0)
-        if (of := self._groups.get(row["group"])) is not None:
-            yield Found("same-group", of, 1.0)
-        if (of := self._chats.get(found.whole.key)) is not None:
-            yield Found("same-chat", of, 1.0)
 
     def _quotes(self, phrases: PhraseIndex, found: Asked, prompts: list[Prompt]) -> Iterator[Found]:
         texts = found.texts()

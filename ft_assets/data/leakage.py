@@ -14,25 +14,15 @@ from ft_assets.config import DataSettings
 from ft_assets.data.boilerplate import Common, Rows, common_of, sample
 from ft_assets.data.clusters import Clusters
 from ft_assets.data.leak_index import Found, LeakIndex
+from ft_assets.data.left_out import VERBS
 from ft_assets.data.tables import Table
-from ft_assets.rows.types import CopyKind, CopyRow, MemberRow, TextRow
+from ft_assets.rows.types import CopyRow, MemberRow, TextRow
 
 TRAINED = ("train", "validation", "preferences", "preferences_validation")
 HELD_OUT = ("heldout", "retention")
 TEXTS = ["id", "group", "messages", "chosen", "rejected"]  # the last two only of pairs
 PROMPTS_ONLY = DataSettings(train=[], near_duplicate=None, quoted=None)
 MAX_CANDIDATES = 50  # of a row within its own side: a thousand copies are not a million pairs
-# What a row does to the other one, the surest kind first.
-VERBS: dict[CopyKind, str] = {
-    "same-prompt": "shares its prompt with",
-    "same-group": "is of the group of",
-    "same-chat": "is of the chat of",
-    "near-duplicate": "is nearly",
-    "one-word": "differs in a word from",
-    "contained": "asks a part of",
-    "quoted": "quotes",
-    "answer": "has the answer of",
-}
 ORDER = list(VERBS)
 
 

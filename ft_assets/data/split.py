@@ -9,18 +9,21 @@ only held-out groups and prompts and the ids of removed rows stay in memory.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
+import xxhash
 
 from ft_assets.config import DataSettings
 from ft_assets.data.boilerplate import Common, common_of
 from ft_assets.data.leakage import TEXTS, Chain, clusters, find_copies, within
+from ft_assets.data.left_out import require_few, with_sources
 from ft_assets.data.tables import (
     JUDGED,
     NEAR_DUPLICATE,
@@ -44,6 +47,12 @@ PAIRS = ("preferences", "preferences_validation")
 MIN_VALIDATION_PAIRS = 8  # fewer show nothing about a DPO: they are trained on
 MEMBERSHIP = ["id", "group", "stratum", "judged"]
 STRATIFIED = ("train", "validation", "heldout")
+NO_ROWS = {  # advice by the empty side, and by whether data.heldout names the held-out rows
+    ("train", True): "add rows to data.train whose prompts are not in data.heldout",
+    ("train", False): "add rows: those of one group, or with one prompt, are on one side",
+    ("heldout", True): "give data.heldout conversations that end in an answer",
+    ("heldout", False): "add rows, raise data.heldout_share, or name a file in data.heldout",
+}
 EQUAL = ("same-prompt", "same-group", "same-chat")  # kinds that are found without similarity
 PART = ""  # of a conversation that is elsewhere as a whole: on no side, and not lost
 Strata = dict[str, dict[str, int]]  # {stratum: {side: rows}}
@@ -53,7 +62,7 @@ Strata = dict[str, dict[str, int]]  # {stratum: {side: rows}}
 class Split:
     """The outcome of `make_split`: the counts, and the version of each side."""
 
-    counts: dict[str, int | str | None]
+    counts: dict[str, int | float]
     versions: dict[str, str]
 
 
@@ -92,13 +101,17 @@ class _Rules:
     removed: dict[str, set[str]] = field(default_factory=dict)  # ids of copies by source
     validation_pairs: bool = False
 
-    def held_out(self, row: MemberRow) -> bool:
+    def share(self, row: MemberRow) -> float:
         shares = self.data.stratify.shares if self.data.stratify else {}
-        share = shares.get(row.get("stratum") or "", self.data.heldout_share)
+        return shares.get(row.get("stratum") or "", self.data.heldout_share)
+
+    def held_out(self, row: MemberRow) -> bool:
         return (
             not self.fixed
             and bool(row.get("judged"))
-            and is_heldout(row["group"], share, self.data.split_salt, self.data.heldout_slice)
+            and is_heldout(
+                row["group"], self.share(row), self.data.split_salt, self.data.heldout_slice
+            )
         )
 
     def compared(self, source: str, row: MemberRow) -> bool:
@@ -131,17 +144,21 @@ class _Rules:
         return "validation" if source == "conversations" and self.validation(row) else "train"
 
 
-def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> Split:
+def make_split(
+    chat: Path, targets: Path, output: Path, data: DataSettings, raw: Sequence[Path] = ()
+) -> Split:
     """Write the sides to `output`, and the removed rows with their reasons to its `info`.
 
     `chat` holds the rendered conversations, rehearsal, heldout (a fixed file, or empty), retention
-    and preferences. `targets` are texts that must not be trained on. Raises DataError if no train
-    row or no held-out row is left.
+    and preferences. `targets` are texts that must not be trained on. `raw` are the tables that
+    have the file and line of each row. Raises DataError if too many rows are removed, or if no
+    train row or no held-out row is left.
     """
     tables = {name: chat / f"{name}.parquet" for name in SOURCES}
     rules = _Rules(data, fixed=len(Table(tables["heldout"])) > 0)
     rules.held_out_groups = _held_out_groups(rules, tables, targets)
     copies, common = _find_copies(rules, tables, targets)
+    copies = with_sources(copies, raw)
     rules.removed = {
         name: {copy["id"] for copy in copies if copy["side"] == name} for name in TRAINED_SOURCES
     }
@@ -149,9 +166,11 @@ def make_split(chat: Path, targets: Path, output: Path, data: DataSettings) -> S
     rules.validation_pairs = len(pairs) >= MIN_VALIDATION_PAIRS
     judged = _judged(rules, tables)
     sources, strata, versions = _write(tables, output, rules, judged)
-    counts: dict[str, int | str | None] = {**_counts(sources)}
+    counts: dict[str, int | float] = {**_counts(sources)}
     counts |= {f"{name}_groups": len(set(side.values())) for name, side in judged.items()}
-    _require_rows(counts, tables["conversations"])
+    require_few(copies, _trainable(sources), data, rules.fixed)
+    _require_rows(counts, rules)
+    counts |= _shares(rules, tables["conversations"], counts["heldout_rows"])
     kinds = Counter(copy["kind"] for copy in copies)
     counts["left_out"] = len(copies)
     counts |= {f"left_out_{kind}": count for kind, count in kinds.items()}
@@ -272,13 +291,46 @@ def _counts(sources: Counter[tuple[str, str | None]]) -> dict[str, int]:
     }
 
 
-def _require_rows(counts: dict[str, int | str | None], conversations: Path) -> None:
+def _trainable(sources: Counter[tuple[str, str | None]]) -> dict[str, int]:
+    """Return the rows of each trained source that are not held out, left out or not."""
+    return {
+        name: sum(
+            count
+            for (source, side), count in sources.items()
+            if source == name and side not in ("heldout", PART)
+        )
+        for name in TRAINED_SOURCES
+    }
+
+
+def _shares(rules: _Rules, conversations: Path, heldout_rows: int) -> dict[str, float]:
+    """Return the held-out share that was asked for and the realised one, and their groups."""
+    if rules.fixed:
+        return {}
+    groups: list[int] = []
+    asked = 0.0
+    for row in _members(conversations):
+        if row.get("judged"):
+            groups.append(xxhash.xxh3_64_intdigest(row["group"].encode()))
+            asked += rules.share(row)
+    _, sizes = np.unique(np.array(groups, dtype=np.uint64), return_counts=True)
+    return {
+        "heldout_share": round(heldout_rows / len(groups), 4),
+        "heldout_share_asked": round(asked / len(groups), 4),
+        "groups": len(sizes),
+        "largest_group_rows": int(sizes.max()),
+    }
+
+
+def _require_rows(counts: Mapping[str, int], rules: _Rules) -> None:
     for name in ("train", "heldout"):
         if not counts[f"{name}_rows"]:
             side = name.replace("heldout", "held-out")
+            total = sum(counts[f"{one}_rows"] for one in ("train", "validation", "heldout"))
+            total += counts["train_rows_removed"]
             raise DataError(
                 where="split",
-                found=f"no {side} rows out of {len(Table(conversations))}",
+                found=f"no {side} rows out of {total}",
                 expected="at least one row on each side",
-                fix="add data, or change data.heldout_share",
+                fix=NO_ROWS[name, rules.fixed],
             )

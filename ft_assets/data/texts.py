@@ -76,7 +76,7 @@ class Text:
         )
 
 
-def hashed(parts: list[str]) -> Hashes:
+def hashes_of(parts: list[str]) -> Hashes:
     """Return the hash of each unit."""
     return np.array([_HASHES[unit] for unit in parts], dtype=np.uint64)
 
@@ -93,4 +93,4 @@ def parsed(text: str) -> Text:
     for sentence in _BREAK.split(text):
         found += units(sentence)
         breaks.add(len(found))
-    return Text(found, hashed(found), frozenset(breaks))
+    return Text(found, hashes_of(found), frozenset(breaks))

@@ -36,6 +36,7 @@ _ASCII = re.compile(_pattern("[a-z]", "[a-z0-9]+", "[$+<=>|~%&@]"))
 _UNIT = regex.compile(
     _pattern(r"\p{L}", f"{_MARKED}|{_WORD}", r"[\p{Sc}\p{Sm}\p{So}%&@]"), regex.V1
 )
+_LETTER = regex.compile(f"[{_BLANKLESS}]")
 _DASHES = str.maketrans("\u2212\u2013\u2012\u2010\u2011", "-----")
 _APOSTROPHE = regex.compile(r"(?<=\p{L})['\u2019](?=\p{L})")
 # Soft hyphens, joiners, marks of direction, variation selectors: they change no word.
@@ -54,6 +55,11 @@ def units(text: str) -> list[str]:
 def _folded(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).translate(_DASHES)
     return unicodedata.normalize("NFKC", _IGNORED.sub("", text).casefold())
+
+
+def is_blankless(unit: str) -> bool:
+    """Return True for a letter of a script that has no blanks between words."""
+    return not unit.isascii() and _LETTER.match(unit) is not None
 
 
 def normalise(text: str) -> str:
