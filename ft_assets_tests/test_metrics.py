@@ -453,7 +453,7 @@ def test_scores_outside_of_the_declared_range_are_an_error() -> None:
         ({"labels": ["no", "No."]}, "'no' and 'No.' are one label"),
         ({"labels": ["caf\u00e9", "cafe\u0301"]}, "are one label"),
         ({"labels": ["yes", "."]}, r"'\.' is only blanks"),
-        ({"normalise": {"due": "date"}}, "normalise needs json_fields, or json_f1 in metrics"),
+        ({"normalise": {"due": "date"}}, "normalise needs json_fields, tool_calls, or json_f1"),
         ({"normalise": {"du": "date"}, "json_fields": ["due"]}, "du: did you mean 'due'"),
         ({"decimal": ";"}, "decimal"),
         ({"retention_metric": "json_f1"}, "not one of exact"),

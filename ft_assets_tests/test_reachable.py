@@ -63,6 +63,10 @@ def test_reference_that_is_no_label_breaks_the_schema_or_the_pattern() -> None:
     schema = {"type": "object", "properties": {"count": {"maximum": 9}}}
     (message,) = found(['{"count": 10}'], schema=schema, json_schema="file", metric="schema")
     assert "at $.count, 10 is greater than the maximum of 9" in message
+    for elsewhere in ("#/$defs/none", "other.json", "http://127.0.0.1:9/x.json"):
+        schema = {"properties": {"a": {"$ref": elsewhere}}}
+        (message,) = found(['{"a": 1}'], schema=schema, json_schema="file", metric="schema")
+        assert "json_schema has a $ref that cannot be resolved" in message
     (message,) = found(["ab", "b"], regex="a.*")
     assert "heldout.jsonl:2: the reference 'b' itself has regex 0" in message
     assert "correct the row, or evaluation.regex" in message
@@ -103,6 +107,13 @@ def test_long_references_of_a_graded_metric_count_for_the_stop_rate() -> None:
     assert found(["yes"] * 10, gate=GateSettings(min_stop_rate=0), **settings) == []
 
 
+def test_reference_without_a_text_is_an_error() -> None:
+    (message,) = found(["yes", ("", "")])
+    assert message.startswith("heldout.jsonl:2: the reference is empty")
+    (message,) = found(["yes", ("no", "")])
+    assert "heldout.jsonl:2: the reference 'no' itself has exact 0, because its tokens" in message
+
+
 def test_reference_is_of_its_declared_kind() -> None:
     (message,) = found(["12", "a dozen"], metrics=["number"], metric="number")
     assert message.startswith("heldout.jsonl:2: the reference cannot be compared: it is 'a dozen'")
@@ -132,7 +143,8 @@ def test_chat_dataset_stores_what_the_tokens_decode_to(tmp_path: Path) -> None:
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     stops = frozenset([tokenizer.eos_token_id])
     write = tmp_path / "in.parquet"
-    rows = [talk("one?", "fine"), talk("two?", "so . no"), talk("three?", "so <pad>no")]
+    answers = {"one?": "fine", "two?": "so . no", "three?": "so <pad>no", "four?": "<pad>"}
+    rows = [talk(question, answer) for question, answer in answers.items()]
     rows[0]["options"] = ["fine", "bad"]
     with TableWriter(write, TOKENIZED) as table:
         for row in rows:
@@ -150,7 +162,7 @@ def test_chat_dataset_stores_what_the_tokens_decode_to(tmp_path: Path) -> None:
     assert stored["two?"]["decoded"] == "so. no"
     assert stored["three?"]["reference"] == "so no", "special tokens are dropped on both sides"
     targets = {one.reference: one.decoded for one in read_targets(tmp_path / "out.parquet")}
-    assert targets == {"fine": "fine", "so . no": "so. no", "so no": "so no"}
+    assert targets == {"fine": "fine", "so . no": "so. no", "so no": "so no", "": ""}
 
 
 @pytest.mark.graph

@@ -47,6 +47,17 @@ class Target:
     calls: tuple[ToolCall, ...] = ()
 
 
+def _require_text(one: Target) -> None:
+    """Raise EvaluationError for a reference that has no text: every empty answer equals it."""
+    if not one.reference:
+        raise EvaluationError(
+            where="a held-out row",
+            found="the reference is empty without the tokenizer's special tokens",
+            expected="a text: special tokens are dropped from answers",
+            fix="correct the row, or hold out rows with a text",
+        )
+
+
 def _require_readable_calls(one: Target) -> None:
     """Raise EvaluationError unless the calls of a row can be read from its decoded text."""
     problem = unread_calls(one.decoded, one.calls) if one.calls else None
@@ -95,10 +106,18 @@ def target(row: TokenizedRow) -> Target:
     """Return the reference of a row."""
     begin, end = last_answer(row["supervised"])
     reference = stored_reference(row)
-    decoded, options = row.get("decoded") or reference, tuple(row.get("options", ()))
+    decoded, options = row.get("decoded"), tuple(row.get("options", ()))
     *asked, answer = row["messages"]
     calls = tuple(answer.get("tool_calls", ()))
-    return Target(row["id"], reference, decoded, end - begin, options, tuple(asked), calls)
+    return Target(
+        id=row["id"],
+        reference=reference,
+        decoded=reference if decoded is None else decoded,
+        tokens=end - begin,
+        options=options,
+        messages=tuple(asked),
+        calls=calls,
+    )
 
 
 def unreachable(
@@ -126,7 +145,7 @@ def unscored(
 ) -> list[EvaluationError]:
     """Return an error for each reason why references have no score, or not the best one."""
     judged = _judged(settings, gate)
-    problems: list[_Problem] = []
+    problems = [*_refused(targets, _require_text)]
     if settings.choice == "options":
         problems += _refused(targets, lambda one: option_index(one.reference, [*one.options]))
     if settings.tool_calls:

@@ -57,12 +57,18 @@ class ReferenceTexts:
 def with_references(tokenizer: Any, rows: Iterable[TokenizedRow]) -> list[ReferencedRow]:
     """Return the tokenized rows, each with its `reference`."""
     texts = ReferenceTexts(tokenizer)
-    return [{**row, "reference": row.get("reference") or texts.reference(row)} for row in rows]
+    return [{**row, "reference": _stored_or(texts, row)} for row in rows]
+
+
+def _stored_or(texts: ReferenceTexts, row: TokenizedRow) -> str:
+    stored = row.get("reference")
+    return texts.reference(row) if stored is None else stored
 
 
 def stored_reference(row: Mapping[str, Any]) -> str:
     """Return the reference of a row that chat_dataset wrote; no tokenizer is needed."""
-    return row.get("reference") or row["messages"][-1]["content"].strip()
+    stored = row.get("reference")
+    return row["messages"][-1]["content"].strip() if stored is None else stored
 
 
 def last_answer(supervised: list[bool]) -> tuple[int, int]:
