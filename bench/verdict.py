@@ -344,7 +344,7 @@ def power() -> list[tuple[Line, float]]:
 def main(draws: int) -> None:
     error = 100 * (0.03 * 0.97 / draws) ** 0.5
     print(f"{draws} draws a line; the standard error of 3 % is {error:.1f} %\n")
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor() as pool:
         _print("rows", "truth: not better", ["false PASS"])
         for line in false_passes():
             _print(line.n, line.what, [f"{rate(pool, partial(passes, line), draws):.1%}"])
