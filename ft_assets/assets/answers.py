@@ -4,6 +4,7 @@ import dagster as dg
 
 from ft_assets.assets.judged import TRAINED, asked_inputs, asking, judged
 from ft_assets.config import settings_version
+from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.orchestration.declarations import Metrics, asset
 from ft_assets.orchestration.materializer import Materializer, result
 from ft_assets.steps import answers as answers_step
@@ -43,6 +44,8 @@ def answers(
         step=answers_step.Settings(
             evaluation=settings,
             few_shot_system=project.data.few_shot_system,
+            few_shot_auto=project.data.few_shot_auto,
+            answer_schema=read_schema(project, settings),
             weights={
                 candidate: settings_version([base, artifact.data_version])
                 for candidate, artifact in candidates.items()

@@ -128,7 +128,7 @@ def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
         return dg.AssetCheckResult(
             passed=False,
             severity=severity,
-            description="not compared: data.few_shot names no examples",
+            description="not compared: data.few_shot names no examples; `auto` chooses them",
         )
     entry = report.comparisons[reported]["few_shot"][metric]
     passed = beats(entry, gate.confidence)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ft_assets.artifacts import Artifact
-from ft_assets.config import settings_version
+from ft_assets.config import EvaluationSettings, Project, settings_version
 from ft_assets.errors import VerdictError
 from ft_assets.evaluation.setting_files import (
     harness_version,
@@ -39,17 +39,30 @@ def asking(materializer: Materializer, name: str) -> dict[str, Any]:
         "evaluation": settings.asked(),
         "harness": harness_version(project, settings),
         "few_shot_system": project.data.few_shot_system,
+        **({"few_shot_auto": _scoring(project, settings)} if project.data.few_shot_auto else {}),
+    }
+
+
+def _scoring(project: Project, settings: EvaluationSettings) -> dict[str, Any]:
+    """Return all that decides the scores of answers."""
+    return {
+        "evaluation": settings.model_dump(mode="json"),
+        "schema": read_schema(project, settings),
+        "own_metric": user_metric_version(project, settings),
+        "program": program_version(project, settings),
+        "packages": metric_packages(settings),
     }
 
 
 def asked_inputs(materializer: Materializer, used: dict[str, Artifact]) -> Inputs:
     """Return the inputs of the answers."""
     trained = ("base_model", "lora_adapter", "dpo_adapter")
+    validation = ("validation",) if materializer.project.data.few_shot_auto else ()
     return {
         **{asset: (used[asset], None) for asset in trained},
         **{
             f"heldout_split#{part}": (used["heldout_split"], part)
-            for part in ("train", "heldout", "retention")
+            for part in ("train", "heldout", "retention", *validation)
         },
         "raw_dataset#few_shot": (materializer.store.need("raw_dataset", None), "few_shot"),
     }
@@ -88,12 +101,9 @@ def evaluation_identity(materializer: Materializer, name: str) -> dict[str, Any]
     project = materializer.project
     settings = project.recipe(name).evaluation
     return {
-        "evaluation": settings.model_dump(mode="json"),
-        "schema": read_schema(project, settings),
-        "own_metric": user_metric_version(project, settings),
-        "program": program_version(project, settings),
-        "packages": metric_packages(settings),
+        **_scoring(project, settings),
         "harness": harness_version(project, settings),
         "few_shot_system": project.data.few_shot_system,
         "few_shot": materializer.store.need("raw_dataset", None).part_version("few_shot"),
+        **({"few_shot_auto": True} if project.data.few_shot_auto else {}),
     }

@@ -1,6 +1,6 @@
 """`data:` of finetune.yaml: the files, the rows that are held out, the rows that are filtered."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,10 @@ class DataSettings(Section):
     )
     few_shot: list[str] = Field(
         default=[], description="Examples for the prompted base, the rival of the fine-tune."
+    )
+    few_shot_auto: bool = Field(
+        default=False,
+        description="Choose the examples from the training rows; `few_shot: auto` sets it.",
     )
     few_shot_system: str | None = Field(
         default=None, description="System prompt of the prompted base."
@@ -121,6 +125,20 @@ class DataSettings(Section):
             raise ValueError(
                 f"heldout_slice: a share of {max(shares)} has {slices} slices, 0 to {slices - 1}"
             )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        """Read `few_shot: auto`."""
+        if isinstance(values, dict) and values.get("few_shot") == "auto":
+            return {**values, "few_shot": [], "few_shot_auto": True}
+        return values
+
+    @model_validator(mode="after")
+    def _examples_are_named_or_chosen(self) -> "DataSettings":
+        if self.few_shot and self.few_shot_auto:
+            raise ValueError("few_shot names files, and few_shot_auto chooses rows: drop one")
         return self
 
     @model_validator(mode="after")

@@ -4,13 +4,13 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ft_assets.chat.rendering import Renderer
 from ft_assets.errors import EvaluationError
-from ft_assets.evaluation.asker import Asker, active, prompts, tokenized
+from ft_assets.evaluation.asker import Asker, active, prompts
 from ft_assets.evaluation.candidate_proofs import (
     load_candidates,
     prove_adapters_act,
@@ -18,7 +18,7 @@ from ft_assets.evaluation.candidate_proofs import (
     template_mismatches,
 )
 from ft_assets.evaluation.context import Room
-from ft_assets.evaluation.few_shot import few_shot_prompt
+from ft_assets.evaluation.examples import Pool, choose, prompted
 from ft_assets.evaluation.harness import harness_scores, require_tasks
 from ft_assets.evaluation.kept_answers import (
     SIDES,
@@ -32,7 +32,7 @@ from ft_assets.evaluation.kept_answers import (
     digest,
 )
 from ft_assets.evaluation.references import ReferencedRow
-from ft_assets.evaluation.report_model import AdapterProof, OwnTemplate, Proofs
+from ft_assets.evaluation.report_model import AdapterProof, FewShotChoice, OwnTemplate, Proofs
 from ft_assets.evaluation.scorer import Task
 from ft_assets.job import Report
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
@@ -61,10 +61,13 @@ class _Plan:
     rows: list[ReferencedRow]
 
 
-def ask(candidates: Candidates, task: Task, kept: Kept, report: Report) -> Answers:
+def ask(
+    candidates: Candidates, task: Task, kept: Kept, report: Report, pool: Pool | None = None
+) -> Answers:
     """Ask every candidate for the same rows, and prove that it is the candidate that answers.
 
-    What is in `kept` is not asked again. Raises EvaluationError.
+    What is in `kept` is not asked again. pool: the rows to choose the examples of the prompted base
+    from, instead of those of the task. Raises EvaluationError.
     """
     snapshot, adapters = candidates.snapshot, candidates.adapters
     require_tasks(task.settings, task.root)
@@ -73,8 +76,16 @@ def ask(candidates: Candidates, task: Task, kept: Kept, report: Report) -> Answe
     stops = stop_ids(snapshot)
     renderer = Renderer(tokenizer, stops)
     _require_room(renderer, task, context_length(snapshot))
-    plans = _plans(renderer, task, adapters)
     model = load_candidates(snapshot, adapters)
+    choice: FewShotChoice | None = None
+    if pool is not None:
+        base = Asker(model, tokenizer, stops, task, candidates.weights["base"], kept)
+        with active(model, None):
+            examples, choice = choose(base, pool, task)
+        task = replace(task, few_shot=examples)
+        report("chose the examples of the prompted base", **choice.numbers())
+        _require_room(renderer, task, context_length(snapshot))
+    plans = _plans(renderer, task, adapters)
     probe = prompts(renderer, task.heldout[:1])[0]
     acting = prove_adapters_act(model, snapshot, adapters, probe)
     rows: dict[Side, dict[str, list[AskedRow]]] = {side: {} for side in SIDES}
@@ -101,6 +112,8 @@ def ask(candidates: Candidates, task: Task, kept: Kept, report: Report) -> Answe
     base = Asker(model, tokenizer, stops, task)
     proofs = _proofs(base, acting, mismatches, replaced_template(snapshot))
     facts = Facts(proofs=proofs, harness=harness, vocabulary=_facts(snapshot)["vocabulary"])
+    if choice is not None:
+        facts = facts.model_copy(update={"few_shot": choice})
     return Answers(facts, rows, cost)
 
 
@@ -116,14 +129,9 @@ def _require_room(renderer: Renderer, task: Task, context: int | None) -> None:
 def _plans(renderer: Renderer, task: Task, adapters: Mapping[str, Path]) -> list[_Plan]:
     plans = [_Plan("base", None, task.heldout)]
     if task.few_shot:
-        prompted = [_prompted(row, task) for row in task.heldout]
-        plans.append(_Plan("few_shot", None, tokenized(renderer, prompted)))
+        rows = prompted(renderer, task.heldout, task.few_shot, task.few_shot_system)
+        plans.append(_Plan("few_shot", None, rows))
     return plans + [_Plan(name, name, task.heldout) for name in adapters]
-
-
-def _prompted(row: ReferencedRow, task: Task) -> ReferencedRow:
-    messages = few_shot_prompt(row["messages"], task.few_shot_system, task.few_shot)
-    return {**row, "messages": messages}
 
 
 def _harness(asker: Asker, tasks: str) -> HarnessScores:

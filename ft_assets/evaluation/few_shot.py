@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from ft_assets.rows.types import ConversationRow, Message
+from ft_assets.rows.types import DataRow, Message
 
 
 def few_shot_prompt(
-    messages: list[Message], system: str | None, examples: Sequence[ConversationRow]
+    messages: list[Message], system: str | None, examples: Sequence[DataRow]
 ) -> list[Message]:
     """Return the messages of the prompted base.
 

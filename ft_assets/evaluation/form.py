@@ -47,17 +47,27 @@ def why_not_measured(settings: EvaluationSettings) -> str | None:
     """Return why form and content are not told apart without rivals; None if they need not be."""
     metric = {one.name: one for one in settings.measured()}[settings.metric]
     if is_json(settings):
-        return "data.few_shot names no examples, so that the base was not asked with a prompt"
+        return (
+            "data.few_shot names no examples, so that the base was not asked with a prompt "
+            "(`auto` chooses them)"
+        )
     if metric.of_answer and not metric.needs_reference:
         return f"{metric.name} is a metric of the form"
     return None
 
 
-def fitted_rows(settings: EvaluationSettings, train: Sequence[TokenizedRow]) -> list[TokenizedRow]:
-    """Return the first training rows by id; of a task with labels those whose answer is one."""
+def with_known_answer(
+    settings: EvaluationSettings, rows: Sequence[TokenizedRow]
+) -> list[TokenizedRow]:
+    """Return the rows in a random order, by id; of a task with labels those whose answer is one."""
     known = {normal_label(label) for label in settings.labels}
-    rows = [row for row in train if not known or normal_label(_answer(row)) in known]
-    return sorted(rows, key=lambda row: row["id"])[: settings.train_rows]
+    found = [row for row in rows if not known or normal_label(_answer(row)) in known]
+    return sorted(found, key=lambda row: row["id"])
+
+
+def fitted_rows(settings: EvaluationSettings, train: Sequence[TokenizedRow]) -> list[TokenizedRow]:
+    """Return the training rows that the candidates are scored on."""
+    return with_known_answer(settings, train)[: settings.train_rows]
 
 
 def most_frequent(train: Sequence[TokenizedRow]) -> str:

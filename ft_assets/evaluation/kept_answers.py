@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ft_assets.evaluation.report_model import Part, Proofs
+from ft_assets.evaluation.report_model import FewShotChoice, Part, Proofs
 
 Side = Literal["heldout", "retention", "train"]
 SIDES: tuple[Side, ...] = ("heldout", "retention", "train")
@@ -78,11 +78,15 @@ class HarnessScores(Part):
 
 
 class Facts(Part):
-    """asked.json. harness: by candidate. vocabulary: the size of the base's."""
+    """asked.json. harness: by candidate. vocabulary: the size of the base's.
+
+    few_shot: the choice of the examples by `data.few_shot: auto`.
+    """
 
     proofs: Proofs
     harness: dict[str, HarnessScores]
     vocabulary: int
+    few_shot: FewShotChoice | None = None
 
 
 class Cost(Part):

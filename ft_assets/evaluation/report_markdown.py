@@ -105,9 +105,10 @@ def prompting_sentence(report: EvalReport, verdict: Verdict) -> str | None:
         return None
     interval = f"[{entry.low:+.3f}, {entry.high:+.3f}]"
     text = f"{LABELS[best]} is {entry.mean:+.3f} against the few-shot prompt {interval}"
+    chosen = f". {report.few_shot.describe()}" if report.few_shot else ""
     if beats(entry, report.confidence):
-        return f"prompting does not reach it: {text}"
-    return f"**you do not need this fine-tune**, or cannot show that you do: {text}"
+        return f"prompting does not reach it: {text}{chosen}"
+    return f"**you do not need this fine-tune**, or cannot show that you do: {text}{chosen}"
 
 
 def _diagnosis(verdict: Verdict, findings: Sequence[Finding]) -> list[str]:

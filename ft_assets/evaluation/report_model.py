@@ -194,6 +194,46 @@ class Evidence(Part):
     steps: int | None = None
 
 
+class ExampleSet(Part):
+    """A set of training rows as examples; score: None if the base cannot be asked with it."""
+
+    rows: list[str]
+    score: float | None
+
+
+class FewShotChoice(Part):
+    """How `data.few_shot: auto` chose among the sets `tried`, by the mean `metric` of `rows` rows.
+
+    The rows are validation rows, or training rows; chosen: the place of the best set.
+    """
+
+    chosen: int
+    metric: str
+    rows: int
+    tried: list[ExampleSet]
+
+    def numbers(self) -> dict[str, float]:
+        """Return the choice as numbers of a progress line."""
+        scores = {f"set {place + 1}": one.score for place, one in enumerate(self.tried)}
+        known = {name: round(score, 4) for name, score in scores.items() if score is not None}
+        return {"chosen": self.chosen + 1, **known}
+
+    def describe(self) -> str:
+        """Return the choice as a sentence."""
+        best = self.tried[self.chosen]
+        others = [
+            "not asked" if one.score is None else f"{one.score:.3f}"
+            for place, one in enumerate(self.tried)
+            if place != self.chosen
+        ]
+        return (
+            f"The prompted base has {len(best.rows)} training rows as examples "
+            f"({', '.join(best.rows)}): the best of {len(self.tried)} sets on {self.rows} rows "
+            f"that are not held out, {self.metric} {best.score:.3f}; "
+            f"the others: {', '.join(others)}."
+        )
+
+
 class Form(Part):
     """The candidates against rivals that have the form of an answer alone, in the gate's metric.
 
@@ -235,6 +275,7 @@ class EvalReport(Part):
     gate_confidence: float | None = None
     verdict_number: int | None = None
     form: Form | None = None
+    few_shot: FewShotChoice | None = None
 
     def higher_is_better(self, metric: str) -> bool:
         """Return False if a metric of this report is better when it is lower."""

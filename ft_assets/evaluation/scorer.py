@@ -17,7 +17,7 @@ from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.label import choice
 from ft_assets.metrics.program import program_scores
 from ft_assets.metrics.user_function import load_function, user_scores
-from ft_assets.rows.types import ConversationRow
+from ft_assets.rows.types import DataRow
 
 SHUFFLES = 10
 
@@ -36,7 +36,7 @@ class Task:
     retention: list[ReferencedRow] = field(default_factory=list)
     train: list[ReferencedRow] = field(default_factory=list)
     few_answers: bool = False
-    few_shot: list[ConversationRow] = field(default_factory=list)
+    few_shot: Sequence[DataRow] = field(default_factory=list)
     few_shot_system: str | None = None
     schema: Option = None
     root: Path = Path()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import JsonValue
+
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import EvaluationSettings
@@ -18,6 +20,7 @@ from ft_assets.rows.types import ConversationRow, TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
+    from ft_assets.evaluation.examples import Pool
     from ft_assets.evaluation.scorer import Task
 
 # Raise it with a change of code that changes what a model answers: then nothing is kept.
@@ -25,7 +28,9 @@ VERSION = "2"
 
 
 class Settings(StepSettings):
-    """`weights`: the version of each candidate's. `harness`: of its tasks, as in `asking`.
+    """`few_shot_auto`: choose the examples of the prompted base, by `answer_schema` among others.
+
+    `weights`: the version of each candidate's. `harness`: of its tasks, as in `asking`.
 
     `previous`: the folder of the last answers.
     """
@@ -34,6 +39,8 @@ class Settings(StepSettings):
 
     evaluation: EvaluationSettings
     few_shot_system: str | None
+    few_shot_auto: bool = False
+    answer_schema: dict[str, JsonValue] | None = None
     weights: dict[str, str]
     harness: str
     root: Path
@@ -56,7 +63,8 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         },
         harness=given.harness,
     )
-    answers = ask(candidates, _task(job, given), _kept(given.previous, report), report)
+    pool = _pool(job, given.evaluation) if given.few_shot_auto else None
+    answers = ask(candidates, _task(job, given), _kept(given.previous, report), report, pool)
     answers.write(job.output)
     return StepResult(_metrics(answers))
 
@@ -79,8 +87,24 @@ def _task(job: Job, given: Settings) -> Task:
         few_answers=has_few_answers(settings, judged),
         few_shot=read_table(job.inputs["raw_dataset"] / "few_shot.parquet", row=ConversationRow),
         few_shot_system=given.few_shot_system,
+        schema=given.answer_schema,
         root=given.root,
     )
+
+
+def _pool(job: Job, settings: EvaluationSettings) -> Pool:
+    """Return the rows that the examples are chosen from, and those that they are chosen by."""
+    from ft_assets.evaluation.examples import Pool
+    from ft_assets.evaluation.form import with_known_answer
+
+    split, tokenizer = job.inputs["heldout_split"], load_tokenizer(job.inputs["base_model"])
+    sides = [
+        [row for row in read_table(split / f"{side}.parquet", row=TokenizedRow) if row["judged"]]
+        for side in ("train", "validation")
+    ]
+    known = [with_known_answer(settings, rows) for rows in sides]
+    train, validation = (with_references(tokenizer, rows) for rows in known)
+    return Pool(train, validation)
 
 
 def _kept(previous: Path | None, report: Report) -> Kept:

@@ -92,6 +92,8 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         _evidence(job, scored, answers, settings, train),
         given.uses.number(key, prompts),
     )
+    if (choice := answers.facts.few_shot) is not None:
+        numbers = numbers.model_copy(update={"few_shot": choice})
     verdict = decide(numbers, gate)
     findings = diagnose(numbers, verdict, gate)
     text = report_markdown(
