@@ -13,7 +13,7 @@ from ft_assets.metrics.equality import same_scalar
 from ft_assets.rows.types import Json
 
 Kind = Literal["number", "date"]
-Value = Decimal | datetime
+Amount = tuple[Decimal, str]
 EXAMPLES: dict[Kind, str] = {"number": "a number, e.g. 1234.5", "date": "a date, e.g. 2026-11-27"}
 
 
@@ -81,21 +81,24 @@ class Values:
         except ValueError:
             return False
 
-    def _read(self, kind: Kind, value: Json) -> Value:
+    def _read(self, kind: Kind, value: Json) -> Amount | datetime:
         """Return the number or the date. Raises ValueError with the reason if it is none."""
         return self.number(value) if kind == "number" else self.date(value)
 
-    def number(self, value: Json) -> Decimal:
-        """Return a number: of JSON, or written with groups of three digits and a currency sign."""
+    def number(self, value: Json) -> Amount:
+        """Return a number and its currency sign, if it has one: of JSON, or written in a text.
+
+        A text can have groups of three digits, which one mark separates.
+        """
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return Decimal(repr(value))
-        text = "".join(one for one in str(value) if unicodedata.category(one) != "Sc").strip()
-        plain = text.replace("\N{MINUS SIGN}", "-")
-        found = _numbers(self.decimal).fullmatch(plain) if isinstance(value, str) else None
-        if found is None:
+            return Decimal(repr(value)), ""
+        text, currency = _without_currency(value.strip()) if isinstance(value, str) else ("", "")
+        found = _numbers(self.decimal).fullmatch(text)
+        if found is None or not (found["whole"] or found["part"]):
             raise ValueError(f"which is no number with the decimal separator {self.decimal!r}")
-        whole = re.sub(r"\D", "", found["whole"] or "0")
-        return Decimal(f"{found['sign']}{whole}.{found['part'] or '0'}{found['power'] or ''}")
+        whole = re.sub(r"\D", "", found["whole"]) or "0"
+        digits = f"{found['sign']}{whole}.{found['part'] or '0'}{found['power'] or ''}"
+        return Decimal(digits), currency
 
     def date(self, value: Json) -> datetime:
         """Return a date: in ISO 8601, or any complete date with a year of four digits."""
@@ -122,12 +125,23 @@ def below(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
+def _without_currency(text: str) -> tuple[str, str]:
+    """Return a number's text without its currency sign, and the sign: $5, -$5 or 5 $."""
+    text = text.replace("\N{MINUS SIGN}", "-")
+    for place in (-1, 0, 1 if text[:1] in ("-", "+") else 0):
+        sign = text[place:][:1]
+        if sign and unicodedata.category(sign) == "Sc":
+            rest = text[:place].strip() + text[place:][1:].strip()
+            return rest, sign
+    return text, ""
+
+
 def _numbers(decimal: str) -> re.Pattern[str]:
     groups = {".": ",'’_", ",": ".'’_"}[decimal] + " \N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"
     grouped = rf"[0-9]{{1,3}}(?P<mark>[{groups}])[0-9]{{3}}(?:(?P=mark)[0-9]{{3}})*"
     part = rf"(?:{re.escape(decimal)}(?P<part>[0-9]*))?"
     power = r"(?P<power>[eE][-+]?[0-9]+)?"
-    return re.compile(rf"(?=.*[0-9])(?P<sign>[-+]?)\s*(?P<whole>{grouped}|[0-9]*){part}{power}")
+    return re.compile(rf"(?P<sign>[-+]?)\s*(?P<whole>{grouped}|[0-9]*){part}{power}")
 
 
 def _complete_date(text: str, day_first: bool) -> datetime | None:
