@@ -13,8 +13,9 @@ from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings, load_project
 from ft_assets.definitions import build
 from ft_assets.errors import ConfigError, MemoryPlanError
+from ft_assets.hardware import Gpu
 from ft_assets.orchestration import memory_forecast as forecast_module
-from ft_assets.orchestration.memory_forecast import Forecast, forecast
+from ft_assets.orchestration.memory_forecast import Forecast, forecast, settle_method
 from ft_assets.orchestration.run_plan import REFUSED, REUSED, STOPPED
 from ft_assets.orchestration.run_plan import plan as plan_run
 from ft_assets.training.adapter import new_adapter, trainable_share
@@ -333,6 +334,41 @@ def test_ft_plan_predicts_the_memory_of_a_training(
     assert {steps[name].action for name in ("dpo_adapter", "eval_report", "merged_model")} == {
         STOPPED
     }
+
+
+@pytest.mark.parametrize(
+    ("launcher", "total", "limit", "chosen"),
+    [
+        ({}, 12, None, "qlora"),
+        ({}, 80, None, "lora"),  # 5 GB of it are free
+        ({}, 80, 12, "qlora"),
+        ({}, 4, None, "lora"),  # nothing fits: the step refuses
+        ({}, None, None, "lora"),  # a CPU
+        ({"kind": "slurm"}, None, None, "auto"),  # the node's GPU is unknown
+        ({"kind": "slurm"}, None, 12, "qlora"),
+    ],
+)
+def test_method_in_the_fingerprint_is_the_one_that_auto_chooses(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: dict[str, Any],
+    total: float | None,
+    limit: float | None,
+    chosen: str,
+) -> None:
+    edit(project, memory_limit_gb=limit, **({"launcher": launcher} if launcher else {}))
+    given = load_project(project / "finetune.yaml")
+    gpu = Gpu("NVIDIA H100", 5e9, total * 1e9, "570.1") if total else None
+    monkeypatch.setattr(forecast_module, "first_gpu", lambda: gpu)
+    most = (limit or 1000) * 1e9
+    monkeypatch.setattr(
+        forecast_module, "_planner", lambda *_: lambda memory: plan(min(memory, most) / 1e9)
+    )
+    artifact: Any = None  # the plan of an 8B model replaces that of the rows
+    assert settle_method(given, artifact, artifact, "tiny").method == chosen
+    edit(project, lora={"method": "qlora"})
+    named = load_project(project / "finetune.yaml")
+    assert settle_method(named, artifact, artifact, "tiny").method == "qlora"
 
 
 CLUSTERS: list[tuple[dict[str, Any], int]] = [

@@ -5,6 +5,7 @@ import dagster as dg
 from ft_assets.assets.training_curves import loss_curve, overfitting_check
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import Materializer, result
+from ft_assets.release.card_facts import adapter_method
 from ft_assets.steps import dpo
 
 NO_PREFERENCES = "no preference data: no DPO"
@@ -38,16 +39,19 @@ def dpo_adapter(
     adapter = store.need("lora_adapter", name)
     split = store.need("heldout_split", name)
     pairs = ("preferences", "preferences_validation")
+    lora = chosen.lora
+    if lora.method == "auto":  # DPO continues the adapter with the method of its training
+        lora = lora.model_copy(update={"method": adapter_method(adapter)})
     artifact, reused = materializer.materialize(
         context,
-        identity={"lora": chosen.lora.model_dump(mode="json"), "dpo": chosen.dpo.decisive()},
+        identity={"lora": lora.model_dump(mode="json"), "dpo": chosen.dpo.decisive()},
         inputs={
             "base_model": (base, None),
             "lora_adapter": (adapter, None),
             **{f"heldout_split#{part}": (split, part) for part in pairs},
         },
         step=dpo.Settings(
-            lora=chosen.lora,
+            lora=lora,
             dpo=chosen.dpo,
             memory_limit_gb=materializer.project.memory_limit_gb,
         ),

@@ -5,6 +5,7 @@ import dagster as dg
 from ft_assets.assets.training_curves import loss_curve, overfitting_check
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
+from ft_assets.orchestration.memory_forecast import settle_method
 from ft_assets.steps import sft
 
 
@@ -32,15 +33,16 @@ def lora_adapter(
     chosen = materializer.project.recipe(name)
     base = store.need("base_model", name)
     split = store.need("heldout_split", name)
+    lora = settle_method(materializer.project, base, split, name)
     artifact, reused = materializer.materialize(
         context,
-        identity={"lora": chosen.lora.model_dump(mode="json"), "sft": chosen.sft.decisive()},
+        identity={"lora": lora.model_dump(mode="json"), "sft": chosen.sft.decisive()},
         inputs={
             "base_model": (base, None),
             **{f"heldout_split#{part}": (split, part) for part in ("train", "validation")},
         },
         step=sft.Settings(
-            lora=chosen.lora,
+            lora=lora,
             sft=chosen.sft,
             memory_limit_gb=materializer.project.memory_limit_gb,
         ),

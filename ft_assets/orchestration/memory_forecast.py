@@ -2,19 +2,20 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ft_assets.artifacts import ArtifactStore
-from ft_assets.config import Project
+from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.config import LoraSettings, Project
 from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.hardware import Gpu, first_gpu
 from ft_assets.training.flops import peak_flops
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
-from ft_assets.training.memory_plan.plan import Data, Machine, make_plan
+from ft_assets.training.memory_plan.plan import Data, Machine, Plan, make_plan
 
 TRAINING = {"lora_adapter": ("train", "sft"), "dpo_adapter": ("preferences", "dpo")}
 
@@ -47,10 +48,49 @@ def forecast(project: Project, store: ArtifactStore, asset: str, partition: str 
     gpu = _gpu(project)
     if gpu is None:
         return Forecast()
+    plan = _planner(project, base, split, asset, partition, gpu.name)
+    if plan is None:
+        return Forecast()
+    try:
+        with contextlib.suppress(MemoryPlanError):
+            return Forecast(round(plan(gpu.free).predicted / 1e9, 1))
+        return Forecast(
+            round(plan(gpu.total).predicted / 1e9, 1),
+            note=f"only {gpu.free / 1e9:.1f} of the GPU's {gpu.total / 1e9:.1f} GB are free now",
+        )
+    except MemoryPlanError as error:
+        return Forecast(refused=error.found)
+    except ConfigError as error:
+        return Forecast(refused=f"{error.where}: {error.found}; expected {error.expected}")
+
+
+def settle_method(project: Project, base: Artifact, split: Artifact, name: str) -> LoraSettings:
+    """Return `lora` with the method that `auto` chooses for SFT, for the fingerprint and the step.
+
+    The size of the GPU decides, not what is free at the moment: the same machine chooses the same.
+    `auto` stays if the memory of a cluster's GPU is unknown; the step then chooses. Without room
+    for any method it is `lora`, which the step refuses.
+    """
+    lora = project.recipe(name).lora
+    gpu = _gpu(project)
+    if lora.method != "auto" or (gpu is None and not project.launcher.on_this_machine):
+        return lora
+    plan = gpu and _planner(project, base, split, "lora_adapter", name, gpu.name)
+    method = "lora"  # on a CPU
+    if gpu and plan:
+        with contextlib.suppress(MemoryPlanError, ConfigError):
+            method = plan(gpu.total).method
+    return lora.model_copy(update={"method": method})
+
+
+def _planner(
+    project: Project, base: Artifact, split: Artifact, asset: str, partition: str, gpu: str
+) -> Callable[[float], Plan] | None:
+    """Return the function that plans a training for a GPU's memory in bytes; None without rows."""
     part, key = TRAINING[asset]
     lengths = _lengths(split.path / f"{part}.parquet", key)
     if not lengths:
-        return Forecast()
+        return None
     recipe = project.recipe(partition)
     pairs = key == "dpo"
     data = Data(
@@ -62,24 +102,14 @@ def forecast(project: Project, store: ArtifactStore, asset: str, partition: str 
     )
     shape, settings = snapshot_shape(base.path), recipe.dpo if pairs else recipe.sft
 
-    def peak(memory: float) -> float:
+    def plan(memory: float) -> Plan:
         memory = min(memory, (project.memory_limit_gb or math.inf) * 1e9)
         launcher = project.launcher
         ranks, sharding = launcher.ranks(), launcher.sharding_mode()
-        machine = Machine(True, memory, 2, True, peak_flops(gpu.name), ranks, sharding)
-        return round(make_plan(shape, recipe.lora, settings, data, machine, key).predicted / 1e9, 1)
+        machine = Machine(True, memory, 2, True, peak_flops(gpu), ranks, sharding)
+        return make_plan(shape, recipe.lora, settings, data, machine, key)
 
-    try:
-        with contextlib.suppress(MemoryPlanError):
-            return Forecast(peak(gpu.free))
-        return Forecast(
-            peak(gpu.total),
-            note=f"only {gpu.free / 1e9:.1f} of the GPU's {gpu.total / 1e9:.1f} GB are free now",
-        )
-    except MemoryPlanError as error:
-        return Forecast(refused=error.found)
-    except ConfigError as error:
-        return Forecast(refused=f"{error.where}: {error.found}; expected {error.expected}")
+    return plan
 
 
 def _lengths(path: Path, key: str) -> list[int]:
