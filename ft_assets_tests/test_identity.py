@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
         "lm_eval_path": "tasks",
         "labels": ["yes", "no"],
         "judge": JUDGE,
+        "program": {"command": ["python", "judge.py"]},
         "max_new_tokens": 8,
     }
     settings = {
@@ -45,6 +46,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "scoring.py").write_text(METRIC)
     (tmp_path / "helpers.py").write_text("def same(answer):\n    return 1.0\n")
+    (tmp_path / "judge.py").write_text("import rules\n")
+    (tmp_path / "rules.py").write_text("")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/words.yaml").write_text("task: words\n")
     return tmp_path
@@ -74,6 +77,14 @@ ONLY_SCORED: dict[str, Callable[[Path], Any]] = {
     ),
     "the module of your metric": append("scoring.py"),
     "a module that your metric imports": append("helpers.py"),
+    "your program": append("judge.py"),
+    "a module that your program imports": append("rules.py"),
+    "the memory of your program": lambda folder: edit(
+        folder, evaluation={"program": {"command": ["python", "judge.py"], "memory_mb": 99}}
+    ),
+    "a kind of a field": lambda folder: edit(
+        folder, evaluation={"json_fields": ["due"], "normalise": {"due": "date"}}
+    ),
 }
 ASKED: dict[str, Callable[[Path], Any]] = {
     "max_new_tokens": lambda folder: edit(folder, evaluation={"max_new_tokens": 9}),
@@ -118,6 +129,8 @@ def test_versions_of_the_chosen_metrics_packages_count_and_others_do_not(
     assert identities(folder)[1]["packages"] == {"sacrebleu": "99"}
     edit(folder, evaluation={"metrics": ["rouge"], "retention_metric": "exact"})
     assert set(identities(folder)[1]["packages"]) == {"rouge-score", "regex"}
+    edit(folder, evaluation={"json_fields": ["due"], "normalise": {"due": "date"}})
+    assert "python-dateutil" in identities(folder)[1]["packages"]
     monkeypatch.setattr(setting_files, "_version", lambda name: "99")
     assert identities(folder)[0]["harness"]["lm_eval"] == "99"
 

@@ -97,6 +97,7 @@ def metric_packages(settings: EvaluationSettings) -> dict[str, str]:
     """Return the versions of the packages that compute the chosen metrics."""
     general = [metric for metric in registered() if metric.name == settings.retention_metric]
     names = {name for metric in (*settings.measured(), *general) for name in metric.packages}
+    names |= {"python-dateutil"} if "date" in settings.normalise.values() else set()
     return {name: _version(name) for name in sorted(names)}
 
 
