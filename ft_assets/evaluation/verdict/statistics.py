@@ -21,6 +21,7 @@ from ft_assets.evaluation.verdict.intervals import BATCH, DRAWS, Interval
 
 POWER = 0.8
 ALL_SIGNS = 13  # groups, up to which every combination of signs is tried
+LARGEST_EFFECT = 100.0  # standard deviations
 MANY_ROWS = 2000  # beyond, the number of rows needed is that of the normal approximation
 
 
@@ -150,8 +151,13 @@ def _detectable(differences: Values, effect: float, binary: bool, alpha: float) 
     if n < 5 or deviation == 0.0:
         return None
     if not binary:
-        found: Any = TTestPower().solve_power(nobs=n, alpha=alpha, power=POWER)
-        return float(deviation * found)
+        # Not its solve_power: that returns an array, or NaN, where its solver falls back.
+        test = TTestPower()
+
+        def short(size: float) -> float:
+            return float(test.power(size, n, alpha)) - POWER
+
+        return deviation * float(brentq(short, 0.0, LARGEST_EFFECT))  # pyright: ignore[reportArgumentType]
     rows, discordant = math.floor(n), float((differences != 0).mean())
     if mcnemar_power(rows, discordant, 1.0, alpha) < POWER:
         return None
