@@ -22,7 +22,7 @@ from ft_assets.metrics.registry import ROUNDING
 from ft_assets.metrics.tool_calls import unread_calls
 from ft_assets.metrics.user_function import require_scores
 from ft_assets.metrics.values import Values
-from ft_assets.rows.types import Message, TokenizedRow, ToolCall
+from ft_assets.rows.types import ConversationRow, Message, TokenizedRow, ToolCall
 
 COLUMNS = ["id", "messages", "options", "supervised", "reference", "decoded"]
 SHOWN = 80  # characters of a text in a message
@@ -327,7 +327,7 @@ def places(raw_dataset: Path, ids: Sequence[str]) -> dict[str, str]:
     wanted = set(ids)
     found = {one: f"held-out row {one}" for one in ids}
     for name in ("conversations", "heldout"):
-        for row in Table[TokenizedRow](raw_dataset / f"{name}.parquet", ["id", "source"]):
+        for row in Table[ConversationRow](raw_dataset / f"{name}.parquet", ["id", "source"]):
             if row["id"] in wanted:
-                found[row["id"]] = str(row["source"])
+                found[row["id"]] = row["source"]
     return found

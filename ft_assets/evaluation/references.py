@@ -7,7 +7,7 @@ decoded as answers are. Its content alone would be an empty text, which no answe
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from ft_assets.rows.types import TokenizedRow
 
@@ -16,6 +16,13 @@ class ReferencedRow(TokenizedRow):
     """A tokenized row with the text that an answer is compared with."""
 
     reference: str
+
+
+class ReferenceColumns(TypedDict, total=False):
+    """The columns of a tokenized row that are stored where they differ; see TokenizedRow."""
+
+    reference: str
+    decoded: str
 
 
 class ReferenceTexts:
@@ -29,13 +36,17 @@ class ReferenceTexts:
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def columns(self, row: TokenizedRow) -> dict[str, str]:
+    def columns(self, row: TokenizedRow) -> ReferenceColumns:
         """Return the columns `reference` and `decoded` of a row; see TokenizedRow."""
         decoded = self.decoded(row)
         content = row["messages"][-1]["content"].strip()
         reference = self._reference(row, decoded)
-        columns = {"reference": reference} if reference != content else {}
-        return {**columns, "decoded": decoded} if decoded != reference else columns
+        columns: ReferenceColumns = {}
+        if reference != content:
+            columns["reference"] = reference
+        if decoded != reference:
+            columns["decoded"] = decoded
+        return columns
 
     def reference(self, row: TokenizedRow) -> str:
         """Return the text that an answer is compared with."""

@@ -37,6 +37,7 @@ def schema_problem(answer: str, json_schema: Option) -> str:
     if not is_json:
         return "it is not strict JSON"
     error = best_match(_problems(json_schema, value))
+    assert error is not None, "the answer meets the schema"
     return f"at {error.json_path}, {error.message:.200}"
 
 

@@ -150,9 +150,7 @@ class RowRenderer:
             "input_ids": sequence.input_ids,
             "supervised": sequence.supervised,
         }
-        if tokenized["judged"]:
-            tokenized.update(self.texts.columns(tokenized))
-        return tokenized
+        return {**tokenized, **self.texts.columns(tokenized)} if tokenized["judged"] else tokenized
 
     def _counted(self, batches: Iterator[list[RowT]]) -> Iterator[list[RowT]]:
         for rows in batches:
