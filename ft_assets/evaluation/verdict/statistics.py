@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binom
+from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.power import TTestPower, normal_sample_size_one_tail
+from statsmodels.stats.power import normal_sample_size_one_tail
 
 from ft_assets.evaluation.report_model import Difference
 from ft_assets.evaluation.verdict import intervals
@@ -21,7 +22,6 @@ from ft_assets.evaluation.verdict.intervals import BATCH, DRAWS, Interval
 
 POWER = 0.8
 ALL_SIGNS = 13  # groups, up to which every combination of signs is tried
-LARGEST_EFFECT = 100.0  # standard deviations
 MANY_ROWS = 2000  # beyond, the number of rows needed is that of the normal approximation
 
 
@@ -151,13 +151,8 @@ def _detectable(differences: Values, effect: float, binary: bool, alpha: float) 
     if n < 5 or deviation == 0.0:
         return None
     if not binary:
-        # Not its solve_power: that returns an array, or NaN, where its solver falls back.
-        test = TTestPower()
-
-        def short(size: float) -> float:
-            return float(test.power(size, n, alpha)) - POWER
-
-        return deviation * float(brentq(short, 0.0, LARGEST_EFFECT))  # pyright: ignore[reportArgumentType]
+        quantiles = student.ppf([1 - alpha / 2, POWER], n - 1)
+        return deviation * float(quantiles.sum()) / math.sqrt(n)
     rows, discordant = math.floor(n), float((differences != 0).mean())
     if mcnemar_power(rows, discordant, 1.0, alpha) < POWER:
         return None
