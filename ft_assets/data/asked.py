@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 
 from ft_assets.data.texts import Text, parsed
 from ft_assets.rows.types import TextRow
@@ -53,7 +54,7 @@ class Asked:
     def user_turns(self) -> list[Prompt]:
         """Return each user turn of the context alone."""
         return [
-            Prompt(text, shingles, " ".join(text.units))
+            Prompt(text, shingles, text.joined)
             for role, text, shingles in self.turns[: self.end]
             if role in ASKING
         ]
@@ -64,11 +65,12 @@ class Asked:
 
     def _prompt(self, end: int, users: bool = False, final: bool = False) -> Prompt:
         chosen = [turn for turn in self.turns[:end] if not users or turn[0] in ASKING]
-        text = parsed("")
-        for _, one, _ in chosen:
-            text = text + one if text.units else one
-        shingles = frozenset[int]().union(*(one for _, _, one in chosen))
-        said = [(role, " ".join(one.units)) for role, one, _ in chosen]
+        if len(chosen) == 1:
+            (_, text, shingles), *_ = chosen
+        else:
+            text = reduce(add, (one for _, one, _ in chosen), parsed(""))
+            shingles = frozenset[int]().union(*(one for _, _, one in chosen))
+        said = [(role, one.joined) for role, one, _ in chosen]
         key = " ".join(words for _, words in said) if users else repr(said)
         return Prompt(text, shingles, key, final)
 

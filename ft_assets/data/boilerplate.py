@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from ft_assets.data.asked import asked
-from ft_assets.data.texts import Hashes, Text
+from ft_assets.data.texts import GRAM, Hashes, Text
 from ft_assets.rows.types import TextRow
 
 COMMON = 0.02  # share of all rows above which a feature is boilerplate
@@ -27,7 +27,6 @@ ALIKE = 0.5  # share of common words from which two rows may be one family
 SLOT = 3  # words that differ in a family whose answers are equal
 RECURRING = 3  # rows
 AFFIX = 0.8  # share of recurring phrases among what differs in a family
-GRAM = 13  # units
 
 
 class Rows(Protocol):

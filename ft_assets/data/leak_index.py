@@ -66,7 +66,7 @@ class LeakIndex:
                 self._chats.setdefault(context.key, identity)
         for question in self._questions_of(found):
             if self._distinctive(question):
-                self._questions.setdefault(" ".join(question.text.units), identity)
+                self._questions.setdefault(question.text.joined, identity)
             if self._near and self._short:
                 self._near.add(identity, self._own(question))
                 self._short.add(identity, question.text)
@@ -84,7 +84,7 @@ class LeakIndex:
             for part in parts
             if len(part.shingles - self._common.shingles) >= MAIN * len(whole)
         ]
-        return list({" ".join(one.text.units): one for one in [found.whole, *main]}.values())
+        return list({one.text.joined: one for one in [found.whole, *main]}.values())
 
     def _add_phrases(self, index: PhraseIndex, identity: str, question: Prompt) -> None:
         index.add_text(identity, question.text)
@@ -132,7 +132,7 @@ class LeakIndex:
             for own in dict.fromkeys(self._own(prompt) for prompt in prompts):
                 for of, score in self._near.matches(own, most):
                     yield Found("near-duplicate", of, score)
-            texts = {" ".join(prompt.text.units): prompt.text for prompt in prompts}
+            texts = {prompt.text.joined: prompt.text for prompt in prompts}
             for text in texts.values():
                 for of, score in self._short.matches((side, row["id"]), text):
                     yield Found("one-word", of, score)
@@ -160,7 +160,7 @@ class LeakIndex:
             if of is not None:
                 yield Found("same-chat", of, 1.0)
         for prompt in prompts:
-            question = " ".join(prompt.text.units)
+            question = prompt.text.joined
             if self._distinctive(prompt) and (of := self._questions.get(question)) is not None:
                 yield Found("same-prompt", of, 1.0)
 

@@ -126,6 +126,7 @@ def within(sides: Mapping[str, Rows], data: DataSettings, common: Common) -> lis
     They are counted and shown, not filtered. Of a large side only a sample is compared.
     """
     copies: list[CopyRow] = []
+    data = data.model_copy(update={"quoted": None})
     for name, rows in sides.items():
         sampled = list(sample(len(rows), rows))
         position = {row["id"]: number for number, row in enumerate(sampled)}

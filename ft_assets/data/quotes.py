@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ft_assets.data.boilerplate import GRAM
-from ft_assets.data.texts import Text
+from ft_assets.data.texts import ANCHOR, Text
 
 MIN_GRAMS = 5  # of a long text
 MAX_GRAMS = 64
-ANCHOR = 4  # units: the shortest text that shows anything
 ENOUGH = 8  # units that need no ends of sentences
 
 
@@ -33,7 +31,7 @@ class GramIndex:
 
     def add(self, identity: str, text: Text) -> bool:
         """Index a text. Return False if it is too short."""
-        own = sorted(set(text.runs(GRAM).tolist()) - self._common)[:MAX_GRAMS]
+        own = sorted(text.grams - self._common)[:MAX_GRAMS]
         if len(own) < MIN_GRAMS:
             return False
         for gram in own:
@@ -45,9 +43,9 @@ class GramIndex:
         """Yield (id, share of its grams) of the indexed texts that the texts repeat."""
         if not self._texts:
             return
-        grams = {gram for text in texts for gram in text.runs(GRAM).tolist()}
+        grams = frozenset[int]().union(*(text.grams for text in texts))
         hits = Counter(
-            number for gram in grams if gram in self._owners for number in self._owners[gram]
+            number for gram in grams & self._owners.keys() for number in self._owners[gram]
         )
         for number, count in hits.items():
             identity, total = self._texts[number]
@@ -74,21 +72,21 @@ class PhraseIndex:
     def add_phrase(self, identity: str, text: Text) -> None:
         """Index a text that may stand in others."""
         if len(text) >= ANCHOR:
-            anchor = int(text.runs(ANCHOR)[0])
+            anchor = text.anchors[0]
             self._phrases.setdefault(anchor, []).append(_Place(identity, text.without_units(), 0))
 
     def add_text(self, identity: str, text: Text) -> None:
         """Index a text in which others may stand."""
-        anchors, text = text.runs(ANCHOR), text.without_units()
+        anchors, text = text.anchors, text.without_units()
         for start in text.breaks:
             if start < len(anchors):
                 place = _Place(identity, text, start)
-                self._places.setdefault(int(anchors[start]), []).append(place)
+                self._places.setdefault(anchors[start], []).append(place)
 
     def quoted(self, texts: Iterable[Text]) -> Iterator[str]:
         """Yield the ids of the phrases that stand in the texts."""
         for text in texts:
-            for start, anchor in enumerate(text.runs(ANCHOR).tolist()):
+            for start, anchor in enumerate(text.anchors):
                 for phrase in self._phrases.get(anchor, ()):
                     if _stands(phrase.text, text, start):
                         yield phrase.identity
@@ -96,7 +94,7 @@ class PhraseIndex:
     def quoting(self, phrase: Text) -> Iterator[str]:
         """Yield the ids of the indexed longer texts in which a phrase stands."""
         if len(phrase) >= ANCHOR:
-            for place in self._places.get(int(phrase.runs(ANCHOR)[0]), ()):
+            for place in self._places.get(phrase.anchors[0], ()):
                 if _stands(phrase, place.text, place.start):
                     yield place.identity
 

@@ -4,7 +4,9 @@ A run is the hash of consecutive units. Equal runs are equal texts but for a cha
 three units) or 2^-64 (of more).
 """
 
+import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +18,17 @@ from ft_assets.data.units import units
 Hashes = npt.NDArray[np.uint64]
 
 SHINGLE = 3  # units
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+ANCHOR = 4  # units: the shortest text that shows anything when it stands in another
+GRAM = 13  # units
+# A number to the power of 1, 2, 4, …: it moves a run by as many units.
+_POWERS = [np.uint64(pow(0x9E3779B97F4A7C15, 2**step, 2**64)) for step in range(32)]
 _CACHED = 2**20  # hashes of units that are kept
 # The ends of sentences and lines, a blank in a script that has no other, and the mark of an option.
+_OPTION = r"\s(?=\(?[A-Ha-h1-9][.)]\s)"
+_ASCII_BREAK = re.compile(rf"[.?!:;]+(?=\s|$)|\n+|{_OPTION}")
 _BREAK = regex.compile(
-    r"[.?!:;]+(?=\s|$)|[。？！；：｡۔؟।॥…\n]+"
-    r"|(?<=[\p{Script=Thai}\p{Script=Lao}])\s|\s(?=\(?[A-Ha-h1-9][.)]\s)"
+    rf"[.?!:;]+(?=\s|$)|[。？！；：｡۔؟।॥…\n]+|{_OPTION}"
+    r"|(?<=[\p{Script=Thai}\p{Script=Lao}])\s"
 )
 
 
@@ -49,11 +56,31 @@ class Text:
         count = len(self.hashes) - length + 1
         if count <= 0:
             return self.hashes[:0]
-        total = self.hashes[:count].copy()
-        for place in range(1, length):
-            total *= _MULTIPLIER
-            total += self.hashes[place : place + count]
+        # Runs of double the length, as often as the binary form of `length` asks.
+        total, done, doubled = self.hashes[:0], 0, self.hashes
+        for step in range(length.bit_length()):
+            size = 1 << step
+            if length & size:
+                part = doubled[done : done + count]
+                total = total * _POWERS[step] + part if done else part
+                done += size
+            doubled = doubled[:-size] * _POWERS[step] + doubled[size:]
         return total
+
+    @cached_property
+    def grams(self) -> frozenset[int]:
+        """The hashes of the runs of 13 units."""
+        return frozenset(self.runs(GRAM).tolist())
+
+    @cached_property
+    def anchors(self) -> list[int]:
+        """The hash of each run of four units, in order."""
+        return self.runs(ANCHOR).tolist()
+
+    @cached_property
+    def joined(self) -> str:
+        """The units with single blanks."""
+        return " ".join(self.units)
 
     def shingles(self) -> frozenset[int]:
         """Return the hashes of all triples of units, or of the whole text if it is shorter."""
@@ -90,7 +117,7 @@ def parsed(text: str) -> Text:
     """Return the comparable form of a text."""
     found: list[str] = []
     breaks = {0}
-    for sentence in _BREAK.split(text):
+    for sentence in (_ASCII_BREAK if text.isascii() else _BREAK).split(text):
         found += units(sentence)
         breaks.add(len(found))
     return Text(found, hashes_of(found), frozenset(breaks))
