@@ -163,6 +163,11 @@ def test_family_of_paraphrases_does_not_hide_itself(place: Workplace, way: str) 
     others = [talk(invented(number, 16), f"answer {number}") for number in range(1000, 1600)]
     counts = place.split([*rows, *others], {"heldout": [talk(prompt)]}, max_left_out=1)
     assert counts["train_rows_removed"] == len(rows)
+    if way == "words":  # and if another paraphrase of the family is held out, not the prompt
+        held_out = talk(changed(changed(prompt, chance), chance))
+        counts = place.split([*rows, *others], {"heldout": [held_out]}, max_left_out=1)
+        assert counts["train_rows_removed"] == len(rows)
+    assert place.leaks() == []
 
 
 NOUNS = ["red", "green", "blue", "apple", "stone", "river", "cloud", "lamp", "paper", "window"]

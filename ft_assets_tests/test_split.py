@@ -2,16 +2,18 @@
 
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ft_assets.assets.heldout_split import realised_share
 from ft_assets.config import DataSettings
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.ingest import target
 from ft_assets.data.leakage import leaks
-from ft_assets.data.split import SIDES, make_split
+from ft_assets.data.split import SIDES, is_heldout, make_split
 from ft_assets.data.tables import (
     CONVERSATION,
     TOKENIZED,
@@ -65,6 +67,7 @@ class Workplace:
         sides: dict[str, list[Row]] | None = None,
         targets: list[Row] | None = None,
         few_shot: list[Row] | None = None,
+        raw: Sequence[Path] = (),
         **settings: Any,
     ) -> dict[str, Any]:
         """Write the tables, split them, return the counts."""
@@ -86,7 +89,7 @@ class Workplace:
         write_table(self.targets, targets or [], CONVERSATION)
         write_table(self.few_shot, few_shot or [], CONVERSATION)
         self.data = DataSettings(train=["unused"], **settings)
-        split = make_split(self.chat, self.targets, self.out, self.data)
+        split = make_split(self.chat, self.targets, self.out, self.data, raw)
         self.versions = split.versions
         return split.counts
 
@@ -425,3 +428,31 @@ def test_judged_rows_that_belong_together_have_one_cluster(place: Workplace) -> 
     assert len({kept[row["id"]] for row in family}) == 1
     assert kept[near["id"]] == kept[retention[3]["id"]] != kept[family[0]["id"]]
     assert "cluster" not in read_table(place.out / "train.parquet")[0]
+
+
+def test_row_left_out_is_listed_with_both_files_and_lines(place: Workplace, tmp_path: Path) -> None:
+    rows = [{**talk(words(number)), "source": f"train.jsonl:{number}"} for number in range(60)]
+    held_out = {**talk(words(7), "another"), "source": "exam.jsonl:1"}
+    raw = [tmp_path / "conversations.parquet", tmp_path / "heldout.parquet"]
+    for path, table in zip(raw, (rows, [held_out]), strict=True):
+        write_table(path, table, CONVERSATION)
+    counts = place.split(rows, {"heldout": [held_out]}, raw=raw)
+    (copy,) = place.copies()
+    assert (copy["kind"], copy["source"], copy["of_side"], copy["of_source"]) == (
+        "same-prompt",
+        "train.jsonl:7",
+        "heldout",
+        "exam.jsonl:1",
+    )
+    assert (counts["left_out"], counts["left_out_same-prompt"]) == (1, 1)
+
+
+def test_realised_share_far_from_the_asked_one_is_said(place: Workplace) -> None:
+    rows = [talk(words(number)) for number in range(200)]
+    far, text = realised_share(place.split(rows, heldout_share=0.2))
+    assert not far and "20.0% were asked for" in text
+    grouped = [{**row, "group": "one"} if index < 130 else row for index, row in enumerate(rows)]
+    salt = next(salt for salt in map(str, range(99)) if is_heldout("one", 0.2, salt))
+    far, text = realised_share(place.split(grouped, heldout_share=0.2, split_salt=salt))
+    assert far and "the largest of 71 groups has 130 rows" in text
+    assert not realised_share({"heldout_rows": 3})[0]

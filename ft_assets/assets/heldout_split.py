@@ -245,10 +245,14 @@ def heldout_share_is_as_asked(checked: Checked) -> dg.AssetCheckResult:
 
     By chance it is within three standard deviations of a binomial count of groups.
     """
-    metrics = checked.metrics
+    far, text = realised_share(checked.metrics)
+    return dg.AssetCheckResult(passed=not far, severity=WARN, description=text)
+
+
+def realised_share(metrics: Metrics) -> tuple[bool, str]:
+    """Return whether the realised held-out share is far from the asked one, and a sentence."""
     if "heldout_share" not in metrics:
-        text = "data.heldout names the held-out rows"
-        return dg.AssetCheckResult(passed=True, severity=WARN, description=text)
+        return False, "data.heldout names the held-out rows"
     share, asked = metrics["heldout_share"], metrics["heldout_share_asked"]
     groups, largest = metrics["groups"], metrics["largest_group_rows"]
     chance = 3 * math.sqrt(asked * (1 - asked) / groups)
@@ -259,4 +263,4 @@ def heldout_share_is_as_asked(checked: Checked) -> dg.AssetCheckResult:
             f": a group is on one side as a whole, and the largest of {groups} groups has "
             f"{largest} rows; split it by the rows' `group`, or name a file in data.heldout"
         )
-    return dg.AssetCheckResult(passed=not far, severity=WARN, description=text)
+    return far, text

@@ -8,10 +8,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from ft_assets.data.asked import asked
@@ -43,7 +45,7 @@ class Common:
 
     `shingles`: triples of units of prompts. `grams`: runs of 13 units of all texts. `answers`:
     short answers. `words`: units of several rows. `slots`: short prompts without one unit, of
-    which the rows fill the gap in several ways.
+    which the rows fill the gap in several ways. `families`: (shingle, its family of paraphrases).
     """
 
     shingles: frozenset[int] = frozenset()
@@ -51,6 +53,7 @@ class Common:
     answers: frozenset[int] = frozenset()
     words: frozenset[int] = frozenset()
     slots: frozenset[int] = frozenset()
+    families: frozenset[tuple[int, int]] = frozenset()
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps({name: sorted(kept) for name, kept in asdict(self).items()}))
@@ -58,7 +61,9 @@ class Common:
     @classmethod
     def read(cls, path: Path) -> "Common":
         stored = json.loads(path.read_text())
-        return cls(**{kept.name: frozenset(stored.get(kept.name, ())) for kept in fields(cls)})
+        lists = {kept.name: stored.get(kept.name, []) for kept in fields(cls)}
+        lists["families"] = map(tuple, lists["families"])
+        return cls(**{name: frozenset(kept) for name, kept in lists.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +99,12 @@ def common_of(sides: Sequence[Rows]) -> Common:
         np.array([] if row.answer is None else [row.answer], dtype=np.uint64) for row in sampled
     ]
     words = [np.array(sorted(row.words), dtype=np.uint64) for row in sampled]
+    shared, families = _shared([row.shingles for row in sampled], sampled, limit)
     return Common(
-        shingles=_shared([row.shingles for row in sampled], sampled, limit),
-        grams=_shared([row.grams for row in sampled], sampled, limit),
-        answers=_shared(answers, sampled, CANNED - 1),
+        shingles=shared,
+        families=families,
+        grams=_shared([row.grams for row in sampled], sampled, limit)[0],
+        answers=_shared(answers, sampled, CANNED - 1)[0],
         words=frozenset(_frequent(words, CANNED - 1).tolist()),
     )
 
@@ -126,48 +133,73 @@ def _frequent(features: list[Hashes], limit: float) -> Hashes:
     return values[counts > limit]
 
 
-def _shared(features: list[Hashes], rows: list[_Sampled], limit: float) -> frozenset[int]:
-    """Return the features that more than `limit` clusters of rows share."""
-    frequent = _frequent(features, limit)
+def _shared(
+    features: list[Hashes], rows: list[_Sampled], limit: float
+) -> tuple[frozenset[int], frozenset[tuple[int, int]]]:
+    """Return the features that more than `limit` clusters of rows share, and those of families.
+
+    A family is named by one of its rows.
+    """
     recurring = frozenset(_frequent([row.shingles for row in rows], RECURRING - 1).tolist())
-    if not len(frequent):
-        return frozenset()
+    joined = list(range(len(rows)))  # a forest of rows: each points to one of its family
+    shared: set[int] = set()
+    family_of: dict[int, int] = {}
+    known: dict[bytes, tuple[int, list[list[int]]]] = {}
+    for feature, count, owners in _owned(features, _frequent(features, limit)):
+        if (name := owners.tobytes()) not in known:
+            known[name] = _clusters(rows, owners.tolist(), recurring)
+        alone, families = known[name]
+        if len(families) + alone * count / len(owners) > limit:
+            shared.add(feature)
+            continue
+        for family in families:
+            if _scattered([rows[index] for index in family]):
+                for index in family:
+                    joined[_root(joined, index)] = _root(joined, family[0])
+                family_of[feature] = family[0]
+    named = {(feature, _root(joined, index)) for feature, index in family_of.items()}
+    return frozenset(shared), frozenset(named)
+
+
+def _root(joined: list[int], index: int) -> int:
+    while joined[index] != index:
+        index = joined[index]
+    return index
+
+
+def _owned(
+    features: list[Hashes], wanted: Hashes
+) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
+    """Yield (feature, number of its rows, the first rows with it) of the wanted features."""
+    if not len(wanted):
+        return
     values = np.concatenate(features)
     owners = np.repeat(np.arange(len(features)), [len(one) for one in features])
-    kept = np.isin(values, frequent)
+    kept = np.isin(values, wanted)
     order = np.argsort(values[kept], kind="stable")
     values, owners = values[kept][order], owners[kept][order]
-    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
-    clusters: dict[bytes, tuple[int, int]] = {}
-    found: set[int] = set()
-    for start, stop in zip(starts, np.append(starts[1:], len(values)), strict=True):
-        chosen = owners[start : min(stop, start + OWNERS)]
-        counted = clusters.get(chosen.tobytes())
-        if counted is None:
-            counted = clusters[chosen.tobytes()] = _clusters(
-                [rows[index] for index in chosen], recurring
-            )
-        families, alone = counted
-        if families + alone * (stop - start) / len(chosen) > limit:
-            found.add(int(values[start]))
-    return frozenset(found)
+    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])).tolist()
+    for start, stop in pairwise([*starts, len(values)]):
+        yield int(values[start]), stop - start, owners[start : min(stop, start + OWNERS)]
 
 
-def _clusters(rows: list[_Sampled], recurring: frozenset[int]) -> tuple[int, int]:
-    """Return the number of families of rows, and of rows that are in none."""
-    left, families, alone = list(rows), 0, 0
+def _clusters(
+    rows: list[_Sampled], chosen: list[int], recurring: frozenset[int]
+) -> tuple[int, list[list[int]]]:
+    """Return how many of the chosen rows are in no family, and the families of the others."""
+    left, alone = chosen, 0
+    families: list[list[int]] = []
     while left:
-        group, rest = [left[0]], left[1:]
-        for row in group:  # grows while it is read
-            near = [other for other in rest if _alike(row.words, other.words)]
-            rest = [other for other in rest if not any(other is one for one in near)]
+        group, left = [left[0]], left[1:]
+        for index in group:  # grows while it is read
+            near = [other for other in left if _alike(rows[index].words, rows[other].words)]
+            left = [other for other in left if other not in near]
             group += near
-        left = rest
-        if len(group) > 1 and _is_family(group, recurring):
-            families += 1
+        if len(group) > 1 and _is_family([rows[index] for index in group], recurring):
+            families.append(group)
         else:
             alone += len(group)
-    return families, alone
+    return alone, families
 
 
 def _alike(one: frozenset[int], other: frozenset[int]) -> bool:
@@ -181,9 +213,7 @@ def _is_family(rows: list[_Sampled], recurring: frozenset[int]) -> bool:
     differ in ever other places, or in phrases that recur. If the rows differ in a few words, equal
     answers show that these words are no content.
     """
-    core = _usual([row.words for row in rows])
-    incomplete = sum(not core <= row.words for row in rows)
-    if len(rows) == 2 or incomplete >= len(rows) / 2:
+    if len(rows) == 2 or _scattered(rows):
         return True
     shared = _usual([frozenset(row.shingles.tolist()) for row in rows])
     own = [frozenset(row.shingles.tolist()) - shared for row in rows]
@@ -191,9 +221,16 @@ def _is_family(rows: list[_Sampled], recurring: frozenset[int]) -> bool:
         map(len, own)
     ):
         return True
+    core = _usual([row.words for row in rows])
     answers = {row.answer for row in rows}
     few = all(len(row.words - core) <= SLOT < len(core) for row in rows)
     return few and len(answers) == 1 and None not in answers
+
+
+def _scattered(rows: list[_Sampled]) -> bool:
+    """Return True if most rows lack one of the usual words."""
+    core = _usual([row.words for row in rows])
+    return len(rows) > 2 and 2 * sum(not core <= row.words for row in rows) >= len(rows)
 
 
 def _usual(features: list[frozenset[int]]) -> frozenset[int]:

@@ -44,6 +44,8 @@ class LeakIndex:
         self._common = common
         self._contexts: dict[str, str] = {}  # {key of a whole context: id}
         self._groups: dict[str, str] = {}
+        self._family_of = dict(common.families)  # {shingle: family}
+        self._families: dict[int, str] = {}  # {family: id}
         self._chats: dict[str, str] = {}  # {key of an earlier context of a chat: id}
         self._questions: dict[str, str] = {}  # {text of a question: id}
         self._near = NearIndex(data.near_duplicate) if data.near_duplicate else None
@@ -67,6 +69,8 @@ class LeakIndex:
         for question in self._questions_of(found):
             if self._distinctive(question):
                 self._questions.setdefault(question.text.joined, identity)
+            if (family := self._family(question)) is not None:
+                self._families.setdefault(family, identity)
             if self._near and self._short:
                 self._near.add(identity, self._own(question))
                 self._short.add(identity, question.text)
@@ -85,6 +89,13 @@ class LeakIndex:
             if len(part.shingles - self._common.shingles) >= MAIN * len(whole)
         ]
         return list({one.text.joined: one for one in [found.whole, *main]}.values())
+
+    def _family(self, prompt: Prompt) -> int | None:
+        """Return the family of paraphrases to which most of a prompt belongs."""
+        known = [self._family_of[one] for one in prompt.shingles if one in self._family_of]
+        if len(known) < max(DISTINCTIVE, MAIN * len(prompt.shingles)):
+            return None
+        return max(set(known), key=lambda family: (known.count(family), family))
 
     def _add_phrases(self, index: PhraseIndex, identity: str, question: Prompt) -> None:
         index.add_text(identity, question.text)
@@ -136,6 +147,10 @@ class LeakIndex:
             for text in texts.values():
                 for of, score in self._short.matches((side, row["id"]), text):
                     yield Found("one-word", of, score)
+            for prompt in prompts if self._families else ():
+                family = self._family(prompt)
+                if family is not None and family in self._families:
+                    yield Found("family", self._families[family], MAIN)
         if self._phrases:
             yield from self._quotes(self._phrases, found, prompts)
         if self._answer_phrases:

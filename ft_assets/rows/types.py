@@ -167,6 +167,7 @@ CopyKind = Literal[
     "same-chat",
     "near-duplicate",
     "one-word",
+    "family",
     "contained",
     "quoted",
     "answer",
