@@ -157,10 +157,10 @@ def test_chat_dataset_stores_what_the_tokens_decode_to(tmp_path: Path) -> None:
         renderer.conversations("heldout", write, out)
     assert renderer.first is None
     stored = {row["messages"][0]["content"]: row for row in read_table(tmp_path / "out.parquet")}
-    assert "reference" not in stored["one?"] and "decoded" not in stored["one?"]
+    assert "expected" not in stored["one?"] and "decoded" not in stored["one?"]
     assert stored["one?"]["options"] == ["fine", "bad"] and "options" not in stored["two?"]
     assert stored["two?"]["decoded"] == "so. no"
-    assert stored["three?"]["reference"] == "so no", "special tokens are dropped on both sides"
+    assert stored["three?"]["expected"] == "so no", "special tokens are dropped on both sides"
     targets = {one.reference: one.decoded for one in read_targets(tmp_path / "out.parquet")}
     assert targets == {"fine": "fine", "so . no": "so. no", "so no": "so no", "": ""}
 

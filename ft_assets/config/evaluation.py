@@ -175,7 +175,7 @@ class EvaluationSettings(Section):
     @property
     def values(self) -> Values:
         """When two values of an answer are equal."""
-        kinds = {composed(key): kind for key, kind in self.normalise.items()}
+        kinds: dict[str, Kind] = {composed(key): kind for key, kind in self.normalise.items()}
         return Values(kinds, self.decimal, self.day_first)
 
     def option(self, metric: Metric) -> Option:

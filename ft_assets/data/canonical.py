@@ -15,7 +15,15 @@ from ft_assets.data.units import normalise
 from ft_assets.rows.messages import checked
 from ft_assets.rows.row_formats import conversation_turns, preference_turns
 from ft_assets.rows.tools import tools
-from ft_assets.rows.types import AnsweredRow, FunctionCall, Message, Preference, RawFields, Tool
+from ft_assets.rows.types import (
+    AnsweredRow,
+    DataRow,
+    FunctionCall,
+    Message,
+    Preference,
+    RawFields,
+    Tool,
+)
 from ft_assets.rows.values import RowProblem, parsed, text
 
 # A message as its id sees it: role, text, and the other parts if it has any.
@@ -144,7 +152,7 @@ def _identified(turn: Message) -> _Identified:
     return (role, content, extra) if extra else (role, content)
 
 
-def _note_joined(row: AnsweredRow, turns: int) -> None:
+def _note_joined(row: DataRow, turns: int) -> None:
     """Note how many user turns were joined, for the counts of ingest.py. No table stores it."""
     if turns:
         cast(dict[str, object], row)["joined"] = turns

@@ -31,7 +31,7 @@ BATCH = 1000  # rows that are Python objects at the same time
 MODULUS = 2**128
 
 # Columns that no version counts: where a row came from, and what the base model decides.
-UNCOUNTED = ("source", "reference", "decoded", "digest")
+UNCOUNTED = ("source", "expected", "decoded", "digest")
 
 RowT = TypeVar("RowT", bound=Mapping[str, object])
 # A row as Arrow holds it: every column of the schema, None where the row has no value, JSON texts.
@@ -84,7 +84,7 @@ TOKENIZED = Layout(
             ("judged", pa.bool_()),
             ("input_ids", IDS),
             ("supervised", pa.list_(pa.bool_())),
-            ("reference", pa.string()),
+            ("expected", pa.string()),
             ("decoded", pa.string()),
             *DIGEST,
         ]
@@ -397,7 +397,7 @@ def _encoded_turn(turn: Message) -> ArrowRow | Message:
 def _decoded(row: ArrowRow) -> ArrowRow:
     if row.get("messages") is not None:
         row["messages"] = [_decoded_turn(turn) for turn in row["messages"]]
-    for key in ("tools", "stratum", "options", "reference", "decoded"):
+    for key in ("tools", "stratum", "options", "expected", "decoded"):
         if key in row and row[key] is None:
             del row[key]
     if "tools" in row:

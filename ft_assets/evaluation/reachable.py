@@ -24,7 +24,7 @@ from ft_assets.metrics.user_function import require_scores
 from ft_assets.metrics.values import Values
 from ft_assets.rows.types import ConversationRow, Message, TokenizedRow, ToolCall
 
-COLUMNS = ["id", "messages", "options", "supervised", "reference", "decoded"]
+COLUMNS = ["id", "messages", "options", "supervised", "expected", "decoded"]
 SHOWN = 80  # characters of a text in a message
 PLACES = 5  # further rows that a message names
 Where = Callable[[Sequence[str]], Mapping[str, str]]
@@ -99,13 +99,13 @@ class _Problem:
 
 def read_targets(heldout: Path) -> list[Target]:
     """Read the references of a table that heldout_split wrote."""
-    return [target(row) for row in Table[TokenizedRow](heldout, COLUMNS)]
+    rows = Table[TokenizedRow](heldout, COLUMNS)
+    return [target(row, stored_reference(row)) for row in rows]
 
 
-def target(row: TokenizedRow) -> Target:
-    """Return the reference of a row."""
+def target(row: TokenizedRow, reference: str) -> Target:
+    """Return the reference of a row with the text that its tokens decode to."""
     begin, end = last_answer(row["supervised"])
-    reference = stored_reference(row)
     decoded, options = row.get("decoded"), tuple(row.get("options", ()))
     *asked, answer = row["messages"]
     calls = tuple(answer.get("tool_calls", ()))

@@ -21,7 +21,7 @@ class ReferencedRow(TokenizedRow):
 class ReferenceColumns(TypedDict, total=False):
     """The columns of a tokenized row that are stored where they differ; see TokenizedRow."""
 
-    reference: str
+    expected: str
     decoded: str
 
 
@@ -37,13 +37,13 @@ class ReferenceTexts:
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def columns(self, row: TokenizedRow) -> ReferenceColumns:
-        """Return the columns `reference` and `decoded` of a row; see TokenizedRow."""
+        """Return the columns `expected` and `decoded` of a row; see TokenizedRow."""
         decoded = self.decoded(row)
         content = row["messages"][-1]["content"].strip()
         reference = self._reference(row, decoded)
         columns: ReferenceColumns = {}
         if reference != content:
-            columns["reference"] = reference
+            columns["expected"] = reference
         if decoded != reference:
             columns["decoded"] = decoded
         return columns
@@ -72,13 +72,13 @@ def with_references(tokenizer: Any, rows: Iterable[TokenizedRow]) -> list[Refere
 
 
 def _stored_or(texts: ReferenceTexts, row: TokenizedRow) -> str:
-    stored = row.get("reference")
+    stored = row.get("expected")
     return texts.reference(row) if stored is None else stored
 
 
 def stored_reference(row: Mapping[str, Any]) -> str:
     """Return the reference of a row that chat_dataset wrote; no tokenizer is needed."""
-    stored = row.get("reference")
+    stored = row.get("expected")
     return row["messages"][-1]["content"].strip() if stored is None else stored
 
 

@@ -17,8 +17,8 @@ COLUMNS = {
     "held out.",
     "input_ids": "Tokens of the conversation in this model's own template.",
     "options": "The answers to choose from, for the metric `choice`.",
-    "reference": "The text that answers are compared with, where it is not the last message's.",
-    "decoded": "The text that the reference's tokens decode to, where it is not the reference.",
+    "expected": "The text that answers are compared with, where it is not the last message's.",
+    "decoded": "The text that the answer's tokens decode to, where it is not the expected one.",
     "supervised": "The loss mask: True for the answers and their end of turn.",
 }
 

@@ -114,12 +114,12 @@ class TokenizedRow(AnsweredRow, TokenSequence):
     """A conversation in the model's own template.
 
     `judged`: a whole conversation that ends in an answer. Only such a row can be held out.
-    `reference`: the text that answers are compared with, where it is not the last message's.
-    `decoded`: the text that the reference's tokens decode to, where it is not the reference.
+    `expected`: the text that answers are compared with, where it is not the last message's.
+    `decoded`: the text that the answer's tokens decode to, where it is not the expected one.
     """
 
     judged: bool
-    reference: NotRequired[str]
+    expected: NotRequired[str]
     decoded: NotRequired[str]
 
 

@@ -136,7 +136,7 @@ def _require_scores(task: Task, given: Settings) -> None:
     heldout_split has checked it, unless only this report is made for a changed metric.
     """
     unfit = unscored(
-        [target(row) for row in task.heldout],
+        [target(row, row["reference"]) for row in task.heldout],
         task.settings,
         given.gate,
         task.schema,
