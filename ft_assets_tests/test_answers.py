@@ -24,8 +24,9 @@ def generated(folder: Path) -> int:
 
 
 def tokens(asked: Answers, *candidates: str) -> int:
-    sides = (asked.rows["heldout"], asked.rows["retention"])
-    rows = [row for side in sides for name in candidates for row in side.get(name, [])]
+    rows = [
+        row for side in asked.rows.values() for name in candidates for row in side.get(name, [])
+    ]
     return sum(row.answer.tokens for row in rows if row.answer)
 
 
@@ -80,10 +81,24 @@ def test_longer_answers_are_asked_again(copy: Path) -> None:
     assert generated(copy) == tokens(answers(copy), "base", "few_shot", "sft", "dpo")
 
 
+def test_new_label_is_asked_and_nothing_is_generated(copy: Path) -> None:
+    edit(copy, evaluation={"labels": ["yes", "no"], "metric": "label"})
+    assert materialize(copy, "recipe,answers").success
+    assert generated(copy) == 0
+    before = answers(copy).rows["heldout"]["base"]
+    assert {option.text for row in before for option in row.options} == {"yes", "no"}
+    edit(copy, evaluation={"labels": ["yes", "no", "maybe"], "metric": "label"})
+    assert materialize(copy, "recipe,answers").success
+    assert generated(copy) == 0
+    for row, old in zip(answers(copy).rows["heldout"]["base"], before, strict=True):
+        assert row.options[:2] == old.options
+        assert [option.text for option in row.options[2:]] == ["maybe"][: len(row.options)]
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "a metric": {"evaluation": {"metrics": ["rouge", "bleu"], "metric": "rougeL"}},
     "the gate": {"gate": {"confidence": 0.9}},
-    "the labels": {"evaluation": {"labels": ["yes", "no"], "metric": "label"}},
+    "a pattern": {"evaluation": {"regex": "yes|no", "metric": "regex"}},
     "own metric": {"evaluation": {"python": "scoring:score", "metric": "score"}},
 }
 

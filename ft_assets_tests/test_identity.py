@@ -67,7 +67,6 @@ def append(name: str, text: str = "# changed\n") -> Callable[[Path], Any]:
 
 ONLY_SCORED: dict[str, Callable[[Path], Any]] = {
     "a metric": lambda folder: edit(folder, evaluation={"metrics": ["chrf", "rouge"]}),
-    "a label": lambda folder: edit(folder, evaluation={"labels": ["yes", "no", "maybe"]}),
     "a refusal": lambda folder: edit(folder, evaluation={"refusals": ["no way"]}),
     "the judge's model": lambda folder: edit(
         folder, evaluation={"judge": {**JUDGE, "model": "other"}}
@@ -88,7 +87,8 @@ ONLY_SCORED: dict[str, Callable[[Path], Any]] = {
 }
 ASKED: dict[str, Callable[[Path], Any]] = {
     "max_new_tokens": lambda folder: edit(folder, evaluation={"max_new_tokens": 9}),
-    "a label of `choice`": lambda folder: edit(folder, evaluation={"choice": True}),
+    "a label": lambda folder: edit(folder, evaluation={"labels": ["yes", "no", "maybe"]}),
+    "choice": lambda folder: edit(folder, evaluation={"choice": True}),
     "a task of lm_eval": lambda folder: edit(folder, evaluation={"lm_eval_limit": 7}),
     "a task file of lm_eval_path": append("tasks/words.yaml"),
     "a further file of lm_eval_path": append("tasks/utils.py"),
