@@ -3,6 +3,7 @@
 import json
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,18 @@ def test_limits_end_the_program(
         assert scores(settings, tmp_path, ["yes"]) == [1.0]
     else:
         assert found in failure(settings, tmp_path)
+
+
+def test_absolute_link_to_an_interpreter_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "python").symlink_to(sys.executable)
+    text = "import os, sys\nassert os.path.dirname(sys.orig_argv[0]) == sys.argv[1], sys.orig_argv"
+    write(tmp_path, text)
+    for interpreter in (str(tmp_path / "python"), "./python"):
+        command = [interpreter, "judge.py", str(tmp_path)]
+        (outcome,) = program_outcomes(
+            ProgramSettings(command=command), tmp_path, ["yes"], ["yes"], [[]]
+        )
+        assert outcome.code == 0, outcome
 
 
 def test_children_of_the_program_end_with_it(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def program_version(
         return None
     found: dict[str, dict[str, str]] = {"files": {}, "packages": {}}
     for path in settings.program.files(project.root):
-        found["files"][path.name] = file_sha256(path)
+        found["files"][path.relative_to(project.root.absolute()).as_posix()] = file_sha256(path)
         modules = _modules_of(path)
         if modules is not None:
             found["files"] |= modules.files

@@ -46,8 +46,8 @@ class ProgramSettings(BaseModel):
 
     def files(self, root: Path) -> list[Path]:
         """Return the files of the project's folder that the command names."""
-        places = (root / part for part in self.command)
-        return [place for place in places if place.is_file()]
+        places = (root / part for part in self.command if not Path(part).is_absolute())
+        return [place.absolute() for place in places if place.is_file()]
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def _found(settings: ProgramSettings, root: Path) -> list[str]:
     Raises EvaluationError if it names no program.
     """
     inside = set(settings.files(root))
-    command = [
-        str((root / part).resolve()) if root / part in inside else part for part in settings.command
-    ]
+    # Not resolved: a link to an interpreter decides which packages it finds.
+    places = [(part, (root / part).absolute()) for part in settings.command]
+    command = [str(place) if place in inside else part for part, place in places]
     program = shutil.which(command[0])
     if program is None:
         raise EvaluationError(
