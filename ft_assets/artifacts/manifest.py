@@ -157,7 +157,7 @@ def file_entries(staged: Path) -> dict[str, FileEntry]:
 def content_version(files: Mapping[str, FileEntry], parts: Mapping[str, str] | None) -> str:
     """Return the data version of these files, or of these parts if there are any."""
     hashes = {
-        name: entry.sha256 for name, entry in files.items() if not name.startswith(f"{INFO}/")
+        name: entry.sha256 for name, entry in files.items() if INFO not in name.split("/")[:-1]
     }
     text = json.dumps(dict(parts) if parts else hashes, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -44,6 +44,7 @@ def answers(
         step=answers_step.Settings(
             evaluation=settings,
             few_shot_system=project.data.few_shot_system,
+            seeds=project.gate.seeds,
             few_shot_auto=project.data.few_shot_auto,
             answer_schema=read_schema(project, settings),
             weights={

@@ -34,7 +34,7 @@ def dpo_adapter(
     One adapter holds SFT and DPO.
     """
     store, name = materializer.store, context.partition_key
-    chosen = materializer.project.recipe(name)
+    chosen, seeds = materializer.project.recipe(name), materializer.project.gate.seeds
     base = store.need("base_model", name)
     adapter = store.need("lora_adapter", name)
     split = store.need("heldout_split", name)
@@ -44,7 +44,11 @@ def dpo_adapter(
         lora = lora.model_copy(update={"method": adapter_method(adapter)})
     artifact, reused = materializer.materialize(
         context,
-        identity={"lora": lora.model_dump(mode="json"), "dpo": chosen.dpo.decisive()},
+        identity={
+            "lora": lora.model_dump(mode="json"),
+            "dpo": chosen.dpo.decisive(),
+            **({"seeds": seeds} if seeds > 1 else {}),
+        },
         inputs={
             "base_model": (base, None),
             "lora_adapter": (adapter, None),
@@ -54,9 +58,10 @@ def dpo_adapter(
             lora=lora,
             dpo=chosen.dpo,
             memory_limit_gb=materializer.project.memory_limit_gb,
+            seeds=seeds,
         ),
         libraries="train",
-        space=500_000_000,
+        space=500_000_000 * seeds,
     )
     return result(artifact, reused, **loss_curve(artifact, "DPO loss"))
 

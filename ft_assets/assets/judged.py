@@ -40,6 +40,7 @@ def asking(materializer: Materializer, name: str) -> dict[str, Any]:
         "harness": harness_version(project, settings),
         "few_shot_system": project.data.few_shot_system,
         **({"few_shot_auto": _scoring(project, settings)} if project.data.few_shot_auto else {}),
+        **({"seeds": project.gate.seeds} if project.gate.seeds > 1 else {}),
     }
 
 

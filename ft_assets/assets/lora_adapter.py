@@ -30,13 +30,17 @@ def lora_adapter(
     The loss is on the assistant's answers only.
     """
     store, name = materializer.store, context.partition_key
-    chosen = materializer.project.recipe(name)
+    chosen, seeds = materializer.project.recipe(name), materializer.project.gate.seeds
     base = store.need("base_model", name)
     split = store.need("heldout_split", name)
     lora = settle_method(materializer.project, base, split, name)
     artifact, reused = materializer.materialize(
         context,
-        identity={"lora": lora.model_dump(mode="json"), "sft": chosen.sft.decisive()},
+        identity={
+            "lora": lora.model_dump(mode="json"),
+            "sft": chosen.sft.decisive(),
+            **({"seeds": seeds} if seeds > 1 else {}),
+        },
         inputs={
             "base_model": (base, None),
             **{f"heldout_split#{part}": (split, part) for part in ("train", "validation")},
@@ -45,9 +49,10 @@ def lora_adapter(
             lora=lora,
             sft=chosen.sft,
             memory_limit_gb=materializer.project.memory_limit_gb,
+            seeds=seeds,
         ),
         libraries="train",
-        space=500_000_000,
+        space=500_000_000 * seeds,
     )
     return result(artifact, reused, **loss_curve(artifact, "SFT loss"))
 

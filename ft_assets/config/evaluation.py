@@ -306,6 +306,12 @@ class GateSettings(Section):
     min_retention_rows: int = Field(
         default=36, ge=1, description="Groups of general prompts, for the loss and the task score."
     )
+    seeds: int = Field(
+        default=1,
+        ge=1,
+        description="Trainings with consecutive seeds; the gain must hold over all of them. The "
+        "first is merged.",
+    )
     min_top1_agreement: float = Field(
         default=0.99, ge=0, le=1, description="Merged model against base + adapter; a tie agrees."
     )

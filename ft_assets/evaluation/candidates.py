@@ -37,6 +37,8 @@ from ft_assets.evaluation.scorer import Task
 from ft_assets.job import Report
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 
+FURTHER_SEED = "_seed"  # sft_seed1 is SFT with the second seed
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -97,8 +99,9 @@ def ask(
             model, tokenizer, stops, task, candidates.weights[plan.adapter or "base"], kept
         )
         with active(model, plan.adapter):
-            rows["heldout"][plan.name] = asker.heldout(plan.rows, held=plan.name == "base")
-            if plan.name != "few_shot":
+            side: Side = "seeds" if FURTHER_SEED in plan.name else "heldout"
+            rows[side][plan.name] = asker.heldout(plan.rows, held=plan.name == "base")
+            if plan.name != "few_shot" and side == "heldout":
                 rows["retention"][plan.name] = asker.retention(task.retention)
                 rows["train"][plan.name] = asker.train(task.train, held=plan.name == "base")
                 if task.settings.lm_eval:

@@ -49,8 +49,12 @@ def report_of_file(
     }
     own.proofs = before.proofs
     numbers = summarise(own, task.settings, gate, before.bound_to, before.evidence)
-    # The form was told apart for the adapter; its rivals' answers are not in the report.
-    carried = {"chance": {**before.chance, **numbers.chance}, "form": before.form}
+    # Form and seeds were measured of the adapter; those answers are not in the report.
+    carried = {
+        "chance": {**before.chance, **numbers.chance},
+        "form": before.form,
+        "seeds": before.seeds,
+    }
     return numbers.model_copy(update=carried)
 
 

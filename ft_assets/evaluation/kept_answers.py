@@ -1,7 +1,8 @@
 """The answers and losses of all candidates, as files: what a model is asked for, without a score.
 
-heldout.parquet, retention.parquet and train.parquet have one line for each candidate and row.
-asked.json has what is not of a row: proofs, harness scores. No torch: scoring reads these files.
+heldout.parquet, retention.parquet, train.parquet, and seeds.parquet have one line for each
+candidate and row. asked.json has what is not of a row: proofs, harness scores. No torch: scoring
+reads these files.
 Each value has the digest of all that decided it: the weights, the prompt or the tokens, the limit
 of new tokens, the libraries. An equal digest in an earlier version is an equal value, so that only
 what is new is asked (`Kept`).
@@ -19,8 +20,9 @@ import pyarrow.parquet as pq
 
 from ft_assets.evaluation.report_model import FewShotChoice, Part, Proofs
 
-Side = Literal["heldout", "retention", "train"]
-SIDES: tuple[Side, ...] = ("heldout", "retention", "train")
+# seeds: the held-out rows again, by adapters of further seeds
+Side = Literal["heldout", "retention", "train", "seeds"]
+SIDES: tuple[Side, ...] = ("heldout", "retention", "train", "seeds")
 FACTS, COST = "asked.json", "info/cost.json"
 
 

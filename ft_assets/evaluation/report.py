@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.evaluation.report_model import (
@@ -15,8 +16,10 @@ from ft_assets.evaluation.report_model import (
     Harness,
     Retention,
     Scores,
+    SeedSpread,
 )
 from ft_assets.evaluation.scored_rows import Scored, ScoredRow
+from ft_assets.evaluation.verdict.seeds import seed_spread
 from ft_assets.evaluation.verdict.spending import spent_confidence
 from ft_assets.evaluation.verdict.statistics import compare, interval
 from ft_assets.metrics import higher_is_better
@@ -81,6 +84,7 @@ def summarise(
         },
         harness=_harness(scored.harness, settings, confidence),
         form=_form(scored, settings, confidence),
+        seeds=_seeds(scored, settings, confidence),
         proofs=scored.proofs,
         evidence=evidence,
         bound_to=dict(bound_to),
@@ -175,6 +179,29 @@ def _retention(
         scores={name: _means(columns[name], retention[name]) for name in columns},
         comparisons=_comparisons(retention, settings, confidence),
     )
+
+
+def _seeds(
+    scored: Scored, settings: EvaluationSettings, confidence: float
+) -> dict[str, SeedSpread] | None:
+    """Return the gains of the gate's metric over seeds; None if one seed was trained."""
+    if not scored.seeds:
+        return None
+    metric, base = settings.metric, scored.heldout["base"]
+    found = {}
+    for name, further in scored.seeds.items():
+        trained = [scored.heldout[name], *further]
+        gains = [
+            compare_rows(rows, base, settings, confidence, {metric})[metric].mean
+            for rows in trained
+        ]
+        mean = [
+            replace(row, scores={metric: statistics.fmean(one.scores[metric] for one in of_row)})
+            for row, of_row in zip(trained[0], zip(*trained, strict=True), strict=True)
+        ]
+        over_rows = compare_rows(mean, base, settings, confidence, {metric})[metric]
+        found[name] = seed_spread(gains, over_rows, confidence)
+    return found
 
 
 def _form(scored: Scored, settings: EvaluationSettings, confidence: float) -> Form | None:

@@ -23,6 +23,7 @@ from ft_assets.evaluation.report_markdown import (
     prompting_sentence,
     retention_table,
     score_table,
+    seeds_sentence,
     step_table,
     use_sentence,
 )
@@ -69,7 +70,13 @@ def report_html(
         partition=partition,
         labels=LABELS,
         notes=[
-            note for note in (prompting_sentence(report, verdict), use_sentence(report)) if note
+            note
+            for note in (
+                prompting_sentence(report, verdict),
+                seeds_sentence(report, verdict),
+                use_sentence(report),
+            )
+            if note
         ],
         tables=_tables(report),
         pictures=[data_uri(score_plot(report)), data_uri(outcome_plot(report, steps))],

@@ -70,7 +70,18 @@ def _verdict(report: EvalReport, verdict: Verdict, partition: str) -> list[str]:
         lines.append(f"- DPO: {verdict.dpo}")
     if prompting := prompting_sentence(report, verdict):
         lines.append(f"- {prompting}")
-    return [*lines, f"- {use_sentence(report)}"]
+    return [*lines, f"- {seeds_sentence(report, verdict)}", f"- {use_sentence(report)}"]
+
+
+def seeds_sentence(report: EvalReport, verdict: Verdict) -> str:
+    """Describe how much of the gain is luck of the seed."""
+    best = verdict.reported_candidate
+    if report.seeds is None or best not in report.seeds:
+        return (
+            "One seed was trained: how much of the gain is luck of the seed was not measured "
+            "(`gate.seeds`)."
+        )
+    return f"Seeds: {LABELS[best]}, {report.seeds[best].describe(report.metric)}."
 
 
 def use_sentence(report: EvalReport) -> str:

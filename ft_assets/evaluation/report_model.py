@@ -234,6 +234,25 @@ class FewShotChoice(Part):
         )
 
 
+class SeedSpread(Estimate):
+    """The gain over the base in the gate's metric, over trainings with several seeds.
+
+    gains: of each seed, the merged one first. deviation: the standard deviation between them. The
+    interval is that of the mean over rows and seeds (verdict/seeds.py).
+    """
+
+    gains: list[float]
+    deviation: float
+
+    def describe(self, metric: str) -> str:
+        """Return the spread as text."""
+        each = ", ".join(f"{gain:+.3f}" for gain in self.gains)
+        return (
+            f"{metric} {self.mean:+.3f} against base [{self.low:+.3f}, {self.high:+.3f}] over "
+            f"{len(self.gains)} seeds ({each}; deviation {self.deviation:.3f})"
+        )
+
+
 class Form(Part):
     """The candidates against rivals that have the form of an answer alone, in the gate's metric.
 
@@ -276,6 +295,7 @@ class EvalReport(Part):
     verdict_number: int | None = None
     form: Form | None = None
     few_shot: FewShotChoice | None = None
+    seeds: dict[str, SeedSpread] | None = None
 
     def higher_is_better(self, metric: str) -> bool:
         """Return False if a metric of this report is better when it is lower."""

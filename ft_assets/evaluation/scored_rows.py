@@ -63,6 +63,7 @@ class Scored:
     train: dict[str, list[ScoredRow]] = field(default_factory=dict)
     train_rivals: dict[str, list[ScoredRow]] = field(default_factory=dict)
     form_not_measured: str | None = None
+    seeds: dict[str, list[list[ScoredRow]]] = field(default_factory=dict)
     proofs: Proofs = field(default_factory=lambda: Proofs(adapters={}, template_mismatches=[]))
 
 

@@ -14,6 +14,15 @@ from safetensors import safe_open
 from ft_assets.rows.types import DataRow
 
 TRAINED_GROUPS = "trained_groups.json"
+SEEDS = "seeds"  # in a trained artifact and beside its checkpoints
+
+
+def of_seed(folder: Path, number: int) -> Path:
+    """Return the folder of the training with the `number`-th further seed; 0 is the folder itself.
+
+    The weights of further seeds are never merged: they show how far a gain depends on the seed.
+    """
+    return folder / SEEDS / str(number) if number else folder
 
 
 def is_full(adapter: Path) -> bool:

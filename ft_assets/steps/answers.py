@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ft_assets.evaluation.scorer import Task
 
 # Raise it with a change of code that changes what a model answers: then nothing is kept.
-VERSION = "2"
+VERSION = "3"
 
 
 class Settings(StepSettings):
@@ -43,24 +43,29 @@ class Settings(StepSettings):
     answer_schema: dict[str, JsonValue] | None = None
     weights: dict[str, str]
     harness: str
+    seeds: int = 1
     root: Path
     previous: Path | None
 
 
 @takes(Settings)
 def step(job: Job, given: Settings, report: Report) -> StepResult:
-    from ft_assets.evaluation.candidates import Candidates, ask
+    from ft_assets.evaluation.candidates import FURTHER_SEED, Candidates, ask
+    from ft_assets.models.adapter_files import of_seed
 
     libraries = library_versions("infer")
     places = {"sft": "lora_adapter", "dpo": "dpo_adapter"}
+    adapters = {name: job.inputs[place] for name, place in places.items() if name in given.weights}
+    weights = {name: digest(VERSION, version, libraries) for name, version in given.weights.items()}
+    seeds = {
+        f"{name}{FURTHER_SEED}{number}": (of_seed(adapter, number), digest(weights[name], number))
+        for name, adapter in adapters.items()
+        for number in range(1, given.seeds)
+    }
     candidates = Candidates(
         snapshot=job.inputs["base_model"],
-        adapters={
-            name: job.inputs[place] for name, place in places.items() if name in given.weights
-        },
-        weights={
-            name: digest(VERSION, version, libraries) for name, version in given.weights.items()
-        },
+        adapters=adapters | {name: adapter for name, (adapter, _) in seeds.items()},
+        weights=weights | {name: version for name, (_, version) in seeds.items()},
         harness=given.harness,
     )
     pool = _pool(job, given.evaluation) if given.few_shot_auto else None

@@ -20,11 +20,12 @@ class Settings(StepSettings):
     lora: LoraSettings
     dpo: DpoSettings
     memory_limit_gb: float | None = None
+    seeds: int = 1
 
 
 @takes(Settings)
 def step(job: Job, settings: Settings, report: Report) -> StepResult:
-    from ft_assets.models.adapter_files import save_groups
+    from ft_assets.models.adapter_files import of_seed, save_groups
     from ft_assets.training.dpo import train_dpo
 
     split = job.inputs["heldout_split"]
@@ -40,21 +41,26 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     if not pairs:
         return _publish_sft(job, settings.lora)
     used = pairs[: settings.dpo.max_pairs]
-    sft_adapter = job.inputs["lora_adapter"]
-    metrics = train_dpo(
-        snapshot=job.inputs["base_model"],
-        sft_adapter=sft_adapter,
-        pairs=used,
-        validation=validation,
-        lora=settings.lora,
-        dpo=settings.dpo,
-        checkpoints=job.checkpoints,
-        output=job.output,
-        report=report,
-        memory_limit_gb=settings.memory_limit_gb,
-    )
-    save_groups(used, job.output, before=sft_adapter)
-    return StepResult({**metrics, "pairs_left_out": len(pairs) - len(used)})
+    found = []
+    for number in range(settings.seeds):
+        sft_adapter = of_seed(job.inputs["lora_adapter"], number)
+        output, checkpoints = of_seed(job.output, number), of_seed(job.checkpoints, number)
+        output.mkdir(parents=True, exist_ok=True)
+        metrics = train_dpo(
+            snapshot=job.inputs["base_model"],
+            sft_adapter=sft_adapter,
+            pairs=used,
+            validation=validation,
+            lora=settings.lora,
+            dpo=settings.dpo.model_copy(update={"seed": settings.dpo.seed + number}),
+            checkpoints=checkpoints,
+            output=output,
+            report=report,
+            memory_limit_gb=settings.memory_limit_gb,
+        )
+        save_groups(used, output, before=sft_adapter)
+        found.append(metrics)
+    return StepResult({**found[0], "pairs_left_out": len(pairs) - len(used)})
 
 
 def _publish_sft(job: Job, lora: LoraSettings) -> StepResult:

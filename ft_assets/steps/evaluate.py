@@ -170,6 +170,10 @@ def _scored(answers: Answers, task: Task, report: Report) -> Scored:
         report("scored", **{f"{name}_{metric}": round(mean, 4)})
         if name in answers.facts.proofs.adapters:  # candidates for the merge
             scored.chance[name] = scorer.chance(scored.heldout[name])
+    for name, rows in answers.rows["seeds"].items():
+        candidate = name.partition("_seed")[0]
+        further = scored.seeds.setdefault(candidate, [])
+        further.append(scorer.heldout(rows, scored.heldout["base"]))
     for name, rows in answers.rows["retention"].items():
         scored.retention[name] = scorer.retention(rows)
     return scored

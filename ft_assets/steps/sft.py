@@ -15,28 +15,35 @@ class Settings(StepSettings):
     lora: LoraSettings
     sft: SftSettings
     memory_limit_gb: float | None = None
+    seeds: int = 1
 
 
 @takes(Settings)
 def step(job: Job, settings: Settings, report: Report) -> StepResult:
-    from ft_assets.models.adapter_files import save_groups
+    from ft_assets.models.adapter_files import of_seed, save_groups
     from ft_assets.training.sft import train_sft
 
     split = job.inputs["heldout_split"]
     rows = read_table(split / "train.parquet", row=TokenizedRow)
-    metrics = train_sft(
-        snapshot=job.inputs["base_model"],
-        rows=rows,
-        validation=read_table(split / "validation.parquet", row=TokenizedRow),
-        lora=settings.lora,
-        sft=settings.sft,
-        checkpoints=job.checkpoints,
-        output=job.output,
-        report=report,
-        memory_limit_gb=settings.memory_limit_gb,
-    )
-    save_groups(rows, job.output)
-    return StepResult(metrics)
+    validation = read_table(split / "validation.parquet", row=TokenizedRow)
+    found = []
+    for number in range(settings.seeds):
+        output, checkpoints = of_seed(job.output, number), of_seed(job.checkpoints, number)
+        output.mkdir(parents=True, exist_ok=True)
+        metrics = train_sft(
+            snapshot=job.inputs["base_model"],
+            rows=rows,
+            validation=validation,
+            lora=settings.lora,
+            sft=settings.sft.model_copy(update={"seed": settings.sft.seed + number}),
+            checkpoints=checkpoints,
+            output=output,
+            report=report,
+            memory_limit_gb=settings.memory_limit_gb,
+        )
+        save_groups(rows, output)
+        found.append(metrics)
+    return StepResult(found[0])
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def judge(
             _chance(report.chance.get(candidate), metric, report.confidence),
             _prompting(comparisons.get("few_shot", {}).get(metric), report, gate),
             _form(candidate, report, gate),
+            _seeds(candidate, report, gate),
             _stopping(candidate, report.scores, gate),
             _behaviour(candidate, report.scores, gate, "held-out"),
             forgetting(candidate, report, gate),
@@ -289,6 +290,22 @@ def _form(candidate: str, report: EvalReport, gate: GateSettings) -> Reasons:
         warned = [f"warning: {text}" for text in (*found.fails, *found.unsure)]
         return Reasons(proven=[*warned, *found.proven])
     return found
+
+
+def _seeds(candidate: str, report: EvalReport, gate: GateSettings) -> Reasons:
+    """Judge the gain over the base as that of all trained seeds."""
+    if gate.seeds == 1 or "better" not in goals(report.metric, gate).values():
+        return Reasons()
+    spread = (report.seeds or {}).get(candidate)
+    if spread is None or len(spread.gains) != gate.seeds:
+        trained = 1 if spread is None else len(spread.gains)
+        return Reasons(unsure=[f"gate.seeds is {gate.seeds}, and the report has {trained}"])
+    text = spread.describe(report.metric)
+    if spread.low > 0:
+        return Reasons(proven=[f"not luck of the seed: {text}"])
+    if spread.high < 0:
+        return Reasons(fails=[f"worse than the base: {text}"])
+    return Reasons(unsure=[f"may be luck of the seed: {text}"])
 
 
 def _prompting(entry: Difference | None, report: EvalReport, gate: GateSettings) -> Reasons:
