@@ -269,7 +269,9 @@ def test_choice_picks_the_most_likely_option_of_each_row() -> None:
 @pytest.mark.parametrize("per_token", [False, True])
 def test_choice_of_a_model_is_over_the_row_s_own_options(tiny_model: Path, per_token: bool) -> None:
     tokenizer, stops = load_tokenizer(tiny_model), stop_ids(tiny_model)
-    settings = EvaluationSettings(choice="options", metric="choice", choice_per_token=per_token)
+    settings = EvaluationSettings(
+        choice="options", metric="choice", choice_per_token=per_token, max_new_tokens=8
+    )
     rows = [
         {**talk(f"which is {number}?", options[0]), "options": options}
         for number, options in enumerate((["stone", "red lamp and stone"], ["a", "b", "c d e"]))

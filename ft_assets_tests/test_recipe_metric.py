@@ -85,6 +85,6 @@ def test_metric_of_the_recipe_is_validated_scored_and_judged(tmp_path: Path) -> 
     found = json.loads(done.stdout)
     assert found["names"] == ["exact", "length_error", "loss", "token_accuracy"]
     assert found["scores"] == {"base": 0.6, "sft": 0.0}
-    assert found["gain"] == 0.6  # a lower error is a gain
+    assert found["gain"] == pytest.approx(0.6)  # a lower error is a gain
     assert found["verdict"] == "PASS"
     assert found["first"] == "better"
