@@ -24,9 +24,9 @@ from ft_assets.evaluation.verdict.decision import decide
 from ft_assets_tests.reports import EVIDENCE, scored_row
 
 settings = load_project(Path("finetune.yaml")).recipe("tiny").evaluation
-references = [f"word {index} and more words" for index in range(30)]
+references = [f"word {index} and more words" for index in range(40)]
 answers = {
-    "base": [f"word {index} and more words, and then some" for index in range(30)],
+    "base": [f"word {index} and more words, and then some" for index in range(40)],
     "sft": references,
 }
 heldout = {}
