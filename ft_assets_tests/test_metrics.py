@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as drawing
 from hypothesis import strategies as st
 
 from ft_assets.chat.rendering import Renderer
@@ -311,6 +312,7 @@ def test_equality_is_by_value_in_json_and_by_nfc_in_texts() -> None:
     assert all(values == [1.0] for values in scores.values()), scores
 
 
+UNTIMED = drawing(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 JSON_VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -322,6 +324,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@UNTIMED
 @given(JSON_VALUES, JSON_VALUES)
 def test_json_equality_is_reflexive_symmetric_and_agrees_with_python(one: Any, two: Any) -> None:
     same_json = Values().same_json
@@ -382,12 +385,14 @@ def test_dates_are_equal_by_value(day_first: bool | None, one: str, other: str, 
     assert score_answers([one], [other], settings)["date"] == [float(same)]
 
 
+@UNTIMED
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-1e9, max_value=1e9))
 def test_number_with_groups_is_the_number(value: Any) -> None:
     values = Values()
     assert values.number(f"{value:,}") == values.number(str(value)) == (value, "")
 
 
+@UNTIMED
 @given(st.dates(min_value=datetime.date(1000, 1, 1)), st.booleans())
 def test_date_in_words_or_figures_is_the_date(day: Any, day_first: bool) -> None:
     values = Values(day_first=day_first)
@@ -432,6 +437,7 @@ def test_json_f1_counts_values_at_any_depth(answer: str, score: float) -> None:
     assert score_answers([answer], [reference], settings)["json_f1"] == [pytest.approx(score)]
 
 
+@UNTIMED
 @given(JSON_VALUES, JSON_VALUES)
 def test_json_f1_of_equal_values_is_1_and_is_symmetric(one: Any, two: Any) -> None:
     score = json_f1([json.dumps(one)], [json.dumps(one)], Values())

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as drawing
 from hypothesis import strategies as st
 
 from ft_assets.config import EvaluationSettings, GateSettings
@@ -112,6 +113,7 @@ def test_form_that_cannot_be_read_is_refused_before_training(text: str, problem:
     assert problem in str(errors[0])
 
 
+UNTIMED = drawing(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.text("ab \"'<{", max_size=5)
 CALLS = st.lists(
     st.fixed_dictionaries(
@@ -125,6 +127,7 @@ CALLS = st.lists(
 )
 
 
+@UNTIMED
 @given(CALLS)
 def test_calls_are_read_back_from_json_and_python(calls: list[Any]) -> None:
     tags = "".join(f"<tool_call>{json.dumps(call)}</tool_call>\n" for call in calls)
@@ -137,6 +140,7 @@ def test_calls_are_read_back_from_json_and_python(calls: list[Any]) -> None:
     assert parse_calls(tags) == parse_calls(f"[{', '.join(python)}]") == calls
 
 
+@UNTIMED
 @given(st.text(max_size=60))
 def test_any_text_is_read_without_an_error(text: str) -> None:
     parse_calls(text)
