@@ -89,9 +89,9 @@ def against(left: Loaded, right: Loaded, names: tuple[str, str]) -> None:
     same = overlaps(left=left.rows, right=right.rows)
     begun = time.perf_counter()
     settings = DataSettings(train=[])
-    sides: Any = {"left": left.rows}, {"right": right.rows}
+    sides: Any = [{"left": left.rows}, {"right": right.rows}]
     common = common_of([left.rows, right.rows])  # type: ignore[list-item]
-    copies, _ = find_copies(*sides, settings, common)
+    copies, _ = find_copies(sides[0], sides[1], settings, common)
     seconds = time.perf_counter() - begun
     words = [
         {" ".join(row["messages"][0]["content"].lower().split()) for row in side.rows}

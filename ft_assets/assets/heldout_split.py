@@ -38,6 +38,7 @@ SPLITTING = {
     "max_left_out",
     "stratify",
 }
+LEFT_OUT = "left_out_"  # metrics by kind
 Strata = dict[str, dict[str, int]]  # {stratum: {side of the split: rows}}
 
 
@@ -131,6 +132,13 @@ def nothing_leaks(checked: Checked) -> dg.AssetCheckResult:
         text = "no prompt is on two sides"
         if data.near_duplicate:
             text += f", nor one that is {data.near_duplicate:.0%} alike"
+        if left_out := checked.metrics.get("left_out"):
+            kinds = ", ".join(
+                f"{name.removeprefix(LEFT_OUT)} {count}"
+                for name, count in checked.metrics.items()
+                if name.startswith(LEFT_OUT)
+            )
+            text += f"; {left_out} rows that repeat a held-out row were left out ({kinds})"
     return dg.AssetCheckResult(
         passed=not found.sentences, description=text, metadata=dict(found.counts)
     )

@@ -81,6 +81,6 @@ def asked(row: TextRow) -> Asked:
     for turn in row["messages"]:
         text = parsed(turn["content"])
         turns.append((turn["role"], text, text.shingles()))
-    answers = [parsed(row[name]) for name in ("chosen", "rejected") if row.get(name)]
+    answers = [parsed(one) for one in (row.get("chosen"), row.get("rejected")) if one]
     judged = turns[-1][0] == "assistant" and not answers
     return Asked(turns, answers, len(turns) - judged)

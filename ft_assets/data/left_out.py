@@ -89,7 +89,7 @@ def require_few(
         most = min(1.0, data.max_left_out + expected)
         if len(own) < FEW or len(own) <= most * total:
             continue
-        kinds = Counter(copy["kind"] for copy in own).most_common()
+        kinds = Counter[CopyKind](copy["kind"] for copy in own).most_common()
         largest = kinds[0][0]
         twins = [copy for copy in own if copy["kind"] == largest][:SHOWN]
         raise DataError(

@@ -303,7 +303,7 @@ def _trainable(sources: Counter[tuple[str, str | None]]) -> dict[str, int]:
     }
 
 
-def _shares(rules: _Rules, conversations: Path, heldout_rows: int) -> dict[str, float]:
+def _shares(rules: _Rules, conversations: Path, heldout_rows: float) -> dict[str, float]:
     """Return the held-out share that was asked for and the realised one, and their groups."""
     if rules.fixed:
         return {}
@@ -322,7 +322,7 @@ def _shares(rules: _Rules, conversations: Path, heldout_rows: int) -> dict[str, 
     }
 
 
-def _require_rows(counts: Mapping[str, int], rules: _Rules) -> None:
+def _require_rows(counts: Mapping[str, float], rules: _Rules) -> None:
     for name in ("train", "heldout"):
         if not counts[f"{name}_rows"]:
             side = name.replace("heldout", "held-out")
