@@ -55,6 +55,10 @@ class Common:
     slots: frozenset[int] = frozenset()
     families: frozenset[tuple[int, int]] = frozenset()
 
+    def own(self, shingles: frozenset[int]) -> frozenset[int]:
+        """Return the shingles without boilerplate; all of them if they are all boilerplate."""
+        return shingles - self.shingles or shingles
+
     def write(self, path: Path) -> None:
         path.write_text(json.dumps({name: sorted(kept) for name, kept in asdict(self).items()}))
 

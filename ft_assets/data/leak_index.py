@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ft_assets.config import DataSettings
 from ft_assets.data.asked import DISTINCTIVE, Asked, Prompt, asked
 from ft_assets.data.boilerplate import Common, Rows, answer_key
-from ft_assets.data.near_duplicates import NearIndex, Shingles
+from ft_assets.data.near_duplicates import NearIndex
 from ft_assets.data.quotes import ENOUGH, GramIndex, PhraseIndex
 from ft_assets.data.short_prompts import ShortIndex
 from ft_assets.data.texts import parsed
@@ -72,7 +72,7 @@ class LeakIndex:
             if (family := self._family(question)) is not None:
                 self._families.setdefault(family, identity)
             if self._near and self._short:
-                self._near.add(identity, self._own(question))
+                self._near.add(identity, self._common.own(question.shingles))
                 self._short.add(identity, question.text)
             if self._phrases:
                 self._add_phrases(self._phrases, identity, question)
@@ -81,7 +81,7 @@ class LeakIndex:
 
     def _questions_of(self, found: Asked) -> list[Prompt]:
         """Return the whole prompt, and its user turns or its last one if they are most of it."""
-        whole = self._own(found.whole)
+        whole = self._common.own(found.whole.shingles)
         parts = [found.users, *found.user_turns()[-1:]]
         main = [
             part
@@ -140,7 +140,7 @@ class LeakIndex:
         prompts = self._prompts(found)
         yield from self._equal(row, found, prompts)
         if self._near and self._short:
-            for own in dict.fromkeys(self._own(prompt) for prompt in prompts):
+            for own in dict.fromkeys(self._common.own(prompt.shingles) for prompt in prompts):
                 for of, score in self._near.matches(own, most):
                     yield Found("near-duplicate", of, score)
             texts = {prompt.text.joined: prompt.text for prompt in prompts}
@@ -192,10 +192,6 @@ class LeakIndex:
 
     def _distinctive(self, prompt: Prompt) -> bool:
         return len(prompt.text) >= DISTINCTIVE and not prompt.shingles <= self._common.shingles
-
-    def _own(self, prompt: Prompt) -> Shingles:
-        # Two prompts that consist of boilerplate are compared as a whole.
-        return prompt.shingles - self._common.shingles or prompt.shingles
 
 
 def _texts_of(answer: str) -> Iterator[str]:

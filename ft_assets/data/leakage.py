@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ft_assets.config import DataSettings
+from ft_assets.data.asked import asked
 from ft_assets.data.boilerplate import Common, Rows, common_of, sample
 from ft_assets.data.clusters import Clusters
 from ft_assets.data.leak_index import Found, LeakIndex
 from ft_assets.data.left_out import VERBS
+from ft_assets.data.near_duplicates import NearIndex
 from ft_assets.data.tables import Table
 from ft_assets.rows.types import CopyRow, MemberRow, TextRow
 
@@ -121,24 +123,21 @@ def pairs_within(rows: Rows, data: DataSettings, common: Common) -> Iterator[tup
 
 
 def within(sides: Mapping[str, Rows], data: DataSettings, common: Common) -> list[CopyRow]:
-    """Return the rows whose prompts repeat an earlier row of their own side.
+    """Return the rows whose prompts are nearly those of an earlier row of their own side.
 
     They are counted and shown, not filtered. Of a large side only a sample is compared.
     """
     copies: list[CopyRow] = []
-    data = data.model_copy(update={"quoted": None})
-    for name, rows in sides.items():
-        sampled = list(sample(len(rows), rows))
-        position = {row["id"]: number for number, row in enumerate(sampled)}
-        best: dict[str, Found] = {}
-        for identity, found in pairs_within(sampled, data, common):
-            if found.kind == "near-duplicate" and position[found.of] < position[identity]:
-                best[identity] = min(best.get(identity, found), found, key=_sureness)
-        copies += [
-            _copy(name, identity, found._replace(kind="within"), name)
-            for identity, found in sorted(best.items(), key=lambda one: (_sureness(one[1]), one[0]))
-        ]
-    return copies
+    for name, rows in sides.items() if data.near_duplicate else ():
+        index = NearIndex(data.near_duplicate or 1)
+        for row in sample(len(rows), rows):
+            own = common.own(asked(row).whole.shingles)
+            near = [(-score, of) for of, score in index.matches(own, MAX_CANDIDATES)]
+            if near:
+                found = Found("within", min(near)[1], -min(near)[0])
+                copies.append(_copy(name, row["id"], found, name))
+            index.add(row["id"], own)
+    return sorted(copies, key=lambda copy: (copy["side"], -copy["similarity"], copy["id"]))
 
 
 def clusters(rows: Rows, data: DataSettings) -> dict[str, str]:
