@@ -183,6 +183,10 @@ def test_metrics_of_the_form_and_json_without_a_prompt_are_named() -> None:
 def test_distinct_answers_are_not_labels() -> None:
     rows = [tokenized(index, f"answer {index % 30}") for index in range(100)]
     assert not form.has_few_answers(EvaluationSettings(), rows)
+    # The content of a tool call is empty; its reference is the call.
+    calls = [{**row, "expected": f"call {index}"} for index, row in enumerate(rows)]
+    empty = [{**row, "messages": [{"role": "assistant", "content": ""}]} for row in calls]
+    assert not form.has_few_answers(EvaluationSettings(), empty)
     assert form.has_few_answers(LABELS, rows)
     assert form.held_rows(3000, 77) == 27
     assert form.held_rows(64, 2) == 64

@@ -121,11 +121,22 @@ def test_first_base_model_is_proven_better_than_another_only_by_paired_rows() ->
         [ScoredRow(scores={"exact": float(index < right)}) for index in range(64)]
         for right in (51, 48, 16)
     ]
-    text = winner(ranked, scores, EvaluationSettings(), GateSettings())
+    text = winner(ranked, scores, EvaluationSettings())
     assert text.startswith("**a** is first; proven better: exact +0.547 against c ")
     assert "not proven better: exact +0.047 against b " in text
     assert text.endswith(", p 0.25, n=64 (Holm's p over 3 pairs).")
-    assert winner(ranked[:1], scores[:1], EvaluationSettings(), GateSettings()) == ""
+    assert winner(ranked[:1], scores[:1], EvaluationSettings()) == ""
+
+
+def test_first_base_model_is_judged_at_the_confidence_of_the_reports() -> None:
+    """After many verdicts on the same rows, a difference of p 0.01 proves nothing any more."""
+    scores = [
+        [ScoredRow(scores={"exact": float(index < right)}) for index in range(64)]
+        for right in (40, 32)
+    ]
+    for confidence, words in ((0.95, "first; proven better"), (0.999, "first; not proven better")):
+        entries = [entry("a", 0.6, confidence=confidence), entry("b", 0.5)]
+        assert words in winner(rank(entries, GateSettings()), scores, EvaluationSettings())
 
 
 def test_first_base_model_by_loss_is_the_one_with_the_lower_loss() -> None:
@@ -137,7 +148,7 @@ def test_first_base_model_by_loss_is_the_one_with_the_lower_loss() -> None:
         [ScoredRow(scores={"loss": loss + index % 7 / 100}) for index in range(40)]
         for loss in (1.0, 2.0)
     ]
-    text = winner(ranked, scores, EvaluationSettings(metric="loss"), GateSettings())
+    text = winner(ranked, scores, EvaluationSettings(metric="loss"))
     assert text.startswith("**low** is first; proven better: loss +1.000 against high")
 
 
@@ -153,7 +164,7 @@ def test_copies_of_one_row_do_not_prove_a_first_base_model() -> None:
             ]
             for right in (1.0, 0.0)
         ]
-        return winner(ranked, scores, EvaluationSettings(), GateSettings())
+        return winner(ranked, scores, EvaluationSettings())
 
     assert "**a** is first; proven better" in text(8)
     assert "**a** is first; not proven better" in text(2)

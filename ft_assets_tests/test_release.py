@@ -4,13 +4,14 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.commands.gc import removals, remove
 from ft_assets.config import GateSettings, ReleaseSettings
-from ft_assets.errors import ArtifactError
+from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.evaluation.report_model import Difference
 from ft_assets.orchestration import materializer as materializer
 from ft_assets.release.champion import Measured, decide_release
@@ -23,6 +24,7 @@ from ft_assets.release.register import (
     state_of,
     write_release,
 )
+from ft_assets.steps.release import require_enough
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
@@ -194,6 +196,16 @@ def test_margin_of_the_gate_holds_against_the_champion_too() -> None:
     )
     assert decision.status == KEPT
     assert "worse than the champion by more than 0.1: chrf" in decision.reasons[0]
+
+
+def test_rows_of_few_groups_are_too_few_for_a_comparison() -> None:
+    rows: list[Any] = [
+        {"id": f"row{index}", "group": f"row{index}", "cluster": f"{index % 5}"}
+        for index in range(40)
+    ]
+    with pytest.raises(ReleaseError, match="40 rows in 5 groups are left"):
+        require_enough(rows, 60, GateSettings(), "release[tiny]")
+    require_enough(rows, 60, GateSettings(min_heldout_rows=5), "release[tiny]")
 
 
 MODEL = {

@@ -87,7 +87,7 @@ def leaderboard(
     known = {f"eval_report[{name}]": (report, None) for name, report in reports.items() if report}
     artifact, reused = materializer.materialize(
         context,
-        identity={"entries": ranked, "confidence": gate.confidence},
+        identity={"entries": ranked},
         inputs=known,
         make=make,
     )
@@ -108,7 +108,7 @@ def compare_the_first(materializer: Materializer, ranked: list[Entry]) -> str:
         table = report.path / "rows.parquet"
         rows.append(read_candidate(table, entry["candidate"], entry["metric"]))
     settings = materializer.project.recipe(placed[0]["name"]).evaluation
-    return winner(placed, rows, settings, materializer.project.gate)
+    return winner(placed, rows, settings)
 
 
 def entry_of(materializer: Materializer, name: str) -> Entry:

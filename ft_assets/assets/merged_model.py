@@ -14,7 +14,13 @@ from ft_assets.release.card_facts import adapter_method, card_body, card_facts
 from ft_assets.steps import merge
 
 # The part of the gate that every merged file must pass.
-OF_THE_FILE = {"min_top1_agreement", "confidence", "min_stop_rate", "metrics"}
+OF_THE_FILE = {
+    "min_top1_agreement",
+    "confidence",
+    "min_stop_rate",
+    "metrics",
+    "min_graded_rows",
+}
 
 
 def _summary(metrics: Metrics) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ft_assets.config import EvaluationSettings
 from ft_assets.evaluation.kept_answers import AskedOption, AskedRow, GivenAnswer
+from ft_assets.evaluation.references import stored_reference
 from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.scorer import Scorer
 from ft_assets.metrics.label import normal_label
@@ -77,7 +78,7 @@ def most_frequent(train: Sequence[TokenizedRow]) -> str:
 
 
 def _answer(row: TokenizedRow) -> str:
-    return row["messages"][-1]["content"].strip()
+    return stored_reference(row)
 
 
 def _spelling(train: Sequence[TokenizedRow]) -> dict[str, str]:

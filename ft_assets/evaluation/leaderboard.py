@@ -102,7 +102,7 @@ def rank(entries: Sequence[Entry], gate: GateSettings) -> list[Entry]:
     ]
     placed += [{**entry, "rank": None, "apart": _why_apart(entry, usual)} for entry in apart]
     placed += [{**entry, "rank": None, "apart": None} for entry in entries if not entry["verdict"]]
-    internal = ("heldout_ids", "against_base", "confidence")
+    internal = ("heldout_ids", "against_base")
     return [{key: value for key, value in entry.items() if key not in internal} for entry in placed]
 
 
@@ -134,7 +134,6 @@ def winner(
     ranked: Sequence[Entry],
     rows: Sequence[Sequence[ScoredRow]],
     settings: EvaluationSettings,
-    gate: GateSettings,
 ) -> str:
     """Return the sentence that tells whether the first is proven better than the others.
 
@@ -147,9 +146,10 @@ def winner(
     if len(ranked) < 2:
         return ""
     first, metric = ranked[0], ranked[0]["metric"]
+    confidence = max(entry["confidence"] for entry in ranked)
     of = {entry["name"]: its for entry, its in zip(ranked, rows, strict=True)}
     pairs: dict[tuple[str, str], Difference] = {
-        (one, other): compare_rows(of[one], of[other], settings, gate.confidence, {metric})[metric]
+        (one, other): compare_rows(of[one], of[other], settings, confidence, {metric})[metric]
         for one, other in combinations(of, 2)
     }
     adjusted = holm({" ".join(pair): entry.p for pair, entry in pairs.items()})
@@ -158,7 +158,7 @@ def winner(
         pair = (first["name"], other)
         p = adjusted[" ".join(pair)]
         text = pairs[pair].model_copy(update={"p": p}).describe(metric, other)
-        (proven if beats(pairs[pair], gate.confidence, p) else unproven).append(text)
+        (proven if beats(pairs[pair], confidence, p) else unproven).append(text)
     parts = [f"proven better: {'; '.join(proven)}"] if proven else []
     parts += [f"not proven better: {'; '.join(unproven)}"] if unproven else []
     corrected = f" (Holm's p over {len(pairs)} pairs)" if len(pairs) > 1 else ""

@@ -20,6 +20,7 @@ from ft_assets.data.tables import read_table
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report_model import EvalReport, Verdict
 from ft_assets.evaluation.scored_rows import read_scored_rows
+from ft_assets.evaluation.verdict.spending import gate_of
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.release.card_facts import CardFacts
@@ -75,7 +76,7 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
 
 
 def _evaluated(job: Job, settings: Settings) -> Evaluated:
-    """Read the evaluation that judged the adapter."""
+    """Read the evaluation that judged the adapter. The file is judged at the same confidence."""
     from ft_assets.evaluation.scorer import Task
     from ft_assets.merging.file_verdict import Evaluated
 
@@ -92,12 +93,13 @@ def _evaluated(job: Job, settings: Settings) -> Evaluated:
         root=settings.root,
     )
     table = job.inputs["eval_report"] / "rows.parquet"
+    report = EvalReport.read(job.inputs["eval_report"] / "report.json")
     return Evaluated(
         folder=job.inputs["eval_report"],
         snapshot=job.inputs["base_model"],
         task=task,
         verdict=settings.verdict,
-        gate=settings.gate,
+        gate=gate_of(report, settings.gate),
         base=read_scored_rows(table, "base", task.heldout),
         judged=read_scored_rows(table, settings.verdict.merged_candidate, task.heldout),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -14,8 +15,9 @@ from ft_assets.config import EvaluationSettings, GateSettings, ReleaseSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ReleaseError
 from ft_assets.evaluation.references import with_references
-from ft_assets.evaluation.report_model import Differences
-from ft_assets.evaluation.scored_rows import ScoredRow, read_scored_rows
+from ft_assets.evaluation.report_model import Differences, EvalReport
+from ft_assets.evaluation.scored_rows import ScoredRow, cluster_of, read_scored_rows
+from ft_assets.evaluation.verdict.spending import gate_of
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.release.champion import Measured, beats_base, decide_release
@@ -28,7 +30,7 @@ from ft_assets.release.register import (
     ReleaseState,
     write_release,
 )
-from ft_assets.rows.types import TokenizedRow
+from ft_assets.rows.types import DataRow, TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
@@ -66,7 +68,9 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     table = job.inputs["heldout_split"] / "heldout.parquet"
     heldout = with_references(tokenizer, read_table(table, row=TokenizedRow))
     rows = unseen(heldout, job.inputs["champion_adapter"], where)
-    _require_enough(len(rows), len(heldout), settings.gate, where)
+    require_enough(rows, len(heldout), settings.gate, where)
+    evaluation = EvalReport.read(job.inputs["eval_report"] / "report.json")
+    settings = settings.model_copy(update={"gate": gate_of(evaluation, settings.gate)})
     base = read_scored_rows(job.inputs["eval_report"] / "rows.parquet", "base", rows)
     task = _task(rows, settings)
     scored: dict[Side, list[ScoredRow]] = {
@@ -94,14 +98,18 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     return StepResult(metrics, {"champion": entry.champion.identity})
 
 
-def _require_enough(unseen_rows: int, rows: int, gate: GateSettings, where: str) -> None:
-    if unseen_rows >= gate.min_heldout_rows:
+def require_enough(
+    unseen_rows: Sequence[DataRow], rows: int, gate: GateSettings, where: str
+) -> None:
+    """Raise ReleaseError unless enough groups of the `rows` held-out rows are unseen."""
+    groups, left = len({cluster_of(row) for row in unseen_rows}), len(unseen_rows)
+    if groups >= gate.min_heldout_rows:
         return
-    trained = f"the champion was trained on {rows - unseen_rows} of today's {rows} held-out rows"
-    least = f"at least {gate.min_heldout_rows} rows that neither model has seen"
+    trained = f"the champion was trained on {rows - left} of today's {rows} held-out rows"
+    least = f"at least {gate.min_heldout_rows} groups of rows that neither model has seen"
     raise ReleaseError(
         where=where,
-        found=f"{trained}; {unseen_rows} are left",
+        found=f"{trained}; {left} rows in {groups} groups are left",
         expected=f"{least} (gate.min_heldout_rows)",
         fix="add held-out rows, or set the split back to its former settings",
     )

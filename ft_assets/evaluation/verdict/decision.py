@@ -278,7 +278,9 @@ def _form(candidate: str, report: EvalReport, gate: GateSettings) -> Reasons:
             found.fails.append(f"{alone}: {text}")
         else:
             alone = "the gain may be form alone" if gains else "not shown to be more than form"
-            found.unsure.append(f"{alone}: {text}{_how_many(entry)}")
+            # A rival that was asked on some rows would not be asked on more.
+            needed = _how_many(entry) if entry.n == report.heldout_rows else ""
+            found.unsure.append(f"{alone}: {text}{needed}")
     for rival, entry in form.train.get(candidate, {}).items():
         text = f"{entry.describe(metric, rival)} on trained rows"
         if worse(entry, report.confidence):

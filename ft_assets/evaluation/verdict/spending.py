@@ -10,9 +10,17 @@ false PASS on the same rows is at most 2 (1 - confidence) / 2, because only one 
 
 import math
 
+from ft_assets.config import GateSettings
+from ft_assets.evaluation.report_model import EvalReport
+
 
 def spent_confidence(confidence: float, number: int) -> float:
     """Return the confidence of the `number`-th verdict on the same rows, counted from 1."""
     if number <= 1:
         return confidence
     return 1 - (1 - confidence) * 6 / (math.pi**2 * (number - 1) ** 2)
+
+
+def gate_of(report: EvalReport, gate: GateSettings) -> GateSettings:
+    """Return the gate at the report's confidence, for further comparisons on the same rows."""
+    return gate.model_copy(update={"confidence": report.confidence})
