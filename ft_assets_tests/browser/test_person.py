@@ -233,6 +233,7 @@ def test_bad_adapter_fails_its_check_and_the_merge_refuses(person: Person) -> No
     assert person.materialize("dpo_adapter", "tiny") == "SUCCESS"
     merged = person.folder / ".ft/store/merged_model/tiny/CURRENT"
     before = merged.read_text()
+    assert person.materialize("answers", "tiny") == "SUCCESS"
     assert person.materialize("eval_report", "tiny") == "FAILURE"
     person.open("/assets/eval_report?view=checks")
     person.page.get_by_text("better_than_base").first.click()
