@@ -23,11 +23,16 @@ class NearIndex:
 
         self.threshold = threshold
         self._sets: list[tuple[str, Shingles]] = []
+        self._added: set[Shingles] = set()
         self._known: set[int] = set()
         self._index = MinHashLSH(params=bands(threshold), num_perm=PERMUTATIONS)
         self._empty = MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=_identity)
 
     def add(self, identity: str, own: Shingles) -> None:
+        """Index a set. Of equal sets the first is kept."""
+        if own in self._added:
+            return
+        self._added.add(own)
         self._index.insert(len(self._sets), self._signature(own))
         self._sets.append((identity, own))
         self._known |= own

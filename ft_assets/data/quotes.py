@@ -17,6 +17,8 @@ from ft_assets.data.texts import ANCHOR, Text
 
 MIN_GRAMS = 5  # of a long text
 MAX_GRAMS = 64
+SENTENCES = 4  # that a quoted text has at most, if it has less than eight units
+PLACES = 200  # of one beginning, in which a text is looked for that ends within a sentence
 ENOUGH = 8  # units that need no ends of sentences
 
 
@@ -55,7 +57,7 @@ class GramIndex:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """A place in an indexed text at which a shorter text may stand."""
+    """A place in a text: where its anchor begins, or where a shorter text may stand."""
 
     identity: str
     text: Text
@@ -68,38 +70,49 @@ class PhraseIndex:
     def __init__(self) -> None:
         self._phrases: dict[int, list[_Place]] = {}
         self._places: dict[int, list[_Place]] = {}
+        self._parts: dict[int, str] = {}  # {hash of one or more sentences: id}
 
     def add_phrase(self, identity: str, text: Text) -> None:
-        """Index a text that may stand in others."""
+        """Index a text that may stand in others, by the run that the fewest others have."""
         if len(text) >= ANCHOR:
-            anchor = text.anchors[0]
-            self._phrases.setdefault(anchor, []).append(_Place(identity, text.without_units(), 0))
+            used = [len(self._phrases.get(anchor, ())) for anchor in text.anchors]
+            start = used.index(min(used))
+            place = _Place(identity, text.without_units(), start)
+            self._phrases.setdefault(text.anchors[start], []).append(place)
 
     def add_text(self, identity: str, text: Text) -> None:
         """Index a text in which others may stand."""
-        anchors, text = text.anchors, text.without_units()
-        for start in text.breaks:
-            if start < len(anchors):
-                place = _Place(identity, text, start)
-                self._places.setdefault(anchors[start], []).append(place)
+        anchors, breaks = text.anchors, sorted(text.breaks)
+        slim = text.without_units()
+        for number, start in enumerate(breaks):
+            for end in breaks[number + 1 : number + 1 + SENTENCES]:
+                if end - start >= ANCHOR:
+                    self._parts.setdefault(text.part(start, end), identity)
+            places = self._places.setdefault(anchors[start], []) if start < len(anchors) else []
+            if len(places) < PLACES:
+                places.append(_Place(identity, slim, start))
 
     def quoted(self, texts: Iterable[Text]) -> Iterator[str]:
         """Yield the ids of the phrases that stand in the texts."""
-        for text in texts:
-            for start, anchor in enumerate(text.anchors):
+        for text in texts if self._phrases else ():
+            for place, anchor in enumerate(text.anchors):
                 for phrase in self._phrases.get(anchor, ()):
-                    if _stands(phrase.text, text, start):
+                    if _stands(phrase.text, text, place - phrase.start):
                         yield phrase.identity
 
     def quoting(self, phrase: Text) -> Iterator[str]:
         """Yield the ids of the indexed longer texts in which a phrase stands."""
         if len(phrase) >= ANCHOR:
+            if (identity := self._parts.get(phrase.part(0, len(phrase)))) is not None:
+                yield identity
             for place in self._places.get(phrase.anchors[0], ()):
                 if _stands(phrase, place.text, place.start):
                     yield place.identity
 
 
 def _stands(phrase: Text, text: Text, start: int) -> bool:
+    if start < 0:
+        return False
     end = start + len(phrase)
     whole = len(phrase) >= ENOUGH or {start, end} <= text.breaks
     return whole and bool(np.array_equal(text.hashes[start:end], phrase.hashes))

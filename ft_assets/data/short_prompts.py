@@ -15,8 +15,9 @@ from ft_assets.data.texts import Text, hashes_of, word_key
 from ft_assets.data.units import is_blankless
 
 LEAST, MOST = 4, 32  # units of a short prompt
+OWNERS = 64  # indexed prompts that differ in one gap alone; more are of a template
 FILLERS = 4  # distinct words in a gap that make it a slot
-KEPT = 200  # rows that wait for the decision on a gap
+KEPT = 200  # rows that wait for the decision on a gap with so many words
 SCATTERED = 0.6  # share of a prompt's gaps that other words fill
 MANY = 6  # units of a prompt to which a word in the middle may be added
 LAST = 9  # units of a prompt below which its last one is its subject: the capital of _
@@ -49,20 +50,25 @@ class ShortIndex:
         self.slots = set(slots)
         self._words = words
         self._prompts: list[tuple[str, list[str]]] = []  # (id, units)
-        self._whole: dict[int, tuple[int, ...]] = {}  # numbers of prompts
+        self._whole: dict[int, int] = {}  # numbers of prompts; equal ones count once
         self._without: dict[int, tuple[int, ...]] = {}  # numbers of prompts, shifted, and lengths
         self._gaps: dict[int, _Gap] = {}  # those that a row fills
 
     def add(self, identity: str, text: Text) -> None:
         if not LEAST <= len(text.units) <= MOST:
             return
-        number = len(self._prompts)
-        self._prompts.append((identity, text.units))
         hashed = _Hashed(text.hashes.tolist())
-        self._whole[hashed.whole] = (*self._whole.get(hashed.whole, ()), number)
+        number = self._whole.setdefault(hashed.whole, len(self._prompts))
+        if number < len(self._prompts):
+            return
+        self._prompts.append((identity, text.units))
         for place, length in _words_of(text.units):
             key = hashed.around(place, length)
-            self._without[key] = (*self._without.get(key, ()), number << _SHIFT | length)
+            owners = self._without.get(key, ())
+            if len(owners) < OWNERS:
+                self._without[key] = (*owners, number << _SHIFT | length)
+            else:  # a template: so many prompts differ in this gap alone
+                self.slots.add(key)
 
     def matches(self, row: RowName, text: Text) -> Iterator[tuple[str, float]]:
         """Yield (id, similarity) of prompts with a misspelt, an additional, or a missing word."""
@@ -72,9 +78,9 @@ class ShortIndex:
         hashed = _Hashed(text.hashes.tolist())
         found: list[int] = []
         for place in range(count):
-            for number in self._whole.get(hashed.without(place), ()):
-                if _may_be_added(text.units, self._prompts[number][1]):
-                    found.append(number)
+            number = self._whole.get(hashed.without(place))
+            if number is not None and _may_be_added(text.units, self._prompts[number][1]):
+                found.append(number)
         for place in range(count + 1):
             for stored in self._without.get(hashed.around(place, 0), ()):
                 number = stored >> _SHIFT
@@ -99,8 +105,10 @@ class ShortIndex:
                 yield number
             gap = self._gaps.setdefault(key, _Gap())
             gap.fillers |= {"".join(own), "".join(other)}
-            if len(gap.waiting) < KEPT:
+            if len(gap.fillers) < FILLERS or len(gap.waiting) < KEPT:
                 gap.waiting.append((row, "".join(own)))
+            else:
+                self.slots.add(key)
 
     def decided(self) -> Iterator[tuple[RowName, str, float]]:
         """Yield (row, id, similarity) of the rows with another word in a gap that is no slot."""

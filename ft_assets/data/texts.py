@@ -67,6 +67,10 @@ class Text:
             doubled = doubled[:-size] * _POWERS[step] + doubled[size:]
         return total
 
+    def part(self, start: int, end: int) -> int:
+        """Return the hash of some units."""
+        return Text([], self.hashes[start:end], frozenset()).runs(end - start)[0].item()
+
     @cached_property
     def grams(self) -> frozenset[int]:
         """The hashes of the runs of 13 units."""
