@@ -23,31 +23,29 @@ class UserModules:
     """
 
     root: Path
-    own: str | None = None  # of an installed package: the only name that is followed
     files: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: str, root: Path) -> "UserModules | None":
-        """Follow a module of the folder, else an installed one. None if there is neither.
+        """Follow a module of the folder, else take an installed one. None if there is neither.
 
-        Raises SyntaxError if a module cannot be parsed.
+        An installed one is its file and the version of its package. Raises SyntaxError if a module
+        cannot be parsed.
         """
         found = cls(root.resolve())
-        if found._locate(module) is None:
-            top = module.partition(".")[0]
-            try:
-                spec = importlib.util.find_spec(top)
-            except (ImportError, ValueError):
-                return None
-            if spec is None or spec.origin is None:
-                return None
-            inside = 2 if spec.submodule_search_locations else 1
-            found = cls(Path(spec.origin).parents[inside - 1], top)
-            if found._locate(module) is None:
-                return None
-        found.packages = _versions(found._follow(module))
-        return found
+        if found._locate(module) is not None:
+            found.packages = _versions(found._follow(module))
+            return found
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            return None
+        if spec is None or spec.origin is None:
+            return None
+        origin = Path(spec.origin)
+        files = {origin.name: file_sha256(origin)} if origin.is_file() else {}
+        return cls(root, files, _versions({module.partition(".")[0]}))
 
     def _locate(self, module: str) -> Path | None:
         """Return the file of a module of the folder. A package is its __init__.py."""
@@ -57,31 +55,29 @@ class UserModules:
 
     def _follow(self, module: str) -> set[str]:
         """Note the files of a module and of all that it reaches; return the names outside."""
-        outside, queue = set[str](), [module]
+        outside, queue, followed = set[str](), [module], set[str]()
         while queue:
             name = queue.pop()
+            if name in followed:
+                continue
+            followed.add(name)
             top, path = name.partition(".")[0], self._locate(name)
-            if self.own not in (None, top):
-                outside.add(top)
-            elif path is None:  # a name inside a module, or a module of elsewhere
+            if path is None:  # a name inside a module, or a module of elsewhere
                 local = self._locate(top) or (self.root / top).is_dir()
                 outside |= set() if local else {top}
-            elif self._note(path):
-                tree = ast.parse(path.read_bytes(), str(path))
-                package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-                for imported in [name, *_imports(tree, package)]:
-                    # Importing a.b imports a first.
-                    parts = imported.split(".")
-                    queue += [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-                self._note_data(tree, path)
+                continue
+            self._note(path)
+            tree = ast.parse(path.read_bytes(), str(path))
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            for imported in [name, *_imports(tree, package)]:
+                # Importing a.b imports a first.
+                parts = imported.split(".")
+                queue += [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+            self._note_data(tree, path)
         return outside
 
-    def _note(self, path: Path) -> bool:
-        """Note the hash of a file. Return False if it was noted before."""
-        name = path.relative_to(self.root).as_posix()
-        new = name not in self.files
-        self.files[name] = file_sha256(path)
-        return new
+    def _note(self, path: Path) -> None:
+        self.files[path.relative_to(self.root).as_posix()] = file_sha256(path)
 
     def _note_data(self, tree: ast.AST, path: Path) -> None:
         """Note the files of the folder that a module names as a literal, e.g. a word list."""
