@@ -41,7 +41,7 @@ def answers(
         context,
         identity=decisive,
         inputs=asked_inputs(materializer, used),
-        step=answers_step.Settings(
+        step=lambda: answers_step.Settings(
             evaluation=settings,
             few_shot_system=project.data.few_shot_system,
             seeds=project.gate.seeds,
