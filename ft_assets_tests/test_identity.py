@@ -12,9 +12,14 @@ import yaml
 
 from ft_assets.artifacts import content_hashes
 from ft_assets.artifacts.content_hashes import ContentHashes
-from ft_assets.assets.judged import asking, evaluation_identity
+from ft_assets.assets.judged import (
+    answers_of_today,
+    asked_inputs,
+    asking,
+    evaluation_identity,
+)
 from ft_assets.config import BaseModelSettings, load_project
-from ft_assets.errors import ConfigError
+from ft_assets.errors import ConfigError, VerdictError
 from ft_assets.evaluation import setting_files
 from ft_assets.models.source import source_identity
 from ft_assets_tests.factories import edit
@@ -59,6 +64,37 @@ def identities(folder: Path) -> tuple[Any, Any]:
     store = SimpleNamespace(need=lambda asset, partition: few_shot)
     materializer: Any = SimpleNamespace(project=load_project(folder / "finetune.yaml"), store=store)
     return asking(materializer, "tiny"), evaluation_identity(materializer, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ({}, None),
+        ({"evaluation": {"max_new_tokens": 7}}, "another setting evaluation"),
+        # A key that is of no use today, e.g. of few-shot examples that were chosen.
+        ({"few_shot_auto": {"metric": "exact"}}, "another setting few_shot_auto"),
+    ],
+)
+def test_answers_of_other_settings_are_not_those_of_today(
+    folder: Path, then: dict[str, Any], said: str | None
+) -> None:
+    artifact: Any = SimpleNamespace(part_version=lambda part: "same")
+    used = dict.fromkeys(("base_model", "heldout_split", "lora_adapter", "dpo_adapter"), artifact)
+    few_shot = SimpleNamespace(need=lambda asset, partition: artifact)
+    materializer: Any = SimpleNamespace(
+        project=load_project(folder / "finetune.yaml"), store=few_shot
+    )
+    inputs = dict.fromkeys(asked_inputs(materializer, used), "same")
+    manifest = SimpleNamespace(inputs=inputs, settings={**asking(materializer, "tiny"), **then})
+    answers = SimpleNamespace(manifest=manifest)
+    materializer.store = SimpleNamespace(
+        need=lambda asset, partition: answers if asset == "answers" else artifact
+    )
+    if said is None:
+        assert answers_of_today(materializer, "tiny", used) is answers
+        return
+    with pytest.raises(VerdictError, match=said):
+        answers_of_today(materializer, "tiny", used)
 
 
 def append(name: str, text: str = "# changed\n") -> Callable[[Path], Any]:

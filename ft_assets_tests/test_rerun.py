@@ -416,5 +416,5 @@ def test_plan_says_what_it_refuses_and_what_is_then_not_reached(project: Path) -
     assert done.returncode == 1
     assert re.search(r"raw_preferences +runs", done.stdout)
     assert re.search(r"lora_adapter +not reached .*after heldout_split", done.stdout)
-    assert "1 refused; 9 below would not be reached" in done.stdout
+    assert "1 refused; 10 below would not be reached" in done.stdout
     assert done.stderr == ""

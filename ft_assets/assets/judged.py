@@ -78,10 +78,9 @@ def answers_of_today(materializer: Materializer, name: str, used: dict[str, Arti
         for source, (artifact, part) in asked_inputs(materializer, used).items()
         if then.get(source) != artifact.part_version(part)
     ]
+    today = asking(materializer, name)
     changed += [
-        f"setting {key}"
-        for key, value in asking(materializer, name).items()
-        if settings.get(key) != value
+        f"setting {key}" for key in {**settings, **today} if settings.get(key) != today.get(key)
     ]
     if changed:
         raise VerdictError(
