@@ -214,7 +214,7 @@ def _is_family(rows: list[_Sampled], recurring: frozenset[int]) -> bool:
     """Return True if rows with similar prompts paraphrase one prompt.
 
     Prompts of a template all have its words, and their own text is in no other prompt. Paraphrases
-    differ in ever other places, or in phrases that recur. If the rows differ in a few words, equal
+    differ in many places, or in phrases that recur. If the rows differ in a few words, equal
     answers show that these words are no content.
     """
     if len(rows) == 2 or _scattered(rows):

@@ -224,10 +224,11 @@ def _data(raw: Artifact, split: Artifact, preferences: Artifact | None) -> list[
 
 def _data_note(raw: Artifact, split: Artifact) -> str:
     """Return the counts of the rows that were not used, as a sentence; "" if there are none."""
-    near = "training rows filtered as near-duplicates of a held-out or general prompt"
+    repeats = "training rows left out because they repeat a held-out or general row"
+    former = split.metrics.get("near_duplicates_removed", 0)  # of a split of version 0.1
     counts = {
         "rejected as invalid": raw.metrics.get("rejected", 0),
-        near: split.metrics.get("near_duplicates_removed", 0),
+        repeats: split.metrics.get("left_out", former),
     }
     return "; ".join(f"{count} {what}" for what, count in counts.items() if count)
 
