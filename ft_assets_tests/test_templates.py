@@ -190,6 +190,18 @@ def test_refused_and_dropped_system_turns_name_the_setting_that_helps(
         assert folding.text(messages) == renderer(template, end).text(fold_system(messages))
 
 
+def test_greeting_of_the_assistant_is_context_where_the_template_allows_it() -> None:
+    opened: list[Any] = [{"role": "assistant", "content": "Good day", "train": False}, *CHAT]
+    assert learnt(renderer(DATED), opened) == learnt(renderer(DATED), CHAT)
+    strict = GEMMA.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}",
+    )
+    with pytest.raises(ProofFailed, match="alternate: .*remove its first turn from the row"):
+        learnt(renderer(strict, "<end_of_turn>"), opened)
+
+
 def test_template_kwargs_are_baked_in_and_leave_the_rest_as_it_was() -> None:
     baked = renderer(bake(QWEN3, {"enable_thinking": False}, "template"))
     assert (

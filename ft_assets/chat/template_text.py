@@ -118,4 +118,7 @@ def _refusal(error: Exception, messages: Messages) -> str:
     if messages and messages[0]["role"] == "system" and "system" in str(error).lower():
         advice = "set chat.system_turn: user, which puts the system turn into the first user turn"
         return f"{reason}: {advice}"
+    opening = next((turn["role"] for turn in messages if turn["role"] != "system"), None)
+    if opening == "assistant":
+        return f"{reason}: the assistant opens the conversation; remove its first turn from the row"
     return reason
