@@ -325,7 +325,8 @@ def compared(
     """Compare logits (tokens, V) as those of one row."""
     monkeypatch.setattr(agreement, "answer_logits", lambda model, row: torch.tensor(ours))
     torch.tensor(theirs).numpy().tofile(tmp_path / "logits")
-    return agreement.compare_logits(SimpleNamespace(dtype=dtype), [{}], tmp_path / "logits")
+    rows: list[Any] = [{}]
+    return agreement.compare_logits(SimpleNamespace(dtype=dtype), rows, tmp_path / "logits")
 
 
 def test_two_tokens_within_two_roundings_of_bf16_are_a_tie_and_counted(

@@ -185,7 +185,8 @@ def test_distinct_answers_are_not_labels() -> None:
     assert not form.has_few_answers(EvaluationSettings(), rows)
     # The content of a tool call is empty; its reference is the call.
     calls = [{**row, "expected": f"call {index}"} for index, row in enumerate(rows)]
-    empty = [{**row, "messages": [{"role": "assistant", "content": ""}]} for row in calls]
+    nothing = [{"role": "assistant", "content": ""}]
+    empty: list[Any] = [{**row, "messages": nothing} for row in calls]
     assert not form.has_few_answers(EvaluationSettings(), empty)
     assert form.has_few_answers(LABELS, rows)
     assert form.held_rows(3000, 77) == 27

@@ -11,7 +11,7 @@ from typing import Any
 from ft_assets.chat.rendering import ProofFailed
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.few_shot import few_shot_prompt
-from ft_assets.rows.types import Conversation, ConversationRow
+from ft_assets.rows.types import DataRow
 
 Lengths = Mapping[str, int]  # the tokens of the prompt by row id
 
@@ -45,8 +45,8 @@ class Room:
     def few_shot_error(
         self,
         renderer: Any,
-        rows: Sequence[ConversationRow],
-        examples: Sequence[ConversationRow],
+        rows: Sequence[DataRow],
+        examples: Sequence[DataRow],
         system: str | None,
     ) -> EvaluationError | None:
         """Return the error about a few-shot prompt that is too long, or None.
@@ -88,12 +88,12 @@ class Room:
 
 def few_shot_lengths(
     renderer: Any,
-    rows: Sequence[ConversationRow],
-    examples: Sequence[ConversationRow],
+    rows: Sequence[DataRow],
+    examples: Sequence[DataRow],
     system: str | None,
 ) -> Lengths:
     """Return the tokens of each row's few-shot prompt."""
-    asked: list[Conversation] = [
+    asked: list[DataRow] = [
         {**row, "messages": few_shot_prompt(row["messages"][:-1], system, examples)} for row in rows
     ]
     prompts = renderer.prompts(asked)

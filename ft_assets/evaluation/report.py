@@ -47,8 +47,7 @@ def summarise(
     metric = settings.metric
     # Only a user's own metric is not known by its name.
     lower = [name for name in settings.lower_is_better() if higher_is_better(name)]
-    optional = {"lower_is_better": lower} if lower else {}
-    return EvalReport(
+    report = EvalReport(
         metric=metric,
         metrics=[name for name in columns["base"] if name not in BEHAVIOUR],
         heldout_rows=len(heldout["base"]),
@@ -88,8 +87,8 @@ def summarise(
         proofs=scored.proofs,
         evidence=evidence,
         bound_to=dict(bound_to),
-        **optional,
     )
+    return report.model_copy(update={"lower_is_better": lower}) if lower else report
 
 
 def score_columns(rows: Sequence[ScoredRow]) -> dict[str, list[float]]:
