@@ -198,7 +198,7 @@ def test_greeting_of_the_assistant_is_context_where_the_template_allows_it() -> 
         "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('roles must alternate') }}{% endif %}",
     )
-    with pytest.raises(ProofFailed, match="alternate: .*remove its first turn from the row"):
+    with pytest.raises(ProofFailed, match=r"alternate: .*remove its first turn from the row"):
         learnt(renderer(strict, "<end_of_turn>"), opened)
 
 
