@@ -102,7 +102,7 @@ def few_shot(folder: Path) -> None:
 
 
 BELOW_VERDICT = ["answers", "eval_report", "merged_model", "release", "export", "leaderboard"]
-SCORED = ["eval_report", "merged_model", "release", "leaderboard"]  # no answer is asked for
+SCORED = ["eval_report", "merged_model", "leaderboard"]  # no answer is asked for
 BELOW_RATE = ["recipe", "lora_adapter", "dpo_adapter", *BELOW_VERDICT]
 BELOW_PAIRS = ["raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter", *BELOW_VERDICT]
 # `release` runs because the changed row makes SFT the candidate instead of DPO, which changes the
@@ -191,7 +191,9 @@ def calm_project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """
     folder = tmp_path_factory.mktemp("calm") / "project"
     shutil.copytree(finished, folder)
-    edit(folder, gate={"override": "the matrix is about what runs"}, sft={"learning_rate": 0.01})
+    # With few rows no challenger is proven as good, and the champion would stay.
+    edit(folder, release={"margin": 1.0}, sft={"learning_rate": 0.01})
+    edit(folder, gate={"override": "the matrix is about what runs"})
     assert materialize(folder).success
     return folder
 
