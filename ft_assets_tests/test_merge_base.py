@@ -37,6 +37,8 @@ LENIENT = {
     "max_retention_loss": 1000.0,
     "max_retention_drop": 1.0,
     "max_repetition_rise": 1.0,
+    "min_retention_rows": 1,
+    "form": "warn",  # the answers are all "yes"
 }
 
 
