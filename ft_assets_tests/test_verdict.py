@@ -4,7 +4,13 @@ import pytest
 
 from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import Difference, EvalReport, Proofs, Retention
-from ft_assets.evaluation.verdict.decision import FAIL, INCONCLUSIVE, PASS, decide
+from ft_assets.evaluation.verdict.decision import (
+    FAIL,
+    INCONCLUSIVE,
+    PASS,
+    decide,
+    losses_on_general_prompts,
+)
 from ft_assets.evaluation.verdict.statistics import compare
 from ft_assets_tests.reports import empty_report
 
@@ -245,3 +251,27 @@ def test_verdict_is_decided_at_the_confidence_of_the_report() -> None:
     assert decide(numbers, GATE).status == PASS
     later = numbers.model_copy(update={"confidence": 0.999})
     assert decide(later, GATE).status == INCONCLUSIVE
+
+
+def test_number_of_rows_is_advice_only_where_it_can_be_reached() -> None:
+    def judged(mean: float) -> str:
+        drops = [mean - 0.1, mean + 0.1] * 20
+        entry = compare([0.5 + value for value in drops], [0.5] * 40, 0.95, 1)
+        numbers = report(NONE, ALL, general={"base": SAME, "sft": SAME})
+        assert numbers.retention is not None
+        numbers.retention.comparisons["sft"]["base"]["chrf"] = entry
+        return str(decide(numbers, GATE).reasons)
+
+    assert "about" in judged(-0.09)
+    assert "too close to it for more rows to help" in judged(-0.0995)
+
+
+def test_proven_loss_on_general_prompts_is_evidence_and_chance_is_not() -> None:
+    def suspected(rises: list[float]) -> list[str]:
+        sft = [value + rise for value, rise in zip(SAME, rises, strict=True)]
+        numbers = report(NONE, ALL, general={"base": SAME, "sft": sft})
+        assert decide(numbers, GATE).status == INCONCLUSIVE
+        return losses_on_general_prompts("sft", numbers, GATE)
+
+    assert "may forget" in suspected([0.19, 0.1, 0.28, 0.19] * 10)[0]
+    assert suspected([1.0, -1.0, 0.9, -0.8] * 10) == []

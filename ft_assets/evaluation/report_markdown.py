@@ -23,7 +23,8 @@ DETECTABLE = (
 )
 NO_CAUSE = (
     "The numbers show none of the five common causes (template, narrow data, overfitting, "
-    "undertraining, wrong base). Add held-out rows first, then more or better training rows."
+    "undertraining, wrong base). Where a reason above is that the rows cannot decide, add held-out "
+    "rows or general prompts first; then more or better training rows."
 )
 
 

@@ -25,6 +25,7 @@ from ft_assets.evaluation.verdict.holm import holm
 PASS: Literal["PASS"] = "PASS"
 FAIL: Literal["FAIL"] = "FAIL"
 INCONCLUSIVE: Literal["INCONCLUSIVE"] = "INCONCLUSIVE"
+MANY_TIMES = 50  # the rows there are: more of them are no advice
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,8 @@ def _rows_for(entry: Difference, margin: float) -> str:
         return ""
     # The interval must end before the margin four times in five: z(0.975) + z(0.8) = 2.80.
     rows = math.ceil(entry.n * (reach / room * 2.80 / 1.96) ** 2)
+    if rows > MANY_TIMES * entry.n:
+        return "; the mean is too close to it for more rows to help"
     return f"; about {rows} rows would decide if the mean stays"
 
 
@@ -353,17 +356,37 @@ def forgetting(candidate: str, report: EvalReport, gate: GateSettings) -> Reason
     Each has its tolerance. Beyond it on the mean it fails; where only the interval reaches beyond
     it, the rows cannot decide.
     """
-    parts = []
+    behaviour = []
+    if (retention := report.retention) is not None:
+        behaviour = [_behaviour(candidate, retention.scores, gate, "general")]
+    measured = [found for _, found in _forgetting_by_measure(candidate, report, gate)]
+    return Reasons.joined([*behaviour, *measured])
+
+
+def losses_on_general_prompts(candidate: str, report: EvalReport, gate: GateSettings) -> list[str]:
+    """List what got worse on general prompts: beyond its tolerance, or proven and maybe beyond."""
+    found = forgetting(candidate, report, gate).fails
+    return found + [
+        reason
+        for entry, reasons in _forgetting_by_measure(candidate, report, gate)
+        if worse(entry, report.confidence)
+        for reason in reasons.unsure
+    ]
+
+
+def _forgetting_by_measure(
+    candidate: str, report: EvalReport, gate: GateSettings
+) -> list[tuple[Difference, Reasons]]:
+    """Judge the loss and the task score of general prompts, and each task of the harness."""
+    found = []
     if (retention := report.retention) is not None:
         against, metric = retention.comparisons[candidate]["base"], retention.metric
-        parts = [
-            _behaviour(candidate, retention.scores, gate, "general"),
-            _loss_rise(against["loss"], gate),
-            _score_drop(metric, against[metric], gate),
+        found = [
+            (against["loss"], _loss_rise(against["loss"], gate)),
+            (against[metric], _score_drop(metric, against[metric], gate)),
         ]
     tasks = report.harness.comparisons.get(candidate, {}).get("base", {})
-    parts += [_score_drop(task, entry, gate) for task, entry in tasks.items()]
-    return Reasons.joined(parts)
+    return found + [(entry, _score_drop(task, entry, gate)) for task, entry in tasks.items()]
 
 
 def _loss_rise(entry: Difference, gate: GateSettings) -> Reasons:

@@ -22,7 +22,7 @@ from ft_assets.evaluation.report_model import (
     ValidationLoss,
     Verdict,
 )
-from ft_assets.evaluation.verdict.decision import PASS, forgetting
+from ft_assets.evaluation.verdict.decision import PASS, losses_on_general_prompts
 from ft_assets.metrics import registered
 from ft_assets.rows.types import TokenizedRow
 
@@ -106,8 +106,8 @@ def _narrow(
     report: EvalReport, evidence: Evidence, candidate: str, gate: GateSettings, undertrained: bool
 ) -> Finding | None:
     spread = evidence.train
-    # What the rows cannot decide is no evidence.
-    found = list(forgetting(candidate, report, gate).fails)
+    # What may be chance is not evidence, but a proven loss is, also if it may be tolerable.
+    found = losses_on_general_prompts(candidate, report, gate)
     if spread.top_answer >= NARROW_TOP_ANSWER:
         found.append(
             f"{spread.top_answer:.0%} of the training answers are the same one "

@@ -21,6 +21,7 @@ from ft_assets.evaluation.verdict.groups import Groups, Values
 from ft_assets.evaluation.verdict.intervals import BATCH, DRAWS, Interval
 
 POWER = 0.8
+LEAST_P = 1e-300  # exp() of a smaller one is 0, which no test shows
 ALL_SIGNS = 13  # groups, up to which every combination of signs is tried
 MANY_ROWS = 2000  # beyond, the number of rows needed is that of the normal approximation
 
@@ -131,7 +132,7 @@ def _sign_flips(sums: Values, seed: int) -> float:
     if extreme:
         return (extreme + 1) / (len(signs) + 1)
     bound = 2 * math.exp(-(observed**2) / float((sums**2).sum()) / 2)
-    return min(1 / (len(signs) + 1), bound)
+    return max(min(1 / (len(signs) + 1), bound), LEAST_P)
 
 
 @lru_cache(maxsize=2)
