@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import dagster as dg
+from pydantic import JsonValue
 
 from ft_assets.config import DataSettings, EvaluationSettings, settings_version
 from ft_assets.data.content import CONVERSATIONS
@@ -159,11 +160,10 @@ def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
     schema = read_schema(project, settings)
     errors = unreachable(targets, settings, project.gate, schema, where)
     own = settings.user_metric or settings.program
-    if own and not errors and not (passed := _passed(checked, settings)).exists():
+    if own and not errors and not (passed := _scored(checked, settings)).exists():
         errors = run_on_references(targets, settings, project.root, where)
         if not errors:
-            passed.parent.mkdir(parents=True, exist_ok=True)
-            passed.touch()
+            _note(passed)
     text = f"each of {len(targets)} references has the best score against itself"
     return dg.AssetCheckResult(
         passed=not errors,
@@ -172,7 +172,7 @@ def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
     )
 
 
-def _passed(checked: Checked, settings: EvaluationSettings) -> Path:
+def _scored(checked: Checked, settings: EvaluationSettings) -> Path:
     """Return the file that notes that the user's code scored these references: once is enough."""
     project = checked.project
     decisive = [
@@ -181,7 +181,16 @@ def _passed(checked: Checked, settings: EvaluationSettings) -> Path:
         user_metric_version(project, settings),
         program_version(project, settings),
     ]
+    return _noted(checked, decisive)
+
+
+def _noted(checked: Checked, decisive: list[JsonValue]) -> Path:
     return checked.materializer.store.root / ".work" / "scored" / settings_version(decisive)
+
+
+def _note(passed: Path) -> None:
+    passed.parent.mkdir(parents=True, exist_ok=True)
+    passed.touch()
 
 
 @check(
@@ -202,11 +211,24 @@ def prompts_fit_the_context(checked: Checked) -> dg.AssetCheckResult:
     error = room.rows_error(_prompts(heldout)) or room.rows_error(
         _prompts(general[: settings.retention_answers]), "retention"
     )
-    if error is None and examples:
+    fits = _noted(
+        checked,
+        [
+            store.need("base_model", name).data_version,
+            checked.artifact.part_version("heldout"),
+            store.need("raw_dataset", None).part_version("few_shot"),
+            data.few_shot_system,
+            settings.max_new_tokens,
+        ],
+    )
+    if error is None and examples and not fits.exists():
+        # Importing the tokenizer takes longer than the rest of a run with nothing to do.
         from ft_assets.chat.rendering import Renderer
 
         renderer = Renderer(load_tokenizer(base), stop_ids(base))
         error = room.few_shot_error(renderer, heldout, examples, data.few_shot_system)
+        if error is None:
+            _note(fits)
     limit = f"the context of {room.context} tokens" if room.context else "no limit of the context"
     return dg.AssetCheckResult(
         passed=error is None, description=str(error or f"prompts and answers fit {limit}")

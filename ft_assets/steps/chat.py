@@ -27,6 +27,7 @@ from ft_assets.rows.types import (
     ConversationRow,
     DataRow,
     PairRow,
+    Preference,
     PreferenceRow,
     RejectedRow,
     TokenizedRow,
@@ -174,7 +175,7 @@ def _answered(row: PreferenceRow, answer: str) -> Conversation:
     return answered
 
 
-def _pair(row: DataRow, prompt: list[int], better: list[int], worse: list[int]) -> PairRow:
+def _pair(row: Preference, prompt: list[int], better: list[int], worse: list[int]) -> PairRow:
     return {**row, "prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
 
 
