@@ -265,7 +265,7 @@ BELOW_TRAINING = [
 ]
 OF_ONE_MODEL = {  # one after the other
     "recipe of one of two": (
-        {"sft": {"max_steps": 3, "learning_rate": 0.02}},
+        {"sft": {"max_steps": 2, "learning_rate": 0.019}},
         ["recipe", *BELOW_TRAINING],
     ),
     "template of one of two": (
@@ -377,7 +377,7 @@ def test_plan_names_new_code_of_a_step(copy: Path) -> None:
     steps = {step.asset: step for step in plan(project, build, keys, "tiny")}
     assert [name for name, step in steps.items() if step.action == RUNS] == ["dpo_adapter"]
     assert "its code changed (version 0 → " in steps["dpo_adapter"].why[0]
-    assert steps["eval_report"].why == ["after dpo_adapter"]
+    assert steps["eval_report"].why == ["after answers, dpo_adapter"]
 
 
 def test_documentation_holds_the_matrix() -> None:
