@@ -27,6 +27,7 @@ SAMPLE = 20_000  # rows on which is counted: those with the smallest hash of the
 OWNERS = 16  # rows with a feature that are clustered
 ALIKE = 0.5  # share of common words from which two rows may be one family
 SLOT = 3  # words that differ in a family whose answers are equal
+NEARLY_ALL = 0.75  # share of a family's rows that have one of its words
 RECURRING = 3  # rows
 AFFIX = 0.8  # share of recurring phrases among what differs in a family
 
@@ -232,12 +233,16 @@ def _is_family(rows: list[_Sampled], recurring: frozenset[int]) -> bool:
 
 
 def _scattered(rows: list[_Sampled]) -> bool:
-    """Return True if most rows lack one of the usual words."""
-    core = _usual([row.words for row in rows])
+    """Return True if most rows lack one of the usual words.
+
+    A word that half of the rows have may be one of two that fill a slot of a template.
+    """
+    core = _usual([row.words for row in rows], NEARLY_ALL)
     return len(rows) > 2 and 2 * sum(not core <= row.words for row in rows) >= len(rows)
 
 
-def _usual(features: list[frozenset[int]]) -> frozenset[int]:
-    """Return what at least half of the rows have."""
+def _usual(features: list[frozenset[int]], share: float = 0.5) -> frozenset[int]:
+    """Return what at least this share of the rows has."""
     counts = Counter(feature for one in features for feature in one)
-    return frozenset(feature for feature, count in counts.items() if 2 * count >= len(features))
+    least = share * len(features)
+    return frozenset(feature for feature, count in counts.items() if count >= least)
