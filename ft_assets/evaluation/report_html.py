@@ -138,5 +138,6 @@ def _examples(
 
 
 def _bold(text: str) -> Markup:
-    """Return text with **…** as bold, the rest escaped."""
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text))))
+    """Return text with **…** as bold and `…` as code, the rest escaped."""
+    bold = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text)))
+    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", bold))
