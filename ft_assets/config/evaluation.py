@@ -1,5 +1,6 @@
 """`evaluation:` and `gate:` of finetune.yaml: what is measured, and what a PASS needs."""
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -319,11 +320,21 @@ class GateSettings(Section):
         default=None, description="A written reason: merge without a PASS. It is recorded."
     )
 
-    @model_validator(mode="after")
-    def _margins_are_positive(self) -> "GateSettings":
-        for name, goal in self.metrics.items():
-            if goal != "better" and goal <= 0:
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _margins_are_numbers(cls, goals: Any) -> Any:
+        for name, goal in goals.items() if isinstance(goals, dict) else ():
+            number = isinstance(goal, int | float) and not isinstance(goal, bool)
+            if goal != "better" and not (number and math.isfinite(goal) and goal > 0):
                 raise ValueError(
-                    f"metrics.{name}: a margin is above 0; write `better` if it must be better"
+                    f"{name}: {goal!r} is not a margin, a finite number above 0; write `better` if "
+                    "it must be better"
                 )
-        return self
+        return goals
+
+    @field_validator("override")
+    @classmethod
+    def _reason_is_written(cls, reason: str | None) -> str | None:
+        if reason is not None and not reason.strip():
+            raise ValueError("a blank text is not a reason; write one, or remove the key")
+        return reason

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ft_assets.config.chat import ChatSettings
@@ -12,6 +11,7 @@ from ft_assets.config.evaluation import EvaluationSettings
 from ft_assets.config.launcher import KINDS
 from ft_assets.config.project import Project
 from ft_assets.config.section import Section
+from ft_assets.config.strict_yaml import read_strictly
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
 
@@ -46,22 +46,13 @@ def load_project(path: Path | None = None) -> Project:
     """Read finetune.yaml. Raises ConfigError with the file, the key path and the fix."""
     path = path or find_config()
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_strictly(path)
     except FileNotFoundError:
         raise ConfigError(
             where=str(path),
             found="no such file",
             expected=f"a {CONFIG_NAME}",
             fix="create it, or set FT_CONFIG",
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            where=f"{path}{line}",
-            found=f"is not YAML: {getattr(error, 'problem', error)}",
-            expected="YAML",
-            fix="correct the line",
         ) from None
     if not isinstance(raw, dict):
         raise ConfigError(
@@ -70,7 +61,13 @@ def load_project(path: Path | None = None) -> Project:
             expected="a mapping with data: and base_models:",
             fix="see the README",
         )
-    raw.pop("root", None)
+    if "root" in raw:
+        raise ConfigError(
+            where=f"{path}: root",
+            found="is not a known key",
+            expected="paths relative to the folder of finetune.yaml, which is the root",
+            fix="remove the key",
+        )
     project = _validated(path, Project, {**raw, "root": path.parent.resolve()}, ())
     for name in project.base_models:
         if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
@@ -88,6 +85,14 @@ def load_project(path: Path | None = None) -> Project:
 def _check_goals(path: Path, project: Project, name: str) -> None:
     measured = {metric.name: metric for metric in project.recipe(name).evaluation.measured()}
     known = list(measured)
+    goals = project.gate.metrics
+    if goals and "better" not in goals.values():
+        raise ConfigError(
+            where=f"{path}: gate.metrics",
+            found="has margins alone: a model that is worse within them would pass",
+            expected="at least one metric that must be `better`",
+            fix=f"add a metric, e.g. {project.recipe(name).evaluation.metric}: better",
+        )
     for metric, goal in project.gate.metrics.items():
         if metric in measured and measured[metric].bounded and goal != "better" and goal >= 1:
             raise ConfigError(
