@@ -168,8 +168,22 @@ def test_margin_passes_what_is_not_worse_and_only_then() -> None:
     assert decide(report(HALF, NONE), gate).status == FAIL
 
 
+def test_all_of_several_metrics_must_be_better_by_default() -> None:
+    gate = GateSettings(metrics={"exact": "better", "regex": "better"})
+    both = report(NONE, HALF, more={"regex": (NONE, HALF)})
+    assert decide(both, gate).status == PASS
+    one = decide(report(NONE, HALF, more={"regex": (HALF, HALF)}), gate)
+    assert one.status == INCONCLUSIVE
+    assert "cannot tell it from the base: regex" in one.reasons[0]
+    assert decide(report(NONE, HALF, more={"regex": (HALF, NONE)}), gate).status == FAIL
+    weak = [1.0] * 6 + [0.0] * 54  # p 0.03: enough for each, because both are needed
+    assert decide(report(NONE, weak, more={"regex": (NONE, weak)}), gate).status == PASS
+
+
 def test_one_of_several_metrics_must_survive_holm_and_none_may_be_worse() -> None:
-    gate = GateSettings(metrics={"exact": "better", "regex": "better", "label": "better"})
+    gate = GateSettings(
+        metrics={"exact": "better", "regex": "better", "label": "better"}, better="any"
+    )
     weak = [1.0] * 6 + [0.0] * 54  # p 0.03: enough alone, not as the best of three
     assert (
         decide(report(NONE, weak, more={"regex": (HALF, HALF), "label": (HALF, HALF)}), GATE).status

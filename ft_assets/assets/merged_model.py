@@ -16,6 +16,7 @@ from ft_assets.steps import merge
 # The part of the gate that every merged file must pass.
 OF_THE_FILE = {
     "min_top1_agreement",
+    "better",
     "confidence",
     "min_stop_rate",
     "metrics",

@@ -38,7 +38,7 @@ from ft_assets.steps import release as release_step
 ABOVE = ("eval_report", "merged_model")
 RULE = ("rule", "margin")
 LIBRARIES = "infer"
-GATE = ("confidence", "metrics", "min_heldout_rows", "min_graded_rows")
+GATE = ("confidence", "metrics", "better", "min_heldout_rows", "min_graded_rows")
 
 
 class ReleaseConfig(dg.Config):

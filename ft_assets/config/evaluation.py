@@ -266,6 +266,10 @@ class GateSettings(Section):
         description="What a PASS needs: `better`, or a margin by which the metric may be worse. "
         "Default: {evaluation.metric: better}.",
     )
+    better: Literal["all", "any"] = Field(
+        default="all",
+        description="Of several metrics that must be `better`: all of them, or any one.",
+    )
     prompting: Literal["warn", "fail"] = Field(
         default="warn", description="What happens when a prompted base is as good."
     )

@@ -138,17 +138,22 @@ def adjusted_p(
 ) -> dict[str, dict[str, float]]:
     """Return Holm's p-values as {candidate: {metric: p}}.
 
-    The correction is over all candidates and all metrics that must be better: each of them is a
-    chance of a false PASS. against: {candidate: its differences to the base}.
+    The correction is over all chances of a false PASS. If one better metric is enough, these are
+    all candidates and all such metrics. If all must be better, a false PASS needs each of them
+    (intersection–union test), so each metric is corrected over the candidates alone.
+    against: {candidate: its differences to the base}.
     """
     wanted = [name for name, goal in goals(metric, gate).items() if goal == "better"]
-    adjusted = holm(
-        {
-            f"{candidate} {name}": entries[name].p
-            for candidate, entries in against.items()
-            for name in wanted
-        }
-    )
+    families = [wanted] if gate.better == "any" else [[name] for name in wanted]
+    adjusted: dict[str, float] = {}
+    for family in families:
+        adjusted |= holm(
+            {
+                f"{candidate} {name}": entries[name].p
+                for candidate, entries in against.items()
+                for name in family
+            }
+        )
     return {
         candidate: {name: adjusted[f"{candidate} {name}"] for name in wanted}
         for candidate in against
@@ -164,14 +169,14 @@ def quality(
 ) -> Reasons:
     """Judge the metrics that a PASS needs.
 
-    Of several metrics that must be better one is enough if none is worse, by Holm's p-values. Each
-    margin must be kept (intersection–union test: no correction is needed). confidence: of the
-    intervals in `against`, by default the gate's.
+    Of several metrics that must be better all must be, by Holm's p-values; with `gate.better: any`
+    one is enough if none is worse. Each margin must be kept (intersection–union test: no correction
+    is needed). confidence: of the intervals in `against`, by default the gate's.
     """
     wanted = goals(metric, gate)
     return Reasons.joined(
         [
-            _improvement(against, confidence or gate.confidence, adjusted),
+            _improvement(against, confidence or gate.confidence, adjusted, gate.better == "all"),
             margins(against, metric, gate),
             *[_enough_graded(name, against[name], gate) for name in wanted],
         ]
@@ -202,7 +207,9 @@ def _enough_graded(metric: str, entry: Difference, gate: GateSettings) -> Reason
     return Reasons(unsure=[text])
 
 
-def _improvement(against: Differences, confidence: float, adjusted: Mapping[str, float]) -> Reasons:
+def _improvement(
+    against: Differences, confidence: float, adjusted: Mapping[str, float], all_of_them: bool
+) -> Reasons:
     found = Reasons()
     for metric, p in adjusted.items():
         text = against[metric].describe(metric)
@@ -210,12 +217,11 @@ def _improvement(against: Differences, confidence: float, adjusted: Mapping[str,
             found.proven.append(f"better than the base: {text}")
         elif worse(against[metric], confidence, p):
             found.fails.append(f"worse than the base: {text}")
-    if not found.proven and not found.fails:
-        found.unsure.extend(
-            f"cannot tell it from the base: {against[metric].describe(metric)}"
-            f"{_how_many(against[metric])}"
-            for metric in adjusted
-        )
+        else:
+            more = _how_many(against[metric])
+            found.unsure.append(f"cannot tell it from the base: {text}{more}")
+    if found.proven and not all_of_them:
+        found.unsure.clear()
     return found
 
 
