@@ -117,9 +117,15 @@ def _load(name: str, settings: BaseModelSettings, place: _Place) -> tuple[Any, A
 
             # Packed weights cannot be saved again, so they are dequantized.
             keywords["quantization_config"] = GgufConfig(dequantize=True, gguf_file=place.gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(
-            place.path, dtype=torch.bfloat16, trust_remote_code=trust, **keywords
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            place.path,
+            dtype=torch.bfloat16,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the loading info has them
+            **keywords,
         )
+        model, loaded = read
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the damage
         message = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         raise ModelError(
@@ -128,7 +134,39 @@ def _load(name: str, settings: BaseModelSettings, place: _Place) -> tuple[Any, A
             expected="a causal language model that transformers reads",
             fix="check the source; models with own code need trust_remote_code: true",
         ) from error
+    _require_whole(f"base_models.{name}", model, loaded)
     return model, tokenizer
+
+
+def _require_whole(where: str, model: Any, loaded: dict[str, Any]) -> None:
+    """Raise ModelError unless the file has each weight of the model, and no other.
+
+    transformers completes a missing weight at random. `loaded` is its loading info.
+    """
+    import torch
+
+    broken = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
+    ]
+    for what, names in (
+        ("lacks", loaded["missing_keys"]),
+        ("does not belong to the model", loaded["unexpected_keys"]),
+        ("has another shape than config.json gives", loaded["mismatched_keys"]),
+        ("has values that are not finite", broken),
+    ):
+        if not names:
+            continue
+        shown = sorted(name if isinstance(name, str) else name[0] for name in names)
+        first = ", ".join(shown[:SHOWN_TOKENS])
+        found = f"the file {what}: {first}" if what == "lacks" else f"{first} {what}"
+        raise ModelError(
+            where=where,
+            found=f"{found} ({len(shown)} in all)",
+            expected="each weight of the model once, as its config.json describes it",
+            fix="get the base again, whole: training would start from weights that are not its own",
+        )
 
 
 def _place(name: str, settings: BaseModelSettings, root: Path, identity: SourceIdentity) -> _Place:
