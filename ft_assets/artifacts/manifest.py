@@ -196,16 +196,29 @@ def make_manifest(
     )
 
 
-def verify_files(artifact: Artifact) -> None:
-    """Raise ArtifactError for the first file whose bytes are not those of the manifest."""
-    for name, entry in artifact.manifest.files.items():
+def verify_files(artifact: Artifact, sha256: Callable[[Path], str] = file_sha256) -> None:
+    """Raise ArtifactError for the first file whose bytes are not those of the manifest.
+
+    A manifest whose hashes do not give its data version was changed itself. The version of an
+    artifact with parts is that of its rows, which the files' hashes do not give.
+    sha256: the function that returns the hash of a file, e.g. from a cache.
+    """
+    manifest = artifact.manifest
+    fix = f"delete {artifact.path} and materialize {artifact.asset} again"
+    if not manifest.parts and content_version(manifest.files, None) != manifest.data_version:
+        raise ArtifactError(
+            where=str(artifact.folder / MANIFEST),
+            found="was changed: its hashes do not give its data version",
+            expected=f"files of version {manifest.data_version}",
+            fix=fix,
+        )
+    for name, entry in manifest.files.items():
         path = artifact.path / name
-        fix = f"delete {artifact.path} and materialize {artifact.asset} again"
         if not path.is_file():
             raise ArtifactError(
                 where=str(path), found="is missing", expected="the file of the manifest", fix=fix
             )
-        if file_sha256(path) != entry.sha256:
+        if sha256(path) != entry.sha256:
             raise ArtifactError(
                 where=str(path),
                 found="was changed after it was published",

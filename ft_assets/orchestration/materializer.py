@@ -15,7 +15,14 @@ from typing import Any, Protocol
 
 import dagster as dg
 
-from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint, open_store
+from ft_assets.artifacts import (
+    Artifact,
+    ArtifactStore,
+    fingerprint,
+    open_store,
+    verify_files,
+)
+from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import Project
 from ft_assets.errors import FtError, InfrastructureFault, StepFailed
@@ -138,6 +145,7 @@ class StoreMaterializer:
             )
             return known, True
         started = time.time()
+        self._verify(inputs)
         if isinstance(self.launcher, LocalLauncher):
             self.launcher.warm_up()  # while light assets are made
         self.store.require_space(space or 50_000_000, asset)
@@ -179,6 +187,15 @@ class StoreMaterializer:
             )
         shutil.rmtree(self.store.checkpoints(asset, partition, version), ignore_errors=True)
         return published, False
+
+    def _verify(self, inputs: Inputs) -> None:
+        """Raise ArtifactError unless each input has the bytes that it was published with.
+
+        A file that did not change since it was hashed is not read again.
+        """
+        hashes = ContentHashes(self.store.root / ".work" / "hashes.json")
+        for artifact in {one.path: one for one, _ in inputs.values()}.values():
+            verify_files(artifact, hashes.of)
 
     def keep(
         self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str
