@@ -39,7 +39,7 @@ def test_card_claims_the_score_of_the_file_and_says_which_is_the_adapters(finish
     )
     found = card.data.to_dict()["model-index"][0]["results"][0]["metrics"][0]
     assert found["value"] == 0.75  # the adapter's is 1.0
-    assert "exact of this file on 32 held-out rows" in found["name"]
+    assert "exact of this file on 35 held-out rows" in found["name"]
     assert "adapter before the merge 1.0000" in found["name"]
     gain = "exact 0.750, +0.700 against the base [+0.500, +0.800]; the adapter"
     assert f"**This file itself**, scored again from disk: {gain}" in card.text

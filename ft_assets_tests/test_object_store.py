@@ -211,7 +211,7 @@ def test_graph_on_a_bucket_is_reused_whole_by_a_second_machine(
     done = materialize(project)
     assert done.success, failure(done)
     made = {key for key in keys(bucket) if key.endswith("manifest.json")}
-    assert len(made) == 13
+    assert len(made) == 14
     again = materialize(second)  # a cache of its own, empty
     assert again.success, failure(again)
     reused = [
@@ -219,12 +219,12 @@ def test_graph_on_a_bucket_is_reused_whole_by_a_second_machine(
         for event in again.all_events
         if event.is_step_materialization
     ]
-    assert reused == [True] * 13
+    assert reused == [True] * 14
     assert {key for key in keys(bucket) if key.endswith("manifest.json")} == made
     found = status(
         load_project(second / "finetune.yaml"), [("raw_dataset", False), ("merged_model", True)]
     )
-    assert (found.store, found.versions) == ("s3://models/team", 13)
+    assert (found.store, found.versions) == ("s3://models/team", 14)
     said = ft(second, "report")
     assert said.returncode == 0, said.stderr
     assert "held-out" in said.stdout

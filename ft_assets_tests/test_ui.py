@@ -74,7 +74,7 @@ def test_ui_shows_what_the_run_made(server: Server) -> None:
     nodes = server.client.post("/graphql", json={"query": ASSETS}).json()["data"]["assetNodes"]
     made = {node["assetKey"]["path"][0]: bool(node["assetMaterializations"]) for node in nodes}
     assert made.pop("data_files") is False  # external: only the sensor reports it
-    assert len(made) == 13
+    assert len(made) == 14
     assert all(made.values()), made
 
 
