@@ -90,13 +90,15 @@ class Materializer(Protocol):
         step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
         space: int = 0,
+        verified: bool = True,
     ) -> tuple[Artifact, bool]:
         """Return (artifact, reused). A step (a child process) or `make` (this process) makes it.
 
         `identity` is the JSON that decides the content: it is fingerprinted, and is the manifest's
         `settings`. `step` is what the step gets, or a function that returns it, called only if the
         artifact is made. Neither overwrites the other. `inputs` are fingerprinted and passed.
-        `space` is the free disk space in bytes that the artifact needs.
+        `space` is the free disk space in bytes that the artifact needs. `verified`: False if the
+        artifact shows damaged inputs itself.
         """
         ...
 
@@ -131,6 +133,7 @@ class StoreMaterializer:
         step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
         space: int = 0,
+        verified: bool = True,
     ) -> tuple[Artifact, bool]:
         """See Materializer. An artifact that the store has is not made again."""
         inputs = inputs or {}
@@ -145,7 +148,8 @@ class StoreMaterializer:
             )
             return known, True
         started = time.time()
-        self._verify(inputs)
+        if verified:
+            self._verify(inputs)
         if isinstance(self.launcher, LocalLauncher):
             self.launcher.warm_up()  # while light assets are made
         self.store.require_space(space or 50_000_000, asset)

@@ -70,6 +70,7 @@ class Planner:
         step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
         space: int = 0,
+        verified: bool = True,
     ) -> tuple[Artifact, bool]:
         """Record whether the artifact would be made, and return the current one.
 
