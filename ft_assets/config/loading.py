@@ -85,14 +85,6 @@ def load_project(path: Path | None = None) -> Project:
 def _check_goals(path: Path, project: Project, name: str) -> None:
     measured = {metric.name: metric for metric in project.recipe(name).evaluation.measured()}
     known = list(measured)
-    goals = project.gate.metrics
-    if goals and "better" not in goals.values():
-        raise ConfigError(
-            where=f"{path}: gate.metrics",
-            found="has margins alone: a model that is worse within them would pass",
-            expected="at least one metric that must be `better`",
-            fix=f"add a metric, e.g. {project.recipe(name).evaluation.metric}: better",
-        )
     for metric, goal in project.gate.metrics.items():
         if metric in measured and measured[metric].bounded and goal != "better" and goal >= 1:
             raise ConfigError(
@@ -108,6 +100,14 @@ def _check_goals(path: Path, project: Project, name: str) -> None:
                 expected=f"one of {', '.join(known)}",
                 fix=nearest(metric, known),
             )
+    goals = project.gate.metrics
+    if goals and "better" not in goals.values():
+        raise ConfigError(
+            where=f"{path}: gate.metrics",
+            found="has margins alone: a model that is worse within them would pass",
+            expected="at least one metric that must be `better`",
+            fix=f"add a metric, e.g. {project.recipe(name).evaluation.metric}: better",
+        )
 
 
 def _check_overrides(path: Path, project: Project, name: str) -> None:
