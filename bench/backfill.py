@@ -27,7 +27,13 @@ import httpx
 import yaml
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets_tests.factories import SETTINGS, conversations, tiny_tokenizer, write_jsonl
+from ft_assets_tests.factories import (
+    SETTINGS,
+    conversations,
+    tiny_llama,
+    tiny_tokenizer,
+    write_jsonl,
+)
 from ft_assets_tests.launching import stop_services
 
 LIMIT = 2
@@ -66,25 +72,8 @@ mutation($p: LaunchBackfillParams!) {
 
 def write_model(folder: Path) -> None:
     """Write a random one-layer Llama with its tokenizer and template."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(tokenizer, max_position_embeddings=128).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -87,27 +87,42 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def make_tiny_model(folder: Path) -> None:
-    """Write the tiny model to a folder."""
+def tiny_llama(tokenizer: Any, **sizes: Any) -> Any:
+    """Return a random Llama for a tokenizer: one layer of 32, or of the given sizes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = tiny_tokenizer()
+    usual: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    }
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id,
+            **{**usual, **sizes},
+        )
+    )
+
+
+def make_tiny_model(folder: Path) -> None:
+    """Write the tiny model to a folder."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(
+        tokenizer,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config)
     # With the usual small head, LoRA of the other layers cannot lower the loss below 4.5, and a
     # rounding decides what is answered.
     model.lm_head.weight.data.mul_(5)

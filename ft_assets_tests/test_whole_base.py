@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from ft_assets.config import BaseModelSettings
 from ft_assets.errors import ModelError
 from ft_assets.models.snapshot import write_snapshot
-from ft_assets_tests.factories import CHATML
+from ft_assets_tests.factories import CHATML, tiny_llama, tiny_tokenizer
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 Tensors = dict[str, Any]
@@ -65,26 +64,9 @@ def test_damaged_base_is_refused_by_the_name_of_the_weight(
 
 
 def test_tied_head_that_is_not_stored_is_whole(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from ft_assets_tests.factories import tiny_tokenizer
-
     folder = tmp_path / "tied"
     tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     write(folder, tmp_path / "snapshot")

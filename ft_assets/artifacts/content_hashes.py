@@ -1,4 +1,4 @@
-"""SHA-256 of large files, computed again only if a file may have changed.
+"""SHA-256 of large files, recomputed only if a file may have changed.
 
 A plan reads the weights of every base each minute. A file is the same file if its size, its times
 of content and of inode (nanoseconds), and its inode are the same: the time of the inode is the
