@@ -67,7 +67,7 @@ def beats(entry: Difference, confidence: float, p: float | None = None) -> bool:
 
     p: replaces the difference's own p-value, e.g. by Holm's.
     """
-    # Not low > 0: for 0/1 scores the bootstrap moves in steps of 1/n; > would cost a step of power.
+    # The test decides; an interval that ends at zero does not contradict it.
     significant = (entry.p if p is None else p) < 1 - confidence
     return entry.mean > 0 and entry.low >= 0 and significant
 
