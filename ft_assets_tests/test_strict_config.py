@@ -29,6 +29,7 @@ def test_key_that_is_written_twice_is_refused_with_both_lines(project: Path) -> 
     said = refused(project)
     assert f"finetune.yaml:{line + 2}" in said
     assert f"the key margin is here and in line {line + 1}" in said
+    assert "each key once" in said
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class _StrictLoader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if name is not None and name in seen:
                 raise _Refused(
-                    line, f"the key {name} is here and in line {seen[name]}", "one of it"
+                    line, f"the key {name} is here and in line {seen[name]}", "each key once"
                 )
             seen[name] = line
         return super().construct_mapping(node, deep)
