@@ -64,8 +64,8 @@ def take_page(browser: Browser, into: Path) -> None:
 
 def take_lineage(browser: Browser, url: str, into: Path) -> None:
     """Take the whole graph with all groups open."""
-    page = visit(browser, f"{url}/asset-groups", 2060, 1260)
-    page.mouse.click(1300, 1150)
+    page = visit(browser, f"{url}/asset-groups", 2060, 1760)
+    page.mouse.click(1300, 1650)
     page.keyboard.press("Alt+KeyE")  # open all groups
     page.wait_for_timeout(6000)
     page.mouse.move(1260, 690)
@@ -76,7 +76,7 @@ def take_lineage(browser: Browser, url: str, into: Path) -> None:
     page.mouse.up()
     page.wait_for_timeout(3000)
     page.screenshot(
-        path=into / "lineage.png", clip={"x": 541, "y": 130, "width": 1460, "height": 1120}
+        path=into / "lineage.png", clip={"x": 541, "y": 300, "width": 1460, "height": 1340}
     )
 
 
