@@ -17,7 +17,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["data_files"],
     group="data",
     kinds=["json", "parquet"],
-    code_version="6",
+    code_version="7",
     schema=PREFERENCE.schema,
     per_base_model=False,
     summary=_summary,

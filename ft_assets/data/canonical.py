@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import cast
 
 from ft_assets.data.units import normalise
+from ft_assets.rows.cells import plain
 from ft_assets.rows.messages import checked
 from ft_assets.rows.row_formats import conversation_turns, preference_turns
 from ft_assets.rows.tools import tools
@@ -39,6 +40,7 @@ def conversation(raw: RawFields, format: str | None = None) -> AnsweredRow:
 
     The row has the named format, or the format that its keys show. Raises RowProblem.
     """
+    raw = plain(raw)
     try:
         turns = conversation_turns(raw, format)
         if format == "text":
@@ -93,6 +95,7 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
 
     The row has the named format, or the format that its keys show. Raises RowProblem.
     """
+    raw = plain(raw)
     try:
         turns, *answers = preference_turns(raw, format)
         messages = checked("prompt", turns)

@@ -1,10 +1,12 @@
 """Read the rows of Parquet and Arrow files in batches.
 
-Parquet is read by row groups, Arrow from a memory map.
+Parquet is read by row groups, Arrow from a memory map. A struct has the fields of all rows in the
+table's schema: those that a row does not have are null, and are left out of its objects again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather as feather
@@ -30,7 +32,7 @@ def table_rows(path: Path, kind: str) -> Iterator[RawFields]:
             if batch is None:
                 return
             batch.validate(full=True)  # a damaged Arrow file would be read outside its buffers
-            values = batch.to_pylist()
+            values = _plain(batch)
         # OverflowError, ValueError: dates that Python does not have. UnicodeDecodeError, a
         # ValueError: strings that are not text.
         except (
@@ -49,6 +51,42 @@ def table_rows(path: Path, kind: str) -> Iterator[RawFields]:
                 fix="write it again",
             ) from None
         yield from values
+
+
+def _plain(batch: pa.RecordBatch) -> list[RawFields]:
+    """Return the rows of a batch as JSON has them: no field of an object is null by the schema."""
+    rows = batch.to_pylist()
+    for field in batch.schema:
+        if (plain := _plain_of(field.type)) is not None:
+            for row in rows:
+                row[field.name] = plain(row[field.name])
+    return rows
+
+
+def _plain_of(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return the function that makes a value plain, or None if all values of the type are."""
+    types = pa.types
+    if types.is_struct(kind):
+        parts = {field.name: _plain_of(field.type) for field in kind}
+
+        def plain_struct(value: Any) -> Any:
+            if value is None:
+                return None
+            return {
+                key: part if (plain := parts[key]) is None else plain(part)
+                for key, part in value.items()
+                if part is not None
+            }
+
+        return plain_struct
+    if types.is_map(kind):  # a list of pairs in Python
+        item = _plain_of(kind.item_type) or (lambda value: value)
+        return lambda value: None if value is None else {key: item(part) for key, part in value}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = _plain_of(kind.value_type)
+        if inner is not None:
+            return lambda value: None if value is None else [inner(part) for part in value]
+    return None
 
 
 def _sliced(

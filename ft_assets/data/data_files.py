@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ft_assets.data.file_types import DATA, suffixes
 from ft_assets.data.remote_files import fetched, without_secrets
+from ft_assets.data.saved_datasets import STATE, is_description, require_one_split, saved_files
 from ft_assets.errors import DataError
 
 
@@ -14,8 +15,8 @@ def resolve_files(
     """Return the files that the patterns (files, folders, globs, URLs) name, sorted.
 
     Remote files are fetched into `cache`, by default .ft/downloads. A folder means the data files
-    in it; plain texts (.txt) need a glob. Raises DataError for a pattern that matches nothing, and
-    SourceUnreachable for a server that does not answer.
+    in it; plain texts (.txt) need a glob. Raises DataError for a pattern that matches nothing or a
+    folder of several splits, and SourceUnreachable for a server that does not answer.
     """
     files: set[Path] = set()
     for pattern in patterns:
@@ -23,19 +24,19 @@ def resolve_files(
         if "://" in pattern:
             files.update(fetched(pattern, where, cache or root / ".ft" / "downloads"))
         else:
-            files.update(_matches(root, pattern, where))
+            files.update(_matches(root, pattern, where, key))
     return sorted(files)
 
 
-def _matches(root: Path, pattern: str, where: str) -> list[Path]:
+def _matches(root: Path, pattern: str, where: str, key: str) -> list[Path]:
     files: list[Path] = []
     for match in map(Path, glob.glob(str(root / pattern), recursive=True)):
-        if match.is_file():
+        if match.is_dir():
+            inside = _in_folder(match)
+            require_one_split(match, inside, key, pattern)
+            files += inside
+        elif match.is_file() and not is_description(match):
             files.append(match)
-        elif match.is_dir():
-            files += [
-                path for path in match.rglob("*") if path.is_file() and suffixes(path)[0] in DATA
-            ]
     if not files:
         raise DataError(
             where=where,
@@ -44,3 +45,17 @@ def _matches(root: Path, pattern: str, where: str) -> list[Path]:
             fix="correct the path; it is relative to finetune.yaml",
         )
     return files
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Return the data files of a folder; of a saved dataset in it, those that belong to it."""
+    saved = {path.parent: saved_files(path.parent) or [] for path in folder.rglob(STATE)}
+    others = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and suffixes(path)[0] in DATA
+        and path.parent not in saved
+        and not is_description(path)
+    )
+    return [*(path for files in saved.values() for path in files), *others]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from ft_assets.data.canonical import context_key
-from ft_assets.data.file_formats import RawRow
+from ft_assets.data.raw_row import RawRow
 from ft_assets.data.tables import Layout, RowT, TableWriter, write_sorted
 from ft_assets.data.units import normalise
 from ft_assets.errors import DataError
+from ft_assets.rows.cells import plain
 from ft_assets.rows.row_formats import conversation_turns, renamed
 from ft_assets.rows.types import DataRow, RawFields, RejectedRow
 from ft_assets.rows.values import RowProblem
@@ -131,7 +132,7 @@ def target(raw: RawFields) -> DataRow:
 
     Its text is the user turns of a conversation, else all texts of the row. Raises RowProblem.
     """
-    texts = _target_texts(raw)
+    texts = _target_texts(plain(raw))
     text = "\n".join(texts)
     if not normalise(text):
         raise RowProblem(f"has no text; it has the keys {', '.join(sorted(raw)) or '(none)'}")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ft_assets.data.canonical import conversation
-from ft_assets.data.file_formats import RawRow
+from ft_assets.data.raw_row import RawRow
 from ft_assets.rows.row_formats import renamed
 from ft_assets.rows.types import Message, RawFields
 from ft_assets.rows.values import RowProblem, shown

@@ -108,6 +108,11 @@ def recognise(raw: RawFields) -> tuple[RowFormat[list[Any]], tuple[str, ...]] | 
 
 
 def _unknown(raw: RawFields) -> RowProblem:
+    for key in CONVERSATIONS:
+        if isinstance(raw.get(key), str) and _found_prompt(raw) is None:
+            return RowProblem(
+                f"{key}: is text that holds no list of turns; expected a list, or its text as JSON"
+            )
     known = ["/".join(one.required) for one in CONVERSATION_FORMATS.values() if one.found != _never]
     text = ""
     if _first(raw, PROMPT) == "text":

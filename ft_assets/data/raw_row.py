@@ -1,0 +1,22 @@
+"""A row of a user's file, as its reader found it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ft_assets.rows.types import RawFields
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row of a file; `problem` is the reason why it is not an object."""
+
+    where: str
+    value: RawFields | None
+    problem: str | None = None
+
+    @classmethod
+    def of(cls, where: str, value: Any) -> "RawRow":
+        """Return the row of a JSON value, which is a problem if the value is no object."""
+        if isinstance(value, dict):
+            return cls(where, value)
+        return cls(where, None, f"is a {type(value).__name__}, not an object")
