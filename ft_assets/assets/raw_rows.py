@@ -13,6 +13,7 @@ from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
 from ft_assets.data.content import Hashes, data_content
 from ft_assets.data.data_files import resolve_files
+from ft_assets.data.encodings import encoding_of
 from ft_assets.data.file_formats import RawRow, read_rows
 from ft_assets.data.ingest import Canonical, Ingest, worst
 from ft_assets.data.kto import pair_labels
@@ -101,7 +102,13 @@ def _rows(project: Project, key: str) -> Iterable[RawRow]:
     """Yield the rows of a key's files. Labelled answers to one prompt come as pairs."""
     row_format = _of_key(project, "format", key)
     files = resolve_files(project.root, getattr(project.data, key), f"data.{key}")
-    rows = (row for path in files for row in read_rows(path, project.data.encoding, row_format))
+    rows = (
+        row
+        for path in files
+        for row in read_rows(
+            path, encoding_of(path, project.root, project.data.encoding), row_format
+        )
+    )
     if key != "preferences":
         return rows
     return pair_labels(rows, row_format, _of_key(project, "columns", key))

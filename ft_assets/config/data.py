@@ -80,8 +80,10 @@ class DataSettings(Section):
         description="Formats of rows, by source: {train: alpaca, rehearsal: text}. Default: the "
         "keys of each row decide.",
     )
-    encoding: str | None = Field(
-        default=None, description="Of text files that are not UTF-8, e.g. latin-1."
+    encoding: str | dict[str, str] | None = Field(
+        default=None,
+        description="Of text files that are not UTF-8, e.g. latin-1, or by file: "
+        "{old/*.csv: cp1252}. A file that is UTF-8 is read as UTF-8 whatever it says.",
     )
     near_duplicate: float | None = Field(
         default=0.8,

@@ -17,18 +17,18 @@ from typing import Any
 
 import pyarrow as pa
 
+from ft_assets.data.encodings import (
+    decoder_of,
+    is_utf8_after_all,
+    marked,
+    not_text,
+    require_no_utf16,
+)
 from ft_assets.errors import DataError
 
 CHUNK = 2**20  # bytes read at once
 # Characters of a JSON list, a line or a text, which must be in memory as a whole.
 LARGEST_WHOLE = 2**29
-BOMS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 
 def printable(path: Path) -> str:
@@ -39,16 +39,19 @@ def printable(path: Path) -> str:
 def text_pieces(path: Path, packed: str, encoding: str | None) -> Iterator[str]:
     """Yield the text of a file in pieces.
 
-    Text is UTF-8, or has the mark (BOM) of UTF-16/32, unless `encoding` names another encoding.
-    Raises DataError for bytes that are not text, with their line.
+    Text is UTF-8, or has the mark (BOM) of UTF-16/32, unless `encoding` names another encoding. A
+    file that is UTF-8 is never read in another one. Raises DataError for bytes that are not text,
+    with their line.
     """
     chunks = _chunks(path, packed)
     start = next(chunks, b"")
-    mark, marked = next(
-        ((mark, name) for mark, name in BOMS if start.startswith(mark)), (b"", "utf-8")
-    )
-    name = encoding or marked
-    decoder = _decoder(name)
+    mark, by_mark = marked(start)
+    name = by_mark or encoding or "utf-8"
+    decoder = decoder_of(name)
+    if encoding and not by_mark and is_utf8_after_all(path, name, _chunks(path, packed)):
+        name, decoder = "utf-8", decoder_of("utf-8")
+    if name == "utf-8":
+        require_no_utf16(path, start)
     # The decoders of UTF-16/32 need the mark; that of UTF-8 would leave it in the text.
     skipped = len(mark) if codecs.lookup(name).name == "utf-8" else 0
     lines, before = 1, skipped  # line breaks and bytes of all chunks before this one
@@ -59,14 +62,8 @@ def text_pieces(path: Path, packed: str, encoding: str | None) -> Iterator[str]:
         except UnicodeDecodeError as error:
             decoder.setstate((b"", state))
             lines += _valid(decoder, (kept + (chunk or b""))[: error.start]).count("\n")
-            raise DataError(
-                where=f"{path}:{lines}",
-                found=f"is not {name.removesuffix('-sig').upper()} "
-                f"(byte {before - len(kept) + error.start})",
-                expected="UTF-8 text",
-                fix="convert it, or name its encoding in data.encoding, e.g. latin-1: "
-                "a guess would mangle some letters silently",
-            ) from None
+            byte = before - len(kept) + error.start
+            raise not_text(path, lines, name, byte, named=name == encoding) from None
         except UnicodeError as error:  # not of one byte: a UTF-16 stream without its mark
             raise DataError(
                 where=f"{path}:{lines}",
@@ -120,22 +117,6 @@ def whole(path: Path, pieces: Iterator[str], what: str, advice: str) -> str:
             )
         parts.append(piece)
     return "".join(parts)
-
-
-def _decoder(name: str) -> codecs.IncrementalDecoder:
-    try:
-        codecs.lookup(name)
-        b"a".decode(name)  # fails for hex and zlib, which are not text encodings
-    except UnicodeDecodeError:
-        pass
-    except (LookupError, ValueError):
-        raise DataError(
-            where="finetune.yaml: data.encoding",
-            found=f"{name!r} is not an encoding",
-            expected="the name of a text encoding, e.g. latin-1 or cp1252",
-            fix="correct it",
-        ) from None
-    return codecs.getincrementaldecoder(name)("strict")
 
 
 def _valid(decoder: codecs.IncrementalDecoder, data: bytes) -> str:
