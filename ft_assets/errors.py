@@ -144,18 +144,25 @@ class RunGone(InfrastructureFault):
 
 
 class StepFailed(Exception):
-    """A step ended without a result. `tail` holds the last lines of its output."""
+    """A step ended without a result. `tail` holds the last lines of its output.
+
+    `crash` tells an unexpected error; its stack trace in the output is then not shown.
+    """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, step: str, code: int, tail: str, how: str = "") -> None:
+    def __init__(self, step: str, code: int, tail: str, how: str = "", crash: str = "") -> None:
         self.step = step
         self.code = code
         self.tail = tail
         how = how or (
             f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         )
-        super().__init__(f"step {step} {how}; the last lines of its output:\n{tail}")
+        super().__init__(
+            f"step {step} failed unexpectedly: {crash}"
+            if crash
+            else f"step {step} {how}; the last lines of its output:\n{tail}"
+        )
 
 
 class StepLost(StepFailed, InfrastructureFault):

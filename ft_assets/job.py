@@ -72,6 +72,11 @@ class Job(BaseModel):
         return self.work / "error.json"
 
     @property
+    def crash_file(self) -> Path:
+        """The file with a line on an unexpected error; its stack trace is in the log."""
+        return self.work / "crash.txt"
+
+    @property
     def log_file(self) -> Path:
         return self.work / "log.txt"
 

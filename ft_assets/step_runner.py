@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,8 @@ from typing import TypeVar
 from ft_assets.errors import FtError
 from ft_assets.hardware import peak_memory_gb
 from ft_assets.job import Job, ProgressFile, Report, StepResult, StepSettings
+from ft_assets.screen import summary
+from ft_assets.system_errors import explained
 
 StepFunction = Callable[[Job, Report], StepResult]
 Settings = TypeVar("Settings", bound=StepSettings)
@@ -68,12 +71,8 @@ def execute(step: StepFunction, job: Job, report: Report, rank: int = 0) -> int:
         job, report = job.model_copy(update={"output": apart}), _silent
     try:
         result = step(job, report)
-    except FtError as error:
-        print(error, file=sys.stderr)
-        # "x": the error of the first rank stays.
-        with contextlib.suppress(FileExistsError), job.error_file.open("x") as file:
-            json.dump(error.to_dict(), file)
-        return FtError.exit_code
+    except Exception as error:
+        return _report_error(job, error)
     finally:
         if rank:
             shutil.rmtree(apart, ignore_errors=True)
@@ -81,6 +80,24 @@ def execute(step: StepFunction, job: Job, report: Report, rank: int = 0) -> int:
         metrics = {**result.metrics, "peak_memory_gb": round(peak_memory_gb(), 3)}
         job.result_file.write_text(json.dumps({"metrics": metrics, "parts": dict(result.parts)}))
     return 0
+
+
+def _report_error(job: Job, error: Exception) -> int:
+    """Write an error to the work folder for the launcher, and return the exit code.
+
+    The stack trace of an unexpected one is in the step's log.
+    """
+    known = error if isinstance(error, FtError) else explained(error)
+    if known is None:
+        traceback.print_exception(error)
+        with contextlib.suppress(FileExistsError), job.crash_file.open("x") as file:
+            file.write(summary(error))
+        return 1
+    print(known, file=sys.stderr)
+    # "x": the error of the first rank stays.
+    with contextlib.suppress(FileExistsError), job.error_file.open("x") as file:
+        json.dump(known.to_dict(), file)
+    return FtError.exit_code
 
 
 def _silent(message: str, **numbers: float) -> None:

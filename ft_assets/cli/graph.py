@@ -1,15 +1,13 @@
 """Commands on the graph: run, plan, status, ui."""
 
 import json
-import signal
 import sys
 from typing import Annotated
 
 import typer
 
 from ft_assets.cli.app import app, chosen, dagster_home, graph_project, quiet, select
-
-INTERRUPTED = 128 + signal.SIGINT  # the exit code of a shell
+from ft_assets.screen import INTERRUPTED
 
 
 @app.command()

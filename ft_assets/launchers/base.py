@@ -44,10 +44,11 @@ class Launcher(Protocol):
         ...
 
 
-def failed(step: str, code: int, tail: str, how: str = "") -> StepFailed:
+def failed(step: str, code: int, tail: str, how: str = "", crash: str = "") -> StepFailed:
     """Return the error of a step that ended with this exit code.
 
-    A negative code is a signal; a shell reports the same signal as 128 plus its number.
+    A negative code is a signal; a shell reports the same signal as 128 plus its number. `crash` is
+    the text of an unexpected error.
     """
     number = -code if code < 0 else code - 128
     is_fault = (
@@ -55,13 +56,13 @@ def failed(step: str, code: int, tail: str, how: str = "") -> StepFailed:
         or number in {int(known) for known in FROM_OUTSIDE}
         or HARDWARE.search(tail) is not None
     )
-    return (StepLost if is_fault else StepFailed)(step, code, tail, how)
+    return (StepLost if is_fault else StepFailed)(step, code, tail, how, crash)
 
 
 def prepare(job: Job) -> Path:
     """Make the job's work folder without files of an earlier try, and return its job.json."""
     job.work.mkdir(parents=True, exist_ok=True)
-    for left in (job.result_file, job.error_file, job.progress_file):
+    for left in (job.result_file, job.error_file, job.crash_file, job.progress_file):
         left.unlink(missing_ok=True)
     job_file = job.work / "job.json"
     job_file.write_text(job.model_dump_json(indent=1))
@@ -75,7 +76,16 @@ def outcome(job: Job, code: int, how: str = "") -> StepResult:
         return StepResult(result["metrics"], result["parts"])
     if job.error_file.exists():
         raise FtError.from_dict(json.loads(job.error_file.read_text()))
-    raise failed(job.step, code, tail(job.log_file), how)
+    crash = job.crash_file.read_text() if job.crash_file.exists() else ""
+    raise failed(job.step, code, tail(job.log_file), how, crash and f"{crash}\n{_where(job)}")
+
+
+def _where(job: Job) -> str:
+    """Return where the stack trace of an unexpected error is, and what to do with it."""
+    return (
+        f"  details:  {job.log_file} (the stack trace)\n"
+        "  to do:    report it with this file, if the message does not name your own mistake"
+    )
 
 
 def save_error(job: Job, error: FtError) -> None:

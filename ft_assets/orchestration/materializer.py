@@ -28,6 +28,7 @@ from ft_assets.config import Project
 from ft_assets.errors import FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
+from ft_assets.screen import screen_of
 
 # {name: (artifact, the part of it that is read; None for all of it)}
 Inputs = Mapping[str, tuple[Artifact, str | None]]
@@ -35,6 +36,7 @@ Make = Callable[[Path], StepResult]
 
 OBSERVE_EVERY_SECONDS = 5.0
 GPU_POOL = "gpu"
+DAGSTERS_OWN = (dg.Failure, dg.RetryRequested, dg.DagsterError)
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 
 
@@ -275,10 +277,11 @@ def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeR
 
 
 class user_errors(contextlib.ContextDecorator):
-    """Turn a user's error into a Dagster failure of one screen of text, without a retry.
+    """Turn any error into a Dagster failure of one screen of text, without a retry.
 
-    A context manager and a decorator. Only a fault of the infrastructure is retried, up to
-    `launcher.retries` times. Each wait is twice the one before.
+    A context manager and a decorator. The stack trace of an unexpected error is in a file. Only a
+    fault of the infrastructure is retried, up to `launcher.retries` times. Each wait is twice the
+    one before.
     """
 
     def __enter__(self) -> None:
@@ -304,6 +307,10 @@ class user_errors(contextlib.ContextDecorator):
             ) from None
         if isinstance(error, InfrastructureFault):
             raise dg.Failure(description=str(error), allow_retries=False) from None
+        if isinstance(error, Exception) and not isinstance(error, DAGSTERS_OWN):
+            # No chain: Dagster's history would keep each stack trace, and what it quotes.
+            name = dg.OpExecutionContext.get().op.name
+            raise dg.Failure(description=screen_of(error, name)[0], allow_retries=False) from None
 
 
 def _again(error: InfrastructureFault) -> None:

@@ -10,15 +10,17 @@ import sys
 
 from ft_assets.compat.dagster import execute_run, open_instance, read_run
 from ft_assets.runs.process import TAG, RunProcess
+from ft_assets.screen import one_screen
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m ft_assets.runs.worker '<ExecuteRunArgs>'")
-    run = read_run(sys.argv[1])
-    with open_instance(run) as instance:
-        instance.add_run_tags(run.run_id, {TAG: RunProcess.this(run.run_id).model_dump_json()})
-    execute_run(sys.argv[1])
+    with one_screen("the run"):
+        run = read_run(sys.argv[1])
+        with open_instance(run) as instance:
+            instance.add_run_tags(run.run_id, {TAG: RunProcess.this(run.run_id).model_dump_json()})
+        execute_run(sys.argv[1])
 
 
 if __name__ == "__main__":

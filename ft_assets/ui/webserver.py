@@ -8,6 +8,7 @@ from typing import Any
 
 from dagster_webserver import cli
 
+from ft_assets.screen import one_screen
 from ft_assets.ui.guard import Guard
 
 
@@ -21,7 +22,8 @@ def main() -> None:
         return Guard(make(*args, **kwargs), hosts)
 
     webserver.create_app_from_workspace_process_context = guarded
-    webserver.main()
+    with one_screen("the webserver"):
+        webserver.main()
 
 
 if __name__ == "__main__":
