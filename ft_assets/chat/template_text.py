@@ -68,13 +68,24 @@ class TemplateText:
         return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
 
     def _shaped(self, messages: Messages) -> list[Message]:
-        turns = [_without_train(turn) for turn in messages]
+        self._require_thinking(messages)
+        turns = [_as_seen(turn) for turn in messages]
         if not any("tool_calls" in turn or turn["role"] == "tool" for turn in turns):
             return turns
         if self._form is None:
             self._form = FORMS[0]
             self._form = next((form for form in FORMS if self._takes(form)), FORMS[0])
         return shaped(turns, self._form)
+
+    def _require_thinking(self, messages: Messages) -> None:
+        """Raise ProofFailed for reasoning that this template cannot tell from an answer."""
+        index = next((i for i, turn in enumerate(messages) if turn.get("reasoned")), None)
+        if index is not None and "</think>" not in (self.tokenizer.chat_template or ""):
+            raise ProofFailed(
+                f"messages[{index}] (assistant): has reasoning, and the base's chat template has "
+                "no place for it (</think>): remove the reasoning, write it into content as the "
+                "base does, or take a base that thinks"
+            )
 
     def _takes(self, form: CallForm) -> bool:
         """Return True if the template writes a call in this form as a call."""
@@ -106,10 +117,11 @@ class TemplateText:
         return "first" if self.own_bos() or any(counts) else "none"
 
 
-def _without_train(turn: Message) -> Message:
-    """Return a message as the template sees it: `train` is a key of ours."""
+def _as_seen(turn: Message) -> Message:
+    """Return a message as the template sees it: `train` and `reasoned` are keys of ours."""
     seen = turn.copy()
     seen.pop("train", None)
+    seen.pop("reasoned", None)
     return seen
 
 

@@ -7,13 +7,14 @@ split: rows that share all context before the judged answer (or a declared `grou
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import cast
 
 from ft_assets.data.units import normalise
 from ft_assets.rows.cells import plain
-from ft_assets.rows.messages import checked
+from ft_assets.rows.messages import answer, checked
 from ft_assets.rows.row_formats import conversation_turns, preference_turns
 from ft_assets.rows.tools import tools
 from ft_assets.rows.types import (
@@ -107,10 +108,9 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
             f"prompt[{len(turns) - 1}]: the last turn is the {messages[-1]['role']}'s; "
             "expected the user's"
         )
-    chosen, rejected = (
-        text(name, value) for name, value in zip(("chosen", "rejected"), answers, strict=True)
-    )
-    if chosen.strip() == rejected.strip():
+    turns_of = [answer(*both) for both in zip(("chosen", "rejected"), answers, strict=True)]
+    chosen, rejected = (turn["content"] for turn in turns_of)
+    if _composed(chosen) == _composed(rejected):
         raise RowProblem("chosen and rejected are equal; expected two different answers")
     answered: list[Message] = [
         *messages,
@@ -125,9 +125,16 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
         "group": _group(raw, context_key(messages, offered)),
     }
     _note_joined(row, len(turns) - len(messages))
+    if any(turn.get("reasoned") for turn in turns_of):
+        row["reasoned"] = True
     if offered:
         row["tools"] = offered
     return row
+
+
+def _composed(answer: str) -> str:
+    """Return an answer in Unicode's NFC: many tokenizers give both forms the same tokens."""
+    return unicodedata.normalize("NFC", answer).strip()
 
 
 def _identity(

@@ -120,8 +120,8 @@ def _prompt_key(answer: _Answer) -> str:
 def _pair(good: _Answer, bad: _Answer) -> RawRow:
     pair: RawFields = {
         "messages": good.turns[:-1],
-        "chosen": good.turns[-1]["content"],
-        "rejected": bad.turns[-1]["content"],
+        "chosen": good.turns[-1],
+        "rejected": bad.turns[-1],
         **good.other_fields,
     }
     return RawRow(_both(good.where, bad.where), pair)

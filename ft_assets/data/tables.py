@@ -46,33 +46,47 @@ class Layout(Generic[RowT]):
     schema: pa.Schema
 
 
-TURN = pa.struct(
-    [
-        ("role", pa.string()),
-        ("content", pa.string()),
-        ("train", pa.bool_()),
-        ("tool_calls", pa.string()),  # JSON
-        ("tool_call_id", pa.string()),
-        ("name", pa.string()),
-    ]
-)
-DATA_COLUMNS = [
-    ("id", pa.string()),
-    ("group", pa.string()),
-    ("stratum", pa.string()),
-    ("messages", pa.list_(TURN)),
-    ("tools", pa.string()),  # JSON
+TURN = [
+    ("role", pa.string()),
+    ("content", pa.string()),
+    ("train", pa.bool_()),
+    ("tool_calls", pa.string()),  # JSON
+    ("tool_call_id", pa.string()),
+    ("name", pa.string()),
 ]
+
+
+def _data_columns(turn: list[tuple[str, pa.DataType]]) -> list[tuple[str, pa.DataType]]:
+    return [
+        ("id", pa.string()),
+        ("group", pa.string()),
+        ("stratum", pa.string()),
+        ("messages", pa.list_(pa.struct(turn))),
+        ("tools", pa.string()),  # JSON
+    ]
+
+
+DATA_COLUMNS = _data_columns(TURN)
+# Only the raw tables have it: chat_dataset proves that the template takes the reasoning.
+REASONED = [("reasoned", pa.bool_())]
+RAW_COLUMNS = _data_columns([*TURN, *REASONED])
 OPTIONS = [("options", pa.list_(pa.string()))]
 SOURCE = [("source", pa.string())]
 DIGEST = [("digest", pa.string())]  # versions are made of it
 IDS = pa.list_(pa.int32())
 
-CONVERSATION = Layout(ConversationRow, pa.schema([*DATA_COLUMNS, *OPTIONS, *SOURCE, *DIGEST]))
+CONVERSATION = Layout(ConversationRow, pa.schema([*RAW_COLUMNS, *OPTIONS, *SOURCE, *DIGEST]))
 PREFERENCE = Layout(
     PreferenceRow,
     pa.schema(
-        [*DATA_COLUMNS, ("chosen", pa.string()), ("rejected", pa.string()), *SOURCE, *DIGEST]
+        [
+            *RAW_COLUMNS,
+            ("chosen", pa.string()),
+            ("rejected", pa.string()),
+            *REASONED,
+            *SOURCE,
+            *DIGEST,
+        ]
     ),
 )
 TOKENIZED = Layout(
@@ -397,7 +411,7 @@ def _encoded_turn(turn: Message) -> ArrowRow | Message:
 def _decoded(row: ArrowRow) -> ArrowRow:
     if row.get("messages") is not None:
         row["messages"] = [_decoded_turn(turn) for turn in row["messages"]]
-    for key in ("tools", "stratum", "options", "expected", "decoded"):
+    for key in ("tools", "stratum", "options", "expected", "decoded", "reasoned"):
         if key in row and row[key] is None:
             del row[key]
     if "tools" in row:

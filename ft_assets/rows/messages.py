@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ft_assets.rows.tools import tool_calls
+from ft_assets.rows.turn_keys import NAMES, is_learnt, require_read, with_reasoning
 from ft_assets.rows.types import Message, RawFields, ToolCall
 from ft_assets.rows.values import RowProblem, shown, text, word
 
@@ -20,8 +21,6 @@ ROLES = {
 }
 # ShareGPT's roles of a turn that has only calls.
 CALLS = ("function_call", "tool_call", "tool_calls")
-NAMES = (("role", "from"), ("content", "value"))
-REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def spelled(turn: Any) -> Any:
@@ -31,16 +30,27 @@ def spelled(turn: Any) -> Any:
     """
     if not isinstance(turn, dict):
         return turn
-    role, content = (
-        turn.get(ours) if turn.get(ours) is not None else turn.get(theirs) for ours, theirs in NAMES
-    )
+    role, content = (_named(turn, *names) for names in NAMES)
+    turn = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if isinstance(content, list) and content and all(map(_is_text, content)):
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str):
         return {**turn, "role": role, "content": content}
     if role.lower() in CALLS:
+        if turn.get("tool_calls"):
+            raise RowProblem(f"a turn has the role {role} and tool_calls; expected one of them")
         return {**turn, "role": "assistant", "content": None, "tool_calls": content}
     return {**turn, "role": ROLES.get(role.lower(), role), "content": content}
+
+
+def _named(turn: RawFields, ours: str, theirs: str) -> Any:
+    value, other = turn.get(ours), turn.get(theirs)
+    if value is not None and other is not None and value != other:
+        raise RowProblem(
+            f"a turn has {ours} ({shown(value)[:60]}) and {theirs} ({shown(other)[:60]}); "
+            "expected one of them"
+        )
+    return other if value is None else value
 
 
 def _is_text(part: Any) -> bool:
@@ -81,6 +91,26 @@ def checked(name: str, turns: list[Any]) -> list[Message]:
             f"expected {len(order.calls)}, one a call"
         )
     return messages
+
+
+def answer(name: str, value: Any) -> Message:
+    """Return an answer of a preference: a text, a turn, or a list of one turn. Raises RowProblem.
+
+    All keys of a turn are checked as in a conversation.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    turn = spelled(value) if isinstance(value, dict) else {"content": value}
+    if turn.get("role") not in (None, "assistant"):
+        raise RowProblem(f"{name}: is the turn of the {turn['role']!r}; expected the assistant's")
+    message = _message(name, {**turn, "role": "assistant"})
+    if "tool_calls" in message:
+        raise RowProblem(f"{name}: has tool calls; the two answers of a preference are texts")
+    if message.get("train") is False:
+        raise RowProblem(
+            f"{name}: is not to be trained; both answers of a preference are: remove the row"
+        )
+    return message
 
 
 def _opening(where: str, message: Message) -> Message:
@@ -179,45 +209,39 @@ def _message(where: str, turn: Any) -> Message:
             f"{where}: role {shown(role)}; "
             "expected one of system, user, assistant, tool (or human, gpt, …)"
         )
-    if hidden := next((key for key in REASONING if turn.get(key)), None):
-        raise RowProblem(
-            f"{where}: {hidden} would be lost; write it into content as the model's template does, "
-            "or remove the key"
-        )
+    require_read(where, turn, role)
     calls = tool_calls(where, turn)
     if calls and role != "assistant":
         raise RowProblem(
             f"{where}: the {role}'s turn has tool calls; expected them on an assistant turn"
         )
     content = "" if calls and turn.get("content") is None else turn.get("content")
-    message: Message = {"role": role, "content": text(where, content, empty=bool(calls))}
-    if not _trained(where, turn, role):
+    content = _text(where, content, empty=bool(calls) or role == "tool")
+    thought = with_reasoning(where, turn, role, content)
+    message: Message = {"role": role, "content": content if thought is None else thought}
+    if thought is not None or turn.get("reasoned") is True:
+        message["reasoned"] = True
+    if not is_learnt(where, turn, role):
         message["train"] = False
     if calls:
         message["tool_calls"] = calls
     if role == "tool":
         if turn.get("tool_call_id") is not None:
             message["tool_call_id"] = word(f"{where}.tool_call_id", turn["tool_call_id"])
-        if turn.get("name") is not None:
-            message["name"] = word(f"{where}.name", turn["name"])
+        name = turn.get("name") or turn.get("tool_name")
+        if name is not None:
+            message["name"] = word(f"{where}.name", name)
     return message
 
 
-def _trained(where: str, turn: RawFields, role: str) -> bool:
-    """Return False for an assistant turn that is context only: `train: false` or `weight: 0`.
-
-    `weight` is OpenAI's spelling.
-    """
-    train, weight = turn.get("train"), turn.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise RowProblem(f"{where}: train is {shown(train)}; expected true or false")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise RowProblem(f"{where}: weight is {shown(weight)}; expected 0 or 1")
-    if train is not None and weight is not None and train != bool(weight):
-        raise RowProblem(f"{where}: train is {train} and weight is {weight}; expected one of them")
-    given = train if train is not None else None if weight is None else bool(weight)
-    if given and role != "assistant":
-        raise RowProblem(
-            f"{where}: the {role}'s turn is to be trained; only the assistant's answers are"
-        )
-    return role != "assistant" or given is not False
+def _text(where: str, content: Any, empty: bool) -> str:
+    """Return the text of a turn. Raises RowProblem, which names a part that is not text."""
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            if not _is_text(part):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise RowProblem(
+                    f"{where}.content[{index}]: is {shown(kind)} ({shown(part)[:80]}); "
+                    "only parts of the type 'text' are read"
+                )
+    return text(where, content, empty)

@@ -12,14 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from ft_assets.rows.calls_as_text import expanded
 from ft_assets.rows.messages import spelled
+from ft_assets.rows.transcripts import transcribed
+from ft_assets.rows.turn_keys import REASONING
 from ft_assets.rows.types import RawFields
-from ft_assets.rows.values import RowProblem
+from ft_assets.rows.values import RowProblem, shown
 
 PROMPT = ("prompt", "instruction", "question", "query", "input", "text")
 COMPLETION = ("completion", "output", "response", "answer", "target")
 CONTEXT = ("input", "context")
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
+TRANSCRIPTS = ("chat", "transcript", "text")  # lists of turns once transcripts.py has read them
 RANKED = ("responses", "completions", "answers")
 # The numbers that rank answers, and the sign that sorts the best one first.
 RANKS = {"ranks": 1, "rank": 1, "scores": -1, "score": -1, "rewards": -1}
@@ -91,11 +95,12 @@ def conversation_turns(raw: RawFields, format: str | None = None) -> list[Any]:
     _require_text_only(raw)
     if format is not None:
         named = CONVERSATION_FORMATS[format]
-        return named.read(named.only(raw))
+        return expanded(named.read(named.only(raw)))
+    raw = transcribed(raw)
     recognised = recognise(raw)
     if recognised is None:
         raise _unknown(raw)
-    return recognised[0].read(raw)
+    return expanded(recognised[0].read(raw))
 
 
 def recognise(raw: RawFields) -> tuple[RowFormat[list[Any]], tuple[str, ...]] | None:
@@ -111,7 +116,8 @@ def _unknown(raw: RawFields) -> RowProblem:
     for key in CONVERSATIONS:
         if isinstance(raw.get(key), str) and _found_prompt(raw) is None:
             return RowProblem(
-                f"{key}: is text that holds no list of turns; expected a list, or its text as JSON"
+                f"{key}: is text that holds no list of turns; expected a list, or its text as JSON "
+                "(data.transcript reads a conversation that is one text)"
             )
     known = ["/".join(one.required) for one in CONVERSATION_FORMATS.values() if one.found != _never]
     text = ""
@@ -131,12 +137,15 @@ def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
             "is one answer with a label (KTO); "
             "DPO needs a chosen and a rejected answer to the same prompt"
         )
+    raw = transcribed(raw)
     if format is not None:
         named = PREFERENCE_FORMATS[format]
-        return named.read(named.only(raw))
-    key = None if "chosen" in raw else _ranked_key(raw)
-    ranked = key is not None and bool(raw[key])
-    return PREFERENCE_FORMATS["ranked" if ranked else "preference"].read(raw)
+        pair = named.read(named.only(raw))
+    else:
+        key = None if "chosen" in raw else _ranked_key(raw)
+        ranked = key is not None and bool(raw[key])
+        pair = PREFERENCE_FORMATS["ranked" if ranked else "preference"].read(raw)
+    return pair._replace(prompt=expanded(pair.prompt))
 
 
 def _require_text_only(raw: RawFields) -> None:
@@ -156,7 +165,8 @@ def _first(raw: RawFields, names: tuple[str, ...]) -> str | None:
 
 
 def _turn_list_key(raw: RawFields) -> str | None:
-    return next((name for name in CONVERSATIONS if isinstance(raw.get(name), list)), None)
+    names = (*CONVERSATIONS, *TRANSCRIPTS)
+    return next((name for name in names if isinstance(raw.get(name), list)), None)
 
 
 def _is_sharegpt(turns: list[Any]) -> bool:
@@ -190,7 +200,7 @@ def _turn_list(raw: RawFields) -> list[Any]:
     if key is None:  # only under a name, which requires the key
         name = next(name for name in CONVERSATIONS if name in raw)
         raise RowProblem(f"{name}: is a {type(raw[name]).__name__}; expected a list of turns")
-    return [*_system(raw), *map(spelled, raw[key])]
+    return _with_system(raw, list(map(spelled, raw[key])))
 
 
 def _prompt_and_answer(raw: RawFields) -> list[Any]:
@@ -204,18 +214,41 @@ def _prompt_and_answer(raw: RawFields) -> list[Any]:
         if isinstance(answer, list)
         else [{"role": "assistant", "content": answer}]
     )
-    return [*_system(raw), *_history(raw), *_prompt_turns(raw, prompt), *answers]
+    return _with_system(raw, [*_history(raw), *_prompt_turns(raw, prompt), *answers])
 
 
 def _plain_text(raw: RawFields) -> list[Any]:
     return [{"role": "text", "content": raw["text"]}]
 
 
-def _system(raw: RawFields) -> list[Any]:
-    key = next((name for name in SYSTEM if raw.get(name) is not None), None)
-    if key is None or (isinstance(raw[key], str) and not raw[key].strip()):
-        return []
-    return [{"role": "system", "content": raw[key]}]
+def _with_system(raw: RawFields, turns: list[Any]) -> list[Any]:
+    """Return the turns with the system turn of a column before them.
+
+    Raises RowProblem if they begin with another system turn.
+    """
+    given = [key for key in SYSTEM if raw.get(key) is not None and str(raw[key]).strip()]
+    if not given:
+        return turns
+    found = {key: raw[key] for key in given}
+    if turns and _said(turns[0])[0] == "system":
+        found["the system turn"] = turns[0]["content"]
+    if len({str(value).strip() for value in found.values()}) > 1:
+        raise RowProblem(
+            f"{' and '.join(found)} have different texts; "
+            "expected one of them: write both texts into one, or remove one"
+        )
+    if "the system turn" in found:
+        return turns
+    return [{"role": "system", "content": raw[given[0]]}, *turns]
+
+
+def _said(turn: Any) -> tuple[Any, ...]:
+    """Return the parts of a turn by which two turns are compared: its role, text, and calls."""
+    if not isinstance(turn, dict):
+        return ("", turn)
+    content = turn.get("content")
+    text = content.strip() if isinstance(content, str) else content
+    return (turn.get("role"), text, turn.get("tool_calls"), *map(turn.get, REASONING))
 
 
 def _history(raw: RawFields) -> list[Any]:
@@ -276,50 +309,67 @@ def _answer_pair(raw: RawFields, chosen: Any, rejected: Any) -> AnswerPair:
     whole = isinstance(chosen, list) and isinstance(rejected, list)
     if whole and not len(chosen) == len(rejected) == 1:
         return _shared_prefix(raw, list(map(spelled, chosen)), list(map(spelled, rejected)))
-    return AnswerPair(
-        _preference_prompt(raw), _answer("chosen", chosen), _answer("rejected", rejected)
-    )
+    prompt = _preference_prompt(raw)
+    if not prompt:
+        raise RowProblem(f"has no prompt; it has the keys {_keys(raw)}")
+    return AnswerPair(_with_system(raw, prompt), chosen, rejected)
 
 
 def _preference_prompt(raw: RawFields) -> list[Any]:
     key = _turn_list_key(raw)
     if key is not None:
-        return [*_system(raw), *map(spelled, raw[key])]
+        return list(map(spelled, raw[key]))
     prompt = _first(raw, PROMPT)
-    if prompt is None:
-        raise RowProblem(f"has no prompt; it has the keys {_keys(raw)}")
-    return [*_system(raw), *_history(raw), *_prompt_turns(raw, prompt)]
-
-
-def _answer(name: str, value: Any) -> Any:
-    """Return the text of an answer, which may be a turn or a list of one turn."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    value = spelled(value)
-    if not isinstance(value, dict):
-        return value
-    if value.get("tool_calls") or value.get("function_call"):
-        raise RowProblem(f"{name}: has tool calls; the two answers of a preference are texts")
-    if value.get("role") not in (None, "assistant"):
-        raise RowProblem(f"{name}: is the turn of the {value['role']!r}; expected the assistant's")
-    return value.get("content")
+    return [] if prompt is None else [*_history(raw), *_prompt_turns(raw, prompt)]
 
 
 def _shared_prefix(raw: RawFields, chosen: list[Any], rejected: list[Any]) -> AnswerPair:
-    """Split two whole conversations into the turns they share and their last answers."""
-    if chosen[:-1] != rejected[:-1] or not chosen[:-1]:
-        pairs = enumerate(zip(chosen, rejected, strict=False))
-        shortest = min(len(chosen), len(rejected))
-        index = next((number for number, (left, right) in pairs if left != right), shortest)
+    """Split two whole conversations, or tails of one, into what they share and the last answers."""
+    left, right = list(map(_said, chosen)), list(map(_said, rejected))
+    if left[:-1] != right[:-1] or not chosen:
+        pairs = enumerate(zip(left, right, strict=False))
+        shortest = min(len(left), len(right))
+        index = next((number for number, (one, two) in pairs if one != two), shortest)
         raise RowProblem(
             f"chosen and rejected part at messages[{index}]; "
             "expected the same conversation but for the last answer"
         )
-    return AnswerPair(
-        [*_system(raw), *chosen[:-1]],
-        _answer("chosen", chosen[-1]),
-        _answer("rejected", rejected[-1]),
+    prompt = _preference_prompt(raw)
+    # Some data sets repeat the chosen conversation in `messages`.
+    if list(map(_said, prompt)) in (left, right):
+        prompt = prompt[:-1]
+    turns = _joined(prompt, chosen[:-1])
+    if not turns:
+        raise RowProblem(f"has no prompt; it has the keys {_keys(raw)}")
+    return AnswerPair(_with_system(raw, turns), chosen[-1], rejected[-1])
+
+
+def _joined(prompt: list[Any], shared: list[Any]) -> list[Any]:
+    """Return the turns of a prompt and of the conversations that follow or repeat it.
+
+    Raises RowProblem if the conversations do neither.
+    """
+    if _holds(shared, prompt):
+        return shared
+    if _holds(prompt, shared):
+        return prompt
+    begins = _said(shared[0])[0]
+    only_system = all(_said(turn)[0] == "system" for turn in prompt)
+    if begins == "assistant" or (only_system and begins != "system"):
+        return [*prompt, *shared]
+    raise RowProblem(
+        f"the prompt ends with {shown(_said(prompt[-1])[1])[:60]}, "
+        f"and chosen and rejected begin with {shown(_said(shared[0])[1])[:60]}; "
+        "expected conversations that repeat the prompt or follow it: remove the prompt, or leave "
+        "only what follows it in chosen and rejected"
     )
+
+
+def _holds(turns: list[Any], part: list[Any]) -> bool:
+    """Return True if `part` is a run of `turns`."""
+    all_said, said = list(map(_said, turns)), list(map(_said, part))
+    places = range(len(all_said) - len(said) + 1)
+    return any(all_said[place : place + len(said)] == said for place in places)
 
 
 def _best_and_worst(raw: RawFields, answers: Any) -> tuple[Any, Any]:

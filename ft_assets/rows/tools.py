@@ -8,6 +8,10 @@ from typing import Any
 from ft_assets.rows.types import JsonObject, RawFields, Tool, ToolCall
 from ft_assets.rows.values import RowProblem, parsed, require_json, shown, word
 
+ARGUMENTS = ("arguments", "parameters")  # OpenAI's key of a call, and Llama's
+CALL_KEYS = frozenset(("id", "type", "function", "index"))
+FUNCTION_KEYS = frozenset(("name", *ARGUMENTS))
+
 
 def tools(raw: RawFields) -> list[Tool]:
     """Return the tools of a row, or [] if it has none. Raises RowProblem."""
@@ -23,6 +27,16 @@ def tools(raw: RawFields) -> list[Tool]:
             f"{key}: is a {type(value).__name__}; expected a list of tools, or its JSON text"
         )
     return [_tool(f"{key}[{index}]", tool) for index, tool in enumerate(value)]
+
+
+def _require_read(where: str, value: RawFields, read: frozenset[str]) -> None:
+    """Raise RowProblem for a key that has a value and would be lost."""
+    for key in value.keys() - read:
+        if value[key] not in (None, "", [], {}):
+            raise RowProblem(
+                f"{where}: the key {shown(key)} ({shown(value[key])[:60]}) is not read and would "
+                "be lost; expected id, name and arguments"
+            )
 
 
 def _tool(where: str, tool: Any) -> Tool:
@@ -75,7 +89,12 @@ def _call(where: str, call: Any) -> ToolCall:
     function = call["function"] if call.get("function") is not None else call
     if not isinstance(function, dict):
         raise RowProblem(f"{where}.function: is a {type(function).__name__}; {expected}")
-    arguments = _arguments(where, function.get("arguments"))
+    _require_read(where, call, CALL_KEYS if function is not call else CALL_KEYS | FUNCTION_KEYS)
+    _require_read(f"{where}.function", function, CALL_KEYS | FUNCTION_KEYS)
+    given = [key for key in ARGUMENTS if function.get(key) is not None]
+    if len(given) > 1:
+        raise RowProblem(f"{where}: has {' and '.join(given)}; expected one of them")
+    arguments = _arguments(where, function[given[0]] if given else None)
     checked: ToolCall = {
         "type": "function",
         "function": {"name": word(f"{where}.name", function.get("name")), "arguments": arguments},
@@ -87,7 +106,8 @@ def _call(where: str, call: Any) -> ToolCall:
 
 def _arguments(where: str, arguments: Any) -> JsonObject:
     if isinstance(arguments, str):
-        arguments = parsed(f"{where}.arguments", arguments)
+        # Some servers write no text for a call without arguments.
+        arguments = parsed(f"{where}.arguments", arguments) if arguments.strip() else {}
     if not isinstance(arguments, dict):
         found = "missing" if arguments is None else f"a {type(arguments).__name__}"
         raise RowProblem(

@@ -46,13 +46,15 @@ class Tool(TypedDict):
 class Message(TypedDict):
     """One turn of a conversation: what chat templates call a message.
 
-    `train` is False on an assistant turn that is context only. `tool_call_id` and `name` belong
-    to tool turns. A plain text is one message of the role `text`.
+    `train` is False on an assistant turn that is context only. `reasoned`: the content begins with
+    reasoning that the row had apart from it. `tool_call_id` and `name` belong to tool turns. A
+    plain text is one message of the role `text`.
     """
 
     role: str  # system, user, assistant, tool or text
     content: str
     train: NotRequired[bool]
+    reasoned: NotRequired[bool]
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
@@ -91,10 +93,14 @@ class ConversationRow(AnsweredRow):
 
 
 class Preference(DataRow):
-    """A prompt (`messages`) with the preferred and the other answer."""
+    """A prompt (`messages`) with the preferred and the other answer.
+
+    `reasoned`: an answer begins with reasoning that the row had apart from it.
+    """
 
     chosen: str
     rejected: str
+    reasoned: NotRequired[bool]
 
 
 class PreferenceRow(Preference):

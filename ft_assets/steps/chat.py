@@ -26,6 +26,7 @@ from ft_assets.rows.types import (
     Conversation,
     ConversationRow,
     DataRow,
+    Message,
     PairRow,
     Preference,
     PreferenceRow,
@@ -167,9 +168,10 @@ class RowRenderer:
 
 
 def _answered(row: PreferenceRow, answer: str) -> Conversation:
-    answered: Conversation = {
-        "messages": [*row["messages"], {"role": "assistant", "content": answer}]
-    }
+    last: Message = {"role": "assistant", "content": answer}
+    if row.get("reasoned"):
+        last["reasoned"] = True
+    answered: Conversation = {"messages": [*row["messages"], last]}
     if "tools" in row:
         answered["tools"] = row["tools"]
     return answered

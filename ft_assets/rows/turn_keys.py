@@ -1,0 +1,95 @@
+"""Account for every key of a turn: a key is read, or its row is rejected.
+
+A key that nobody reads would be lost in training without a trace.
+Not here: the values of the keys that are read (messages.py, tools.py).
+"""
+
+from typing import Any
+
+from ft_assets.rows.types import RawFields
+from ft_assets.rows.values import RowProblem, shown, text
+
+NAMES = (("role", "from"), ("content", "value"))
+# Whether an answer is learnt: ours, ms-swift's, Axolotl's two, and OpenAI's.
+LEARNT = ("train", "loss", "training", "train_on_turn", "weight")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "files", "attachments")
+# Where a turn comes from, and how long it is. No model sees it.
+ORIGIN = (
+    *("id", "uuid", "message_id", "parent_id", "turn_id", "turn_identifier", "index"),
+    *("timestamp", "created_at", "create_time", "updated_at", "lang", "language"),
+    *("model", "model_name", "tokens", "token_count", "num_tokens"),
+)
+OF_TOOLS = ("name", "tool_name", "tool_call_id")
+READ = frozenset(
+    ("role", "content", "tool_calls", "function_call", "reasoned", *LEARNT, *REASONING, *ORIGIN)
+)
+ADVICE = {
+    "refusal": "write the refusal into content",
+    "prefix": "complete the answer in content: the turn has only its beginning",
+    "mask": "write train: true or train: false, because tools differ in what a mask means",
+    "name": "write the speaker's name into content",
+    **dict.fromkeys(MEDIA, "remove the row: only text is read"),
+}
+
+
+def require_read(where: str, turn: RawFields, role: str) -> None:
+    """Raise RowProblem for a key of a turn that has a value and is not read.
+
+    Empty values (null, "", [], {}) are those of a table's column, not of the turn.
+    """
+    for key in turn.keys() - READ:
+        value = turn[key]
+        if value is None or value in ("", [], {}) or (key == "prefix" and value is False):
+            continue
+        if key in OF_TOOLS and role == "tool":
+            continue
+        advice = ADVICE.get(str(key), f"name it in data.ignore_turn_keys: [{key}]")
+        raise RowProblem(
+            f"{where}: the key {shown(key)} ({shown(value)[:60]}) is not read and would be lost; "
+            f"{advice}, or remove the key"
+        )
+
+
+def is_learnt(where: str, turn: RawFields, role: str) -> bool:
+    """Return False for an assistant turn that is context only, such as `loss: false`."""
+    given = {key: _flag(f"{where}: {key}", turn[key]) for key in LEARNT if _given(turn, key)}
+    if len(set(given.values())) > 1:
+        shown_flags = " and ".join(f"{key} is {shown(turn[key])}" for key in given)
+        raise RowProblem(f"{where}: {shown_flags}; expected one of them")
+    learnt = next(iter(given.values()), None)
+    if learnt and role != "assistant":
+        raise RowProblem(
+            f"{where}: the {role}'s turn is to be trained; only the assistant's answers are"
+        )
+    return role != "assistant" or learnt is not False
+
+
+def _given(turn: RawFields, key: str) -> bool:
+    return turn.get(key) is not None
+
+
+def _flag(where: str, value: Any) -> bool:
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise RowProblem(f"{where} is {shown(value)}; expected true, false, 1 or 0")
+
+
+def with_reasoning(where: str, turn: RawFields, role: str, content: str) -> str | None:
+    """Return an answer's text with its reasoning before it, or None if it has none.
+
+    The reasoning is in <think> tags, which templates of thinking models read from the content.
+    """
+    given = [turn[key] for key in REASONING if turn.get(key) not in (None, "")]
+    if not given:
+        return None
+    if role != "assistant":
+        raise RowProblem(f"{where}: the {role}'s turn has reasoning; expected an assistant turn")
+    if any(value != given[0] for value in given):
+        raise RowProblem(f"{where}: has several kinds of reasoning; expected one of them")
+    reasoning = text(f"{where}: reasoning", given[0]).strip()
+    if "</think>" not in content:
+        return f"<think>\n{reasoning}\n</think>\n\n{content}".rstrip()
+    if reasoning not in content:
+        raise RowProblem(f"{where}: has other reasoning in content; expected it once")
+    return content

@@ -1,0 +1,247 @@
+"""The inside of a conversation: every key of a turn, calls as text, transcripts, and pairs."""
+
+import json
+from typing import Any
+
+import pytest
+
+from ft_assets.data.canonical import conversation, preference
+from ft_assets.rows.transcripts import declared, transcribed
+from ft_assets.rows.values import RowProblem
+
+USER = {"role": "user", "content": "何時に開きますか。"}
+ANSWER = {"role": "assistant", "content": "九時です。"}
+SYSTEM = {"role": "system", "content": "短く答えてください。"}
+OTHER = {"role": "assistant", "content": "知りません。"}
+
+
+def chat(*turns: Any, **columns: Any) -> list[Any]:
+    return conversation({"messages": list(turns), **columns})["messages"]
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    """Return turns that are written as `user: text`."""
+    return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
+
+
+@pytest.mark.parametrize("key", ["train", "loss", "training", "train_on_turn", "weight"])
+@pytest.mark.parametrize("no", [False, 0])
+def test_flag_of_any_tool_makes_an_answer_context_only(key: str, no: Any) -> None:
+    turns = chat(USER, {**ANSWER, key: no}, USER, {**OTHER, key: not no})
+    assert [turn.get("train") for turn in turns] == [None, False, None, None]
+
+
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [
+        ({"emotion": "calm"}, r"the key 'emotion' \('calm'\) .*data.ignore_turn_keys: \[emotion\]"),
+        ({"learn": False}, "the key 'learn' .*is not read and would be lost"),
+        ({"mask": True}, "the key 'mask' .*write train: true or train: false"),
+        ({"prefix": True}, "the key 'prefix' .*complete the answer in content"),
+        ({"refusal": "いいえ"}, "the key 'refusal' .*write the refusal into content"),
+        ({"audio": {"id": "a1"}}, "the key 'audio' .*only text is read"),
+        ({"name": "田中"}, "the key 'name' .*write the speaker's name into content"),
+        ({"tool_call_id": "c1"}, "the key 'tool_call_id'"),
+        ({"weight": 0.5}, "weight is 0.5; expected true, false, 1 or 0"),
+        ({"loss": "false"}, "loss is 'false'; expected true, false, 1 or 0"),
+        ({"loss": False, "weight": 1}, "loss is False and weight is 1; expected one of them"),
+        ({"value": "十時です。"}, "a turn has content .* and value"),
+        ({"reasoning": 3}, "reasoning: content is a int"),
+        ({"reasoning": "a", "thinking": "b"}, "several kinds of reasoning"),
+        (
+            {"content": [{"type": "image", "image": "shop.png"}]},
+            r"messages\[1\].content\[0\]: is 'image' \(.*shop.png.*only parts of the type 'text'",
+        ),
+    ],
+)
+def test_key_that_is_not_read_is_refused_in_rows_and_in_both_sides_of_a_pair(
+    turn: dict[str, Any], problem: str
+) -> None:
+    wrong = {**ANSWER, **turn}
+    rows: list[tuple[Any, dict[str, Any], str]] = [
+        (conversation, {"messages": [USER, wrong]}, "messages[1]"),
+        (conversation, {"prompt": [USER], "completion": [wrong]}, "messages[1]"),
+        (preference, {"prompt": [USER], "chosen": [wrong], "rejected": [OTHER]}, "chosen"),
+        (preference, {"prompt": [USER], "chosen": OTHER, "rejected": wrong}, "rejected"),
+        (
+            preference,
+            {"chosen": [USER, wrong, USER, ANSWER], "rejected": [USER, wrong, USER, OTHER]},
+            "prompt[1]",
+        ),
+    ]
+    for form, raw, place in rows:
+        with pytest.raises(RowProblem, match=problem.replace(r"messages\[1\]", ".*")) as refused:
+            form(raw)
+        assert place in str(refused.value) or str(refused.value).startswith("a turn has")
+
+
+def test_empty_values_and_origins_are_no_content() -> None:
+    empty = {"name": None, "refusal": "", "audio": None, "annotations": [], "emotion": None}
+    origin = {"id": "x1", "timestamp": 17, "lang": "ja", "prefix": False}
+    assert chat({**USER, **empty, **origin}, {**ANSWER, **empty, **origin}) == [USER, ANSWER]
+    with pytest.raises(RowProblem, match="the user's turn is to be trained"):
+        chat({**USER, "loss": True}, ANSWER)
+
+
+def test_answers_of_a_pair_that_are_not_to_be_trained_are_refused() -> None:
+    with pytest.raises(RowProblem, match="rejected: is not to be trained"):
+        preference({"prompt": [USER], "chosen": ANSWER, "rejected": {**OTHER, "loss": False}})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_kept_before_its_answer_in_rows_and_pairs(key: str) -> None:
+    thought = {**ANSWER, key: "看板に九時とある。"}
+    kept = "<think>\n看板に九時とある。\n</think>\n\n九時です。"
+    turns = chat(USER, thought)
+    assert turns[1] == {"role": "assistant", "content": kept, "reasoned": True}
+    pair = preference({"prompt": [USER], "chosen": thought, "rejected": OTHER})
+    assert (pair["chosen"], pair["rejected"], pair["reasoned"]) == (kept, OTHER["content"], True)
+    assert conversation({"messages": turns})["messages"] == turns
+    in_prompt = preference({"prompt": [USER, thought, USER], "chosen": ANSWER, "rejected": OTHER})
+    assert in_prompt["messages"][1] == turns[1] and "reasoned" not in in_prompt
+    with pytest.raises(RowProblem, match="the user's turn has reasoning"):
+        chat({**USER, key: "x"}, ANSWER)
+    with pytest.raises(RowProblem, match="other reasoning in content"):
+        chat(USER, {**thought, "content": "<think>\nb\n</think>\n九時です。"})
+
+
+HERMES = [
+    {"from": "human", "value": "ราคาข้าวเท่าไร"},
+    {
+        "from": "gpt",
+        "value": 'ขอดูก่อน\n<tool_call>\n{"name": "price", "arguments": {"item": "ข้าว"}}\n'
+        "</tool_call>\n<tool_call>\n{'name': 'stock', 'arguments': {}}\n</tool_call>",
+    },
+    {
+        "from": "tool",
+        "value": '<tool_response>\n{"baht": 40}\n</tool_response>\n<tool_response></tool_response>',
+    },
+    {"from": "gpt", "value": "40 บาท"},
+]
+
+
+def test_calls_and_results_as_text_become_those_of_the_turns() -> None:
+    question, call, *results, answer = conversation({"conversations": HERMES})["messages"]
+    assert question["content"] == "ราคาข้าวเท่าไร" and answer["content"] == "40 บาท"
+    assert call["content"] == "ขอดูก่อน"
+    assert [one["function"] for one in call["tool_calls"]] == [
+        {"name": "price", "arguments": {"item": "ข้าว"}},
+        {"name": "stock", "arguments": {}},
+    ]
+    assert [(one["role"], one["content"]) for one in results] == [
+        ("tool", '{"baht": 40}'),
+        ("tool", ""),
+    ]
+    in_user = [*HERMES[:2], {**HERMES[2], "from": "human"}, HERMES[3]]
+    assert conversation({"conversations": in_user})["messages"][2:4] == results
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<tool_call>price of rice</tool_call>", "neither JSON nor a Python dict"),
+        ('<tool_call>{"name": "a", "arguments": {}}</tool_call> done', "'done' after a tool call"),
+    ],
+)
+def test_call_as_text_that_cannot_be_read_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(RowProblem, match=problem):
+        chat(USER, {"role": "assistant", "content": text})
+    named = "Write <tool_call> before a call."
+    assert chat(USER, {"role": "assistant", "content": named})[1]["content"] == named
+
+
+def test_call_without_arguments_and_empty_result_are_read() -> None:
+    for arguments in ("", " ", "{}", {}):
+        call = {"id": "c1", "function": {"name": "reset", "arguments": arguments}}
+        turns = chat(
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "", "tool_call_id": "c1"},
+            ANSWER,
+        )
+        assert turns[1]["tool_calls"][0]["function"]["arguments"] == {}
+        assert turns[2]["content"] == ""
+    llama = {"name": "reset", "parameters": {"hard": True}}
+    (read,) = chat(USER, {"role": "assistant", "tool_calls": [llama]})[1]["tool_calls"]
+    assert read["function"]["arguments"] == {"hard": True}
+    with pytest.raises(RowProblem, match=r"the key 'strict' .*would be lost"):
+        chat(USER, {"role": "assistant", "tool_calls": [{**llama, "strict": True}]})
+
+
+def test_system_column_beside_a_system_turn_is_one_or_refused() -> None:
+    assert chat(SYSTEM, USER, ANSWER, system=SYSTEM["content"]) == [SYSTEM, USER, ANSWER]
+    assert chat(USER, ANSWER, system_prompt=SYSTEM["content"]) == [SYSTEM, USER, ANSWER]
+    with pytest.raises(RowProblem, match="system and the system turn have different texts"):
+        chat(SYSTEM, USER, ANSWER, system="Be brief.")
+    with pytest.raises(RowProblem, match="system and system_prompt have different texts"):
+        chat(USER, ANSWER, system="Be brief.", system_prompt="Be long.")
+
+
+HEBREW = "\n\nHuman: מה השעה?\n\nAssistant: תשע.\n\nHuman: ומחר?\n\nAssistant: {}"
+
+
+def test_transcript_of_hh_rlhf_is_read_as_a_pair_and_as_a_chat() -> None:
+    chosen, rejected = HEBREW.format("עשר."), HEBREW.format("לא יודע.")
+    pair = preference({"chosen": chosen, "rejected": rejected})
+    assert pair["messages"] == said("user: מה השעה?", "assistant: תשע.", "user: ומחר?")
+    assert (pair["chosen"], pair["rejected"]) == ("עשר.", "לא יודע.")
+    assert conversation({"text": chosen})["messages"][-1]["content"] == "עשר."
+    opened = {"prompt": HEBREW.format("").rstrip(), "completion": "עשר."}
+    assert conversation(opened)["messages"] == conversation({"text": chosen})["messages"]
+    with pytest.raises(RowProblem, match=r"part at messages\[1\]"):
+        preference({"chosen": chosen, "rejected": rejected.replace("תשע", "שמונה")})
+    story = {"text": "Human: was the sign's only word."}
+    with pytest.raises(RowProblem, match="has the keys text"):
+        conversation(story)
+    assert conversation({"text": chosen}, "text")["messages"][0]["content"] == chosen
+
+
+def test_declared_transcript_is_read_in_any_column() -> None:
+    form = declared({"user": "### ผู้ใช้:", "assistant": "### ผู้ช่วย:"})
+    raw = {"text": "### ผู้ใช้: สวัสดี### ผู้ช่วย: ครับ", "note": "### หมายเหตุ"}
+    assert transcribed(raw, form) == {**raw, "text": said("user: สวัสดี", "assistant: ครับ")}
+    assert len(conversation(transcribed(raw, form))["messages"]) == 2
+
+
+NEXT = {"role": "user", "content": "明日も？"}
+PARTS = [
+    ([SYSTEM], [USER], [SYSTEM, USER]),  # the prompt is only the system turn
+    ([SYSTEM, USER], [USER], [SYSTEM, USER]),  # it begins before the conversations
+    ([USER], [SYSTEM, USER], [SYSTEM, USER]),  # they repeat it
+    ([USER], [ANSWER, NEXT], [USER, ANSWER, NEXT]),  # they follow it
+    ("何時に開きますか。", [USER, ANSWER, USER], [USER, ANSWER, USER]),
+    (None, [USER], [USER]),
+]
+
+
+@pytest.mark.parametrize(("prompt", "shared", "expected"), PARTS)
+def test_prompt_beside_whole_conversations(prompt: Any, shared: list[Any], expected: Any) -> None:
+    raw = {"prompt": prompt, "chosen": [*shared, ANSWER], "rejected": [*shared, OTHER]}
+    pair = preference(raw)
+    assert pair["messages"] == expected
+    assert (pair["chosen"], pair["rejected"]) == (ANSWER["content"], OTHER["content"])
+
+
+def test_prompt_of_another_conversation_and_tails_that_part_early_are_refused() -> None:
+    whole = {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}
+    with pytest.raises(RowProblem, match="the prompt ends with 'x', and chosen and rejected begin"):
+        preference({"prompt": "x", **whole})
+    tails = {"chosen": [ANSWER, USER, ANSWER], "rejected": [OTHER, USER, ANSWER]}
+    with pytest.raises(RowProblem, match=r"part at messages\[0\]"):
+        preference({"prompt": "x", **tails})
+
+
+def test_answers_that_are_equal_in_nfc_are_no_pair() -> None:
+    for one, other in (
+        ("Ti\u1ebfng Vi\u1ec7t", "Tie\u0302\u0301ng Vie\u0323\u0302t"),
+        (" a\n", "a"),
+    ):
+        with pytest.raises(RowProblem, match="chosen and rejected are equal"):
+            preference({"prompt": "x", "chosen": one, "rejected": other})
+    assert preference({"prompt": "x", "chosen": "Mo\u0300", "rejected": "Mo"})
+
+
+def test_turns_of_a_chat_survive_a_second_reading() -> None:
+    raw = conversation({"conversations": HERMES})
+    again = conversation(json.loads(json.dumps({"messages": raw["messages"]})))
+    assert again["id"] == raw["id"]
