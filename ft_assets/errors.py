@@ -16,6 +16,7 @@
     │   └── StepLost              … because of the infrastructure                     75
     └── InfrastructureFault       a machine, a cluster or the network: retry          75
         ├── StoreUnreachable      the object store
+        ├── StoreBusy             another process changes the store
         ├── SourceUnreachable     a server of data or base models
         ├── ClusterUnreachable    the scheduler of a cluster
         ├── RunGone               the run that a cluster's job belongs to
@@ -126,6 +127,16 @@ class StoreUnreachable(InfrastructureFault):
 
     def __init__(self, where: str, found: str) -> None:
         super().__init__(f"{where}: the store does not answer ({found})")
+
+
+class StoreBusy(InfrastructureFault):
+    """Another process changes the same asset, and does not end."""
+
+    def __init__(self, where: str, holder: str, seconds: float) -> None:
+        super().__init__(
+            f"{where}: locked by {holder or 'another process'} for more than {seconds:.0f} s\n"
+            "  to do:    continue that process if it is stopped (kill -CONT), or end it"
+        )
 
 
 class SourceUnreachable(InfrastructureFault):

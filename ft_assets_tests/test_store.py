@@ -1,18 +1,25 @@
 """The store under several writers at once: one version, whole, for all of them."""
 
+import errno
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from ft_assets.artifacts import Artifact, ArtifactStore, verify_files
+from ft_assets.artifacts import Artifact, ArtifactStore, disk, verify_files
+from ft_assets.artifacts import store as store_module
 from ft_assets.artifacts.manifest import MANIFEST, Manifest
-from ft_assets.errors import ArtifactError
+from ft_assets.artifacts.store import Guard
+from ft_assets.commands.gc import removals
+from ft_assets.errors import ArtifactError, StoreBusy
 from ft_assets.orchestration.assuming_store import AssumingStore
 
 
-def publish(store: ArtifactStore, version: str = "v1", text: str = "rows") -> Artifact:
+def publish(
+    store: ArtifactStore, version: str = "v1", text: str = "rows", guard: Guard | None = None
+) -> Artifact:
     with store.staging("raw_dataset", None) as staged:
         for number in range(20):
             (staged / f"{number}.txt").write_text(text * 1000)
@@ -27,6 +34,7 @@ def publish(store: ArtifactStore, version: str = "v1", text: str = "rows") -> Ar
             environment={},
             metrics={},
             started=time.time(),
+            guard=guard,
         )
 
 
@@ -63,6 +71,93 @@ def test_version_whose_manifest_is_gone_is_replaced(tmp_path: Path) -> None:
     assert store.find("raw_dataset", None, "v1") is None
     verify_files(publish(store))
     assert [path.name for path in sorted(first.path.parent.iterdir())] == ["CURRENT", "v1"]
+
+
+DAMAGED = [b"", b"\n", b"\xff\xfe\x00", b"../../elsewhere\n", b"v1\nv2\n"]
+
+
+@pytest.mark.parametrize("data", DAMAGED, ids=repr)
+def test_pointer_that_names_no_version_is_an_error_and_is_replaced(
+    tmp_path: Path, data: bytes
+) -> None:
+    store = ArtifactStore(tmp_path)
+    first, second = publish(store, "v1"), publish(store, "v2")
+    pointer = tmp_path / "raw_dataset/_/CURRENT"
+    pointer.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"CURRENT: .*: it names no version"):
+        store.need("raw_dataset", None)
+    going, _ = removals(store, 1, now=time.time() + 1e6)
+    assert going == []  # nobody knows which version is the current one
+    store.make_current(first, None)
+    assert store.need("raw_dataset", None) == first
+    going, _ = removals(store, 1, now=time.time() + 1e6)
+    assert going == []  # v1 is current, v2 the newest
+    store.make_current(second, None)
+    going, _ = removals(store, 1, now=time.time() + 1e6)
+    assert [removal.path for removal in going] == [first.folder]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_folder_is_replaced_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    made, folder = tmp_path / "made", tmp_path / "folder"
+    for path in (made, folder):
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    if exchanges:
+        real, seen = os.rename, list[str]()
+
+        def looking(source: Path, target: Path) -> None:
+            seen.append((folder / "file").read_text())  # there is no moment without a folder
+            real(source, target)
+            seen.append((folder / "file").read_text())
+
+        monkeypatch.setattr(disk.os, "rename", looking)
+    else:
+        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    disk.replace(made, folder)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (folder / "file").read_text() == "made"
+    if exchanges:
+        assert seen == ["folder", "made", "made"]  # the first rename finds the folder occupied
+
+
+def test_full_disk_keeps_the_pointer_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ArtifactStore(tmp_path)
+    first, second = publish(store, "v1"), publish(store, "v2")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk.os, "fsync", full)
+    with pytest.raises(ArtifactError, match="the disk is full"):
+        store.make_current(first, None)
+    assert store.need("raw_dataset", None) == second
+    left = {path.name for path in (tmp_path / "raw_dataset/_").iterdir()}
+    assert left == {"CURRENT", "v1", "v2"}
+
+
+def test_guard_is_asked_before_a_change_and_a_second_writer_waits_for_it(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    first = publish(store, "v1")
+
+    def refuse() -> None:
+        other = ArtifactStore(tmp_path)
+        with pytest.raises(StoreBusy, match=f"locked by process {os.getpid()} on"):
+            publish(other, "v3")
+        raise ArtifactError(where="here", found="refused")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "LOCK_SECONDS", 0.1)
+        with pytest.raises(ArtifactError, match="refused"):
+            publish(store, "v2", guard=refuse)
+    assert store.need("raw_dataset", None) == first
+    assert store.find("raw_dataset", None, "v2") is None
+    publish(store, "v2")  # the lock is free again
 
 
 def test_what_a_plan_assumes_is_seen_by_itself_alone(tmp_path: Path) -> None:

@@ -19,14 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ft_assets.artifacts.disk import fsync_tree, replace
 from ft_assets.artifacts.documents import parse_document
 from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, file_sha256
-from ft_assets.artifacts.store import (
-    UNPARTITIONED,
-    ArtifactStore,
-    fsync_tree,
-    replace,
-)
+from ft_assets.artifacts.store import CURRENT, UNPARTITIONED, ArtifactStore, Guard, name_in
 from ft_assets.errors import ArtifactError, StoreUnreachable
 
 WAITING = ".waiting-"  # made, but not yet sent
@@ -86,24 +82,29 @@ class ObjectStore(ArtifactStore):
         return self._artifact(parse_document(f"{where}/{MANIFEST}", Manifest, text, fix))
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
-        text = self._read_text(self._key(asset, partition, "CURRENT"))
-        return text.strip() if text else None
+        key = self._key(asset, partition, CURRENT)
+        data = self._read_bytes(key)
+        return None if data is None else name_in(data, f"{self._place.protocol}://{key}", asset)
 
-    def make_current(self, artifact: Artifact, partition: str | None) -> None:
+    def _point(self, artifact: Artifact, partition: str | None) -> None:
         with self._reached(self.url):
             self._files.pipe_file(
-                self._key(artifact.asset, partition, "CURRENT"),
+                self._key(artifact.asset, partition, CURRENT),
                 f"{artifact.fingerprint}\n".encode(),
             )
 
-    def _commit(self, staged: Path, manifest: Manifest) -> Artifact:
+    def _commit(self, staged: Path, manifest: Manifest, guard: Guard | None) -> Artifact:
         # Two machines that make the same version must not mix their files.
         manifest = manifest.model_copy(update={"place": f"files-{uuid.uuid4().hex[:12]}"})
         (staged / MANIFEST).write_text(manifest.to_text())
         fsync_tree(staged)
         waiting = staged.parent / f"{WAITING}{manifest.fingerprint}-{manifest.place}"
         os.rename(staged, waiting)
-        return self._send(waiting, (manifest.asset, manifest.partition, manifest.fingerprint))
+        if guard is not None:
+            guard()
+        artifact = self._send(waiting, (manifest.asset, manifest.partition, manifest.fingerprint))
+        self._point(artifact, manifest.partition)
+        return artifact
 
     def _send(self, waiting: Path, home: tuple[str, str | None, str]) -> Artifact:
         """Upload a waiting version. Two processes may upload the same folder or version at once."""
@@ -175,12 +176,16 @@ class ObjectStore(ArtifactStore):
                 fix=fix,
             )
 
-    def _read_text(self, key: str) -> str | None:
+    def _read_bytes(self, key: str) -> bytes | None:
         with self._reached(f"{self.url}: {key}"):
             try:
-                return self._files.cat_file(key).decode()
+                return self._files.cat_file(key)
             except FileNotFoundError:
                 return None
+
+    def _read_text(self, key: str) -> str | None:
+        data = self._read_bytes(key)
+        return None if data is None else data.decode()
 
     def versions(self, *below: str) -> tuple[list[Artifact], list[str]]:
         with self._reached(self.url):

@@ -2,24 +2,39 @@
 
 `<store>/<asset>/<partition>/<fingerprint>/` holds the files and `manifest.json`; `CURRENT` beside
 it names the version that readers get. A version is staged under `.tmp-…`, fsynced and renamed, so
-a reader never sees half of one.
+a reader never sees half of one. Readers take no lock. Writers of one asset and partition take turns
+(`lock`).
 """
 
-import errno
+import contextlib
 import os
+import re
 import shutil
+import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ft_assets.artifacts.disk import (
+    OCCUPIED,
+    STAGED,
+    TRASH,
+    fsync,
+    fsync_tree,
+    full_disk_named,
+    replace,
+    write_durably,
+)
 from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, make_manifest
-from ft_assets.errors import ArtifactError
+from ft_assets.errors import ArtifactError, StoreBusy
 
 UNPARTITIONED = "_"
-STAGED = ".tmp-"  # the prefix of a version that is not published yet
-TRASH = ".trash-"  # the prefix of a folder that is being deleted
+CURRENT = "CURRENT"
+NAME = re.compile(rb"[0-9A-Za-z_-]{1,64}")  # of a version
+LOCK_SECONDS = 60.0  # a writer holds the lock for a few renames
+Guard = Callable[[], None]  # raises an error instead of a change that must not be made
 
 
 class ArtifactStore:
@@ -41,11 +56,14 @@ class ArtifactStore:
         return self.find(asset, partition, name) if name else None
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
-        """Return the fingerprint that CURRENT names, or None."""
+        """Return the fingerprint that CURRENT names, None without one. Raises ArtifactError."""
+        path = self._home(asset, partition) / CURRENT
         try:
-            return (self._home(asset, partition) / "CURRENT").read_text().strip()
+            return name_in(path.read_bytes(), str(path), asset)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise _damaged(str(path), f"cannot be read ({error.strerror})", asset) from None
 
     def need(self, asset: str, partition: str | None) -> Artifact:
         """Return the current version. Raises ArtifactError that names what to materialize first."""
@@ -66,12 +84,54 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
 
-    def make_current(self, artifact: Artifact, partition: str | None) -> None:
-        """Point CURRENT at an artifact, in one rename."""
+    def make_current(
+        self, artifact: Artifact, partition: str | None, guard: Guard | None = None
+    ) -> None:
+        """Point CURRENT at an artifact, durably and in one step.
+
+        `guard` is called while no other process writes. Raises ArtifactError, StoreBusy.
+        """
+        with contextlib.suppress(ArtifactError):  # a damaged pointer is replaced
+            if self.current_name(artifact.asset, partition) == artifact.fingerprint:
+                return
+        with self.lock(artifact.asset, partition):
+            if guard is not None:
+                guard()
+            self._point(artifact, partition)
+
+    def _point(self, artifact: Artifact, partition: str | None) -> None:
         home = self._home(artifact.asset, partition)
-        pointer = home / f".CURRENT-{uuid.uuid4().hex}"
-        pointer.write_text(artifact.fingerprint + "\n")
-        os.replace(pointer, home / "CURRENT")
+        if not (home / artifact.fingerprint / MANIFEST).exists():
+            raise ArtifactError(
+                where=str(home / artifact.fingerprint),
+                found="was removed a moment ago, by ft gc or a person",
+                expected="the version that this step found",
+                fix=f"materialize {artifact.asset} again",
+            )
+        with full_disk_named(home):
+            write_durably(home / CURRENT, f"{artifact.fingerprint}\n".encode())
+
+    @contextmanager
+    def lock(self, asset: str, partition: str | None) -> Iterator[None]:
+        """Wait for the other writers of an asset and partition, and keep them waiting.
+
+        The kernel ends the lock with its process. Raises StoreBusy after LOCK_SECONDS.
+        """
+        from filelock import FileLock, Timeout
+
+        path = self.root / ".work" / "locks" / asset / f"{partition or UNPARTITIONED}.lock"
+        lock = FileLock(path)
+        with full_disk_named(self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=LOCK_SECONDS)
+            except Timeout:
+                raise StoreBusy(str(path), path.read_text().strip(), LOCK_SECONDS) from None
+        try:
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            yield
+        finally:
+            lock.release()
 
     def checkpoints(self, asset: str, partition: str | None, version: str) -> Path:
         """Return the folder of checkpoints: by fingerprint, so only the same version resumes."""
@@ -95,17 +155,9 @@ class ArtifactStore:
         home = self._home(asset, partition)
         path = home / f"{STAGED}{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
-            path.mkdir(parents=True)
-            yield path
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise ArtifactError(
-                    where=str(home),
-                    found="the disk is full",
-                    expected="free space",
-                    fix="free some space, or set store: to another disk",
-                ) from error
-            raise
+            with full_disk_named(home):
+                path.mkdir(parents=True)
+                yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -123,11 +175,12 @@ class ArtifactStore:
         metrics: Mapping[str, Any],
         parts: Mapping[str, str] | None = None,
         started: float,
+        guard: Guard | None = None,
     ) -> Artifact:
         """Publish a staged version durably, make it CURRENT, and return it.
 
         If another run has published the same version meanwhile, that version stays, because a
-        reader may be using it.
+        reader may be using it. `guard` is called just before, while no other process writes.
         """
         manifest = make_manifest(
             staged,
@@ -142,18 +195,29 @@ class ArtifactStore:
             environment=environment,
             metrics=metrics,
         )
-        artifact = self._commit(staged, manifest)
-        self.make_current(artifact, partition)
-        return artifact
+        return self._commit(staged, manifest, guard)
 
-    def _commit(self, staged: Path, manifest: Manifest) -> Artifact:
+    def _commit(self, staged: Path, manifest: Manifest, guard: Guard | None) -> Artifact:
         (staged / MANIFEST).write_text(manifest.to_text())
         fsync_tree(staged)
+        with self.lock(manifest.asset, manifest.partition):
+            if guard is not None:
+                guard()
+            artifact = self._rename(staged, manifest)
+            self._point(artifact, manifest.partition)
+        return artifact
+
+    def _rename(self, staged: Path, manifest: Manifest) -> Artifact:
         final = self._home(manifest.asset, manifest.partition) / manifest.fingerprint
         try:
             os.rename(staged, final)
+        except FileNotFoundError:
+            # NFS: the server renamed it, but its first answer was lost.
+            known = self._read(final)
+            if known is None or known.manifest != manifest:
+                raise
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in OCCUPIED:
                 raise
             if (known := self._read(final)) is not None:
                 return known
@@ -183,32 +247,35 @@ class ArtifactStore:
 
         It is renamed before it is deleted: a reader finds it whole or not at all. Raises OSError.
         """
-        home, name, partition = artifact.folder.parent, artifact.fingerprint, artifact.partition
-        if self.current_name(artifact.asset, partition) == name:
-            return False
-        trash = home / f"{TRASH}{uuid.uuid4().hex}"
-        try:
-            os.rename(artifact.folder, trash)
-        except FileNotFoundError:
-            return False
-        if (
-            self.current_name(artifact.asset, partition) == name
-        ):  # a run went back to it between the two steps
-            os.rename(trash, artifact.folder)
-            return False
+        trash = artifact.folder.parent / f"{TRASH}{uuid.uuid4().hex}"
+        with self.lock(artifact.asset, artifact.partition):
+            if self.current_name(artifact.asset, artifact.partition) == artifact.fingerprint:
+                return False
+            try:
+                os.rename(artifact.folder, trash)
+            except FileNotFoundError:
+                return False
         shutil.rmtree(trash)
         return True
 
 
-def replace(made: Path, folder: Path) -> None:
-    """Move a folder to a path and replace what is there. A reader finds either one whole."""
-    if folder.exists():
-        trash = folder.parent / f"{TRASH}{uuid.uuid4().hex}"
-        os.rename(folder, trash)
-        os.rename(made, folder)
-        shutil.rmtree(trash, ignore_errors=True)
-    else:
-        os.rename(made, folder)
+def name_in(data: bytes, where: str, asset: str) -> str:
+    """Return the name in the bytes of a CURRENT. Raises ArtifactError."""
+    name = data.strip()
+    if NAME.fullmatch(name) is None:
+        shown = f"holds {name[:20]!r}" if name else "is empty"
+        raise _damaged(where, shown, asset)
+    return name.decode()
+
+
+def _damaged(where: str, found: str, asset: str) -> ArtifactError:
+    again = f"delete it, and materialize {asset}: a version that the store has is found again"
+    return ArtifactError(
+        where=where,
+        found=f"{found}: it names no version",
+        expected="the fingerprint of a version",
+        fix="ft release --repair" if asset == "release" else again,
+    )
 
 
 def _folders_with_manifest(root: Path) -> Iterator[Path]:
@@ -219,19 +286,3 @@ def _folders_with_manifest(root: Path) -> Iterator[Path]:
             yield Path(place)
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def fsync_tree(root: Path) -> None:
-    """Wait until a folder and everything in it is on the disk."""
-    for path in root.rglob("*"):
-        fsync(path)
-    fsync(root)

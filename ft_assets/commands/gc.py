@@ -1,8 +1,9 @@
 """`ft gc`: the removal of versions that are not needed any more.
 
 Kept are, of every asset and partition: CURRENT, the newest few, what is younger than an hour; then
-all that a kept version says it was made from, and what a running step reads. A version is renamed
-first and deleted then: a reader finds it whole or not at all.
+all that a kept version says it was made from, and what a running step reads. Without a readable
+CURRENT, all versions are kept. A version is renamed first and deleted then: a reader finds it whole
+or not at all.
 """
 
 import os
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ft_assets.artifacts import Artifact, ArtifactStore
-from ft_assets.artifacts.store import TRASH
+from ft_assets.artifacts.disk import TRASH
 from ft_assets.commands.leftovers import leftovers, running_inputs
 from ft_assets.commands.store_view import Version, columns, in_bytes, in_utc, size, versions
+from ft_assets.errors import ArtifactError
 
 YOUNG_SECONDS = 3600
 
@@ -67,18 +69,16 @@ def kept_versions(
 ) -> set[Path]:
     """Return the folders of the versions to keep."""
     homes: dict[Path, list[Version]] = defaultdict(list)
-    for version in sorted(found, key=lambda version: version.made, reverse=True):
+    for version in sorted(found, key=_newest_last, reverse=True):
         homes[version.home].append(version)
-    current = {
-        home: store.current_name(its[0].asset, its[0].partition) for home, its in homes.items()
-    }
+    current = {home: _current_name(store, its[0]) for home, its in homes.items()}
     used = {path.resolve() for path in in_use}
     waiting = [
         version
         for home, its in homes.items()
         for index, version in enumerate(its)
         if index < keep
-        or version.path.name == current[home]
+        or current[home] in (version.path.name, None)
         or now - version.made < YOUNG_SECONDS
         or version.path.resolve() in used
     ]
@@ -88,6 +88,20 @@ def kept_versions(
             kept[source.path] = source
             waiting.append(source)
     return set(kept)
+
+
+def _newest_last(version: Version) -> tuple[int, float]:
+    """Return the order of a version: decisions of a release by their number, not by a clock."""
+    return int(version.artifact.metrics.get("sequence", 0)), version.made
+
+
+def _current_name(store: ArtifactStore, version: Version) -> str | None:
+    """Return the name of the current version beside this one; None if nothing names it."""
+    try:
+        current = store.current(version.asset, version.partition)
+    except ArtifactError:
+        return None
+    return current.fingerprint if current else None
 
 
 def _sources(version: Version, found: list[Version], kept: Mapping[Path, Version]) -> list[Version]:
@@ -137,6 +151,9 @@ def remove(store: ArtifactStore, removal: Removal) -> bool:
     trash = removal.path.parent / f"{TRASH}{uuid.uuid4().hex}"
     try:
         os.rename(removal.path, trash)
+        if not trash.is_dir():
+            trash.unlink()
+            return True
     except FileNotFoundError:
         return False
     shutil.rmtree(trash)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ft_assets.artifacts.store import STAGED, TRASH
+from ft_assets.artifacts.disk import STAGED, TRASH
 from ft_assets.job import Job
 
 IDLE_SECONDS = 24 * 3600
@@ -51,7 +51,7 @@ def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
         if "manifest.json" in files or here == root / ".work":
             folders.clear()
             continue
-        for name in [name for name in folders if name.startswith((TRASH, STAGED))]:
+        for name in [name for name in (*folders, *files) if name.startswith((TRASH, STAGED))]:
             yield here / name, f"staged {here.relative_to(root)}"
         folders[:] = sorted(name for name in folders if not name.startswith("."))
     for path in sorted((root / ".work").glob("jobs/*")):
@@ -93,8 +93,10 @@ def _staged_by_the_living(path: Path) -> bool:
 
 
 def touched(path: Path) -> float:
-    """Return the last change of a folder or anything in it, in seconds since 1970."""
+    """Return the last change of a file, or of a folder or anything in it, in seconds since 1970."""
     latest = 0.0
+    with contextlib.suppress(OSError):
+        latest = os.lstat(path).st_mtime
     for place, _, files in os.walk(path):
         for name in [place, *(os.path.join(place, file) for file in files)]:  # noqa: PTH118
             with contextlib.suppress(OSError):

@@ -7,7 +7,6 @@ training resumes from it (loop.py).
 
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from transformers.trainer import Trainer
 
+from ft_assets.artifacts.disk import fsync_tree, replace
 from ft_assets.errors import ArtifactError, TrainingError
 from ft_assets.job import Report
 from ft_assets.models.sharding import is_sharded
@@ -117,19 +117,8 @@ def publish_folder(staged: Path, final: Path) -> None:
         if path.is_file()
     }
     (staged / FILES).write_text(json.dumps(sizes, indent=0))
-    for path in [*staged.rglob("*"), staged]:
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of an earlier try
-    os.rename(staged, final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync_tree(staged)
+    replace(staged, final)  # there may be a damaged one of an earlier try
 
 
 def rotate(home: Path) -> None:
