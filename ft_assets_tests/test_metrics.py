@@ -5,9 +5,12 @@ The judge is a real local endpoint.
 
 import datetime
 import json
+import socket
 import threading
+import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,7 +33,7 @@ from ft_assets.metrics import Metric
 from ft_assets.metrics.json_tree import json_f1
 from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.label import choice
-from ft_assets.metrics.user_function import load_function, user_scores
+from ft_assets.metrics.user_function import UserFunction, UserMetric
 from ft_assets.metrics.values import Values
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets_tests.factories import edit
@@ -120,8 +123,9 @@ def test_user_metric_is_called_with_answer_reference_and_conversation(tmp_path: 
     prompts = [[{"role": "user", "content": "?"}]] * 2
 
     def scores(name: str) -> list[float]:
-        function = load_function(f"own_metric_here:{name}", tmp_path)
-        return user_scores(function, name, ["row a", "row b"], ["x", ""], ["xx", "y"], prompts)
+        metric = UserMetric(function=f"own_metric_here:{name}")
+        rows = zip(["row a", "row b"], ["x", ""], ["xx", "y"], prompts, strict=True)
+        return UserFunction(metric, tmp_path).scores(list(rows))
 
     assert scores("shorter") == [1.0, 1.0]
     with pytest.raises(EvaluationError, match=r"row row b: raised ZeroDivisionError"):
@@ -191,6 +195,60 @@ def test_failed_judgement_is_an_error_never_a_score(
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(EvaluationError, match="JUDGE_KEY is not set"):
         judged(judge.model_copy(update={"api_key_env": "JUDGE_KEY"}), "longer")
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 200_000, "RecursionError"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 2_000_000, "more than 1048576 bytes"),
+        (b"HTTP/1.1 200 OK\r\n\r\nnull", "TypeError"),
+        (b"SSH-2.0-OpenSSH\r\n", "RemoteProtocolError"),
+    ],
+    ids=["nested", "endless", "null", "ssh"],
+)
+def test_answer_of_a_judge_that_is_none_is_an_error(answer: bytes, problem: str) -> None:
+    with listening(lambda connection: connection.sendall(answer)) as url:
+        settings = JudgeSettings(base_url=url, model="any", timeout=20)
+        with pytest.raises(EvaluationError, match=problem):
+            judged(settings, "")
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n"])
+def test_judge_that_sends_a_byte_now_and_then_ends_with_the_time_limit(head: bytes) -> None:
+    def trickle(connection: socket.socket) -> None:
+        connection.sendall(head)
+        for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 60:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.2)
+
+    with listening(trickle) as url:
+        settings = JudgeSettings(base_url=url, model="any", timeout=1)
+        with pytest.raises(EvaluationError, match=r"no whole answer within 1 s"):
+            judged(settings, "")
+
+
+@contextmanager
+def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Yield the URL of a server that answers each request as `answer` does."""
+
+    def serve() -> None:
+        with suppress(OSError):  # the listener is closed at the end
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+    def one(connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            connection.recv(1 << 16)
+            answer(connection)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 16):  # a close with unread bytes would be a reset
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
 
 
 def test_metric_that_is_not_measured_is_refused_with_those_that_are() -> None:

@@ -14,7 +14,7 @@ from ft_assets.errors import EvaluationError, FtError
 from ft_assets.evaluation.reachable import Target, run_on_references
 from ft_assets.evaluation.setting_files import program_version
 from ft_assets.metrics.program import ProgramSettings, program_outcomes, program_scores
-from ft_assets.metrics.user_function import require_scores
+from ft_assets.metrics.user_function import UserFunction, UserMetric
 from ft_assets_tests.factories import edit
 
 TESTS = """\
@@ -134,6 +134,9 @@ def test_files_of_the_program_belong_to_the_identity(project: Path) -> None:
     assert program_version(loaded, EvaluationSettings()) is None
 
 
+SCORE = "def score(answer, reference, messages):\n"
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -145,6 +148,17 @@ def test_files_of_the_program_belong_to_the_identity(project: Path) -> None:
         ("score = 3\n", "is not a callable object"),
         ("raise RuntimeError('no GPU')\n", "RuntimeError: no GPU"),
         ("import os\nos._exit(7)\n", "it ends the process with code 7"),
+        ("import sys\nsys.exit('no')\n", "cannot be used: SystemExit: no"),
+        ("print(undefined)\n", "NameError: name 'undefined' is not defined"),
+        (f"{SCORE}    raise SystemExit(3)\n", "row exam.jsonl:1: raised SystemExit: 3"),
+        (f"{SCORE}    return 10 ** 400\n", "a number that is too large for a float"),
+        (f"{SCORE}    return 10 ** 5000\n", "a number that is too large for a float"),
+        (f"{SCORE}    return float('nan')\n", "returned nan"),
+        (f"{SCORE}    return 10 ** 10 ** 9\n", "row exam.jsonl:1: did not end within 3 s"),
+        (f"{SCORE}    return str(answer)\n", "returned 'yes'"),
+        (f"{SCORE}    import os; os.kill(os.getpid(), 11)\n", "it is killed by signal 11"),
+        (f"{SCORE}    input()\n", "raised EOFError"),
+        ("import helper_beside\nfrom helper_beside import score\n", None),
         (
             "def score(answer, reference, messages):\n"
             "    print('x')\n    return 1 / (answer != 'x')\n",
@@ -156,13 +170,15 @@ def test_user_metric_scores_the_references_in_a_child_before_training(
     tmp_path: Path, text: str, problem: str | None
 ) -> None:
     (tmp_path / "own_score.py").write_text(text)
+    (tmp_path / "helper_beside.py").write_text(f"{SCORE}    return 1\n")
     asked = [{"role": "user", "content": "?"}]
     rows: Any = [("exam.jsonl:1", "yes", "yes", asked), ("exam.jsonl:2", "x", "x", asked)]
+    metric = UserMetric(function="own_score:score", seconds=3)
     if problem is None:
-        require_scores("own_score:score", tmp_path, rows)
+        assert len(UserFunction(metric, tmp_path).scores(rows)) == len(rows)
         return
     with pytest.raises(FtError, match=problem) as told:
-        require_scores("own_score:score", tmp_path, rows)
+        UserFunction(metric, tmp_path).scores(rows)
     assert told.value.where.startswith("evaluation.python: own_score:score")
 
 

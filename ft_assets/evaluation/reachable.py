@@ -20,7 +20,7 @@ from ft_assets.metrics.label import option_index
 from ft_assets.metrics.program import program_outcomes
 from ft_assets.metrics.registry import ROUNDING
 from ft_assets.metrics.tool_calls import unread_calls
-from ft_assets.metrics.user_function import require_scores
+from ft_assets.metrics.user_function import UserFunction
 from ft_assets.metrics.values import Values
 from ft_assets.rows.types import ConversationRow, Message, TokenizedRow, ToolCall
 
@@ -173,10 +173,8 @@ def run_on_references(
     """
     if settings.user_metric:
         named = where([one.id for one in targets])
-        require_scores(
-            settings.user_metric.function,
-            root,
-            [(named[one.id], one.decoded, one.reference, one.messages) for one in targets],
+        UserFunction(settings.user_metric, root).scores(
+            [(named[one.id], one.decoded, one.reference, one.messages) for one in targets]
         )
     if not settings.program:
         return []

@@ -16,7 +16,7 @@ from ft_assets.metrics import Option
 from ft_assets.metrics.judge import judge_scores
 from ft_assets.metrics.label import choice
 from ft_assets.metrics.program import program_scores
-from ft_assets.metrics.user_function import load_function, user_scores
+from ft_assets.metrics.user_function import UserFunction
 from ft_assets.rows.types import DataRow
 
 SHUFFLES = 10
@@ -50,7 +50,7 @@ class Scorer:
         self.settings = task.settings
         self.refusal = refusal_pattern(task.settings.refusals)
         user = task.settings.user_metric
-        self.user_function = load_function(user.function, task.root) if user else None
+        self.user_function = UserFunction(user, task.root) if user else None
 
     def heldout(
         self, asked: Sequence[AskedRow], base: Sequence[ScoredRow] | None
@@ -107,9 +107,8 @@ class Scorer:
             of = {row["id"]: row["messages"][:-1] for row in [*self.task.heldout, *self.task.train]}
             ids = [row.id for row in asked]
             conversations = [of[row] for row in ids]
-            scores = user_scores(
-                self.user_function, user.function, ids, texts, references, conversations
-            )
+            rows = zip(ids, texts, references, conversations, strict=True)
+            scores = self.user_function.scores(list(rows))
         else:
             return [{} for _ in asked]
         return [{metric.name: score} for score in scores]
@@ -136,9 +135,8 @@ class Scorer:
         scores = {}
         conversations = [row["messages"][:-1] for row in self.task.heldout]
         if self.user_function is not None and (user := self.settings.user_metric):
-            scores[user.name] = user_scores(
-                self.user_function, user.function, ids, answers, references, conversations
-            )
+            rows = zip(ids, answers, references, conversations, strict=True)
+            scores[user.name] = self.user_function.scores(list(rows))
         if self.settings.program:
             scores["program"] = program_scores(
                 self.settings.program, self.task.root, answers, references, conversations

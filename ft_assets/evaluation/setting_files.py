@@ -48,22 +48,24 @@ def user_metric_version(
     module = name.partition(":")[0]
     path = project.path(f"{module.replace('.', '/')}.py")
     try:
-        found = UserModules.of(module, project.root)
-    except SyntaxError as error:
+        modules = UserModules.of(module, project.root)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
+        parsed = isinstance(error, SyntaxError)
+        found = f"{error.filename}, line {error.lineno}: {error.msg}" if parsed else str(error)
         raise ConfigError(
             where=f"evaluation.python: {name}",
-            found=f"{error.filename}, line {error.lineno}: {error.msg}",
+            found=found,
             expected="a Python module",
             fix="correct the module",
         ) from None
-    if found is None:
+    if modules is None:
         raise ConfigError(
             where=f"evaluation.python: {name}",
             found=f"there is no module {module}",
             expected=f"{path}, or an installed module",
             fix="correct the name",
         )
-    return {"files": found.files, "packages": found.packages}
+    return {"files": modules.files, "packages": modules.packages}
 
 
 def program_version(
@@ -89,7 +91,11 @@ def _modules_of(path: Path) -> UserModules | None:
     """Return what a Python program imports from its folder. None of a file that is no module."""
     try:
         return UserModules.of(path.stem, path.parent) if path.suffix == ".py" else None
-    except SyntaxError:  # the check references_can_be_reached runs it, and shows its message
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+    ):  # the check references_can_be_reached runs it, and shows its message
         return None
 
 

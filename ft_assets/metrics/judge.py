@@ -5,6 +5,8 @@ win counts only if it holds in both orders: 1 for two wins, 0 for two losses, el
 score is ½ by definition, so a candidate with a mean above ½ wins more often than it loses.
 """
 
+import asyncio
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,8 @@ INSTRUCTION = (
     "Reply with exactly one word: A, B or TIE."
 )
 PARALLEL = 4
+LARGEST_ANSWER = 1 << 20  # bytes; a verdict is one word
+SHOWN = 300
 
 
 class JudgeSettings(BaseModel):
@@ -40,7 +44,12 @@ class JudgeSettings(BaseModel):
     criteria: str = Field(
         default="Which answer serves the user better?", description="The question to the judge."
     )
-    timeout: float = Field(default=60, gt=0, description="Timeout of a request in seconds.")
+    timeout: float = Field(
+        default=60,
+        gt=0,
+        le=86_400,
+        description="Limit of a whole request in seconds, until the last byte of its answer.",
+    )
 
 
 @Metric("judge", config="judge", of_answer=False)
@@ -92,28 +101,52 @@ def _post(settings: JudgeSettings, row: str, messages: list[dict[str, str]]) -> 
     import httpx
 
     body = {"model": settings.model, "temperature": 0, "max_tokens": 8, "messages": messages}
+    headers = _authorization(settings)
     try:
-        response = httpx.post(
-            f"{settings.base_url.rstrip('/')}/chat/completions",
-            json=body,
-            headers=_authorization(settings),
-            timeout=settings.timeout,
-        )
-        return response.raise_for_status().json()["choices"][0]["message"]["content"]
+        text = asyncio.run(_answer(settings, body, headers))
+        return json.loads(text)["choices"][0]["message"]["content"]
     except (
         httpx.HTTPError,
         httpx.InvalidURL,
+        TimeoutError,
         KeyError,
         IndexError,
         TypeError,
         ValueError,
+        RecursionError,  # of an answer that is nested thousands of times
     ) as error:
+        late = isinstance(error, TimeoutError | httpx.TimeoutException)
+        why = f"no whole answer within {settings.timeout:g} s" if late else str(error)
         raise EvaluationError(
             where=f"evaluation.judge, row {row}",
-            found=f"{settings.base_url} failed ({type(error).__name__}: {error})",
+            found=f"{settings.base_url} failed ({type(error).__name__}: {why[:SHOWN]})",
             expected="an OpenAI-compatible /chat/completions",
-            fix="check base_url, model and key; a failed judgement is never a score",
+            fix="check base_url, model, key and timeout; a failed judgement is never a score",
         ) from None
+
+
+async def _answer(
+    settings: JudgeSettings, body: dict[str, Any], headers: dict[str, str]
+) -> bytearray:
+    """Return the bytes of an answer. Raises TimeoutError, ValueError, and httpx's errors.
+
+    The time limit is one of the whole request. httpx has limits of single reads only, which a
+    server that sends a byte a second never exceeds.
+    """
+    import httpx
+
+    url, received = f"{settings.base_url.rstrip('/')}/chat/completions", bytearray()
+    async with (
+        asyncio.timeout(settings.timeout),
+        httpx.AsyncClient(timeout=settings.timeout) as client,
+        client.stream("POST", url, json=body, headers=headers) as response,
+    ):
+        response.raise_for_status()
+        async for part in response.aiter_bytes():
+            received += part
+            if len(received) > LARGEST_ANSWER:
+                raise ValueError(f"its answer has more than {LARGEST_ANSWER} bytes")
+    return received
 
 
 def _authorization(settings: JudgeSettings) -> dict[str, str]:

@@ -1,23 +1,31 @@
-"""The user's own metric: a Python function named in finetune.yaml, called once for each row."""
+"""The user's own metric: a Python function named in finetune.yaml, called once for each row.
 
-import importlib
-import inspect
+It runs in a process of its own (user_function_worker.py), so that code that exits, hangs or
+crashes ends with an error that names the row.
+"""
+
 import json
-import math
+import os
+import select
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_assets.errors import EvaluationError, FtError
+from ft_assets.errors import EvaluationError
+from ft_assets.metrics import user_function_worker
 from ft_assets.metrics.registry import Metric
 from ft_assets.rows.types import Message
 
-Function = Callable[[str, str, Sequence[Message]], float]
 Row = tuple[str, str, str, Sequence[Message]]  # its place, the answer, the reference, the prompt
+IMPORT_FACTOR = 10  # the import of the module may take this many times the limit of a row
+TAIL = 300
 
 
 class UserMetric(BaseModel):
@@ -27,6 +35,12 @@ class UserMetric(BaseModel):
 
     function: str = Field(description="module:function(answer, reference, messages) -> number.")
     higher_is_better: bool = Field(default=True, description="False if a lower number is better.")
+    seconds: float = Field(
+        default=60,
+        gt=0,
+        le=86_400,
+        description="Time limit of a row. The import of the module may take ten times as long.",
+    )
 
     @property
     def name(self) -> str:
@@ -44,102 +58,115 @@ class UserMetric(BaseModel):
         )
 
 
-def load_function(name: str, root: Path) -> Function:
-    """Load the function of `module:function`; the module may be in `root`.
+class UserFunction:
+    """The function of a user metric, in a process that starts with the first row and is kept."""
 
-    Raises EvaluationError if it cannot be imported, or cannot be called with three arguments.
-    """
-    module, _, function = name.partition(":")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    try:
-        found = getattr(importlib.import_module(module), function)
-        inspect.signature(found).bind("answer", "reference", [])
-    except Exception as error:  # the user's module may raise anything
-        raise EvaluationError(
-            where=f"evaluation.python: {name}",
-            found=f"cannot be used: {type(error).__name__}: {error}",
-            expected="a function of (answer, reference, messages) in a module beside "
-            f"{root / 'finetune.yaml'}, or in an installed one",
-            fix="correct the name or the module",
-        ) from None
-    return found
+    def __init__(self, metric: UserMetric, root: Path) -> None:
+        self.metric, self.root = metric, root
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
+        self._unread = b""
 
+    def scores(self, rows: Sequence[Row]) -> list[float]:
+        """Score each row.
 
-def require_scores(name: str, root: Path, rows: Sequence[Row]) -> None:
-    """Raise EvaluationError unless the function can be loaded and scores each row.
+        Raises EvaluationError with the place of the row if the function raises, does not return a
+        finite number, takes too long or ends its process; or if it cannot be imported.
+        """
+        return [self._score(*row) for row in rows]
 
-    A child process imports the module: what the module imports does not stay in this one.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, name, str(root)],
-        input=json.dumps(rows),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        told = done.stdout.strip().splitlines()[-1:]
-        if told and told[0].startswith('{"kind"'):
-            raise FtError.from_dict(json.loads(told[0]))
-        raise EvaluationError(
-            where=f"evaluation.python: {name}",
-            found=f"it ends the process with code {done.returncode}: {done.stderr[-300:]}",
+    def _score(self, place: str, answer: str, reference: str, messages: Sequence[Message]) -> float:
+        process = self._started()
+        line = json.dumps([answer, reference, list(messages)]) + "\n"
+        assert process.stdin is not None
+        where = f"{self._where}, row {place}"
+        try:
+            process.stdin.write(line.encode())
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended(where) from None
+        told = self._line(where, self.metric.seconds)
+        if "problem" in told:
+            raise EvaluationError(
+                where=where,
+                found=told["problem"],
+                expected="a finite number",
+                fix="correct the function",
+            )
+        return told["value"]
+
+    @property
+    def _where(self) -> str:
+        return f"evaluation.python: {self.metric.function}"
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        """Return the process, and start it if there is none. Raises EvaluationError."""
+        if self._process is not None:
+            return self._process
+        worker = str(user_function_worker.__file__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", worker, self.metric.function, str(self.root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        weakref.finalize(self, _end, self._process)
+        told = self._line(self._where, IMPORT_FACTOR * self.metric.seconds)
+        if "problem" in told:
+            raise EvaluationError(
+                where=self._where,
+                found=f"cannot be used: {told['problem']}",
+                expected="a function of (answer, reference, messages) in a module beside "
+                f"{self.root / 'finetune.yaml'}, or in an installed one",
+                fix="correct the name or the module",
+            )
+        return self._process
+
+    def _line(self, where: str, seconds: float) -> dict[str, Any]:
+        """Return the next line of the process. Raises EvaluationError at the end of the time."""
+        assert self._process is not None and self._process.stdout is not None
+        out, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
+        waiting = select.poll()
+        waiting.register(out, select.POLLIN)
+        while b"\n" not in self._unread:
+            left = deadline - time.monotonic()
+            if left <= 0 or not waiting.poll(1000 * left):
+                _end(self._process)
+                raise EvaluationError(
+                    where=where,
+                    found=f"did not end within {seconds:g} s",
+                    expected=f"a number within {self.metric.seconds:g} s for each row "
+                    f"(and an import within {IMPORT_FACTOR * self.metric.seconds:g} s)",
+                    fix="make it faster, or give it more time: "
+                    f"python: {{function: {self.metric.function}, seconds: 600}}",
+                )
+            if not (part := os.read(out, 1 << 16)):
+                raise self._ended(where)
+            self._unread += part
+        line, _, self._unread = self._unread.partition(b"\n")
+        return json.loads(line)
+
+    def _ended(self, where: str) -> EvaluationError:
+        """Return the error of a process that ended by itself."""
+        assert self._process is not None
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip()[-TAIL:]
+        how = f"is killed by signal {-code}" if code < 0 else f"ends the process with code {code}"
+        return EvaluationError(
+            where=where,
+            found=f"it {how}: {said}",
             expected="a module that can be imported, and a function that returns a number",
             fix="correct the module",
         )
 
 
-def main() -> None:
-    """Score the rows of stdin with `module:function` (argument 1) in a folder (argument 2).
-
-    Print the error, if any, as the last line.
-    """
-    name, root = sys.argv[1:]
-    try:
-        function = load_function(name, Path(root))
-        for place, answer, reference, messages in json.load(sys.stdin):
-            user_scores(function, name, [place], [answer], [reference], [messages])
-    except EvaluationError as error:
-        print("\n" + json.dumps(error.to_dict()))
-        raise SystemExit(1) from None
-
-
-def user_scores(
-    function: Function,
-    name: str,
-    ids: list[str],
-    answers: list[str],
-    references: list[str],
-    conversations: Sequence[Sequence[Message]],
-) -> list[float]:
-    """Score each row with the user's function.
-
-    Raises EvaluationError with the id of the row if the function raises or does not return a finite
-    number.
-    """
-    scores = []
-    for row, answer, reference, messages in zip(
-        ids, answers, references, conversations, strict=True
-    ):
-        try:
-            value: Any = function(answer, reference, messages)
-        except Exception as error:  # the user's code may raise anything
-            raise EvaluationError(
-                where=f"evaluation.python: {name}, row {row}",
-                found=f"raised {type(error).__name__}: {error}",
-                expected="a number",
-                fix="correct the function",
-            ) from error
-        if not isinstance(value, bool | int | float) or not math.isfinite(value):
-            raise EvaluationError(
-                where=f"evaluation.python: {name}, row {row}",
-                found=f"returned {value!r}",
-                expected="a finite number",
-                fix="correct the function",
-            )
-        scores.append(float(value))
-    return scores
-
-
-if __name__ == "__main__":
-    main()
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            try:
+                pipe.close()
+            except OSError:  # the rest of a line that nobody reads
+                continue
