@@ -1,13 +1,20 @@
 """The inside of a conversation: every key of a turn, calls as text, transcripts, and pairs."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from ft_assets.config import DataSettings
 from ft_assets.data.canonical import conversation, preference
+from ft_assets.data.ingest import Ingest
+from ft_assets.data.raw_row import RawRow
+from ft_assets.data.tables import PREFERENCE, REJECTED, TableWriter, read_table
 from ft_assets.rows.transcripts import declared, transcribed
-from ft_assets.rows.values import RowProblem
+from ft_assets.rows.turn_keys import without_keys
+from ft_assets.rows.values import RowProblem, Tie
 
 USER = {"role": "user", "content": "何時に開きますか。"}
 ANSWER = {"role": "assistant", "content": "九時です。"}
@@ -245,3 +252,68 @@ def test_turns_of_a_chat_survive_a_second_reading() -> None:
     raw = conversation({"conversations": HERMES})
     again = conversation(json.loads(json.dumps({"messages": raw["messages"]})))
     assert again["id"] == raw["id"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"responses": ["a", "b"], "scores": [3, 3]},
+        {"chosen": "a", "rejected": "b", "score_chosen": 7.5, "score_rejected": 7.5},
+        {"chosen": "a", "rejected": "b", "status": "tie"},
+    ],
+)
+def test_ties_are_no_pairs(row: dict[str, Any]) -> None:
+    with pytest.raises(Tie):
+        preference({"prompt": "x", **row})
+    turned = {"prompt": "x", "chosen": "a", "rejected": "b"}
+    assert preference({**turned, "chosen_score": 2, "rejected_score": 1, "status": "swapped"})
+    with pytest.raises(RowProblem, match="expected the higher score for the chosen answer") as said:
+        preference({**turned, "score_chosen": 1, "score_rejected": 2})
+    assert not isinstance(said.value, Tie)
+
+
+def votes(*rows: tuple[str, str, str]) -> list[RawRow]:
+    return [
+        RawRow(f"votes.jsonl:{line}", {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        for line, (prompt, chosen, rejected) in enumerate(rows, 1)
+    ]
+
+
+def test_annotators_who_disagree_are_outvoted_or_left_out_and_ties_are_counted(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        *votes(("ראשון", "כן", "לא"), ("ראשון", "לא", "כן"), ("ראשון", "כן", "לא")),
+        *votes(("שני", "כן", "לא"), ("שני", "לא", "כן"), ("שלישי", "כן", "לא")),
+        RawRow("ties.jsonl:1", {"prompt": "x", "responses": ["a", "b"], "ranks": [1, 1]}),
+    ]
+    for min_agreement, left in ((0.5, {"ראשון", "שלישי"}), (0.7, {"שלישי"})):
+        with TableWriter(tmp_path / "rejected.parquet", REJECTED) as rejected:
+            done = Ingest(tmp_path, tmp_path, rejected).source(
+                "preferences", rows, preference, PREFERENCE, min_agreement=min_agreement
+            )
+        kept = read_table(tmp_path / "preferences.parquet")
+        assert {row["messages"][0]["content"] for row in kept} == left
+        assert all(row["chosen"] == "כן" for row in kept)
+        assert (done.rejected, done.ties, done.duplicates) == (0, 1, 1)
+        assert done.disputed == 5 - len(left)
+        assert done.metrics("p")["p_disputed"] == done.disputed
+        reasons = {
+            row["where"]: row["problem"] for row in read_table(tmp_path / "rejected.parquet")
+        }
+        assert "1 of 3 prefer this answer" in reasons["votes.jsonl:2"]
+
+
+def test_settings_of_turns_are_checked_and_applied() -> None:
+    data = DataSettings(train=["x"], ignore_turn_keys=["emotion"])
+    turn = {**ANSWER, "emotion": "calm"}
+    raw = {"messages": [USER, turn], "chosen": turn, "emotion": "x"}
+    kept = {"messages": [USER, ANSWER], "chosen": ANSWER, "emotion": "x"}
+    assert without_keys(raw, data.ignore_turn_keys) == kept
+    for settings, problem in (
+        ({"ignore_turn_keys": ["loss"]}, "loss is read"),
+        ({"transcript": {"user": "Q:"}}, "one of assistant"),
+        ({"transcript": {"user": "Q:", "assistant": "Q: "}}, "two roles have the same mark"),
+    ):
+        with pytest.raises(ValidationError, match=problem):
+            DataSettings(train=["x"], **settings)

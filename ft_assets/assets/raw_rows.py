@@ -22,13 +22,18 @@ from ft_assets.errors import DataError
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
-from ft_assets.rows.types import DataRow, RejectedRow
+from ft_assets.rows.cells import plain
+from ft_assets.rows.transcripts import declared, transcribed
+from ft_assets.rows.turn_keys import without_keys
+from ft_assets.rows.types import DataRow, RawFields, RejectedRow
 
 ToCanonical = Callable[..., Any]  # of a raw row, and of its format if the key can have one
 # Rows that are used in another form than they have in their file, by the ending of their metric.
 ADAPTED = {
     "_with_joined_turns": "rows have user turns in a row, which became one turn",
     "_opened_by_assistant": "rows open with the assistant's turn, which is context only",
+    "_ties": "rows are ties, which are no pairs",
+    "_disputed": "pairs are left out because annotators disagree",
 }
 Sources = Mapping[str, tuple[str, ToCanonical]]  # {key of data: (table, its rows' form)}
 
@@ -60,7 +65,11 @@ def ingested(
 def _reading(project: Project) -> dict[str, JsonValue]:
     """Return the settings that decide how rows are read."""
     return project.data.model_dump(
-        mode="json", include={"columns", "format", "encoding", "stratify"}
+        mode="json",
+        include={
+            *("columns", "format", "encoding", "stratify"),
+            *("transcript", "ignore_turn_keys", "min_agreement"),
+        },
     )
 
 
@@ -87,6 +96,7 @@ def _write(
                 layout,
                 _columns(project, key),
                 _stratum(project, key),
+                project.data.min_agreement,
             )
             if done.total or not metrics:  # no metrics for a source that finetune.yaml omits
                 metrics |= done.metrics(table)
@@ -109,9 +119,23 @@ def _rows(project: Project, key: str) -> Iterable[RawRow]:
             path, encoding_of(path, project.root, project.data.encoding), row_format
         )
     )
+    rows = _as_declared(project, rows)
     if key != "preferences":
         return rows
     return pair_labels(rows, row_format, _of_key(project, "columns", key))
+
+
+def _as_declared(project: Project, rows: Iterable[RawRow]) -> Iterable[RawRow]:
+    """Return the rows without `data.ignore_turn_keys`, their transcripts as turns."""
+    marks, ignored = project.data.transcript, project.data.ignore_turn_keys
+    if not marks and not ignored:
+        return rows
+    form = declared({str(role): mark for role, mark in marks.items()}) if marks else None
+
+    def changed(value: RawFields) -> RawFields:
+        return without_keys(transcribed(plain(value), form) if form else plain(value), ignored)
+
+    return (row if row.value is None else RawRow(row.where, changed(row.value)) for row in rows)
 
 
 def _of_key(project: Project, setting: str, key: str) -> Any:

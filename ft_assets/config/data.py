@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from ft_assets.config.section import Section, Share
 from ft_assets.errors import nearest
 from ft_assets.rows.row_formats import CONVERSATION_FORMATS, PREFERENCE_FORMATS
+from ft_assets.rows.turn_keys import READ
 
 
 class StratifySettings(Section):
@@ -80,6 +81,21 @@ class DataSettings(Section):
         description="Formats of rows, by source: {train: alpaca, rehearsal: text}. Default: the "
         "keys of each row decide.",
     )
+    transcript: dict[Literal["user", "assistant", "system", "tool"], str] = Field(
+        default={},
+        description="Marks of conversations that are one text: "
+        '{user: "### Human:", assistant: "### Assistant:"}.',
+    )
+    ignore_turn_keys: list[str] = Field(
+        default=[], description="Keys of a turn that are not needed, e.g. [emotion]."
+    )
+    min_agreement: Share = Field(
+        default=0.5,
+        ge=0.5,
+        le=1,
+        description="Share of the annotators of a pair, more than half, who must prefer the same "
+        "answer; else the pair is left out.",
+    )
     encoding: str | dict[str, str] | None = Field(
         default=None,
         description="Of text files that are not UTF-8, e.g. latin-1, or by file: "
@@ -141,6 +157,17 @@ class DataSettings(Section):
     def _examples_are_named_or_chosen(self) -> "DataSettings":
         if self.few_shot and self.few_shot_auto:
             raise ValueError("few_shot names files, and few_shot_auto chooses rows: drop one")
+        return self
+
+    @model_validator(mode="after")
+    def _marks_are_distinct(self) -> "DataSettings":
+        marks = [mark.strip() for mark in self.transcript.values()]
+        if marks and not ({"user", "assistant"} <= set(self.transcript) and all(marks)):
+            raise ValueError("transcript: expected a mark of user and one of assistant, not blank")
+        if len(set(marks)) < len(marks):
+            raise ValueError("transcript: two roles have the same mark; expected distinct marks")
+        if read := next((key for key in self.ignore_turn_keys if key in READ), None):
+            raise ValueError(f"ignore_turn_keys: {read} is read, so it cannot be ignored")
         return self
 
     @model_validator(mode="after")

@@ -112,24 +112,30 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
     chosen, rejected = (turn["content"] for turn in turns_of)
     if _composed(chosen) == _composed(rejected):
         raise RowProblem("chosen and rejected are equal; expected two different answers")
-    answered: list[Message] = [
-        *messages,
-        {"role": "assistant", "content": chosen},
-        {"role": "rejected", "content": rejected},
-    ]
     row: Preference = {
-        "id": _identity(answered, offered),
+        "id": _pair_identity(messages, offered, chosen, rejected),
         "messages": messages,
         "chosen": chosen,
         "rejected": rejected,
         "group": _group(raw, context_key(messages, offered)),
     }
     _note_joined(row, len(turns) - len(messages))
+    # No table stores it: annotators.py finds the pairs on which annotators disagree.
+    opposite = _pair_identity(messages, offered, rejected, chosen)
+    cast(dict[str, object], row)["opposite"] = opposite
     if any(turn.get("reasoned") for turn in turns_of):
         row["reasoned"] = True
     if offered:
         row["tools"] = offered
     return row
+
+
+def _pair_identity(messages: list[Message], offered: list[Tool], chosen: str, rejected: str) -> str:
+    answers: list[Message] = [
+        {"role": "assistant", "content": chosen},
+        {"role": "rejected", "content": rejected},
+    ]
+    return _identity([*messages, *answers], offered)
 
 
 def _composed(answer: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from ft_assets.data.annotators import Votes
 from ft_assets.data.canonical import context_key
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.tables import Layout, RowT, TableWriter, write_sorted
@@ -19,7 +20,7 @@ from ft_assets.errors import DataError
 from ft_assets.rows.cells import plain
 from ft_assets.rows.row_formats import conversation_turns, renamed
 from ft_assets.rows.types import DataRow, RawFields, RejectedRow
-from ft_assets.rows.values import RowProblem
+from ft_assets.rows.values import RowProblem, Tie
 
 SHOWN = 2000  # characters of a rejected row that are kept
 FIRST = 5  # rejected rows of a source that the metrics show
@@ -37,6 +38,8 @@ class Ingested:
     version: str
     joined: int = 0  # rows with user turns that were joined
     opened: int = 0  # rows that the assistant opens
+    ties: int = 0  # rows whose answers are equally good
+    disputed: int = 0  # pairs on which annotators disagree, left out
 
     @property
     def total(self) -> int:
@@ -49,6 +52,8 @@ class Ingested:
             f"{name}_rejected": self.rejected,
             **({f"{name}_with_joined_turns": self.joined} if self.joined else {}),
             **({f"{name}_opened_by_assistant": self.opened} if self.opened else {}),
+            **({f"{name}_ties": self.ties} if self.ties else {}),
+            **({f"{name}_disputed": self.disputed} if self.disputed else {}),
         }
 
 
@@ -68,33 +73,55 @@ class Ingest:
         layout: Layout[RowT],
         columns: Mapping[str, str] | None = None,
         stratum: str | None = None,
+        min_agreement: float = 0.5,
     ) -> Ingested:
         """Write `<name>.parquet`, sorted by id so that the order of files changes nothing.
 
         Exact duplicates are counted and filtered. `columns` are the user's names for our columns,
         {"prompt": "text"}. `stratum` is the field by whose value rows are stratified.
+        Ties, and pairs on which too few annotators agree, are left out and counted apart.
         """
         before = self.rejected.rows
         first: list[str] = []
         adapted: Counter[str] = Counter()
+        votes = Votes()
 
         def valid() -> Iterator[RowT]:
             for row in rows:
                 try:
                     canonical = _canonical(row, form, dict(columns or {}), stratum)
                     adapted.update(joined=canonical.get("joined", 0) > 0, opened=_opened(canonical))
+                    if "opposite" in canonical:
+                        votes.add(canonical)
                     yield cast(RowT, canonical)
                 except RowProblem as problem:
-                    if len(first) < FIRST:
+                    if isinstance(problem, Tie):
+                        adapted["ties"] += 1
+                    elif len(first) < FIRST:
                         first.append(f"{row.where}: {problem}")
                     self.rejected.write(
                         {"where": row.where, "problem": str(problem), "row": _row_text(row)}
                     )
 
-        written = write_sorted(self.output / f"{name}.parquet", valid(), layout, self.scratch)
-        rejected = self.rejected.rows - before
+        lost: dict[str, str] = {}
+        written = write_sorted(
+            self.output / f"{name}.parquet",
+            valid(),
+            layout,
+            self.scratch,
+            lambda: lost.update(votes.lost(min_agreement)) or lost,
+        )
+        rejected = self.rejected.rows - before - adapted["ties"]
+        for identity, where in written.left_out.items():
+            self.rejected.write({"where": where, "problem": lost[identity], "row": ""})
         return Ingested(
-            written.rows, written.duplicates, rejected, first, written.version, **adapted
+            written.rows,
+            written.duplicates,
+            rejected,
+            first,
+            written.version,
+            **adapted,
+            disputed=len(written.left_out),
         )
 
 

@@ -8,7 +8,7 @@ the version of a set of rows.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast, overload
@@ -291,21 +291,29 @@ def read_table(path: Path, limit: int | None = None, *, row: Any = None) -> list
 
 @dataclass(frozen=True)
 class SortedTable:
-    """The outcome of `write_sorted`: rows written, duplicates dropped, version of the rows."""
+    """The outcome of `write_sorted`: rows written, duplicates dropped, version of the rows.
+
+    `left_out`: the distinct rows left out, {id: the file and line they came from}.
+    """
 
     rows: int
     duplicates: int
     version: str
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def write_sorted(
-    path: Path, rows: Iterable[RowT], layout: Layout[RowT], scratch: Path
+    path: Path,
+    rows: Iterable[RowT],
+    layout: Layout[RowT],
+    scratch: Path,
+    left_out: Callable[[], Iterable[str]] = tuple,
 ) -> SortedTable:
     """Write rows sorted by id, so that the order of files changes nothing.
 
     Of several rows with one id the first is kept. More rows than fit in memory can be sorted: they
     are in a memory-mapped Arrow file in the folder `scratch` meanwhile, and only ids and positions
-    are in memory.
+    are in memory. `left_out` returns the ids of rows to leave out, once all rows are read.
     """
     import numpy as np
     from datasets import Dataset
@@ -320,6 +328,12 @@ def write_sorted(
     ids = np.asarray(stored.data.column("id").to_pylist(), dtype=str)
     order = np.argsort(ids, kind="stable")  # of duplicates the first stays first
     kept = order[np.append(True, ids[order][1:] != ids[order][:-1])] if len(ids) else order
+    distinct = len(kept)
+    out: dict[str, str] = {}
+    if unwanted := list(left_out()):
+        lost = np.isin(ids[kept], unwanted)
+        out = {str(ids[at]): str(stored[int(at)]["source"]) for at in kept[lost]}
+        kept = kept[~lost]
     with TableWriter(path, layout) as table:
         for start in range(0, len(kept), BATCH):
             part = stored.select(kept[start : start + BATCH], keep_in_memory=True)
@@ -328,7 +342,7 @@ def write_sorted(
         version = table.version
     del stored
     unsorted.unlink()
-    return SortedTable(len(kept), len(ids) - len(kept), version)
+    return SortedTable(len(kept), len(ids) - distinct, version, out)
 
 
 def select(

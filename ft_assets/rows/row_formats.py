@@ -10,14 +10,14 @@ data/kto.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 from ft_assets.rows.calls_as_text import expanded
 from ft_assets.rows.messages import spelled
 from ft_assets.rows.transcripts import transcribed
 from ft_assets.rows.turn_keys import REASONING
 from ft_assets.rows.types import RawFields
-from ft_assets.rows.values import RowProblem, shown
+from ft_assets.rows.values import RowProblem, Tie, shown
 
 PROMPT = ("prompt", "instruction", "question", "query", "input", "text")
 COMPLETION = ("completion", "output", "response", "answer", "target")
@@ -27,6 +27,13 @@ TRANSCRIPTS = ("chat", "transcript", "text")  # lists of turns once transcripts.
 RANKED = ("responses", "completions", "answers")
 # The numbers that rank answers, and the sign that sorts the best one first.
 RANKS = {"ranks": 1, "rank": 1, "scores": -1, "score": -1, "rewards": -1}
+# Columns with the scores of both answers of a pair (higher is better).
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+)
+TIES = ("status", "winner", "preference")  # columns that can have the word "tie"
 MEDIA = ("images", "videos", "audios")
 SYSTEM = ("system", "system_prompt")
 
@@ -137,6 +144,7 @@ def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
             "is one answer with a label (KTO); "
             "DPO needs a chosen and a rejected answer to the same prompt"
         )
+    _require_preference(raw)
     raw = transcribed(raw)
     if format is not None:
         named = PREFERENCE_FORMATS[format]
@@ -146,6 +154,23 @@ def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
         ranked = key is not None and bool(raw[key])
         pair = PREFERENCE_FORMATS["ranked" if ranked else "preference"].read(raw)
     return pair._replace(prompt=expanded(pair.prompt))
+
+
+def _require_preference(raw: RawFields) -> None:
+    """Raise Tie or RowProblem if the row's own scores do not prefer the chosen answer."""
+    tie = next((key for key in TIES if str(raw.get(key)).lower() in ("tie", "tied")), None)
+    if tie is not None:
+        raise Tie(f"{tie}: is {shown(raw[tie])}")
+    for better, worse in SCORES:
+        chosen, rejected = raw.get(better), raw.get(worse)
+        if not (_is_number(chosen) and _is_number(rejected)) or chosen > rejected:
+            continue
+        if chosen == rejected:
+            raise Tie(f"{better} and {worse} are both {chosen}")
+        raise RowProblem(
+            f"{better} is {chosen} and {worse} is {rejected}; "
+            "expected the higher score for the chosen answer"
+        )
 
 
 def _require_text_only(raw: RawFields) -> None:
@@ -389,11 +414,11 @@ def _best_and_worst(raw: RawFields, answers: Any) -> tuple[Any, Any]:
         )
     order = sorted(range(len(answers)), key=lambda index: RANKS[name] * values[index])
     if values[order[0]] == values[order[-1]]:
-        raise RowProblem(f"{name}: all answers rank the same")
+        raise Tie(f"{name}: all answers rank the same")
     return answers[order[0]], answers[order[-1]]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     """Return True if a value can be ordered: NaN cannot."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 

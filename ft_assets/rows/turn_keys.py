@@ -4,6 +4,7 @@ A key that nobody reads would be lost in training without a trace.
 Not here: the values of the keys that are read (messages.py, tools.py).
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from ft_assets.rows.types import RawFields
@@ -49,6 +50,19 @@ def require_read(where: str, turn: RawFields, role: str) -> None:
             f"{where}: the key {shown(key)} ({shown(value)[:60]}) is not read and would be lost; "
             f"{advice}, or remove the key"
         )
+
+
+def without_keys(raw: RawFields, ignored: Collection[str]) -> RawFields:
+    """Return a row whose turns do not have the `ignored` keys (`data.ignore_turn_keys`)."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(turn) if isinstance(turn, dict) else turn for turn in value]
+        if isinstance(value, dict):
+            return {key: part for key, part in value.items() if key not in ignored}
+        return value
+
+    return {name: kept(value) for name, value in raw.items()}
 
 
 def is_learnt(where: str, turn: RawFields, role: str) -> bool:

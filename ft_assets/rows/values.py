@@ -18,6 +18,10 @@ class RowProblem(Exception):
         super().__init__(problem.encode("utf-8", "backslashreplace").decode())
 
 
+class Tie(RowProblem):
+    """The reason why a row holds no preference: its answers are equally good."""
+
+
 def shown(value: Any) -> str:
     """Return a value for a message; a value that is nested too deeply is shown by its type."""
     try:
