@@ -12,7 +12,7 @@ def _summary(metrics: Metrics) -> str:
     return f"{metrics['parameters'] / 1e6:,.1f}M parameters"
 
 
-@asset(group="model", kinds=["huggingface"], code_version="6", summary=_summary)
+@asset(group="model", kinds=["huggingface"], code_version="7", summary=_summary)
 def base_model(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:

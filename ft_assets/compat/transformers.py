@@ -35,3 +35,36 @@ def load_checkpoint_weights(trainer: Any, checkpoint: Path) -> None:
 def forget_source_path(model: Any) -> None:
     """Remove the path that the model was loaded from out of its config."""
     model.config._name_or_path = ""
+
+
+def unread_gguf(path: Path, model: Any) -> list[str]:
+    """Return the tensors of a GGUF file that the loaded model did not take.
+
+    For most architectures, the loader passes over a tensor that it cannot name. Those of the newer
+    loader are in its loading info.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from transformers.integrations.gguf import is_gguf_arch_supported
+    from transformers.integrations.gguf.reader import GgufHeader
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    header = GgufHeader.from_file(str(path))
+    if is_gguf_arch_supported(header.architecture):
+        return []
+    stored = {tensor.name for tensor in header.tensors}
+    for architecture, name in MODEL_ARCH_NAMES.items():
+        if name == header.architecture:
+            names = get_tensor_name_map(architecture, model.config.num_hidden_layers)
+            named = {names.get_name(key, (".weight", ".bias")) for key in model.state_dict()}
+            stored -= named
+    if not stored:
+        return []
+    # The loader's own map knows more names, and takes a second for each hundred modules.
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+    taken = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict())).keys()
+    # The tensor of all experts is taken apart, so it has the name without `.weight`.
+    return [name for name in stored if not {name, name.removesuffix(".weight")} & taken]

@@ -4,23 +4,28 @@ A snapshot is a folder that `from_pretrained` reads: config, safetensors, tokeni
 template, generation config. Not here: training and scoring the model.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ft_assets.compat.transformers import forget_source_path
+from ft_assets.compat.transformers import forget_source_path, unread_gguf
 from ft_assets.config import BaseModelSettings, ChatSettings
-from ft_assets.errors import ModelError, TemplateError
+from ft_assets.errors import FtError, ModelError, TemplateError
 from ft_assets.models.chat_template import DATE_KEY, bake, broken_markers, end_of_turn, reads
 from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 from ft_assets.models.source import (
+    ALTERNATIVES,
     SourceIdentity,
     locate_folder,
     locate_gguf,
     refuse_quantized,
     require_unquantized,
 )
+from ft_assets.models.weight_files import stored_types
+from ft_assets.models.whole import require_whole
 
 SHOWN_TOKENS = 12  # of the vocabulary's added tokens, in a message
 
@@ -53,6 +58,10 @@ class _Place:
     revision: str | None = None
     gguf_file: str | None = None
 
+    @property
+    def shown(self) -> str:
+        return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+
     def keywords(self) -> dict[str, str]:
         given = {"revision": self.revision, "gguf_file": self.gguf_file}
         return {name: value for name, value in given.items() if value is not None}
@@ -72,8 +81,10 @@ def write_snapshot(
     Raises ModelError, TemplateError.
     """
     place = _place(name, settings, root, identity)
-    if settings.folder:
-        require_unquantized(f"base_models.{name}.folder", Path(place.path))
+    if not settings.gguf:
+        source = "folder" if settings.folder else "hub"
+        with _readable(f"base_models.{name}", place):
+            require_unquantized(f"base_models.{name}.{source}", _folder(place))
     model, tokenizer = _load(name, settings, place)
     if not settings.gguf and getattr(model.config, "quantization_config", None):
         refuse_quantized(f"base_models.{name}", model.config.quantization_config)
@@ -106,17 +117,17 @@ def _load(name: str, settings: BaseModelSettings, place: _Place) -> tuple[Any, A
     from transformers import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    trust = settings.trust_remote_code
-    try:
+    where, trust = f"base_models.{name}", settings.trust_remote_code
+    keywords: Any = place.keywords()
+    if place.gguf_file:
+        from transformers import GgufConfig
+
+        # Packed weights cannot be saved again, so they are dequantized.
+        keywords["quantization_config"] = GgufConfig(dequantize=True, gguf_file=place.gguf_file)
+    with _readable(where, place):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             place.path, trust_remote_code=trust, **place.keywords()
         )
-        keywords: Any = place.keywords()
-        if place.gguf_file:
-            from transformers import GgufConfig
-
-            # Packed weights cannot be saved again, so they are dequantized.
-            keywords["quantization_config"] = GgufConfig(dequantize=True, gguf_file=place.gguf_file)
         read: Any = AutoModelForCausalLM.from_pretrained(
             place.path,
             dtype=torch.bfloat16,
@@ -126,47 +137,42 @@ def _load(name: str, settings: BaseModelSettings, place: _Place) -> tuple[Any, A
             **keywords,
         )
         model, loaded = read
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the damage
-        message = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        raise ModelError(
-            where=f"base_models.{name}",
-            found=f"{place.path} cannot be loaded ({message})",
-            expected="a causal language model that transformers reads",
-            fix="check the source; models with own code need trust_remote_code: true",
-        ) from error
-    _require_whole(f"base_models.{name}", model, loaded)
+        # A GGUF file has one table of its tensors, which its reader checks.
+        types = {} if place.gguf_file else stored_types(where, _folder(place))
+        unread = unread_gguf(Path(place.path) / place.gguf_file, model) if place.gguf_file else []
+    require_whole(where, model, loaded, types, unread)
     return model, tokenizer
 
 
-def _require_whole(where: str, model: Any, loaded: dict[str, Any]) -> None:
-    """Raise ModelError unless the file has each weight of the model, and no other.
-
-    transformers completes a missing weight at random. `loaded` is its loading info.
-    """
-    import torch
-
-    broken = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
-    ]
-    for what, names in (
-        ("lacks", loaded["missing_keys"]),
-        ("does not belong to the model", loaded["unexpected_keys"]),
-        ("has another shape than config.json gives", loaded["mismatched_keys"]),
-        ("has values that are not finite", broken),
-    ):
-        if not names:
-            continue
-        shown = sorted(name if isinstance(name, str) else name[0] for name in names)
-        first = ", ".join(shown[:SHOWN_TOKENS])
-        found = f"the file {what}: {first}" if what == "lacks" else f"{first} {what}"
+@contextlib.contextmanager
+def _readable(where: str, place: _Place) -> Iterator[None]:
+    """Turn what a library raises for a damaged source into ModelError."""
+    try:
+        yield
+    except FtError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the damage
+        text = str(error)
+        message = f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"
+        fix = "get the base again, whole, or name another"
+        if "trust_remote_code" in text:
+            fix = "a model with its own code needs trust_remote_code: true; read that code first"
+        elif place.revision:
+            fix += f"; if the hub was not reached: {ALTERNATIVES}"
         raise ModelError(
             where=where,
-            found=f"{found} ({len(shown)} in all)",
-            expected="each weight of the model once, as its config.json describes it",
-            fix="get the base again, whole: training would start from weights that are not its own",
-        )
+            found=f"{place.shown} cannot be loaded ({message})",
+            expected="a causal language model that transformers reads",
+            fix=fix,
+        ) from error
+
+
+def _folder(place: _Place) -> Path:
+    """Return the folder with the source's config and weights. Downloads the config of a hub's."""
+    from transformers.utils import cached_file
+
+    found = cached_file(place.path, "config.json", revision=place.revision)
+    return Path(str(found)).parent
 
 
 def _place(name: str, settings: BaseModelSettings, root: Path, identity: SourceIdentity) -> _Place:
