@@ -259,6 +259,13 @@ def test_served_model_answers_an_http_client_on_this_machine_only(
                 time.sleep(1)
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["message"]["content"].strip() == "yes"
+        url = f"http://127.0.0.1:{port}/v1/models"
+        assert httpx.get(url).headers["x-frame-options"] == "DENY"
+        for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+            assert httpx.get(url, headers=foreign).status_code in (400, 403)
+        form = {"content-type": "text/plain"}  # what a page may send without asking first
+        answer = httpx.post(f"http://127.0.0.1:{port}/load_model", content="{}", headers=form)
+        assert answer.status_code == 415
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)

@@ -1,5 +1,6 @@
 """The UI for a person and for a hostile page: a real webserver and daemon, started by `ft ui`."""
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+
+from ft_assets.errors import ConfigError
+from ft_assets.ui.guard import Guard
+from ft_assets.ui.services import origin_of
 
 ASSETS = "{ assetNodes { assetKey { path } assetMaterializations(limit: 1) { runId } } }"
 MUTATION = "mutation { setNuxSeen }"
@@ -87,10 +92,17 @@ def test_page_and_its_own_requests_are_served(server: Server) -> None:
     assert server.client.get("/graphql", params={"query": "{ version }"}, headers=own).json()[
         "data"
     ]["version"]
-    opened = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
-    assert (
-        server.client.get("/assets/eval_report", headers=opened).status_code == 200
-    )  # a link in a mail
+    opened = {
+        "Sec-Fetch-Site": "cross-site",
+        "Sec-Fetch-Mode": "navigate",
+        "Sec-Fetch-Dest": "document",
+    }
+    page = server.client.get("/assets/eval_report", headers=opened)  # a link in a mail
+    assert page.status_code == 200
+    policies = page.headers.get_list("content-security-policy")
+    assert "frame-ancestors 'none'" in policies
+    assert any("script-src" in policy for policy in policies)  # Dagster's own is kept
+    assert page.headers.get_list("x-frame-options") == ["DENY"]
 
 
 HOSTILE: list[tuple[str, str, dict[str, str], dict[str, Any], int]] = [
@@ -130,6 +142,18 @@ HOSTILE: list[tuple[str, str, dict[str, str], dict[str, Any], int]] = [
     ("POST", "/graphql", {"Origin": "https://evil.example"}, {"json": {"query": MUTATION}}, 403),
     ("POST", "/graphql", {"Host": "evil.example"}, {"json": {"query": MUTATION}}, 400),
     ("GET", "/", {"Host": "evil.example:3000"}, {}, 400),
+    *(
+        (
+            "GET",
+            "/assets/eval_report",
+            {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": shown},
+            {},
+            403,
+        )
+        for site in ("cross-site", "same-origin")
+        for shown in ("iframe", "frame", "object", "embed")
+    ),
+    ("GET", "/", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, {}, 403),
     ("POST", "/report_asset_materialization/eval_report", {}, {"data": {"partition": "tiny"}}, 415),
     (
         "POST",
@@ -152,7 +176,65 @@ def test_what_another_page_can_make_a_browser_send_is_refused(
 ) -> None:
     answer = server.client.request(method, path, headers=headers, **content)
     assert answer.status_code == status
+    assert answer.headers["content-security-policy"] == "frame-ancestors 'none'"
     assert answer.json()["errors"][0]["message"].startswith("refused: ")
+
+
+PROXIES = ["https://graph.example.org", "http://10.0.0.7:8080"]
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("127.0.0.1:3000", "http://127.0.0.1:3000", 200),
+        ("localhost:3000", "http://localhost:3000", 200),
+        ("127.0.0.1:3000", "https://127.0.0.1:3000", 403),
+        ("127.0.0.1:3000", "moz-extension://127.0.0.1:3000", 403),
+        ("127.0.0.1:3000", "http://localhost:3000", 403),  # another server may be there
+        ("127.0.0.1:3000", "http://127.0.0.1:3001", 403),
+        ("127.0.0.1:3000", "http://ada@127.0.0.1:3000", 403),
+        ("graph.example.org", "https://graph.example.org", 200),
+        ("127.0.0.1:3000", "https://graph.example.org", 200),  # a proxy that sets the Host
+        ("graph.example.org", "http://graph.example.org", 403),
+        ("graph.example.org", "http://127.0.0.1:3000", 403),
+        ("10.0.0.7:8080", "http://10.0.0.7:8080", 200),
+    ],
+)
+def test_origin_is_one_of_ours_with_its_scheme(host: str, origin: str, status: int) -> None:
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Guard(page, 3000, PROXIES))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            headers = {"Host": host, "Origin": origin}
+            return await client.post("/graphql", json={"query": MUTATION}, headers=headers)
+
+    assert asyncio.run(ask()).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [
+        ("graph.example.org", "https://graph.example.org"),
+        ("Graph.Example.org:443", "https://graph.example.org"),
+        ("graph.example.org:8443", "https://graph.example.org:8443"),
+        ("http://graph.example.org/", "http://graph.example.org"),
+        ("localhost:8080", "http://localhost:8080"),  # ssh -L 8080:127.0.0.1:3000
+        ("ftp://graph.example.org", None),
+        ("ada@graph.example.org", None),
+        ("graph.example.org/ui", None),
+        ("graph.example.org:x", None),
+        ("", None),
+    ],
+)
+def test_host_name_means_https_unless_it_names_its_scheme(name: str, origin: str | None) -> None:
+    if origin:
+        assert origin_of(name) == origin
+    else:
+        with pytest.raises(ConfigError, match="is not a host name"):
+            origin_of(name)
 
 
 @pytest.mark.parametrize(("origin", "accepted"), [(None, True), ("https://evil.example", False)])

@@ -155,7 +155,9 @@ def ui(
     host_name: Annotated[
         list[str] | None,
         typer.Option(
-            "--host-name", help="The Host of a proxy before it, e.g. graph.example.org. Repeatable."
+            "--host-name",
+            help="The host of a proxy before it, e.g. graph.example.org for https, or "
+            "http://graph.example.org. Repeatable.",
         ),
     ] = None,
     read_only: Annotated[

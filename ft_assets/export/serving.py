@@ -14,6 +14,10 @@ from ft_assets.errors import ReleaseError
 LOOPBACK = "127.0.0.1"
 Engine = Literal["vllm", "transformers"]
 ENGINES: tuple[Engine, ...] = ("vllm", "transformers")
+MODULES: dict[Engine, str] = {
+    "vllm": "vllm.entrypoints.cli.main",
+    "transformers": "transformers.cli.transformers",
+}
 NEEDED = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn", "openai")}
 
 
@@ -46,7 +50,5 @@ def choose_engine(wanted: str | None) -> Engine:
 
 def serve_command(engine: Engine, model: Path, port: int) -> list[str]:
     """Return the command line, bound to this machine: the endpoint has no authentication."""
-    program = [str(Path(sys.executable).parent / "transformers")]
-    if engine == "vllm":
-        program = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-    return [*program, "serve", str(model), "--host", LOOPBACK, "--port", str(port)]
+    guarded = [sys.executable, "-m", "ft_assets.ui.model_server", MODULES[engine], str(port)]
+    return [*guarded, "serve", str(model), "--host", LOOPBACK, "--port", str(port)]

@@ -1,19 +1,21 @@
-"""A guard in front of the Dagster webserver, which has no authentication.
+"""A guard in front of a web server that has no authentication: Dagster's, or a model's.
 
 Only pages that the server sent itself may send requests to it.
 
 Without it, any page open in the same browser could start runs: the stock server executes mutations
-sent by GET, by forms, and from foreign origins. The guard has three rules:
+sent by GET, by forms, and from foreign origins, and it can be framed. The guard has these rules:
 
 - The Host is one of ours. Otherwise any name of this machine would pass (DNS rebinding).
-- The Origin, or the browser's Sec-Fetch-Site, is ours.
+- The Origin, with its scheme, or the browser's Sec-Fetch-Site, is ours. A link on another page may
+  open a page of ours, but only as a whole document (https://www.w3.org/TR/fetch-metadata/).
+- No page may show ours inside itself. Old browsers learn it from the headers of each answer.
 - A change is a POST of JSON.
 
 It is not a login: anyone who can reach the port can use it.
 """
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -24,13 +26,60 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OURS = ("same-origin", "none")  # "none": typed into the address bar
+EMBEDDED = ("iframe", "frame", "fencedframe", "object", "embed")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+# They replace the server's own headers of these names.
+HEADERS = {
+    b"x-frame-options": b"DENY",
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"same-origin",
+    b"cross-origin-opener-policy": b"same-origin",
+    b"cross-origin-resource-policy": b"same-origin",
+}
+# A browser enforces each policy that it gets, so this one is added to the server's own.
+NO_FRAMES = (b"content-security-policy", b"frame-ancestors 'none'")
+
+
+def proxy_origin(name: str) -> str:
+    """Return the origin of a proxy's pages from its host name.
+
+    A name without a scheme means https, and http for this machine. Raises ValueError for what is
+    not a host name.
+    """
+    given = urlsplit(name if "://" in name else f"//{name}")
+    host = given.netloc.lower()
+    if given.scheme not in ("", "http", "https") or not given.hostname or "@" in host:
+        raise ValueError(name)
+    if given.path not in ("", "/") or given.query or given.fragment or given.port == 0:
+        raise ValueError(name)
+    local = host.removesuffix(f":{given.port}") in LOOPBACK
+    scheme = given.scheme or ("http" if local else "https")
+    usual = ":443" if scheme == "https" else ":80"  # a browser leaves it out
+    return f"{scheme}://{host.removesuffix(usual)}"
+
+
+def is_dagster_api(path: str) -> bool:
+    """Return True for the paths by which Dagster's webserver is asked and changed."""
+    return path.rstrip("/").endswith("/graphql") or "/report_asset" in path
 
 
 class Guard:
-    """ASGI middleware. `hosts` are the values of Host that are ours, with their port."""
+    """ASGI middleware for a server on a port of this machine, with the origins of its proxies.
 
-    def __init__(self, app: App, hosts: set[str]) -> None:
-        self.app, self.hosts = app, {host.lower() for host in hosts}
+    `is_api` is True for a path that takes JSON and shows no page.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        port: int,
+        proxies: Iterable[str] = (),
+        is_api: Callable[[str], bool] = is_dagster_api,
+    ) -> None:
+        self.app, self.is_api = app, is_api
+        self.local = {urlsplit(proxy_origin(f"{name}:{port}")).netloc for name in LOOPBACK}
+        self.proxies = frozenset(proxies)
+        self.hosts = self.local | {urlsplit(origin).netloc for origin in self.proxies}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -38,11 +87,11 @@ class Guard:
             return
         refused = self._refused(scope)
         if refused is None:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, _with_headers(send))
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": refused[1][:120]})
         else:
-            await _answer(send, *refused)
+            await _answer(_with_headers(send), *refused)
 
     def _refused(self, scope: Scope) -> tuple[int, str] | None:
         """Return the status and the reason if a request is refused."""
@@ -57,22 +106,12 @@ class Guard:
                 f"the Host is {host!r}, expected one of {sorted(self.hosts)}; behind a proxy, "
                 "name its host with ft ui --host-name",
             )
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() not in self.hosts:
-            return 403, f"the request comes from {origin}, not from this server's own page"
-        reads = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
-        page = reads and headers.get("sec-fetch-mode") == "navigate" and not _is_api(scope["path"])
-        site = headers.get("sec-fetch-site")
-        if (
-            site is not None and site not in OURS and not page
-        ):  # a link on another page may open ours
-            return (
-                403,
-                f"the request comes from another site (Sec-Fetch-Site: {site})",
-            )
-        if scope["type"] == "websocket" or not _is_api(scope["path"]):
+        foreign = self._foreign(scope, headers, host)
+        if foreign is not None:
+            return 403, foreign
+        if scope["type"] == "websocket" or not self.is_api(scope["path"]):
             return None
-        if reads and _is_mutation(scope["query_string"]):
+        if scope["method"] in ("GET", "HEAD") and _is_mutation(scope["query_string"]):
             return 405, "a mutation by GET; send it by POST"
         if (
             scope["method"] == "POST"
@@ -84,16 +123,41 @@ class Guard:
             )
         return None
 
-
-def _is_api(path: str) -> bool:
-    return path.rstrip("/").endswith(
-        (
-            "/graphql",
-            "/report_asset_materialization",
-            "/report_asset_check",
-            "/report_asset_observation",
+    def _foreign(self, scope: Scope, headers: MutableMapping[str, str], host: str) -> str | None:
+        """Return the reason if a page that is not ours causes a request."""
+        ours = {*self.proxies, *([f"http://{host}"] if host in self.local else [])}
+        origin = headers.get("origin")
+        if origin is not None and origin.lower() not in ours:
+            return (
+                f"the request comes from {origin}, not from this server's own page, "
+                f"expected {' or '.join(sorted(ours))}; a proxy without TLS is named with its "
+                "scheme: ft ui --host-name http://…"
+            )
+        if (shown := headers.get("sec-fetch-dest")) in EMBEDDED:
+            return f"the request is for a part of another page (Sec-Fetch-Dest: {shown})"
+        page = (
+            scope["type"] == "http"
+            and scope["method"] in ("GET", "HEAD")
+            and headers.get("sec-fetch-mode") == "navigate"
+            and shown == "document"
+            and not self.is_api(scope["path"])
         )
-    ) or ("/report_asset" in path)
+        site = headers.get("sec-fetch-site")
+        if site is not None and site not in OURS and not page:
+            return f"the request comes from another site (Sec-Fetch-Site: {site})"
+        return None
+
+
+def _with_headers(send: Send) -> Send:
+    """Return `send` with the headers that keep a page out of other pages."""
+
+    async def sent(message: MutableMapping[str, Any]) -> None:
+        if message["type"] in ("http.response.start", "websocket.http.response.start"):
+            kept = [pair for pair in message.get("headers", ()) if pair[0].lower() not in HEADERS]
+            message = {**message, "headers": [*kept, *HEADERS.items(), NO_FRAMES]}
+        await send(message)
+
+    return sent
 
 
 def _is_mutation(query_string: bytes) -> bool:

@@ -9,21 +9,37 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from ft_assets.errors import ConfigError
+from ft_assets.ui.guard import proxy_origin
+
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 15.0
 
 
-def hosts_of(port: int, names: Sequence[str] = ()) -> set[str]:
-    """Return the accepted values of Host: the local names with the port, and the proxies."""
-    return {f"{host}:{port}" for host in ("127.0.0.1", "localhost", "[::1]")} | set(names)
+def origin_of(name: str) -> str:
+    """Return the origin of the proxy that `--host-name` names. Raises ConfigError."""
+    try:
+        return proxy_origin(name)
+    except ValueError:
+        raise ConfigError(
+            where=f"--host-name {name}",
+            found="is not a host name",
+            expected="the host of a proxy, e.g. graph.example.org, which means https",
+            fix="name a proxy without TLS with its scheme: http://graph.example.org",
+        ) from None
 
 
 def serve(module: str, port: int, names: Sequence[str], read_only: bool) -> int:
     """Run the guarded webserver on 127.0.0.1 and, unless read-only, the daemon, until one ends.
 
-    Returns the exit code: 0 after a stop, otherwise that of the process that ended.
+    Raises ConfigError for a name that is not a host's. Returns the exit code: 0 after a stop,
+    otherwise that of the process that ended.
     """
-    environment = {**os.environ, "FT_UI_HOSTS": ",".join(sorted(hosts_of(port, names)))}
+    environment = {
+        **os.environ,
+        "FT_UI_PORT": str(port),
+        "FT_UI_PROXIES": ",".join(map(origin_of, names)),
+    }
     web = [
         sys.executable,
         "-m",

@@ -1,6 +1,6 @@
 """The Dagster webserver behind the guard, with dagster-webserver's own options.
 
-FT_UI_HOSTS holds the accepted hosts.
+FT_UI_PORT holds the port, FT_UI_PROXIES the origins of the proxies before it, by commas.
 """
 
 import os
@@ -16,10 +16,11 @@ def main() -> None:
     # The webserver has no setting for middleware; it looks this function up when it starts.
     webserver: Any = cli
     make = webserver.create_app_from_workspace_process_context
-    hosts = set(os.environ["FT_UI_HOSTS"].split(","))
+    port = int(os.environ["FT_UI_PORT"])
+    proxies = [origin for origin in os.environ["FT_UI_PROXIES"].split(",") if origin]
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        return Guard(make(*args, **kwargs), hosts)
+        return Guard(make(*args, **kwargs), port, proxies)
 
     webserver.create_app_from_workspace_process_context = guarded
     with one_screen("the webserver"):

@@ -4,10 +4,12 @@ All tests share one server, and each continues where the one before ended. FT_SC
 folder for a screenshot of each step. Chromium is Debian's (`make browser`).
 """
 
+import http.server
 import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +47,38 @@ REPORTS = """{ assetNodeOrError(assetKey: {path: ["data_files"]}) {
  ... on AssetNode { assetMaterializations { runId } } } }"""
 EVERYTHING = """{ runsOrError { ... on Runs { results { runConfigYaml tags { value }
  eventConnection { events { ... on MessageEvent { message } } } } } } instance { info } }"""
+OBSERVE = """mutation { reportRunlessAssetEvents(eventParams: {
+ eventType: ASSET_OBSERVATION, assetKey: {path: ["recipe"]}, description: "%s"}) { __typename } }"""
+OBSERVED = """{ assetNodeOrError(assetKey: {path: ["recipe"]}) {
+ ... on AssetNode { assetObservations { description } } } }"""
+# What a page of another origin tries: to show the UI, to change something in each way that needs no
+# permission, and to hold a window of it. `%s`: the UI's address, and the changes as JSON.
+HOSTILE = """<!doctype html><script>
+const ui = "%s", changes = %s, body = (how) => JSON.stringify({query: changes[how]});
+window.outcome = {};
+const shown = (tag, key) => Object.assign(document.createElement(tag), {[key]: ui + "/overview"});
+const sent = (how, options) => fetch(ui + "/graphql", {method: "POST", body: body(how), ...options})
+  .then((answer) => answer.text()).then((text) => outcome[how] = text).catch(() => {});
+addEventListener("load", async () => {
+  document.body.append(shown("iframe", "src"), shown("object", "data"), shown("embed", "src"));
+  document.body.append(Object.assign(new Image(), {
+    src: ui + "/graphql?query=" + encodeURIComponent(changes.image)}));
+  const form = Object.assign(document.createElement("form"), {
+    method: "POST", enctype: "text/plain", action: ui + "/graphql", target: "inner"});
+  const text = body("form");
+  form.append(Object.assign(document.createElement("input"), {
+    name: text.slice(0, -1) + ',"rest":"', value: '"}'}));
+  document.body.append(form, Object.assign(document.createElement("iframe"), {name: "inner"}));
+  form.submit();
+  await sent("simple", {mode: "no-cors"});
+  await sent("json", {headers: {"Content-Type": "application/json"}});
+  const socket = new WebSocket(ui.replace("http", "ws") + "/graphql", "graphql-ws");
+  socket.onopen = () => { outcome.socket = "open"; socket.close(); };
+  await new Promise((done) => socket.onclose = done);
+  window.opened = open(ui + "/overview");
+  outcome.done = true;
+});
+</script><body></body>"""
 
 
 class Person:
@@ -54,6 +88,8 @@ class Person:
         self.page, self.server, self.folder = page, server, folder
         self.url = f"http://127.0.0.1:{server.port}"
         self.seen: list[str] = []  # every page as it was left, and every answer
+        self.refused: list[str] = []  # what the browser refused to the UI's own pages
+        page.on("console", self._hear)
 
     def ask(self, query: str, **variables: Any) -> Any:
         response = self.server.client.post(
@@ -63,6 +99,10 @@ class Person:
         answer = response.json()
         assert "errors" not in answer, answer
         return answer["data"]
+
+    def _hear(self, message: Any) -> None:
+        if "Content Security Policy" in message.text or "Refused to" in message.text:
+            self.refused.append(message.text)
 
     def open(self, path: str) -> None:
         self.seen.append(self.page.content())
@@ -305,6 +345,47 @@ def test_schedule_is_switched_on_and_ticks(person: Person) -> None:
     } == {"tiny", "second"}
     for run in runs:
         person.ask(STOP, run=run["runId"])
+
+
+def test_page_of_another_origin_cannot_show_change_or_hold_the_ui(person: Person) -> None:
+    ways = ("image", "form", "simple", "json")
+    page = HOSTILE % (person.url, json.dumps({way: OBSERVE % way for way in ways}))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    browser = person.page.context.browser
+    assert browser is not None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        for host in ("localhost", "127.0.0.1"):  # another site, and another origin of the same site
+            hostile = browser.new_page()
+            with hostile.expect_popup() as popup:
+                hostile.goto(f"http://{host}:{other.server_port}/")
+            hostile.wait_for_function("outcome.done")
+            popup.value.get_by_text("Overview").first.wait_for()  # a link may open the UI
+            hostile.wait_for_function("opened.closed")  # and loses its hold on it
+            assert not [frame for frame in hostile.frames if frame.url.startswith(person.url)]
+            outcome = hostile.evaluate("outcome")
+            assert outcome.pop("simple", "") == ""  # opaque
+            assert outcome == {"done": True}
+            popup.value.close()
+            hostile.close()
+        other.shutdown()
+    person.open("/overview")
+    own = """([url, query]) => fetch(url, {method: "POST", body: JSON.stringify({query}),
+        headers: {"Content-Type": "application/json"}}).then((answer) => answer.json())"""
+    answer = person.page.evaluate(own, [f"{person.url}/graphql", OBSERVE % "own"])
+    assert "Success" in json.dumps(answer)
+    node = person.ask(OBSERVED)["assetNodeOrError"]
+    assert [event["description"] for event in node["assetObservations"]] == ["own"]
+    assert person.refused == []
 
 
 def test_token_of_the_environment_was_shown_on_no_page_and_written_nowhere(person: Person) -> None:
