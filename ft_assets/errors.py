@@ -30,17 +30,22 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+from ft_assets.redaction import redacted
+
 
 class FtError(Exception):
-    """Base of all errors that the user can fix. The CLI shows them without a stack trace."""
+    """Base of all errors that the user can fix. The CLI shows them without a stack trace.
+
+    No field keeps a secret (redaction.py).
+    """
 
     exit_code: ClassVar[int] = 2
 
     def __init__(self, *, where: str, found: str, expected: str = "", fix: str = "") -> None:
-        self.where = where
-        self.found = found
-        self.expected = expected
-        self.fix = fix
+        self.where = redacted(where)
+        self.found = redacted(found)
+        self.expected = redacted(expected)
+        self.fix = redacted(fix)
         super().__init__(self.render())
 
     def render(self) -> str:
@@ -121,6 +126,9 @@ class InfrastructureFault(Exception):
 
     exit_code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h
 
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
+
 
 class StoreUnreachable(InfrastructureFault):
     """The object store does not answer."""
@@ -165,14 +173,16 @@ class StepFailed(Exception):
     def __init__(self, step: str, code: int, tail: str, how: str = "", crash: str = "") -> None:
         self.step = step
         self.code = code
-        self.tail = tail
+        self.tail = redacted(tail)
         how = how or (
             f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         )
         super().__init__(
-            f"step {step} failed unexpectedly: {crash}"
-            if crash
-            else f"step {step} {how}; the last lines of its output:\n{tail}"
+            redacted(
+                f"step {step} failed unexpectedly: {crash}"
+                if crash
+                else f"step {step} {how}; the last lines of its output:\n{self.tail}"
+            )
         )
 
 

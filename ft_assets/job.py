@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from ft_assets.errors import FtError, JobError
+from ft_assets.redaction import remember_variables
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class Job(BaseModel):
     def read(cls, file: Path) -> Self:
         """Read a job file. Raises JobError."""
         try:
-            return cls.model_validate_json(file.read_bytes())
+            job = cls.model_validate_json(file.read_bytes())
         except OSError as error:
             raise _wrong(str(file), f"cannot be read ({error.strerror})", "a job file") from None
         except ValidationError as error:
             raise _wrong(str(file), _first(error), "a job file as the launcher writes it") from None
+        remember_variables(job.settings)
+        return job
 
     @property
     def progress_file(self) -> Path:

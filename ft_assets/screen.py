@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ft_assets.errors import FtError, InfrastructureFault, StepFailed
+from ft_assets.redaction import guard_stream, redacted
 from ft_assets.system_errors import explained
 
 DEBUG = "FT_DEBUG"
@@ -36,8 +37,12 @@ REPORT = (
 def one_screen(doing: str, logs: Path | None = None) -> Iterator[None]:
     """End the process with one screen of text if an error leaves the block.
 
+    What the process writes to stderr from here on has no secrets.
+
     doing: the command, as a person knows it. logs: the folder for details.
     """
+    if sys.stderr is not None:
+        guard_stream(sys.stderr)
     try:
         yield
         _flush()
@@ -75,7 +80,9 @@ def screen_of(error: Exception, doing: str, logs: Path | None = None) -> tuple[s
 
 def summary(error: BaseException) -> str:
     """Return the class and the message of an error in a few lines, with the place in our code."""
-    lines = [line[:LINE_LENGTH] for line in str(error).strip().splitlines()[:MESSAGE_LINES]]
+    lines = [
+        line[:LINE_LENGTH] for line in redacted(str(error)).strip().splitlines()[:MESSAGE_LINES]
+    ]
     name = type(error).__name__
     text = f"{name}: " + "\n    ".join(lines) if lines else name
     frames = traceback.extract_tb(error.__traceback__)
@@ -98,7 +105,7 @@ def save_details(error: BaseException, doing: str, logs: Path | None = None) -> 
         [
             f"{doing}, ft_assets {importlib.metadata.version('ft_assets')}, Python "
             f"{platform.python_version()}, {platform.platform()}\n\n",
-            *traceback.format_exception(error),
+            redacted("".join(traceback.format_exception(error))),
         ]
     )
     name = f"error-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:10]}.txt"

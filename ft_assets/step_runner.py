@@ -20,6 +20,7 @@ from typing import TypeVar
 from ft_assets.errors import FtError
 from ft_assets.hardware import peak_memory_gb
 from ft_assets.job import Job, ProgressFile, Report, StepResult, StepSettings
+from ft_assets.redaction import guard_stream
 from ft_assets.screen import summary
 from ft_assets.system_errors import explained
 
@@ -43,6 +44,8 @@ def takes(
 
 def main(step: StepFunction) -> None:
     """Run a step from the command line: `python -m ft_assets.steps.<step> job.json`."""
+    guard_stream(sys.stdout)  # both are the job's log
+    guard_stream(sys.stderr)
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m ft_assets.steps.{Path(sys.argv[0]).stem} job.json")
     try:

@@ -10,10 +10,12 @@ import sys
 
 def main() -> None:
     """Run `ft`. Any error ends as one screen of text."""
+    from ft_assets.redaction import guard_stream, without_known
     from ft_assets.screen import one_screen, plain_output
 
     with one_screen(" ".join(["ft", *sys.argv[1:2]])):
         plain_output()
+        guard_stream(sys.stdout, without_known)  # answers and rows are shown as they are
         from ft_assets.cli import graph, models, project  # noqa: F401  (each adds its commands)
         from ft_assets.cli.app import app  # not at module level: it would hide the module
 

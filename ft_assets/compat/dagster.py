@@ -1,13 +1,18 @@
-"""Private parts of Dagster that the run launcher needs; pyproject.toml bounds it at its next minor.
+"""Private parts of Dagster: those that the run launcher needs, and what writes the history.
+
+pyproject.toml bounds Dagster at its next minor.
 
 Each function or name here is one hook. ft_assets_tests/test_compat_dagster.py fails when the shape
 of a hook changes.
 """
 
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from traceback import TracebackException
+from typing import Any
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, EventLogEntry
 from dagster._cli.api import execute_run_command
 from dagster._cli.utils import get_instance_for_cli
 from dagster._core.instance import InstanceRef
@@ -19,6 +24,9 @@ from dagster._serdes import (
     deserialize_value,
     serialize_value,
 )
+from dagster._utils.error import SerializableErrorInfo
+
+from ft_assets.redaction import guard_stream, redacted, without_known
 
 # The base classes of a run launcher, and the types of its methods.
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "RunLauncher",
     "WorkerStatus",
     "execute_run",
+    "keep_secrets_out_of_history",
     "open_instance",
     "read_run",
     "write_run",
@@ -73,3 +82,45 @@ def open_instance(run: LaunchedRun) -> AbstractContextManager[DagsterInstance]:
 def execute_run(argument: str) -> None:
     """Execute the run of a worker's argument in this process, as `dagster api execute_run` does."""
     execute_run_command([argument], prog_name="execute_run")
+
+
+def keep_secrets_out_of_history() -> None:
+    """Redact what this process gives Dagster to keep: errors with all their causes, events, logs.
+
+    Dagster writes an error as a SerializableErrorInfo wherever it was raised: a step, a sensor, the
+    code location. Its own DAGSTER_REDACT_USER_CODE_ERRORS would hide each error whole.
+    """
+    made = SerializableErrorInfo.from_traceback.__func__  # type: ignore[attr-defined]
+    handled = DagsterInstance.handle_new_event
+    guard_stream(sys.stderr)
+    if getattr(handled, "redacts", False):
+        return
+
+    def from_traceback(
+        cls: type[SerializableErrorInfo], trace: TracebackException
+    ) -> SerializableErrorInfo:
+        error = made(cls, trace)  # it calls this function for cause and context
+        return error._replace(
+            message=redacted(error.message), stack=[redacted(line) for line in error.stack]
+        )
+
+    def handle_new_event(self: DagsterInstance, event: EventLogEntry, **options: Any) -> None:
+        handled(self, redacted_event(event), **options)
+
+    handle_new_event.redacts = True  # type: ignore[attr-defined]
+    SerializableErrorInfo.from_traceback = classmethod(from_traceback)  # type: ignore[assignment]
+    DagsterInstance.handle_new_event = handle_new_event  # type: ignore[method-assign]
+
+
+def redacted_event(event: EventLogEntry) -> EventLogEntry:
+    """Return an event without secrets.
+
+    Metadata may show rows of the data, which are not altered by what looks like a secret: they lose
+    only the secret values of the environment.
+    """
+    text = serialize_value(event)
+    if (known := without_known(text)) != text:
+        event = deserialize_value(known, EventLogEntry)
+    if (message := redacted(event.user_message)) != event.user_message:
+        event = event._replace(user_message=message)
+    return event

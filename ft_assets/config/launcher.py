@@ -6,7 +6,6 @@ registers itself: finetune.yaml, `ft plan`, `ft doctor` and `make_launcher` read
 Launcher settings are not fingerprinted: where a step ran does not decide what it made.
 """
 
-import re
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -20,8 +19,8 @@ from pydantic_core import CoreSchema, core_schema
 from ft_assets.config.section import Section
 from ft_assets.errors import ConfigError
 from ft_assets.hardware import visible_gpus
+from ft_assets.redaction import is_secret_name, redacted
 
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 Sharding = Literal["auto", "ddp", "fsdp"]
 
 KINDS: dict[str, type["LauncherSettings"]] = {}  # by kind, in the order of the classes below
@@ -270,8 +269,8 @@ class KubernetesSettings(ClusterSettings, frozen=True):
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        for name in env:
-            if SECRET.search(name):
+        for name, value in env.items():
+            if is_secret_name(name) or redacted(value) != value:
                 raise ValueError(
                     f"{name} looks like a secret: store it in a Secret of the cluster and list "
                     "that Secret in env_from_secrets"

@@ -14,6 +14,7 @@ from ft_assets.config.section import Section
 from ft_assets.config.strict_yaml import read_strictly
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
+from ft_assets.redaction import is_secret_name, remember_variables
 
 CONFIG_NAME = "finetune.yaml"
 
@@ -54,6 +55,7 @@ def load_project(path: Path | None = None) -> Project:
             expected=f"a {CONFIG_NAME}",
             fix="create it, or set FT_CONFIG",
         ) from None
+    remember_variables(raw)
     if not isinstance(raw, dict):
         raise ConfigError(
             where=str(path),
@@ -170,7 +172,9 @@ def _config_error(
             expected="a value",
             fix="add the key; the README shows an example",
         )
-    found = f"{first['input']!r}: " if not isinstance(first["input"], dict) else ""
+    # Who writes a secret where its variable's name belongs must not read it in a log.
+    told = not isinstance(first["input"], dict) and not is_secret_name(key_path)
+    found = f"{first['input']!r}: " if told else ""
     return ConfigError(
         where=f"{path}: {key_path}",
         found=f"{found}{first['msg']}{tail}",

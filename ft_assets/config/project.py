@@ -16,6 +16,7 @@ from ft_assets.config.release import ReleaseSettings
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
+from ft_assets.redaction import has_user
 
 
 class BaseModelSettings(Section):
@@ -121,11 +122,7 @@ class Project(Section):
         protocol, separator, rest = value.partition("://")
         if separator and protocol not in ("s3", "gs", "gcs", "file"):
             raise ValueError(f"{protocol}:// is not a store; a folder, s3://, gs:// or file:// is")
-        if (
-            separator
-            and protocol != "file"
-            and ("@" in rest.partition("/")[0] or not rest.partition("/")[0])
-        ):
+        if separator and protocol != "file" and (has_user(value) or not rest.partition("/")[0]):
             raise ValueError("give bucket and prefix only; credentials come from the environment")
         return value
 

@@ -4,7 +4,7 @@ import glob
 from pathlib import Path
 
 from ft_assets.data.file_types import DATA, suffixes
-from ft_assets.data.remote_files import fetched, without_secrets
+from ft_assets.data.remote_files import fetched
 from ft_assets.data.saved_datasets import STATE, is_description, require_one_split, saved_files
 from ft_assets.errors import DataError
 
@@ -20,7 +20,7 @@ def resolve_files(
     """
     files: set[Path] = set()
     for pattern in patterns:
-        where = f"finetune.yaml: {key}: {without_secrets(pattern)}"
+        where = f"finetune.yaml: {key}: {pattern}"
         if "://" in pattern:
             files.update(fetched(pattern, where, cache or root / ".ft" / "downloads"))
         else:

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 from ft_assets.artifacts import file_sha256
 from ft_assets.data.file_types import DATA, suffixes
 from ft_assets.errors import DataError, InfrastructureFault, SourceUnreachable, is_transient
+from ft_assets.redaction import has_user, redacted
 
 HTTP = ("http", "https")
 CREDENTIALS = {  # where the credentials of each protocol come from
@@ -40,18 +41,6 @@ CREDENTIAL_ERRORS = {
 VERSIONS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id")
 DATES = ("Last-Modified", "LastModified", "mtime", "updated")
 FileInfo = Mapping[str, Any]  # fsspec's description of a file; its fields differ by server
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL without the parts that may be secret: user, password, query."""
-    if "://" not in url:
-        return url
-    protocol, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    host = host.rpartition("@")[2]
-    if protocol in HTTP:
-        path = path.partition("?")[0]
-    return f"{protocol}://{host}{slash}{path}"
 
 
 def fetched(url: str, where: str, cache: Path) -> list[Path]:
@@ -90,7 +79,7 @@ def _checked_protocol(url: str, where: str) -> str:
             expected=f"one of {', '.join(f'{name}://' for name in CREDENTIALS)}",
             fix="correct the URL",
         )
-    if "@" in rest.partition("/")[0]:
+    if has_user(url):
         raise DataError(
             where=where,
             found="holds a user or a password",
@@ -209,9 +198,7 @@ def _as_error(error: Exception, protocol: str, where: str) -> DataError | Source
         error = error.__cause__
     status = _status(error)
     message = f"{type(error).__name__}: {str(error).strip() or 'no further message'}"
-    message = message.splitlines()[0][:200]
-    if protocol in HTTP:
-        message = message.split("?")[0]  # a signed query is a secret
+    message = redacted(message.splitlines()[0])[:200]
     if isinstance(error, ImportError):
         return DataError(
             where=where,

@@ -39,7 +39,9 @@ class JudgeSettings(BaseModel):
     base_url: str = Field(description="e.g. https://api.openai.com/v1, or http://127.0.0.1:8000/v1")
     model: str
     api_key_env: str | None = Field(
-        default=None, description="Name of the environment variable that holds the key."
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Name of the environment variable that holds the key.",
     )
     criteria: str = Field(
         default="Which answer serves the user better?", description="The question to the judge."

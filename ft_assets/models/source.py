@@ -13,6 +13,7 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.config import BaseModelSettings
 from ft_assets.errors import ConfigError, ModelError, SourceUnreachable, is_transient
+from ft_assets.redaction import redacted
 
 PACKAGE = "package://"
 ALTERNATIVES = (
@@ -134,7 +135,7 @@ def resolve_revision(name: str, hub: str, revision: str | None) -> str:
     try:
         commit = HfApi().model_info(hub, revision=revision, timeout=20).sha
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        message = (str(error).splitlines() or ["no further message"])[0][:160]
+        message = redacted((str(error).splitlines() or ["no further message"])[0])[:160]
         found = f"{hub} cannot be reached ({type(error).__name__}: {message})"
         response = getattr(error, "response", None)
         if is_transient(error, getattr(response, "status_code", None)):

@@ -16,9 +16,9 @@ from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.documents import read_document
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import ChatSettings, Project, Recipe
-from ft_assets.data.remote_files import without_secrets
 from ft_assets.data.tables import read_table
 from ft_assets.models.license import BaseLicense, snapshot_license
+from ft_assets.redaction import redacted
 
 TRAINING_METRICS = (
     "train_rows",
@@ -179,7 +179,7 @@ def _shareable(place: str) -> str:
 
     An absolute path keeps its last part; the rest belongs to this machine. A URL loses its secrets.
     """
-    return Path(place).name if Path(place).is_absolute() else without_secrets(place)
+    return Path(place).name if Path(place).is_absolute() else redacted(place)
 
 
 def _template(chat: ChatSettings, base: Artifact) -> TemplateFacts:
@@ -253,7 +253,7 @@ def excerpt(project: Project, name: str) -> str:
     written = project.model_dump(
         mode="json",
         exclude_unset=True,
-        exclude={"base_models", "store", "schedule", "launcher", "release"},
+        exclude={"base_models", "store", "schedule", "launcher", "release", "alerts"},
     )
     base = project.base_model(name).model_dump(mode="json", exclude_unset=True)
     for key in ("folder", "gguf"):
@@ -261,7 +261,7 @@ def excerpt(project: Project, name: str) -> str:
             base[key] = _shareable(base[key])
     data = {
         "data": _each(written.pop("data"), _shareable),
-        **_each({"base_models": {name: base}, **written}, without_secrets),
+        **_each({"base_models": {name: base}, **written}, redacted),
     }
     return yaml.safe_dump(
         data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120

@@ -9,6 +9,7 @@ and a started run without the tag could not be found.
 import sys
 
 from ft_assets.compat.dagster import execute_run, open_instance, read_run
+from ft_assets.redaction import guard_stream
 from ft_assets.runs.process import TAG, RunProcess
 from ft_assets.screen import one_screen
 
@@ -16,6 +17,7 @@ from ft_assets.screen import one_screen
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m ft_assets.runs.worker '<ExecuteRunArgs>'")
+    guard_stream(sys.stdout)  # the compute log, as stderr is
     with one_screen("the run"):
         run = read_run(sys.argv[1])
         with open_instance(run) as instance:

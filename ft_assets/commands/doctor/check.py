@@ -4,10 +4,11 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from ft_assets.errors import FtError
+from ft_assets.redaction import redacted
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 MARKS = {OK: "✓", WARN: "!", FAIL: "✗"}
@@ -68,7 +69,8 @@ def guarded(name: str, look: Callable[[], Iterable[Check]]) -> Iterator[Check]:
                 "the check itself failed; ft run may show the cause",
             )
         )
-    yield from done
+    for check in done:
+        yield replace(check, found=redacted(check.found), advice=redacted(check.advice))
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
