@@ -12,7 +12,9 @@ from typing import Any, Literal
 from ft_assets.chat.calls import FORMS, CallForm, missing_calls, shaped
 from ft_assets.chat.row_proofs import Facts, Messages, ProofFailed, Tools
 from ft_assets.chat.structure_proofs import CALL, PROBE, TOOL
+from ft_assets.errors import TemplateError
 from ft_assets.models.chat_template import ANSWER, QUESTION, date_of, frozen
+from ft_assets.models.template_limits import RENDER_SECONDS, TooLong, limited
 from ft_assets.rows.types import Message
 
 
@@ -37,17 +39,27 @@ class TemplateText:
     def text(self, messages: Messages, tools: Tools = None, generation_prompt: bool = False) -> str:
         """Return the text that the template writes.
 
-        Raises ProofFailed with the template's own reason.
+        Raises ProofFailed with the template's own reason, and TemplateError if it does not end.
         """
         turns = self._shaped(messages)
         try:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                tools=list(tools) if tools else None,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                chat_template=frozen(self.tokenizer.chat_template, self.day),
-            )
+            with limited():
+                return self.tokenizer.apply_chat_template(
+                    turns,
+                    tools=list(tools) if tools else None,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                    chat_template=frozen(self.tokenizer.chat_template, self.day),
+                )
+        except TooLong:
+            size = sum(len(str(turn.get("content", ""))) for turn in messages)
+            raise TemplateError(
+                where="the chat template",
+                found=f"writes a conversation of {len(messages)} turns and {size} characters for "
+                f"more than {RENDER_SECONDS:g} s",
+                expected="a template that ends",
+                fix="set chat.chat_template to a template without such a loop",
+            ) from None
         except Exception as error:  # jinja's own classes, and those of raise_exception in templates
             raise ProofFailed(_refusal(error, messages)) from error
 

@@ -24,6 +24,8 @@ from ft_assets.models.source import (
     refuse_quantized,
     require_unquantized,
 )
+from ft_assets.models.source_files import require_json
+from ft_assets.models.template_limits import require_ends
 from ft_assets.models.weight_files import stored_types
 from ft_assets.models.whole import require_whole
 
@@ -89,7 +91,7 @@ def write_snapshot(
     if not settings.gguf and getattr(model.config, "quantization_config", None):
         refuse_quantized(f"base_models.{name}", model.config.quantization_config)
     replaced = settle_template(name, tokenizer, template, chat or ChatSettings())
-    settled = _settle_stop_tokens(model, tokenizer)
+    settled = _settle_stop_tokens(f"base_models.{name}", model, tokenizer)
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
     forget_source_path(model)  # a path of this machine would not identify the model
@@ -152,9 +154,11 @@ def _readable(where: str, place: _Place) -> Iterator[None]:
     except FtError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the damage
-        text = str(error)
-        message = f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"
-        fix = "get the base again, whole, or name another"
+        if place.gguf_file is None and Path(place.path).is_dir():
+            require_json(where, Path(place.path), largest=None)
+        text = " ".join(str(error).split())
+        message = f"{type(error).__name__}: {text[:300]}"
+        fix = "get the base again, whole, or name another that the installed transformers has"
         if "trust_remote_code" in text:
             fix = "a model with its own code needs trust_remote_code: true; read that code first"
         elif place.revision:
@@ -200,6 +204,7 @@ def settle_template(
     tokenizer.chat_template = own if template is None else template
     require_template(name, tokenizer)
     where = f"base_models.{name}.chat"
+    require_ends(where, tokenizer)
     if template is not None:
         _require_markers(f"{where}.chat_template", template, tokenizer)
     for key in chat.template_kwargs:
@@ -264,13 +269,23 @@ def require_template(name: str, tokenizer: Any) -> None:
         )
 
 
-def _settle_stop_tokens(model: Any, tokenizer: Any) -> SettledTokens:
+def _settle_stop_tokens(where: str, model: Any, tokenizer: Any) -> SettledTokens:
     """Make generation stop at the tokenizer's EOS and at the template's end of turn.
 
-    Give the tokenizer a pad token too. Return the tokens that the base did not have.
+    Give the tokenizer a pad token too. Return the tokens that the base did not have. Raises
+    ModelError for a stop token that the model does not have.
     """
     stops = model.generation_config.eos_token_id
     given = stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    rows = model.config.get_text_config().vocab_size
+    for stop in given:
+        if not isinstance(stop, int) or not 0 <= stop < rows:
+            raise ModelError(
+                where=where,
+                found=f"eos_token_id of generation_config.json is {stop!r}",
+                expected=f"numbers of tokens, from 0 to {rows - 1}",
+                fix="get the file again from the model's source",
+            )
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
         stops = [*stops, tokenizer.eos_token_id]
     ending = end_of_turn(tokenizer, stops)

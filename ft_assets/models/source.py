@@ -4,7 +4,6 @@ Not here: the snapshot that is made of it (snapshot.py).
 """
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -13,6 +12,7 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.config import BaseModelSettings
 from ft_assets.errors import ConfigError, ModelError, SourceUnreachable, is_transient
+from ft_assets.models.source_files import read_json_object, require_gguf, require_json
 from ft_assets.redaction import redacted
 
 PACKAGE = "package://"
@@ -58,17 +58,19 @@ def locate_gguf(name: str, gguf: str, root: Path) -> Path:
             expected="a GGUF file",
             fix="correct the path; it is relative to finetune.yaml",
         )
+    require_gguf(f"base_models.{name}.gguf", path)
     return path
 
 
 def locate_folder(name: str, folder: str, root: Path) -> Path:
-    """Return the folder of a model. Raises ModelError if it is not a model."""
-    path = root / folder
+    """Return the folder of a model. Raises ModelError if it is none, or a file is damaged."""
+    path, where = root / folder, f"base_models.{name}.folder"
     expected = "a folder with config.json, safetensors and a tokenizer"
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        adapter = read_json_object(where, path / "adapter_config.json")
+        base = adapter.get("base_model_name_or_path")
         raise ModelError(
-            where=f"base_models.{name}.folder",
+            where=where,
             found=f"{path} is an adapter, not a model",
             expected=expected,
             fix=f"name the model that it was trained on{f' ({base})' if base else ''}, "
@@ -76,11 +78,12 @@ def locate_folder(name: str, folder: str, root: Path) -> Path:
         )
     if not (path / "config.json").is_file():
         raise ModelError(
-            where=f"base_models.{name}.folder",
+            where=where,
             found=f"there is no {path / 'config.json'}",
             expected=expected,
             fix="correct the path; it is relative to finetune.yaml",
         )
+    require_json(where, path)
     return path
 
 
@@ -90,10 +93,9 @@ def require_unquantized(where: str, folder: Path) -> None:
     The update of an adapter is smaller than the step of quantized weights.
     """
     path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    settings = config.get("quantization_config") or config.get("text_config", {}).get(
-        "quantization_config"
-    )
+    config = read_json_object(where, path) if path.is_file() else {}
+    text = config.get("text_config") or {}
+    settings = config.get("quantization_config") or text.get("quantization_config")
     if settings:
         refuse_quantized(where, settings)
 
@@ -181,14 +183,24 @@ def source_identity(name: str, settings: BaseModelSettings, root: Path) -> Sourc
 
 def read_template(name: str, template: str | None, root: Path) -> str | None:
     """Return the text of a configured template file. Raises ConfigError."""
+    where = f"base_models.{name}.chat.chat_template"
     if template is None:
         return None
     path = root / template
     if not path.is_file():
         raise ConfigError(
-            where=f"base_models.{name}.chat.chat_template",
+            where=where,
             found=f"there is no file {path}",
             expected="a Jinja chat template",
             fix="correct the path; it is relative to finetune.yaml",
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            where=where,
+            found=f"{path} is not UTF-8 text: byte {error.start} is "
+            f"{error.object[error.start]:#04x}",
+            expected="a Jinja chat template in UTF-8",
+            fix="save it as UTF-8",
+        ) from None
