@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Protocol
 
-from ft_assets.artifacts.manifest import Artifact, file_sha256, fingerprint, verify_files
+from ft_assets.artifacts.manifest import Artifact, file_sha256, fingerprint
 from ft_assets.artifacts.object_store import ObjectStore
 from ft_assets.artifacts.store import ArtifactStore
+from ft_assets.artifacts.verification import verify_files
 
 __all__ = [
     "Artifact",

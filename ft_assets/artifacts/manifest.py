@@ -11,13 +11,12 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from ft_assets.artifacts.documents import parse_document
-from ft_assets.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 INFO = "info"
@@ -30,10 +29,21 @@ class FileEntry(BaseModel, frozen=True):
     sha256: str
 
 
+class Read(BaseModel, frozen=True):
+    """What a step read of an input: the fingerprint of its version, and the hash of its files.
+
+    The data version of rows does not cover every byte of their files. `files` does.
+    """
+
+    fingerprint: str
+    files: str
+
+
 class Manifest(BaseModel, frozen=True):
     """The description of a published version, stored beside its files as manifest.json.
 
     The order of the fields is that of the file. `settings` and `metrics` are those of the asset.
+    Manifests of older versions of ft_assets have neither `inputs_read` nor `seal`.
     """
 
     asset: str
@@ -50,6 +60,17 @@ class Manifest(BaseModel, frozen=True):
     started: float  # seconds since 1970
     finished: float
     place: str | None = None  # an object store's folder with the files
+    inputs_read: dict[str, Read] = {}  # input -> the bytes that were read
+    seal: str = ""  # SHA-256 of the other fields: a damaged number is found
+
+    @field_validator("files")
+    @classmethod
+    def _stay_below_the_folder(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"the file {name} is outside the version's folder")
+        return files
 
     @property
     def seconds(self) -> float:
@@ -65,12 +86,28 @@ class Manifest(BaseModel, frozen=True):
     def read(cls, folder: Path) -> "Manifest":
         """Read the manifest of a folder. Raises ArtifactError, FileNotFoundError."""
         path = folder / MANIFEST
-        return parse_document(str(path), cls, path.read_text(), f"delete {folder}")
+        return parse_document(str(path), cls, path.read_bytes(), f"delete {folder}")
 
     def to_text(self) -> str:
         """Return the text of manifest.json."""
-        exclude = {"place"} if self.place is None else None
+        later = ("place", "inputs_read", "seal")  # not in a manifest of an older version
+        exclude = {name for name in later if not getattr(self, name)}
         return json.dumps(self.model_dump(exclude=exclude), indent=1, ensure_ascii=False)
+
+    def sealed(self) -> "Manifest":
+        """Return the manifest with the seal of its fields."""
+        return self.model_copy(update={"seal": self.expected_seal})
+
+    @property
+    def expected_seal(self) -> str:
+        """The SHA-256 of all fields but the seal and those that have their default."""
+        text = json.dumps(self.model_dump(exclude={"seal"}, exclude_defaults=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def files_version(self) -> str:
+        """The hash of all files outside `info/`, also of an artifact with parts."""
+        return content_version(self.files, None)
 
 
 @dataclass(frozen=True)
@@ -176,6 +213,7 @@ def make_manifest(
     metrics: Mapping[str, Any],
     parts: Mapping[str, str] | None,
     started: float,
+    inputs_read: Mapping[str, Read] | None = None,
 ) -> Manifest:
     """Return the manifest of the files in a staging folder."""
     files = file_entries(staged)
@@ -193,35 +231,5 @@ def make_manifest(
         files=files,
         started=started,
         finished=time.time(),
-    )
-
-
-def verify_files(artifact: Artifact, sha256: Callable[[Path], str] = file_sha256) -> None:
-    """Raise ArtifactError for the first file whose bytes are not those of the manifest.
-
-    A manifest whose hashes do not give its data version was changed itself. The version of an
-    artifact with parts is that of its rows, which the files' hashes do not give.
-    sha256: the function that returns the hash of a file, e.g. from a cache.
-    """
-    manifest = artifact.manifest
-    fix = f"delete {artifact.path} and materialize {artifact.asset} again"
-    if not manifest.parts and content_version(manifest.files, None) != manifest.data_version:
-        raise ArtifactError(
-            where=str(artifact.folder / MANIFEST),
-            found="was changed: its hashes do not give its data version",
-            expected=f"files of version {manifest.data_version}",
-            fix=fix,
-        )
-    for name, entry in manifest.files.items():
-        path = artifact.path / name
-        if not path.is_file():
-            raise ArtifactError(
-                where=str(path), found="is missing", expected="the file of the manifest", fix=fix
-            )
-        if sha256(path) != entry.sha256:
-            raise ArtifactError(
-                where=str(path),
-                found="was changed after it was published",
-                expected=f"sha256 {entry.sha256[:12]}…",
-                fix=fix,
-            )
+        inputs_read=dict(inputs_read or {}),
+    ).sealed()

@@ -11,6 +11,7 @@ Credentials come from the environment.
 
 import contextlib
 import functools
+import hashlib
 import os
 import shutil
 import uuid
@@ -19,10 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.disk import fsync_tree, replace
 from ft_assets.artifacts.documents import parse_document
 from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, file_sha256
 from ft_assets.artifacts.store import CURRENT, UNPARTITIONED, ArtifactStore, Guard, name_in
+from ft_assets.artifacts.verification import Damage, manifest_damages, place_damages
 from ft_assets.errors import ArtifactError, StoreUnreachable
 
 WAITING = ".waiting-"  # made, but not yet sent
@@ -79,7 +82,81 @@ class ObjectStore(ArtifactStore):
             return self._send(waiting, (asset, partition, version)) if waiting else None
         where = f"{self.url}/{asset}/{partition or UNPARTITIONED}/{version}"
         fix = f"delete {where}"
-        return self._artifact(parse_document(f"{where}/{MANIFEST}", Manifest, text, fix))
+        manifest = parse_document(f"{where}/{MANIFEST}", Manifest, text, fix)
+        self._refuse_another(where, manifest, (asset, partition, version))
+        return self._artifact(manifest)
+
+    def _refuse_another(
+        self, where: str, manifest: Manifest, home: tuple[str, str | None, str]
+    ) -> None:
+        """Raise ArtifactError if a manifest is not of this place: its files would be put there."""
+        if (manifest.asset, manifest.partition, manifest.fingerprint) != home:
+            asset, _, version = home
+            raise ArtifactError(
+                where=f"{where}/{MANIFEST}",
+                found=f"describes {manifest.asset} {manifest.fingerprint}",
+                expected=f"the manifest of {asset} {version}",
+                fix=f"restore {where} from a backup, or delete it",
+            )
+
+    def damages(self, artifact: Artifact, hashes: ContentHashes) -> Iterator[Damage]:
+        """Yield what is wrong with a version in the bucket.
+
+        An object is read again only if its size, tag, or time changed. The copy on this machine
+        counts no more than a cache: `verified` fetches a damaged one again.
+        """
+        manifest = artifact.manifest
+        home = (manifest.asset, manifest.partition, manifest.fingerprint)
+        where = f"{self._place.protocol}://{self._key(*home)}"
+        at = f"{where}/{MANIFEST}"
+        yield from place_damages(at, manifest.fingerprint, manifest.asset, manifest)
+        yield from manifest_damages(at, manifest)
+        for name, entry in manifest.files.items():
+            key = self._key(*home, manifest.place or "", name)
+            path, expected = f"{self._place.protocol}://{key}", f"sha256 {entry.sha256[:12]}…"
+            with self._reached(path):
+                try:
+                    found = self._sha256(path, key, hashes)
+                except FileNotFoundError:
+                    yield Damage(path, "is missing", f"the file of the manifest, {expected}")
+                    continue
+            if found != entry.sha256:
+                changed = f"was changed after it was published: sha256 {found[:12]}…"
+                yield Damage(path, changed, expected)
+
+    def _sha256(self, name: str, key: str, hashes: ContentHashes) -> str:
+        """Return the hash of an object, from the cache if it did not change."""
+        info = self._files.info(key)
+        tags = [info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime")]
+        state = [int(info["size"]), *(str(tag) for tag in tags if tag is not None)]
+        if (known := hashes.known(name, state)) is not None:
+            return known
+        with self._files.open(key, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes.note(name, state, found, int(info["size"]), keep=len(state) > 1)
+        return found
+
+    def verified(self, artifact: Artifact) -> Artifact:
+        """Return the version with a copy on this machine that is as it was published.
+
+        A damaged copy is fetched again. Raises ArtifactError if the bucket's files are damaged.
+        """
+        wrong = None
+        for again in (False, True):
+            if again:
+                shutil.rmtree(artifact.folder, ignore_errors=True)
+            wrong = next(super().damages(artifact, self.hashes), None)
+            self.hashes.save()
+            if wrong is None:
+                return artifact
+        assert wrong is not None
+        raise wrong.error(self.remedy(artifact))
+
+    def discard(self, asset: str, partition: str | None, version: str) -> None:
+        with self._reached(self.url), contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(self._key(asset, partition, version, MANIFEST))
+            self._files.rm(self._key(asset, partition, version), recursive=True)
+        shutil.rmtree(self._home(asset, partition) / version, ignore_errors=True)
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
         key = self._key(asset, partition, CURRENT)
@@ -95,7 +172,7 @@ class ObjectStore(ArtifactStore):
 
     def _commit(self, staged: Path, manifest: Manifest, guard: Guard | None) -> Artifact:
         # Two machines that make the same version must not mix their files.
-        manifest = manifest.model_copy(update={"place": f"files-{uuid.uuid4().hex[:12]}"})
+        manifest = manifest.model_copy(update={"place": f"files-{uuid.uuid4().hex[:12]}"}).sealed()
         (staged / MANIFEST).write_text(manifest.to_text())
         fsync_tree(staged)
         waiting = staged.parent / f"{WAITING}{manifest.fingerprint}-{manifest.place}"
@@ -198,8 +275,12 @@ class ObjectStore(ArtifactStore):
         for key in keys:
             try:
                 text = self._read_text(key) or ""
-                found.append(self._artifact(Manifest.model_validate_json(text)))
-            except ValueError:
+                manifest = Manifest.model_validate_json(text)
+                asset, partition, version, _ = key.rsplit("/", 3)
+                home = (asset.rpartition("/")[2], _partition(partition), version)
+                self._refuse_another(key.rpartition("/")[0], manifest, home)
+                found.append(self._artifact(manifest))
+            except (ValueError, ArtifactError):
                 unreadable.append(key)
         return found, unreadable
 
@@ -274,6 +355,10 @@ class ObjectStore(ArtifactStore):
                     fix="set them",
                 ) from None
             raise StoreUnreachable(where, f"{type(error).__name__}: {error}") from error
+
+
+def _partition(folder: str) -> str | None:
+    return None if folder == UNPARTITIONED else folder
 
 
 def _holds(folder: Path, manifest: Manifest) -> bool:

@@ -7,6 +7,7 @@ a reader never sees half of one. Readers take no lock. Writers of one asset and 
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.disk import (
     OCCUPIED,
     STAGED,
@@ -27,10 +29,10 @@ from ft_assets.artifacts.disk import (
     replace,
     write_durably,
 )
-from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, make_manifest
+from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, Read, make_manifest
+from ft_assets.artifacts.verification import UNPARTITIONED, Damage, damages, place_damages, remedy
 from ft_assets.errors import ArtifactError, StoreBusy
 
-UNPARTITIONED = "_"
 CURRENT = "CURRENT"
 NAME = re.compile(rb"[0-9A-Za-z_-]{1,64}")  # of a version
 LOCK_SECONDS = 60.0  # a writer holds the lock for a few renames
@@ -42,6 +44,48 @@ class ArtifactStore:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+
+    @functools.cached_property
+    def hashes(self) -> ContentHashes:
+        """The hashes of the store's files, which are read again only if a file may have changed."""
+        return ContentHashes(self.root / ".work" / "hashes.json", write_every=5.0)
+
+    def damages(self, artifact: Artifact, hashes: ContentHashes) -> Iterator[Damage]:
+        """Yield what is wrong with a version: with its place, its manifest and its files."""
+        folder = artifact.folder
+        where = str(folder / MANIFEST)
+        yield from place_damages(where, folder.name, folder.parent.parent.name, artifact.manifest)
+        yield from damages(artifact, hashes.of)
+
+    def verified(self, artifact: Artifact) -> Artifact:
+        """Return the version if it is as it was published. Raises ArtifactError if it is not.
+
+        All that reads a version for a verdict, a merge, or a release calls this first. A change
+        between this and the reading is not found.
+        """
+        try:
+            for damage in self.damages(artifact, self.hashes):
+                raise damage.error(self.remedy(artifact))
+        finally:
+            self.hashes.save()
+        return artifact
+
+    def remedy(self, artifact: Artifact) -> str:
+        """Return how a damaged version is healed."""
+        # By its place: a damaged manifest may name another one.
+        home, partition = artifact.folder.parent, artifact.folder.parent.name
+        named = self.current_name(
+            home.parent.name, None if partition == UNPARTITIONED else partition
+        )
+        return remedy(artifact.folder, named == artifact.folder.name)
+
+    def discard(self, asset: str, partition: str | None, version: str) -> None:
+        """Delete a damaged version, which is about to be replaced."""
+        folder = self._home(asset, partition) / version
+        trash = folder.parent / f"{TRASH}{uuid.uuid4().hex}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
     def _home(self, asset: str, partition: str | None) -> Path:
         return self.root / asset / (partition or UNPARTITIONED)
@@ -175,6 +219,7 @@ class ArtifactStore:
         metrics: Mapping[str, Any],
         parts: Mapping[str, str] | None = None,
         started: float,
+        inputs_read: Mapping[str, Read] | None = None,
         guard: Guard | None = None,
     ) -> Artifact:
         """Publish a staged version durably, make it CURRENT, and return it.
@@ -194,6 +239,7 @@ class ArtifactStore:
             inputs=inputs,
             environment=environment,
             metrics=metrics,
+            inputs_read=inputs_read,
         )
         return self._commit(staged, manifest, guard)
 

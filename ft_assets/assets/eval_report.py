@@ -2,9 +2,10 @@
 
 import dagster as dg
 
-from ft_assets.artifacts import ArtifactStore
+from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.assets.judged import TRAINED, answers_of_today, evaluation_identity, judged
 from ft_assets.config import GateSettings
+from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.report_model import Estimate, EvalReport
 from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts, forgetting
 from ft_assets.evaluation.verdict.uses import Uses
@@ -29,8 +30,16 @@ def numbers(estimate: Estimate) -> dict[str, float]:
 def earlier_verdicts(store: ArtifactStore, name: str) -> Uses:
     """Return the verdicts on a base model that the store knows, oldest first."""
     reports, _ = store.versions("eval_report", name)
-    histories = [Uses.of_report(report) for report in reports]
+    histories = [_history(store, report) for report in reports]
     return Uses.joined(sorted(histories, key=lambda one: len(one.looks)))
+
+
+def _history(store: ArtifactStore, report: Artifact) -> Uses:
+    """Return the verdicts up to a report. A damaged one counts as a verdict on all rows."""
+    try:
+        return Uses.of_report(store.verified(report))
+    except ArtifactError:
+        return Uses.unreadable(report)
 
 
 def _summary(metrics: Metrics) -> str:
@@ -54,9 +63,9 @@ def eval_report(
     It loads no model: a changed metric scores the kept answers again. General prompts measure
     forgetting.
     """
-    name, project = context.partition_key, materializer.project
+    name, project, store = context.partition_key, materializer.project, materializer.store
     used, versions = judged(materializer, "eval_report", name)
-    previous = materializer.store.current("eval_report", name)
+    previous = store.current("eval_report", name)
     decisive = evaluation_identity(materializer, name)
     gate = project.gate.model_dump(mode="json", exclude={"override", "min_top1_agreement"})
     has_dpo = used["dpo_adapter"].metrics["pairs"] > 0
@@ -77,10 +86,10 @@ def eval_report(
             answer_schema=decisive["schema"],
             has_dpo=has_dpo,
             bound_to=versions,
-            raw_dataset=materializer.store.need("raw_dataset", None).path,
+            raw_dataset=store.verified(store.need("raw_dataset", None)).path,
             root=project.root,
             previous=previous.path if previous else None,
-            uses=earlier_verdicts(materializer.store, name),
+            uses=earlier_verdicts(store, name),
         ),
         libraries="score",
     )

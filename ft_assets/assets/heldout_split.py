@@ -9,6 +9,7 @@ from pathlib import Path
 import dagster as dg
 from pydantic import JsonValue
 
+from ft_assets.artifacts import Artifact
 from ft_assets.config import DataSettings, EvaluationSettings, settings_version
 from ft_assets.data.content import CONVERSATIONS
 from ft_assets.data.leakage import leaks
@@ -69,8 +70,7 @@ def heldout_split(
     chat = store.need("chat_dataset", context.partition_key)
     raw = store.need("raw_dataset", None)
     targets = raw.path / "contamination.parquet"
-    preferences = store.need("raw_preferences", None).path / "preferences.parquet"
-    tables = [*(raw.path / f"{name}.parquet" for name in CONVERSATIONS.values()), preferences]
+    preferences = store.need("raw_preferences", None)
     artifact, reused = materializer.materialize(
         context,
         identity=data.model_dump(mode="json", include=SPLITTING),
@@ -78,7 +78,9 @@ def heldout_split(
             "chat_dataset": (chat, None),
             "raw_dataset#contamination": (raw, "contamination"),
         },
-        make=lambda output: _split(chat.path, targets, output, data, tables),
+        make=lambda output: _split(
+            chat.path, targets, output, data, _tables(raw, store.verified(preferences))
+        ),
     )
     strata: Strata = json.loads((artifact.path / "info" / "strata.json").read_text())
     shown = {"strata": dg.MetadataValue.md(_table(strata))} if strata else {}
@@ -87,11 +89,22 @@ def heldout_split(
     return result(artifact, reused, **shown, **{"dagster/partition_row_count": rows})
 
 
+def _tables(raw: Artifact, preferences: Artifact) -> list[Path]:
+    """Return the tables with all rows, as they are in the data files."""
+    conversations = (raw.path / f"{name}.parquet" for name in CONVERSATIONS.values())
+    return [*conversations, preferences.path / "preferences.parquet"]
+
+
 def _split(
     chat: Path, targets: Path, output: Path, data: DataSettings, tables: Sequence[Path]
 ) -> StepResult:
     split = make_split(chat, targets, output, data, tables)
     return StepResult(split.counts, split.versions)
+
+
+def _raw(checked: Checked) -> Artifact:
+    store = checked.materializer.store
+    return store.verified(store.need("raw_dataset", None))
 
 
 def _table(strata: Strata) -> str:
@@ -125,7 +138,7 @@ def _left_out(path: Path) -> dict[str, dg.MarkdownMetadataValue]:
 def nothing_leaks(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the first offending pair of ids. Train and preferences may share prompts."""
     split, data = checked.artifact.path, checked.project.data
-    raw = checked.materializer.store.need("raw_dataset", None).path
+    raw = _raw(checked).path
     found = leaks(split, raw / "contamination.parquet", raw / "few_shot.parquet", data)
     if found.sentences:
         text = f"{found.sentences[0]} ({len(found.sentences)} in all)"
@@ -155,7 +168,7 @@ def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
     project = checked.project
     settings = project.recipe(checked.name).evaluation
     targets = read_targets(checked.artifact.path / "heldout.parquet")
-    raw = checked.materializer.store.need("raw_dataset", None)
+    raw = _raw(checked)
     where = partial(places, raw.path)
     schema = read_schema(project, settings)
     errors = unreachable(targets, settings, project.gate, schema, where)
@@ -202,9 +215,9 @@ def prompts_fit_the_context(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the number of few-shot examples that fit the model's context."""
     name, store, split = checked.name, checked.materializer.store, checked.artifact.path
     settings, data = checked.project.recipe(name).evaluation, checked.project.data
-    raw = store.need("raw_dataset", None).path
+    raw = _raw(checked).path
     examples = read_table(raw / "few_shot.parquet", row=ConversationRow)
-    base = store.need("base_model", name).path
+    base = store.verified(store.need("base_model", name)).path
     room = Room(context_length(base), settings.max_new_tokens)
     heldout = read_table(split / "heldout.parquet", row=TokenizedRow)
     general = read_table(split / "retention.parquet", settings.retention_rows, row=TokenizedRow)

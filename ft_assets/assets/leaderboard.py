@@ -129,7 +129,7 @@ def _entry(materializer: Materializer, name: str) -> Entry:
     report = materializer.store.current("eval_report", name)
     if report is None:
         return failed_entry(name, why_not_judged(materializer, name))
-    numbers = EvalReport.read(report.path / "report.json")
+    numbers = EvalReport.read(materializer.store.verified(report).path / "report.json")
     # Not pq.read_table, which imports pyarrow.dataset and with it pandas.
     with pq.ParquetFile(report.path / "rows.parquet") as table:
         rows = table.read(columns=["candidate", "id"]).to_pylist()

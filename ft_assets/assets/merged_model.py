@@ -46,7 +46,7 @@ def merged_model(
     name, project, store = context.partition_key, materializer.project, materializer.store
     used, versions = judged(materializer, "merged_model", name)
     report = store.current("eval_report", name)
-    verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]")
+    verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]", store.verified)
     assert report is not None
     adapter = used[f"{'dpo' if verdict.candidate == 'dpo' else 'lora'}_adapter"]
     size = used["base_model"].manifest.bytes

@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from ft_assets.artifacts import Artifact, ArtifactStore, verify_files
+from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.assets.eval_report import numbers
 from ft_assets.assets.judged import TRAINED, judged
 from ft_assets.config import GateSettings, ReleaseSettings
@@ -22,7 +22,13 @@ from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, Wanted, result
 from ft_assets.release.champion import rollback_target
-from ft_assets.release.lookup import find_model, need_adapter, need_champion, need_model
+from ft_assets.release.lookup import (
+    current_release,
+    find_model,
+    need_adapter,
+    need_champion,
+    need_model,
+)
 from ft_assets.release.register import (
     PROMOTED,
     ROLLED_BACK,
@@ -119,7 +125,6 @@ def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
     store, name = checked.materializer.store, checked.name
     try:
         _, merged = need_champion(store, name, f"release[{name}]")
-        verify_files(merged)
     except (ReleaseError, ArtifactError) as error:
         return dg.AssetCheckResult(passed=False, severity=ERROR, description=str(error))
     files = merged.manifest.files
@@ -152,11 +157,11 @@ def _release(
     where = f"release[{name}]"
     used, versions = judged(materializer, "release", name)
     report = store.current("eval_report", name)
-    require_pass(report, versions, project.gate, where)
+    require_pass(report, versions, project.gate, where, store.verified)
     assert report is not None
     merged = store.need("merged_model", name)
     _require_made_from(merged, report, where)
-    current = store.current("release", name)
+    current = current_release(store, name)
     state, challenger = state_of(current), ReleasedModel.of(merged)
     settings = {
         "release": project.release.model_dump(mode="json", include=set(RULE)),
@@ -243,7 +248,6 @@ def _first(
     context: dg.AssetExecutionContext,
     metric: str,
 ) -> StepResult:
-    verify_files(merged)
     gain = _gain(merged)
     mean, low, high = (gain[f"champion_gain_{key}"] for key in ("mean", "low", "high"))
     found = f"{metric} {mean:+.3f} against base [{low:+.3f}, {high:+.3f}]"
@@ -293,7 +297,7 @@ def _roll_back(
     context: dg.AssetExecutionContext, materializer: Materializer, config: ReleaseConfig
 ) -> tuple[Artifact, bool]:
     name, store = context.partition_key, materializer.store
-    where, state = f"release[{name}]", state_of(store.current("release", name))
+    where, state = f"release[{name}]", state_of(current_release(store, name))
     if not config.reason.strip():
         raise ReleaseError(
             where=where,
@@ -310,7 +314,6 @@ def _roll_back(
     withdrawn[old.identity] = config.reason
 
     def make(output: Path) -> StepResult:
-        verify_files(champion)
         entry = HistoryEntry(
             sequence=state.sequence + 1,
             decision=ROLLED_BACK,

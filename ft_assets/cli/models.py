@@ -29,7 +29,7 @@ def report(
     store = open_store(project)
     if as_json:
         folders = {
-            name: store.need("eval_report", name).path
+            name: store.verified(store.need("eval_report", name)).path
             for name in chosen(project, [base] if base else None)
         }
         print(
@@ -43,7 +43,7 @@ def report(
         )
         return
     for name in chosen(project, [base] if base else None):
-        folder = store.need("eval_report", name).path
+        folder = store.verified(store.need("eval_report", name)).path
         print(folder / "info" / "report.html" if page else (folder / "report.md").read_text())
 
 
@@ -109,12 +109,12 @@ def release(
 ) -> None:
     """Show the released model, why, and the one before. Exit code 1 if nothing is released."""
     from ft_assets.artifacts import open_store
-    from ft_assets.release.lookup import need_champion
+    from ft_assets.release.lookup import current_release, need_champion
 
     project = load_project()
     store, found = open_store(project), dict[str, Any]()
     for name in chosen(project, base):
-        released = store.current("release", name)
+        released = current_release(store, name)
         if released is None:
             found[name] = None
             if not as_json:
@@ -149,7 +149,8 @@ def export(
     project = load_project()
     name = base or next(iter(project.base_models))
     project.base_model(name)
-    folder = open_store(project).need("export", name).path
+    store = open_store(project)
+    folder = store.verified(store.need("export", name)).path
     if as_json:
         print(
             json.dumps(
@@ -177,7 +178,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the released model on this machine, as an OpenAI-compatible endpoint for trials."""
-    from ft_assets.artifacts import open_store, verify_files
+    from ft_assets.artifacts import open_store
     from ft_assets.export.serving import LOOPBACK, choose_engine, serve_command
     from ft_assets.release.lookup import need_champion
 
@@ -185,7 +186,6 @@ def serve(
     name = base or next(iter(project.base_models))
     project.base_model(name)
     _, model = need_champion(open_store(project), name, "ft serve")
-    verify_files(model)
     chosen_engine = choose_engine(engine)
     command, url = serve_command(chosen_engine, model.path, port), f"http://{LOOPBACK}:{port}/v1"
     if as_json:

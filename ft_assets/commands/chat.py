@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ft_assets.artifacts import ArtifactStore, open_store, verify_files
+from ft_assets.artifacts import ArtifactStore, open_store
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import Project
 from ft_assets.data.tables import read_table
@@ -12,7 +12,7 @@ from ft_assets.errors import TemplateError
 from ft_assets.hardware import compute_dtype, free_memory, free_unused
 from ft_assets.inference.generation import generate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
-from ft_assets.release.lookup import need_model
+from ft_assets.release.lookup import current_release, need_model
 from ft_assets.release.register import identity, state_of
 from ft_assets.rows.types import Message
 
@@ -22,8 +22,8 @@ def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
 
     Raises ArtifactError without a merged model, or if a file was changed after publication.
     """
-    merged, released = store.need("merged_model", name), store.current("release", name)
-    found = [("base", store.need("base_model", name).path)]
+    merged, released = store.need("merged_model", name), current_release(store, name)
+    found = [("base", store.verified(store.need("base_model", name)).path)]
     champion = state_of(released).champion if released else None
     models = (
         [("merged", merged)]
@@ -33,7 +33,7 @@ def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
     if champion is not None and champion.identity != identity(merged):
         models.append(("challenger", merged))
     for _, artifact in models:
-        verify_files(artifact)
+        store.verified(artifact)
     return [*found, *((who, artifact.path) for who, artifact in models)]
 
 
@@ -49,7 +49,9 @@ class SideBySide:
         self.asked = contenders(store, name)
         self.settings = project.recipe(name).evaluation
         self.system = (
-            system if system is not None else _usual_system(store.need("heldout_split", name).path)
+            system
+            if system is not None
+            else _usual_system(store.verified(store.need("heldout_split", name)).path)
         )
         self.renderers = {
             who: Renderer(load_tokenizer(path), stop_ids(path)) for who, path in self.asked

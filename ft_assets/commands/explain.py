@@ -110,7 +110,7 @@ def _facts(project: Project, name: str) -> Facts:
                 found=f"there is no {asset} yet, so there are no numbers to explain",
                 fix="ft run",
             )
-        return artifact
+        return store.verified(artifact)
 
     report = need("eval_report")
     aligned = store.current("dpo_adapter", name)

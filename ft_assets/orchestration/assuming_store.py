@@ -1,6 +1,10 @@
 """A store as it will be: a plan looks ahead with it and writes nothing."""
 
+from collections.abc import Iterator
+
 from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.artifacts.content_hashes import ContentHashes
+from ft_assets.artifacts.verification import Damage
 
 
 class AssumingStore(ArtifactStore):
@@ -17,6 +21,12 @@ class AssumingStore(ArtifactStore):
 
     def find(self, asset: str, partition: str | None, version: str) -> Artifact | None:
         return self._store.find(asset, partition, version)
+
+    def verified(self, artifact: Artifact) -> Artifact:
+        return self._store.verified(artifact)
+
+    def damages(self, artifact: Artifact, hashes: ContentHashes) -> Iterator[Damage]:
+        return self._store.damages(artifact, hashes)
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
         assumed = self._assumed.get((asset, partition))

@@ -118,8 +118,9 @@ class Checked:
 
     @property
     def artifact(self) -> Artifact:
-        """The current version. Raises ArtifactError if there is none."""
-        return self.materializer.store.need(self.asset, self.base_model)
+        """The current version. Raises ArtifactError if there is none, or if it is damaged."""
+        store = self.materializer.store
+        return store.verified(store.need(self.asset, self.base_model))
 
     @property
     def metrics(self) -> Metrics:

@@ -20,12 +20,12 @@ from ft_assets.artifacts import (
     ArtifactStore,
     fingerprint,
     open_store,
-    verify_files,
 )
-from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.environment import library_versions
+from ft_assets.artifacts.manifest import Read
+from ft_assets.artifacts.verification import HISTORIES
 from ft_assets.config import Project
-from ft_assets.errors import FtError, InfrastructureFault, StepFailed
+from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
 from ft_assets.screen import screen_of
@@ -137,21 +137,24 @@ class StoreMaterializer:
         space: int = 0,
         verified: bool = True,
     ) -> tuple[Artifact, bool]:
-        """See Materializer. An artifact that the store has is not made again."""
+        """See Materializer. An artifact that the store has whole is not made again."""
         inputs = inputs or {}
         wanted = Wanted.of(context, identity, inputs, libraries)
         if wanted.partition:
             tag_run(context, base_model=wanted.partition)
         asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
-        if (known := self.store.find(asset, partition, version)) is not None:
+        known, damage = self._known(wanted)
+        if known is not None:
             self.store.make_current(known, partition)
             context.log.info(
                 f"reused {asset} {version[:8]}: nothing that it depends on has changed"
             )
             return known, True
+        if damage is not None:
+            context.log.warning(f"{asset} {version[:8]} is damaged and is made again: {damage}")
         started = time.time()
-        if verified:
-            self._verify(inputs)
+        for artifact in {one.path: one for one, _ in inputs.values()}.values() if verified else ():
+            self.store.verified(artifact)
         if isinstance(self.launcher, LocalLauncher):
             self.launcher.warm_up()  # while light assets are made
         self.store.require_space(space or 50_000_000, asset)
@@ -178,6 +181,8 @@ class StoreMaterializer:
             else:
                 assert make is not None, "either a step or a function makes an artifact"
                 result = make(staged)
+            if damage is not None:
+                self.store.discard(asset, partition, version)
             published = self.store.publish(
                 staged,
                 asset=asset,
@@ -190,18 +195,26 @@ class StoreMaterializer:
                 metrics=result.metrics,
                 parts=result.parts,
                 started=started,
+                inputs_read={
+                    name: Read(fingerprint=one.fingerprint, files=one.manifest.files_version)
+                    for name, (one, _) in inputs.items()
+                },
             )
         shutil.rmtree(self.store.checkpoints(asset, partition, version), ignore_errors=True)
         return published, False
 
-    def _verify(self, inputs: Inputs) -> None:
-        """Raise ArtifactError unless each input has the bytes that it was published with.
+    def _known(self, wanted: Wanted) -> tuple[Artifact | None, ArtifactError | None]:
+        """Return the version if the store has it whole, or what is wrong with it.
 
-        A file that did not change since it was hashed is not read again.
+        Raises the ArtifactError of a damaged history, which cannot be made again.
         """
-        hashes = ContentHashes(self.store.root / ".work" / "hashes.json")
-        for artifact in {one.path: one for one, _ in inputs.values()}.values():
-            verify_files(artifact, hashes.of)
+        try:
+            known = self.store.find(wanted.asset, wanted.partition, wanted.fingerprint)
+            return (self.store.verified(known) if known else None), None
+        except ArtifactError as error:
+            if wanted.asset in HISTORIES:
+                raise
+            return None, error
 
     def keep(
         self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str

@@ -12,7 +12,9 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.artifacts import Artifact, open_store
+from ft_assets.artifacts.verification import HISTORIES
 from ft_assets.config import Project
+from ft_assets.errors import ArtifactError
 from ft_assets.job import StepSettings
 from ft_assets.orchestration.assuming_store import AssumingStore
 from ft_assets.orchestration.console import cause
@@ -78,13 +80,15 @@ class Planner:
         """
         wanted = Wanted.of(context, identity, inputs or {}, libraries)
         self.versions[wanted.asset] = wanted.fingerprint
-        current = self.store.current(wanted.asset, wanted.partition)
-        known = self.store.find(wanted.asset, wanted.partition, wanted.fingerprint)
+        current = self._current(wanted)
+        known, damage = self._known(wanted)
         above = sorted(
             {name.partition("#")[0].partition("[")[0] for name in wanted.inputs}
             & {name for name, step in self.steps.items() if step.action in (RUNS, MAYBE)}
         )
-        if known is None:
+        if damage is not None:
+            action, why = RUNS, [f"{damage.where} {damage.found}"]
+        elif known is None:
             action, why = RUNS, reasons(wanted, current)
         elif above:
             action, why = MAYBE, [f"after {', '.join(above)}"]
@@ -114,6 +118,29 @@ class Planner:
         if shown is None:
             raise dg.Failure(description=NOT_YET)
         return shown, True
+
+    def _current(self, wanted: Wanted) -> Artifact | None:
+        try:
+            return self.store.current(wanted.asset, wanted.partition)
+        except ArtifactError:  # its manifest cannot be read: _known has the reason
+            return None
+
+    def _known(self, wanted: Wanted) -> tuple[Artifact | None, ArtifactError | None]:
+        """Return the version if the store has it, and what is wrong with it.
+
+        A version of an object store is not fetched for a plan. Raises the ArtifactError of a
+        damaged history.
+        """
+        known = None
+        try:
+            known = self.store.find(wanted.asset, wanted.partition, wanted.fingerprint)
+            if known is not None and known.fetch is None:
+                self.store.verified(known)
+        except ArtifactError as error:
+            if wanted.asset in HISTORIES:
+                raise
+            return known, error
+        return known, None
 
     def keep(
         self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str

@@ -2,13 +2,15 @@
 
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.errors import ReleaseError
-from ft_assets.release.register import ReleasedModel, state_of
+from ft_assets.release.register import ReleasedModel, identity, state_of
 
 
 def find_model(store: ArtifactStore, partition: str, model: ReleasedModel) -> Artifact | None:
-    """Find a merged model by its fingerprint, else another version with the same content."""
+    """Find a merged model with the released content: by its fingerprint, else any version."""
     found = store.find("merged_model", partition, model.merged_model)
-    return found or by_content(store, "merged_model", partition, model.data_version)
+    if found is not None and found.data_version == model.data_version:
+        return found
+    return by_content(store, "merged_model", partition, model.data_version)
 
 
 def by_content(
@@ -22,9 +24,15 @@ def by_content(
     return next((artifact for artifact in found if artifact.data_version == data_version), None)
 
 
+def current_release(store: ArtifactStore, partition: str) -> Artifact | None:
+    """Return the current release, None before the first. Raises ArtifactError for a damaged one."""
+    release = store.current("release", partition)
+    return store.verified(release) if release else None
+
+
 def need_champion(store: ArtifactStore, partition: str, where: str) -> tuple[Artifact, Artifact]:
     """Return the release and its merged model. Raises ReleaseError if one of them is missing."""
-    release = store.current("release", partition)
+    release = current_release(store, partition)
     if release is None:
         raise ReleaseError(
             where=where,
@@ -39,8 +47,21 @@ def need_champion(store: ArtifactStore, partition: str, where: str) -> tuple[Art
 
 
 def need_model(store: ArtifactStore, partition: str, model: ReleasedModel, where: str) -> Artifact:
-    """Return a released merged model. Raises ReleaseError if the store no longer has it."""
+    """Return a released merged model, as it was released.
+
+    Raises ReleaseError if the store no longer has it, and ArtifactError for damaged files.
+    """
     found = find_model(store, partition, model)
+    if found is not None and identity(found) == model.identity:
+        return store.verified(found)
+    if store.find("merged_model", partition, model.merged_model) is not None:
+        raise ReleaseError(
+            where=where,
+            found=f"the manifest of merged_model {model.merged_model} has other files than the "
+            "release recorded: the model was changed, or made again with another result",
+            expected=f"a model with the identity {model.identity}",
+            fix="restore it from a backup, or roll back to another champion",
+        )
     if found is None:
         raise ReleaseError(
             where=where,

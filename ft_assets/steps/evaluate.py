@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import JsonValue
 
-from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError
@@ -75,7 +74,6 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     from ft_assets.evaluation.verdict.diagnosis import diagnose
 
     settings, gate = given.evaluation, given.gate
-    verify_files(Artifact.read(job.inputs["answers"]))
     answers = Answers.read(job.inputs["answers"])
     train = read_table(job.inputs["heldout_split"] / "train.parquet", row=TokenizedRow)
     task = _task(job, given, answers, train)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.data.tables import read_table
 from ft_assets.errors import FtError
 from ft_assets.export.export_report import Agreement, ExportedFormat, ExportReport
@@ -50,7 +49,6 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     from ft_assets.export.gguf import why_not
 
     merged = job.inputs["champion"]
-    verify_files(Artifact.read(merged))
     formats = settings.forms
     skipped = None
     if formats is None:

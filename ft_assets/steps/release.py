@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import JsonValue
 
-from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.config import EvaluationSettings, GateSettings, ReleaseSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ReleaseError
@@ -62,8 +61,6 @@ class Settings(StepSettings):
 def step(job: Job, settings: Settings, report: Report) -> StepResult:
     where = f"release[{job.partition}]"
     metric = settings.evaluation.metric
-    for folder in (job.inputs[name] for name in INPUTS.values()):
-        verify_files(Artifact.read(folder))
     tokenizer = load_tokenizer(job.inputs["base_model"])
     table = job.inputs["heldout_split"] / "heldout.parquet"
     heldout = with_references(tokenizer, read_table(table, row=TokenizedRow))

@@ -1,12 +1,11 @@
 """Complete checkpoints or none.
 
-A checkpoint is written to a staging folder, fsynced and renamed. It is read only if every file has
-the size it was written with. Not here: when a checkpoint is written (`save_steps`), and how
+A checkpoint is written to a staging folder, fsynced and renamed. It is read only if every file is
+as it was written, by its SHA-256. Not here: when a checkpoint is written (`save_steps`), and how
 training resumes from it (loop.py).
 """
 
 import errno
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 from transformers.trainer import Trainer
 
+from ft_assets.artifacts.checkpoint_files import damage, list_files
 from ft_assets.artifacts.disk import fsync_tree, replace
 from ft_assets.errors import ArtifactError, TrainingError
 from ft_assets.job import Report
 from ft_assets.models.sharding import is_sharded
 
 WRITING = ".writing"
-FILES = "whole.json"
 KEPT = 2  # checkpoints
 # The words of torch.save and safetensors for the operating system's ENOSPC.
 FULL = ("No space left", "PytorchStreamWriter failed", "inline_container.cc", "iostream error")
@@ -110,15 +109,10 @@ def full_disk(folder: Path, what: str) -> ArtifactError:
 
 
 def publish_folder(staged: Path, final: Path) -> None:
-    """List the files of a staged folder with their sizes, fsync all of it, and rename it."""
-    sizes = {
-        path.relative_to(staged).as_posix(): path.stat().st_size
-        for path in sorted(staged.rglob("*"))
-        if path.is_file()
-    }
-    (staged / FILES).write_text(json.dumps(sizes, indent=0))
+    """List the files of a staged folder with their hashes, fsync all of it, and rename it."""
+    list_files(staged)
     fsync_tree(staged)
-    replace(staged, final)  # there may be a damaged one of an earlier try
+    replace(staged, final)  # a damaged one of an earlier try may be there
 
 
 def rotate(home: Path) -> None:
@@ -141,22 +135,8 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Return a description of a checkpoint's damage, or None if it is complete."""
-    try:
-        sizes = json.loads((checkpoint / FILES).read_text())
-    except (OSError, ValueError):
-        return "it was not written completely"
-    for name, size in sizes.items():
-        path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else 0
-        if found != size:
-            return f"{name} has {found} of {size} bytes"
-    return None
-
-
 def last_whole(home: Path, report: Report) -> Path | None:
-    """Return the newest complete checkpoint, or None. Incomplete ones are reported and deleted."""
+    """Return the newest whole checkpoint, or None. Damaged ones are reported and deleted."""
     for checkpoint in reversed(_by_step(home)):
         wrong = damage(checkpoint)
         if wrong is None:

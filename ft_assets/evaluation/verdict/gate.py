@@ -4,7 +4,7 @@ A stored verdict is not trusted. The report's files are checked against their ha
 verdict is recomputed from the numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.config import GateSettings
@@ -52,10 +52,15 @@ def bound_versions(used: Mapping[str, Artifact], evaluation: str) -> dict[str, s
 
 
 def require_pass(
-    report: Artifact | None, versions: Mapping[str, str], gate: GateSettings, where: str
+    report: Artifact | None,
+    versions: Mapping[str, str],
+    gate: GateSettings,
+    where: str,
+    verify: Callable[[Artifact], object] = verify_files,
 ) -> Verdict:
     """Return the verdict if it is a PASS for exactly these versions, or overridden by config.
 
+    verify: raises ArtifactError for a report that is not as it was written, e.g. a store's.
     Raises VerdictError.
     """
     if report is None:
@@ -66,7 +71,7 @@ def require_pass(
             fix="materialize eval_report first",
         )
     try:
-        verify_files(report)
+        verify(report)
         numbers = EvalReport.read(report.path / "report.json")
     except (ArtifactError, OSError) as error:
         raise VerdictError(

@@ -47,9 +47,14 @@ class Uses(Part):
             table = pq.read_table(report.path / "rows.parquet", columns=["prompt"])
             prompts = {_digest(text) for text in table["prompt"].to_pylist()}
         except (ArtifactError, OSError, KeyError, ValueError):
-            return cls(looks=[Look(key=report.fingerprint, rows=None)])
+            return cls.unreadable(report)
         gate = report.manifest.settings.get("gate", {})
         return cls().after(look_key(bound_to, gate), sorted(prompts))
+
+    @classmethod
+    def unreadable(cls, report: Artifact) -> "Uses":
+        """Return the one verdict of a report whose files do not count: on all of today's rows."""
+        return cls(looks=[Look(key=report.fingerprint, rows=None)])
 
     @classmethod
     def joined(cls, parts: Iterable["Uses"]) -> "Uses":
