@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,23 @@ class ObjectStore(ArtifactStore):
             if found != entry.sha256:
                 changed = f"was changed after it was published: sha256 {found[:12]}…"
                 yield Damage(path, changed, expected)
+
+    def reads(self, artifact: Artifact, hashes: ContentHashes) -> list[Callable[[], str]]:
+        manifest = artifact.manifest
+        home = (manifest.asset, manifest.partition, manifest.fingerprint, manifest.place or "")
+        keys = [self._key(*home, name) for name in manifest.files]
+        return [
+            functools.partial(self._sha256, f"{self._place.protocol}://{key}", key, hashes)
+            for key in keys
+        ]
+
+    def homes(self) -> set[tuple[str, str | None]]:
+        with self._reached(self.url):
+            keys = self._files.glob(f"{self._place.path.rstrip('/')}/*/*/CURRENT")
+        return {(key.split("/")[-3], _partition(key.split("/")[-2])) for key in keys}
+
+    def pointer(self, asset: str, partition: str | None) -> str:
+        return f"{self._place.protocol}://{self._key(asset, partition, 'CURRENT')}"
 
     def _sha256(self, name: str, key: str, hashes: ContentHashes) -> str:
         """Return the hash of an object, from the cache if it did not change."""

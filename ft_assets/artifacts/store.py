@@ -15,6 +15,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ class ArtifactStore:
         yield from place_damages(where, folder.name, folder.parent.parent.name, artifact.manifest)
         yield from damages(artifact, hashes.of)
 
+    def reads(self, artifact: Artifact, hashes: ContentHashes) -> list[Callable[[], str]]:
+        """Return a function for each file of a version that reads it into the cache `hashes`."""
+        return [partial(hashes.of, artifact.folder / name) for name in artifact.manifest.files]
+
+    def homes(self) -> set[tuple[str, str | None]]:
+        """Return the (asset, partition) of each CURRENT."""
+        return {_home_of(path.parent) for path in self.root.glob("[!.]*/*/CURRENT")}
+
+    def pointer(self, asset: str, partition: str | None) -> str:
+        """Return the path or URL of CURRENT."""
+        return str(self._home(asset, partition) / "CURRENT")
+
     def verified(self, artifact: Artifact) -> Artifact:
         """Return the version if it is as it was published. Raises ArtifactError if it is not.
 
@@ -73,10 +86,7 @@ class ArtifactStore:
     def remedy(self, artifact: Artifact) -> str:
         """Return how a damaged version is healed."""
         # By its place: a damaged manifest may name another one.
-        home, partition = artifact.folder.parent, artifact.folder.parent.name
-        named = self.current_name(
-            home.parent.name, None if partition == UNPARTITIONED else partition
-        )
+        named = self.current_name(*_home_of(artifact.folder.parent))
         return remedy(artifact.folder, named == artifact.folder.name)
 
     def discard(self, asset: str, partition: str | None, version: str) -> None:
@@ -322,6 +332,11 @@ def _damaged(where: str, found: str, asset: str) -> ArtifactError:
         expected="the fingerprint of a version",
         fix="ft release --repair" if asset == "release" else again,
     )
+
+
+def _home_of(folder: Path) -> tuple[str, str | None]:
+    """Return the asset and the partition of a folder with versions."""
+    return folder.parent.name, None if folder.name == UNPARTITIONED else folder.name
 
 
 def _folders_with_manifest(root: Path) -> Iterator[Path]:

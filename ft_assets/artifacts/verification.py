@@ -128,6 +128,13 @@ def remedy(folder: Path, is_current: bool) -> str:
     return again
 
 
+def pointer_remedy(asset: str, partition: str | None) -> str:
+    """Return how a damaged CURRENT is healed: a run writes it again, except that of a history."""
+    if asset in HISTORIES:
+        return "restore the file from a backup: it names the newest version"
+    return f"ft run --asset {asset}" + (f" --base {partition}" if partition else "")
+
+
 def _is_ours(name: str) -> bool:
     """Return True for the manifest, its signature, and what an operating system leaves."""
     return name.startswith(MANIFEST) or name.rpartition("/")[2].startswith(".")

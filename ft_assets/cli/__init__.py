@@ -16,7 +16,8 @@ def main() -> None:
     with one_screen(" ".join(["ft", *sys.argv[1:2]])):
         plain_output()
         guard_stream(sys.stdout, without_known)  # answers and rows are shown as they are
-        from ft_assets.cli import graph, models, project  # noqa: F401  (each adds its commands)
+        # Each adds its commands.
+        from ft_assets.cli import graph, integrity, models, project  # noqa: F401
         from ft_assets.cli.app import app  # not at module level: it would hide the module
 
         app()

@@ -13,6 +13,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from transformers import TrainerCallback
 
+from ft_assets.artifacts.checkpoint_files import damage
 from ft_assets.config import TrainSettings
 from ft_assets.errors import TrainingError
 from ft_assets.inference.losses import answer_losses
@@ -248,6 +249,13 @@ def save_result(model: Any, watch: Validation, curve: list[dict[str, float]], ou
     """Write the kept weights to `output`, and the curves of the training to its `info`."""
     best = watch.best_weights()
     if best is not None:
+        if (wrong := damage(best)) is not None:
+            raise TrainingError(
+                where=str(best),
+                found=f"the best weights are damaged: {wrong}",
+                expected="the weights as they were written",
+                fix=f"delete {best.parent}; the next run trains again from the first step",
+            )
         copy_trained(best, output)
     else:
         save_trained(model, output)
