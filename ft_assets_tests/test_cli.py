@@ -29,10 +29,21 @@ COMMANDS = [
     "export",
     "serve",
     "gc",
+    "verify",
     "doctor",
     "ui",
 ]
-JSON = [["plan"], ["status"], ["report"], ["explain"], ["gc"], ["doctor"], ["release"], ["export"]]
+JSON = [
+    ["plan"],
+    ["status"],
+    ["report"],
+    ["explain"],
+    ["gc"],
+    ["doctor"],
+    ["release"],
+    ["export"],
+    ["verify"],
+]
 
 
 def complete(words: str) -> list[str]:
@@ -61,7 +72,7 @@ def test_each_command_explains_itself_and_refuses_what_it_does_not_know(
 ) -> None:
     from typer.testing import CliRunner
 
-    from ft_assets.cli import graph, models, project  # noqa: F401
+    from ft_assets.cli import graph, integrity, models, project  # noqa: F401
     from ft_assets.cli.app import app
 
     shown = CliRunner().invoke(app, [command, "--help"])
@@ -119,7 +130,7 @@ def test_init_says_what_it_found_as_json(tmp_path: Path) -> None:
 
 
 def test_every_command_that_ends_can_print_json() -> None:
-    from ft_assets.cli import graph, models, project  # noqa: F401
+    from ft_assets.cli import graph, integrity, models, project  # noqa: F401
     from ft_assets.cli.app import app
 
     talks = {"chat", "ui"}  # with a person
