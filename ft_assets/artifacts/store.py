@@ -86,7 +86,9 @@ class ArtifactStore:
     def remedy(self, artifact: Artifact) -> str:
         """Return how a damaged version is healed."""
         # By its place: a damaged manifest may name another one.
-        named = self.current_name(*_home_of(artifact.folder.parent))
+        named = None
+        with contextlib.suppress(ArtifactError):  # CURRENT is damaged too
+            named = self.current_name(*_home_of(artifact.folder.parent))
         return remedy(artifact.folder, named == artifact.folder.name)
 
     def discard(self, asset: str, partition: str | None, version: str) -> None:

@@ -131,7 +131,7 @@ def remedy(folder: Path, is_current: bool) -> str:
 def pointer_remedy(asset: str, partition: str | None) -> str:
     """Return how a damaged CURRENT is healed: a run writes it again, except that of a history."""
     if asset in HISTORIES:
-        return "restore the file from a backup: it names the newest version"
+        return f"ft {asset} --repair"
     return f"ft run --asset {asset}" + (f" --base {partition}" if partition else "")
 
 
