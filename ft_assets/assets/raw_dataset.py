@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from ft_assets.assets.raw_rows import ingested, validity
+from ft_assets.assets.raw_rows import ingested, read_columns, validity
 from ft_assets.data.canonical import conversation
 from ft_assets.data.content import CONVERSATIONS
 from ft_assets.data.ingest import target
@@ -47,3 +47,12 @@ def raw_dataset(
 def rows_are_valid(checked: Checked) -> dg.AssetCheckResult:
     """Fail above data.max_invalid in any source. Warn if any row was rejected."""
     return validity(checked)
+
+
+@check(
+    raw_dataset,
+    description="No text column of the conversations is left unread, but those of data.ignored.",
+)
+def columns_are_read(checked: Checked) -> dg.AssetCheckResult:
+    """Warn with the columns that are not read."""
+    return read_columns(checked)

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from ft_assets.assets.raw_rows import ingested, validity
+from ft_assets.assets.raw_rows import ingested, read_columns, validity
 from ft_assets.data.canonical import preference
 from ft_assets.data.tables import PREFERENCE
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -41,3 +41,12 @@ def raw_preferences(
 def pairs_are_valid(checked: Checked) -> dg.AssetCheckResult:
     """Fail above data.max_invalid. Warn if any pair was rejected."""
     return validity(checked)
+
+
+@check(
+    raw_preferences,
+    description="No text column of the preferences is left unread, but those of data.ignored.",
+)
+def pair_columns_are_read(checked: Checked) -> dg.AssetCheckResult:
+    """Warn with the columns that are not read."""
+    return read_columns(checked)

@@ -11,11 +11,12 @@ from pydantic import JsonValue
 
 from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
+from ft_assets.data.audit import Audit
 from ft_assets.data.content import Hashes, data_content
 from ft_assets.data.data_files import resolve_files
 from ft_assets.data.encodings import encoding_of
 from ft_assets.data.file_formats import RawRow, read_rows
-from ft_assets.data.ingest import Canonical, Ingest, worst
+from ft_assets.data.ingest import UNREAD, Canonical, Ingest, worst
 from ft_assets.data.kto import pair_labels
 from ft_assets.data.tables import REJECTED, Layout, TableWriter, read_table
 from ft_assets.errors import DataError
@@ -23,6 +24,7 @@ from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
 from ft_assets.rows.cells import plain
+from ft_assets.rows.columns import Columns
 from ft_assets.rows.transcripts import declared, transcribed
 from ft_assets.rows.turn_keys import without_keys
 from ft_assets.rows.types import DataRow, RawFields, RejectedRow
@@ -80,7 +82,7 @@ def _write(
 
     Raises DataError if a file changed after `files` were hashed.
     """
-    metrics: dict[str, int] = {}
+    metrics: dict[str, int | str] = {}
     parts: dict[str, str] = {}
     first: list[str] = []
     with (
@@ -97,13 +99,14 @@ def _write(
                 _columns(project, key),
                 _stratum(project, key),
                 project.data.min_agreement,
+                _audit(project, key),
             )
             if done.total or not metrics:  # no metrics for a source that finetune.yaml omits
                 metrics |= done.metrics(table)
             parts[table] = done.version
             first += done.first
     _require_unchanged(project, files)
-    count = sum(value for key, value in metrics.items() if key.endswith("_rejected"))
+    count = sum(int(value) for key, value in metrics.items() if key.endswith("_rejected"))
     shown = "\n".join(first[:5]) or None
     return StepResult({**metrics, "rejected": count, "first_rejected": shown}, parts)
 
@@ -156,6 +159,21 @@ def _columns(project: Project, key: str) -> Mapping[str, str] | None:
 def _stratum(project: Project, key: str) -> str | None:
     stratify = project.data.stratify
     return stratify.field if stratify and key == "train" else None
+
+
+def _audit(project: Project, key: str) -> Audit | None:
+    """Return the audit of a source. All texts of an evaluation file are read."""
+    data = project.data
+    if key == "contamination":
+        return None
+    ignored = {*data.ignored, *([data.stratify.field] if data.stratify else [])}
+    columns = Columns(
+        key == "preferences",
+        _of_key(project, "format", key),
+        _of_key(project, "columns", key) or {},
+        frozenset(ignored),
+    )
+    return Audit(key, columns, data.max_echoed)
 
 
 def _require_unchanged(project: Project, files: Hashes) -> None:
@@ -218,3 +236,17 @@ def validity(checked: Checked) -> dg.AssetCheckResult:
         description=text,
         metadata={"rejected": metrics["rejected"], "duplicates": duplicates},
     )
+
+
+def read_columns(checked: Checked) -> dg.AssetCheckResult:
+    """Warn with the text columns that are read for nothing, and with their numbers of rows."""
+    unread = {
+        key.removesuffix(UNREAD): value
+        for key, value in checked.metrics.items()
+        if key.endswith(UNREAD)
+    }
+    text = "every text column is read"
+    if unread:
+        text = "not read: " + "; ".join(f"{name}: {found}" for name, found in unread.items())
+        text += ". Write what the model needs into the prompt; name the others in data.ignored"
+    return dg.AssetCheckResult(passed=not unread, severity=WARN, description=text)

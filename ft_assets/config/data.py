@@ -76,6 +76,10 @@ class DataSettings(Section):
         description="Names of columns that are not recognised: "
         "{train: {prompt: text, completion: category}}.",
     )
+    ignored: list[str] = Field(
+        default=[],
+        description="Text columns that are left out on purpose: no check warns of them.",
+    )
     format: dict[RowSource, str] = Field(
         default={},
         description="Formats of rows, by source: {train: alpaca, rehearsal: text}. Default: the "
@@ -133,6 +137,14 @@ class DataSettings(Section):
         ge=0,
         le=1,
         description="Share of rejected rows of a source above which the graph stops, e.g. 1%.",
+    )
+
+    max_echoed: Share = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the rows of a source whose answer stands in its own prompt, above "
+        "which the graph stops. 1: the task is to copy.",
     )
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ft_assets.data.annotators import Votes
+from ft_assets.data.audit import Audit
 from ft_assets.data.canonical import context_key
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.tables import Layout, RowT, TableWriter, write_sorted
@@ -23,6 +24,7 @@ from ft_assets.rows.types import DataRow, RawFields, RejectedRow
 from ft_assets.rows.values import RowProblem, Tie
 
 SHOWN = 2000  # characters of a rejected row that are kept
+UNREAD = "_unread_columns"  # the end of the metric's name
 FIRST = 5  # rejected rows of a source that the metrics show
 Canonical = Callable[[RawFields], DataRow]
 
@@ -40,12 +42,13 @@ class Ingested:
     opened: int = 0  # rows that the assistant opens
     ties: int = 0  # rows whose answers are equally good
     disputed: int = 0  # pairs on which annotators disagree, left out
+    unread: str = ""  # text columns that are not read, with their numbers of rows
 
     @property
     def total(self) -> int:
         return self.rows + self.duplicates + self.rejected
 
-    def metrics(self, name: str) -> dict[str, int]:
+    def metrics(self, name: str) -> dict[str, int | str]:
         return {
             f"{name}_rows": self.rows,
             f"{name}_duplicates": self.duplicates,
@@ -54,6 +57,7 @@ class Ingested:
             **({f"{name}_opened_by_assistant": self.opened} if self.opened else {}),
             **({f"{name}_ties": self.ties} if self.ties else {}),
             **({f"{name}_disputed": self.disputed} if self.disputed else {}),
+            **({f"{name}{UNREAD}": self.unread} if self.unread else {}),
         }
 
 
@@ -74,12 +78,14 @@ class Ingest:
         columns: Mapping[str, str] | None = None,
         stratum: str | None = None,
         min_agreement: float = 0.5,
+        audit: Audit | None = None,
     ) -> Ingested:
         """Write `<name>.parquet`, sorted by id so that the order of files changes nothing.
 
         Exact duplicates are counted and filtered. `columns` are the user's names for our columns,
-        {"prompt": "text"}. `stratum` is the field by whose value rows are stratified.
-        Ties, and pairs on which too few annotators agree, are left out and counted apart.
+        {"prompt": "text"}. `stratum` is the field by whose value rows are stratified. Ties, and
+        pairs on which too few annotators agree, are left out and counted apart. `audit` counts what
+        is not read. Raises DataError if the columns of the source are unclear.
         """
         before = self.rejected.rows
         first: list[str] = []
@@ -89,7 +95,7 @@ class Ingest:
         def valid() -> Iterator[RowT]:
             for row in rows:
                 try:
-                    canonical = _canonical(row, form, dict(columns or {}), stratum)
+                    canonical = _canonical(row, form, dict(columns or {}), stratum, audit)
                     adapted.update(joined=canonical.get("joined", 0) > 0, opened=_opened(canonical))
                     if "opposite" in canonical:
                         votes.add(canonical)
@@ -114,7 +120,7 @@ class Ingest:
         rejected = self.rejected.rows - before - adapted["ties"]
         for identity, where in written.left_out.items():
             self.rejected.write({"where": where, "problem": lost[identity], "row": ""})
-        return Ingested(
+        done = Ingested(
             written.rows,
             written.duplicates,
             rejected,
@@ -123,6 +129,10 @@ class Ingest:
             **adapted,
             disputed=len(written.left_out),
         )
+        if audit is not None:
+            audit.require_no_echoes()
+            done.unread = audit.columns.described()
+        return done
 
 
 def _opened(row: DataRow) -> bool:
@@ -138,12 +148,21 @@ def _row_text(row: RawRow) -> str:
 
 
 def _canonical(
-    row: RawRow, form: Canonical, columns: dict[str, str], stratum: str | None
+    row: RawRow,
+    form: Canonical,
+    columns: dict[str, str],
+    stratum: str | None,
+    audit: Audit | None,
 ) -> DataRow:
     """Return the canonical row, with its file and line as `source`. Raises RowProblem."""
     if row.value is None:
         raise RowProblem(row.problem or "cannot be read")
-    canonical: Any = form(renamed(row.value, columns) if columns else row.value)
+    value = plain(renamed(row.value, columns) if columns else row.value)
+    if audit is not None:
+        audit.require_clear(row.where, value)
+    canonical: Any = form(value)
+    if audit is not None:
+        audit.add(row.where, value, canonical)
     canonical["source"] = row.where
     if stratum is not None:
         value = row.value.get(stratum)

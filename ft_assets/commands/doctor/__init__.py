@@ -7,12 +7,15 @@ from pathlib import Path
 from ft_assets.commands.doctor import base_models, machine
 from ft_assets.commands.doctor.check import FAIL, Check, fail, guarded, ok, warn
 from ft_assets.commands.store_view import in_bytes
-from ft_assets.config import CONFIG_NAME, DataSettings, Project, find_config, load_project
+from ft_assets.config import CONFIG_NAME, Project, find_config, load_project
 from ft_assets.config.launcher import LauncherSettings
+from ft_assets.data.content import CONVERSATIONS
 from ft_assets.data.data_files import resolve_files
 from ft_assets.errors import ClusterUnreachable, FtError
 from ft_assets.launchers import make_launcher
 from ft_assets.launchers.cluster import ClusterLauncher
+
+FILES = (*CONVERSATIONS, "preferences")  # the keys of data that name files
 
 
 def examine() -> list[Check]:
@@ -71,9 +74,8 @@ def _config() -> tuple[Project | None, Check]:
 
 def _data(project: Project) -> Iterator[Check]:
     """Yield a check for each key of `data` that names files."""
-    for key, field in DataSettings.model_fields.items():
-        patterns = getattr(project.data, key)
-        if field.annotation == list[str] and patterns:
+    for key in FILES:
+        if patterns := getattr(project.data, key):
             yield from guarded(f"data.{key}", partial(_files, project, key, patterns))
     if not project.data.retention:
         yield warn(
