@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, TypeVar
 
+from ft_assets.chat.control_tokens import ControlTokens
 from ft_assets.chat.row_proofs import (
     Block,
     Facts,
@@ -73,6 +74,7 @@ class Renderer(TemplateText):
         super().__init__(tokenizer, stop_ids, day)
         self._blocks: set[Block] = set()
         self._structures = Structures(self.text)
+        self._controls = ControlTokens(tokenizer, stop_ids, self.text, self.encode)
 
     def train(self, rows: Sequence[Conversation]) -> list[list[Rendered] | ProofFailed]:
         """Return the training sequences of each row.
@@ -88,15 +90,15 @@ class Renderer(TemplateText):
 
         The last message of a row is the assistant's answer.
         """
-        found: list[tuple[list[int], list[int]] | ProofFailed] = []
-        for done in self._finish([_attempt(self._answer_plan, row) for row in rows]):
-            if isinstance(done, ProofFailed):
-                found.append(done)
-                continue
-            ids, supervised = done[0].input_ids, done[0].supervised
-            begin = supervised.index(True)
-            found.append((ids[:begin], ids[begin : begin + supervised.count(True)]))
-        return found
+        return [
+            done if isinstance(done, ProofFailed) else done.prompt_and_answer()
+            for done in self.answer_sequences(rows)
+        ]
+
+    def answer_sequences(self, rows: Sequence[Conversation]) -> list[Rendered | ProofFailed]:
+        """Return the sequence of each row, in which only its last message is supervised."""
+        finished = self._finish([_attempt(self._answer_plan, row) for row in rows])
+        return [done if isinstance(done, ProofFailed) else done[0] for done in finished]
 
     def prompts(self, rows: Sequence[Conversation]) -> list[list[int] | ProofFailed]:
         """Return the token ids that the model is given to answer the messages of each row."""
@@ -121,6 +123,7 @@ class Renderer(TemplateText):
         messages, tools = row["messages"], row.get("tools")
         if len(messages) == 1 and messages[0]["role"] == "text":
             return self._text_plan(messages[0])
+        self._controls.prove_absent(messages, tools)
         turns = [
             index
             for index, turn in enumerate(messages)
@@ -147,6 +150,7 @@ class Renderer(TemplateText):
                 f"messages[{last}] ({messages[last]['role']}): "
                 "the last message must be the assistant's answer"
             )
+        self._controls.prove_absent(messages, tools)
         whole = self.text(messages, tools)
         context = self._context(messages, last, tools)
         _prove_prefix(whole, context, last, messages)
@@ -163,6 +167,7 @@ class Renderer(TemplateText):
 
     def _prompt_text(self, row: Conversation) -> str:
         messages, tools = row["messages"], row.get("tools")
+        self._controls.prove_absent(messages, tools)
         text = self.text(messages, tools, generation_prompt=True)
         self._structures.prove(messages, bool(tools), generation_prompt=True)
         prove_contents(text, messages, tools)
@@ -334,6 +339,7 @@ class Renderer(TemplateText):
                 f"messages[0] (text): holds BOS, {decode([bos])!r}, which is put before the text; "
                 "take it out"
             )
+        self._controls.prove_absent([{"role": "text", "content": plan.text}])
         whole = [*([bos] if self.own_bos() else []), *ids, int(tokenizer.eos_token_id)]
         return Rendered(whole, [True] * len(whole), 1)
 

@@ -41,6 +41,11 @@ class Rendered:
     added: tuple[str, ...] = ()
     apart: bool = False
 
+    def prompt_and_answer(self) -> tuple[list[int], list[int]]:
+        """Return the ids before the first supervised run, and the ids of this run."""
+        begin, end = _runs(self.supervised)[0]
+        return self.input_ids[:begin], self.input_ids[begin:end]
+
 
 @dataclass(frozen=True)
 class Facts:

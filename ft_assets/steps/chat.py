@@ -28,7 +28,6 @@ from ft_assets.rows.types import (
     DataRow,
     Message,
     PairRow,
-    Preference,
     PreferenceRow,
     RejectedRow,
     TokenizedRow,
@@ -78,6 +77,8 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     metrics |= {"refused": refused.rows, "first_refused": rows.first, "total": rows.total}
     metrics |= {
         "one_sequence_a_turn": rows.unrolled,
+        "answers_tokenized_apart": rows.apart,
+        "first_tokenized_apart": rows.first_apart,
         "template_adds": " ".join(sorted(rows.added)) or None,
     }
     switch = next((name for name in SWITCHES if reads(tokenizer.chat_template, name)), None)
@@ -90,7 +91,9 @@ class RowRenderer:
     """Renders the rows of tables batch by batch, and counts them.
 
     `first`: the first refused row with its reason. `added`: the blocks that the template adds to
-    answers. `unrolled`: the rows that became one sequence a turn. `total`: all rows.
+    answers. `unrolled`: the rows that became one sequence a turn. `apart`: the answers that are
+    tokenized apart from their prompts, because tokens would reach from one into the other.
+    `total`: all rows.
     """
 
     def __init__(
@@ -103,6 +106,8 @@ class RowRenderer:
         self.first: str | None = None
         self.added: set[str] = set()
         self.unrolled = 0
+        self.apart = 0
+        self.first_apart: str | None = None
         self.total = 0
 
     def conversations(self, name: str, path: Path, table: TableWriter[TokenizedRow]) -> Ledger:
@@ -115,6 +120,7 @@ class RowRenderer:
                     continue
                 self.unrolled += len(rendered) > 1
                 for sequence in rendered:
+                    self._note_apart(name, row, sequence)
                     self.added.update(sequence.added)
                     if ledger.fits(sequence.supervised):
                         table.write(self._tokenized(row, sequence))
@@ -124,19 +130,48 @@ class RowRenderer:
         """Write the pairs that are proven and short enough."""
         ledger = Ledger(self.max_length)
         for rows in self._counted(Table[PreferenceRow](path).row_batches()):
-            chosen_answers = self.renderer.answers([_answered(row, row["chosen"]) for row in rows])
-            other_answers = self.renderer.answers([_answered(row, row["rejected"]) for row in rows])
-            for row, chosen, rejected in zip(rows, chosen_answers, other_answers, strict=True):
-                if isinstance(chosen, ProofFailed):
-                    self._refuse("preference", row, chosen)
-                elif isinstance(rejected, ProofFailed):
-                    self._refuse("preference", row, rejected)
-                else:
-                    (prompt, better), (_, worse) = chosen, rejected
-                    longest = max(len(better), len(worse))
-                    if ledger.fits([False] * len(prompt) + [True] * longest):
-                        table.write(_pair(row, prompt, better, worse))
+            sides = [
+                self.renderer.answer_sequences([_answered(row, answer) for row, answer in answers])
+                for answers in (
+                    [(row, row["chosen"]) for row in rows],
+                    [(row, row["rejected"]) for row in rows],
+                )
+            ]
+            for row, *both in zip(rows, *sides, strict=True):
+                pair = self._pair(row, *both)
+                if isinstance(pair, ProofFailed):
+                    self._refuse("preference", row, pair)
+                    continue
+                longest = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+                if ledger.fits([False] * len(pair["prompt_ids"]) + [True] * longest):
+                    table.write(pair)
         return ledger
+
+    def _pair(
+        self, row: PreferenceRow, chosen: Rendered | ProofFailed, rejected: Rendered | ProofFailed
+    ) -> PairRow | ProofFailed:
+        """Return a tokenized pair, or the reason why it is none."""
+        for side in (chosen, rejected):
+            if isinstance(side, ProofFailed):
+                return side
+            self._note_apart("preference", row, side)
+        (prompt, better), (other_prompt, worse) = (
+            side.prompt_and_answer() for side in (chosen, rejected)
+        )
+        if prompt != other_prompt:
+            return ProofFailed("chosen and rejected have prompts of different tokens")
+        if better == worse:
+            return ProofFailed(
+                "chosen and rejected are equal to this base: its tokenizer gives "
+                f"{row['chosen'][:40]!r} and {row['rejected'][:40]!r} the same tokens; "
+                "remove the pair"
+            )
+        return {**row, "prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
+
+    def _note_apart(self, name: str, row: ConversationRow | PreferenceRow, one: Rendered) -> None:
+        self.apart += one.apart
+        if one.apart and self.first_apart is None:
+            self.first_apart = f"{name} {row['id']} ({row['source']})"
 
     def _tokenized(self, row: DataRow, sequence: Rendered) -> TokenizedRow:
         """Return the row of a sequence: the conversation up to the turn that ends the sequence.
@@ -175,10 +210,6 @@ def _answered(row: PreferenceRow, answer: str) -> Conversation:
     if "tools" in row:
         answered["tools"] = row["tools"]
     return answered
-
-
-def _pair(row: Preference, prompt: list[int], better: list[int], worse: list[int]) -> PairRow:
-    return {**row, "prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
 
 
 if __name__ == "__main__":

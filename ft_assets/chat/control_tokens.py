@@ -1,0 +1,131 @@
+"""Find control tokens in the texts of a row: they would forge the structure of a conversation.
+
+A control token is a special token of the tokenizer, a token at which generation stops, or a marker
+that the chat template writes.
+Not here: the control tokens that the template itself writes (rendering.py).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from ft_assets.chat.row_proofs import Messages, ProofFailed, Tools
+from ft_assets.models.chat_template import ANSWER, MARKER, QUESTION
+
+Write = Callable[..., str]  # (messages, tools, generation prompt) -> text
+
+
+class ControlTokens:
+    """The control tokens of a model. `write` renders messages, `encode` tokenizes texts."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: frozenset[int],
+        write: Write,
+        encode: Callable[[Sequence[str]], list[list[int]]],
+    ) -> None:
+        template = tokenizer.chat_template or ""
+        self.texts = {
+            token: added.content
+            for token, added in tokenizer.added_tokens_decoder.items()
+            if token != tokenizer.unk_token_id  # any text that the vocabulary lacks
+            and (
+                added.special
+                or token in stop_ids
+                or (MARKER.fullmatch(added.content) and added.content in template)
+            )
+        }
+        # A normalizer could make a control token of another text, so every text is tokenized then.
+        self._normalized = tokenizer.backend_tokenizer.normalizer is not None and any(
+            tokenizer.added_tokens_decoder[token].normalized for token in self.texts
+        )
+        self._write = write
+        self._encode = encode
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self.texts.values()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def prove_absent(self, messages: Messages, tools: Tools = None) -> None:
+        """Raise ProofFailed, with the turn and the token, if a text has a control token."""
+        for where, text in _texts(messages, tools):
+            if self._looks_rendered(text):
+                raise ProofFailed(
+                    f"{where}: is it already templated? It has {self._opening.strip()!r}, with "
+                    "which the base's template opens a user's turn: give the text alone, or turns "
+                    "in `messages`"
+                )
+            found = self._first(text)
+            if found is not None:
+                raise ProofFailed(
+                    f"{where}: has {found!r}, a control token of the base, which the model reads "
+                    "as structure and not as text: take it out of the text"
+                )
+
+    def _first(self, text: str) -> str | None:
+        """Return the first control token to which a text encodes, or None."""
+        if not self._normalized and self._pattern.search(text) is None:
+            return None
+        ids = self._encode([text])[0]
+        return next((self.texts[token] for token in ids if token in self.texts), None)
+
+    def _looks_rendered(self, text: str) -> bool:
+        """Return True if a text has the template's own opening of a user's turn.
+
+        An opening without control tokens, such as `USER:`, must begin the text, and the opening of
+        the answer must follow.
+        """
+        opening, answer = self._opening.strip(), self._answer.strip()
+        if not opening:
+            return False
+        if self._pattern.search(opening):
+            return opening in text
+        return bool(answer) and text.lstrip().startswith(opening) and answer in text
+
+    @cached_property
+    def _opening(self) -> str:
+        """The text with which the template opens a user's turn, at the start and later."""
+        turns = [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+            {"role": "user", "content": QUESTION},
+        ]
+        try:
+            first = self._write(turns[:1]).partition(QUESTION)[0]
+            later = self._write(turns).rpartition(QUESTION)[0].rpartition(ANSWER)[2]
+        except ProofFailed:  # the proofs of the rows report it
+            return ""
+        # The end of the answer before it, such as <|im_end|>, is not a part of the opening.
+        end = self._pattern.match(later.lstrip())
+        rest = later.lstrip()[end.end() :].lstrip() if end else later
+        if self._pattern.search(rest) or not first.endswith(later.lstrip()):
+            later = rest
+        return next((later[at:] for at in range(len(later)) if first.endswith(later[at:])), "")
+
+    @cached_property
+    def _answer(self) -> str:
+        """The text between a user's turn and the answer."""
+        try:
+            return self._write([{"role": "user", "content": QUESTION}], None, True).rpartition(
+                QUESTION
+            )[2]
+        except ProofFailed:
+            return ""
+
+
+def _texts(messages: Messages, tools: Tools) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) of each text of a row that the template writes."""
+    for index, turn in enumerate(messages):
+        where = f"messages[{index}] ({turn['role']})"
+        content = turn["content"]
+        if turn["role"] == "assistant":  # reasoning, which some bases write in special tokens
+            content = content.replace("<think>", "").replace("</think>", "")
+        yield where, content
+        for call in turn.get("tool_calls", ()):
+            yield f"{where}: tool call", json.dumps(call["function"], ensure_ascii=False)
+    for index, tool in enumerate(tools or ()):
+        yield f"tools[{index}]", json.dumps(tool["function"], ensure_ascii=False)
