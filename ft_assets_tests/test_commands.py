@@ -102,7 +102,7 @@ def test_init_takes_the_columns_of_a_table(tmp_path: Path) -> None:
         "body,team\n"
         + "".join(f"ticket {index},{'a' if index % 2 else 'b'}\n" for index in range(20))
     )
-    with pytest.raises(DataError, match="--prompt COLUMN"):
+    with pytest.raises(DataError, match="--prompt body --completion team, or "):
         write_project(tmp_path / "tickets.csv", None, tmp_path, {})
     assert not (tmp_path / "finetune.yaml").exists()
     path, found, _ = write_project(
@@ -110,12 +110,6 @@ def test_init_takes_the_columns_of_a_table(tmp_path: Path) -> None:
     )
     assert load_project(path).data.columns == {"train": {"prompt": "body", "completion": "team"}}
     assert found.answers.labels == ["a", "b"]
-
-
-def test_init_says_that_preferences_are_no_conversations(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match=r"data\.preferences"):
-        look(tmp_path / "pairs.jsonl", {})
 
 
 def test_init_overwrites_nothing(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ from ft_assets.config import load_project
 
 @app.command()
 def init(
-    data_file: Annotated[
-        Path, typer.Argument(help="A file of conversations, the rows of the task.")
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A file of conversations or pairs, the rows of the task, or a folder of files."
+        ),
     ],
     base: Annotated[
         str | None,
@@ -33,6 +36,13 @@ def init(
         str | None,
         typer.Option(help="The column that holds the answer, if its name is not recognised."),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="An entry of data.columns, ours=yours, e.g. input=context. Repeatable."),
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of text files that are not UTF-8, e.g. cp1252.")
+    ] = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -40,13 +50,18 @@ def init(
         ),
     ] = False,
 ) -> None:
-    """Write a first finetune.yaml for a data file, and describe its rows. Overwrites nothing."""
+    """Write a first finetune.yaml for data files, and describe their rows. Overwrites nothing."""
     from ft_assets.commands.init import describe, summary, write_project
 
     columns = {
         ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if theirs
     }
-    written = write_project(data_file, base, folder, columns)
+    for entry in column or []:
+        ours, is_pair, theirs = entry.partition("=")
+        if not is_pair or not ours or not theirs:
+            raise typer.BadParameter(f"{entry!r} is not ours=yours, e.g. prompt=question")
+        columns[ours] = theirs
+    written = write_project(data, base, folder, columns, encoding)
     if as_json:
         print(json.dumps(summary(*written).model_dump(), indent=1, ensure_ascii=False))
     else:

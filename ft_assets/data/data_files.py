@@ -32,7 +32,7 @@ def _matches(root: Path, pattern: str, where: str, key: str) -> list[Path]:
     files: list[Path] = []
     for match in map(Path, glob.glob(str(root / pattern), recursive=True)):
         if match.is_dir():
-            inside = _in_folder(match)
+            inside = files_in(match)
             require_one_split(match, inside, key, pattern)
             files += inside
         elif match.is_file() and not is_description(match):
@@ -47,7 +47,7 @@ def _matches(root: Path, pattern: str, where: str, key: str) -> list[Path]:
     return files
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     """Return the data files of a folder; of a saved dataset in it, those that belong to it."""
     saved = {path.parent: saved_files(path.parent) or [] for path in folder.rglob(STATE)}
     others = (

@@ -128,5 +128,5 @@ def not_text(path: Path, line: int, name: str, byte: int, named: bool) -> DataEr
         found=f"is not {shown} (byte {byte})",
         expected="UTF-8 text",
         fix="convert it, or name its encoding. If that is cp1252 (Windows, Western Europe): "
-        f"{entry(path, 'cp1252')}. A guess would mangle some letters silently",
+        f"{entry(path, 'cp1252')} (ft init: --encoding cp1252). A guess would mangle letters",
     )

@@ -58,36 +58,37 @@ def saved_files(folder: Path) -> list[Path] | None:
     return files
 
 
-def require_one_split(folder: Path, files: list[Path], key: str, pattern: str) -> None:
-    """Raise DataError if a folder's files are of several splits: it would train on the test rows.
+def splits_of(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Return the entries of a folder by split: files, and folders of saved datasets.
 
     A split is the first word of a file's name, or the name of a folder.
     """
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str, set[Path]] = {}
     for path in files:
         parts = path.relative_to(folder).parts
         found = next((match for part in parts if (match := _SPLIT.match(part))), None)
         if found:
             split = found.group(1).lower()
-            splits.setdefault(_ALIKE.get(split, split), []).append(path)
+            entry = path.parent if (path.parent / STATE).is_file() else path
+            splits.setdefault(_ALIKE.get(split, split), set()).add(entry)
+    return {split: sorted(splits[split]) for split in sorted(splits)}
+
+
+def require_one_split(folder: Path, files: list[Path], key: str, pattern: str) -> None:
+    """Raise DataError if a folder's files are of several splits: test rows would be trained."""
+    splits = splits_of(folder, files)
     if len(splits) < 2:
         return
-    name = key.removeprefix("data.")
+    name, base = key.removeprefix("data."), pattern.rstrip("/")
     answers = [
-        sorted({_shown(folder, path, pattern) for path in splits[split]})
-        for split in sorted(splits)
+        [f"{base}/{entry.relative_to(folder).as_posix()}" for entry in entries]
+        for entries in splits.values()
     ]
     raise DataError(
         where=f"finetune.yaml: {key}: {pattern}",
         found="holds several splits: "
-        + ", ".join(f"{split} ({len(paths)} files)" for split, paths in sorted(splits.items())),
+        + ", ".join(f"{split} ({len(entries)})" for split, entries in splits.items()),
         expected="the files of one split",
         fix="name the split that this key is for: "
         + ", or ".join(f"data: {{{name}: {json.dumps(answer)}}}" for answer in answers),
     )
-
-
-def _shown(folder: Path, path: Path, pattern: str) -> str:
-    """Return the entry of finetune.yaml for a file: the folder of a saved dataset, else itself."""
-    inner = path.parent if (path.parent / STATE).is_file() else path
-    return f"{pattern.rstrip('/')}/{inner.relative_to(folder).as_posix()}"

@@ -1,4 +1,4 @@
-"""`ft init`: a first finetune.yaml for a data file, derived from its rows."""
+"""`ft init`: a first finetune.yaml for a data file or a folder, derived from its rows."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,11 @@ from ft_assets.errors import ConfigError
 
 
 def write_project(
-    data_file: Path, base: str | None, folder: Path, columns: dict[str, str]
+    data: Path,
+    base: str | None,
+    folder: Path,
+    columns: dict[str, str],
+    encoding: str | None = None,
 ) -> tuple[Path, Found, BaseSource]:
     """Write finetune.yaml into `folder`. Raises ConfigError if it exists, DataError, ModelError."""
     target = folder / CONFIG_NAME
@@ -25,9 +29,8 @@ def write_project(
             fix="edit it, or give another --dir",
         )
     source = BaseSource.of(base, folder)
-    found = look(data_file, columns)
-    relative = os.path.relpath(data_file.resolve(), folder.resolve())
-    text = project_text(Path(relative).as_posix(), source, found)
+    found = look(data, columns, encoding)
+    text = project_text(lambda path: _relative(path, folder), source, found)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with target.open("x", encoding="utf-8") as file:
@@ -47,6 +50,10 @@ def write_project(
     return target, found, source
 
 
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
 def describe(path: Path, found: Found, source: BaseSource) -> str:
     """Return the text that `ft init` prints."""
     looked = (
@@ -54,12 +61,23 @@ def describe(path: Path, found: Found, source: BaseSource) -> str:
         if not found.ended or found.total > LOOKED_AT
         else f"{found.looked_at}"
     )
-    lines = [f"shape: {found.shape}", f"rows: {found.valid} of {looked} can be used"]
+    unread = f"; not read: {found.unread}" if found.unread else ""
+    lines = [f"shape: {found.shape}{unread}", f"rows: {found.valid} of {looked} can be used"]
+    lines += [f"{key}: {names}" for key, names in _used(found).items() if names]
     lines += [f"  {reason}" for reason in found.reasons]
     lines.append(f"answers: {found.answers.describe()}")
     if source.note:
         lines.append(f"base: {source.note}")
     return "\n".join([*lines, f"wrote {path}", "next: ft doctor, then ft run"])
+
+
+def _used(found: Found) -> dict[str, str]:
+    """Return what the command chose for the user, by key of `data`."""
+    return {
+        "columns": ", ".join(f"{ours} is {theirs}" for ours, theirs in found.columns.items()),
+        "held out": ", ".join(path.name for path in found.sources.heldout),
+        "pairs": ", ".join(path.name for path in found.sources.preferences),
+    }
 
 
 class Summary(BaseModel, frozen=True):
@@ -71,6 +89,7 @@ class Summary(BaseModel, frozen=True):
     rows_looked_at: int
     complete: bool
     unusable: list[str]
+    unread: str
     answers: str
     base_model: dict[str, str | None]
 
@@ -84,6 +103,7 @@ def summary(path: Path, found: Found, source: BaseSource) -> Summary:
         rows_looked_at=found.looked_at,
         complete=found.ended and found.total <= LOOKED_AT,
         unusable=list(found.reasons),
+        unread=found.unread,
         answers=found.answers.describe(),
         base_model={"name": source.name, source.kind: source.value, "note": source.note},
     )

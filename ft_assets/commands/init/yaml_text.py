@@ -1,6 +1,8 @@
 """The text of a new finetune.yaml, with comments: what a library that writes YAML would lose."""
 
 import glob
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -22,26 +24,39 @@ USUAL = """\
 # sft: {learning_rate: 1.0e-3, effective_batch: 8}"""
 
 
-def project_text(data_path: str, source: BaseSource, found: "Found") -> str:
-    """Return the file's text. `data_path` is relative to it."""
-    answers = found.answers
-    columns = f"\n  columns: {_inline({'train': found.columns})}" if found.columns else ""
+def project_text(relative: Callable[[Path], str], source: BaseSource, found: "Found") -> str:
+    """Return the file's text. `relative` returns a path as the file names it."""
+    answers, sources = found.answers, found.sources
+
+    def entries(key: str, paths: list[Path]) -> str:
+        return f"{key}: {_inline([glob.escape(relative(path)) for path in paths])}"
+
+    heldout = (
+        f"  {entries('heldout', sources.heldout)}"
+        if sources.heldout
+        else "  # heldout: [data/production.jsonl]"
+    )
+    preferences = (
+        f"  {entries('preferences', sources.preferences)}   "
+        if sources.preferences
+        else "  # preferences: [data/pairs.jsonl]      "
+    )
     return f"""\
 # The one file you edit. Paths are relative to it. An unknown key is an error that names the nearest
 # known one.
 
 data:
   # {found.shape}
-  train: {_inline([glob.escape(data_path)])}{columns}
+  {entries("train", sources.train)}{_reading(found)}
   # Prefer held-out rows that look like production and were never trained on. Without them, a share
   # of train is held out.
-  # heldout: [data/production.jsonl]
+{heldout}
   heldout_share: {_share(found)}
   # retention: general prompts. Without them, forgetting is not measured.
   # retention: [data/general.jsonl]
   # rehearsal: general conversations, trained beside the task against forgetting.
   # rehearsal: [data/more_general.jsonl]
-  # preferences: [data/pairs.jsonl]      # prompt, chosen, rejected: DPO after SFT
+{preferences}# prompt, chosen, rejected: DPO after SFT
   # few_shot: [data/few_shot.jsonl]      # the rival: the base with these examples in its prompt
 
 base_models:                             # one partition of the graph each
@@ -59,6 +74,21 @@ evaluation:
 # Retrain on a schedule, which you switch on in the UI:
 # schedule: {{cron: "0 3 * * 1", timezone: Europe/Berlin}}
 """
+
+
+def _reading(found: "Found") -> str:
+    """Return the lines that say how the rows are read."""
+    lines: list[str] = []
+    if found.columns:
+        lines.append(f"columns: {_inline({'train': found.columns})}")
+    if found.encoding:
+        lines.append(f"encoding: {_inline(found.encoding)}")
+    if found.sources.ignored:
+        lines.append(f"ignored: {_inline(found.sources.ignored)}")
+    if found.unread:
+        lines.append(f"# Not read: {found.unread}. Name here what is left out on purpose:")
+        lines.append("# ignored: []")
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def _evaluation(found: "Found") -> str:

@@ -1,0 +1,120 @@
+"""`ft init`, the files: which of a file or a folder are trained, held out, and pairs."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ft_assets.data.canonical import conversation, preference
+from ft_assets.data.data_files import files_in
+from ft_assets.data.file_formats import read_rows
+from ft_assets.data.file_types import DATA
+from ft_assets.data.raw_row import RawRow
+from ft_assets.data.saved_datasets import splits_of
+from ft_assets.errors import DataError
+from ft_assets.rows.row_formats import renamed
+from ft_assets.rows.types import RawFields
+from ft_assets.rows.values import RowProblem
+
+FIRST = 20  # rows that show what a file holds
+HELD_OUT = ("test", "heldout", "validation")  # the split that is held out, the best first
+# The column names under which SFT learns the chosen answers of pairs.
+CHOSEN = ({"completion": "chosen"}, {"messages": "chosen"})
+
+
+@dataclass
+class Sources:
+    """The entries of `data`: files and folders. `files` are the data files that are trained."""
+
+    train: list[Path]
+    files: list[Path]
+    heldout: list[Path] = field(default_factory=list)
+    preferences: list[Path] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+
+def sources_of(path: Path, encoding: str | None) -> Sources:
+    """Return what a file or folder is for. Raises DataError if it has no data files."""
+    if path.is_dir():
+        found = _of_folder(path)
+    elif path.is_file():
+        found = Sources([path], [path])
+    else:
+        raise DataError(
+            where=str(path),
+            found="does not exist",
+            expected="a data file of conversations or pairs, or a folder of such files",
+            fix="correct the path",
+        )
+    pairs = {file: row for file in found.files if (row := _first_pair(file, encoding))}
+    if not pairs:
+        return found
+    if len(pairs) < len(found.files):
+        found.preferences = sorted(pairs)
+        found.files = [file for file in found.files if file not in pairs]
+        found.train = found.files
+        return found
+    # Only pairs: SFT learns the chosen answers, as is usual before DPO.
+    columns = _chosen_columns(next(iter(pairs.values())))
+    if columns is not None:
+        found.preferences, found.columns, found.ignored = found.train, columns, ["rejected"]
+    return found
+
+
+def _of_folder(folder: Path) -> Sources:
+    files = sorted(files_in(folder))
+    if not files:
+        raise DataError(
+            where=str(folder),
+            found="holds no data files",
+            expected=f"files that end in {', '.join(DATA)}",
+            fix="correct the path, or convert the files",
+        )
+    splits = splits_of(folder, files)
+    if len(splits) < 2:
+        return Sources([folder], files)
+    if "train" not in splits:
+        raise DataError(
+            where=str(folder),
+            found=f"holds the splits {', '.join(splits)}, and none is train",
+            expected="files to train on",
+            fix="give the file or folder to train on",
+        )
+    heldout = next((splits[name] for name in HELD_OUT if name in splits), [])
+    train = splits["train"]
+    inside = [
+        file for entry in train for file in (sorted(files_in(entry)) if entry.is_dir() else [entry])
+    ]
+    return Sources(train, inside, heldout)
+
+
+def rows_of(files: list[Path], encoding: str | None) -> Iterator[RawRow]:
+    for file in files:
+        yield from read_rows(file, encoding)
+
+
+def _first_pair(file: Path, encoding: str | None) -> RawFields | None:
+    """Return the first row of a file of pairs, or None for another file."""
+    for row in itertools.islice(read_rows(file, encoding), FIRST):
+        value = row.value
+        if value is None:
+            continue
+        if not {"chosen", "rejected"} <= value.keys() and _is(conversation, value):
+            return None
+        if _is(preference, value):
+            return value
+    return None
+
+
+def _chosen_columns(pair: RawFields) -> dict[str, str] | None:
+    fitting = (one for one in CHOSEN if "chosen" in pair and _is(conversation, renamed(pair, one)))
+    return next(fitting, None)
+
+
+def _is(form: type | object, raw: RawFields) -> bool:
+    try:
+        form(raw)  # type: ignore[operator]
+    except RowProblem:
+        return False
+    return True

@@ -1,0 +1,130 @@
+"""`ft init` on files as people have them: read without a flag, or one question."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from ft_assets.commands.init import describe, write_project
+from ft_assets.commands.init.survey import look
+from ft_assets.config import Project, load_project
+from ft_assets.data.canonical import conversation, preference
+from ft_assets.data.data_files import resolve_files
+from ft_assets.data.file_formats import read_rows
+from ft_assets.data.raw_row import RawRow
+from ft_assets.errors import DataError
+from ft_assets.rows.row_formats import renamed
+from ft_assets_tests.factories import write_jsonl
+
+PROMPT, ANSWER = "船の色は何ですか", "赤いです"
+TURNS = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]
+
+
+def table(path: Path, columns: str, rows: int = 3) -> Path:
+    names = columns.split(",")
+    lines = [",".join(f"{name} {number}" for name in names) for number in range(rows)]
+    path.write_text("\n".join([columns, *lines]), encoding="utf-8")
+    return path
+
+
+def inited(data: Path, folder: Path, **columns: str) -> tuple[Project, str]:
+    path, found, source = write_project(data, None, folder, columns)
+    return load_project(path), describe(path, found, source)
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt", "completion"),
+    [
+        ("Question,Answer", "Question", "Answer"),
+        ("PROMPT,Response,Id", "PROMPT", "Response"),
+        ("User Message,Assistant Message", "User Message", "Assistant Message"),
+        ("คำถาม,คำตอบ", "คำถาม", "คำตอบ"),
+        ("質問,回答", "質問", "回答"),
+        ("سؤال,جواب", "سؤال", "جواب"),
+        ("body,label", "body", "label"),
+        ("problem,solution", "problem", "solution"),
+    ],
+)
+def test_columns_with_usual_names_are_taken(
+    tmp_path: Path, columns: str, prompt: str, completion: str
+) -> None:
+    project, said = inited(table(tmp_path / "rows.csv", columns), tmp_path)
+    assert project.data.columns == {"train": {"prompt": prompt, "completion": completion}}
+    assert f"prompt is {prompt}, completion is {completion}" in said
+
+
+@pytest.mark.parametrize(
+    ("columns", "choices"),
+    [
+        ("Question,Query,Answer", "--prompt Question, or --prompt Query"),
+        ("User,Gold Answer,Answer,Reply", "--completion Answer, or --completion Reply"),
+        ("body,team", "--prompt body --completion team, or --prompt team --completion body"),
+        ("prompt,input,completion", '--column instruction="prompt" --column input="input"'),
+        ("prompt,completion,output", '--column completion="completion"'),
+    ],
+)
+def test_columns_that_compete_are_one_question(tmp_path: Path, columns: str, choices: str) -> None:
+    with pytest.raises(DataError) as raised:
+        look(table(tmp_path / "rows.csv", columns), {})
+    assert choices in str(raised.value.fix)
+
+
+def test_first_line_names_the_columns_that_are_not_read(tmp_path: Path) -> None:
+    _, said = inited(table(tmp_path / "rows.csv", "prompt,completion,note,id"), tmp_path)
+    assert said.splitlines()[0].endswith("not read: note (3 rows)")
+    assert "Not read: note (3 rows)" in (tmp_path / "finetune.yaml").read_text()
+
+
+def test_pairs_are_trained_by_their_chosen_answers(tmp_path: Path) -> None:
+    other = [TURNS[0], {"role": "assistant", "content": "青いです"}]
+    forms: list[dict[str, Any]] = [
+        {"prompt": PROMPT, "chosen": ANSWER, "rejected": "青いです"},
+        {"chosen": TURNS, "rejected": other},
+        {"prompt": PROMPT, "chosen": TURNS, "rejected": other, "messages": TURNS},
+    ]
+    for number, row in enumerate(forms):
+        folder = tmp_path / str(number)
+        write_jsonl(folder / "pairs.jsonl", [row])
+        project, said = inited(folder / "pairs.jsonl", folder)
+        assert project.data.train == project.data.preferences == ["pairs.jsonl"]
+        assert "pairs: pairs.jsonl" in said
+        trained = conversation(renamed(row, {**project.data.columns["train"]}))
+        assert trained["messages"] == TURNS
+        assert preference(row)["chosen"] == ANSWER
+
+
+def test_folder_is_sorted_into_what_its_files_are_for(tmp_path: Path) -> None:
+    row = {"prompt": PROMPT, "completion": ANSWER}
+    pair = {"prompt": PROMPT, "chosen": ANSWER, "rejected": "青"}
+    write_jsonl(tmp_path / "mixed/chats.jsonl", [row])
+    write_jsonl(tmp_path / "mixed/better.jsonl", [pair])
+    write_jsonl(tmp_path / "split/train.jsonl", [row])
+    write_jsonl(tmp_path / "split/test.jsonl", [row])
+    saved = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list([row]) for name in ("train", "validation")}
+    )
+    saved.save_to_disk(str(tmp_path / "saved"))
+    found = {}
+    for name in ("mixed", "split", "saved"):
+        data = inited(tmp_path / name, tmp_path / f"of_{name}")[0].data
+        found[name] = (data.train, data.heldout, data.preferences)
+        assert resolve_files(tmp_path / f"of_{name}", data.train, "data.train")
+    assert found == {
+        "mixed": (["../mixed/chats.jsonl"], [], ["../mixed/better.jsonl"]),
+        "split": (["../split/train.jsonl"], ["../split/test.jsonl"], []),
+        "saved": (["../saved/train"], ["../saved/validation"], []),
+    }
+
+
+def test_named_encoding_is_written(tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "أين السفينة", "completion": "هنا"}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_bytes(row.encode("cp1256"))
+    with pytest.raises(DataError, match="ft init: --encoding"):
+        look(tmp_path / "rows.jsonl", {})
+    write_project(tmp_path / "rows.jsonl", None, tmp_path, {}, "cp1256")
+    encoding = load_project(tmp_path / "finetune.yaml").data.encoding
+    assert isinstance(encoding, str)
+    (read,) = read_rows(tmp_path / "rows.jsonl", encoding)
+    assert read == RawRow("rows.jsonl:1", json.loads(row))
