@@ -1,5 +1,6 @@
 """Pushing the champion with the real client, to a local HTTP server in place of the hub."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -8,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf import json_format
+from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+from in_toto_attestation.v1 import statement_pb2
+from in_toto_attestation.v1.statement import Statement
 
 from ft_assets.release.push import stale_weights
 from ft_assets_tests.factories import edit, ft
-from ft_assets_tests.pipeline import artifact, failure, materialize, read
+from ft_assets_tests.pipeline import artifact, checks, failure, materialize, read
+from ft_assets_tests.test_signing import make_key
 
 TOKEN = "hf_thisisthesecretofthetest"
 
@@ -188,16 +194,27 @@ def test_weights_of_an_earlier_push_are_deleted_in_the_same_commit(
 def test_rollback_is_pushed_although_that_model_was_pushed_before(
     copy: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit(copy, release={"push": {"repo": "me/tiny"}})
+    """The project signs from its second decision on, so each push has the signature of its model.
+
+    The models, their provenance and the decisions are signed by real runs.
+    """
+    key = make_key(copy.parent, "release")
+    edit(copy, release={"push": {"repo": "me/tiny"}, "signing": {"key": str(key)}})
     online(monkeypatch, hub)
     first = artifact(copy, "merged_model").name
+    unsigned = materialize(copy, "release")
+    assert f"vouch_for: its fingerprint, {first}" in failure(unsigned)
+    vouch = {"release": {"vouch_for": first, "reason": "it was made here before there was a key"}}
+    assert materialize(copy, "release", config=vouch).success
     assert ft(copy, "run", "--asset", "hub_model").returncode == 0
     edit(copy, sft={"learning_rate": 0.021}, release={"margin": 1.0})
     promoted = materialize(
         copy, "recipe,lora_adapter,dpo_adapter,answers,eval_report,merged_model,release"
     )
     assert promoted.success, failure(promoted)
+    assert "signed with the key" in (checks(promoted)["released_files_are_whole"].description or "")
     second = artifact(copy, "merged_model").name
+    assert_is_slsa_provenance(copy)
     assert ft(copy, "run", "--asset", "hub_model").returncode == 0
     assert materialize(
         copy, "release", config={"release": {"rollback_to": "previous", "reason": "complaints"}}
@@ -210,3 +227,35 @@ def test_rollback_is_pushed_although_that_model_was_pushed_before(
         if line["key"] == "header"
     ]
     assert messages == [f"merged_model {name}" for name in (first, second, first)]
+    assert [len(signatures(lines)) for lines in commits(hub)] == [1, 1, 1]
+    secret = "".join(key.read_text().splitlines()[1:-1])[:40]
+    for path in (copy / ".ft").rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def signatures(commit: list[dict[str, Any]]) -> list[str]:
+    """Return the signatures of the model in a commit."""
+    return [
+        line["value"]["content"]
+        for line in commit
+        if line["key"] == "file" and line["value"]["path"] == "model.sig"
+    ]
+
+
+def assert_is_slsa_provenance(folder: Path) -> None:
+    """Check the provenance of the merged model against the published schemas."""
+    merged = artifact(folder, "merged_model")
+    text = (merged / "info/provenance.json").read_text()
+    statement = Statement.copy_from_pb(json_format.Parse(text, statement_pb2.Statement()))
+    statement.validate()
+    document = json.loads(text)
+    predicate = json_format.ParseDict(document["predicate"], provenance_pb2.Provenance())
+    assert predicate.build_definition.build_type and predicate.run_details.builder.id
+    dependencies = predicate.build_definition.resolved_dependencies
+    assert all(one.uri or one.digest or one.content for one in dependencies)
+    named = {one.name.partition("/")[0].partition(":")[0] for one in dependencies}
+    assert {"data.train", "base model", "raw_dataset", "lora_adapter", "eval_report"} <= named
+    weights = (merged / "model.safetensors").read_bytes()
+    subjects = {one["name"]: one["digest"]["sha256"] for one in document["subject"]}
+    assert subjects["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert str(folder) not in text

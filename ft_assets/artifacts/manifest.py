@@ -180,14 +180,22 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_entries(staged: Path) -> dict[str, FileEntry]:
-    """Return the entry of each file below a staging folder, sorted by path."""
-    return {
-        path.relative_to(staged).as_posix(): FileEntry(
-            bytes=path.stat().st_size, sha256=file_sha256(path)
-        )
+def file_entries(
+    staged: Path, known: Mapping[str, FileEntry] | None = None
+) -> dict[str, FileEntry]:
+    """Return the entry of each file below a staging folder, sorted by path.
+
+    known: entries of files that did not change since they were hashed.
+    """
+    paths = {
+        path.relative_to(staged).as_posix(): path
         for path in sorted(staged.rglob("*"))
         if path.is_file()
+    }
+    return {
+        name: (known or {}).get(name)
+        or FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
+        for name, path in paths.items()
     }
 
 
@@ -214,9 +222,10 @@ def make_manifest(
     parts: Mapping[str, str] | None,
     started: float,
     inputs_read: Mapping[str, Read] | None = None,
+    known: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
-    """Return the manifest of the files in a staging folder."""
-    files = file_entries(staged)
+    """Return the manifest of the files in a staging folder. known: see `file_entries`."""
+    files = file_entries(staged, known)
     return Manifest(
         asset=asset,
         partition=partition,

@@ -30,7 +30,14 @@ from ft_assets.artifacts.disk import (
     replace,
     write_durably,
 )
-from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, Read, make_manifest
+from ft_assets.artifacts.manifest import (
+    MANIFEST,
+    Artifact,
+    FileEntry,
+    Manifest,
+    Read,
+    make_manifest,
+)
 from ft_assets.artifacts.verification import UNPARTITIONED, Damage, damages, place_damages, remedy
 from ft_assets.errors import ArtifactError, StoreBusy
 
@@ -233,8 +240,11 @@ class ArtifactStore:
         started: float,
         inputs_read: Mapping[str, Read] | None = None,
         guard: Guard | None = None,
+        known: Mapping[str, FileEntry] | None = None,
     ) -> Artifact:
         """Publish a staged version durably, make it CURRENT, and return it.
+
+        known: the entries of files that are hashed already.
 
         If another run has published the same version meanwhile, that version stays, because a
         reader may be using it. `guard` is called just before, while no other process writes.
@@ -252,6 +262,7 @@ class ArtifactStore:
             environment=environment,
             metrics=metrics,
             inputs_read=inputs_read,
+            known=known,
         )
         return self._commit(staged, manifest, guard)
 

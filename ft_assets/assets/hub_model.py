@@ -6,6 +6,7 @@ from ft_assets.config import Project
 from ft_assets.orchestration.declarations import asset
 from ft_assets.orchestration.materializer import Materializer, result
 from ft_assets.release.lookup import champion_since, need_champion
+from ft_assets.release.signing import require_signed
 from ft_assets.steps import push
 
 
@@ -21,16 +22,23 @@ def hub_model(
 ) -> dg.MaterializeResult:
     """The champion in a hub repository, private by default.
 
-    It is pushed once each time a model becomes champion, with the token in HF_TOKEN.
+    It is pushed once each time a model becomes champion, with the token in HF_TOKEN. The signature
+    of a signed release is pushed with it.
     """
     name, to = context.partition_key, materializer.project.release.push
     assert to is not None, "the graph has this asset only if release.push is set"
-    released, champion = need_champion(materializer.store, name, f"hub_model[{name}]")
+    where = f"hub_model[{name}]"
+    released, champion = need_champion(materializer.store, name, where)
+    signature = require_signed(materializer.project, materializer.store, name, where, weights=False)
     chosen = {"repo": to.repo.replace("{base_model}", name), "private": to.private}
     artifact, reused = materializer.materialize(
         context,
         # After a rollback the champion was pushed before, but the hub serves the withdrawn model.
-        identity={"push": chosen, "champion_since": champion_since(released)},
+        identity={
+            "push": chosen,
+            "champion_since": champion_since(released),
+            **({"signed_with": signature.key.fingerprint} if signature else {}),
+        },
         inputs={"release#champion": (released, "champion"), "champion": (champion, None)},
         step=push.Settings.model_validate(chosen),
     )

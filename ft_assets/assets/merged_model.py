@@ -1,7 +1,15 @@
 """The asset `merged_model`: the base with the proven adapter merged in, and its checks."""
 
-import dagster as dg
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 
+import dagster as dg
+from pydantic import JsonValue
+
+from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.artifacts.manifest import FileEntry
 from ft_assets.assets.eval_report import numbers
 from ft_assets.assets.judged import TRAINED, judged
 from ft_assets.config import GateSettings
@@ -11,6 +19,8 @@ from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
 from ft_assets.release.card_facts import adapter_method, card_body, card_facts
+from ft_assets.release.keys import SigningKey, signing_key
+from ft_assets.release.provenance import Build, write_provenance
 from ft_assets.steps import merge
 
 # The part of the gate that every merged file must pass.
@@ -32,7 +42,7 @@ def _summary(metrics: Metrics) -> str:
     deps=[*TRAINED, "eval_report"],
     group="release",
     kinds=["huggingface"],
-    code_version="8",
+    code_version="9",
     gpu=True,
     summary=_summary,
 )
@@ -57,14 +67,19 @@ def merged_model(
         mode="json", include=None if method == "qlora" else OF_THE_FILE, exclude={"override"}
     )
     evaluation = project.recipe(name).evaluation
+    identity: JsonValue = {
+        "candidate": verdict.candidate,
+        "override": verdict.override,
+        "method": method,
+        "gate": gate,
+    }
+    key = signing_key(project)
+    card = card_facts(project, store, name, used, versions)
+    card = card.model_copy(update={"signed_with": key.fingerprint if key else None})
+    build = Build(context.run_id, time.time(), identity, card, _lineage(store, name, used))
     artifact, reused = materializer.materialize(
         context,
-        identity={
-            "candidate": verdict.candidate,
-            "override": verdict.override,
-            "method": method,
-            "gate": gate,
-        },
+        identity=identity,
         inputs={
             "base_model": (used["base_model"], None),
             "adapter": (adapter, None),
@@ -80,16 +95,33 @@ def merged_model(
             evaluation=evaluation,
             answer_schema=read_schema(project, evaluation),
             verdict=verdict,
-            card=card_facts(project, store, name, used, versions),
+            card=card,
             root=project.root,
         ),
         libraries="infer",
+        finish=partial(_attest, build, key),
         # After QLoRA both merges are on disk for a while.
         space=size * (2 if method == "qlora" else 1) + 100_000_000,
     )
     tag_run(context, version=artifact.fingerprint)
-    card = card_body((artifact.path / "README.md").read_text())
-    return result(artifact, reused, model_card=dg.MetadataValue.md(card))
+    text = card_body((artifact.path / "README.md").read_text())
+    return result(artifact, reused, model_card=dg.MetadataValue.md(text))
+
+
+def _attest(
+    build: Build, key: SigningKey | None, output: Path, files: Mapping[str, FileEntry]
+) -> dict[str, str]:
+    """Write the provenance of a merged model when it is made. It has no metrics."""
+    write_provenance(output, files, build, key)
+    return {}
+
+
+def _lineage(store: ArtifactStore, name: str, used: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """Return all artifacts above a merged model, by asset."""
+    shared = ("raw_dataset", "raw_preferences")
+    found = {asset: store.current(asset, None) for asset in shared}
+    found |= {asset: store.current(asset, name) for asset in ("recipe", "answers", "eval_report")}
+    return {**{asset: one for asset, one in found.items() if one is not None}, **used}
 
 
 @check(

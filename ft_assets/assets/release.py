@@ -4,6 +4,7 @@ Promotion and rollback are one materialization each. The release has the history
 """
 
 import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ft_assets.release.lookup import (
     need_model,
 )
 from ft_assets.release.register import (
+    KEPT,
     PROMOTED,
     ROLLED_BACK,
     HistoryEntry,
@@ -39,6 +41,7 @@ from ft_assets.release.register import (
     state_of,
     write_release,
 )
+from ft_assets.release.signing import Signing, require_signed
 from ft_assets.steps import release as release_step
 
 ABOVE = ("eval_report", "merged_model")
@@ -58,7 +61,12 @@ class ReleaseConfig(dg.Config):
     reason: str = Field(
         default="",
         description="The reason of the rollback, in a sentence. It is recorded in the release. "
-        "Required with rollback_to.",
+        "Required with rollback_to and vouch_for.",
+    )
+    vouch_for: str | None = Field(
+        default=None,
+        description="The fingerprint of a merged_model that is not signed yet, and that you have "
+        "checked. Needed once, when a project with releases begins or ends to sign.",
     )
 
 
@@ -85,14 +93,17 @@ def release(
     today's held-out rows. To roll back, materialize this asset alone with `rollback_to: previous`
     and a `reason` in the launchpad.
     """
-    artifact, reused = (
-        _roll_back(context, materializer, config)
-        if config.rollback_to
-        else _release(context, materializer)
-    )
-    _, merged = need_champion(
-        materializer.store, context.partition_key, f"release[{context.partition_key}]"
-    )
+    where = f"release[{context.partition_key}]"
+    _require_reason(config, where)
+    signing = Signing.of(materializer.project, config.vouch_for, where)
+    signing.require_chain(materializer.store, context.partition_key, where)
+    if config.rollback_to:
+        artifact, reused = _roll_back(context, materializer, config, signing)
+    elif config.vouch_for:
+        artifact, reused = _vouch(context, materializer, config, signing)
+    else:
+        artifact, reused = _release(context, materializer, signing)
+    _, merged = need_champion(materializer.store, context.partition_key, where)
     text = (artifact.path / "release.md").read_text()
     return result(
         artifact,
@@ -125,13 +136,15 @@ def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
     store, name = checked.materializer.store, checked.name
     try:
         _, merged = need_champion(store, name, f"release[{name}]")
+        signature = require_signed(checked.project, store, name, f"release[{name}]")
     except (ReleaseError, ArtifactError) as error:
         return dg.AssetCheckResult(passed=False, severity=ERROR, description=str(error))
     files = merged.manifest.files
     size = merged.manifest.bytes
+    by = f", signed with the key {signature.key.fingerprint[:12]}" if signature else ""
     return dg.AssetCheckResult(
         passed=True,
-        description=f"{len(files)} files, {size / 1e9:.2f} GB, all as they were published",
+        description=f"{len(files)} files, {size / 1e9:.2f} GB, all as they were published{by}",
     )
 
 
@@ -151,7 +164,7 @@ def challenger_was_promoted(checked: Checked) -> dg.AssetCheckResult:
 
 
 def _release(
-    context: dg.AssetExecutionContext, materializer: Materializer
+    context: dg.AssetExecutionContext, materializer: Materializer, signing: Signing
 ) -> tuple[Artifact, bool]:
     name, project, store = context.partition_key, materializer.project, materializer.store
     where = f"release[{name}]"
@@ -169,6 +182,8 @@ def _release(
         "evaluation": versions["evaluation"],
     }
     inputs: dict[str, tuple[Artifact, str | None]] = {"merged_model": (merged, None)}
+    signing.require_model(merged, state, where)
+    sign = partial(signing.sign, store, name, current)
     if state.champion is None:
         return materializer.materialize(
             context,
@@ -177,6 +192,7 @@ def _release(
             make=lambda output: _first(
                 output, merged, challenger, context, project.recipe(name).evaluation.metric
             ),
+            finish=sign,
         )
     assert current is not None
     if challenger.identity == state.champion.identity:
@@ -215,6 +231,7 @@ def _release(
             at=_now(),
             run_id=context.run_id,
         ),
+        finish=sign,
         libraries=LIBRARIES,
     )
 
@@ -293,20 +310,83 @@ def _gain(merged: Artifact) -> dict[str, Any]:
     }
 
 
-def _roll_back(
-    context: dg.AssetExecutionContext, materializer: Materializer, config: ReleaseConfig
-) -> tuple[Artifact, bool]:
-    name, store = context.partition_key, materializer.store
-    where, state = f"release[{name}]", state_of(current_release(store, name))
-    if not config.reason.strip():
+def _require_reason(config: ReleaseConfig, where: str) -> None:
+    what = "a rollback" if config.rollback_to else "vouch_for"
+    if (config.rollback_to or config.vouch_for) and not config.reason.strip():
         raise ReleaseError(
             where=where,
-            found="a rollback without a reason",
+            found=f"{what} without a reason",
             expected="reason: a sentence, which is recorded",
             fix="fill in both fields of the launchpad",
         )
+
+
+def _vouch(
+    context: dg.AssetExecutionContext,
+    materializer: Materializer,
+    config: ReleaseConfig,
+    signing: Signing,
+) -> tuple[Artifact, bool]:
+    """Keep the champion by a decision of its own, which is signed as the project is set today.
+
+    A model that is not the champion goes the usual way instead.
+    """
+    name, store = context.partition_key, materializer.store
+    where, current = f"release[{name}]", current_release(store, name)
+    state = state_of(current)
+    champion = state.champion
+    if champion is None or champion.merged_model != config.vouch_for:
+        merged = store.need("merged_model", name)
+        if merged.fingerprint != config.vouch_for:
+            raise ReleaseError(
+                where=where,
+                found=f"vouch_for: {config.vouch_for} is neither the champion nor today's merged "
+                "model",
+                expected="the whole fingerprint of one of them",
+                fix=f"check {champion.merged_model if champion else merged.fingerprint}",
+            )
+        return _release(context, materializer, signing)
+    model = need_model(store, name, champion, where)
+
+    def make(output: Path) -> StepResult:
+        entry = HistoryEntry(
+            sequence=state.sequence + 1,
+            decision=KEPT,
+            reasons=[f"vouched for by hand: {config.reason}"],
+            champion=champion,
+            challenger=champion,
+            at=_now(),
+            run_id=context.run_id,
+        )
+        write_release(output, state, entry)
+        metrics = {**_metrics(entry), **_gain(model), "measured_today": False}
+        return StepResult(metrics, {"champion": champion.identity})
+
+    return materializer.materialize(
+        context,
+        identity={
+            "vouch_for": champion.identity,
+            "reason": config.reason,
+            "sequence": state.sequence + 1,
+        },
+        inputs={"champion": (model, None), **_former(store, name, state)},
+        make=make,
+        finish=partial(signing.sign, store, name, current),
+    )
+
+
+def _roll_back(
+    context: dg.AssetExecutionContext,
+    materializer: Materializer,
+    config: ReleaseConfig,
+    signing: Signing,
+) -> tuple[Artifact, bool]:
+    name, store = context.partition_key, materializer.store
+    where, current = f"release[{name}]", current_release(store, name)
+    state = state_of(current)
     target = rollback_target(state, config.rollback_to or "", where)
     champion = need_model(store, name, target, where)
+    signing.require_model(champion, state, where)
     old = state.champion
     assert old is not None
     left = need_model(store, name, old, where) if find_model(store, name, old) else None
@@ -338,6 +418,7 @@ def _roll_back(
         identity=settings,
         inputs=inputs | ({"previous_champion": (left, None)} if left else {}),
         make=make,
+        finish=partial(signing.sign, store, name, current),
     )
 
 

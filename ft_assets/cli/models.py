@@ -181,11 +181,14 @@ def serve(
     from ft_assets.artifacts import open_store
     from ft_assets.export.serving import LOOPBACK, choose_engine, serve_command
     from ft_assets.release.lookup import need_champion
+    from ft_assets.release.signing import require_signed
 
     project = load_project()
     name = base or next(iter(project.base_models))
     project.base_model(name)
-    _, model = need_champion(open_store(project), name, "ft serve")
+    store = open_store(project)
+    _, model = need_champion(store, name, "ft serve")
+    require_signed(project, store, name, "ft serve")
     chosen_engine = choose_engine(engine)
     command, url = serve_command(chosen_engine, model.path, port), f"http://{LOOPBACK}:{port}/v1"
     if as_json:

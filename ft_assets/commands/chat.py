@@ -14,6 +14,7 @@ from ft_assets.inference.generation import generate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.release.lookup import current_release, need_model
 from ft_assets.release.register import identity, state_of
+from ft_assets.release.signing import require_signed
 from ft_assets.rows.types import Message
 
 
@@ -47,6 +48,8 @@ class SideBySide:
     def __init__(self, project: Project, name: str, system: str | None) -> None:
         store = open_store(project)
         self.asked = contenders(store, name)
+        if any(who == "champion" for who, _ in self.asked):
+            require_signed(project, store, name, "ft chat")
         self.settings = project.recipe(name).evaluation
         self.system = (
             system

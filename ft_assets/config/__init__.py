@@ -17,7 +17,7 @@ from ft_assets.config.evaluation import (
 )
 from ft_assets.config.loading import CONFIG_NAME, find_config, load_project
 from ft_assets.config.project import BaseModelSettings, Project, Recipe, settings_version
-from ft_assets.config.release import Format, PushSettings, ReleaseSettings
+from ft_assets.config.release import Format, PushSettings, ReleaseSettings, SigningSettings
 from ft_assets.config.section import Section, Share
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings, TrainSettings
 
@@ -43,6 +43,7 @@ __all__ = [
     "Section",
     "SftSettings",
     "Share",
+    "SigningSettings",
     "SlackSettings",
     "StratifySettings",
     "TrainSettings",

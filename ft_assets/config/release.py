@@ -1,9 +1,10 @@
-"""`release:` of finetune.yaml: the rule of promotion, the serving formats, the hub repository."""
+"""`release:` of finetune.yaml: the rule of promotion, serving formats, hub repository, keys."""
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ft_assets.config.automation import Variable
 from ft_assets.config.section import Section
 
 Format = Literal["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "nf4", "awq", "adapter"]
@@ -15,6 +16,29 @@ class PushSettings(Section):
         "name. The token is HF_TOKEN of the environment."
     )
     private: bool = True
+
+
+class SigningSettings(Section):
+    key: str | None = Field(
+        default=None,
+        description="PEM file of the private key that signs, outside of the project. `~` and "
+        "`$VARIABLE` are replaced. Without it, this project only verifies.",
+    )
+    password_env: Variable | None = Field(
+        default=None,
+        description="Name of the environment variable that holds the password of the key.",
+    )
+    trusted: list[str] = Field(
+        default=[],
+        description="PEM files of the public keys whose signatures count. Default: the one of "
+        "`key`. The environment variable FT_TRUSTED_KEYS replaces this list.",
+    )
+
+    @model_validator(mode="after")
+    def _some_key(self) -> "SigningSettings":
+        if not self.key and not self.trusted:
+            raise ValueError("give key, trusted, or both")
+        return self
 
 
 class ReleaseSettings(Section):
@@ -48,3 +72,4 @@ class ReleaseSettings(Section):
         description="Folder of llama.cpp with convert_hf_to_gguf.py and llama-quantize.",
     )
     push: PushSettings | None = None
+    signing: SigningSettings | None = None

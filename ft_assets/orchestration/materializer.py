@@ -22,7 +22,7 @@ from ft_assets.artifacts import (
     open_store,
 )
 from ft_assets.artifacts.environment import library_versions
-from ft_assets.artifacts.manifest import Read
+from ft_assets.artifacts.manifest import FileEntry, Read, file_entries
 from ft_assets.artifacts.verification import HISTORIES
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed
@@ -33,6 +33,8 @@ from ft_assets.screen import screen_of
 # {name: (artifact, the part of it that is read; None for all of it)}
 Inputs = Mapping[str, tuple[Artifact, str | None]]
 Make = Callable[[Path], StepResult]
+# Adds files about the finished ones, e.g. signatures, and returns metrics about them.
+Finish = Callable[[Path, Mapping[str, FileEntry]], Mapping[str, str]]
 
 OBSERVE_EVERY_SECONDS = 5.0
 GPU_POOL = "gpu"
@@ -91,6 +93,7 @@ class Materializer(Protocol):
         libraries: str | None = None,
         step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
+        finish: Finish | None = None,
         space: int = 0,
         verified: bool = True,
     ) -> tuple[Artifact, bool]:
@@ -99,6 +102,7 @@ class Materializer(Protocol):
         `identity` is the JSON that decides the content: it is fingerprinted, and is the manifest's
         `settings`. `step` is what the step gets, or a function that returns it, called only if the
         artifact is made. Neither overwrites the other. `inputs` are fingerprinted and passed.
+        `finish` runs in this process after either of them, before the artifact is published.
         `space` is the free disk space in bytes that the artifact needs. `verified`: False if the
         artifact shows damaged inputs itself.
         """
@@ -134,6 +138,7 @@ class StoreMaterializer:
         libraries: str | None = None,
         step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
+        finish: Finish | None = None,
         space: int = 0,
         verified: bool = True,
     ) -> tuple[Artifact, bool]:
@@ -181,6 +186,10 @@ class StoreMaterializer:
             else:
                 assert make is not None, "either a step or a function makes an artifact"
                 result = make(staged)
+            known_files, more = dict[str, FileEntry](), dict[str, str]()
+            if finish is not None:
+                known_files = file_entries(staged)
+                more = dict(finish(staged, known_files))
             if damage is not None:
                 self.store.discard(asset, partition, version)
             published = self.store.publish(
@@ -192,13 +201,14 @@ class StoreMaterializer:
                 settings=identity,
                 inputs=wanted.inputs,
                 environment=wanted.environment,
-                metrics=result.metrics,
+                metrics={**result.metrics, **more},
                 parts=result.parts,
                 started=started,
                 inputs_read={
                     name: Read(fingerprint=one.fingerprint, files=one.manifest.files_version)
                     for name, (one, _) in inputs.items()
                 },
+                known=known_files,
             )
         shutil.rmtree(self.store.checkpoints(asset, partition, version), ignore_errors=True)
         return published, False

@@ -18,7 +18,7 @@ from ft_assets.errors import ArtifactError
 from ft_assets.job import StepSettings
 from ft_assets.orchestration.assuming_store import AssumingStore
 from ft_assets.orchestration.console import cause
-from ft_assets.orchestration.materializer import Inputs, Make, Materializer, Wanted
+from ft_assets.orchestration.materializer import Finish, Inputs, Make, Materializer, Wanted
 from ft_assets.orchestration.memory_forecast import Forecast, forecast
 
 RUNS, MAYBE, REUSED, REFUSED, STOPPED = (
@@ -71,6 +71,7 @@ class Planner:
         libraries: str | None = None,
         step: StepSettings | Callable[[], StepSettings] | None = None,
         make: Make | None = None,
+        finish: Finish | None = None,
         space: int = 0,
         verified: bool = True,
     ) -> tuple[Artifact, bool]:

@@ -22,6 +22,7 @@ from ft_assets.evaluation.report_model import Estimate, EvalReport, Verdict
 from ft_assets.markdown import table
 from ft_assets.models.license import BaseLicense
 from ft_assets.release.card_facts import CardFacts, DataFacts, TemplateFacts
+from ft_assets.release.provenance import PROVENANCE
 
 
 @dataclass(frozen=True)
@@ -325,4 +326,17 @@ ft run --base {facts.partition}
 
 Versions: Python {facts.python}, {libraries}.
 
-The verdict is about exactly these versions: {judged}."""
+The verdict is about exactly these versions: {judged}.
+
+{_integrity(facts)}"""
+
+
+def _integrity(facts: CardFacts) -> str:
+    text = f"`{PROVENANCE}` beside this card has the data, base, and steps with their hashes."
+    if facts.signed_with is None:
+        return text
+    return (
+        f"{text} Merged in a project that signs with the key of SHA-256 `{facts.signed_with}`.\n"
+        "`model_signing verify key . --signature model.sig --public_key release.pub` verifies a "
+        "pushed release."
+    )

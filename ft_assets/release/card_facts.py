@@ -90,7 +90,8 @@ class CardFacts(Facts):
     """The facts of a model card. method: of the adapter. has_system_turn: of the held-out rows.
 
     training: the numbers of SFT and DPO. yaml: the finetune.yaml of this base alone. python,
-    libraries: the versions. bound_to: the versions that the verdict is about.
+    libraries: the versions. bound_to: the versions that the verdict is about. signed_with: the
+    fingerprint of the project's key, None without one.
     """
 
     partition: str
@@ -108,6 +109,7 @@ class CardFacts(Facts):
     python: str
     libraries: dict[str, str]
     bound_to: dict[str, str]
+    signed_with: str | None = None
 
     @property
     def heldout(self) -> DataFacts:
@@ -163,7 +165,7 @@ def _base(project: Project, name: str, base: Artifact) -> BaseFacts:
     settings = project.base_model(name)
     metrics = base.metrics
     return BaseFacts(
-        source=settings.hub or _shareable(settings.gguf or settings.folder or ""),
+        source=settings.hub or shareable(settings.gguf or settings.folder or ""),
         hub=settings.hub,
         revision=base.manifest.settings.get("identity", {}).get("commit"),
         fingerprint=base.data_version,
@@ -174,7 +176,7 @@ def _base(project: Project, name: str, base: Artifact) -> BaseFacts:
     )
 
 
-def _shareable(place: str) -> str:
+def shareable(place: str) -> str:
     """Shorten a path or URL for a public page.
 
     An absolute path keeps its last part; the rest belongs to this machine. A URL loses its secrets.
@@ -186,7 +188,7 @@ def _template(chat: ChatSettings, base: Artifact) -> TemplateFacts:
     path = base.path / "info" / "settled.json"
     fix = "materialize base_model again"
     return TemplateFacts(
-        chat_template=_shareable(chat.chat_template) if chat.chat_template else None,
+        chat_template=shareable(chat.chat_template) if chat.chat_template else None,
         template_name=chat.template_name,
         template_kwargs=chat.template_kwargs,
         system_turn=chat.system_turn,
@@ -258,9 +260,9 @@ def excerpt(project: Project, name: str) -> str:
     base = project.base_model(name).model_dump(mode="json", exclude_unset=True)
     for key in ("folder", "gguf"):
         if key in base:
-            base[key] = _shareable(base[key])
+            base[key] = shareable(base[key])
     data = {
-        "data": _each(written.pop("data"), _shareable),
+        "data": _each(written.pop("data"), shareable),
         **_each({"base_models": {name: base}, **written}, redacted),
     }
     return yaml.safe_dump(

@@ -5,15 +5,17 @@ the run config, the job file, a log or an error.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ft_assets.errors import ReleaseError
+from ft_assets.release.statements import MODEL_SIGNATURE
 
 # Weights that a loader could take instead of the pushed ones: shards beside a single file, an
-# adapter, the older format.
+# adapter, the older format. And the signature of other weights.
 WEIGHTS = (
+    MODEL_SIGNATURE,
     "model*.safetensors",
     "model.safetensors.index.json",
     "pytorch_model*.bin*",
@@ -22,8 +24,8 @@ WEIGHTS = (
 )
 
 
-def push(folder: Path, files: Collection[str], repo: str, private: bool, message: str) -> str:
-    """Upload these files of a model folder in one commit, and return its id.
+def push(files: Mapping[str, Path], repo: str, private: bool, message: str) -> str:
+    """Upload files, by their path in the repository, in one commit; return its id.
 
     The same commit deletes other weights of an earlier push. Raises ReleaseError, also if the
     visibility of the repository differs from `private`.
@@ -52,8 +54,8 @@ def push(folder: Path, files: Collection[str], repo: str, private: bool, message
         require_visibility(repo, api.repo_info(repo).private, private)
         stale = stale_weights(api.list_repo_files(repo), files)
         additions = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
-            for name in sorted(files)
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+            for name, path in sorted(files.items())
         ]
         # Not upload_folder: it commits a large folder in parts, and in between the hub would serve
         # files of two models.

@@ -6,6 +6,7 @@ from typing import ClassVar
 from ft_assets.artifacts import Artifact
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.release.push import push
+from ft_assets.release.statements import MODEL_SIGNATURE
 from ft_assets.step_runner import main, takes
 
 
@@ -21,7 +22,11 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     folder = job.inputs["champion"]
     model = Artifact.read(folder)
     repo, private = settings.repo, settings.private
-    commit = push(folder, model.manifest.files, repo, private, f"merged_model {model.fingerprint}")
+    files = {name: folder / name for name in model.manifest.files}
+    signature = job.inputs["release"] / MODEL_SIGNATURE
+    if signature.is_file():
+        files[MODEL_SIGNATURE] = signature
+    commit = push(files, repo, private, f"merged_model {model.fingerprint}")
     report("pushed", repo=repo, commit=commit)
     (job.output / "push.json").write_text(
         json.dumps({"repo": repo, "private": private, "commit": commit}, indent=1)

@@ -1,0 +1,124 @@
+"""What a project's keys ask of a release: whom to trust, what to sign, and when to refuse.
+
+A release is signed only if all that it goes on with was signed: the decision before it, and the
+model that becomes champion. Otherwise a signature would turn a changed store into a trusted one. A
+person can vouch for a model that is not signed yet; the release records the reason.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.artifacts.manifest import FileEntry
+from ft_assets.config import Project
+from ft_assets.errors import ReleaseError
+from ft_assets.release.keys import SigningKey, TrustedKey, signing_key, trusted_keys
+from ft_assets.release.lookup import current_release, need_champion, need_model
+from ft_assets.release.provenance import require_signed_files
+from ft_assets.release.register import ReleaseDocument, ReleaseState, state_of
+from ft_assets.release.signed_release import (
+    Release,
+    VerifiedRelease,
+    is_signed,
+    report_of,
+    sign_release,
+    verify_decision,
+    verify_release,
+)
+
+VOUCH = "check the model, then materialize release alone with vouch_for: {} and a reason"
+
+
+@dataclass(frozen=True)
+class Signing:
+    """The keys of a project; vouched: the fingerprint of the model that a person vouches for."""
+
+    key: SigningKey | None
+    trusted: tuple[TrustedKey, ...]
+    vouched: str | None
+
+    @classmethod
+    def of(cls, project: Project, vouched: str | None, where: str) -> "Signing":
+        """Read the keys. Raises ReleaseError if signatures are asked for, and none can be made."""
+        trusted, key = trusted_keys(project), signing_key(project)
+        if trusted and key is None:
+            raise ReleaseError(
+                where=where,
+                found=f"a trusted key is configured ({trusted[0].path}), and no key to sign with",
+                expected="release.signing.key, so that the next release can be verified",
+                fix="set it, or release on the machine that has the key",
+            )
+        return cls(key, trusted, vouched)
+
+    def require_chain(self, store: ArtifactStore, name: str, where: str) -> None:
+        """Raise ReleaseError unless the current release is signed as the next one will be."""
+        current = current_release(store, name)
+        if current is None:
+            return
+        champion = state_of(current).champion
+        assert champion is not None, "a release has a champion"
+        if champion.merged_model == self.vouched:
+            return
+        if self.trusted:
+            verify_decision(
+                Release(store, name, current, need_model(store, name, champion, where)),
+                self.trusted,
+            )
+        elif is_signed(current):
+            raise ReleaseError(
+                where=where,
+                found="the current release is signed, and release.signing is not set any more",
+                expected="the key that signs the next release too",
+                fix="set release.signing again. To go on without signatures, "
+                + VOUCH.format(champion.merged_model),
+            )
+
+    def require_model(self, merged: Artifact, state: ReleaseState, where: str) -> None:
+        """Raise ReleaseError unless a model was signed when it was merged, or in a release."""
+        if not self.trusted or merged.fingerprint == self.vouched:
+            return
+        if require_signed_files(merged, self.trusted, where) is not None:
+            return
+        models = [state.champion, state.previous, *(line.champion for line in state.history)]
+        if any(model and model.data_version == merged.data_version for model in models):
+            return
+        raise ReleaseError(
+            where=where,
+            found=f"merged_model {merged.fingerprint} was not signed when it was merged",
+            expected="the signature that a merge with release.signing writes",
+            fix=VOUCH.format(merged.fingerprint),
+        )
+
+    def sign(
+        self,
+        store: ArtifactStore,
+        name: str,
+        before: Artifact | None,
+        output: Path,
+        files: Mapping[str, FileEntry],
+    ) -> dict[str, str]:
+        """Sign a release that is not published yet; return its metrics. Without a key: nothing."""
+        if self.key is None:
+            return {}
+        document = ReleaseDocument.model_validate_json((output / "release.json").read_text())
+        champion = need_model(store, name, document.champion, f"release[{name}]")
+        report = report_of(store, name, champion)
+        sign_release(output, files, champion=champion, report=report, before=before, key=self.key)
+        return {"signed_with": self.key.fingerprint}
+
+
+def require_signed(
+    project: Project, store: ArtifactStore, name: str, where: str, *, weights: bool = True
+) -> VerifiedRelease | None:
+    """Verify the current release if a trusted key is configured, else return None.
+
+    weights: False for a caller that compares the files with the manifest itself; otherwise every
+    byte of the model is read. Raises ReleaseError or ArtifactError.
+    """
+    trusted = trusted_keys(project)
+    if not trusted:
+        return None
+    released, champion = need_champion(store, name, where)
+    verify = verify_release if weights else verify_decision
+    return verify(Release(store, name, released, champion), trusted)
