@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint
 from ft_assets.artifacts.manifest import FileEntry, Manifest, content_version, file_entries
+from ft_assets.cli import integrity, models  # two modules: a group of commands
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError, FtError, ReleaseError
 from ft_assets.release.keys import signing_key, trusted_keys
@@ -487,3 +490,29 @@ def test_require_signed_files_names_the_file(shop: Shop) -> None:
     )
     with pytest.raises(ReleaseError, match=r"extra.bin of merged_model .* was added"):
         require_signed_files(other, trusted_keys(shop.project), "here")
+
+
+def test_ft_verify_release(shop: Shop, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"data": {"train": ["a.jsonl"]}, "base_models": {NAME: {"folder": "base"}}}
+    (shop.root / "finetune.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.chdir(shop.root)
+
+    def verify(*options: str) -> tuple[int, str]:
+        assert integrity.app is models.app
+        done = CliRunner().invoke(integrity.app, ["verify", "--release", *options])
+        error = done.exception if isinstance(done.exception, FtError) else ""
+        return done.exit_code, f"{done.output}{error}"
+
+    code, text = verify()
+    assert code and "no trusted key is configured" in text
+    own = ("--key", str(keys / "release.pub"))
+    code, text = verify(*own)
+    fingerprint = hashlib.sha256((keys / "release.pub").read_bytes()).hexdigest()
+    assert (code, "verified: decision 2 (PROMOTED" in text, fingerprint in text) == (0, True, True)
+    assert verify("--key", str(keys / "other.pub"))[0] == 1
+    code, text = verify(*own, "--at-least", "3", "--json")
+    assert (
+        code == 1 and "is decision 2: an older store was put back" in json.loads(text)[0]["error"]
+    )
+    monkeypatch.setenv("FT_TRUSTED_KEYS", str(keys / "release.pub"))
+    assert verify()[0] == 0

@@ -19,8 +19,9 @@ from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
 from ft_assets.release.card_facts import adapter_method, card_body, card_facts
-from ft_assets.release.keys import SigningKey, signing_key
+from ft_assets.release.keys import SigningKey
 from ft_assets.release.provenance import Build, write_provenance
+from ft_assets.release.signing import Signing
 from ft_assets.steps import merge
 
 # The part of the gate that every merged file must pass.
@@ -73,7 +74,7 @@ def merged_model(
         "method": method,
         "gate": gate,
     }
-    key = signing_key(project)
+    key = Signing.of(project, None, f"merged_model[{name}]").key
     card = card_facts(project, store, name, used, versions)
     card = card.model_copy(update={"signed_with": key.fingerprint if key else None})
     build = Build(context.run_id, time.time(), identity, card, _lineage(store, name, used))

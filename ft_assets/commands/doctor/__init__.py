@@ -14,6 +14,7 @@ from ft_assets.data.data_files import resolve_files
 from ft_assets.errors import ClusterUnreachable, FtError
 from ft_assets.launchers import make_launcher
 from ft_assets.launchers.cluster import ClusterLauncher
+from ft_assets.release.keys import signing_key, trusted_keys
 
 FILES = (*CONVERSATIONS, "preferences")  # the keys of data that name files
 
@@ -32,6 +33,7 @@ def examine() -> list[Check]:
     checks += [
         config,
         *guarded("launcher", lambda: [launcher_check(project.launcher, project.root)]),
+        *guarded("signing", partial(_signing, project)),
         *_data(project),
     ]
     for name, settings in project.base_models.items():
@@ -46,6 +48,16 @@ def examine() -> list[Check]:
             if part == "source" and any(check.state == FAIL for check in found):
                 break  # licence and template of what is not there would only say so again
     return checks
+
+
+def _signing(project: Project) -> Iterator[Check]:
+    """Yield whether this machine can sign the next release, if signatures are asked for."""
+    trusted, key = trusted_keys(project), signing_key(project)
+    if key is not None:
+        yield ok("signing", f"releases are signed with the key {key.fingerprint[:12]}")
+    elif trusted:
+        advice = "set release.signing.key on the machine that releases"
+        yield warn("signing", "releases are verified here and cannot be signed", advice)
 
 
 def _config() -> tuple[Project | None, Check]:
