@@ -19,6 +19,7 @@ from ft_assets.data.file_formats import RawRow, read_rows
 from ft_assets.data.ingest import UNREAD, Canonical, Ingest, worst
 from ft_assets.data.kto import pair_labels
 from ft_assets.data.tables import REJECTED, Layout, TableWriter, read_table
+from ft_assets.data.threads import join_threads
 from ft_assets.errors import DataError
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked
@@ -35,6 +36,7 @@ ADAPTED = {
     "_with_joined_turns": "rows have user turns in a row, which became one turn",
     "_opened_by_assistant": "rows open with the assistant's turn, which is context only",
     "_ties": "rows are ties, which are no pairs",
+    "_unanswered": "messages of trees have no answer, and no thread to stand in",
     "_disputed": "pairs are left out because annotators disagree",
 }
 Sources = Mapping[str, tuple[str, ToCanonical]]  # {key of data: (table, its rows' form)}
@@ -123,6 +125,8 @@ def _rows(project: Project, key: str) -> Iterable[RawRow]:
         )
     )
     rows = _as_declared(project, rows)
+    if row_format is None:
+        rows = join_threads(rows, "rankings" if key == "preferences" else "conversations")
     if key != "preferences":
         return rows
     return pair_labels(rows, row_format, _of_key(project, "columns", key))

@@ -21,7 +21,7 @@ from ft_assets.errors import DataError
 from ft_assets.rows.cells import plain
 from ft_assets.rows.row_formats import conversation_turns, renamed
 from ft_assets.rows.types import DataRow, RawFields, RejectedRow
-from ft_assets.rows.values import RowProblem, Tie
+from ft_assets.rows.values import LeftOut, RowProblem
 
 SHOWN = 2000  # characters of a rejected row that are kept
 UNREAD = "_unread_columns"  # the end of the metric's name
@@ -41,6 +41,7 @@ class Ingested:
     joined: int = 0  # rows with user turns that were joined
     opened: int = 0  # rows that the assistant opens
     ties: int = 0  # rows whose answers are equally good
+    unanswered: int = 0  # messages of trees without an answer
     disputed: int = 0  # pairs on which annotators disagree, left out
     unread: str = ""  # text columns that are not read, with their numbers of rows
 
@@ -56,6 +57,7 @@ class Ingested:
             **({f"{name}_with_joined_turns": self.joined} if self.joined else {}),
             **({f"{name}_opened_by_assistant": self.opened} if self.opened else {}),
             **({f"{name}_ties": self.ties} if self.ties else {}),
+            **({f"{name}_unanswered": self.unanswered} if self.unanswered else {}),
             **({f"{name}_disputed": self.disputed} if self.disputed else {}),
             **({f"{name}{UNREAD}": self.unread} if self.unread else {}),
         }
@@ -91,8 +93,10 @@ class Ingest:
         first: list[str] = []
         adapted: Counter[str] = Counter()
         votes = Votes()
+        aside = 0
 
         def valid() -> Iterator[RowT]:
+            nonlocal aside
             for row in rows:
                 try:
                     canonical = _canonical(row, form, dict(columns or {}), stratum, audit)
@@ -101,8 +105,9 @@ class Ingest:
                         votes.add(canonical)
                     yield cast(RowT, canonical)
                 except RowProblem as problem:
-                    if isinstance(problem, Tie):
-                        adapted["ties"] += 1
+                    if isinstance(problem, LeftOut):
+                        adapted[problem.count] += 1
+                        aside += 1
                     elif len(first) < FIRST:
                         first.append(f"{row.where}: {problem}")
                     self.rejected.write(
@@ -117,7 +122,7 @@ class Ingest:
             self.scratch,
             lambda: lost.update(votes.lost(min_agreement)) or lost,
         )
-        rejected = self.rejected.rows - before - adapted["ties"]
+        rejected = self.rejected.rows - before - aside
         for identity, where in written.left_out.items():
             self.rejected.write({"where": where, "problem": lost[identity], "row": ""})
         done = Ingested(
@@ -155,6 +160,8 @@ def _canonical(
     audit: Audit | None,
 ) -> DataRow:
     """Return the canonical row, with its file and line as `source`. Raises RowProblem."""
+    if row.left_out:
+        raise LeftOut(row.problem or "", row.left_out)
     if row.value is None:
         raise RowProblem(row.problem or "cannot be read")
     value = plain(renamed(row.value, columns) if columns else row.value)

@@ -8,11 +8,15 @@ from ft_assets.rows.types import RawFields
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row of a file; `problem` is the reason why it is not an object."""
+    """A row of a file; `problem` is the reason why it is not an object.
+
+    `left_out`: the name under which a row that is left out and not wrong is counted.
+    """
 
     where: str
     value: RawFields | None
     problem: str | None = None
+    left_out: str = ""
 
     @classmethod
     def of(cls, where: str, value: Any) -> "RawRow":

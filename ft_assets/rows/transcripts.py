@@ -11,7 +11,10 @@ from typing import Any
 from ft_assets.rows.types import RawFields
 
 # The columns in which a known form is looked for.
-COLUMNS = ("chosen", "rejected", "prompt", "chat", "text", "conversation", "dialogue", "transcript")
+COLUMNS = (
+    *("chosen", "rejected", "prompt", "text", "chat", "transcript"),
+    *("messages", "conversations", "conversation", "dialogue", "dialog"),
+)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,19 @@ class RowProblem(Exception):
         super().__init__(problem.encode("utf-8", "backslashreplace").decode())
 
 
-class Tie(RowProblem):
+class LeftOut(RowProblem):
+    """The reason why a row that is not wrong is left out. It is counted apart, under `count`."""
+
+    def __init__(self, problem: str, count: str) -> None:
+        super().__init__(problem)
+        self.count = count
+
+
+class Tie(LeftOut):
     """The reason why a row holds no preference: its answers are equally good."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem, "ties")
 
 
 def shown(value: Any) -> str:
