@@ -11,7 +11,11 @@ from ft_assets.assets import declared  # noqa: E402
 from ft_assets.compat.dagster import keep_secrets_out_of_history  # noqa: E402
 from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.orchestration.automation import automation, freshness  # noqa: E402
+from ft_assets.orchestration.bring_up_to_date import bring_up_to_date  # noqa: E402
 from ft_assets.orchestration.console import console  # noqa: E402
+from ft_assets.orchestration.data_sources import source_specs  # noqa: E402
+from ft_assets.orchestration.declarations import OWNER  # noqa: E402
+from ft_assets.orchestration.mark_stale import mark_stale, up_to_date  # noqa: E402
 from ft_assets.orchestration.materializer import StoreMaterializer  # noqa: E402
 from ft_assets.orchestration.rerun_stale import rerun_stale  # noqa: E402
 from ft_assets.orchestration.run_plan_job import what_would_run  # noqa: E402
@@ -22,11 +26,22 @@ def build(project: Project) -> dg.Definitions:
     base_models = dg.StaticPartitionsDefinition(list(project.base_models))
     found = declared().of(project)
     schedules, sensors, jobs = automation(project, base_models)
-    sensors.append(rerun_stale(project, build, jobs[0]))
-    jobs.append(what_would_run(project, build))
+    sensors += [mark_stale(project, build), rerun_stale(project, build, jobs[0])]
+    update, update_runs = bring_up_to_date(project, build, jobs[0])
+    sensors.append(update_runs)
+    jobs += [what_would_run(project, build), update]
+    partitioned = [asset.name for asset in found.assets if asset.per_base_model]
+    common = [asset.name for asset in found.assets if not asset.per_base_model]
+    fresh = [
+        up_to_date(project, build, partitioned, base_models, "up_to_date_by_base_model"),
+        up_to_date(project, build, common, None, "up_to_date"),
+    ]
     definitions = dg.Definitions(
-        assets=[*found.specs, *(asset.bind(base_models) for asset in found.assets)],
-        asset_checks=[check.bind(base_models) for check in found.checks],
+        assets=[
+            *source_specs(project, OWNER),
+            *(asset.bind(project, base_models) for asset in found.assets),
+        ],
+        asset_checks=[*(check.bind(base_models) for check in found.checks), *fresh],
         jobs=jobs,
         schedules=schedules,
         sensors=sensors,

@@ -5,6 +5,7 @@ leaderboard follows a failed run.
 """
 
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +14,66 @@ import pytest
 
 from ft_assets.config import load_project
 from ft_assets.definitions import build
-from ft_assets.orchestration.automation import automation
+from ft_assets.orchestration.data_sources import report_sources, reported, source_versions
+from ft_assets.orchestration.mark_stale import mark_stale
 from ft_assets_tests.factories import conversations, write_jsonl
 
-
-def tick(folder: Path, cursor: str | None) -> tuple[Any, str | None]:
-    """Evaluate the sensor once; return (what it said, its next cursor)."""
-    project = load_project(folder / "finetune.yaml")
-    sensor = automation(project, dg.StaticPartitionsDefinition(["tiny"]))[1][0]
-    with dg.build_sensor_context(cursor=cursor) as context:
-        said: Any = sensor(context)
-        return said, said.cursor if isinstance(said, dg.SensorResult) else context.cursor
+SOURCES = ["few_shot_files", "preferences_files", "retention_files", "train_files"]
 
 
-def test_change_of_data_is_reported_once_and_only_when_the_files_are_still(project: Path) -> None:
-    said, cursor = tick(project, None)
-    assert isinstance(said, dg.SkipReason)  # seen once: perhaps a copy in progress
-    write_jsonl(project / "data/train.jsonl", conversations(130, lambda _: "yes"))
-    said, cursor = tick(project, cursor)
-    assert isinstance(said, dg.SkipReason)  # still moving
-    said, cursor = tick(project, cursor)
-    assert [event.asset_key.to_user_string() for event in said.asset_events] == ["data_files"]
-    version = said.asset_events[0].tags["dagster/data_version"]
-    said, cursor = tick(project, cursor)
-    assert isinstance(said, dg.SkipReason)
-    (project / "data/train.jsonl").rename(project / "data/renamed.jsonl")
-    (project / "finetune.yaml").write_text(
-        (project / "finetune.yaml").read_text().replace("data/train.jsonl", "data/renamed.jsonl")
-    )
-    said, _ = tick(project, cursor)
-    assert isinstance(said, dg.SkipReason), version  # a name is not content
+class Watch:
+    """`mark_stale` of a project in which nothing was made, and the instance it reports to."""
+
+    def __init__(self, folder: Path, instance: dg.DagsterInstance) -> None:
+        self.folder, self.instance, self.cursor = folder, instance, None
+
+    def tick(self) -> list[str]:
+        """Evaluate it once, report its events as a daemon does, and return their assets."""
+        project = load_project(self.folder / "finetune.yaml")
+        with dg.build_sensor_context(instance=self.instance, cursor=self.cursor) as context:
+            said: Any = mark_stale(project, build)(context)
+            self.cursor = said.cursor if isinstance(said, dg.SensorResult) else context.cursor
+        self.said = (said.skip_message or "") if isinstance(said, dg.SkipReason) else ""
+        events = said.asset_events if isinstance(said, dg.SensorResult) else []
+        for event in events:
+            self.instance.report_runless_asset_event(event)
+        return [event.asset_key.to_user_string() for event in events]
 
 
-def test_missing_file_is_a_reason_to_wait_not_a_crash(project: Path) -> None:
-    (project / "data/train.jsonl").unlink()
-    said, _ = tick(project, None)
-    assert isinstance(said, dg.SkipReason)
-    assert "train.jsonl" in (said.skip_message or "")
+@pytest.fixture
+def watch(project: Path) -> Iterator[Watch]:
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Watch(project, instance)
+
+
+def test_change_of_data_is_reported_once_of_its_source_and_only_when_the_files_are_still(
+    watch: Watch,
+) -> None:
+    data = watch.folder / "data"
+    assert watch.tick() == []  # seen once: perhaps a copy in progress
+    assert sorted(name for name in watch.tick() if name.endswith("_files")) == SOURCES
+    write_jsonl(data / "train.jsonl", conversations(130, lambda _: "yes"))
+    assert watch.tick() == []  # still moving
+    assert watch.tick() == ["train_files"]
+    assert watch.tick() == []
+    (data / "train.jsonl").rename(data / "renamed.jsonl")
+    settings = watch.folder / "finetune.yaml"
+    settings.write_text(settings.read_text().replace("data/train.jsonl", "data/renamed.jsonl"))
+    assert watch.tick() == watch.tick() == []  # a name is not content
+
+
+def test_missing_file_is_a_reason_to_wait_not_a_crash(watch: Watch) -> None:
+    (watch.folder / "data/train.jsonl").unlink()
+    assert watch.tick() == []
+    assert "train.jsonl" in watch.said
+
+
+def test_run_reports_the_sources_before_it_starts(watch: Watch) -> None:
+    project = load_project(watch.folder / "finetune.yaml")
+    report_sources(watch.instance, project)
+    assert reported(watch.instance, project) == source_versions(project)
+    watch.tick()
+    assert not [name for name in watch.tick() if name.endswith("_files")]
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -70,7 +94,9 @@ def test_schedule_is_there_if_asked_for_and_nothing_starts_by_default(
         )
         assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
     assert {sensor.name: sensor.default_status for sensor in repository.sensor_defs} == {
-        "data_files_sensor": dg.DefaultSensorStatus.STOPPED,
+        # It only looks.
+        "bring_up_to_date_runs": dg.DefaultSensorStatus.RUNNING,  # and what a person asked for
+        "mark_stale": dg.DefaultSensorStatus.RUNNING,
         # It follows a run that a person has started.
         "leaderboard_after_failure": dg.DefaultSensorStatus.RUNNING,
         "rerun_stale": dg.DefaultSensorStatus.STOPPED,

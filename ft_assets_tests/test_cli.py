@@ -163,9 +163,9 @@ def test_without_a_project_the_users_error_is_shown_and_the_code_is_2(
 def test_selection_with_nothing_to_make_is_refused_and_is_not_the_whole_graph(
     project: Path, command: str
 ) -> None:
-    done = ft(project, command, "--asset", "data_files")
+    done = ft(project, command, "--asset", "train_files")
     assert done.returncode == 2
-    assert "--asset data_files: selects data_files: there is nothing to make" in done.stderr
+    assert "--asset train_files: selects train_files: there is nothing to make" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (project / ".ft/store").exists()
 

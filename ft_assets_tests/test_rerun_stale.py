@@ -75,7 +75,7 @@ class Switched:
         self.folder, self.instance, self.cursor = folder, instance, None
         self.definitions = build(load_project(folder / "finetune.yaml"))
         self.repository = self.definitions.get_repository_def()
-        self.said = ""
+        self.said, self.looked = "", None
         assert self.tick() == {}  # the data files are seen for the first time
 
     def requests(self) -> list[dg.RunRequest]:
@@ -93,6 +93,27 @@ class Switched:
             one.partition_key: {key.to_user_string() for key in one.asset_selection or ()}
             for one in self.requests()
         }
+
+    def look(self) -> list[Any]:
+        """Evaluate `mark_stale` once, report its events as a daemon does, and return them."""
+        with dg.build_sensor_context(
+            instance=self.instance, cursor=self.looked, repository_def=self.repository
+        ) as context:
+            ticked = self.repository.get_sensor_def("mark_stale").evaluate_tick(context)
+        self.looked, self.said = ticked.cursor, ticked.skip_message or ""
+        for event in ticked.asset_events:
+            self.instance.report_runless_asset_event(event)
+        return list(ticked.asset_events)
+
+    def marked(self) -> dict[str | None, set[str]]:
+        """Look until what changed is planned; return {base model: assets marked since}."""
+        assert self.look() == []  # perhaps a copy in progress
+        found = dict[str | None, set[str]]()
+        for event in self.look():
+            if isinstance(event, dg.AssetCheckEvaluation) and not event.passed:
+                found.setdefault(event.partition, set()).add(event.asset_key.to_user_string())
+        assert self.look() == [] and self.said == "nothing has changed"
+        return found
 
     def run(self, request: dg.RunRequest) -> dg.ExecuteInProcessResult:
         """Do what a daemon does with a request, in this process."""
@@ -151,7 +172,9 @@ def test_change_that_dagster_has_no_event_of_is_requested_once(
     switched: Switched, change: str
 ) -> None:
     make, expected = CHANGES[change]
+    assert switched.marked() == {}
     make(switched.folder)
+    assert switched.marked() == expected | ({None: {"leaderboard"}} if expected else {})
     assert switched.tick() == expected
     if expected:
         assert switched.tick() == {}
@@ -178,6 +201,67 @@ def test_changed_data_is_awaited_and_read_once_for_all_base_models(switched: Swi
     assert switched.tick() == {}
     assert switched.run(request).success
     assert switched.tick() == {name: BELOW_BASE - {"base_model"} for name in ("tiny", "other")}
+
+
+def test_one_more_pair_marks_its_source_and_what_is_below_with_the_reason(
+    switched: Switched,
+) -> None:
+    assert switched.marked() == {}
+    with (switched.folder / "data/pairs.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "new bread", "chosen": "yes", "rejected": "no no"}) + "\n")
+    assert switched.look() == []
+    events = switched.look()
+    reported = {
+        event.asset_key.to_user_string() for event in events if not hasattr(event, "passed")
+    }
+    assert reported == {"preferences_files"}
+    why = {
+        (event.asset_key.to_user_string(), event.partition): event.description
+        for event in events
+        if hasattr(event, "passed")
+    }
+    assert (
+        why.pop(("raw_preferences", None)) == "out of date: preferences: data/pairs.jsonl changed"
+    )
+    below = {"chat_dataset", "heldout_split", *BELOW_TRAINING}
+    assert why.keys() == {(asset, name) for asset in below for name in ("tiny", "other")} | {
+        ("leaderboard", None)
+    }
+    assert "raw_preferences" in why["chat_dataset", "tiny"]
+    assert materialize(switched.folder, "*", "tiny").success
+    assert materialize(switched.folder, "*", "other").success
+    assert switched.look() == []
+    passed = {(event.asset_key.to_user_string(), event.partition) for event in switched.look()}
+    assert passed == {*why, ("raw_preferences", None)}
+
+
+def test_button_runs_what_is_out_of_date_of_the_base_models_that_it_names(
+    switched: Switched,
+) -> None:
+    job = switched.definitions.resolve_job_def("bring_up_to_date")
+    sensor: Any = switched.repository.get_sensor_def("bring_up_to_date_runs")
+
+    def press(*names: str) -> list[dg.RunRequest]:
+        config = {"ops": {"plan": {"config": {"base_models": list(names)}}}} if names else {}
+        done = job.execute_in_process(
+            instance=switched.instance, run_config={**config, "loggers": {"console": {}}}
+        )
+        run = switched.instance.get_run_by_id(done.run_id)
+        assert run is not None
+        context = dg.build_run_status_sensor_context(
+            sensor.name, done.get_job_success_event(), switched.instance, run
+        )
+        return [one for one in sensor(context) if isinstance(one, dg.RunRequest)]
+
+    assert press() == []
+    of_other(switched.folder, sft={"learning_rate": 0.03})
+    assert press("tiny") == []
+    (request,) = press()
+    assert request.partition_key == "other"
+    chosen = {key.to_user_string() for key in request.asset_selection or ()}
+    assert chosen == {"recipe", *BELOW_TRAINING, "leaderboard"}
+    assert switched.run(request).success
+    assert press() == []
 
 
 def test_what_was_requested_and_not_made_waits_for_a_change(switched: Switched) -> None:

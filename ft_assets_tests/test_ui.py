@@ -78,7 +78,8 @@ def server(finished: Path) -> Iterator[Server]:
 def test_ui_shows_what_the_run_made(server: Server) -> None:
     nodes = server.client.post("/graphql", json={"query": ASSETS}).json()["data"]["assetNodes"]
     made = {node["assetKey"]["path"][0]: bool(node["assetMaterializations"]) for node in nodes}
-    assert made.pop("data_files") is False  # external: only the sensor reports it
+    for source in ("train_files", "preferences_files", "retention_files", "few_shot_files"):
+        assert made.pop(source) is True  # external: `ft run` reported its version
     assert len(made) == 14
     assert all(made.values()), made
 

@@ -5,8 +5,6 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import dagster as dg
-
 from ft_assets.config import Project
 from ft_assets.orchestration.declarations import Asset, Check
 
@@ -15,7 +13,6 @@ from ft_assets.orchestration.declarations import Asset, Check
 class Declared:
     """All assets and checks of the package, in the order of their modules."""
 
-    specs: tuple[dg.AssetSpec, ...]
     assets: tuple[Asset, ...]
     checks: tuple[Check, ...]
 
@@ -23,7 +20,7 @@ class Declared:
         """Return the assets that a project has, with their checks."""
         assets = tuple(asset for asset in self.assets if asset.only_if(project))
         checks = tuple(check for check in self.checks if check.asset in assets)
-        return Declared(self.specs, assets, checks)
+        return Declared(assets, checks)
 
 
 def declared() -> Declared:
@@ -32,14 +29,13 @@ def declared() -> Declared:
         {id(one): one for one in _declarations()}.values()
     )  # imported twice, declared once
     return Declared(
-        specs=tuple(one for one in found if isinstance(one, dg.AssetSpec)),
         assets=tuple(one for one in found if isinstance(one, Asset)),
         checks=tuple(one for one in found if isinstance(one, Check)),
     )
 
 
-def _declarations() -> Iterator[dg.AssetSpec | Asset | Check]:
+def _declarations() -> Iterator[Asset | Check]:
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, dg.AssetSpec | Asset | Check):
+            if isinstance(value, Asset | Check):
                 yield value

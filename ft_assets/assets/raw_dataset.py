@@ -17,7 +17,7 @@ def _summary(metrics: Metrics) -> str:
 
 
 @asset(
-    deps=["data_files"],
+    sources=list(CONVERSATIONS),
     group="data",
     kinds=["json", "parquet"],
     code_version="7",

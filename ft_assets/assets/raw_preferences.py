@@ -14,7 +14,7 @@ def _summary(metrics: Metrics) -> str:
 
 
 @asset(
-    deps=["data_files"],
+    sources=["preferences"],
     group="data",
     kinds=["json", "parquet"],
     code_version="7",

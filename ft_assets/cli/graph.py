@@ -39,6 +39,7 @@ def run(
     from ft_assets.commands.outcome import outcome_of
     from ft_assets.definitions import defs
     from ft_assets.orchestration.console import failures, interrupted
+    from ft_assets.orchestration.data_sources import report_sources
     from ft_assets.runs.in_process import end_dead_runs, new_run
 
     instance = dg.DagsterInstance.get()
@@ -47,6 +48,7 @@ def run(
             f"run {run_id[:8]} was killed; a training resumes from its last checkpoint",
             file=sys.stderr,
         )
+    report_sources(instance, project)
     job = defs.resolve_implicit_global_asset_job_def()
     keys = select(defs, asset)
     partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)

@@ -1,6 +1,6 @@
 """Hash the content of the data files that finetune.yaml names. The content decides the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ft_assets.artifacts import file_sha256
@@ -17,14 +17,15 @@ CONVERSATIONS = {  # key of data: table
 }
 # {key of data: its files, each with the hash of its content}
 Hashes = dict[str, list[tuple[str, str]]]
+Sha256 = Callable[[Path], str]  # of a file's content
 
 
-def data_content(project: Project, keys: Sequence[str]) -> Hashes:
+def data_content(project: Project, keys: Sequence[str], sha256: Sha256 = file_sha256) -> Hashes:
     """Return the files of each key of `data`, with the hashes of their content."""
     settings = project.data.model_dump()
     return {
         key: [
-            (_name(project, path), file_sha256(path))
+            (_name(project, path), sha256(path))
             for path in resolve_files(project.root, settings[key], f"data.{key}")
         ]
         for key in keys

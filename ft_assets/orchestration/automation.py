@@ -1,26 +1,20 @@
-"""Automation: a sensor that reports changed data files, the retraining schedule, the alerts.
+"""Automation: the retraining schedule and the alerts, off by default, and the leaderboard's sensor.
 
-All of these are off by default. Another sensor makes the leaderboard after a failure. The sensor
-that reruns what is stale is in `ft_assets.orchestration.rerun_stale`.
+The sensors that mark and rerun what is out of date are in `watch` and `rerun_stale`.
 """
 
 import datetime
-import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 
 from ft_assets.config import FreshnessSettings, Project, ScheduleSettings
-from ft_assets.data.content import CONVERSATIONS, data_content
-from ft_assets.errors import ConfigError, FtError, InfrastructureFault
+from ft_assets.errors import ConfigError
 from ft_assets.orchestration.alerts import alert_sensors
 
-KEYS = (*CONVERSATIONS, "preferences")
 # These age for a user if nothing retrains.
 PROVEN = {dg.AssetKey("eval_report"), dg.AssetKey("merged_model")}
-DATA_FILES = dg.AssetKey("data_files")
 BOARD, RETRAIN = dg.AssetKey("leaderboard"), "retrain"
 # Automatic runs queue behind the runs that a person started.
 AFTER_PEOPLE = {"dagster/priority": "-1"}
@@ -40,53 +34,20 @@ def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.Freshn
     return dg.FreshnessPolicy.time_window(fail_window=fail, warn_window=warn)
 
 
-def content_version(project: Project) -> str:
-    """Hash the content of all data files, independent of their names and order."""
-    hashes = {
-        key: sorted(digest for _, digest in files)
-        for key, files in data_content(project, KEYS).items()
-    }
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:20]
-
-
 def automation(
     project: Project, base_models: dg.PartitionsDefinition
 ) -> tuple[list[dg.ScheduleDefinition], list[dg.SensorDefinition], list]:
     """Return (schedules, sensors, jobs)."""
 
-    @dg.sensor(
-        name="data_files_sensor",
-        minimum_interval_seconds=30,
-        description="Reports a new version of data_files when their content changed and then "
-        "stayed the same for one tick.",
-    )
-    def data_files_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        try:
-            version = content_version(project)
-        except (FtError, InfrastructureFault) as error:
-            return dg.SkipReason(str(error))
-        seen, reported = json.loads(context.cursor or '["", ""]')
-        if version == reported:
-            return dg.SkipReason("the data files have not changed")
-        if version != seen:  # wait until a copy in progress is over
-            context.update_cursor(json.dumps([version, reported]))
-            return dg.SkipReason(
-                "the data files changed; reported when they are still at the next tick"
-            )
-        # A materialization, not an observation: after an observation of a plain spec, downstream
-        # assets stay stale for ever.
-        event = dg.AssetMaterialization(DATA_FILES, tags={"dagster/data_version": version})
-        return dg.SensorResult(asset_events=[event], cursor=json.dumps([version, version]))
-
     retrain = dg.define_asset_job(
         RETRAIN,
-        selection=dg.AssetSelection.all() - dg.AssetSelection.assets(DATA_FILES),
+        selection=dg.AssetSelection.all(),
         partitions_def=base_models,
         description="All assets of one base model. Steps whose inputs did not change are reused.",
     )
     schedules = [_schedule(project, project.schedule, retrain)] if project.schedule else []
     board = _leaderboard_after_failure(retrain)
-    return schedules, [data_files_sensor, board, *alert_sensors(project.alerts)], [retrain]
+    return schedules, [board, *alert_sensors(project.alerts)], [retrain]
 
 
 def _leaderboard_after_failure(job: Any) -> dg.SensorDefinition:

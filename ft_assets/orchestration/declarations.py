@@ -16,6 +16,7 @@ import pyarrow as pa
 from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
 from ft_assets.orchestration.column_schema import column_schema
+from ft_assets.orchestration.data_sources import source_asset, sources_of
 from ft_assets.orchestration.materializer import GPU_POOL, Materializer, user_errors
 
 OWNER = "team:ml"
@@ -28,8 +29,8 @@ Summary = Callable[[Metrics], str]
 class Asset:
     """An asset of the graph without its partitions. Its name is that of its function.
 
-    `summary` formats an artifact's metrics for `ft status`. `only_if` decides whether a project
-    has the asset.
+    `sources` are the keys of `data` whose files it reads. `summary` formats an artifact's metrics
+    for `ft status`. `only_if` decides whether a project has the asset.
     """
 
     body: AssetBody
@@ -37,6 +38,7 @@ class Asset:
     kinds: tuple[str, ...]
     code_version: str
     deps: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     gpu: bool = False
     per_base_model: bool = True
     schema: pa.Schema | None = None
@@ -51,12 +53,13 @@ class Asset:
         """Call the function alone, without Dagster's wrapper."""
         return self.body(*arguments)
 
-    def bind(self, base_models: dg.PartitionsDefinition) -> dg.AssetsDefinition:
-        """Build the Dagster asset for a project's base models."""
+    def bind(self, project: Project, base_models: dg.PartitionsDefinition) -> dg.AssetsDefinition:
+        """Build the Dagster asset for a project and its base models."""
+        files = [source_asset(key) for key in sources_of(project, self.sources)]
         return dg.asset(
             name=self.name,
             partitions_def=base_models if self.per_base_model else None,
-            deps=list(self.deps),
+            deps=[*self.deps, *files],
             group_name=self.group,
             owners=[OWNER],
             kinds=set(self.kinds),
@@ -72,6 +75,7 @@ def asset(
     kinds: Sequence[str],
     code_version: str,
     deps: Sequence[str] = (),
+    sources: Sequence[str] = (),
     gpu: bool = False,
     per_base_model: bool = True,
     schema: pa.Schema | None = None,
@@ -87,6 +91,7 @@ def asset(
             kinds=tuple(kinds),
             code_version=code_version,
             deps=tuple(deps),
+            sources=tuple(sources),
             gpu=gpu,
             per_base_model=per_base_model,
             schema=schema,

@@ -173,6 +173,10 @@ def reasons(wanted: Wanted, current: Artifact | None) -> list[str]:
         f"{name} {was.environment.get(name, '–')} → {wanted.environment.get(name, '–')}"
         for name in _changed(was.environment, wanted.environment)
     ]
+    before, now = _files(was.settings), _files(wanted.settings)
+    found += [
+        f"{key}: {_moved(before.get(key, {}), now.get(key, {}))}" for key in _changed(before, now)
+    ]
     found += [f"setting {path}" for path in _paths(was.settings, wanted.settings)]
     return found or ["an older version of it is current"]
 
@@ -181,18 +185,34 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
 
 
+def _files(settings: Any) -> dict[str, dict[str, str]]:
+    """Return {key of data: {file: hash of its content}} of the assets that read data files."""
+    found = settings.get("files") if isinstance(settings, Mapping) else None
+    return {key: dict(files) for key, files in (found or {}).items()}
+
+
+def _moved(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Name the files that changed, such as `data/pairs.jsonl changed`, at most three."""
+    if sorted(before.values()) == sorted(now.values()):
+        return "files have other names"
+    words = [
+        f"{name} {'removed' if name not in now else 'changed' if name in before else 'added'}"
+        for name in _changed(before, now)
+    ]
+    return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
+
+
 def _paths(before: Any, now: Any, prefix: str = "") -> list[str]:
     """List the settings that differ, such as `sft.learning_rate 0.1 → 0.2`."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         return [
             text
             for key in _changed(before, now)
+            if prefix or key != "files"
             for text in _paths(
                 before.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key)
             )
         ]
-    if prefix.startswith("files"):
-        return ["data files: " + prefix.partition(".")[2]]
     shown = [str(value) if len(str(value)) < 40 else "…" for value in (before, now)]
     return [f"{prefix} {shown[0]} → {shown[1]}" if shown[0] != shown[1] else prefix]
 
@@ -269,21 +289,32 @@ def table(steps: Sequence[PlannedStep]) -> str:
         f"  {memory_of(step):>9}  {'; '.join(step.why)}".rstrip()
         for step in steps
     ]
+    lines.append(f"  {summary(steps)}")
+    return "\n".join(lines)
+
+
+def summary(steps: Sequence[PlannedStep]) -> str:
+    """Count the steps that run or may run, with the time of their last run, and the refused ones.
+
+    Steps that run only if one above changes are counted: `ft plan` and the UI give one number.
+    """
     refused = sum(step.action == REFUSED for step in steps)
     stopped = sum(step.action == STOPPED for step in steps)
     working = [step for step in steps if step.action in (RUNS, MAYBE)]
     known = [step.seconds for step in working if step.seconds is not None]
+    parts = list[str]()
     if working:
         time = f", {sum(known) / 60:.1f} min as the last time" if known else ""
-        lines.append(
-            f"  {len(working)} of {len(steps)} steps{time}"
-            + (f" ({len(working) - len(known)} never ran)" if len(known) < len(working) else "")
+        never = len(working) - len(known)
+        parts.append(
+            f"{len(working)} of {len(steps)} steps{time}"
+            + (f" ({never} never ran)" if never else "")
         )
     elif not refused:
-        lines.append("  nothing to do")
+        parts.append("nothing to do")
     if refused:
-        lines.append(f"  {refused} refused; {stopped} below would not be reached")
-    return "\n".join(lines)
+        parts.append(f"{refused} refused; {stopped} below would not be reached")
+    return "; ".join(parts)
 
 
 def _took(step: PlannedStep) -> str:

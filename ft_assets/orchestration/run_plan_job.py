@@ -10,7 +10,7 @@ import dagster as dg
 from pydantic import Field
 
 from ft_assets.config import Project
-from ft_assets.orchestration.run_plan import RUNS, Build, PlannedStep, memory_of, plan
+from ft_assets.orchestration.run_plan import RUNS, Build, PlannedStep, memory_of, plan, summary
 
 
 class PlanConfig(dg.Config):
@@ -46,12 +46,11 @@ def what_would_run(project: Project, build: Build) -> dg.JobDefinition:
         keys = list(build(project).resolve_asset_graph().materializable_asset_keys)
         for name in config.base_models or list(project.base_models):
             steps = plan(project, build, keys, name)
-            runs = sum(step.action == RUNS for step in steps)
-            context.log.info(f"{name}: {runs} of {len(steps)} steps would run")
+            context.log.info(f"{name}: {summary(steps)}")
             context.log_event(
                 dg.ExpectationResult(
                     success=True,
-                    label=f"{name}: {runs} steps",
+                    label=f"{name}: {summary(steps)}",
                     metadata={"plan": dg.MetadataValue.md(markdown(steps))},
                 )
             )

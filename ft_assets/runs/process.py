@@ -8,7 +8,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-TAG = "ft/worker"  # of the run: JSON of a RunProcess
+# Of the run: JSON of a RunProcess. The UI hides tags with this prefix.
+TAG = ".dagster/ft_worker"
+FORMER_TAG = "ft/worker"  # of runs that were started by an older version
 
 
 class RunProcess(BaseModel):
@@ -41,7 +43,7 @@ class RunProcess(BaseModel):
         A retry inherits the tags of the run before it, and with them a process that is not its own.
         """
         try:
-            found = cls.model_validate_json(tags.get(TAG, ""))
+            found = cls.model_validate_json(tags.get(TAG) or tags.get(FORMER_TAG, ""))
         except ValidationError:
             return None
         return found if found.run_id == run_id else None

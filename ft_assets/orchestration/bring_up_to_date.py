@@ -1,0 +1,83 @@
+"""`bring_up_to_date`: the job that runs what is out of date, for one base model or for all.
+
+A run of the job plans as `ft plan` does and names the stale steps of each base model in a tag. The
+sensor beside it requests these runs: an op cannot start runs of other jobs.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from ft_assets.config import Project, find_config, load_project
+from ft_assets.orchestration.run_plan import Build, summary
+from ft_assets.orchestration.stale_graph import StaleGraph
+
+NAME = "bring_up_to_date"
+STEPS = ".dagster/ft_steps"  # {base model: its stale steps}; the UI hides tags with this prefix
+
+
+class Scope(dg.Config):
+    """The base models to bring up to date."""
+
+    base_models: list[str] = Field(
+        default=[], description="Keys of base_models in finetune.yaml; empty: all of them."
+    )
+
+
+def bring_up_to_date(
+    project: Project, build: Build, job: Any
+) -> tuple[dg.JobDefinition, dg.SensorDefinition]:
+    """Build the job, and the sensor that requests runs of `job`, which has every asset.
+
+    The job's op fails for a base model that is not in finetune.yaml.
+    """
+
+    @dg.op(
+        name="plan",
+        description="Finds what is out of date. Its runs start within half a minute.",
+    )
+    def plan_op(context: dg.OpExecutionContext, config: Scope) -> None:
+        graph = StaleGraph(load_project(find_config(project.root)), build)
+        for name in config.base_models:
+            graph.project.base_model(name)
+        found = dict[str, list[str]]()
+        for name in config.base_models or list(graph.project.base_models):
+            steps, refused = graph.stale(graph.graph.materializable_asset_keys, name)
+            context.log.info(f"{name}: {summary(steps) if steps else 'nothing to do'}")
+            for line in refused:
+                context.log.warning(f"{name}: {line}")
+            if steps:
+                found[name] = [step.asset for step in steps]
+        context.instance.add_run_tags(context.run_id, {STEPS: json.dumps(found)})
+
+    @dg.job(
+        name=NAME,
+        description="Runs what is out of date, and only that: one run for each base model. "
+        "Materialize, without a config, does it for all of them.",
+    )
+    def update() -> None:
+        plan_op()
+
+    @dg.run_status_sensor(
+        name=f"{NAME}_runs",
+        run_status=dg.DagsterRunStatus.SUCCESS,
+        monitored_jobs=[update],
+        request_job=job,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=f"Requests the runs that a run of {NAME} has planned.",
+    )
+    def sensor(context: dg.RunStatusSensorContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        run = context.dagster_run
+        found: dict[str, list[str]] = json.loads(run.tags.get(STEPS, "{}"))
+        if not found:
+            yield dg.SkipReason("nothing is out of date")
+            return
+        graph = StaleGraph(load_project(find_config(project.root)), build)
+        for name, assets in found.items():
+            key = f"{run.run_id}-{name}"
+            yield graph.request(assets, name, {"ft/started_by": NAME}, run_key=key)
+
+    return update, sensor

@@ -1,0 +1,99 @@
+"""The data sources of finetune.yaml as roots of the graph: one external asset a key of `data`.
+
+A change of one source makes only the assets below that source out of date.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import dagster as dg
+
+from ft_assets.artifacts import file_sha256
+from ft_assets.artifacts.content_hashes import ContentHashes
+from ft_assets.config import Project
+from ft_assets.data.content import CONVERSATIONS, Sha256, data_content
+from ft_assets.errors import FtError, InfrastructureFault
+
+KEYS = (*CONVERSATIONS, "preferences")
+# Written by the one who reports a version, so that the next report can compare.
+Versions = dict[str, str]
+
+
+def source_asset(key: str) -> str:
+    """Return the name of the asset that stands for the files of a key of `data`."""
+    return f"{key}_files"
+
+
+def sources_of(project: Project, keys: Sequence[str] = KEYS) -> list[str]:
+    """Return the keys for which the project names files."""
+    return [key for key in keys if getattr(project.data, key)]
+
+
+def source_specs(project: Project, owner: str) -> list[dg.AssetSpec]:
+    """Return one external asset for each data source of the project."""
+    return [
+        dg.AssetSpec(
+            source_asset(key),
+            description=f"The files that finetune.yaml names under `data.{key}`. Each run of "
+            "`ft run`, and the sensor `data_files_sensor`, reports a new version when their "
+            "content changed.",
+            group_name="data",
+            owners=[owner],
+            kinds={"file"},
+        )
+        for key in sources_of(project)
+    ]
+
+
+def source_versions(project: Project, sha256: Sha256 = file_sha256) -> Versions:
+    """Return the version of each source: a hash of its content, independent of names and order.
+
+    Raises DataError or InfrastructureFault if a file cannot be read.
+    """
+    return {
+        key: _hash(sorted(digest for _, digest in files))
+        for key, files in data_content(project, sources_of(project), sha256).items()
+    }
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
+
+
+def reports(now: Versions, before: Versions) -> list[dg.AssetMaterialization]:
+    """Return an event for each source whose version is not that of `before`.
+
+    Each is a materialization, not an observation: after an observation of an external asset
+    without a function, Dagster shows the assets below it as out of date for ever.
+    """
+    return [
+        dg.AssetMaterialization(source_asset(key), tags={"dagster/data_version": version})
+        for key, version in now.items()
+        if before.get(key) != version
+    ]
+
+
+def reported(instance: dg.DagsterInstance, project: Project) -> Versions:
+    """Return the versions that were reported last, by anyone."""
+    found = Versions()
+    for key in sources_of(project):
+        event = instance.get_latest_materialization_event(dg.AssetKey(source_asset(key)))
+        materialization = event.asset_materialization if event else None
+        if materialization and materialization.tags:
+            found[key] = materialization.tags["dagster/data_version"]
+    return found
+
+
+def report_sources(instance: dg.DagsterInstance, project: Project) -> None:
+    """Report the sources that changed since the last report.
+
+    A run does so before it starts: otherwise its assets would read as older than the first report.
+    A source that cannot be read is left to the asset that reads it, which names it.
+    """
+    try:
+        now = source_versions(project, ContentHashes(project.root / ".ft" / "hashes.json").of)
+    except (FtError, InfrastructureFault):
+        return
+    for event in reports(now, reported(instance, project)):
+        instance.report_runless_asset_event(event)

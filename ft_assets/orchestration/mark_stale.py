@@ -1,0 +1,216 @@
+"""`mark_stale` and `up_to_date`: show on each asset what is out of date, for which base, and why.
+
+Dagster's own *Unsynced* mark names no partition, and gets no event when finetune.yaml, a base model
+or a library changes. The sensor plans as `ft plan` does after each change, and reports a failed
+check `up_to_date` (a warning) for each artifact that a run would make again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import dagster as dg
+
+from ft_assets.artifacts import open_store
+from ft_assets.artifacts.content_hashes import ContentHashes
+from ft_assets.artifacts.environment import LIBRARIES, library_versions
+from ft_assets.config import Project, find_config, load_project
+from ft_assets.errors import FtError, InfrastructureFault
+from ft_assets.models.source import source_identity
+from ft_assets.orchestration.data_sources import Versions, reported, reports, source_versions
+from ft_assets.orchestration.materializer import Materializer, user_errors
+from ft_assets.orchestration.run_plan import MAYBE, Build, PlannedStep
+from ft_assets.orchestration.stale_graph import StaleGraph, in_a_line, under_way
+
+CHECK = "up_to_date"
+INTERVAL_SECONDS = 30
+BUDGET_SECONDS = 20.0  # of plans in one tick: Dagster ends a tick after 60 seconds
+NOTHING = "made from today's data, settings, base model and code"
+Marks = dict[str, dict[str, str]]  # {asset: {base model: why a run of it makes it again}}
+
+
+class Memory(TypedDict):
+    """The sensor's cursor.
+
+    `outside`: a hash of all that decides a plan. `planned`: the hash of the finished plan.
+    `pending`: the base models that are not planned yet. `marks`: what the UI shows.
+    """
+
+    outside: str
+    planned: str
+    pending: list[str]
+    marks: Marks
+
+
+START: Memory = {"outside": "", "planned": "", "pending": [], "marks": {}}
+
+
+def outside(project: Project, data: Versions) -> str:
+    """Hash what decides a plan: data, finetune.yaml, bases, libraries and the store's versions.
+
+    The commit of a model of the hub is looked up once an hour.
+    """
+    store = open_store(project)
+    current = {
+        str(pointer.relative_to(store.root)): pointer.read_text()
+        for pointer in sorted(Path(store.root).glob("*/*/CURRENT"))
+    }
+    bases = {
+        name: {"looked up in hour": int(time.time() // 3600)}  # a plan asks the hub for its commit
+        if settings.hub
+        else source_identity(name, settings, project.root)
+        for name, settings in project.base_models.items()
+    }
+    libraries = {kind: library_versions(kind) for kind in LIBRARIES}
+    settings = project.model_dump(mode="json")
+    text = json.dumps([data, settings, bases, libraries, current], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def stale_in(graph: StaleGraph, base_model: str) -> dict[str, str]:
+    """Return {asset: why} of the artifacts that a run of one base model would make again.
+
+    What was never made is not out of date: Dagster shows it as missing.
+    """
+    store = open_store(graph.project)
+    steps, refused = graph.stale(graph.graph.materializable_asset_keys, base_model)
+    made = {step.asset: why(step) for step in steps if store.current(step.asset, step.partition)}
+    return made | dict(line.split(": ", 1) for line in refused)
+
+
+def why(step: PlannedStep) -> str:
+    """Return the reason of a planned step in one line."""
+    reason = in_a_line(step.why)
+    return f"made again if that changes: {reason}" if step.action == MAYBE else reason
+
+
+def mark_stale(project: Project, build: Build) -> dg.SensorDefinition:
+    """Build the sensor. It is on by default, because it only looks."""
+    known = set(project.base_models)
+
+    @dg.sensor(
+        name="mark_stale",
+        minimum_interval_seconds=INTERVAL_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Reports changed data sources, and marks what a run would make again: the "
+        "check up_to_date of an asset names the base model and the reason. Starts nothing.",
+    )
+    def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        memory: Memory = json.loads(context.cursor) if context.cursor else START
+        try:
+            today = load_project(find_config(project.root))
+            hashes = ContentHashes(today.root / ".ft" / "hashes.json")
+            data = source_versions(today, hashes.of)
+            now = outside(today, data)
+            if now != memory["outside"]:  # wait until a copy in progress, or a run, is over
+                context.update_cursor(json.dumps({**memory, "outside": now}))
+                return dg.SkipReason("something changed; looked at when it is still at a tick")
+            if now == memory["planned"] and not memory["pending"]:
+                return dg.SkipReason("nothing has changed")
+            if under_way(context.instance):
+                return dg.SkipReason("waits for the runs under way")
+            if now != memory["planned"]:
+                pending = [name for name in today.base_models if name in known]
+                memory = {**memory, "planned": now, "pending": pending}
+            events: list[dg.AssetMaterialization | dg.AssetCheckEvaluation] = [
+                *reports(data, reported(context.instance, today)),
+                *_planned(StaleGraph(today, build), memory),
+            ]
+        except (FtError, InfrastructureFault) as error:
+            return dg.SkipReason(str(error))
+        return dg.SensorResult(asset_events=events, cursor=json.dumps(memory))
+
+    return sensor
+
+
+def _planned(graph: StaleGraph, memory: Memory) -> Iterator[dg.AssetCheckEvaluation]:
+    """Yield the marks that changed, for as many base models as the budget allows."""
+    started = time.monotonic()
+    while memory["pending"] and time.monotonic() - started < BUDGET_SECONDS:
+        name = memory["pending"].pop(0)
+        found = stale_in(graph, name)
+        for key in sorted(graph.graph.materializable_asset_keys):
+            asset = key.to_user_string()
+            shown = memory["marks"].setdefault(asset, {})
+            partition = name if key in graph.partitioned else None
+            before = shown.get(name) if partition else _any(shown)
+            shown.pop(name, None)
+            if asset in found:
+                shown[name] = found[asset]
+            # An asset without partitions is out of date if it is so for any base model.
+            now = shown.get(name) if partition else _any(shown)
+            if now != before:
+                yield _mark(key, partition, now)
+
+
+def _any(shown: dict[str, str]) -> str | None:
+    return next(iter(shown.values()), None)
+
+
+def _mark(key: dg.AssetKey, partition: str | None, why: str | None) -> dg.AssetCheckEvaluation:
+    return dg.AssetCheckEvaluation(
+        asset_key=key,
+        check_name=CHECK,
+        passed=why is None,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"out of date: {why}" if why else NOTHING,
+        partition=partition,
+    )
+
+
+def up_to_date(
+    project: Project,
+    build: Build,
+    assets: Sequence[str],
+    partitions: dg.PartitionsDefinition | None,
+    name: str,
+) -> dg.AssetChecksDefinition:
+    """Build the checks of the assets with these partitions, as one op of a run.
+
+    In a run, what it made or kept is up to date. Executed alone, it plans.
+    """
+    specs = [
+        dg.AssetCheckSpec(
+            CHECK,
+            asset=asset,
+            partitions_def=partitions,
+            description="A run would not make it again: data, finetune.yaml, base model, code and "
+            "libraries are those that it was made from.",
+        )
+        for asset in assets
+    ]
+
+    @dg.multi_asset_check(specs=specs, name=name, can_subset=True)
+    def judge(
+        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
+    ) -> Iterator[dg.AssetCheckResult]:
+        base_model = context.partition_key if partitions else None
+        chosen = {key.asset_key for key in context.selected_asset_check_keys}
+        with user_errors():
+            made = _made_by(context)
+            planned: dict[str, str] = {}
+            if not chosen <= made:
+                graph = StaleGraph(load_project(find_config(project.root)), build)
+                planned = stale_in(graph, base_model or next(iter(graph.project.base_models)))
+            for key in sorted(chosen):
+                found = None if key in made else planned.get(key.to_user_string())
+                yield dg.AssetCheckResult(
+                    asset_key=key,
+                    check_name=CHECK,
+                    passed=found is None,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    description=f"out of date: {found}" if found else NOTHING,
+                )
+
+    return judge
+
+
+def _made_by(context: dg.AssetCheckExecutionContext) -> set[dg.AssetKey]:
+    """Return the assets that this run has materialized so far."""
+    events = context.instance.all_logs(
+        context.run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
+    )
+    return {key for event in events if (key := event.get_dagster_event().asset_key)}

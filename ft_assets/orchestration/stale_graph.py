@@ -1,0 +1,149 @@
+"""Today's graph of a project, what is out of date in it, and the run that would mend it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
+
+import dagster as dg
+
+from ft_assets.artifacts import open_store
+from ft_assets.artifacts.environment import LIBRARIES, library_versions
+from ft_assets.config import Project, settings_version
+from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build, PlannedStep, plan
+
+FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
+UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in FINISHED]
+# Sections of finetune.yaml that decide no content. The planned base model is added to the rest.
+DECIDES_NOTHING = {"base_models", "schedule", "freshness", "alerts"}
+
+
+class Request(TypedDict):
+    """A requested run. `outside`: a hash of what decides the versions that are not known yet.
+
+    `steps`: {asset: its version, None if it was not known yet}.
+    """
+
+    outside: str
+    steps: dict[str, str | None]
+
+
+class StaleGraph:
+    """Today's graph of one project, and what is stale in it."""
+
+    def __init__(self, project: Project, build: Build) -> None:
+        self.project, self.build = project, build
+        self.graph = build(project).resolve_asset_graph()
+        made = self.graph.materializable_asset_keys
+        self.partitioned = {key for key in made if self.graph.get(key).is_partitioned}
+        fed = {
+            key
+            for key in made - self.partitioned
+            if self.graph.get_ancestor_asset_keys(key) & self.partitioned
+        }
+        self.sources, self.boards = made - self.partitioned - fed, fed
+
+    def stale(
+        self, keys: Iterable[dg.AssetKey], partition: str | None
+    ) -> tuple[list[PlannedStep], list[str]]:
+        """Return the steps that would or may run, and the refused ones with their reasons.
+
+        No steps if nothing must run. A version that would only become current again (a setting was
+        taken back) is stale too: the steps below do not read it today.
+        """
+        store = open_store(self.project)
+        steps = plan(self.project, self.build, list(keys), partition)
+        again = {
+            step.asset
+            for step in steps
+            if step.version not in (None, store.current_name(step.asset, step.partition))
+        }
+        must = [
+            step
+            for step in steps
+            if step.action == RUNS or (step.action == REUSED and step.asset in again)
+        ]
+        may = [step for step in steps if step in must or step.action == MAYBE]
+        return may if must else [], [
+            f"{step.asset}: {in_a_line(step.why)}" for step in steps if step.action == REFUSED
+        ]
+
+    def first(self, steps: Sequence[PlannedStep]) -> list[PlannedStep]:
+        """Return the steps below none of the others. Their versions are known: no input changes."""
+        moving = {dg.AssetKey(step.asset) for step in steps}
+        return [
+            step
+            for step in steps
+            if not self.graph.get_ancestor_asset_keys(dg.AssetKey(step.asset)) & moving
+        ]
+
+    def remembered(self, steps: Sequence[PlannedStep], partition: str | None) -> Request:
+        """Return the record that the sensor keeps of a request of these steps."""
+        settings = self.project.model_dump(mode="json", exclude=DECIDES_NOTHING)
+        own = self.project.base_models[partition].model_dump(mode="json") if partition else None
+        libraries = {kind: library_versions(kind) for kind in LIBRARIES}
+        code = {
+            key.to_user_string(): self.graph.get(key).code_version
+            for key in self.graph.materializable_asset_keys
+        }
+        first = {step.asset for step in self.first(steps)}
+        return {
+            "outside": settings_version([settings, own, libraries, code]),
+            "steps": {step.asset: step.version if step.asset in first else None for step in steps},
+        }
+
+    def changed_since(
+        self, before: Request | None, steps: Sequence[PlannedStep], now: Request
+    ) -> bool:
+        """Return True if anything changed since the last request.
+
+        If not, its run failed or still runs, and another run would do the same.
+        """
+        if before is None or before["outside"] != now["outside"]:
+            return True
+        return any(
+            before["steps"].get(step.asset, "") not in (None, step.version)
+            for step in self.first(steps)
+        )
+
+    def request(
+        self,
+        assets: Iterable[str],
+        partition: str | None,
+        tags: Mapping[str, str],
+        run_key: str | None = None,
+    ) -> dg.RunRequest:
+        """Request a run of these assets, their checks, and the blocking checks of their inputs.
+
+        The inputs are checked again because a check that failed in an earlier run counts here too,
+        by today's settings. The leaderboard runs without the checks of single base models, because
+        it also shows those that failed.
+        """
+        chosen = {dg.AssetKey(asset) for asset in assets}
+        above = {parent for key in chosen for parent in self.graph.get(key).parent_keys}
+        above -= set() if partition else self.partitioned
+        checks = [
+            check
+            for check in self.graph.asset_check_keys
+            if check.asset_key in chosen
+            or (check.asset_key in above and self.graph.get(check).blocking)
+        ]
+        of_model = {"ft/base_model": partition} if partition else {}
+        return dg.RunRequest(
+            run_key=run_key,
+            partition_key=partition,
+            asset_selection=sorted(chosen),
+            asset_check_keys=checks,
+            tags={**tags, **of_model},
+        )
+
+
+def in_a_line(why: Sequence[str]) -> str:
+    """Return the first line of the reasons of a step."""
+    return ("; ".join(why).splitlines() or [REFUSED])[0]
+
+
+def under_way(instance: dg.DagsterInstance) -> set[str | None]:
+    """Return the base models with an unfinished run. None is a run without a base model."""
+    return {
+        run.tags.get("dagster/partition")
+        for run in instance.get_runs(dg.RunsFilter(statuses=UNDER_WAY))
+    }
