@@ -242,7 +242,7 @@ def test_button_runs_what_is_out_of_date_of_the_base_models_that_it_names(
     sensor: Any = switched.repository.get_sensor_def("bring_up_to_date_runs")
 
     def press(*names: str) -> list[dg.RunRequest]:
-        config = {"ops": {"plan": {"config": {"base_models": list(names)}}}} if names else {}
+        config = {"ops": {"find_stale": {"config": {"base_models": list(names)}}}} if names else {}
         done = job.execute_in_process(
             instance=switched.instance, run_config={**config, "loggers": {"console": {}}}
         )

@@ -36,10 +36,10 @@ def bring_up_to_date(
     """
 
     @dg.op(
-        name="plan",
+        name="find_stale",
         description="Finds what is out of date. Its runs start within half a minute.",
     )
-    def plan_op(context: dg.OpExecutionContext, config: Scope) -> None:
+    def find_stale(context: dg.OpExecutionContext, config: Scope) -> None:
         graph = StaleGraph(load_project(find_config(project.root)), build)
         for name in config.base_models:
             graph.project.base_model(name)
@@ -59,7 +59,7 @@ def bring_up_to_date(
         "Materialize, without a config, does it for all of them.",
     )
     def update() -> None:
-        plan_op()
+        find_stale()
 
     @dg.run_status_sensor(
         name=f"{NAME}_runs",
