@@ -47,8 +47,8 @@ def bring_up_to_date(
         for name in config.base_models or list(graph.project.base_models):
             steps, refused = graph.stale(graph.graph.materializable_asset_keys, name)
             context.log.info(f"{name}: {summary(steps) if steps else 'nothing to do'}")
-            for line in refused:
-                context.log.warning(f"{name}: {line}")
+            for asset, reason in refused.items():
+                context.log.warning(f"{name}: {asset}: {reason}")
             if steps:
                 found[name] = [step.asset for step in steps]
         context.instance.add_run_tags(context.run_id, {STEPS: json.dumps(found)})

@@ -78,13 +78,15 @@ def stale_in(graph: StaleGraph, base_model: str) -> dict[str, str]:
     store = open_store(graph.project)
     steps, refused = graph.stale(graph.graph.materializable_asset_keys, base_model)
     made = {step.asset: why(step) for step in steps if store.current(step.asset, step.partition)}
-    return made | dict(line.split(": ", 1) for line in refused)
+    return made | {asset: f"a run would be refused: {text}" for asset, text in refused.items()}
 
 
 def why(step: PlannedStep) -> str:
-    """Return the reason of a planned step in one line."""
+    """Return why a planned step is, or may be, out of date, in one line."""
     reason = in_a_line(step.why)
-    return f"made again if that changes: {reason}" if step.action == MAYBE else reason
+    if step.action == MAYBE:
+        return f"may be out of date: made again if this changes: {reason.removeprefix('after ')}"
+    return f"out of date: {reason}"
 
 
 def mark_stale(project: Project, build: Build) -> dg.SensorDefinition:
@@ -156,7 +158,7 @@ def _mark(key: dg.AssetKey, partition: str | None, why: str | None) -> dg.AssetC
         check_name=CHECK,
         passed=why is None,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"out of date: {why}" if why else NOTHING,
+        description=why or NOTHING,
         partition=partition,
     )
 
@@ -202,7 +204,7 @@ def up_to_date(
                     check_name=CHECK,
                     passed=found is None,
                     severity=dg.AssetCheckSeverity.WARN,
-                    description=f"out of date: {found}" if found else NOTHING,
+                    description=found or NOTHING,
                 )
 
     return judge

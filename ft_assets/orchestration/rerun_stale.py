@@ -89,7 +89,7 @@ def _requests(
         Return True if the part is up to date.
         """
         steps, refused = graph.stale(keys, partition)
-        notes.extend(f"{label}: {line}" for line in refused)
+        notes.extend(f"{label}: {asset}: {reason}" for asset, reason in refused.items())
         if not steps:
             asked.pop(label, None)
             return not refused

@@ -43,8 +43,8 @@ class StaleGraph:
 
     def stale(
         self, keys: Iterable[dg.AssetKey], partition: str | None
-    ) -> tuple[list[PlannedStep], list[str]]:
-        """Return the steps that would or may run, and the refused ones with their reasons.
+    ) -> tuple[list[PlannedStep], dict[str, str]]:
+        """Return the steps that would or may run, and {asset: why} of the refused ones.
 
         No steps if nothing must run. A version that would only become current again (a setting was
         taken back) is stale too: the steps below do not read it today.
@@ -62,9 +62,8 @@ class StaleGraph:
             if step.action == RUNS or (step.action == REUSED and step.asset in again)
         ]
         may = [step for step in steps if step in must or step.action == MAYBE]
-        return may if must else [], [
-            f"{step.asset}: {in_a_line(step.why)}" for step in steps if step.action == REFUSED
-        ]
+        refused = {step.asset: in_a_line(step.why) for step in steps if step.action == REFUSED}
+        return may if must else [], refused
 
     def first(self, steps: Sequence[PlannedStep]) -> list[PlannedStep]:
         """Return the steps below none of the others. Their versions are known: no input changes."""
