@@ -36,8 +36,9 @@ from ft_assets.release.register import (
     state_of,
     write_release,
 )
-from ft_assets.release.signing import Signing, require_signed
-from ft_assets.release.statements import Statement, signed
+from ft_assets.release.signed_release import Release, verify_release
+from ft_assets.release.signing import REPORT_SIGNATURE, Signing, require_signed
+from ft_assets.release.statements import Statement, sign_files, signed
 
 NAME = "tiny"
 WEIGHTS = {1: b"the weights of the first model", 2: b"the weights of the second model"}
@@ -108,7 +109,14 @@ class Shop:
         """Publish a report and a merged model, signed if the project has a key."""
         with self.store.staging("eval_report", NAME) as staged:
             (staged / "report.json").write_text(json.dumps({"gain": 0.2, "model": number}))
-            report = self._publish("eval_report", number, staged=staged, inputs={})
+            key = signing_key(self.project)
+            report = self._publish(
+                "eval_report",
+                number,
+                staged=staged,
+                inputs={},
+                finish=partial(sign_files, "eval_report[tiny]", key, REPORT_SIGNATURE),
+            )
         with self.store.staging("merged_model", NAME) as staged:
             (staged / "model.safetensors").write_bytes(WEIGHTS[number])
             (staged / "README.md").write_text(f"# model {number}\n")
@@ -359,6 +367,21 @@ def test_model_changed_between_merge_and_release_is_not_signed(shop: Shop) -> No
         shop.release(Artifact.read(path))
 
 
+def test_model_is_merged_only_from_the_report_that_was_signed(shop: Shop) -> None:
+    report, signing = folder(shop, "eval_report"), Signing.of(shop.project, None, "merged_model")
+    verdict: Any = "the verdict that it was read from"
+    assert signing.proven(verdict, Artifact.read(report), "merged_model") is verdict
+    (report / "report.json").write_text('{"gain": 0.9, "model": 2}')
+    changed = rewrite_manifest(report)
+    with pytest.raises(ReleaseError, match=r"report.json of eval_report .* was changed after it"):
+        signing.proven(verdict, changed, "merged_model")
+    (changed.folder / REPORT_SIGNATURE).unlink()
+    with pytest.raises(ReleaseError, match="was not signed when it was scored"):
+        signing.proven(verdict, rewrite_manifest(report), "merged_model")
+    shop.set(None)
+    assert Signing.of(shop.project, None, "").proven(verdict, changed, "merged_model") is verdict
+
+
 def test_rollback_of_a_signed_release_is_signed(shop: Shop) -> None:
     shop.release(Artifact.read(first(shop, "merged_model")), ROLLED_BACK)
     found = shop.verify().decision
@@ -471,6 +494,24 @@ def test_outsider_verifies_with_openssf_model_signing(shop: Shop, keys: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     (merged / "model.safetensors").write_bytes(b"changed")
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+def test_signed_statement_of_another_kind_or_place_is_refused(shop: Shop) -> None:
+    """Each of these statements is signed by the trusted key, and is not about this release."""
+    path = folder(shop, "release") / "release.sig"
+    good = path.read_text()
+    merged = folder(shop, "merged_model")
+    for other in (merged / "info/provenance.sigstore.json", path.with_name("model.sig")):
+        path.write_text(other.read_text())
+        rewrite_manifest(path.parent)
+        with pytest.raises(ReleaseError, match="has a signed statement of another kind"):
+            shop.verify()
+    path.write_text(good)
+    rewrite_manifest(path.parent)
+    assert shop.verify()
+    release = Release(shop.store, "other", *need_champion(shop.store, NAME, ""))
+    with pytest.raises(ReleaseError, match="is the signed release of tiny"):
+        verify_release(release, trusted_keys(shop.project))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "\x00", '{"dsseEnvelope": {}}'])

@@ -1,5 +1,7 @@
 """The asset `eval_report`: the evaluation of base, SFT and DPO, and its checks."""
 
+from functools import partial
+
 import dagster as dg
 
 from ft_assets.artifacts import Artifact, ArtifactStore
@@ -11,6 +13,9 @@ from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts
 from ft_assets.evaluation.verdict.uses import Uses
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
+from ft_assets.release.keys import signing_key
+from ft_assets.release.signing import REPORT_SIGNATURE
+from ft_assets.release.statements import sign_files
 from ft_assets.steps import evaluate
 
 
@@ -92,6 +97,7 @@ def eval_report(
             uses=earlier_verdicts(store, name),
         ),
         libraries="score",
+        finish=partial(sign_files, f"eval_report[{name}]", signing_key(project), REPORT_SIGNATURE),
     )
     picture = (artifact.path / "info" / "scores.txt").read_text()
     text, since = ((artifact.path / name).read_text() for name in ("report.md", "info/changes.md"))

@@ -1,22 +1,19 @@
 """The asset `export`: the champion in its serving formats, each compared with the merged model."""
 
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import dagster as dg
 
-from ft_assets.artifacts.manifest import FileEntry
 from ft_assets.errors import ReleaseError
 from ft_assets.export.export_report import ExportedFormat, ExportReport
 from ft_assets.export.tools import identities
 from ft_assets.models.license import snapshot_license
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
-from ft_assets.release.keys import SigningKey, signing_key
+from ft_assets.release.keys import signing_key
 from ft_assets.release.lookup import adapter_of, by_content, need_champion
 from ft_assets.release.signing import require_signed
-from ft_assets.release.statements import MODEL_SIGNATURE, model_statement, signed
+from ft_assets.release.statements import MODEL_SIGNATURE, sign_files
 from ft_assets.steps import export as export_step
 
 
@@ -83,7 +80,7 @@ def export(
             base=source["base"] or str(base.path),
             revision=source["revision"],
         ),
-        finish=partial(_sign, name, key),
+        finish=partial(sign_files, name, key, MODEL_SIGNATURE),
         libraries="infer",
         space=size * max(1, len(project.release.forms or [1])) + 100_000_000,
     )
@@ -92,16 +89,6 @@ def export(
         reused,
         forms_and_how_to_serve_them=dg.MetadataValue.md((artifact.path / "README.md").read_text()),
     )
-
-
-def _sign(
-    name: str, key: SigningKey | None, output: Path, files: Mapping[str, FileEntry]
-) -> dict[str, str]:
-    """Sign the formats as a model of their own, if there is a key."""
-    if key is not None:
-        text = signed(model_statement(name, files), key)
-        (output / MODEL_SIGNATURE).write_text(text, encoding="utf-8")
-    return {}
 
 
 @check(

@@ -74,7 +74,8 @@ def merged_model(
         "method": method,
         "gate": gate,
     }
-    key = Signing.of(project, None, f"merged_model[{name}]").key
+    signing = Signing.of(project, None, f"merged_model[{name}]")
+    key = signing.key
     card = card_facts(project, store, name, used, versions)
     card = card.model_copy(update={"signed_with": key.fingerprint if key else None})
     build = Build(context.run_id, time.time(), identity, card, _lineage(store, name, used))
@@ -90,12 +91,12 @@ def merged_model(
                 for part in ("heldout", "retention")
             },
         },
-        step=merge.Settings(
+        step=lambda: merge.Settings(
             method=method,
             gate=GateSettings.model_validate(gate),
             evaluation=evaluation,
             answer_schema=read_schema(project, evaluation),
-            verdict=verdict,
+            verdict=signing.proven(verdict, report, f"merged_model[{name}]"),
             card=card,
             root=project.root,
         ),

@@ -17,7 +17,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from ft_assets.artifacts import Artifact, ArtifactStore, file_sha256, verify_files
 from ft_assets.artifacts.manifest import MANIFEST, FileEntry, Manifest
-from ft_assets.errors import ReleaseError
+from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.release.keys import SigningKey, TrustedKey
 from ft_assets.release.lookup import by_content
 from ft_assets.release.provenance import require_same_files
@@ -123,7 +123,7 @@ def sign_release(
 
 def is_signed(released: Artifact) -> bool:
     """Return True if a release has a signature, by whatever key."""
-    return (released.path / RELEASE_SIGNATURE).is_file()
+    return RELEASE_SIGNATURE in released.manifest.files
 
 
 def verify_decision(release: Release, keys: Sequence[TrustedKey]) -> VerifiedRelease:
@@ -215,10 +215,10 @@ def _require_latest(release: Release, found: VerifiedRelease, keys: Sequence[Tru
         try:
             signature = _statement(other, keys, release.where)
             decision = _decision(signature.statement, release.where)
-        except ReleaseError:
+            if before is not None and decision.sequence == before.sequence:
+                former.append(_digest(other.path / "release.json") == before.sha256)
+        except (ReleaseError, ArtifactError):
             continue  # of a key that is no longer trusted, or damaged: it is not the current one
-        if before is not None and decision.sequence == before.sequence:
-            former.append(_digest(other.path / "release.json") == before.sha256)
         if decision.sequence > found.decision.sequence:
             raise _refused(
                 release.where,
@@ -245,8 +245,13 @@ def _require_manifest(artifact: Artifact, decision: SignedDecision, where: str) 
 
 
 def _plain(manifest: Manifest) -> dict[str, JsonValue]:
-    """Return a manifest as JSON, without the place, which an object store chooses."""
-    return manifest.model_dump(mode="json", exclude={"place"})
+    """Return a manifest as its file has it, without the place, which an object store chooses.
+
+    The text of a manifest stays what it was when a later version of ft_assets reads it.
+    """
+    fields = json.loads(manifest.to_text())
+    fields.pop("place", None)
+    return fields
 
 
 def _predecessor(before: Artifact | None) -> Predecessor | None:

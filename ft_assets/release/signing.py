@@ -13,9 +13,10 @@ from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.manifest import FileEntry
 from ft_assets.config import Project
 from ft_assets.errors import ReleaseError
+from ft_assets.evaluation.report_model import Verdict
 from ft_assets.release.keys import SigningKey, TrustedKey, signing_key, trusted_keys
 from ft_assets.release.lookup import current_release, need_champion, need_model
-from ft_assets.release.provenance import require_signed_files
+from ft_assets.release.provenance import require_same_files, require_signed_files
 from ft_assets.release.register import ReleaseDocument, ReleaseState, state_of
 from ft_assets.release.signed_release import (
     Release,
@@ -26,7 +27,9 @@ from ft_assets.release.signed_release import (
     verify_decision,
     verify_release,
 )
+from ft_assets.release.statements import model_files, verified
 
+REPORT_SIGNATURE = "info/report.sig"
 VOUCH = "check the model, then materialize release alone with vouch_for: {} and a reason"
 
 
@@ -73,6 +76,32 @@ class Signing:
                 fix="set release.signing again. To go on without signatures, "
                 + VOUCH.format(champion.merged_model),
             )
+
+    def proven(self, verdict: Verdict, report: Artifact, where: str) -> Verdict:
+        """Return the verdict of a report that is as it was signed when it was scored.
+
+        Without a trusted key it is returned as it is. Raises ReleaseError.
+        """
+        if not self.trusted:
+            return verdict
+        path = report.path / REPORT_SIGNATURE
+        again = f"delete {report.folder} and run again: the kept answers are scored in seconds"
+        if REPORT_SIGNATURE not in report.manifest.files or not path.is_file():
+            raise ReleaseError(
+                where=where,
+                found=f"eval_report {report.fingerprint} was not signed when it was scored",
+                expected=f"{REPORT_SIGNATURE} in it, which a project with a key writes",
+                fix=again,
+            )
+        found = verified(path.read_text(encoding="utf-8"), self.trusted, f"{where}: {path}")
+        files = {
+            name: one.sha256
+            for name, one in report.manifest.files.items()
+            if name != REPORT_SIGNATURE
+        }
+        what = f"eval_report {report.fingerprint}"
+        require_same_files(model_files(found.statement, str(path)), files, where, what)
+        return verdict
 
     def require_model(self, merged: Artifact, state: ReleaseState, where: str) -> None:
         """Raise ReleaseError unless a model was signed when it was merged, or in a release."""

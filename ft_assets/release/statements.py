@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -136,6 +137,20 @@ def model_statement(name: str, files: Mapping[str, FileEntry]) -> Statement:
         predicate_type=MODEL_SIGNING,
         predicate={"serialization": serialization, "resources": resources},
     )
+
+
+def sign_files(
+    name: str, key: SigningKey | None, path: str, output: Path, files: Mapping[str, FileEntry]
+) -> dict[str, str]:
+    """Sign the files of an artifact as those of a model, in a file at `path`, if there is a key.
+
+    A `finish` of the materializer, without metrics of its own.
+    """
+    if key is not None:
+        target = output / path
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(signed(model_statement(name, files), key), encoding="utf-8")
+    return {}
 
 
 def model_files(statement: Statement, where: str) -> dict[str, str]:
