@@ -1,5 +1,6 @@
 """Read, validate and store the rows of data files: what raw_dataset and raw_preferences share."""
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ from ft_assets.data.content import Hashes, data_content
 from ft_assets.data.data_files import resolve_files
 from ft_assets.data.encodings import encoding_of
 from ft_assets.data.file_formats import RawRow, read_rows
-from ft_assets.data.ingest import UNREAD, Canonical, Ingest, worst
+from ft_assets.data.ingest import UNREAD, Canonical, Ingest, Ingested, worst
 from ft_assets.data.kto import pair_labels
 from ft_assets.data.tables import REJECTED, Layout, TableWriter, read_table
 from ft_assets.data.threads import join_threads
@@ -93,16 +94,7 @@ def _write(
     ):
         ingest = Ingest(output, Path(scratch), rejected)
         for key, (table, form) in sources.items():
-            done = ingest.source(
-                table,
-                _rows(project, key),
-                _with_format(project, key, form),
-                layout,
-                _columns(project, key),
-                _stratum(project, key),
-                project.data.min_agreement,
-                _audit(project, key),
-            )
+            done = read_source(project, ingest, key, table, form, layout)
             if done.total or not metrics:  # no metrics for a source that finetune.yaml omits
                 metrics |= done.metrics(table)
             parts[table] = done.version
@@ -111,6 +103,28 @@ def _write(
     count = sum(int(value) for key, value in metrics.items() if key.endswith("_rejected"))
     shown = "\n".join(first[:5]) or None
     return StepResult({**metrics, "rejected": count, "first_rejected": shown}, parts)
+
+
+def read_source(
+    project: Project,
+    ingest: Ingest,
+    key: str,
+    table: str,
+    form: ToCanonical,
+    layout: Layout[Any],
+    most: int | None = None,
+) -> Ingested:
+    """Write the table of a key of `data`, of its first `most` raw rows if that is given."""
+    return ingest.source(
+        table,
+        itertools.islice(_rows(project, key), most),
+        _with_format(project, key, form),
+        layout,
+        _columns(project, key),
+        _stratum(project, key),
+        project.data.min_agreement,
+        _audit(project, key),
+    )
 
 
 def _rows(project: Project, key: str) -> Iterable[RawRow]:

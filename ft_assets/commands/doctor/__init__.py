@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from ft_assets.commands.doctor import base_models, machine
-from ft_assets.commands.doctor.check import FAIL, Check, fail, guarded, ok, warn
+from ft_assets.commands.doctor.check import FAIL, OK, Check, fail, guarded, ok, warn
+from ft_assets.commands.doctor.rows import rows
 from ft_assets.commands.store_view import in_bytes
 from ft_assets.config import CONFIG_NAME, Project, find_config, load_project
 from ft_assets.config.launcher import LauncherSettings
@@ -86,9 +87,13 @@ def _config() -> tuple[Project | None, Check]:
 
 def _data(project: Project) -> Iterator[Check]:
     """Yield a check for each key of `data` that names files."""
+    found: list[Check] = []
     for key in FILES:
         if patterns := getattr(project.data, key):
-            yield from guarded(f"data.{key}", partial(_files, project, key, patterns))
+            found += guarded(f"data.{key}", partial(_files, project, key, patterns))
+    yield from found
+    readable = [check.name.removeprefix("data.") for check in found if check.state == OK]
+    yield from rows(project, readable)
     if not project.data.retention:
         yield warn(
             "data.retention",

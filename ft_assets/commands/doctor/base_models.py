@@ -89,7 +89,7 @@ def _cached(hub: str, revision: str | None, file: str = "config.json") -> Path |
     return Path(found) if isinstance(found, str) else None
 
 
-def _folders(name: str, settings: BaseModelSettings, project: Project) -> list[Path]:
+def folders(name: str, settings: BaseModelSettings, project: Project) -> list[Path]:
     """Return the folders that may hold the tokenizer: the snapshot's and the source's."""
     made = open_store(project).current("base_model", name)
     folders = [made.path] if made else []
@@ -127,7 +127,7 @@ def template(name: str, settings: BaseModelSettings, project: Project) -> Iterat
         yield ok(label, f"{configured}, from finetune.yaml")
         return
     looked = False
-    for folder in _folders(name, settings, project):
+    for folder in folders(name, settings, project):
         if has_template(folder):
             made = folder.is_relative_to(project.store_path)
             yield ok(label, "in the snapshot" if made else f"in {folder}")
