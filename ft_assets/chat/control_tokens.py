@@ -1,7 +1,8 @@
 """Find control tokens in the texts of a row: they would forge the structure of a conversation.
 
 A control token is a special token of the tokenizer, a token at which generation stops, or a marker
-that the chat template writes.
+that the chat template writes. With `chat.control_tokens: text` the turns' texts are escaped: a mark
+within each control token makes `encode` tokenize both parts apart, so that it becomes plain text.
 Not here: the control tokens that the template itself writes (rendering.py).
 """
 
@@ -12,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from ft_assets.chat.row_proofs import Messages, ProofFailed, Tools
-from ft_assets.models.chat_template import ANSWER, MARKER, QUESTION
+from ft_assets.models.chat_template import ANSWER, CUT, MARKER, QUESTION
+from ft_assets.rows.types import Conversation, Message
 
 Write = Callable[..., str]  # (messages, tools, generation prompt) -> text
 
@@ -24,10 +26,12 @@ class ControlTokens:
         self,
         tokenizer: Any,
         stop_ids: frozenset[int],
+        escapes: bool,
         write: Write,
         encode: Callable[[Sequence[str]], list[list[int]]],
     ) -> None:
         template = tokenizer.chat_template or ""
+        self._tokenizer = tokenizer
         self.texts = {
             token: added.content
             for token, added in tokenizer.added_tokens_decoder.items()
@@ -44,6 +48,38 @@ class ControlTokens:
         )
         self._write = write
         self._encode = encode
+        self.escapes = escapes
+
+    def escaped(self, row: Conversation) -> Conversation:
+        """Return a row with CUT within each control token of its turns, if they are escaped."""
+        if not self.escapes:
+            return row
+
+        def cut(turn: Message) -> Message:
+            def halves(match: re.Match[str]) -> str:
+                return f"{match[0][:1]}{CUT}{match[0][1:]}"
+
+            return {**turn, "content": self._pattern.sub(halves, turn["content"])}
+
+        if any(CUT in turn["content"] for turn in row["messages"]):
+            raise ProofFailed("a turn has U+FDD0, which is not a character: take it out")
+        return {**row, "messages": [cut(turn) for turn in row["messages"]]}
+
+    def prove_escaped(self, text: str, ids: Sequence[int]) -> None:
+        """Raise ProofFailed unless each cut of a text took one control token away, and no text."""
+        whole = self._encode([text.replace(CUT, "")])[0]
+        left = sum(token in self.texts for token in whole) - text.count(CUT)
+        same = self._decode(ids) == self._decode(whole)
+        if not same or sum(token in self.texts for token in ids) != left:
+            raise ProofFailed(
+                "the base's tokenizer cannot write a control token as text: take it out of the "
+                "text (chat.control_tokens: text)"
+            )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -53,7 +89,7 @@ class ControlTokens:
     def prove_absent(self, messages: Messages, tools: Tools = None) -> None:
         """Raise ProofFailed, with the turn and the token, if a text has a control token."""
         for where, text in _texts(messages, tools):
-            if self._looks_rendered(text):
+            if self._looks_rendered(text.replace(CUT, "")):
                 raise ProofFailed(
                     f"{where}: is it already templated? It has {self._opening.strip()!r}, with "
                     "which the base's template opens a user's turn: give the text alone, or turns "
@@ -63,7 +99,7 @@ class ControlTokens:
             if found is not None:
                 raise ProofFailed(
                     f"{where}: has {found!r}, a control token of the base, which the model reads "
-                    "as structure and not as text: take it out of the text"
+                    "as structure and not as text: take it out, or set chat.control_tokens: text"
                 )
 
     def _first(self, text: str) -> str | None:
@@ -77,13 +113,13 @@ class ControlTokens:
         """Return True if a text has the template's own opening of a user's turn.
 
         An opening without control tokens, such as `USER:`, must begin the text, and the opening of
-        the answer must follow.
+        the answer must follow. Where control tokens are escaped, any opening must begin the text.
         """
         opening, answer = self._opening.strip(), self._answer.strip()
         if not opening:
             return False
         if self._pattern.search(opening):
-            return opening in text
+            return text.lstrip().startswith(opening) if self.escapes else opening in text
         return bool(answer) and text.lstrip().startswith(opening) and answer in text
 
     @cached_property

@@ -29,7 +29,7 @@ from ft_assets.chat.row_proofs import (
 )
 from ft_assets.chat.structure_proofs import Structures
 from ft_assets.chat.template_text import TemplateText
-from ft_assets.models.chat_template import ANSWER, fold_system, prints_date
+from ft_assets.models.chat_template import ANSWER, CUT, fold_system, prints_date
 from ft_assets.rows.types import Conversation, Message
 
 __all__ = ["Facts", "ProofFailed", "Rendered", "Renderer", "fold_system", "prints_date", "prove"]
@@ -74,7 +74,7 @@ class Renderer(TemplateText):
         super().__init__(tokenizer, stop_ids, day)
         self._blocks: set[Block] = set()
         self._structures = Structures(self.text)
-        self._controls = ControlTokens(tokenizer, stop_ids, self.text, self.encode)
+        self._controls = ControlTokens(tokenizer, stop_ids, self.escapes, self.text, self.encode)
 
     def train(self, rows: Sequence[Conversation]) -> list[list[Rendered] | ProofFailed]:
         """Return the training sequences of each row.
@@ -111,6 +111,8 @@ class Renderer(TemplateText):
                 continue
             ids = next(encoded)
             try:
+                if self.escapes and CUT in text:
+                    self._controls.prove_escaped(text, ids)
                 prove_bos(self.facts, ids)
                 found.append(ids)
             except ProofFailed as problem:
@@ -123,6 +125,7 @@ class Renderer(TemplateText):
         messages, tools = row["messages"], row.get("tools")
         if len(messages) == 1 and messages[0]["role"] == "text":
             return self._text_plan(messages[0])
+        messages = self._controls.escaped(row)["messages"]
         self._controls.prove_absent(messages, tools)
         turns = [
             index
@@ -150,6 +153,7 @@ class Renderer(TemplateText):
                 f"messages[{last}] ({messages[last]['role']}): "
                 "the last message must be the assistant's answer"
             )
+        messages = self._controls.escaped(row)["messages"]
         self._controls.prove_absent(messages, tools)
         whole = self.text(messages, tools)
         context = self._context(messages, last, tools)
@@ -166,7 +170,7 @@ class Renderer(TemplateText):
         return [_Plan(message["content"], [message], {})]
 
     def _prompt_text(self, row: Conversation) -> str:
-        messages, tools = row["messages"], row.get("tools")
+        messages, tools = self._controls.escaped(row)["messages"], row.get("tools")
         self._controls.prove_absent(messages, tools)
         text = self.text(messages, tools, generation_prompt=True)
         self._structures.prove(messages, bool(tools), generation_prompt=True)
@@ -312,7 +316,13 @@ class Renderer(TemplateText):
             supervised[begin:end] = [True] * (end - begin)
         added = sorted({part for block in plan.blocks.values() for part in block if part})
         rendered = Rendered(ids, supervised, len(plan.messages), tuple(added), apart)
-        prove(self.facts, rendered, plan.messages, contexts, plan.blocks)
+        messages = plan.messages
+        if self.escapes and CUT in plan.text:
+            self._controls.prove_escaped(plan.text, ids)
+            messages = [
+                {**turn, "content": turn["content"].replace(CUT, "")} for turn in plan.messages
+            ]
+        prove(self.facts, rendered, messages, contexts, plan.blocks)
         self._structures.prove(plan.messages, bool(plan.tools))
         prove_contents(plan.text, plan.messages, plan.tools)
         return rendered

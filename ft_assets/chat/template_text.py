@@ -13,7 +13,7 @@ from ft_assets.chat.calls import FORMS, CallForm, missing_calls, shaped
 from ft_assets.chat.row_proofs import Facts, Messages, ProofFailed, Tools
 from ft_assets.chat.structure_proofs import CALL, PROBE, TOOL
 from ft_assets.errors import TemplateError
-from ft_assets.models.chat_template import ANSWER, QUESTION, date_of, frozen
+from ft_assets.models.chat_template import ANSWER, CONTROL_KEY, CUT, QUESTION, date_of, frozen
 from ft_assets.models.template_limits import RENDER_SECONDS, TooLong, limited
 from ft_assets.rows.types import Message
 
@@ -22,13 +22,14 @@ class TemplateText:
     """Writes messages as text, and texts as token ids, for one model.
 
     `stop_ids` are the tokens at which its generation stops. `day` is the date that a template
-    prints as today's (None: the snapshot's date).
+    prints as today's (None: the snapshot's date). `escapes`: control tokens in texts are escaped.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: frozenset[int], day: date | None = None) -> None:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.day = day or date_of(tokenizer)
+        self.escapes = tokenizer.init_kwargs.get(CONTROL_KEY) == "text"
         self._form: CallForm | None = None
 
     @cached_property
@@ -64,11 +65,22 @@ class TemplateText:
             raise ProofFailed(_refusal(error, messages)) from error
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of rendered texts, all in one call. A template writes BOS itself."""
+        """Return the token ids of rendered texts, all in one call. A template writes BOS itself.
+
+        The parts of a text that CUT separates are tokenized apart, if control tokens are escaped.
+        """
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
-        return encoded["input_ids"]
+        parts = [text.split(CUT) if self.escapes else [text] for text in texts]
+        encoded = self.tokenizer(
+            [part for text in parts for part in text],
+            add_special_tokens=False,
+            return_attention_mask=False,
+        )["input_ids"]
+        if len(encoded) == len(texts):
+            return encoded
+        ids = iter(encoded)
+        return [[token for _ in text for token in next(ids)] for text in parts]
 
     def stops(self) -> list[str]:
         """Return the texts of the tokens at which generation stops."""

@@ -35,6 +35,11 @@ class ChatSettings(Section):
         default="template",
         description="user: put it into the first user turn, for templates that refuse or drop it.",
     )
+    control_tokens: Literal["refuse", "text"] = Field(
+        default="refuse",
+        description="What a control token of the base in a text is: a refused row, or text "
+        "(escaped, so that no control token results).",
+    )
     date: datetime.date = Field(
         default=datetime.date(2025, 1, 1),
         description="The date that a template prints as today's.",
@@ -59,6 +64,7 @@ class ChatSettings(Section):
 
     def baked(self) -> dict[str, Any]:
         """Return the settings that decide a snapshot's chat template, as plain data."""
-        return self.model_dump(
-            mode="json", include={"template_name", "template_kwargs", "system_turn", "date"}
-        )
+        names = {"template_name", "template_kwargs", "system_turn", "date"}
+        # The default is not in the fingerprints of older snapshots.
+        escaped = {"control_tokens"} if self.control_tokens == "text" else set[str]()
+        return self.model_dump(mode="json", include=names | escaped)

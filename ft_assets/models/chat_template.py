@@ -16,6 +16,8 @@ from ft_assets.rows.types import Message
 
 FROZEN_DATE = date(2025, 1, 1)
 DATE_KEY = "chat_date"  # in tokenizer_config.json of a snapshot
+CONTROL_KEY = "chat_control_tokens"  # there too: "text" if control tokens in texts are escaped
+CUT = "\ufdd0"  # escapes them; Unicode has no character here, so no text has it
 FOLD = (
     "{%- if messages and messages[0]['role'] == 'system' %}"
     "{%- if messages[1:] and messages[1]['role'] == 'user' %}"

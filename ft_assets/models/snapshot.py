@@ -14,7 +14,14 @@ from typing import Any, TypedDict
 from ft_assets.compat.transformers import forget_source_path, unread_gguf
 from ft_assets.config import BaseModelSettings, ChatSettings
 from ft_assets.errors import FtError, ModelError, TemplateError
-from ft_assets.models.chat_template import DATE_KEY, bake, broken_markers, end_of_turn, reads
+from ft_assets.models.chat_template import (
+    CONTROL_KEY,
+    DATE_KEY,
+    bake,
+    broken_markers,
+    end_of_turn,
+    reads,
+)
 from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 from ft_assets.models.source import (
     ALTERNATIVES,
@@ -218,6 +225,8 @@ def settle_template(
     replaced = own if isinstance(own, str) and own != tokenizer.chat_template else None
     tokenizer.chat_template = bake(tokenizer.chat_template, chat.template_kwargs, chat.system_turn)
     tokenizer.init_kwargs[DATE_KEY] = chat.date.isoformat()
+    if chat.control_tokens == "text":
+        tokenizer.init_kwargs[CONTROL_KEY] = "text"
     return bake(replaced, chat.template_kwargs, chat.system_turn) if replaced else None
 
 
