@@ -204,7 +204,7 @@ def rewrite_manifest(path: Path, inputs: dict[str, str] | None = None) -> Artifa
     """
     old = Manifest.read(path)
     files = {name: one for name, one in file_entries(path).items() if name != "manifest.json"}
-    inputs = old.inputs if inputs is None else inputs
+    inputs = {**old.inputs, **(inputs or {})}
     version = fingerprint(old.asset, old.code_version, old.settings, inputs, old.environment)
     changes = {
         "files": files,

@@ -106,7 +106,11 @@ def require_signed_files(
 
 
 def require_same_files(
-    signed_files: Mapping[str, str], now: Mapping[str, str], where: str, what: str
+    signed_files: Mapping[str, str],
+    now: Mapping[str, str],
+    where: str,
+    what: str,
+    fix: str = "do not use this model; restore it from a backup that verifies, or roll back",
 ) -> None:
     """Raise ReleaseError for the first file that is not the signed one, was added, or is gone."""
     for name in sorted({*signed_files, *now}):
@@ -121,7 +125,7 @@ def require_same_files(
             where=where,
             found=f"{name} of {what} {problem}",
             expected="exactly the files that were signed, byte for byte",
-            fix="do not use this model; restore it from a backup that verifies, or roll back",
+            fix=fix,
         )
 
 

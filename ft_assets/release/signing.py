@@ -100,7 +100,7 @@ class Signing:
             if name != REPORT_SIGNATURE
         }
         what = f"eval_report {report.fingerprint}"
-        require_same_files(model_files(found.statement, str(path)), files, where, what)
+        require_same_files(model_files(found.statement, str(path)), files, where, what, again)
         return verdict
 
     def require_model(self, merged: Artifact, state: ReleaseState, where: str) -> None:

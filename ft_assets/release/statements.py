@@ -40,9 +40,13 @@ class Statement(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    type_: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT, alias="_type")
+    type_: Literal["https://in-toto.io/Statement/v1"] = Field(
+        default=STATEMENT, validation_alias="_type", serialization_alias="_type"
+    )
     subject: list[Subject]
-    predicate_type: str = Field(alias="predicateType")
+    predicate_type: str = Field(
+        validation_alias="predicateType", serialization_alias="predicateType"
+    )
     predicate: dict[str, JsonValue]
 
     def to_json(self) -> str:
