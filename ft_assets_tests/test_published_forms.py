@@ -17,7 +17,8 @@ THINGS = ("น้ำ", "米", "קפה", "bread", "lamp")  # water, rice, coffee
 
 def alpaca(n: int, thing: str) -> dict[str, Any]:
     said = {"instruction": "Price the thing.", "input": thing if n else "", "output": f"{n} coins"}
-    return {**said, "text": f"Below is an instruction.\n\n### Response:\n{n} coins"}
+    rendered = f"### Instruction:\n{said['instruction']}\n\n### Response:\n{said['output']}"
+    return {**said, "text": f"Below is an instruction.\n\n{rendered}"}
 
 
 def dolly(n: int, thing: str) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def tulu(n: int, thing: str) -> dict[str, Any]:
     return {"id": f"ours_{n}", "messages": turns, "source": "ours"}
 
 
-CHATS = (alpaca, dolly, sharegpt, glaive, openhermes, tulu)
+CHATS = (alpaca, dolly, oasst, sharegpt, glaive, openhermes, tulu)
 PAIRS = (ultrafeedback, hh, orca)
 
 
@@ -107,11 +108,16 @@ def rows_of(form: Any) -> list[dict[str, Any]]:
     return [row for one in made for row in (one if isinstance(one, list) else [one])]
 
 
-@pytest.mark.parametrize("form", CHATS, ids=lambda form: form.__name__)
-def test_init_reads_the_published_form_of_conversations(form: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [*CHATS, *PAIRS], ids=lambda form: form.__name__)
+def test_init_reads_each_published_form_without_a_flag(form: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", rows_of(form))
     found = look(tmp_path / "rows.jsonl", {})
-    assert (found.valid, found.reasons) == (5, ())
+    assert found.valid == (10 if form is oasst else 5)
+    left = ["is a message without an answer"] * 3 if form is oasst else []  # it shows three
+    assert [reason.partition(": ")[2] for reason in found.reasons] == left
+    assert found.shape
+    in_pairs = [file.name for file in found.sources.preferences]
+    assert in_pairs == (["rows.jsonl"] if form in PAIRS else [])
 
 
 def test_published_conversations_have_their_turns() -> None:

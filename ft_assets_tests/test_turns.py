@@ -229,6 +229,13 @@ def test_prompt_beside_whole_conversations(prompt: Any, shared: list[Any], expec
     assert (pair["chosen"], pair["rejected"]) == (ANSWER["content"], OTHER["content"])
 
 
+def test_completion_that_is_a_whole_conversation_repeats_its_prompt_once() -> None:
+    row = {"prompt": "何時に開きますか。", "completion": [USER, ANSWER]}
+    assert conversation(row)["messages"] == [USER, ANSWER]
+    with pytest.raises(RowProblem, match="the prompt ends with 'x'"):
+        conversation({**row, "prompt": "x"})
+
+
 def test_prompt_of_another_conversation_and_tails_that_part_early_are_refused() -> None:
     whole = {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}
     with pytest.raises(RowProblem, match="the prompt ends with 'x', and chosen and rejected begin"):

@@ -112,6 +112,7 @@ def conversation_turns(raw: RawFields, format: str | None = None) -> list[Any]:
 
 def recognise(raw: RawFields) -> tuple[RowFormat[list[Any]], tuple[str, ...]] | None:
     """Return the format that the keys of a conversation row show, with these keys, or None."""
+    raw = transcribed(raw)
     for known in CONVERSATION_FORMATS.values():
         keys = known.found(raw)
         if keys is not None:
@@ -239,7 +240,11 @@ def _prompt_and_answer(raw: RawFields) -> list[Any]:
         if isinstance(answer, list)
         else [{"role": "assistant", "content": answer}]
     )
-    return _with_system(raw, [*_history(raw), *_prompt_turns(raw, prompt), *answers])
+    turns = [*_history(raw), *_prompt_turns(raw, prompt)]
+    if answers and _said(answers[0])[0] != "assistant":  # a whole conversation
+        turns = _joined(turns, answers[:-1])
+        answers = answers[-1:]
+    return _with_system(raw, [*turns, *answers])
 
 
 def _plain_text(raw: RawFields) -> list[Any]:

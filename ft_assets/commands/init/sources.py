@@ -11,6 +11,7 @@ from ft_assets.data.file_formats import read_rows
 from ft_assets.data.file_types import DATA
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.saved_datasets import splits_of
+from ft_assets.data.threads import join_threads
 from ft_assets.errors import DataError
 from ft_assets.rows.row_formats import renamed
 from ft_assets.rows.types import RawFields
@@ -90,13 +91,13 @@ def _of_folder(folder: Path) -> Sources:
 
 
 def rows_of(files: list[Path], encoding: str | None) -> Iterator[RawRow]:
-    for file in files:
-        yield from read_rows(file, encoding)
+    rows = (row for file in files for row in read_rows(file, encoding))
+    return join_threads(rows, "conversations")
 
 
 def _first_pair(file: Path, encoding: str | None) -> RawFields | None:
     """Return the first row of a file of pairs, or None for another file."""
-    for row in itertools.islice(read_rows(file, encoding), FIRST):
+    for row in itertools.islice(rows_of([file], encoding), FIRST):
         value = row.value
         if value is None:
             continue
