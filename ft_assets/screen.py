@@ -28,8 +28,8 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit code of a shell
 BROKEN_PIPE = 1  # as Typer ends
 MESSAGE_LINES, LINE_LENGTH = 12, 400
 REPORT = (
-    "this is a fault of ft_assets or of a library: report it with this file, which holds the "
-    "stack trace and no data; read it first"
+    "this is a fault of ft_assets or of a library: read the file, which may quote your data, and "
+    "report the fault with it"
 )
 
 

@@ -60,6 +60,10 @@ def of_os(error: OSError, place: Path | None = None) -> FtError | None:
     elif error.errno in (errno.EACCES, errno.EPERM) and error.filename:
         found, expected = "is not permitted to this user", "read and write permission"
         fix = f"correct the owner or the mode, {ELSEWHERE}"
+    elif error.errno in (errno.EISDIR, errno.ENOTDIR) and error.filename:
+        file = error.errno == errno.EISDIR
+        found = "is a folder" if file else "is below a file, which is no folder"
+        expected, fix = "a file" if file else "a folder", "correct the path, or move it away"
     elif error.errno == errno.EFBIG:
         found = "a file becomes larger than this process may write"
         expected, fix = "no limit of file sizes", "raise the limit: ulimit -f unlimited"

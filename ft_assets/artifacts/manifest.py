@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, field_validator
 
 from ft_assets.artifacts.documents import parse_document
+from ft_assets.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 INFO = "info"
@@ -86,7 +87,19 @@ class Manifest(BaseModel, frozen=True):
     def read(cls, folder: Path) -> "Manifest":
         """Read the manifest of a folder. Raises ArtifactError, FileNotFoundError."""
         path = folder / MANIFEST
-        return parse_document(str(path), cls, path.read_bytes(), f"delete {folder}")
+        fix = f"delete {folder}, and materialize the asset again"
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ArtifactError(
+                where=str(path),
+                found=f"cannot be read ({error.strerror})",
+                expected="the manifest of a version",
+                fix=fix,
+            ) from None
+        return parse_document(str(path), cls, text, fix)
 
     def to_text(self) -> str:
         """Return the text of manifest.json."""
