@@ -181,6 +181,34 @@ def test_what_another_page_can_make_a_browser_send_is_refused(
     assert answer.json()["errors"][0]["message"].startswith("refused: ")
 
 
+def asked(headers: list[tuple[str, str]]) -> httpx.Response:
+    """Return the answer to a mutation with these headers, of a page behind a guard."""
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Guard(page, 3000, PROXIES))
+        async with httpx.AsyncClient(transport=transport) as client:
+            body = json.dumps({"query": MUTATION})
+            return await client.post("http://any/graphql", content=body, headers=headers)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("name", ["Host", "Origin", "Sec-Fetch-Site", "Content-Type"])
+def test_header_that_decides_is_there_once(name: str) -> None:
+    own = {
+        "Host": "127.0.0.1:3000",
+        "Origin": "http://127.0.0.1:3000",
+        "Sec-Fetch-Site": "same-origin",
+        "Content-Type": "application/json",
+    }
+    headers = [(name, "evil.example"), *own.items()]
+    assert asked(headers).status_code == 400
+
+
 PROXIES = ["https://graph.example.org", "http://10.0.0.7:8080"]
 
 
@@ -202,17 +230,8 @@ PROXIES = ["https://graph.example.org", "http://10.0.0.7:8080"]
     ],
 )
 def test_origin_is_one_of_ours_with_its_scheme(host: str, origin: str, status: int) -> None:
-    async def page(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(Guard(page, 3000, PROXIES))
-        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
-            headers = {"Host": host, "Origin": origin}
-            return await client.post("/graphql", json={"query": MUTATION}, headers=headers)
-
-    assert asyncio.run(ask()).status_code == status
+    headers = [("Host", host), ("Origin", origin), ("Content-Type", "application/json")]
+    assert asked(headers).status_code == status
 
 
 @pytest.mark.parametrize(

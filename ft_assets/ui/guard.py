@@ -28,6 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OURS = ("same-origin", "none")  # "none": typed into the address bar
 EMBEDDED = ("iframe", "frame", "fencedframe", "object", "embed")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+DECIDING = (b"host", b"origin", b"content-type")
 # They replace the server's own headers of these names.
 HEADERS = {
     b"x-frame-options": b"DENY",
@@ -99,6 +100,8 @@ class Guard:
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in scope["headers"]
         }
+        if twice := _twice(scope):
+            return 400, f"the header {twice} is there twice"
         host = headers.get("host", "").lower()
         if host not in self.hosts:
             return (
@@ -146,6 +149,16 @@ class Guard:
         if site is not None and site not in OURS and not page:
             return f"the request comes from another site (Sec-Fetch-Site: {site})"
         return None
+
+
+def _twice(scope: Scope) -> str | None:
+    """Return the first header that decides here and stands in a request twice."""
+    seen: set[bytes] = set()
+    for name, _ in scope["headers"]:
+        if name in seen and (name in DECIDING or name.startswith(b"sec-fetch-")):
+            return name.decode("latin-1")
+        seen.add(name)
+    return None
 
 
 def _with_headers(send: Send) -> Send:
