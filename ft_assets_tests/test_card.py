@@ -113,8 +113,9 @@ def test_snapshot_records_the_stop_and_pad_tokens_that_its_base_lacked(
 
 def test_no_secret_of_a_url_stands_in_the_card(copy: Path) -> None:
     signed = "https://bucket.example/train.jsonl?X-Amz-Signature=abcdef"
-    judge = {"base_url": "https://me:hunter2@judge.example/v1", "model": "m"}
-    edit(copy, data={"train": [signed]}, evaluation={"judge": judge})
+    judge = {"base_url": "https://judge.example/v1", "model": "m"}
+    named = "https://me:hunter2@bucket.example/more.jsonl"
+    edit(copy, data={"train": [signed, named]}, evaluation={"judge": judge})
     text = excerpt(load_project(copy / "finetune.yaml"), "tiny")
     assert "https://bucket.example/train.jsonl" in text
     assert "https://judge.example/v1" in text

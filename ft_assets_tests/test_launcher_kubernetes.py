@@ -283,6 +283,14 @@ def test_manifest_holds_all_that_is_set_over_the_template_and_no_secret(
         judge["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
         == "1"
     )
+    entry = {"name": "HF_TOKEN", "value": "word-of-ada"}
+    template["spec"]["template"]["spec"]["containers"][0]["env"] = [entry]  # type: ignore[index]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(template))
+    with pytest.raises(
+        ConfigError, match="env HF_TOKEN: holds what looks like a secret"
+    ) as refused:
+        manifest(job, job.work / "job.json", given, tmp_path)
+    assert "word-of-ada" not in str(refused.value)
 
 
 def test_secret_in_the_environment_is_refused_and_not_repeated(tmp_path: Path) -> None:

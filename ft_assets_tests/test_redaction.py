@@ -199,6 +199,7 @@ def test_errors_of_ours_redact_each_field() -> None:
         {"alerts": {"slack": {"token_env": "word-Planted", "channel": "x"}}},
         {"evaluation": {"judge": {"base_url": "x", "model": "m", "api_key_env": "sk-Planted"}}},
         {"launcher": {"kind": "kubernetes", "image": "x", "env": {"ENTRY": f"x?token={PLANTED}"}}},
+        {"evaluation": {"judge": {"base_url": f"https://a:{PLANTED}@h/v1", "model": "m"}}},
         {"data": {"train": 7, "password": "word-Planted"}},
     ],
 )

@@ -13,6 +13,7 @@ from ft_assets.errors import ConfigError
 from ft_assets.job import Job
 from ft_assets.launchers.cluster import unique_name
 from ft_assets.launchers.local import GRACE_SECONDS
+from ft_assets.redaction import is_secret_name, redacted
 
 CONTAINER = "step"
 KEPT_SECONDS = 3600  # the cluster removes a Job whose run was killed this long after its end
@@ -22,7 +23,8 @@ LABELS = {"app.kubernetes.io/managed-by": "ft-assets"}
 def manifest(job: Job, job_file: Path, settings: KubernetesSettings, root: Path) -> dict[str, Any]:
     """Return a batch/v1 Job of one pod.
 
-    Raises ConfigError for a template that cannot be read, or if no volume holds the store.
+    Raises ConfigError for a template that cannot be read or holds a secret, or if no volume holds
+    the store.
     """
     # One pod for each step: its ranks share a machine. Use slurm or ray to train on several
     # machines.
@@ -44,6 +46,7 @@ def manifest(job: Job, job_file: Path, settings: KubernetesSettings, root: Path)
         },
     }
     whole = merged(_template(settings, root), _without_empty(made))
+    _refuse_secrets(whole)
     _require_store(whole, job, settings)
     return whole
 
@@ -141,6 +144,21 @@ def _without_empty(value: Any) -> Any:
             if (kept := _without_empty(item)) not in (None, {}, [])
         }
     return [_without_empty(item) for item in value] if isinstance(value, list) else value
+
+
+def _refuse_secrets(whole: dict[str, Any]) -> None:
+    """Raise ConfigError for a secret that stands in the manifest by its value."""
+    spec = whole["spec"]["template"]["spec"]
+    for container in (*spec["containers"], *spec.get("initContainers", [])):
+        for entry in container.get("env", []):
+            name, value = entry["name"], str(entry.get("value", ""))
+            if value and (is_secret_name(name) or redacted(value) != value):
+                raise ConfigError(
+                    where=f"launcher.template: env {name}",
+                    found="holds what looks like a secret, and every reader of the Job sees it",
+                    expected="a reference to a Secret of the cluster",
+                    fix="list that Secret in launcher.env_from_secrets, or write valueFrom",
+                )
 
 
 def _require_store(whole: dict[str, Any], job: Job, settings: KubernetesSettings) -> None:

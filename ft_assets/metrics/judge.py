@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ft_assets.errors import EvaluationError
 from ft_assets.metrics.registry import Metric
+from ft_assets.redaction import redacted
 from ft_assets.rows.types import Message
 
 INSTRUCTION = (
@@ -52,6 +53,13 @@ class JudgeSettings(BaseModel):
         le=86_400,
         description="Limit of a whole request in seconds, until the last byte of its answer.",
     )
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_secret(cls, value: str) -> str:
+        if redacted(value) != value:
+            raise ValueError("holds a user or a query; the key is in the variable api_key_env")
+        return value
 
 
 @Metric("judge", config="judge", of_answer=False)
