@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from ft_assets.errors import FtError, JobError
-from ft_assets.redaction import remember_variables
+from ft_assets.redaction import redacted, remember_variables
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,6 @@ class ProgressFile:
         self._path = path
 
     def __call__(self, message: str, **numbers: float) -> None:
-        line = json.dumps({"time": time.time(), "message": message, **numbers})
+        line = json.dumps({"time": time.time(), "message": redacted(message), **numbers})
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

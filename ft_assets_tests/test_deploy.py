@@ -1,12 +1,15 @@
 """The production set-up: Postgres (the server of a PyPI package), secrets, the systemd unit."""
 
 import configparser
+import contextlib
+import http.server
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,8 @@ pytestmark = [pytest.mark.graph, pytest.mark.cluster]
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 TOKEN = "hf_planted-token-that-must-not-be-written"
+JUDGE_KEY = "planted entry of the judge"
+SIGNATURE = "planted-signature-of-the-data"
 
 
 @pytest.fixture(scope="module")
@@ -69,36 +74,115 @@ def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
     assert not list(home.rglob("*.db"))
 
 
+class DataAndJudge:
+    """A server of signed data, whose first try fails, and of a judge that finds all answers equal.
+
+    It counts the judge's requests with the right key.
+    """
+
+    def __init__(self, rows: bytes) -> None:
+        self.refusals, self.judged = 2, 0  # a try makes two requests
+        served = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def _send(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                signed = self.path.endswith(f"?sig={SIGNATURE}")
+                served.refusals -= 1
+                self._send(500 if served.refusals >= 0 else 200 if signed else 403, rows)
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                served.judged += self.headers["Authorization"] == f"Bearer {JUDGE_KEY}"
+                self._send(200, b'{"choices": [{"message": {"content": "TIE"}}]}')
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@contextlib.contextmanager
+def command_lines() -> Iterator[set[bytes]]:
+    """Yield the set of the command lines of all processes that ran within the block."""
+    seen: set[bytes] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.05):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    seen.add(path.read_bytes())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
+
+
 def test_token_in_the_environment_is_written_nowhere(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All steps run, from signed data and with a judge, and leave no secret behind.
+
+    The first try of the data fails, so that Dagster keeps an error with its causes.
+    """
+    planted = (TOKEN, JUDGE_KEY, SIGNATURE)
+    served = DataAndJudge((project / "data/train.jsonl").read_bytes())
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
     monkeypatch.setenv("FT_WEBHOOK_URL", f"https://hooks.example.org/{TOKEN}")
+    monkeypatch.setenv("ENTRY", JUDGE_KEY)
+    judge = {"base_url": f"{served.url}/v1", "model": "judge", "api_key_env": "ENTRY"}
     edit(
         project,
+        data={"train": [f"{served.url}/train.jsonl?sig={SIGNATURE}"]},
         sft={"max_steps": 3},
         dpo={"max_steps": 3},
+        evaluation={"judge": judge},
         gate={"override": "next to nothing is learnt in three steps"},
         alerts={"webhook": {"url_env": "FT_WEBHOOK_URL"}},
+        launcher={"kind": "local", "retry_seconds": 0},
     )
-    done = ft(
-        project, "run"
-    )  # all steps: data, training, report, model card, release, exported forms, leaderboard
+    with command_lines() as ran:
+        done = ft(project, "run")
     assert done.returncode == 0, done.stderr
-    assert TOKEN not in done.stdout + done.stderr
+    assert served.judged > 0
+    outputs = [ft(project, *words) for words in (["plan"], ["report"], ["doctor"], ["release"])]
+    for output in (done, *outputs):
+        assert not [secret for secret in planted if secret in output.stdout + output.stderr]
+    assert any(b"ft_assets.steps.sft" in line for line in ran)
+    assert not [line for line in ran if any(secret.encode() in line for secret in planted)]
     monkeypatch.setenv("DAGSTER_HOME", str(project / ".ft/dagster"))
     with dg.DagsterInstance.get() as instance:
         (run,) = instance.get_runs()
         told = json.dumps(alert(run, instance, None).to_dict())  # what would be posted
+        events = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_UP_FOR_RETRY)
+    assert "ClientResponseError" in str(events)  # the cause is kept, without the signature
     assert "tiny" in told
-    assert TOKEN not in told
+    assert not [secret for secret in planted if secret in told]
     for name in ("eval_report", "merged_model", "release", "export"):
         assert list((project / ".ft/store" / name / "tiny").glob("*/manifest.json")), name
     written = [
         path
         for path in (project / ".ft").rglob("*")
-        if path.is_file() and TOKEN.encode() in path.read_bytes()
+        if path.is_file()
+        and any(
+            secret.encode() in path.read_bytes() or secret in str(path.name) for secret in planted
+        )
     ]
     assert written == []
 

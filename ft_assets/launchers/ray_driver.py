@@ -22,6 +22,7 @@ from ft_assets.config.launcher import RaySettings
 from ft_assets.errors import ArtifactError, ConfigError, FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, ProgressFile
 from ft_assets.launchers.base import save_error
+from ft_assets.redaction import guard_stream
 from ft_assets.step_runner import execute, watch_lifeline
 
 PASSED_ON = (
@@ -174,6 +175,8 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def main() -> None:
+    guard_stream(sys.stdout)  # both are the job's log; Ray prints the errors of its workers
+    guard_stream(sys.stderr)
     job_file, settings = sys.argv[1:]
     job = Job.model_validate_json(Path(job_file).read_text())
     watch_lifeline()
