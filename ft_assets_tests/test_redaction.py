@@ -196,6 +196,7 @@ def test_errors_of_ours_redact_each_field() -> None:
         {"store": f"s3://AKIA:{PLANTED}@bucket/x"},
         {"alerts": {"webhook": "https://hooks.example/Planted"}},
         {"alerts": {"webhook": {"url_env": "https://hooks.example/Planted"}}},
+        {"alerts": {"email": "word-Planted"}},
         {"alerts": {"slack": {"token_env": "word-Planted", "channel": "x"}}},
         {"evaluation": {"judge": {"base_url": "x", "model": "m", "api_key_env": "sk-Planted"}}},
         {"launcher": {"kind": "kubernetes", "image": "x", "env": {"ENTRY": f"x?token={PLANTED}"}}},

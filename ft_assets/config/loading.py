@@ -172,8 +172,12 @@ def _config_error(
             expected="a value",
             fix="add the key; the README shows an example",
         )
-    # Who writes a secret where its variable's name belongs must not read it in a log.
-    told = not isinstance(first["input"], dict) and not is_secret_name(key_path)
+    # Who writes a secret where its variable's name or a section belongs must not read it in a log.
+    told = (
+        not isinstance(first["input"], dict)
+        and first["type"] not in ("model_type", "dict_type")
+        and not is_secret_name(key_path)
+    )
     found = f"{first['input']!r}: " if told else ""
     return ConfigError(
         where=f"{path}: {key_path}",
