@@ -3,25 +3,21 @@
 Rows with the same prompt and the same two answers are the votes of annotators.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
 
 
 class Votes:
-    """Counts the rows of each pair, by id. A pair and its opposite have the answers exchanged."""
+    """Counts the rows of each pair, by id, under the key of its prompt and its two answers."""
 
     def __init__(self) -> None:
-        self._rows: Counter[str] = Counter()
-        self._opposites: dict[str, str] = {}
+        self._votes: dict[str, dict[str, int]] = {}
 
     def add(self, pair: Mapping[str, object]) -> None:
-        """Count a row of `preference`, which notes the id of its opposite."""
-        identity, opposite = str(pair["id"]), str(pair["opposite"])
-        self._rows[identity] += 1
-        if opposite in self._rows:
-            self._opposites[identity] = opposite
-            self._opposites[opposite] = identity
+        """Count a row of `preference`, which notes the key `answers`."""
+        counts = self._votes.setdefault(str(pair["answers"]), {})
+        identity = str(pair["id"])
+        counts[identity] = counts.get(identity, 0) + 1
 
     def lost(self, min_agreement: float) -> dict[str, str]:
         """Return {id: reason} of the pairs to leave out.
@@ -29,12 +25,13 @@ class Votes:
         A pair stays if more than half of the votes are for it, and at least `min_agreement`.
         """
         reasons: dict[str, str] = {}
-        for identity, opposite in self._opposites.items():
-            own, others = self._rows[identity], self._rows[opposite]
-            share = Fraction(own, own + others)
-            if share <= Fraction(1, 2) or share < min_agreement:
-                reasons[identity] = (
-                    f"annotators disagree: {own} of {own + others} prefer this answer "
-                    f"(data.min_agreement: {min_agreement})"
-                )
+        for counts in self._votes.values():
+            total = sum(counts.values())
+            for identity, own in counts.items():
+                share = Fraction(own, total)
+                if share <= Fraction(1, 2) or share < min_agreement:
+                    reasons[identity] = (
+                        f"annotators disagree: {own} of {total} prefer this answer "
+                        f"(data.min_agreement: {min_agreement})"
+                    )
         return reasons

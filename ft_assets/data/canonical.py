@@ -112,8 +112,13 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
     chosen, rejected = (turn["content"] for turn in turns_of)
     if _composed(chosen) == _composed(rejected):
         raise RowProblem("chosen and rejected are equal; expected two different answers")
+    answered: list[Message] = [
+        *messages,
+        {"role": "assistant", "content": chosen},
+        {"role": "rejected", "content": rejected},
+    ]
     row: Preference = {
-        "id": _pair_identity(messages, offered, chosen, rejected),
+        "id": _identity(answered, offered),
         "messages": messages,
         "chosen": chosen,
         "rejected": rejected,
@@ -121,8 +126,7 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
     }
     _note_joined(row, len(turns) - len(messages))
     # No table stores it: annotators.py finds the pairs on which annotators disagree.
-    opposite = _pair_identity(messages, offered, rejected, chosen)
-    cast(dict[str, object], row)["opposite"] = opposite
+    cast(dict[str, object], row)["answers"] = _answers_key(messages, offered, chosen, rejected)
     if any(turn.get("reasoned") for turn in turns_of):
         row["reasoned"] = True
     if offered:
@@ -130,12 +134,12 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
     return row
 
 
-def _pair_identity(messages: list[Message], offered: list[Tool], chosen: str, rejected: str) -> str:
-    answers: list[Message] = [
-        {"role": "assistant", "content": chosen},
-        {"role": "rejected", "content": rejected},
-    ]
-    return _identity([*messages, *answers], offered)
+def _answers_key(messages: list[Message], offered: list[Tool], chosen: str, rejected: str) -> str:
+    """Return a key of a prompt and two answers, whichever of them is preferred."""
+    prompt = [f"{turn['role']}\x1e{turn['content'].strip()}" for turn in messages]
+    calls = [turn["tool_calls"] for turn in messages if "tool_calls" in turn]
+    tools = [json.dumps([calls, offered], sort_keys=True)] if calls or offered else []
+    return digest(*prompt, *tools, *sorted((chosen.strip(), rejected.strip())))
 
 
 def _composed(answer: str) -> str:

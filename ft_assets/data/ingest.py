@@ -101,7 +101,7 @@ class Ingest:
                 try:
                     canonical = _canonical(row, form, dict(columns or {}), stratum, audit)
                     adapted.update(joined=canonical.get("joined", 0) > 0, opened=_opened(canonical))
-                    if "opposite" in canonical:
+                    if "answers" in canonical:
                         votes.add(canonical)
                     yield cast(RowT, canonical)
                 except RowProblem as problem:

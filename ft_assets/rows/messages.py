@@ -19,6 +19,8 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
     **dict.fromkeys(("tool_response", "tool_result"), "tool"),
 }
+OURS = frozenset(("system", "user", "assistant", "tool"))
+THEIRS = frozenset(("from", "value"))
 # ShareGPT's roles of a turn that has only calls.
 CALLS = ("function_call", "tool_call", "tool_calls")
 
@@ -30,8 +32,12 @@ def spelled(turn: Any) -> Any:
     """
     if not isinstance(turn, dict):
         return turn
+    if turn.keys().isdisjoint(THEIRS) and isinstance(turn.get("content"), str):
+        role = turn.get("role")
+        if isinstance(role, str) and role in OURS:  # as most turns are
+            return turn
     role, content = (_named(turn, *names) for names in NAMES)
-    turn = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    turn = {key: value for key, value in turn.items() if key not in THEIRS}
     if isinstance(content, list) and content and all(map(_is_text, content)):
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str):

@@ -34,6 +34,7 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
 )
 TIES = ("status", "winner", "preference")  # columns that can have the word "tie"
+SCORED = frozenset((*TIES, *(name for pair in SCORES for name in pair)))
 MEDIA = ("images", "videos", "audios")
 SYSTEM = ("system", "system_prompt")
 
@@ -104,7 +105,7 @@ def conversation_turns(raw: RawFields, format: str | None = None) -> list[Any]:
         named = CONVERSATION_FORMATS[format]
         return expanded(named.read(named.only(raw)))
     raw = transcribed(raw)
-    recognised = recognise(raw)
+    recognised = _recognise(raw)
     if recognised is None:
         raise _unknown(raw)
     return expanded(recognised[0].read(raw))
@@ -112,7 +113,10 @@ def conversation_turns(raw: RawFields, format: str | None = None) -> list[Any]:
 
 def recognise(raw: RawFields) -> tuple[RowFormat[list[Any]], tuple[str, ...]] | None:
     """Return the format that the keys of a conversation row show, with these keys, or None."""
-    raw = transcribed(raw)
+    return _recognise(transcribed(raw))
+
+
+def _recognise(raw: RawFields) -> tuple[RowFormat[list[Any]], tuple[str, ...]] | None:
     for known in CONVERSATION_FORMATS.values():
         keys = known.found(raw)
         if keys is not None:
@@ -159,6 +163,8 @@ def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
 
 def _require_preference(raw: RawFields) -> None:
     """Raise Tie or RowProblem if the row's own scores do not prefer the chosen answer."""
+    if raw.keys().isdisjoint(SCORED):
+        return
     tie = next((key for key in TIES if str(raw.get(key)).lower() in ("tie", "tied")), None)
     if tie is not None:
         raise Tie(f"{tie}: is {shown(raw[tie])}")

@@ -67,7 +67,11 @@ def without_keys(raw: RawFields, ignored: Collection[str]) -> RawFields:
 
 def is_learnt(where: str, turn: RawFields, role: str) -> bool:
     """Return False for an assistant turn that is context only, such as `loss: false`."""
-    given = {key: _flag(f"{where}: {key}", turn[key]) for key in LEARNT if _given(turn, key)}
+    if turn.keys().isdisjoint(LEARNT):
+        return True
+    given = {
+        key: _flag(f"{where}: {key}", turn[key]) for key in LEARNT if turn.get(key) is not None
+    }
     if len(set(given.values())) > 1:
         shown_flags = " and ".join(f"{key} is {shown(turn[key])}" for key in given)
         raise RowProblem(f"{where}: {shown_flags}; expected one of them")
@@ -77,10 +81,6 @@ def is_learnt(where: str, turn: RawFields, role: str) -> bool:
             f"{where}: the {role}'s turn is to be trained; only the assistant's answers are"
         )
     return role != "assistant" or learnt is not False
-
-
-def _given(turn: RawFields, key: str) -> bool:
-    return turn.get(key) is not None
 
 
 def _flag(where: str, value: Any) -> bool:
@@ -94,6 +94,8 @@ def with_reasoning(where: str, turn: RawFields, role: str, content: str) -> str 
 
     The reasoning is in <think> tags, which templates of thinking models read from the content.
     """
+    if turn.keys().isdisjoint(REASONING):
+        return None
     given = [turn[key] for key in REASONING if turn.get(key) not in (None, "")]
     if not given:
         return None
