@@ -17,6 +17,7 @@
     └── InfrastructureFault       a machine, a cluster or the network: retry          75
         ├── StoreUnreachable      the object store
         ├── StoreBusy             another process changes the store
+        ├── LeaseLost             another run has taken over the making of a version
         ├── SourceUnreachable     a server of data or base models
         ├── ClusterUnreachable    the scheduler of a cluster
         ├── RunGone               the run that a cluster's job belongs to
@@ -144,6 +145,16 @@ class StoreBusy(InfrastructureFault):
         super().__init__(
             f"{where}: locked by {holder or 'another process'} for more than {seconds:.0f} s\n"
             "  to do:    continue that process if it is stopped (kill -CONT), or end it"
+        )
+
+
+class LeaseLost(InfrastructureFault):
+    """Another run has taken over, because this one gave no sign of life."""
+
+    def __init__(self, where: str, holder: str) -> None:
+        super().__init__(
+            f"{where}: this run gave no sign of life (it was stopped, or could not reach the "
+            f"store), and was taken over by {holder}. Nothing of this try is published"
         )
 
 

@@ -1,5 +1,6 @@
 """This machine's GPUs, memory and number format. Importing the module does not import torch."""
 
+import contextlib
 import functools
 import gc
 import os
@@ -109,3 +110,28 @@ def visible_gpus() -> list[str]:
         return names[: names.index("-1")] if "-1" in names else names
     numbers = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
     return sorted((number for number in numbers if number.isdigit()), key=int)
+
+
+def boot_id() -> str:
+    """Return the kernel's id of this boot; "" where there is none."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def process_namespace() -> str:
+    """Return the name of the namespace that this process's pids belong to, e.g. a container's."""
+    with contextlib.suppress(OSError):
+        return str(Path("/proc/self/ns/pid").readlink())
+    return ""
+
+
+def process_start(pid: int) -> int | None:
+    """Return the start of a process in clock ticks; None if it has ended, also as a zombie."""
+    try:
+        # The name in parentheses may hold anything; what follows are the fields from 3 on: 3 is the
+        # state, 22 the start.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

@@ -57,7 +57,9 @@ def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
     for path in sorted((root / ".work").glob("jobs/*")):
         yield path, f"job {path.name}"
     for path in sorted((root / ".work").glob("*/*/*")):
-        if path.is_dir() and path.parent.parent.name != "jobs":
+        if path.suffix == ".lease":
+            yield path, f"lease of {path.parent.parent.name}[{path.parent.name}] {path.name[:8]}"
+        elif path.is_dir() and path.parent.parent.name != "jobs":
             yield (
                 path,
                 f"checkpoints of {path.parent.parent.name}[{path.parent.name}] {path.name[:8]}",

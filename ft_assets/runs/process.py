@@ -4,9 +4,10 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ft_assets.hardware import boot_id, process_start
 
 # Of the run: JSON of a RunProcess. The UI hides tags with this prefix.
 TAG = ".dagster/ft_worker"
@@ -31,9 +32,9 @@ class RunProcess(BaseModel):
         return cls(
             run_id=run_id,
             host=socket.gethostname(),
-            boot=_boot(),
+            boot=boot_id(),
             pid=pid,
-            started=_started(pid) or 0,
+            started=process_start(pid) or 0,
         )
 
     @classmethod
@@ -56,7 +57,7 @@ class RunProcess(BaseModel):
     @property
     def alive(self) -> bool:
         """Whether exactly this process runs. Valid only if it is `here`."""
-        return self.boot == _boot() and _started(self.pid) == self.started
+        return self.boot == boot_id() and process_start(self.pid) == self.started
 
     def terminate(self) -> bool:
         """Send it TERM, which Dagster takes as a request to stop. Returns False if it has ended."""
@@ -78,18 +79,3 @@ class RunProcess(BaseModel):
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _started(pid: int) -> int | None:
-    """Return the start of a process in clock ticks; None if it has ended, also as a zombie."""
-    try:
-        # The name in parentheses may hold anything; what follows are the fields from 3 on: 3 is the
-        # state, 22 the start.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
