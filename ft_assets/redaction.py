@@ -86,14 +86,16 @@ def has_user(url: str) -> bool:
 
 def remember_variables(settings: object) -> None:
     """Treat the variables that settings name by a key `…_env` as secrets, whatever their names."""
-    if isinstance(settings, Mapping):
-        for key, value in settings.items():
-            if isinstance(value, str) and str(key).endswith("_env"):
-                _named.add(value)
-            remember_variables(value)
-    elif isinstance(settings, list):
-        for value in settings:
-            remember_variables(value)
+    waiting, seen = [settings], set[int]()
+    while waiting:  # an alias of YAML may be part of itself, or repeat a part many times
+        one = waiting.pop()
+        if not isinstance(one, Mapping | list) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Mapping):
+            names = (value for key, value in one.items() if str(key).endswith("_env"))
+            _named.update(name for name in names if isinstance(name, str))
+        waiting += one.values() if isinstance(one, Mapping) else one
 
 
 def redacted(text: str) -> str:
