@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready
 
-.PHONY: help setup demo ui chat browser slurm test test-fast lint types check clean
+.PHONY: help setup demo ui chat browser slurm test test-fast chaos lint types check clean
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -48,6 +48,9 @@ test: $(READY) browser slurm lint types  ## Run lint, types and all tests
 
 test-fast: $(READY)  ## Run the tests that start no step, browser or cluster
 	$(PYTEST) -m "not graph and not browser and not cluster and not slow"
+
+chaos: $(READY)  ## Attack the store and the readers with many random examples (half an hour)
+	FT_CHAOS_EXAMPLES=$${FT_CHAOS_EXAMPLES:-1000} .venv/bin/python -m pytest -q -o timeout=0 ft_assets_tests/test_chaos.py ft_assets_tests/test_corpus.py
 
 lint: $(READY)  ## Run ruff and the import contracts
 	.venv/bin/ruff check .
