@@ -16,10 +16,13 @@ from ft_assets.artifacts import ArtifactStore, ObjectStore, open_store
 from ft_assets.commands.gc import removals, remove
 from ft_assets.commands.status import status
 from ft_assets.config import load_project
-from ft_assets.errors import ArtifactError, ConfigError, StoreUnreachable
+from ft_assets.errors import ArtifactError, ConfigError, ReleaseError, StoreUnreachable
 from ft_assets.release.lookup import by_content
+from ft_assets.release.register import state_of
+from ft_assets.release.whole_register import current_release, repair
 from ft_assets_tests.factories import ft
 from ft_assets_tests.pipeline import failure, materialize
+from ft_assets_tests.registers import decide, merged_model
 
 pytestmark = pytest.mark.cluster
 
@@ -141,6 +144,28 @@ def test_two_runs_that_make_the_same_version_at_once_both_end_with_it(
         assert set(pool.map(make, range(20))) == {"weightsweights"}
     left = {path.name for path in (machine("one").root / "a/tiny").iterdir()}
     assert left == {f"v{number}" for number in range(10)}
+
+
+def test_of_two_machines_that_decide_at_once_one_is_refused_and_nothing_is_forgotten(
+    machine: Callable[[str], ObjectStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = machine("one"), machine("two")
+    first = decide(one, merged_model(one, "first"))
+    decide(one, merged_model(one, "second"))
+    late = merged_model(two, "late")
+    with pytest.raises(ReleaseError, match="another run made a decision while decision 2"):
+        decide(two, late, before=first)
+    # Both have looked at CURRENT before either of them wrote: the number's object decides.
+    with monkeypatch.context() as patch, pytest.raises(ReleaseError, match="has its number"):
+        patch.setattr(two, "current_name", lambda *_: first.fingerprint)
+        decide(two, late, before=first)
+    two.remove_beside("release", "tiny", "CURRENT")
+    with pytest.raises(ReleaseError, match="CURRENT is missing, but decision 2 was made"):
+        current_release(machine("three"), "tiny")
+    assert "decision 2" in repair(two, "tiny")
+    champion = state_of(current_release(machine("four"), "tiny")).champion
+    assert champion is not None
+    assert champion.candidate == "second"
 
 
 def test_damaged_and_missing_objects_are_refused_by_name(

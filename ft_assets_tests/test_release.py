@@ -432,13 +432,3 @@ def test_damaged_file_of_the_champion_is_found_and_never_released(copy: Path) ->
     assert "model.safetensors: was changed after it was published" in str(found.description)
     shutil.rmtree(copy / ".ft/store/release")
     assert "model.safetensors: was changed" in failure(materialize(copy, "release"))
-
-
-def test_lost_champion_is_an_error_that_says_so(copy: Path) -> None:
-    document = artifact(copy, "release") / "release.json"
-    text = json.loads(document.read_text())
-    text["champion"] |= {"merged_model": "gone", "data_version": "gone", "identity": "gone"}
-    document.write_text(json.dumps(text))
-    assert "the merged model gone is no longer in the store" in failure(
-        materialize(copy, "release")
-    )

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 
 from ft_assets.artifacts import Artifact, ArtifactStore, disk, verify_files
-from ft_assets.artifacts import store as store_module
 from ft_assets.artifacts.manifest import MANIFEST, Manifest
-from ft_assets.artifacts.store import Guard
+from ft_assets.artifacts.store import Turn
 from ft_assets.commands.gc import removals
 from ft_assets.errors import ArtifactError, StoreBusy
 from ft_assets.orchestration.assuming_store import AssumingStore
 
 
 def publish(
-    store: ArtifactStore, version: str = "v1", text: str = "rows", guard: Guard | None = None
+    store: ArtifactStore, version: str = "v1", text: str = "rows", turn: Turn | None = None
 ) -> Artifact:
     with store.staging("raw_dataset", None) as staged:
         for number in range(20):
@@ -34,7 +33,7 @@ def publish(
             environment={},
             metrics={},
             started=time.time(),
-            guard=guard,
+            turn=turn,
         )
 
 
@@ -141,20 +140,20 @@ def test_full_disk_keeps_the_pointer_and_leaves_nothing(
     assert left == {"CURRENT", "v1", "v2"}
 
 
-def test_guard_is_asked_before_a_change_and_a_second_writer_waits_for_it(tmp_path: Path) -> None:
+def test_turn_is_asked_before_a_change_and_a_second_writer_waits_for_it(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     first = publish(store, "v1")
 
-    def refuse() -> None:
+    def refuse(version: str) -> None:
         other = ArtifactStore(tmp_path)
         with pytest.raises(StoreBusy, match=f"locked by process {os.getpid()} on"):
             publish(other, "v3")
         raise ArtifactError(where="here", found="refused")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "LOCK_SECONDS", 0.1)
+        patch.setattr(ArtifactStore, "lock_seconds", 0.1)
         with pytest.raises(ArtifactError, match="refused"):
-            publish(store, "v2", guard=refuse)
+            publish(store, "v2", turn=Turn(before=refuse))
     assert store.need("raw_dataset", None) == first
     assert store.find("raw_dataset", None, "v2") is None
     publish(store, "v2")  # the lock is free again

@@ -12,7 +12,6 @@ Credentials come from the environment.
 import contextlib
 import functools
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.disk import fsync_tree, replace
 from ft_assets.artifacts.documents import parse_document
 from ft_assets.artifacts.manifest import MANIFEST, Artifact, Manifest, file_sha256
-from ft_assets.artifacts.store import CURRENT, UNPARTITIONED, ArtifactStore, Guard, name_in
+from ft_assets.artifacts.store import UNPARTITIONED, ArtifactStore
 from ft_assets.artifacts.verification import Damage, manifest_damages, place_damages
 from ft_assets.errors import ArtifactError, StoreUnreachable
 
@@ -44,6 +43,8 @@ REFUSED = frozenset(
 
 class ObjectStore(ArtifactStore):
     """An ArtifactStore whose versions are at `url`; `root` is the cache of this machine."""
+
+    lock_seconds = 3600.0  # a writer holds the lock while it uploads
 
     def __init__(self, url: str, cache: Path) -> None:
         super().__init__(cache)
@@ -175,30 +176,39 @@ class ObjectStore(ArtifactStore):
             self._files.rm(self._key(asset, partition, version), recursive=True)
         shutil.rmtree(self._home(asset, partition) / version, ignore_errors=True)
 
-    def current_name(self, asset: str, partition: str | None) -> str | None:
-        key = self._key(asset, partition, CURRENT)
-        data = self._read_bytes(key)
-        return None if data is None else name_in(data, f"{self._place.protocol}://{key}", asset)
+    def read_beside(self, asset: str, partition: str | None, name: str) -> bytes | None:
+        return self._read_bytes(self._key(asset, partition, name))
 
-    def _point(self, artifact: Artifact, partition: str | None) -> None:
+    def write_beside(self, asset: str, partition: str | None, name: str, data: bytes) -> None:
         with self._reached(self.url):
-            self._files.pipe_file(
-                self._key(artifact.asset, partition, CURRENT),
-                f"{artifact.fingerprint}\n".encode(),
-            )
+            self._files.pipe_file(self._key(asset, partition, name), data)
 
-    def _commit(self, staged: Path, manifest: Manifest, guard: Guard | None) -> Artifact:
+    def claim(self, asset: str, partition: str | None, name: str, version: str) -> str:
+        """Return the version that has this name first, by a put of an object that must be new.
+
+        The lock of a machine does not bind the others. A server that does not know such puts keeps
+        the last of two writers of one moment.
+        """
+        key = self._key(asset, partition, name)
+        with self._reached(self.url):
+            with contextlib.suppress(FileExistsError):
+                self._files.pipe_file(key, version.encode(), mode="create")
+            return (self._read_bytes(key) or b"").decode(errors="replace")
+
+    def remove_beside(self, asset: str, partition: str | None, name: str) -> None:
+        with self._reached(self.url), contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(self._key(asset, partition, name))
+
+    def _completed(self, staged: Path, manifest: Manifest) -> tuple[Path, Manifest]:
         # Two machines that make the same version must not mix their files.
         manifest = manifest.model_copy(update={"place": f"files-{uuid.uuid4().hex[:12]}"}).sealed()
-        (staged / MANIFEST).write_text(manifest.to_text())
-        fsync_tree(staged)
         waiting = staged.parent / f"{WAITING}{manifest.fingerprint}-{manifest.place}"
-        os.rename(staged, waiting)
-        if guard is not None:
-            guard()
-        artifact = self._send(waiting, (manifest.asset, manifest.partition, manifest.fingerprint))
-        self._point(artifact, manifest.partition)
-        return artifact
+        super()._completed(staged, manifest)
+        replace(staged, waiting)  # before the network, which may be down
+        return waiting, manifest
+
+    def _commit(self, staged: Path, manifest: Manifest) -> Artifact:
+        return self._send(staged, (manifest.asset, manifest.partition, manifest.fingerprint))
 
     def _send(self, waiting: Path, home: tuple[str, str | None, str]) -> Artifact:
         """Upload a waiting version. Two processes may upload the same folder or version at once."""

@@ -15,6 +15,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,33 @@ from ft_assets.artifacts.manifest import (
     make_manifest,
 )
 from ft_assets.artifacts.verification import UNPARTITIONED, Damage, damages, place_damages, remedy
-from ft_assets.errors import ArtifactError, StoreBusy
+from ft_assets.errors import ArtifactError, FtError, LeaseLost, StoreBusy
 
 CURRENT = "CURRENT"
 NAME = re.compile(rb"[0-9A-Za-z_-]{1,64}")  # of a version
-LOCK_SECONDS = 60.0  # a writer holds the lock for a few renames
-Guard = Callable[[], None]  # raises an error instead of a change that must not be made
+NEXT = ".next"  # beside CURRENT: what is about to become it, after interrupted publications
+
+
+def _nothing(_: object) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is done while a version becomes current and no other process writes.
+
+    before: gets the fingerprint, and raises an error if the change must not be made. after: gets
+    the version.
+    """
+
+    before: Callable[[str], object] = _nothing
+    after: Callable[[Artifact], object] = _nothing
 
 
 class ArtifactStore:
     """Reads and publishes artifacts below `root`."""
+
+    lock_seconds = 60.0  # a writer holds the lock for a few renames
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
@@ -120,13 +138,33 @@ class ArtifactStore:
 
     def current_name(self, asset: str, partition: str | None) -> str | None:
         """Return the fingerprint that CURRENT names, None without one. Raises ArtifactError."""
-        path = self._home(asset, partition) / CURRENT
+        data = self.read_beside(asset, partition, CURRENT)
+        where = str(self._home(asset, partition) / CURRENT)
+        return None if data is None else name_in(data, where, asset)
+
+    def read_beside(self, asset: str, partition: str | None, name: str) -> bytes | None:
+        """Return a small file beside the versions, None without it. Raises ArtifactError."""
+        path = self._home(asset, partition) / name
         try:
-            return name_in(path.read_bytes(), str(path), asset)
+            return path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise _damaged(str(path), f"cannot be read ({error.strerror})", asset) from None
+
+    def write_beside(self, asset: str, partition: str | None, name: str, data: bytes) -> None:
+        """Replace a small file beside the versions, durably and in one step."""
+        home = self._home(asset, partition)
+        with full_disk_named(home):
+            write_durably(home / name, data)
+
+    def claim(self, asset: str, partition: str | None, name: str, version: str) -> str:
+        """Return the version that has this name first. Writers that take turns need no claim."""
+        return version
+
+    def remove_beside(self, asset: str, partition: str | None, name: str) -> None:
+        """Delete a small file beside the versions, if it is there."""
+        (self._home(asset, partition) / name).unlink(missing_ok=True)
 
     def need(self, asset: str, partition: str | None) -> Artifact:
         """Return the current version. Raises ArtifactError that names what to materialize first."""
@@ -148,37 +186,37 @@ class ArtifactStore:
             return None
 
     def make_current(
-        self, artifact: Artifact, partition: str | None, guard: Guard | None = None
+        self, artifact: Artifact, partition: str | None, turn: Turn | None = None
     ) -> None:
         """Point CURRENT at an artifact, durably and in one step.
 
-        `guard` is called while no other process writes. Raises ArtifactError, StoreBusy.
+        Raises ArtifactError, StoreBusy.
         """
         with contextlib.suppress(ArtifactError):  # a damaged pointer is replaced
             if self.current_name(artifact.asset, partition) == artifact.fingerprint:
                 return
+        turn = turn or Turn()
         with self.lock(artifact.asset, partition):
-            if guard is not None:
-                guard()
+            turn.before(artifact.fingerprint)
             self._point(artifact, partition)
+            turn.after(artifact)
 
     def _point(self, artifact: Artifact, partition: str | None) -> None:
-        home = self._home(artifact.asset, partition)
-        if not (home / artifact.fingerprint / MANIFEST).exists():
+        if self.find(artifact.asset, partition, artifact.fingerprint) is None:
             raise ArtifactError(
-                where=str(home / artifact.fingerprint),
+                where=str(artifact.folder),
                 found="was removed a moment ago, by ft gc or a person",
                 expected="the version that this step found",
                 fix=f"materialize {artifact.asset} again",
             )
-        with full_disk_named(home):
-            write_durably(home / CURRENT, f"{artifact.fingerprint}\n".encode())
+        name = f"{artifact.fingerprint}\n".encode()
+        self.write_beside(artifact.asset, partition, CURRENT, name)
 
     @contextmanager
     def lock(self, asset: str, partition: str | None) -> Iterator[None]:
         """Wait for the other writers of an asset and partition, and keep them waiting.
 
-        The kernel ends the lock with its process. Raises StoreBusy after LOCK_SECONDS.
+        The kernel ends the lock with its process. Raises StoreBusy after `lock_seconds`.
         """
         from filelock import FileLock, Timeout
 
@@ -187,11 +225,12 @@ class ArtifactStore:
         with full_disk_named(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=LOCK_SECONDS)
+                lock.acquire(timeout=self.lock_seconds)
             except Timeout:
-                raise StoreBusy(str(path), path.read_text().strip(), LOCK_SECONDS) from None
+                raise StoreBusy(str(path), path.read_text().strip(), self.lock_seconds) from None
         try:
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            with contextlib.suppress(OSError):  # e.g. a full disk; the name is for messages only
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
             yield
         finally:
             lock.release()
@@ -239,7 +278,7 @@ class ArtifactStore:
         parts: Mapping[str, str] | None = None,
         started: float,
         inputs_read: Mapping[str, Read] | None = None,
-        guard: Guard | None = None,
+        turn: Turn | None = None,
         known: Mapping[str, FileEntry] | None = None,
     ) -> Artifact:
         """Publish a staged version durably, make it CURRENT, and return it.
@@ -247,7 +286,7 @@ class ArtifactStore:
         known: the entries of files that are hashed already.
 
         If another run has published the same version meanwhile, that version stays, because a
-        reader may be using it. `guard` is called just before, while no other process writes.
+        reader may be using it.
         """
         manifest = make_manifest(
             staged,
@@ -264,19 +303,33 @@ class ArtifactStore:
             inputs_read=inputs_read,
             known=known,
         )
-        return self._commit(staged, manifest, guard)
-
-    def _commit(self, staged: Path, manifest: Manifest, guard: Guard | None) -> Artifact:
-        (staged / MANIFEST).write_text(manifest.to_text())
-        fsync_tree(staged)
-        with self.lock(manifest.asset, manifest.partition):
-            if guard is not None:
-                guard()
-            artifact = self._rename(staged, manifest)
-            self._point(artifact, manifest.partition)
+        staged, manifest = self._completed(staged, manifest)
+        turn = turn or Turn()
+        with self.lock(asset, partition):
+            try:
+                turn.before(version)
+            except (FtError, LeaseLost):
+                shutil.rmtree(staged, ignore_errors=True)  # nobody may publish it later
+                raise
+            is_history = turn.after is not _nothing
+            if is_history:
+                # If this process ends in between, NEXT tells that no pointer was lost.
+                before = self.read_beside(asset, partition, NEXT) or b""
+                self.write_beside(asset, partition, NEXT, before + f"{version}\n".encode())
+            artifact = self._commit(staged, manifest)
+            self._point(artifact, partition)
+            turn.after(artifact)
+            if is_history:
+                self.remove_beside(asset, partition, NEXT)
         return artifact
 
-    def _rename(self, staged: Path, manifest: Manifest) -> Artifact:
+    def _completed(self, staged: Path, manifest: Manifest) -> tuple[Path, Manifest]:
+        """Write the manifest and wait for the disk; return where the version is now."""
+        (staged / MANIFEST).write_text(manifest.to_text())
+        fsync_tree(staged)
+        return staged, manifest
+
+    def _commit(self, staged: Path, manifest: Manifest) -> Artifact:
         final = self._home(manifest.asset, manifest.partition) / manifest.fingerprint
         try:
             os.rename(staged, final)

@@ -11,7 +11,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 
 from ft_assets.artifacts import Artifact
-from ft_assets.errors import ArtifactError, FtError
+from ft_assets.errors import ArtifactError, FtError, ReleaseError
 from ft_assets.evaluation.leaderboard import (
     Entry,
     failed_entry,
@@ -27,6 +27,7 @@ from ft_assets.evaluation.verdict.gate import bound_versions
 from ft_assets.job import Job, StepResult
 from ft_assets.orchestration.declarations import Metrics, asset
 from ft_assets.orchestration.materializer import Materializer, result
+from ft_assets.release.whole_register import current_release
 
 CHAIN = (
     "base_model",
@@ -193,7 +194,10 @@ def _costs(materializer: Materializer, name: str, report: Artifact) -> dict[str,
 
 
 def _serves(materializer: Materializer, name: str) -> str:
-    released = materializer.store.current("release", name)
+    try:
+        released = current_release(materializer.store, name)
+    except ReleaseError:
+        return "unknown: its register is not whole"
     if released is not None:
         return f"`{released.metrics['champion'][:8]}`"
     return "merged, not released" if materializer.store.current("merged_model", name) else "–"

@@ -6,7 +6,6 @@ Promotion and rollback are one materialization each. The release has the history
 import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -37,11 +36,14 @@ from ft_assets.release.register import (
     HistoryEntry,
     ReleasedModel,
     ReleaseState,
+    entry_metrics,
+    gain_of,
     identity,
     state_of,
     write_release,
 )
 from ft_assets.release.signing import Signing, require_signed
+from ft_assets.release.whole_register import turn
 from ft_assets.steps import release as release_step
 
 ABOVE = ("eval_report", "merged_model")
@@ -193,6 +195,7 @@ def _release(
                 output, merged, challenger, context, project.recipe(name).evaluation.metric
             ),
             finish=sign,
+            turn=turn(store, name, None, 1),
         )
     assert current is not None
     if challenger.identity == state.champion.identity:
@@ -233,6 +236,7 @@ def _release(
         ),
         finish=sign,
         libraries=LIBRARIES,
+        turn=turn(store, name, current, sequence),
     )
 
 
@@ -265,7 +269,7 @@ def _first(
     context: dg.AssetExecutionContext,
     metric: str,
 ) -> StepResult:
-    gain = _gain(merged)
+    gain = gain_of(merged)
     mean, low, high = (gain[f"champion_gain_{key}"] for key in ("mean", "low", "high"))
     found = f"{metric} {mean:+.3f} against base [{low:+.3f}, {high:+.3f}]"
     reasons = ["the first release: there is no champion to compare with"]
@@ -285,29 +289,9 @@ def _first(
     )
     write_release(output, ReleaseState(), entry)
     return StepResult(
-        {**_metrics(entry), **gain, "measured_today": True},
+        {**entry_metrics(entry), **gain, "measured_today": True},
         {"champion": challenger.identity},
     )
-
-
-def _metrics(entry: HistoryEntry) -> dict[str, str | int]:
-    return {
-        "decision": entry.decision,
-        "reason": "; ".join(entry.reasons),
-        "champion": entry.champion.merged_model,
-        "sequence": entry.sequence,
-    }
-
-
-def _gain(merged: Artifact) -> dict[str, Any]:
-    """Return the gain of the merged file over the base, as the merge measured it."""
-    metrics = merged.metrics
-    return {
-        "champion_gain_mean": metrics["merged_gain"],
-        "champion_gain_low": metrics["merged_gain_low"],
-        "champion_gain_high": metrics["merged_gain_high"],
-        "champion_beats_base": metrics["merged_beats_base"],
-    }
 
 
 def _require_reason(config: ReleaseConfig, where: str) -> None:
@@ -359,7 +343,7 @@ def _vouch(
             run_id=context.run_id,
         )
         write_release(output, state, entry)
-        metrics = {**_metrics(entry), **_gain(model), "measured_today": False}
+        metrics = {**entry_metrics(entry), **gain_of(model), "measured_today": False}
         return StepResult(metrics, {"champion": champion.identity})
 
     return materializer.materialize(
@@ -372,6 +356,7 @@ def _vouch(
         inputs={"champion": (model, None), **_former(store, name, state)},
         make=make,
         finish=partial(signing.sign, store, name, current),
+        turn=turn(store, name, current, state.sequence + 1),
     )
 
 
@@ -390,6 +375,8 @@ def _roll_back(
     old = state.champion
     assert old is not None
     left = need_model(store, name, old, where) if find_model(store, name, old) else None
+    was = state.withdrawn.get(target.identity)
+    reinstated = [] if was is None else [f"reinstates the model that was withdrawn: {was}"]
     withdrawn = {key: why for key, why in state.withdrawn.items() if key != target.identity}
     withdrawn[old.identity] = config.reason
 
@@ -397,14 +384,14 @@ def _roll_back(
         entry = HistoryEntry(
             sequence=state.sequence + 1,
             decision=ROLLED_BACK,
-            reasons=[config.reason],
+            reasons=[config.reason, *reinstated],
             champion=target,
             challenger=old,
             at=_now(),
             run_id=context.run_id,
         )
         write_release(output, state, entry, withdrawn)
-        metrics = {**_metrics(entry), **_gain(champion), "measured_today": False}
+        metrics = {**entry_metrics(entry), **gain_of(champion), "measured_today": False}
         return StepResult(metrics, {"champion": target.identity})
 
     settings = {
@@ -419,6 +406,7 @@ def _roll_back(
         inputs=inputs | ({"previous_champion": (left, None)} if left else {}),
         make=make,
         finish=partial(signing.sign, store, name, current),
+        turn=turn(store, name, current, state.sequence + 1),
     )
 
 
@@ -430,7 +418,7 @@ def _beats_base(checked: Checked) -> dg.AssetCheckResult:
     metrics = dict(released.metrics)
     today = merged is not None and identity(merged) == champion.identity
     if today and merged is not None:  # made again for today's rows, with the same weights
-        metrics |= _gain(merged)
+        metrics |= gain_of(merged)
     measured = today or metrics["measured_today"]
     gain = Estimate(
         mean=metrics["champion_gain_mean"],

@@ -103,6 +103,12 @@ def release(
     base: Annotated[
         list[str] | None, typer.Option("--base", help="Base model; all by default.")
     ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="First make a register whole that is refused, and say what was done."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print an object, {base model: its release}.")
     ] = False,
@@ -110,8 +116,12 @@ def release(
     """Show the released model, why, and the one before. Exit code 1 if nothing is released."""
     from ft_assets.artifacts import open_store
     from ft_assets.release.lookup import current_release, need_champion
+    from ft_assets.release.whole_register import repair as repaired
 
     project = load_project()
+    if repair:
+        for name in chosen(project, base):
+            print(f"{name}: {repaired(open_store(project), name)}", file=sys.stderr)
     store, found = open_store(project), dict[str, Any]()
     for name in chosen(project, base):
         released = current_release(store, name)

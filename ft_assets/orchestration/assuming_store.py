@@ -34,3 +34,6 @@ class AssumingStore(ArtifactStore):
 
     def versions(self, *below: str) -> tuple[list[Artifact], list[str]]:
         return self._store.versions(*below)
+
+    def read_beside(self, asset: str, partition: str | None, name: str) -> bytes | None:
+        return self._store.read_beside(asset, partition, name)

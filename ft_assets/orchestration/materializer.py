@@ -5,11 +5,13 @@ step.
 """
 
 import contextlib
+import dataclasses
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,9 @@ from ft_assets.artifacts import (
     open_store,
 )
 from ft_assets.artifacts.environment import library_versions
+from ft_assets.artifacts.lease import Lease
 from ft_assets.artifacts.manifest import FileEntry, Read, file_entries
+from ft_assets.artifacts.store import Turn
 from ft_assets.artifacts.verification import HISTORIES
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed
@@ -96,6 +100,7 @@ class Materializer(Protocol):
         finish: Finish | None = None,
         space: int = 0,
         verified: bool = True,
+        turn: Turn | None = None,
     ) -> tuple[Artifact, bool]:
         """Return (artifact, reused). A step (a child process) or `make` (this process) makes it.
 
@@ -104,7 +109,7 @@ class Materializer(Protocol):
         artifact is made. Neither overwrites the other. `inputs` are fingerprinted and passed.
         `finish` runs in this process after either of them, before the artifact is published.
         `space` is the free disk space in bytes that the artifact needs. `verified`: False if the
-        artifact shows damaged inputs itself.
+        artifact shows damaged inputs itself. `turn`: see ArtifactStore.publish.
         """
         ...
 
@@ -141,6 +146,7 @@ class StoreMaterializer:
         finish: Finish | None = None,
         space: int = 0,
         verified: bool = True,
+        turn: Turn | None = None,
     ) -> tuple[Artifact, bool]:
         """See Materializer. An artifact that the store has whole is not made again."""
         inputs = inputs or {}
@@ -150,68 +156,103 @@ class StoreMaterializer:
         asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
         known, damage = self._known(wanted)
         if known is not None:
-            self.store.make_current(known, partition)
+            self.store.make_current(known, partition, turn)
             context.log.info(
                 f"reused {asset} {version[:8]}: nothing that it depends on has changed"
             )
             return known, True
         if damage is not None:
             context.log.warning(f"{asset} {version[:8]} is damaged and is made again: {damage}")
-        started = time.time()
         for artifact in {one.path: one for one, _ in inputs.values()}.values() if verified else ():
             self.store.verified(artifact)
         if isinstance(self.launcher, LocalLauncher):
             self.launcher.warm_up()  # while light assets are made
         self.store.require_space(space or 50_000_000, asset)
-        with self.store.staging(asset, partition) as staged:
-            if step is not None:
-                step = step if isinstance(step, StepSettings) else step()
-                job = Job(
-                    step=step.STEP.name,
-                    gpu=step.STEP.gpu,
-                    distributed=step.STEP.distributed,
-                    asset=asset,
-                    partition=partition,
-                    fingerprint=version,
-                    settings=step.to_json_dict(),
-                    inputs={
-                        name.partition("#")[0]: artifact.path
-                        for name, (artifact, _) in inputs.items()
-                    },
-                    output=staged,
-                    checkpoints=self.store.checkpoints(asset, partition, version),
-                    work=self.store.root / ".work" / "jobs" / f"{asset}-{uuid.uuid4().hex[:8]}",
-                )
-                result = self.launcher.run(job, Live(context, partition))
-            else:
-                assert make is not None, "either a step or a function makes an artifact"
-                result = make(staged)
-            known_files, more = dict[str, FileEntry](), dict[str, str]()
-            if finish is not None:
-                known_files = file_entries(staged)
-                more = dict(finish(staged, known_files))
-            if damage is not None:
-                self.store.discard(asset, partition, version)
-            published = self.store.publish(
-                staged,
-                asset=asset,
-                partition=partition,
-                version=version,
-                code_version=wanted.code_version,
-                settings=identity,
-                inputs=wanted.inputs,
-                environment=wanted.environment,
-                metrics={**result.metrics, **more},
-                parts=result.parts,
-                started=started,
-                inputs_read={
-                    name: Read(fingerprint=one.fingerprint, files=one.manifest.files_version)
-                    for name, (one, _) in inputs.items()
-                },
-                known=known_files,
-            )
-        shutil.rmtree(self.store.checkpoints(asset, partition, version), ignore_errors=True)
+        publish = partial(self._publish, wanted, inputs, finish, damage is not None)
+        if step is None:
+            assert make is not None, "either a step or a function makes an artifact"
+            with self.store.staging(asset, partition) as staged:
+                started = time.time()
+                return publish(staged, make(staged), started, turn), False
+        lease = Lease(self.store, asset, partition, version, context.run_id, context.log.info)
+        with lease:
+            # Another run may have made it while this one waited.
+            known, _ = self._known(wanted)
+            if known is not None:
+                self.store.make_current(known, partition, turn)
+                return known, True
+            step = step if isinstance(step, StepSettings) else step()
+            live = Live(context, partition)
+
+            def progress(message: Mapping[str, Any]) -> None:
+                lease.require()  # ends a step that another run has taken over
+                live(message)
+
+            with self.store.staging(asset, partition) as staged:
+                started = time.time()
+                job = self._job(wanted, step, inputs, staged, lease.folder)
+                made = self.launcher.run(job, progress)
+                published = publish(staged, made, started, _fenced(turn or Turn(), lease))
+            shutil.rmtree(lease.folder, ignore_errors=True)
         return published, False
+
+    def _job(
+        self, wanted: Wanted, step: StepSettings, inputs: Inputs, staged: Path, checkpoints: Path
+    ) -> Job:
+        return Job(
+            step=step.STEP.name,
+            gpu=step.STEP.gpu,
+            distributed=step.STEP.distributed,
+            asset=wanted.asset,
+            partition=wanted.partition,
+            fingerprint=wanted.fingerprint,
+            settings=step.to_json_dict(),
+            inputs={
+                name.partition("#")[0]: artifact.path for name, (artifact, _) in inputs.items()
+            },
+            output=staged,
+            checkpoints=checkpoints,
+            work=self.store.root / ".work" / "jobs" / f"{wanted.asset}-{uuid.uuid4().hex[:8]}",
+        )
+
+    def _publish(
+        self,
+        wanted: Wanted,
+        inputs: Inputs,
+        finish: Finish | None,
+        replaces: bool,
+        staged: Path,
+        made: StepResult,
+        started: float,
+        turn: Turn | None,
+    ) -> Artifact:
+        """Publish a version; replaces: in the place of a damaged one."""
+        known_files, more = dict[str, FileEntry](), dict[str, str]()
+        if finish is not None:
+            known_files = file_entries(staged)
+            more = dict(finish(staged, known_files))
+        if replaces:
+            discard = partial(self.store.discard, wanted.asset, wanted.partition)
+            turn = _then(turn or Turn(), discard)
+        return self.store.publish(
+            staged,
+            asset=wanted.asset,
+            partition=wanted.partition,
+            version=wanted.fingerprint,
+            code_version=wanted.code_version,
+            settings=wanted.settings,
+            inputs=wanted.inputs,
+            environment=wanted.environment,
+            metrics={**made.metrics, **more},
+            parts=made.parts,
+            started=started,
+            inputs_read={
+                name: Read(fingerprint=one.fingerprint, files=one.manifest.files_version)
+                for name, (one, _) in inputs.items()
+            },
+            known=known_files,
+            turn=turn,
+        )
 
     def _known(self, wanted: Wanted) -> tuple[Artifact | None, ArtifactError | None]:
         """Return the version if the store has it whole, or what is wrong with it.
@@ -238,6 +279,18 @@ def tag_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, *
     """Tag the run that executes, `ft/<name>`: the UI's list of runs is filtered by it."""
     context.instance.add_run_tags(
         context.run.run_id, {f"ft/{name}": value for name, value in tags.items()}
+    )
+
+
+def _fenced(turn: Turn, lease: Lease) -> Turn:
+    """Return the turn, refused if another run has taken the lease over."""
+    return dataclasses.replace(turn, before=lambda version: (lease.require(), turn.before(version)))
+
+
+def _then(turn: Turn, after_that: Callable[[str], object]) -> Turn:
+    """Return the turn with one more thing to do before the change, if it may be made."""
+    return dataclasses.replace(
+        turn, before=lambda version: (turn.before(version), after_that(version))
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.artifacts import Artifact, open_store
+from ft_assets.artifacts.store import Turn
 from ft_assets.artifacts.verification import HISTORIES
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError
@@ -74,6 +75,7 @@ class Planner:
         finish: Finish | None = None,
         space: int = 0,
         verified: bool = True,
+        turn: Turn | None = None,
     ) -> tuple[Artifact, bool]:
         """Record whether the artifact would be made, and return the current one.
 

@@ -111,6 +111,7 @@ def _promoted(*reasons: str) -> Decision:
 def rollback_target(state: ReleaseState, wanted: str, where: str) -> ReleasedModel:
     """Find a former champion by `previous`, or by the beginning of its fingerprint.
 
+    `previous` never reinstates a withdrawn model: a second rollback would undo the first one.
     Raises ReleaseError if there is not exactly one.
     """
     if state.champion is None:
@@ -127,6 +128,14 @@ def rollback_target(state: ReleaseState, wanted: str, where: str) -> ReleasedMod
                 found="there is no champion before this one",
                 expected="a release with a former champion",
                 fix="keep this champion: it is the first one",
+            )
+        withdrawn = state.withdrawn.get(state.previous.identity)
+        if withdrawn is not None:
+            raise ReleaseError(
+                where=where,
+                found=f"the champion before this one was withdrawn: {withdrawn}",
+                expected="`previous` that was not withdrawn, or a fingerprint",
+                fix=f"to reinstate it, set rollback_to: {state.previous.merged_model}",
             )
         return state.previous
     current = state.champion.identity

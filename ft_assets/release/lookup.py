@@ -3,6 +3,7 @@
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.errors import ReleaseError
 from ft_assets.release.register import ReleasedModel, identity, state_of
+from ft_assets.release.whole_register import current_release
 
 
 def find_model(store: ArtifactStore, partition: str, model: ReleasedModel) -> Artifact | None:
@@ -22,12 +23,6 @@ def by_content(
     """
     found, _ = store.versions(asset, partition)
     return next((artifact for artifact in found if artifact.data_version == data_version), None)
-
-
-def current_release(store: ArtifactStore, partition: str) -> Artifact | None:
-    """Return the current release, None before the first. Raises ArtifactError for a damaged one."""
-    release = store.current("release", partition)
-    return store.verified(release) if release else None
 
 
 def need_champion(store: ArtifactStore, partition: str, where: str) -> tuple[Artifact, Artifact]:

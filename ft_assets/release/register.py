@@ -128,16 +128,32 @@ def identity(merged: Artifact) -> str:
 
 def state_of(release: Artifact | None) -> ReleaseState:
     """Read the state of a release; without one the empty state. Raises ArtifactError."""
-    if release is None:
-        return ReleaseState()
-    document = read_document(release.path / "release.json", ReleaseDocument, RESTORE)
+    return ReleaseState() if release is None else read_state(release.path)
+
+
+def read_state(folder: Path) -> ReleaseState:
+    """Read the state in the folder of a release. Raises ArtifactError."""
+    document = read_document(folder / "release.json", ReleaseDocument, RESTORE)
     return ReleaseState(
         sequence=document.sequence,
         champion=document.champion,
         previous=document.previous,
         withdrawn=document.withdrawn,
-        history=read_lines(release.path / "history.jsonl", HistoryEntry, RESTORE),
+        history=read_lines(folder / "history.jsonl", HistoryEntry, RESTORE),
     )
+
+
+def withdrawn_by(history: list[HistoryEntry]) -> dict[str, str]:
+    """Return {identity: reason} of the models that a history has withdrawn.
+
+    A rollback withdraws the champion that it replaces, and reinstates its target.
+    """
+    found = dict[str, str]()
+    for entry in history:
+        if entry.decision == ROLLED_BACK:
+            found.pop(entry.champion.identity, None)
+            found[entry.challenger.identity] = entry.reasons[0]
+    return found
 
 
 def write_release(
@@ -155,11 +171,36 @@ def write_release(
         "withdrawn": before.withdrawn if withdrawn is None else withdrawn,
     }
     history = [*before.history, entry]
-    lines = [json.dumps(line.to_dict(), ensure_ascii=False) + "\n" for line in history]
     text = json.dumps(document, indent=1, ensure_ascii=False)
     (output / "release.json").write_text(text)
-    (output / "history.jsonl").write_text("".join(lines))
+    (output / "history.jsonl").write_text(history_text(history))
     (output / "release.md").write_text(page(history))
+
+
+def history_text(history: list[HistoryEntry]) -> str:
+    """Return the text of history.jsonl."""
+    return "".join(json.dumps(line.to_dict(), ensure_ascii=False) + "\n" for line in history)
+
+
+def entry_metrics(entry: HistoryEntry) -> dict[str, str | int]:
+    """Return the metrics of a decision that was made without a comparison."""
+    return {
+        "decision": entry.decision,
+        "reason": "; ".join(entry.reasons),
+        "champion": entry.champion.merged_model,
+        "sequence": entry.sequence,
+    }
+
+
+def gain_of(merged: Artifact) -> dict[str, Any]:
+    """Return the gain of the merged file over the base, as the merge measured it."""
+    metrics = merged.metrics
+    return {
+        "champion_gain_mean": metrics["merged_gain"],
+        "champion_gain_low": metrics["merged_gain_low"],
+        "champion_gain_high": metrics["merged_gain_high"],
+        "champion_beats_base": metrics["merged_beats_base"],
+    }
 
 
 def _plain(model: ReleasedModel | None) -> dict[str, Any] | None:
