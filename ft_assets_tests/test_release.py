@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.artifacts.manifest import Manifest
 from ft_assets.commands.gc import removals, remove
 from ft_assets.config import GateSettings, ReleaseSettings
 from ft_assets.errors import ArtifactError, ReleaseError
@@ -371,14 +372,15 @@ def test_first_release_of_a_file_that_does_not_beat_the_base_does_not_say_that_i
 ) -> None:
     shutil.rmtree(copy / ".ft/store/release")
     manifest = artifact(copy, "merged_model") / "manifest.json"
-    told = json.loads(manifest.read_text())
-    told["metrics"] |= {
+    told = Manifest.read(manifest.parent)
+    lower = {
         "merged_beats_base": False,
         "merged_gain": 0.0,
         "merged_gain_low": -0.1,
         "merged_gain_high": 0.1,
     }
-    manifest.write_text(json.dumps(told))
+    measured = told.model_copy(update={"metrics": {**told.metrics, **lower}})
+    manifest.write_text(measured.sealed().to_text())
     materialize(copy, "release")
     reasons = "; ".join(state(copy).history[0].reasons)
     assert "it beats the base" not in reasons

@@ -223,5 +223,5 @@ def test_damaged_or_foreign_manifest_is_one_sentence(tmp_path: Path, text: str, 
     assert error.value.where == str(made.folder / MANIFEST)
     assert error.value.found.startswith("is damaged or was written by another version of ft_assets")
     assert key in error.value.found
-    assert error.value.fix == f"delete {made.folder}"
+    assert error.value.fix == f"delete {made.folder}, and materialize the asset again"
     assert ArtifactStore(tmp_path).versions() == ([], [str(made.folder)])
