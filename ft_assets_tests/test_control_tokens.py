@@ -158,10 +158,10 @@ def test_pairs_that_the_base_cannot_tell_apart_or_that_hold_control_tokens_are_n
         },
     )
     assert [row["chosen"] for row in kept] == ["yes"]
-    said = {row["where"].rpartition("(")[2]: row["problem"] for row in refused}
-    assert "the same tokens; remove the pair" in said["pairs.jsonl:2)"]
-    assert "messages[1] (assistant): has '<|im_end|>'" in said["pairs.jsonl:3)"]
-    assert "has reasoning" in said["pairs.jsonl:4)"]
+    said = {row["where"]: row["problem"] for row in refused}
+    assert "the same tokens; remove the pair" in said["pairs.jsonl:2"]
+    assert "messages[1] (assistant): has '<|im_end|>'" in said["pairs.jsonl:3"]
+    assert "has reasoning" in said["pairs.jsonl:4"]
 
 
 def test_answer_whose_first_token_would_reach_into_the_prompt_is_told(tmp_path: Path) -> None:

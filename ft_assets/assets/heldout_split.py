@@ -1,8 +1,9 @@
 """The asset `heldout_split`: train, validation and held-out rows by hash of their prompt."""
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ft_assets.artifacts import Artifact
 from ft_assets.config import DataSettings, EvaluationSettings, settings_version
 from ft_assets.data.content import CONVERSATIONS
 from ft_assets.data.leakage import leaks
+from ft_assets.data.left_out import counted, left_out_rows
 from ft_assets.data.split import make_split
 from ft_assets.data.tables import TOKENIZED, read_table
 from ft_assets.evaluation.context import Room
@@ -28,7 +30,7 @@ from ft_assets.job import StepResult
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
-from ft_assets.rows.types import ConversationRow, CopyRow, TokenizedRow
+from ft_assets.rows.types import ConversationRow, TokenizedRow
 
 SPLITTING = {
     "heldout_share",
@@ -40,6 +42,8 @@ SPLITTING = {
     "max_left_out",
     "stratify",
 }
+SHOWN = 50  # rows that are left out
+CELL = 120  # characters of their texts
 LEFT_OUT = "left_out_"  # metrics by kind
 Strata = dict[str, dict[str, int]]  # {stratum: {side of the split: rows}}
 
@@ -55,7 +59,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["chat_dataset", "raw_dataset"],
     group="data",
     kinds=["parquet"],
-    code_version="8",
+    code_version="9",
     schema=TOKENIZED.schema,
     summary=_summary,
 )
@@ -84,7 +88,8 @@ def heldout_split(
     )
     strata: Strata = json.loads((artifact.path / "info" / "strata.json").read_text())
     shown = {"strata": dg.MetadataValue.md(_table(strata))} if strata else {}
-    shown |= _left_out(artifact.path / "info" / "near_duplicates.parquet")
+    made = {one.asset: one for one in (raw, preferences, chat, artifact)}
+    shown |= _left_out(made)
     rows = artifact.metrics["train_rows"]
     return result(artifact, reused, **shown, **{"dagster/partition_row_count": rows})
 
@@ -116,18 +121,27 @@ def _table(strata: Strata) -> str:
     return "\n".join(lines)
 
 
-def _left_out(path: Path) -> dict[str, dg.MarkdownMetadataValue]:
-    """Return the first 20 rows that were left out. The file has all of them."""
-    rows = [copy for copy in read_table(path, row=CopyRow) if copy["kind"] != "within"]
-    if not rows:
+def _left_out(made: Mapping[str, Artifact]) -> dict[str, dg.MarkdownMetadataValue]:
+    """Return the rows that are left out at any step: their number by reason, and the first 50."""
+    rows = left_out_rows({asset: artifact.path for asset, artifact in made.items()})
+    first = list(itertools.islice(rows, SHOWN))
+    counts = counted([artifact.metrics for artifact in made.values()])
+    if not counts:
         return {}
-    lines = ["| kind | row left out | held-out row | similarity |", "|---|---|---|---:|"]
+    lines = [", ".join(f"{reason} {count}" for reason, count in counts.items()), ""]
+    lines += ["| reason | row | text | repeats | text |", "|---|---|---|---|---|"]
     lines += [
-        f"| {copy['kind']} | {copy['side']} {copy.get('source') or copy['id']} "
-        f"| {copy['of_side']} {copy.get('of_source') or copy['of']} | {copy['similarity']:.2f} |"
-        for copy in rows[:20]
+        f"| {row['reason']} | {_cell(row['where'])} | {_cell(row['text'] or row['problem'])} "
+        f"| {_cell(row['twin'])} | {_cell(row['twin_text'])} |"
+        for row in first
     ]
+    lines += ["", "`ft status --left-out` prints all of them, with the reasons in full."]
     return {"left_out_rows": dg.MetadataValue.md("\n".join(lines))}
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a Markdown table."""
+    return " ".join(text[:CELL].replace("|", "\\|").split())
 
 
 @check(

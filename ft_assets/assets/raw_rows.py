@@ -38,6 +38,7 @@ ADAPTED = {
     "_opened_by_assistant": "rows open with the assistant's turn, which is context only",
     "_ties": "rows are ties, which are no pairs",
     "_unanswered": "messages of trees have no answer, and no thread to stand in",
+    "_unpaired": "labelled answers have no partner",
     "_disputed": "pairs are left out because annotators disagree",
 }
 Sources = Mapping[str, tuple[str, ToCanonical]]  # {key of data: (table, its rows' form)}

@@ -128,6 +128,12 @@ def plan_run(
 
 @app.command()
 def status(
+    left_out: Annotated[
+        bool,
+        typer.Option(
+            "--left-out", help="Print the rows that are left out, one JSON object a line."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object.")] = False,
 ) -> None:
     """Show the current artifacts, their age and key number, and the size of the store.
@@ -136,8 +142,13 @@ def status(
     """
     project = graph_project()
     quiet()
-    from ft_assets.commands.status import status as look
-    from ft_assets.commands.status import table
+    from ft_assets.commands import status as command
+
+    if left_out:
+        for name, rows in command.left_out(project).items():
+            for row in rows:
+                print(json.dumps({"base_model": name, **row}, ensure_ascii=False))
+        return
     from ft_assets.definitions import build
 
     graph = build(project).resolve_asset_graph()
@@ -147,8 +158,10 @@ def status(
         for key in sorted(level)
         if key in graph.materializable_asset_keys
     ]
-    found = look(project, [(key.to_user_string(), graph.get(key).is_partitioned) for key in keys])
-    print(json.dumps(found.model_dump(), indent=1) if as_json else table(found))
+    found = command.status(
+        project, [(key.to_user_string(), graph.get(key).is_partitioned) for key in keys]
+    )
+    print(json.dumps(found.model_dump(), indent=1) if as_json else command.table(found))
 
 
 @app.command()

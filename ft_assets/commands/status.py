@@ -10,10 +10,13 @@ from ft_assets.artifacts import Artifact, ArtifactStore, open_store
 from ft_assets.assets import declared
 from ft_assets.commands.store_view import columns, free_bytes, in_bytes, in_utc, size, versions
 from ft_assets.config import Project
+from ft_assets.data.left_out import counted, left_out_rows
 from ft_assets.errors import ArtifactError
 from ft_assets.orchestration.declarations import Summary
+from ft_assets.rows.types import LeftOutRow
 
 NOT_MADE = "–"
+LEAVING = ("raw_dataset", "raw_preferences", "chat_dataset", "heldout_split")
 
 
 class Line(BaseModel, frozen=True):
@@ -41,6 +44,7 @@ class Status(BaseModel, frozen=True):
     versions: int
     unpartitioned: list[Line]
     base_models: dict[str, list[Line]]
+    left_out: dict[str, dict[str, int]]  # {base model: {reason: rows that are left out}}
     elsewhere: list[str]  # versions of the store that are not of finetune.yaml
 
 
@@ -67,10 +71,36 @@ def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
             name: [_line(store, asset, name) for asset, partitioned in assets if partitioned]
             for name in project.base_models
         },
+        left_out={
+            name: counted([one.metrics for one in _made(store, name)])
+            for name in project.base_models
+        },
         elsewhere=sorted(
             {version.where for version in found if (version.asset, version.partition) not in known}
         ),
     )
+
+
+def _made(store: ArtifactStore, name: str) -> list[Artifact]:
+    """Return the artifacts of the assets that leave rows out, as far as they are made."""
+    made: list[Artifact] = []
+    for asset in LEAVING:
+        try:
+            artifact = store.current(asset, None if asset.startswith("raw_") else name)
+        except (ArtifactError, OSError, ValueError):
+            continue  # its own line tells why
+        if artifact is not None:
+            made.append(artifact)
+    return made
+
+
+def left_out(project: Project) -> dict[str, list[LeftOutRow]]:
+    """Return all rows that are left out, by base model, with the reason and the twin of each."""
+    store = open_store(project)
+    return {
+        name: list(left_out_rows({one.asset: one.path for one in _made(store, name)}))
+        for name in project.base_models
+    }
 
 
 def _line(store: ArtifactStore, asset: str, partition: str | None) -> Line:
@@ -115,6 +145,10 @@ def table(shown: Status) -> str:
             lines += ["", name] if before else [name]
             before = name
         lines.append(f"  {text}")
+    for name, counts in shown.left_out.items():
+        if counts:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+            lines += ["", f"left out of {name}: {reasons} (ft status --left-out lists them)"]
     lines += [
         "",
         f"store: {shown.store}, {in_bytes(shown.bytes)} in {shown.versions} versions, "

@@ -42,6 +42,7 @@ class Ingested:
     opened: int = 0  # rows that the assistant opens
     ties: int = 0  # rows whose answers are equally good
     unanswered: int = 0  # messages of trees without an answer
+    unpaired: int = 0  # labelled answers without a partner
     disputed: int = 0  # pairs on which annotators disagree, left out
     unread: str = ""  # text columns that are not read, with their numbers of rows
 
@@ -58,6 +59,7 @@ class Ingested:
             **({f"{name}_opened_by_assistant": self.opened} if self.opened else {}),
             **({f"{name}_ties": self.ties} if self.ties else {}),
             **({f"{name}_unanswered": self.unanswered} if self.unanswered else {}),
+            **({f"{name}_unpaired": self.unpaired} if self.unpaired else {}),
             **({f"{name}_disputed": self.disputed} if self.disputed else {}),
             **({f"{name}{UNREAD}": self.unread} if self.unread else {}),
         }
@@ -109,9 +111,11 @@ class Ingest:
                         adapted[problem.count] += 1
                         aside += 1
                     elif len(first) < FIRST:
-                        first.append(f"{row.where}: {problem}")
+                        first.append(f"{row.named}: {problem}")
+                    kind = problem.count if isinstance(problem, LeftOut) else "invalid"
+                    text = _row_text(row)
                     self.rejected.write(
-                        {"where": row.where, "problem": str(problem), "row": _row_text(row)}
+                        {"where": row.named, "problem": str(problem), "row": text, "kind": kind}
                     )
 
         lost: dict[str, str] = {}
@@ -124,7 +128,8 @@ class Ingest:
         )
         rejected = self.rejected.rows - before - aside
         for identity, where in written.left_out.items():
-            self.rejected.write({"where": where, "problem": lost[identity], "row": ""})
+            problem = lost[identity]
+            self.rejected.write({"where": where, "problem": problem, "row": "", "kind": "disputed"})
         done = Ingested(
             written.rows,
             written.duplicates,
@@ -134,6 +139,14 @@ class Ingest:
             **adapted,
             disputed=len(written.left_out),
         )
+        if aside and not written.rows and not rejected:
+            raise DataError(
+                where=name,
+                found=f"none of {aside} rows can be used, and none is wrong: "
+                + ", ".join(f"{kind} {count}" for kind, count in adapted.items() if count),
+                expected="at least one row to train on",
+                fix="add rows, or remove the files from finetune.yaml",
+            )
         if audit is not None:
             audit.require_no_echoes()
             done.unread = audit.columns.described()
@@ -170,7 +183,7 @@ def _canonical(
     canonical: Any = form(value)
     if audit is not None:
         audit.add(row.where, value, canonical)
-    canonical["source"] = row.where
+    canonical["source"] = row.named
     if stratum is not None:
         value = row.value.get(stratum)
         if value is None or isinstance(value, dict | list):

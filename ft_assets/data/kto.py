@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ft_assets.data.canonical import conversation
 from ft_assets.data.raw_row import RawRow
+from ft_assets.rows.columns import IDS
 from ft_assets.rows.row_formats import renamed
 from ft_assets.rows.types import Message, RawFields
 from ft_assets.rows.values import RowProblem, shown
@@ -97,7 +98,8 @@ def _answer(number: int, where: str, value: RawFields) -> _Answer:
         raise RowProblem(
             "the labelled answer has tool calls; the two answers of a preference are texts"
         )
-    given = {"tools": row.get("tools"), "group": value.get("group")}
+    own = next((key for key in IDS if value.get(key)), "id")
+    given = {"tools": row.get("tools"), "group": value.get("group"), "id": value.get(own)}
     other_fields = {key: part for key, part in given.items() if part is not None}
     return _Answer(number, where, row["messages"], other_fields)
 
@@ -145,9 +147,11 @@ def _problems(unpaired: Mapping[str, _Unpaired]) -> Iterator[RawRow]:
     ]
     for answer, label in sorted(left, key=lambda entry: entry[0].number):
         kind, missing = ("good", "bad") if label else ("bad", "good")
+        value: RawFields = {**answer.other_fields, "messages": answer.turns, "label": label}
         yield RawRow(
             answer.where,
-            None,
+            value,
             f"is a {kind} answer (label {str(label).lower()}); "
             f"no {missing} answer to the same prompt is left to pair it with",
+            left_out="unpaired",
         )

@@ -1,13 +1,16 @@
 """Say which trained rows were left out and why, and refuse a split that leaves out too many."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ft_assets.config import DataSettings
 from ft_assets.data.tables import Table
 from ft_assets.errors import DataError
-from ft_assets.rows.types import ConversationRow, CopyKind, CopyRow
+from ft_assets.rows.types import CopyKind, CopyRow, LeftOutRow, Message, RejectedRow
 
 # What a row does to the held-out row, the surest kind first.
 VERBS: dict[CopyKind, str] = {
@@ -21,6 +24,21 @@ VERBS: dict[CopyKind, str] = {
     "quoted": "quotes",
     "answer": "has the answer of",
 }
+LONGEST = 300  # characters of a question
+# Where rows are left out, by the name of a table and the kind of a row of an older version.
+REASONS = {"rejected": "invalid", "refused": "template"}
+# The ends of metrics that count rows which are left out.
+COUNTED = {
+    "rejected": "invalid",
+    "duplicates": "duplicate",
+    "ties": "ties",
+    "unanswered": "unanswered",
+    "unpaired": "unpaired",
+    "disputed": "disputed",
+    "refused": "template",
+    "too_long": "too long",
+}
+KIND = "left_out_"  # the beginning of metrics of copies
 FEW = 10  # rows; fewer are no reason to stop
 SHOWN = 2  # twins in an error
 _SIMILAR = (
@@ -44,23 +62,35 @@ ADVICE: dict[CopyKind, str] = {
 }
 
 
-def with_sources(copies: list[CopyRow], tables: Iterable[Path]) -> list[CopyRow]:
-    """Return copies with the file and line of both rows, from tables that have `source`."""
-    sources = dict.fromkeys(_raw(name) for copy in copies for name in (copy["id"], copy["of"]))
-    found: dict[str, str] = {}
-    for path in tables if sources else ():
-        for row in Table[ConversationRow](path, ["id", "source"]):
-            if row["id"] in sources:
-                found.setdefault(row["id"], row["source"])
+def with_sources(copies: list[CopyRow], tables: Sequence[Path]) -> list[CopyRow]:
+    """Return copies with the file, line and question of both rows, from tables of raw rows."""
+    wanted = {_raw(name) for copy in copies for name in (copy["id"], copy["of"])}
+    # A row and its exact copy on another side have one id.
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    anywhere: dict[str, tuple[str, str]] = {}
+    ids = pa.array(sorted(wanted), pa.string())
+    for path in tables if wanted else ():
+        for batch in Table(path, ["id", "source", "messages"]).batches():
+            # Only the rows that are looked for become Python objects.
+            for row in batch.filter(pc.is_in(batch.column("id"), value_set=ids)).to_pylist():
+                place = (row["source"], _question(row["messages"]))
+                found[path.stem, row["id"]] = place
+                anywhere.setdefault(row["id"], place)
     known: list[CopyRow] = []
     for copy in copies:
         copy = copy.copy()
-        if one := found.get(_raw(copy["id"])):
-            copy["source"] = one
-        if other := found.get(_raw(copy["of"])):
-            copy["of_source"] = other
+        own, other = _raw(copy["id"]), _raw(copy["of"])
+        if one := found.get((copy["side"], own)) or anywhere.get(own):
+            copy["source"], copy["text"] = one
+        if two := found.get((copy["of_side"], other)) or anywhere.get(other):
+            copy["of_source"], copy["of_text"] = two
         known.append(copy)
     return known
+
+
+def _question(messages: Sequence[Message]) -> str:
+    users = [turn["content"] for turn in messages if turn["role"] in ("user", "text")]
+    return users[-1][:LONGEST] if users else ""
 
 
 def _raw(identity: str) -> str:
@@ -73,6 +103,53 @@ def sentence(copy: CopyRow) -> str:
     one = copy.get("source") or f"{copy['side']} {copy['id']}"
     other = f"{copy['of_side']} {copy.get('of_source') or copy['of']}"
     return f"{one} {VERBS[copy['kind']]} {other}"
+
+
+def left_out_rows(folders: Mapping[str, Path]) -> Iterator[LeftOutRow]:
+    """Yield every row that is left out, from the artifacts of the assets that leave rows out.
+
+    `folders` are the folders of raw_dataset, raw_preferences, chat_dataset and heldout_split.
+    """
+    for asset, folder in folders.items():
+        for name, kind in REASONS.items():
+            path = folder / "info" / f"{name}.parquet"
+            for row in Table[RejectedRow](path) if path.exists() else ():
+                yield {
+                    "reason": row.get("kind") or kind,
+                    "source": asset,
+                    "where": row["where"],
+                    "problem": row["problem"],
+                    "text": row["row"],
+                    "twin": "",
+                    "twin_text": "",
+                }
+        path = folder / "info" / "near_duplicates.parquet"
+        for copy in Table[CopyRow](path) if path.exists() else ():
+            if copy["kind"] != "within":
+                yield {
+                    "reason": copy["kind"],
+                    "source": copy["side"],
+                    "where": copy.get("source") or copy["id"],
+                    "problem": f"{VERBS[copy['kind']]} a held-out row "
+                    f"(similarity {copy['similarity']:.2f})",
+                    "text": copy.get("text") or "",
+                    "twin": f"{copy['of_side']} {copy.get('of_source') or copy['of']}",
+                    "twin_text": copy.get("of_text") or "",
+                }
+
+
+def counted(metrics: Sequence[Mapping[str, object]]) -> dict[str, int]:
+    """Return the number of rows that are left out, by reason, from the metrics of the assets."""
+    counts: Counter[str] = Counter()
+    for name, value in ((name, value) for one in metrics for name, value in one.items()):
+        if not isinstance(value, int) or name == "rejected":
+            continue
+        for ending, reason in COUNTED.items():
+            if name == ending or name.endswith(f"_{ending}"):
+                counts[reason] += value
+        if name.startswith(KIND):
+            counts[name.removeprefix(KIND)] += value
+    return {reason: count for reason, count in counts.most_common() if count}
 
 
 def require_few(

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ft_assets.rows.columns import IDS
 from ft_assets.rows.types import RawFields
+
+LONGEST_ID = 80  # characters
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,15 @@ class RawRow:
     value: RawFields | None
     problem: str | None = None
     left_out: str = ""
+
+    @property
+    def named(self) -> str:
+        """The file and line of the row, with the id that the user has for it, if any."""
+        for key in IDS if self.value else ():
+            own = self.value.get(key) if self.value else None
+            if isinstance(own, str | int) and not isinstance(own, bool) and str(own).strip():
+                return f"{self.where} (id {str(own)[:LONGEST_ID]})"
+        return self.where
 
     @classmethod
     def of(cls, where: str, value: Any) -> "RawRow":

@@ -133,12 +133,14 @@ NEAR_DUPLICATE = Layout(
             ("of", pa.string()),
             ("of_source", pa.string()),
             ("similarity", pa.float64()),
+            ("text", pa.string()),
+            ("of_text", pa.string()),
         ]
     ),
 )
 REJECTED = Layout(
     RejectedRow,
-    pa.schema([("where", pa.string()), ("problem", pa.string()), ("row", pa.string())]),
+    pa.schema([(name, pa.string()) for name in ("where", "problem", "row", "kind")]),
 )
 
 

@@ -24,7 +24,7 @@ from ft_assets.rows.row_formats import (
 )
 from ft_assets.rows.types import DataRow, RawFields
 
-# The user's own name of a row: it is shown where the row is named.
+# The user's own name of a row is shown where the row is named.
 IDS = ("id", "_id", "uuid", "row_id", "example_id", "sample_id", "prompt_id", "question_id")
 ALWAYS = frozenset((*IDS, *MEDIA, "tools", "functions", "group"))
 CHOICES = ("choices", "options")
@@ -273,4 +273,6 @@ def _matters(raw: RawFields, name: str, texts: tuple[str, ...]) -> bool:
     said = [value] if isinstance(value, str) else [part for part in parts if isinstance(part, str)]
     if said and all(any(one.strip() in text for text in known) for one in said):
         return False
-    return not (isinstance(value, str) and known and all(text in value for text in known))
+    if not isinstance(value, str) or not known:
+        return True
+    return not (value.rstrip().endswith(known[-1].strip()) or all(text in value for text in known))

@@ -184,8 +184,8 @@ CopyKind = Literal[
 class CopyRow(TypedDict):
     """A row (`id`, on `side`) that repeats a row (`of`, on `of_side`), and how similar they are.
 
-    `source` and `of_source` are their files and lines, absent for a row that raw_dataset does not
-    have.
+    `source` and `of_source` are their files and lines, `text` and `of_text` the beginnings of their
+    questions, all absent for a row that raw_dataset does not have.
     """
 
     kind: CopyKind
@@ -195,12 +195,35 @@ class CopyRow(TypedDict):
     of_side: str
     of: str
     of_source: NotRequired[str]
+    text: NotRequired[str]
+    of_text: NotRequired[str]
     similarity: float
 
 
 class RejectedRow(TypedDict):
-    """A raw row that cannot be used: its file and line, the reason, and its text."""
+    """A row that is left out: its file and line, the reason, and its text.
+
+    `kind` is the reason's name, absent in a table of an older version: `invalid` in a table of raw
+    rows, `template` in one of rendered rows.
+    """
 
     where: str
     problem: str
     row: str
+    kind: NotRequired[str]
+
+
+class LeftOutRow(TypedDict):
+    """A row that is left out of training, at any step: what `ft status --left-out` prints.
+
+    `where` and `twin` are the file, the line and the user's own id of a row; `twin` is the held-out
+    row that this one repeats, "" if there is none.
+    """
+
+    reason: str
+    source: str
+    where: str
+    problem: str
+    text: str
+    twin: str
+    twin_text: str

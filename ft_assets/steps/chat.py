@@ -35,6 +35,7 @@ from ft_assets.rows.types import (
 from ft_assets.step_runner import main, takes
 
 TABLES = ("conversations", "rehearsal", "heldout", "retention")
+SHOWN = 500  # characters of a row that is left out
 # The variables of Qwen3's and DeepSeek's templates that switch thinking off.
 SWITCHES = ("enable_thinking", "thinking")
 
@@ -74,7 +75,7 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
             ledger = rows.preferences(job.inputs["raw_preferences"] / "preferences.parquet", table)
             parts["preferences"] = table.version
         metrics |= {"preferences_rows": table.rows, "preferences_too_long": ledger.too_long}
-    metrics |= {"refused": refused.rows, "first_refused": rows.first, "total": rows.total}
+    metrics |= {"refused": rows.refusals, "first_refused": rows.first, "total": rows.total}
     metrics |= {
         "one_sequence_a_turn": rows.unrolled,
         "answers_tokenized_apart": rows.apart,
@@ -103,6 +104,7 @@ class RowRenderer:
         self.texts = ReferenceTexts(renderer.tokenizer)
         self.max_length = max_length
         self.refused = refused
+        self.refusals = 0
         self.first: str | None = None
         self.added: set[str] = set()
         self.unrolled = 0
@@ -124,6 +126,8 @@ class RowRenderer:
                     self.added.update(sequence.added)
                     if ledger.fits(sequence.supervised):
                         table.write(self._tokenized(row, sequence))
+                    else:
+                        self._filter(name, row, len(sequence.supervised))
         return ledger
 
     def preferences(self, path: Path, table: TableWriter[PairRow]) -> Ledger:
@@ -145,6 +149,8 @@ class RowRenderer:
                 longest = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
                 if ledger.fits([False] * len(pair["prompt_ids"]) + [True] * longest):
                     table.write(pair)
+                else:
+                    self._filter("preferences", row, len(pair["prompt_ids"]) + longest)
         return ledger
 
     def _pair(
@@ -198,8 +204,26 @@ class RowRenderer:
         self, name: str, row: ConversationRow | PreferenceRow, problem: ProofFailed
     ) -> None:
         where = f"{name} {row['id']} ({row['source']})"
-        self.refused.write({"where": where, "problem": str(problem), "row": ""})
+        self._write(name, row, str(problem), "template")
+        self.refusals += 1
         self.first = self.first or f"{where}: {problem}"
+
+    def _filter(self, name: str, row: ConversationRow | PreferenceRow, tokens: int) -> None:
+        """Note a row that is left out by its length, or because none of its tokens is trained."""
+        if tokens > self.max_length:
+            problem = (
+                f"has {tokens} tokens; chat.max_length and the context allow {self.max_length}"
+            )
+            self._write(name, row, problem, "too long")
+        else:
+            self._write(name, row, "has no token that is trained", "nothing trained")
+
+    def _write(
+        self, name: str, row: ConversationRow | PreferenceRow, problem: str, kind: str
+    ) -> None:
+        where = row.get("source") or f"{name} {row['id']}"
+        text = "\n".join(turn["content"] for turn in row["messages"])[:SHOWN]
+        self.refused.write({"where": where, "problem": problem, "row": text, "kind": kind})
 
 
 def _answered(row: PreferenceRow, answer: str) -> Conversation:

@@ -1,0 +1,106 @@
+"""Rows that are left out: each is named by the user's own id, with its reason and its twin."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_assets.commands.status import left_out, status, table
+from ft_assets.config import load_project
+from ft_assets.data.canonical import conversation, preference
+from ft_assets.data.ingest import Ingest, Ingested
+from ft_assets.data.kto import pair_labels
+from ft_assets.data.raw_row import RawRow
+from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
+from ft_assets.errors import DataError
+from ft_assets_tests.factories import conversations, edit, write_jsonl
+from ft_assets_tests.pipeline import materialize
+
+
+def ingested(
+    folder: Path, rows: list[dict[str, Any]], pairs: bool = False
+) -> tuple[Ingested, list[tuple[str, str]]]:
+    """Return the counts of raw rows, and the (place, kind) of each that is left out."""
+    raw = [RawRow(f"rows.jsonl:{number}", row) for number, row in enumerate(rows, start=1)]
+    form, layout = (preference, PREFERENCE) if pairs else (conversation, CONVERSATION)
+    with TableWriter(folder / "rejected.parquet", REJECTED) as rejected:
+        done = Ingest(folder, folder, rejected).source(
+            "rows",
+            pair_labels(raw) if pairs else raw,
+            form,
+            layout,  # type: ignore[arg-type]
+        )
+    out = read_table(folder / "rejected.parquet")
+    return done, [(row["where"], row["kind"]) for row in out]
+
+
+@pytest.mark.parametrize(
+    ("own", "shown"),
+    [
+        ({"id": "เรือ-7"}, "rows.jsonl:1 (id เรือ-7)"),
+        ({"id": 7}, "rows.jsonl:1 (id 7)"),
+        ({"uuid": "a-b", "id": None}, "rows.jsonl:1 (id a-b)"),
+        ({"prompt_id": "p"}, "rows.jsonl:1 (id p)"),
+        ({"id": ""}, "rows.jsonl:1"),
+        ({"id": ["7"]}, "rows.jsonl:1"),
+        ({}, "rows.jsonl:1"),
+    ],
+)
+def test_row_is_named_by_the_users_own_id(tmp_path: Path, own: dict[str, Any], shown: str) -> None:
+    done, out = ingested(tmp_path, [{**own, "prompt": "ما هذا؟", "completion": ""}])
+    assert out == [(shown, "invalid")]
+    assert done.first[0].startswith(f"{shown}: ") or not own
+    ingested(tmp_path, [{**own, "prompt": "ما هذا؟", "completion": "سفينة"}])
+    (row,) = read_table(tmp_path / "rows.parquet")
+    assert row["source"] == shown
+
+
+def test_lone_labels_are_counted_apart_from_wrong_rows(tmp_path: Path) -> None:
+    rows = [
+        {"id": "g1", "prompt": "何色？", "completion": "赤", "label": True},
+        {"id": "b1", "prompt": "何色？", "completion": "犬", "label": False},
+        {"id": "g2", "prompt": "どこ？", "completion": "港", "label": True},
+        {"id": "b2", "prompt": "だれ？", "completion": "猫", "label": False},
+    ]
+    done, out = ingested(tmp_path, rows, pairs=True)
+    assert (done.rows, done.rejected, done.unpaired) == (1, 0, 2)
+    assert out == [("rows.jsonl:3 (id g2)", "unpaired"), ("rows.jsonl:4 (id b2)", "unpaired")]
+    assert "どこ？" in read_table(tmp_path / "rejected.parquet")[0]["row"]
+    with pytest.raises(DataError, match=r"none of 2 rows can be used.*unpaired 2"):
+        ingested(tmp_path, rows[2:], pairs=True)
+
+
+def test_all_rows_that_are_left_out_are_in_one_table(project: Path) -> None:
+    """The place, the own id, the reason and the twin, for each step that leaves rows out."""
+    rows = [{**row, "id": f"t{at}"} for at, row in enumerate(conversations(60, lambda _: "yes"))]
+    heldout = conversations(24, lambda _: "no", start=900)
+    copied = {**heldout[3], "id": "copy"}
+    long = {"id": "long", "prompt": "word " * 400, "completion": "yes"}
+    wrong = {"id": "wrong", "prompt": "ไหน", "completion": " "}
+    write_jsonl(project / "data/train.jsonl", [*rows, copied, long, wrong])
+    write_jsonl(project / "data/heldout.jsonl", [{**row, "id": "h"} for row in heldout])
+    edit(project, data={"heldout": ["data/heldout.jsonl"], "max_invalid": 0.5})
+    edit(project, chat={"max_length": 256, "max_truncated": 0.5})
+    result = materialize(project, "raw_dataset,raw_preferences,base_model,recipe,chat_dataset")
+    assert result.success
+    split = materialize(project, "heldout_split")
+    assert split.success
+    found = {row["where"]: row for row in left_out(load_project(project / "finetune.yaml"))["tiny"]}
+    by_id = {where.partition("(id ")[2].rstrip(")"): row for where, row in found.items()}
+    assert {name: by_id[name]["reason"] for name in ("copy", "long", "wrong")} == {
+        "copy": "same-prompt",
+        "long": "too long",
+        "wrong": "invalid",
+    }
+    assert by_id["copy"]["where"] == "train.jsonl:61 (id copy)"
+    assert by_id["copy"]["twin"] == "heldout heldout.jsonl:4 (id h)"
+    assert by_id["copy"]["text"] == by_id["copy"]["twin_text"] != ""
+    assert "tokens" in by_id["long"]["problem"]
+    shown = status(load_project(project / "finetune.yaml"), [])
+    assert shown.left_out["tiny"]["too long"] == 1
+    assert "invalid 1" in table(shown)
+    (event,) = split.asset_materializations_for_node("heldout_split")
+    text = str(event.metadata["left_out_rows"].value)
+    assert "train.jsonl:61 (id copy)" in text
+    assert json.dumps(shown.left_out["tiny"])
