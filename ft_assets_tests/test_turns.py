@@ -57,7 +57,7 @@ def test_flag_of_any_tool_makes_an_answer_context_only(key: str, no: Any) -> Non
         ({"reasoning": "a", "thinking": "b"}, "several kinds of reasoning"),
         (
             {"content": [{"type": "image", "image": "shop.png"}]},
-            r"messages\[1\].content\[0\]: is 'image' \(.*shop.png.*only parts of the type 'text'",
+            r"messages\[1\].content\[0\]: is 'image' with type, image \(.*shop.png.*only parts of",
         ),
     ],
 )
@@ -324,3 +324,70 @@ def test_settings_of_turns_are_checked_and_applied() -> None:
     ):
         with pytest.raises(ValidationError, match=problem):
             DataSettings(train=["x"], **settings)
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"loss": False}, "loss: is False for the whole row"),
+        ({"train": False}, "train: is False for the whole row"),
+        ({"weight": 0.0}, "weight: is 0.0 for the whole row"),
+        ({"mask": [0, 1]}, "mask: is a list"),
+    ],
+)
+def test_flag_of_a_whole_row_is_refused(columns: dict[str, Any], problem: str) -> None:
+    for form, raw in (
+        (conversation, {"prompt": "x", "completion": "a"}),
+        (preference, {"prompt": "x", "chosen": "a", "rejected": "b"}),
+    ):
+        with pytest.raises(RowProblem, match=problem):
+            form({**raw, **columns})
+        form({**raw, "loss": 2.31, "train": True, "weight": 3, "mask": "nose"})
+
+
+def test_exchanges_are_turns() -> None:
+    listed = [
+        {"human": "何時？", "assistant": "九時。"},
+        {"Human": "明日は？", "Assistant": "十時。"},
+    ]
+    turns = conversation({"conversation": listed})["messages"]
+    assert [turn["content"] for turn in turns] == ["何時？", "九時。", "明日は？", "十時。"]
+    with pytest.raises(RowProblem, match="role None"):
+        conversation({"conversation": [{"human": "何時？", "assistant": "九時。", "mood": "x"}]})
+
+
+def test_results_as_text_need_a_call_and_parts_hold_only_text() -> None:
+    quoted = {"role": "user", "content": "<tool_response>x</tool_response>"}
+    assert chat(quoted, ANSWER) == [quoted, ANSWER]
+    part = {"type": "text", "text": USER["content"], "cache_control": {"type": "ephemeral"}}
+    assert chat({**USER, "content": [part]}, ANSWER) == [USER, ANSWER]
+    with pytest.raises(RowProblem, match=r"content\[0\]: is 'text' .*image_url"):
+        chat({**USER, "content": [{**part, "image_url": "a.png"}]}, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"winner": "model_b", "conversation_a": [USER, OTHER]}, True),
+        ({"winner": "model_a", "conversation_a": [USER, OTHER]}, False),
+        ({"winner": "tie (bothbad)", "conversation_a": [USER, OTHER]}, None),
+    ],
+)
+def test_compared_answers_are_a_pair_or_a_tie(row: dict[str, Any], pair: bool | None) -> None:
+    raw = {**row, "conversation_b": [USER, ANSWER], "model_a": "m", "model_b": "n"}
+    if pair is None:
+        with pytest.raises(Tie):
+            preference(raw)
+        return
+    assert preference(raw)["chosen"] == (ANSWER if pair else OTHER)["content"]
+    with pytest.raises(RowProblem, match="winner: is 'both'"):
+        preference({**raw, "winner": "both"})
+
+
+@pytest.mark.parametrize(("key", "values"), [("overall_score", (2, 9)), ("rank", (2, 1))])
+def test_ranked_answers_can_be_objects(key: str, values: tuple[int, int]) -> None:
+    answers = [{"response": text, key: value} for text, value in zip("ab", values, strict=True)]
+    pair = preference({"instruction": "x", "completions": answers})
+    assert (pair["chosen"], pair["rejected"]) == ("b", "a")
+    with pytest.raises(Tie):
+        preference({"instruction": "x", "completions": [{**one, key: 1} for one in answers]})

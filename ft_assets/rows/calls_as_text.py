@@ -25,16 +25,21 @@ def expanded(turns: list[Any]) -> list[Any]:
 
     A turn with several results becomes one turn a result.
     """
-    return [part for index, turn in enumerate(turns) for part in _parts(index, turn)]
+    parts: list[Any] = []
+    for index, turn in enumerate(turns):
+        parts += _parts(index, turn, parts[-1] if parts else None)
+    return parts
 
 
-def _parts(index: int, turn: Any) -> list[Any]:
+def _parts(index: int, turn: Any, before: Any) -> list[Any]:
     content = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(content, str) or "<" not in content:
         return [turn]
     if turn["role"] == "assistant" and not turn.get("tool_calls"):
         return [_with_calls(f"turn {index}", turn, content)]
-    if turn["role"] in ("tool", "user") and RESULTS_ONLY.fullmatch(content):
+    follows_call = isinstance(before, dict) and bool(before.get("tool_calls"))
+    may_be_result = turn["role"] == "tool" or (turn["role"] == "user" and follows_call)
+    if may_be_result and RESULTS_ONLY.fullmatch(content):
         return [
             {**turn, "role": "tool", "content": result.strip()}
             for result in RESULT.findall(content)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ft_assets.rows.tools import tool_calls
-from ft_assets.rows.turn_keys import NAMES, is_learnt, require_read, with_reasoning
+from ft_assets.rows.turn_keys import EMPTY, NAMES, is_learnt, require_read, with_reasoning
 from ft_assets.rows.types import Message, RawFields, ToolCall
 from ft_assets.rows.values import RowProblem, shown, text, word
 
@@ -42,6 +42,7 @@ def spelled(turn: Any) -> Any:
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str):
         return {**turn, "role": role, "content": content}
+    role = role.strip()
     if role.lower() in CALLS:
         if turn.get("tool_calls"):
             raise RowProblem(f"a turn has the role {role} and tool_calls; expected one of them")
@@ -60,9 +61,27 @@ def _named(turn: RawFields, ours: str, theirs: str) -> Any:
 
 
 def _is_text(part: Any) -> bool:
-    return (
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    )
+    """Return True for a part of a content that is only text."""
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        return False
+    others = part.keys() - {"type", "text", "cache_control"}
+    return part.get("type") == "text" and all(part[key] in EMPTY for key in others)
+
+
+def turns_of(listed: list[Any]) -> list[Any]:
+    """Return the turns of a list. An exchange, {"human": …, "assistant": …}, is several turns."""
+    return [spelled(turn) for given in listed for turn in _exchange(given)]
+
+
+def _exchange(turn: Any) -> list[Any]:
+    if not isinstance(turn, dict) or not turn.keys().isdisjoint(("role", "from")):
+        return [turn]
+    said = {key: value for key, value in turn.items() if str(key).lower() in ROLES}
+    others = (value for key, value in turn.items() if key not in said)
+    if not said or not all(value in EMPTY for value in others):
+        return [turn]
+    given = {key: value for key, value in said.items() if value not in EMPTY}
+    return [{"role": key, "content": value} for key, value in given.items()]
 
 
 def checked(name: str, turns: list[Any]) -> list[Message]:
@@ -246,8 +265,9 @@ def _text(where: str, content: Any, empty: bool) -> str:
         for index, part in enumerate(content):
             if not _is_text(part):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                keys = f" with {', '.join(map(str, part))}" if isinstance(part, dict) else ""
                 raise RowProblem(
-                    f"{where}.content[{index}]: is {shown(kind)} ({shown(part)[:80]}); "
-                    "only parts of the type 'text' are read"
+                    f"{where}.content[{index}]: is {shown(kind)}{keys} ({shown(part)[:80]}); "
+                    "only parts of the type 'text' are read, with their text"
                 )
     return text(where, content, empty)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 from ft_assets.rows.calls_as_text import expanded
-from ft_assets.rows.messages import spelled
+from ft_assets.rows.messages import spelled, turns_of
 from ft_assets.rows.transcripts import transcribed
-from ft_assets.rows.turn_keys import REASONING
+from ft_assets.rows.turn_keys import REASONING, require_no_flag
 from ft_assets.rows.types import RawFields
 from ft_assets.rows.values import RowProblem, Tie, shown
 
@@ -34,7 +34,11 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
 )
 TIES = ("status", "winner", "preference")  # columns that can have the word "tie"
+# Answers that annotators compare, as Chatbot Arena's; `winner` names one of them.
+COMPARED = ("conversation", "response", "answer", "completion")
 SCORED = frozenset((*TIES, *(name for pair in SCORES for name in pair)))
+# The same beside the text of each answer.
+OWN_RANKS = {**RANKS, "overall_score": -1, "rating": -1, "reward": -1}
 MEDIA = ("images", "videos", "audios")
 SYSTEM = ("system", "system_prompt")
 
@@ -101,6 +105,7 @@ def renamed(raw: RawFields, columns: dict[str, str]) -> RawFields:
 def conversation_turns(raw: RawFields, format: str | None = None) -> list[Any]:
     """Return the turns of a conversation row, unchecked. Raises RowProblem."""
     _require_text_only(raw)
+    require_no_flag(raw)
     if format is not None:
         named = CONVERSATION_FORMATS[format]
         return expanded(named.read(named.only(raw)))
@@ -144,13 +149,14 @@ def _unknown(raw: RawFields) -> RowProblem:
 def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
     """Return the prompt's turns and the two answers of a preference row. Raises RowProblem."""
     _require_text_only(raw)
+    require_no_flag(raw)
     if format != "ranked" and "chosen" not in raw and isinstance(raw.get("label"), bool):
         raise RowProblem(
             "is one answer with a label (KTO); "
             "DPO needs a chosen and a rejected answer to the same prompt"
         )
     _require_preference(raw)
-    raw = transcribed(raw)
+    raw = _compared(transcribed(raw))
     if format is not None:
         named = PREFERENCE_FORMATS[format]
         pair = named.read(named.only(raw))
@@ -165,7 +171,7 @@ def _require_preference(raw: RawFields) -> None:
     """Raise Tie or RowProblem if the row's own scores do not prefer the chosen answer."""
     if raw.keys().isdisjoint(SCORED):
         return
-    tie = next((key for key in TIES if str(raw.get(key)).lower() in ("tie", "tied")), None)
+    tie = next((key for key in TIES if str(raw.get(key)).lower().startswith("tie")), None)
     if tie is not None:
         raise Tie(f"{tie}: is {shown(raw[tie])}")
     for better, worse in SCORES:
@@ -178,6 +184,18 @@ def _require_preference(raw: RawFields) -> None:
             f"{better} is {chosen} and {worse} is {rejected}; "
             "expected the higher score for the chosen answer"
         )
+
+
+def _compared(raw: RawFields) -> RawFields:
+    """Return a row of two compared answers with the winner as chosen. Raises RowProblem."""
+    name = next((name for name in COMPARED if {f"{name}_a", f"{name}_b"} <= raw.keys()), None)
+    if name is None or "chosen" in raw or "winner" not in raw:
+        return raw
+    winner = str(raw["winner"]).lower().rpartition("_")[2]
+    if winner not in ("a", "b"):
+        raise RowProblem(f"winner: is {shown(raw['winner'])}; expected model_a, model_b or tie")
+    loser = "b" if winner == "a" else "a"
+    return {**raw, "chosen": raw[f"{name}_{winner}"], "rejected": raw[f"{name}_{loser}"]}
 
 
 def _require_text_only(raw: RawFields) -> None:
@@ -232,7 +250,7 @@ def _turn_list(raw: RawFields) -> list[Any]:
     if key is None:  # only under a name, which requires the key
         name = next(name for name in CONVERSATIONS if name in raw)
         raise RowProblem(f"{name}: is a {type(raw[name]).__name__}; expected a list of turns")
-    return _with_system(raw, list(map(spelled, raw[key])))
+    return _with_system(raw, turns_of(raw[key]))
 
 
 def _prompt_and_answer(raw: RawFields) -> list[Any]:
@@ -354,7 +372,7 @@ def _answer_pair(raw: RawFields, chosen: Any, rejected: Any) -> AnswerPair:
 def _preference_prompt(raw: RawFields) -> list[Any]:
     key = _turn_list_key(raw)
     if key is not None:
-        return list(map(spelled, raw[key]))
+        return turns_of(raw[key])
     prompt = _first(raw, PROMPT)
     return [] if prompt is None else [*_history(raw), *_prompt_turns(raw, prompt)]
 
@@ -416,17 +434,29 @@ def _best_and_worst(raw: RawFields, answers: Any) -> tuple[Any, Any]:
     if not isinstance(answers, list) or len(answers) < 2:
         raise RowProblem("the ranked answers are not a list of two or more")
     name = next((name for name in RANKS if isinstance(raw.get(name), list)), None)
-    if name is None:
+    values = raw[name] if name else None
+    if name is None and all(isinstance(answer, dict) for answer in answers):
+        name = next((name for name in OWN_RANKS if all(name in answer for answer in answers)), None)
+        values = [answer[name] for answer in answers] if name else None
+    answers = list(map(_answer_text, answers))
+    if name is None or values is None:
         return answers[0], answers[-1]
-    values = raw[name]
     if len(values) != len(answers) or not all(map(_is_number, values)):
         raise RowProblem(
             f"{name}: {len(values)} values for {len(answers)} answers; expected a number for each"
         )
-    order = sorted(range(len(answers)), key=lambda index: RANKS[name] * values[index])
+    order = sorted(range(len(answers)), key=lambda index: OWN_RANKS[name] * values[index])
     if values[order[0]] == values[order[-1]]:
         raise Tie(f"{name}: all answers rank the same")
     return answers[order[0]], answers[order[-1]]
+
+
+def _answer_text(answer: Any) -> Any:
+    """Return the text of a ranked answer that is an object beside its rank, or the answer."""
+    if not isinstance(answer, dict) or not answer.keys().isdisjoint(("content", "value")):
+        return answer
+    key = next((key for key in (*COMPLETION, "text") if isinstance(answer.get(key), str)), None)
+    return answer if key is None else answer[key]
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

@@ -10,6 +10,7 @@ from typing import Any
 from ft_assets.rows.types import RawFields
 from ft_assets.rows.values import RowProblem, shown, text
 
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values of a table's column, not of a turn
 NAMES = (("role", "from"), ("content", "value"))
 # Whether an answer is learnt: ours, ms-swift's, Axolotl's two, and OpenAI's.
 LEARNT = ("train", "loss", "training", "train_on_turn", "weight")
@@ -37,11 +38,11 @@ ADVICE = {
 def require_read(where: str, turn: RawFields, role: str) -> None:
     """Raise RowProblem for a key of a turn that has a value and is not read.
 
-    Empty values (null, "", [], {}) are those of a table's column, not of the turn.
+    EMPTY values are no content.
     """
     for key in turn.keys() - READ:
         value = turn[key]
-        if value is None or value in ("", [], {}) or (key == "prefix" and value is False):
+        if value in EMPTY or (key == "prefix" and value is False):
             continue
         if key in OF_TOOLS and role == "tool":
             continue
@@ -63,6 +64,22 @@ def without_keys(raw: RawFields, ignored: Collection[str]) -> RawFields:
         return value
 
     return {name: kept(value) for name, value in raw.items()}
+
+
+def require_no_flag(raw: RawFields) -> None:
+    """Raise RowProblem for a flag of a whole row, which says that it is not to be learnt."""
+    for key in LEARNT:
+        value = raw.get(key)
+        if value is False or (key == "weight" and value == 0 and value is not None):
+            raise RowProblem(
+                f"{key}: is {shown(value)} for the whole row; expected such a flag on a turn: "
+                "remove the row if it is not to be trained, or the key"
+            )
+    if isinstance(raw.get("mask"), list) and raw["mask"]:
+        raise RowProblem(
+            "mask: is a list; expected train: true or train: false on each turn, because tools "
+            "differ in what a mask means"
+        )
 
 
 def is_learnt(where: str, turn: RawFields, role: str) -> bool:
