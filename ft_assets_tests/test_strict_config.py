@@ -1,5 +1,6 @@
 """finetune.yaml is read strictly: what would be changed or dropped is refused, by line."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,3 +100,65 @@ def test_blank_override_is_not_a_reason(project: Path, reason: str) -> None:
 def test_demo_and_init_read_strictly(make_project: Callable[[Path], Path], tmp_path: Path) -> None:
     load_project(Path(__file__).parents[1] / "finetune.yaml")
     load_project(make_project(tmp_path / "project") / "finetune.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "reason"),
+    [
+        (
+            "sft",
+            {"learning_rate": float("inf")},
+            "sft.learning_rate: inf: Input should be a finite",
+        ),
+        ("sft", {"learning_rate": "inf"}, "sft.learning_rate: 'inf': Input should be a finite"),
+        ("sft", {"learning_rate": 20}, "less than or equal to 1"),
+        ("lora", {"r": 10**23}, "less than or equal to 16384"),
+        ("sft", {"save_steps": 10**23}, "no count, size, rate or time is so large"),
+        ("lora", {"r": True}, "true is no number"),
+        ("lora", {"r": "x" * 100_000}, "unable to parse string as an integer"),
+        ("sft", {"trainer": {"adam_epsilon": float("nan")}}, "sft.trainer.adam_epsilon: is nan"),
+        ("sft", {"seed": -1}, "greater than or equal to 0"),
+        ("gate", {"confidence": "nan"}, "finite number"),
+        ("evaluation", {"python": {"function": "a:b", "seconds": "inf"}}, "finite number"),
+    ],
+)
+def test_number_that_no_step_can_use_is_refused(
+    project: Path, section: str, values: dict[str, object], reason: str
+) -> None:
+    edit(project, **{section: values})
+    said = refused(project)
+    assert reason in said
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["a" * 300], "has a name of 300 bytes"),
+        ([".a"], "is not a name that a folder can safely have"),
+        (["-rf"], "is not a name"),
+        (["t\u0456ny"], "letters and digits of ASCII"),  # a Cyrillic letter
+        (["_"], "is not a name"),
+        (["a...b"], "is not a name"),
+        (["CURRENT"], "is a name that the store uses itself"),
+        (["Tiny", "tiny"], "differs from Tiny only in upper and lower case"),
+        ([7], "has the key 7, which is no text"),
+    ],
+)
+def test_name_of_a_base_is_safe_as_that_of_a_folder(
+    project: Path, names: list[str], reason: str
+) -> None:
+    edit(project, base_models={name: {"folder": "m"} for name in names})
+    assert reason in refused(project)
+
+
+def test_anchors_do_not_grow_without_end(project: Path) -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    for before, name in itertools.pairwise("abcdefghi"):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
+    (project / "finetune.yaml").write_text("\n".join(lines))
+    said = refused(project)
+    assert "its anchors and aliases make more than 100000 values" in said
+    assert len(said) < 400
+    (project / "finetune.yaml").write_text("a: &a [*a]")
+    assert "anchors and aliases" in refused(project)

@@ -130,7 +130,7 @@ class EvaluationSettings(Section):
     refusals: list[Pattern] = Field(
         default=[], description="Regular expressions of a refusal, besides the English ones."
     )
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
 
     def asked(self) -> dict[str, Any]:
         """Return the settings that decide what a model is asked; all others decide its scores.
@@ -314,6 +314,7 @@ class GateSettings(Section):
     seeds: int = Field(
         default=1,
         ge=1,
+        le=100,
         description="Trainings with consecutive seeds; the gain must hold over all of them. The "
         "first is merged.",
     )

@@ -26,7 +26,7 @@ Sharding = Literal["auto", "ddp", "fsdp"]
 KINDS: dict[str, type["LauncherSettings"]] = {}  # by kind, in the order of the classes below
 
 
-class LauncherSettings(BaseModel, frozen=True, extra="forbid"):
+class LauncherSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The settings that all launchers share, and what the memory plan needs from a launcher.
 
     A subclass with a literal `kind` is a launcher. Retries apply to infrastructure faults only,

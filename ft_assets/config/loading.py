@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.evaluation import EvaluationSettings
 from ft_assets.config.launcher import KINDS
+from ft_assets.config.limits import require_names, require_sane_numbers, shown
 from ft_assets.config.project import Project
 from ft_assets.config.section import Section
 from ft_assets.config.strict_yaml import read_strictly
@@ -59,7 +60,7 @@ def load_project(path: Path | None = None) -> Project:
     if not isinstance(raw, dict):
         raise ConfigError(
             where=str(path),
-            found=f"holds a {type(raw).__name__}",
+            found="is empty" if raw is None else f"holds a {type(raw).__name__}",
             expected="a mapping with data: and base_models:",
             fix="see the README",
         )
@@ -71,14 +72,9 @@ def load_project(path: Path | None = None) -> Project:
             fix="remove the key",
         )
     project = _validated(path, Project, {**raw, "root": path.parent.resolve()}, ())
+    require_sane_numbers(path, raw)  # of the keys, too, that have no model: trainer:, overrides
+    require_names(path, project.base_models)
     for name in project.base_models:
-        if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
-            raise ConfigError(
-                where=f"{path}: base_models.{name}",
-                found="has a character that a file name cannot hold",
-                expected="letters, digits, . _ -",
-                fix="rename it",
-            )
         _check_overrides(path, project, name)
         _check_goals(path, project, name)
     return project
@@ -154,6 +150,13 @@ def _config_error(
             expected=f"one of {', '.join(KINDS)}",
             fix=nearest(str(found), KINDS),
         )
+    if location[-1:] == ["[key]"]:  # pydantic's mark of a key that is no text
+        return ConfigError(
+            where=f"{path}: {'.'.join((*prefix, *location[:-2]))}",
+            found=f"has the key {shown(first['input'])}, which is no text",
+            expected="a name",
+            fix='write it in quotes, e.g. "7" or "yes"',
+        )
     key_path = ".".join((*prefix, *location)) or "the file"
     more = len(error.errors()) - 1
     tail = f" (and {more} more)" if more else ""
@@ -178,7 +181,7 @@ def _config_error(
         and first["type"] not in ("model_type", "dict_type")
         and not is_secret_name(key_path)
     )
-    found = f"{first['input']!r}: " if told else ""
+    found = f"{shown(first['input'])}: " if told else ""
     return ConfigError(
         where=f"{path}: {key_path}",
         found=f"{found}{first['msg']}{tail}",

@@ -1,14 +1,26 @@
 """A part of finetune.yaml: frozen, unknown keys refused."""
 
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+
+NUMBERS = {int, float, NoneType}
 
 
 class Section(BaseModel):
-    """A part of finetune.yaml: frozen, and unknown keys are refused."""
+    """A part of finetune.yaml: frozen; unknown keys and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `r: yes`, which Python would take for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and set(get_args(kind) or (kind,)) <= NUMBERS:
+            raise ValueError(f"{str(value).lower()} is no number")
+        return value
 
 
 def _share(value: Any) -> Any:

@@ -11,6 +11,7 @@ from ft_assets.errors import ConfigError
 # YAML 1.1 reads these as other numbers than a person does: base 60, and base 8 by a leading zero.
 BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
 BASE_8 = re.compile(r"[-+]?0[0-7_]+")
+MOST_NODES = 100_000
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -49,6 +50,36 @@ class _Refused(Exception):
         self.line, self.found, self.expected = line, found, expected
 
 
+def _loaded(text: str) -> Any:
+    loader = _StrictLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _nodes(node, {}) > MOST_NODES:
+            raise _Refused(
+                node.start_mark.line + 1,
+                f"its anchors and aliases make more than {MOST_NODES} values",
+                "a file that a person writes",
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return the number of values below a node, with each alias counted as what it stands for."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # while it is counted: an alias of itself never ends
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [one for pair in node.value for one in pair]
+        known[id(node)] = 1 + sum(_nodes(one, known) for one in inner)
+    return known[id(node)]
+
+
 def read_strictly(path: Path) -> Any:
     """Return the content of a YAML file. Raises ConfigError with the line of what is wrong."""
     try:
@@ -61,7 +92,7 @@ def read_strictly(path: Path) -> Any:
             fix="save it as UTF-8",
         ) from None
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        return _loaded(text)
     except _Refused as refused:
         raise ConfigError(
             where=f"{path}:{refused.line}",

@@ -58,10 +58,13 @@ class LoraSettings(Section):
         description="auto: lora if the 16-bit base fits with room to spare, else qlora (NF4); "
         "always lora on a CPU. full: train all weights and ignore the other options of lora:.",
     )
-    r: int = Field(default=16, ge=1, description="Rank of the adapter's matrices A and B.")
+    r: int = Field(
+        default=16, ge=1, le=16_384, description="Rank of the adapter's matrices A and B."
+    )
     lora_alpha: float = Field(
         default=32,
         gt=0,
+        le=10**6,
         description="The adapter's output is scaled by lora_alpha / r (use_rslora: / sqrt(r)).",
     )
     lora_dropout: float = Field(
@@ -131,22 +134,31 @@ class EarlyStopping(Section):
 
 class TrainSettings(Section):
     num_train_epochs: float = Field(
-        default=2, gt=0, description="Passes over the training data; max_steps overrides it."
+        default=2,
+        gt=0,
+        le=10_000,
+        description="Passes over the training data; max_steps overrides it.",
     )
     max_steps: int = Field(
-        default=-1, description="Optimizer steps; -1: as many as num_train_epochs takes."
+        default=-1,
+        ge=-1,
+        le=10**9,
+        description="Optimizer steps; -1: as many as num_train_epochs takes.",
     )
     learning_rate: float = Field(
-        default=2e-4, gt=0, description="Peak learning rate, reached after the warmup."
+        default=2e-4, gt=0, le=1, description="Peak learning rate, reached after the warmup."
     )
     lr_scheduler_type: str = Field(
         default="cosine", description="Schedule after the warmup, by transformers' name."
     )
     warmup_steps: float = Field(
-        default=0.03, ge=0, description="Steps of linear warmup; below 1: a share of all steps."
+        default=0.03,
+        ge=0,
+        le=10**9,
+        description="Steps of linear warmup; below 1: a share of all steps.",
     )
     effective_batch: int = Field(
-        default=16, ge=1, description="Conversations (or pairs) in an optimizer step."
+        default=16, ge=1, le=1_000_000, description="Conversations (or pairs) in an optimizer step."
     )
     micro_batch: int | None = Field(
         default=None,
@@ -154,7 +166,7 @@ class TrainSettings(Section):
         description="Conversations (or pairs) computed at once; the rest of the effective "
         "batch is accumulated. None: the memory plan decides.",
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, le=10, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="The gradient's norm is clipped to this."
     )
@@ -183,7 +195,10 @@ class TrainSettings(Section):
         default=None, description="Stop when the validation loss no longer falls; None: never."
     )
     seed: int = Field(
-        default=42, description="Seed of the adapter's weights, the row order and dropout."
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="Seed of the adapter's weights, the row order and dropout.",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default=[],
@@ -208,12 +223,14 @@ class SftSettings(TrainSettings):
 
 class DpoSettings(TrainSettings):
     num_train_epochs: float = Field(
-        default=1, gt=0, description="Passes over the pairs; max_steps overrides it."
+        default=1, gt=0, le=10_000, description="Passes over the pairs; max_steps overrides it."
     )
     learning_rate: float = Field(
-        default=5e-6, gt=0, description="Peak learning rate, reached after the warmup."
+        default=5e-6, gt=0, le=1, description="Peak learning rate, reached after the warmup."
     )
-    effective_batch: int = Field(default=8, ge=1, description="Pairs in an optimizer step.")
+    effective_batch: int = Field(
+        default=8, ge=1, le=1_000_000, description="Pairs in an optimizer step."
+    )
     beta: float = Field(
         default=0.1,
         gt=0,

@@ -35,7 +35,7 @@ class JudgeSettings(BaseModel):
     It compares a candidate's answer with the base's, in both orders.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base_url: str = Field(description="e.g. https://api.openai.com/v1, or http://127.0.0.1:8000/v1")
     model: str

@@ -36,7 +36,7 @@ Metric("program", binary=True, config="program", of_answer=False).register()
 class ProgramSettings(BaseModel):
     """`evaluation.program`. The program gets {"answer", "reference", "messages"} on its stdin."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     command: list[str] = Field(
         min_length=1, description="The program and its arguments; files are beside finetune.yaml."

@@ -31,7 +31,7 @@ TAIL = 300
 class UserMetric(BaseModel):
     """`evaluation.python` as a mapping."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     function: str = Field(description="module:function(answer, reference, messages) -> number.")
     higher_is_better: bool = Field(default=True, description="False if a lower number is better.")
