@@ -117,7 +117,10 @@ def remedy(folder: Path, is_current: bool) -> str:
     if asset in HISTORIES:
         return f"restore {folder} from a backup: a run cannot make a history again"
     if not is_current:
-        return f"restore {folder} from a backup: it is an older version, which no run makes again"
+        return (
+            f"restore {folder} from a backup: it is an older version, which no run makes again; "
+            "or delete it, if you never go back to it"
+        )
     again = f"materialize {asset} again (ft run --asset {asset})"
     if partition != UNPARTITIONED:
         again = (

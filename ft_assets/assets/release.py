@@ -237,6 +237,7 @@ def _release(
         finish=sign,
         libraries=LIBRARIES,
         turn=turn(store, name, current, sequence),
+        unread=("previous_champion",),
     )
 
 
@@ -374,7 +375,7 @@ def _roll_back(
     signing.require_model(champion, state, where)
     old = state.champion
     assert old is not None
-    left = need_model(store, name, old, where) if find_model(store, name, old) else None
+    left = find_model(store, name, old)  # its files are not read: they may be the reason
     was = state.withdrawn.get(target.identity)
     reinstated = [] if was is None else [f"reinstates the model that was withdrawn: {was}"]
     withdrawn = {key: why for key, why in state.withdrawn.items() if key != target.identity}
@@ -404,6 +405,7 @@ def _roll_back(
         context,
         identity=settings,
         inputs=inputs | ({"previous_champion": (left, None)} if left else {}),
+        unread=("previous_champion",),
         make=make,
         finish=partial(signing.sign, store, name, current),
         turn=turn(store, name, current, state.sequence + 1),

@@ -130,7 +130,7 @@ def release(
             if not as_json:
                 print(f"{name}: nothing is released\n")
             continue
-        path = need_champion(store, name, f"release[{name}]")[1].path
+        path = store.verified(need_champion(store, name, f"release[{name}]")[1]).path
         found[name] = {
             **json.loads((released.path / "release.json").read_text()),
             "path": str(path),

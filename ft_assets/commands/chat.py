@@ -12,7 +12,7 @@ from ft_assets.errors import TemplateError
 from ft_assets.hardware import compute_dtype, free_memory, free_unused
 from ft_assets.inference.generation import generate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
-from ft_assets.release.lookup import current_release, need_model
+from ft_assets.release.lookup import need_model
 from ft_assets.release.register import identity, state_of
 from ft_assets.release.signing import require_signed
 from ft_assets.rows.types import Message
@@ -23,7 +23,7 @@ def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
 
     Raises ArtifactError without a merged model, or if a file was changed after publication.
     """
-    merged, released = store.need("merged_model", name), current_release(store, name)
+    merged, released = store.need("merged_model", name), store.current("release", name)
     found = [("base", store.verified(store.need("base_model", name)).path)]
     champion = state_of(released).champion if released else None
     models = (
@@ -33,7 +33,7 @@ def contenders(store: ArtifactStore, name: str) -> list[tuple[str, Path]]:
     )
     if champion is not None and champion.identity != identity(merged):
         models.append(("challenger", merged))
-    for _, artifact in models:
+    for _, artifact in [*models, *([("release", released)] if released else [])]:
         store.verified(artifact)
     return [*found, *((who, artifact.path) for who, artifact in models)]
 

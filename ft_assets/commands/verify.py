@@ -5,7 +5,8 @@ from pydantic import BaseModel
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.commands.store_view import columns, in_bytes
-from ft_assets.release.store_check import Finding, StoreCheck, check_store, label
+from ft_assets.release.records import label
+from ft_assets.release.store_check import Finding, StoreCheck, check_store
 
 
 class Line(BaseModel, frozen=True):

@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from ft_assets.config import Project
 from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
+from ft_assets.release.records import require_recorded
 from ft_assets.screen import screen_of
 
 # {name: (artifact, the part of it that is read; None for all of it)}
@@ -99,7 +100,7 @@ class Materializer(Protocol):
         make: Make | None = None,
         finish: Finish | None = None,
         space: int = 0,
-        verified: bool = True,
+        unread: Collection[str] = (),
         turn: Turn | None = None,
     ) -> tuple[Artifact, bool]:
         """Return (artifact, reused). A step (a child process) or `make` (this process) makes it.
@@ -108,8 +109,9 @@ class Materializer(Protocol):
         `settings`. `step` is what the step gets, or a function that returns it, called only if the
         artifact is made. Neither overwrites the other. `inputs` are fingerprinted and passed.
         `finish` runs in this process after either of them, before the artifact is published.
-        `space` is the free disk space in bytes that the artifact needs. `verified`: False if the
-        artifact shows damaged inputs itself. `turn`: see ArtifactStore.publish.
+        `space` is the free disk space in bytes that the artifact needs. `unread`: the inputs whose
+        damage does not stop this: their files are not read, or their damage is shown. `turn`: see
+        ArtifactStore.publish.
         """
         ...
 
@@ -145,7 +147,7 @@ class StoreMaterializer:
         make: Make | None = None,
         finish: Finish | None = None,
         space: int = 0,
-        verified: bool = True,
+        unread: Collection[str] = (),
         turn: Turn | None = None,
     ) -> tuple[Artifact, bool]:
         """See Materializer. An artifact that the store has whole is not made again."""
@@ -154,8 +156,10 @@ class StoreMaterializer:
         if wanted.partition:
             tag_run(context, base_model=wanted.partition)
         asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
+        read = [one for name, (one, _) in inputs.items() if name not in unread]
         known, damage = self._known(wanted)
         if known is not None:
+            require_recorded(known, read)
             self.store.make_current(known, partition, turn)
             context.log.info(
                 f"reused {asset} {version[:8]}: nothing that it depends on has changed"
@@ -163,8 +167,7 @@ class StoreMaterializer:
             return known, True
         if damage is not None:
             context.log.warning(f"{asset} {version[:8]} is damaged and is made again: {damage}")
-        for artifact in {one.path: one for one, _ in inputs.values()}.values() if verified else ():
-            self.store.verified(artifact)
+        self._verify(read)
         if isinstance(self.launcher, LocalLauncher):
             self.launcher.warm_up()  # while light assets are made
         self.store.require_space(space or 50_000_000, asset)
@@ -254,6 +257,13 @@ class StoreMaterializer:
             turn=turn,
         )
 
+    def _verify(self, inputs: Sequence[Artifact]) -> None:
+        """Raise ArtifactError unless each input is as it was published, and as others read it."""
+        for artifact in {one.folder: one for one in inputs}.values():
+            self.store.verified(artifact)
+        for later in inputs:
+            require_recorded(later, inputs)
+
     def _known(self, wanted: Wanted) -> tuple[Artifact | None, ArtifactError | None]:
         """Return the version if the store has it whole, or what is wrong with it.
 
@@ -271,6 +281,7 @@ class StoreMaterializer:
         self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str
     ) -> tuple[Artifact, bool]:
         """See Materializer."""
+        self.store.verified(artifact)
         context.log.info(f"kept {artifact.asset} {artifact.fingerprint[:8]}: {why}")
         return artifact, True
 

@@ -5,7 +5,7 @@ if the content of the step above changes. Times and memory are those of the step
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -74,7 +74,7 @@ class Planner:
         make: Make | None = None,
         finish: Finish | None = None,
         space: int = 0,
-        verified: bool = True,
+        unread: Collection[str] = (),
         turn: Turn | None = None,
     ) -> tuple[Artifact, bool]:
         """Record whether the artifact would be made, and return the current one.

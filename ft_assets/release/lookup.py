@@ -38,17 +38,19 @@ def need_champion(store: ArtifactStore, partition: str, where: str) -> tuple[Art
         )
     champion = state_of(release).champion
     assert champion is not None, "a release has a champion"
-    return release, need_model(store, partition, champion, where)
+    model = need_model(store, partition, champion, where)
+    return release, model
 
 
 def need_model(store: ArtifactStore, partition: str, model: ReleasedModel, where: str) -> Artifact:
-    """Return a released merged model, as it was released.
+    """Return a released merged model, by the content that the release recorded.
 
-    Raises ReleaseError if the store no longer has it, and ArtifactError for damaged files.
+    Its files are not read: `store.verified` does that. Raises ReleaseError if the store has no
+    model with this content.
     """
     found = find_model(store, partition, model)
     if found is not None and identity(found) == model.identity:
-        return store.verified(found)
+        return found
     if store.find("merged_model", partition, model.merged_model) is not None:
         raise ReleaseError(
             where=where,

@@ -16,13 +16,13 @@ from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.checkpoint_files import checkpoints_below, damage
 from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.verification import (
-    HISTORIES,
     UNPARTITIONED,
     Damage,
     pointer_remedy,
     remedy,
 )
 from ft_assets.errors import ArtifactError
+from ft_assets.release.records import disagreement, label, record_fix
 from ft_assets.release.register import identity, state_of
 
 MOST_THREADS = 8
@@ -116,11 +116,6 @@ def dependents(artifact: Artifact, current: Iterable[Artifact]) -> list[str]:
     return list(found)
 
 
-def label(asset: str, partition: str | None) -> str:
-    """Return the name of an asset, or of a partition of it."""
-    return f"{asset}[{partition}]" if partition else asset
-
-
 def _unreadable(store: ArtifactStore, folders: Iterable[str]) -> Iterator[Finding]:
     for folder in folders:
         place = Path(folder.removesuffix("/manifest.json"))
@@ -157,31 +152,6 @@ def records(versions: Iterable[Artifact], current: Iterable[Artifact]) -> Iterat
             if found is not None and (damage := disagreement(found, name, later)) is not None:
                 names = [label(later.asset, later.partition)]
                 yield Finding(found.asset, found.partition, damage, record_fix(found, later), names)
-
-
-def disagreement(artifact: Artifact, name: str, later: Artifact) -> Damage | None:
-    """Compare a version with what a later artifact recorded of it as its input `name`."""
-    read, part = later.manifest.inputs_read[name], name.partition("#")[2] or None
-    which = f"{label(later.asset, later.partition)} {later.fingerprint[:8]}"
-    version = artifact.part_version(part)
-    if (then := later.manifest.inputs.get(name)) != version:
-        expected = f"version {then}, from which {which} was made"
-        return Damage(str(artifact.folder), f"has the content of version {version}", expected)
-    if read.files != artifact.manifest.files_version:
-        expected = f"the files that {which} read"
-        return Damage(str(artifact.folder), "has other files under the same version", expected)
-    return None
-
-
-def record_fix(artifact: Artifact, later: Artifact) -> str:
-    """Return what heals a version that disagrees with a record of it."""
-    if HISTORIES & {artifact.asset, later.asset}:
-        return f"restore {artifact.folder} from a backup"
-    base = f" --base {later.partition}" if later.partition else ""
-    return (
-        f"restore {artifact.folder} from a backup; or delete it and {later.folder}, and make both "
-        f"again: ft run{base}"
-    )
 
 
 def _released(
