@@ -13,6 +13,7 @@ from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.orchestration.automation import automation, freshness  # noqa: E402
 from ft_assets.orchestration.bring_up_to_date import bring_up_to_date  # noqa: E402
 from ft_assets.orchestration.console import console  # noqa: E402
+from ft_assets.orchestration.daily_check import daily_check  # noqa: E402
 from ft_assets.orchestration.data_sources import source_specs  # noqa: E402
 from ft_assets.orchestration.declarations import OWNER  # noqa: E402
 from ft_assets.orchestration.mark_stale import mark_stale, up_to_date  # noqa: E402
@@ -32,6 +33,7 @@ def build(project: Project) -> dg.Definitions:
     jobs += [what_would_run(project, build), update]
     partitioned = [asset.name for asset in found.assets if asset.per_base_model]
     common = [asset.name for asset in found.assets if not asset.per_base_model]
+    daily = daily_check(project, found.assets, base_models)
     fresh = [
         up_to_date(project, build, partitioned, base_models, "up_to_date_by_base_model"),
         up_to_date(project, build, common, None, "up_to_date"),
@@ -41,9 +43,9 @@ def build(project: Project) -> dg.Definitions:
             *source_specs(project, OWNER),
             *(asset.bind(project, base_models) for asset in found.assets),
         ],
-        asset_checks=[*(check.bind(base_models) for check in found.checks), *fresh],
-        jobs=jobs,
-        schedules=schedules,
+        asset_checks=[*(check.bind(base_models) for check in found.checks), *fresh, *daily.checks],
+        jobs=[*jobs, *daily.jobs],
+        schedules=[*schedules, *daily.schedules],
         sensors=sensors,
         resources={"materializer": StoreMaterializer(project)},
         loggers={"console": console},

@@ -74,7 +74,12 @@ class ArtifactStore:
     @functools.cached_property
     def hashes(self) -> ContentHashes:
         """The hashes of the store's files, which are read again only if a file may have changed."""
-        return ContentHashes(self.root / ".work" / "hashes.json", write_every=5.0)
+        return ContentHashes(self.kept_hashes, write_every=5.0)
+
+    @property
+    def kept_hashes(self) -> Path:
+        """The file that keeps the hashes."""
+        return self.root / ".work" / "hashes.json"
 
     def damages(self, artifact: Artifact, hashes: ContentHashes) -> Iterator[Damage]:
         """Yield what is wrong with a version: with its place, its manifest and its files."""

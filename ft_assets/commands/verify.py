@@ -35,9 +35,8 @@ class Verified(BaseModel, frozen=True):
 
 def verify(store: ArtifactStore, full: bool) -> StoreCheck:
     """Check a store. full: read every file, also those that did not change since they were read."""
-    kept = store.root / ".work" / "hashes.json"
     max_age = {"max_age": 0.0} if full else {}
-    return check_store(store, ContentHashes(kept, write_every=5.0, **max_age))
+    return check_store(store, ContentHashes(store.kept_hashes, write_every=5.0, **max_age))
 
 
 def outcome(store: str, check: StoreCheck, seconds: float) -> Verified:

@@ -6,6 +6,7 @@ from ft_assets.config.automation import (
     FreshnessSettings,
     ScheduleSettings,
     SlackSettings,
+    VerifySettings,
     WebhookSettings,
 )
 from ft_assets.config.chat import ChatSettings
@@ -47,6 +48,7 @@ __all__ = [
     "SlackSettings",
     "StratifySettings",
     "TrainSettings",
+    "VerifySettings",
     "WebhookSettings",
     "find_config",
     "load_project",

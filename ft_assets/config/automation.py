@@ -18,6 +18,11 @@ class ScheduleSettings(Section):
     timezone: str = "UTC"
 
 
+class VerifySettings(Section):
+    cron: str = Field(default="40 4 * * *", description="When to verify the store.")
+    timezone: str = "UTC"
+
+
 class FreshnessSettings(Section):
     warn_after_hours: float = Field(
         default=24 * 7,

@@ -7,7 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ft_assets.config.automation import AlertSettings, FreshnessSettings, ScheduleSettings
+from ft_assets.config.automation import (
+    AlertSettings,
+    FreshnessSettings,
+    ScheduleSettings,
+    VerifySettings,
+)
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
@@ -82,6 +87,7 @@ class Project(Section):
     gate: GateSettings = GateSettings()
     release: ReleaseSettings = ReleaseSettings()
     schedule: ScheduleSettings | None = None
+    verify: VerifySettings | None = None
     freshness: FreshnessSettings | None = None
     alerts: AlertSettings = AlertSettings()
     launcher: AnyLauncher = LocalSettings()

@@ -3,6 +3,7 @@
 The sensors that mark and rerun what is out of date are in `watch` and `rerun_stale`.
 """
 
+import contextlib
 import datetime
 from collections.abc import Iterator
 from typing import Any
@@ -95,7 +96,7 @@ def _schedule(project: Project, settings: ScheduleSettings, job: Any) -> dg.Sche
                 run_key=f"{at}-{name}", partition_key=name, tags={"ft/base_model": name, **tags}
             )
 
-    try:
+    with valid_cron("schedule"):
         return dg.ScheduleDefinition(
             job=job,
             cron_schedule=settings.cron,
@@ -105,10 +106,17 @@ def _schedule(project: Project, settings: ScheduleSettings, job: Any) -> dg.Sche
             "released only behind a PASS.",
             execution_fn=requests,
         )
+
+
+@contextlib.contextmanager
+def valid_cron(key: str) -> Iterator[None]:
+    """Turn Dagster's error of an invalid time into a ConfigError of this key."""
+    try:
+        yield
     except dg.DagsterInvalidDefinitionError as error:
         raise ConfigError(
-            where="finetune.yaml: schedule",
+            where=f"finetune.yaml: {key}",
             found=str(error).splitlines()[0],
             expected='a cron expression such as "0 3 * * 1" and a time zone such as Europe/Berlin',
-            fix="correct schedule.cron or schedule.timezone",
+            fix=f"correct {key}.cron or {key}.timezone",
         ) from None

@@ -13,7 +13,7 @@ from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build
 FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
 UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in FINISHED]
 # Sections of finetune.yaml that decide no content. The planned base model is added to the rest.
-DECIDES_NOTHING = {"base_models", "schedule", "freshness", "alerts"}
+DECIDES_NOTHING = {"base_models", "schedule", "verify", "freshness", "alerts"}
 
 
 class Request(TypedDict):
