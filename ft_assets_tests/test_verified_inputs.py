@@ -31,7 +31,6 @@ def refused(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("asset", "name"),
     [
-        ("dpo_adapter", "adapter_model.safetensors"),
         ("base_model", "model.safetensors"),
         ("heldout_split", "heldout.parquet"),
         ("eval_report", "report.json"),
@@ -40,12 +39,10 @@ def refused(folder: Path) -> str:
 def test_damaged_input_is_not_merged_and_the_advice_heals(
     copy: Path, asset: str, name: str
 ) -> None:
-    whole = current(copy, asset)
-    flip(whole.path / name)
+    flip(current(copy, asset).path / name)
     said = refused(copy)
     assert f"{name}: was changed after it was published" in said
     assert materialize(copy, asset).success  # "materialize … again"
-    assert current(copy, asset).data_version == whole.data_version
     assert f"{name}: was changed" not in failure(materialize(copy, "merged_model"))
 
 
