@@ -179,7 +179,8 @@ def _released(
 
 def _checkpoints(root: Path, hashes: ContentHashes) -> Iterator[Finding]:
     for path in checkpoints_below(root):
-        if (wrong := damage(path, hashes.of)) is not None:
+        # A training may delete an older one meanwhile.
+        if (wrong := damage(path, hashes.of)) is not None and path.exists():
             asset, partition = path.parents[2].name, path.parents[1].name
             fix = f"nothing: training resumes from the checkpoint before it; or delete {path}"
             found = Damage(str(path), wrong, "the files as they were written")
