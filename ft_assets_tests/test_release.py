@@ -16,7 +16,7 @@ from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.evaluation.report_model import Difference
 from ft_assets.orchestration import materializer as materializer
 from ft_assets.release.champion import Measured, decide_release
-from ft_assets.release.lookup import adapter_of, need_champion
+from ft_assets.release.lookup import adapter_of
 from ft_assets.release.register import (
     KEPT,
     PROMOTED,
