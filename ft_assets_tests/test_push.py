@@ -130,7 +130,9 @@ def test_champion_is_pushed_privately_and_the_token_is_nowhere(
     assert json.loads(create[2])["visibility"] == "private"
     assert create[1] == f"Bearer {TOKEN}"
     pushed = {line["value"]["path"] for line in lines if line["key"] == "file"}
-    assert {"model.safetensors", "README.md", "verdict.json", "chat_template.jinja"} <= pushed
+    described = {"README.md", "verdict.json", "info/provenance.json"}
+    assert {"model.safetensors", "chat_template.jinja"} | described <= pushed
+    assert "model.sig" not in pushed  # the project has no key
     assert "manifest.json" not in pushed  # it names paths and settings of this machine
     assert TOKEN not in done.stdout + done.stderr
     for path in (copy / ".ft").rglob("*"):

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint
+from ft_assets.artifacts import Artifact, ArtifactStore, file_sha256, fingerprint
 from ft_assets.artifacts.manifest import FileEntry, Manifest, content_version, file_entries
 from ft_assets.cli import integrity, models  # two modules: a group of commands
 from ft_assets.config import Project
@@ -34,10 +34,11 @@ from ft_assets.release.register import (
     HistoryEntry,
     ReleasedModel,
     state_of,
+    withdrawn_by,
     write_release,
 )
 from ft_assets.release.signed_release import Release, verify_release
-from ft_assets.release.signing import REPORT_SIGNATURE, Signing, require_signed
+from ft_assets.release.signing import REPORT_SIGNATURE, Signing, proven_release
 from ft_assets.release.statements import Statement, sign_files, signed
 
 NAME = "tiny"
@@ -80,12 +81,13 @@ class Shop:
     """A project and its store. The product's functions merge, release and verify models in it."""
 
     def __init__(self, root: Path, signing: dict[str, Any] | None) -> None:
-        self.root = root
-        self.project = project_with(root, signing)
-        self.store = ArtifactStore(self.project.store_path)
+        self.root, self.signing = root, signing
+        self.set(signing)
 
     def set(self, signing: dict[str, Any] | None) -> None:
+        """Change the settings; the store is opened again, as by another process."""
         self.project = project_with(self.root, signing)
+        self.store = ArtifactStore(self.project.store_path)
 
     def _publish(self, asset: str, number: int, **fields: Any) -> Artifact:
         staged, finish = fields.pop("staged"), fields.pop("finish", None)
@@ -160,11 +162,11 @@ class Shop:
                 decision=status,
                 reasons=["because"],
                 champion=model,
-                challenger=model,
+                challenger=state.champion or model,
                 at="2026-01-01 00:00:00",
                 run_id="a-run",
             )
-            write_release(staged, state, entry)
+            write_release(staged, state, entry, withdrawn_by([*state.history, entry]))
             return self._publish(
                 "release",
                 number,
@@ -176,8 +178,7 @@ class Shop:
 
     def verify(self) -> Any:
         """Do what `ft serve` does: verify the model's files, and the signature if it has a key."""
-        need_champion(self.store, NAME, "ft serve")
-        return require_signed(self.project, self.store, NAME, "ft serve")
+        return proven_release(self.project, self.store, NAME, "ft serve").signature
 
 
 @pytest.fixture
@@ -274,9 +275,20 @@ def test_forged_manifest_alone_shows_with_a_key(shop: Shop) -> None:
 
 
 def test_bytes_are_read_even_if_the_cache_of_hashes_is_forged(shop: Shop) -> None:
-    (folder(shop, "merged_model") / "model.safetensors").write_bytes(b"changed, hash not")
+    """The cache lies in the store: an entry with the old hash hides a changed weight."""
+    path = folder(shop, "merged_model") / "model.safetensors"
+    known, size = file_sha256(path), path.stat().st_size
+    path.write_bytes(b"x" * size)
+    stat = path.stat()
+    state = [size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    cache = shop.store.root / ".work" / "hashes.json"
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text(json.dumps({str(path.resolve()): [state, known, time.time()]}))
+    shop.set(shop.signing)  # a new process, which reads the cache
     with pytest.raises(ArtifactError, match="was changed after it was published"):
-        require_signed(shop.project, shop.store, NAME, "ft serve")
+        shop.verify()
+    shop.set(None)
+    assert shop.verify() is None
 
 
 def test_file_beside_the_signed_ones_is_refused(shop: Shop) -> None:
@@ -293,10 +305,10 @@ def test_renamed_file_is_refused(shop: Shop) -> None:
         shop.verify()
 
 
-def test_history_and_withdrawn_models_are_signed(shop: Shop) -> None:
+def test_history_is_signed(shop: Shop) -> None:
     path = folder(shop, "release")
-    lines = (path / "history.jsonl").read_text().splitlines(keepends=True)
-    (path / "history.jsonl").write_text(lines[1])
+    text = (path / "history.jsonl").read_text()
+    (path / "history.jsonl").write_text(text.replace("because", "by hand"))
     rewrite_manifest(path)
     with pytest.raises(ReleaseError, match=r"history.jsonl of the release was changed"):
         shop.verify()
@@ -343,8 +355,12 @@ def test_model_signature_of_another_model_is_refused(shop: Shop) -> None:
 def test_older_release_put_back_is_refused_while_the_newer_is_there(shop: Shop) -> None:
     earlier, later = first(shop, "release"), folder(shop, "release")
     (later.parent / "CURRENT").write_text(earlier.name + "\n")
-    with pytest.raises(ReleaseError, match="an older release was put back"):
+    with pytest.raises(ReleaseError, match="decision 2 was made"):
         shop.verify()
+    model = Artifact.read(first(shop, "merged_model"))  # even if the register does not tell
+    old = Release(shop.store, NAME, Artifact.read(earlier), model)
+    with pytest.raises(ReleaseError, match="an older release was put back"):
+        verify_release(old, trusted_keys(shop.project))
     shutil.rmtree(later)  # the whole store of yesterday: only its number tells
     assert shop.verify().decision.sequence == 1
 

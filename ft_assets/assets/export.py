@@ -11,8 +11,8 @@ from ft_assets.models.license import snapshot_license
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
 from ft_assets.release.keys import signing_key
-from ft_assets.release.lookup import adapter_of, by_content, need_champion
-from ft_assets.release.signing import require_signed
+from ft_assets.release.lookup import adapter_of, by_content
+from ft_assets.release.signing import proven_release
 from ft_assets.release.statements import MODEL_SIGNATURE, sign_files
 from ft_assets.steps import export as export_step
 
@@ -35,8 +35,8 @@ def export(
     """Serving formats of the champion: GGUF with an Ollama Modelfile, NF4, the adapter alone."""
     name, project, store = context.partition_key, materializer.project, materializer.store
     where = f"export[{name}]"
-    released, champion = need_champion(store, name, where)
-    require_signed(project, store, name, where, weights=False)
+    proven = proven_release(project, store, name, where, weights=False)
+    released, champion = proven.released, proven.champion
     key = signing_key(project)
     base = by_content(store, "base_model", name, champion.manifest.inputs["base_model"])
     if base is None:

@@ -5,8 +5,8 @@ import dagster as dg
 from ft_assets.config import Project
 from ft_assets.orchestration.declarations import asset
 from ft_assets.orchestration.materializer import Materializer, result
-from ft_assets.release.lookup import champion_since, need_champion
-from ft_assets.release.signing import require_signed
+from ft_assets.release.lookup import champion_since
+from ft_assets.release.signing import proven_release
 from ft_assets.steps import push
 
 
@@ -28,8 +28,8 @@ def hub_model(
     name, to = context.partition_key, materializer.project.release.push
     assert to is not None, "the graph has this asset only if release.push is set"
     where = f"hub_model[{name}]"
-    released, champion = need_champion(materializer.store, name, where)
-    signature = require_signed(materializer.project, materializer.store, name, where, weights=False)
+    proven = proven_release(materializer.project, materializer.store, name, where, weights=False)
+    released, champion, signature = proven.released, proven.champion, proven.signature
     chosen = {"repo": to.repo.replace("{base_model}", name), "private": to.private}
     artifact, reused = materializer.materialize(
         context,

@@ -42,7 +42,7 @@ from ft_assets.release.register import (
     state_of,
     write_release,
 )
-from ft_assets.release.signing import Signing, require_signed
+from ft_assets.release.signing import Signing, proven_release
 from ft_assets.release.whole_register import turn
 from ft_assets.steps import release as release_step
 
@@ -137,10 +137,10 @@ def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the first file that is missing or was changed."""
     store, name = checked.materializer.store, checked.name
     try:
-        _, merged = need_champion(store, name, f"release[{name}]")
-        signature = require_signed(checked.project, store, name, f"release[{name}]")
+        proven = proven_release(checked.project, store, name, f"release[{name}]")
     except (ReleaseError, ArtifactError) as error:
         return dg.AssetCheckResult(passed=False, severity=ERROR, description=str(error))
+    merged, signature = proven.champion, proven.signature
     files = merged.manifest.files
     size = merged.manifest.bytes
     by = f", signed with the key {signature.key.fingerprint[:12]}" if signature else ""

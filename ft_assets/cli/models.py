@@ -190,15 +190,12 @@ def serve(
     """Serve the released model on this machine, as an OpenAI-compatible endpoint for trials."""
     from ft_assets.artifacts import open_store
     from ft_assets.export.serving import LOOPBACK, choose_engine, serve_command
-    from ft_assets.release.lookup import need_champion
-    from ft_assets.release.signing import require_signed
+    from ft_assets.release.signing import proven_release
 
     project = load_project()
     name = base or next(iter(project.base_models))
     project.base_model(name)
-    store = open_store(project)
-    _, model = need_champion(store, name, "ft serve")
-    require_signed(project, store, name, "ft serve")
+    model = proven_release(project, open_store(project), name, "ft serve").champion
     chosen_engine = choose_engine(engine)
     command, url = serve_command(chosen_engine, model.path, port), f"http://{LOOPBACK}:{port}/v1"
     if as_json:

@@ -14,7 +14,7 @@ from ft_assets.inference.generation import generate
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.release.lookup import need_model
 from ft_assets.release.register import identity, state_of
-from ft_assets.release.signing import require_signed
+from ft_assets.release.signing import proven_release
 from ft_assets.rows.types import Message
 
 
@@ -49,7 +49,8 @@ class SideBySide:
         store = open_store(project)
         self.asked = contenders(store, name)
         if any(who == "champion" for who, _ in self.asked):
-            require_signed(project, store, name, "ft chat")
+            proven = proven_release(project, store, name, "ft chat").champion.path
+            self.asked = [(who, proven if who == "champion" else path) for who, path in self.asked]
         self.settings = project.recipe(name).evaluation
         self.system = (
             system

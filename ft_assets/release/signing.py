@@ -137,17 +137,26 @@ class Signing:
         return {"signed_with": self.key.fingerprint}
 
 
-def require_signed(
+@dataclass(frozen=True)
+class ProvenRelease:
+    """The current release and its champion; signature: None if no trusted key is configured."""
+
+    released: Artifact
+    champion: Artifact
+    signature: VerifiedRelease | None
+
+
+def proven_release(
     project: Project, store: ArtifactStore, name: str, where: str, *, weights: bool = True
-) -> VerifiedRelease | None:
-    """Verify the current release if a trusted key is configured, else return None.
+) -> ProvenRelease:
+    """Return the current release and its champion, verified by hash, and by key if there is one.
 
     weights: False for a caller that compares the files with the manifest itself; otherwise every
-    byte of the model is read. Raises ReleaseError or ArtifactError.
+    byte of a signed model is read. Raises ReleaseError or ArtifactError.
     """
-    trusted = trusted_keys(project)
-    if not trusted:
-        return None
     released, champion = need_champion(store, name, where)
-    verify = verify_release if weights else verify_decision
-    return verify(Release(store, name, released, champion), trusted)
+    signature, trusted = None, trusted_keys(project)
+    if trusted:
+        verify = verify_release if weights else verify_decision
+        signature = verify(Release(store, name, released, champion), trusted)
+    return ProvenRelease(released, champion, signature)
