@@ -92,7 +92,7 @@ def test_plain_texts_are_trained_whole_and_never_held_out(project: Path) -> None
     ]
 
 
-def test_labelled_answers_become_pairs_and_lonely_ones_are_rejected_by_name(project: Path) -> None:
+def test_labelled_answers_become_pairs_and_lonely_ones_are_named(project: Path) -> None:
     rows = [
         {
             "prompt": f"which lamp is the blue one {number}",
@@ -107,15 +107,13 @@ def test_labelled_answers_become_pairs_and_lonely_ones_are_rejected_by_name(proj
         [*rows, {"prompt": "alone", "completion": "yes", "label": True}],
     )
     said = checks(materialize(project, "raw_preferences"))["pairs_are_valid"]
-    assert not said.passed
-    assert said.severity == dg.AssetCheckSeverity.ERROR
-    assert "pairs.jsonl:21: is a good answer (label true); no bad answer" in (
-        said.description or ""
-    )
-    edit(project, data={"max_invalid": "10%"})
-    result = materialize(project, "raw_preferences")
-    assert checks(result)["pairs_are_valid"].severity == dg.AssetCheckSeverity.WARN
-    pairs = read_table(artifact(project, "raw_preferences", partition=None) / "preferences.parquet")
+    assert said.passed
+    assert "1 labelled answers have no partner" in (said.description or "")
+    made = artifact(project, "raw_preferences", partition=None)
+    (lonely,) = read_table(made / "info" / "rejected.parquet")
+    assert lonely["where"] == "pairs.jsonl:21"
+    assert "is a good answer (label true); no bad answer" in lonely["problem"]
+    pairs = read_table(made / "preferences.parquet")
     assert {(pair["chosen"], pair["rejected"]) for pair in pairs} == {("yes", "no no")}
     assert len(pairs) == 10
 

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from ft_assets.commands.init import write_project
 from ft_assets.commands.init.survey import look
+from ft_assets.config import load_project
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.threads import join_threads
+from ft_assets.errors import DataError
 from ft_assets_tests.factories import write_jsonl
 
 THINGS = ("น้ำ", "米", "קפה", "bread", "lamp")  # water, rice, coffee
@@ -181,3 +184,13 @@ def test_nested_tree_is_the_same_as_its_messages() -> None:
     flat = [RawRow("m", row) for row in (first, *rest)]
     values = [[row.value for row in join_threads(rows, "conversations")] for rows in ([tree], flat)]
     assert values[0] == values[1]
+
+
+def test_init_asks_once_for_a_key_of_turns_and_writes_the_answer(tmp_path: Path) -> None:
+    turns = [{**turn, "mood": "calm"} for turn in tulu(1, "米")["messages"]]
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}] * 3)
+    with pytest.raises(DataError, match="--ignore-turn-key mood") as asked:
+        write_project(tmp_path / "rows.jsonl", None, tmp_path, {})
+    assert asked.value.fix.count("mood") == 1
+    path, *_ = write_project(tmp_path / "rows.jsonl", None, tmp_path, {}, None, ["mood"])
+    assert load_project(path).data.ignore_turn_keys == ["mood"]

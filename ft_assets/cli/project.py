@@ -43,6 +43,10 @@ def init(
     encoding: Annotated[
         str | None, typer.Option(help="Of text files that are not UTF-8, e.g. cp1252.")
     ] = None,
+    ignore_turn_key: Annotated[
+        list[str] | None,
+        typer.Option(help="A key of turns that the model does not need. Repeatable."),
+    ] = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -61,7 +65,7 @@ def init(
         if not is_pair or not ours or not theirs:
             raise typer.BadParameter(f"{entry!r} is not ours=yours, e.g. prompt=question")
         columns[ours] = theirs
-    written = write_project(data, base, folder, columns, encoding)
+    written = write_project(data, base, folder, columns, encoding, ignore_turn_key or [])
     if as_json:
         print(json.dumps(summary(*written).model_dump(), indent=1, ensure_ascii=False))
     else:

@@ -1,6 +1,7 @@
 """`ft init`: a first finetune.yaml for a data file or a folder, derived from its rows."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -18,6 +19,7 @@ def write_project(
     folder: Path,
     columns: dict[str, str],
     encoding: str | None = None,
+    ignored_keys: Sequence[str] = (),
 ) -> tuple[Path, Found, BaseSource]:
     """Write finetune.yaml into `folder`. Raises ConfigError if it exists, DataError, ModelError."""
     target = folder / CONFIG_NAME
@@ -29,7 +31,7 @@ def write_project(
             fix="edit it, or give another --dir",
         )
     source = BaseSource.of(base, folder)
-    found = look(data, columns, encoding)
+    found = look(data, columns, encoding, ignored_keys)
     text = project_text(lambda path: _relative(path, folder), source, found)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,8 +1,8 @@
 """`ft init`, the files: which of a file or a folder are trained, held out, and pairs."""
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ft_assets.data.canonical import conversation, preference
@@ -13,7 +13,9 @@ from ft_assets.data.raw_row import RawRow
 from ft_assets.data.saved_datasets import splits_of
 from ft_assets.data.threads import join_threads
 from ft_assets.errors import DataError
+from ft_assets.rows.cells import plain
 from ft_assets.rows.row_formats import renamed
+from ft_assets.rows.turn_keys import without_keys
 from ft_assets.rows.types import RawFields
 from ft_assets.rows.values import RowProblem
 
@@ -33,9 +35,10 @@ class Sources:
     preferences: list[Path] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    ignored_keys: list[str] = field(default_factory=list)  # of turns
 
 
-def sources_of(path: Path, encoding: str | None) -> Sources:
+def sources_of(path: Path, encoding: str | None, ignored_keys: Sequence[str] = ()) -> Sources:
     """Return what a file or folder is for. Raises DataError if it has no data files."""
     if path.is_dir():
         found = _of_folder(path)
@@ -48,7 +51,10 @@ def sources_of(path: Path, encoding: str | None) -> Sources:
             expected="a data file of conversations or pairs, or a folder of such files",
             fix="correct the path",
         )
-    pairs = {file: row for file in found.files if (row := _first_pair(file, encoding))}
+    found.ignored_keys = list(ignored_keys)
+    pairs = {
+        file: row for file in found.files if (row := _first_pair(file, encoding, ignored_keys))
+    }
     if not pairs:
         return found
     if len(pairs) < len(found.files):
@@ -90,14 +96,21 @@ def _of_folder(folder: Path) -> Sources:
     return Sources(train, inside, heldout)
 
 
-def rows_of(files: list[Path], encoding: str | None) -> Iterator[RawRow]:
+def rows_of(
+    files: list[Path], encoding: str | None, ignored_keys: Sequence[str] = ()
+) -> Iterator[RawRow]:
+    """Yield the rows of files, messages of trees joined, turns without `ignored_keys`."""
     rows = (row for file in files for row in read_rows(file, encoding))
-    return join_threads(rows, "conversations")
+    for row in join_threads(rows, "conversations"):
+        if row.value is None or not ignored_keys:
+            yield row
+        else:
+            yield replace(row, value=without_keys(plain(row.value), ignored_keys))
 
 
-def _first_pair(file: Path, encoding: str | None) -> RawFields | None:
+def _first_pair(file: Path, encoding: str | None, ignored_keys: Sequence[str]) -> RawFields | None:
     """Return the first row of a file of pairs, or None for another file."""
-    for row in itertools.islice(rows_of([file], encoding), FIRST):
+    for row in itertools.islice(rows_of([file], encoding, ignored_keys), FIRST):
         value = row.value
         if value is None:
             continue

@@ -1,6 +1,8 @@
 """`ft init`, the data: the format, columns and answers of its first rows."""
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,18 +38,23 @@ class Found:
     unread: str = ""  # text columns that are not read, with their numbers of rows
 
 
-def look(path: Path, columns: dict[str, str], encoding: str | None = None) -> Found:
+def look(
+    path: Path,
+    columns: dict[str, str],
+    encoding: str | None = None,
+    ignored_keys: Sequence[str] = (),
+) -> Found:
     """Read the first rows of a file or folder, and more while all answers have one form.
 
     Raises DataError if no row can be used, or if the user has to choose between two columns.
     """
-    sources = sources_of(path, encoding)
+    sources = sources_of(path, encoding, ignored_keys)
     columns = columns or sources.columns or _usual_columns(sources.files, encoding)
     found = Found("", columns, Answers(), sources, encoding)
     audit = Columns(renamed=columns, ignored=frozenset(sources.ignored))
     reasons = list[str]()
     first_row: RawFields = {}
-    for row in rows_of(sources.files, encoding):
+    for row in rows_of(sources.files, encoding, ignored_keys):
         # A form of the first 1000 rows must hold in all rows: a later label would stop the
         # evaluation.
         if found.total >= LOOKED_AT and not found.answers.have_a_form:
@@ -112,6 +119,14 @@ def _unusable(path: Path, found: Found, row: RawFields) -> DataError:
         )
     texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
     fix = f"correct the rows (the first has the columns {', '.join(row) or '(none)'})"
+    unread = [
+        key
+        for reason in found.reasons
+        for key in re.findall(r"ignore_turn_keys: \[(.+?)\]", reason)
+    ]
+    if unread:
+        flags = " ".join(f"--ignore-turn-key {key}" for key in dict.fromkeys(unread))
+        fix = f"if the model does not need it: {flags}"
     if not found.columns and recognise(plain(row)) is None:
         fix = "name the columns: --prompt COLUMN --completion COLUMN"
         if len(texts) == 2:

@@ -85,6 +85,8 @@ def _reading(found: "Found") -> str:
         lines.append(f"encoding: {_inline(found.encoding)}")
     if found.sources.ignored:
         lines.append(f"ignored: {_inline(found.sources.ignored)}")
+    if found.sources.ignored_keys:
+        lines.append(f"ignore_turn_keys: {_inline(found.sources.ignored_keys)}")
     if found.unread:
         lines.append(f"# Not read: {found.unread}. Name here what is left out on purpose:")
         lines.append("# ignored: []")
