@@ -228,11 +228,12 @@ def forge(shop: Shop, asset: str, name: str, text: bytes | None) -> None:
     inputs = {"eval_report": rewrite_manifest(report).data_version}
     new = ReleasedModel.of(rewrite_manifest(merged, inputs)).to_dict()
     old = json.loads((released / "release.json").read_text())["champion"]
-    for document in ("release.json", "history.jsonl"):
-        content = (released / document).read_text()
+    copies = [released / "release.json", released / "history.jsonl", released.parent / "DECISIONS"]
+    for document in (path for path in copies if path.exists()):
+        content = document.read_text()
         for key in ("identity", "data_version", "merged_model"):
             content = content.replace(old[key], new[key])
-        (released / document).write_text(content)
+        document.write_text(content)
     rewrite_manifest(released)
 
 
