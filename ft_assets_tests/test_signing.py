@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from ft_assets.artifacts import Artifact, ArtifactStore, file_sha256, fingerprint
 from ft_assets.artifacts.manifest import FileEntry, Manifest, content_version, file_entries
 from ft_assets.cli import integrity, models  # two modules: a group of commands
+from ft_assets.commands.doctor import signing_check
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError, FtError, ReleaseError
 from ft_assets.release.keys import signing_key, trusted_keys
@@ -501,6 +502,10 @@ def test_unusable_keys_are_refused_in_plain_words(
     key = signing_key(project_with(root, wrong))
     assert key is not None
     assert key.fingerprint == hashlib.sha256((keys / "release.pub").read_bytes()).hexdigest()
+    verifies = project_with(root, {"trusted": [str(keys / "release.pub")]})
+    for project, states in ((project_with(root, wrong), ["ok"]), (verifies, ["warn"])):
+        assert [check.state for check in signing_check(project)] == states
+    assert not list(signing_check(project_with(root, None)))
 
 
 def test_outsider_verifies_with_openssf_model_signing(shop: Shop, keys: Path) -> None:

@@ -34,7 +34,7 @@ def examine() -> list[Check]:
     checks += [
         config,
         *guarded("launcher", lambda: [launcher_check(project.launcher, project.root)]),
-        *guarded("signing", partial(_signing, project)),
+        *guarded("signing", partial(signing_check, project)),
         *_data(project),
     ]
     for name, settings in project.base_models.items():
@@ -51,7 +51,7 @@ def examine() -> list[Check]:
     return checks
 
 
-def _signing(project: Project) -> Iterator[Check]:
+def signing_check(project: Project) -> Iterator[Check]:
     """Yield whether this machine can sign the next release, if signatures are asked for."""
     trusted, key = trusted_keys(project), signing_key(project)
     if key is not None:
