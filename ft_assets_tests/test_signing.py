@@ -41,6 +41,8 @@ from ft_assets.release.register import (
 from ft_assets.release.signed_release import Release, verify_release
 from ft_assets.release.signing import REPORT_SIGNATURE, Signing, proven_release
 from ft_assets.release.statements import Statement, sign_files, signed
+from ft_assets_tests.factories import edit
+from ft_assets_tests.pipeline import failure, materialize
 
 NAME = "tiny"
 WEIGHTS = {1: b"the weights of the first model", 2: b"the weights of the second model"}
@@ -506,6 +508,13 @@ def test_unusable_keys_are_refused_in_plain_words(
     for project, states in ((project_with(root, wrong), ["ok"]), (verifies, ["warn"])):
         assert [check.state for check in signing_check(project)] == states
     assert not list(signing_check(project_with(root, None)))
+
+
+def test_key_that_cannot_sign_stops_a_run_before_training(project: Path, keys: Path) -> None:
+    edit(project, release={"signing": {"trusted": [str(keys / "release.pub")]}})
+    assert "and no key to sign with" in failure(materialize(project, "recipe"))
+    edit(project, release={"signing": {"key": str(project / "release.pem")}})
+    assert "lies in the project" in failure(materialize(project, "recipe"))
 
 
 def test_outsider_verifies_with_openssf_model_signing(shop: Shop, keys: Path) -> None:

@@ -8,6 +8,7 @@ from ft_assets.config import settings_version
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import asset
 from ft_assets.orchestration.materializer import Materializer, result
+from ft_assets.release.signing import Signing
 
 
 @asset(group="model", kinds=["json"], code_version="1")
@@ -15,6 +16,8 @@ def recipe(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:
     """The settings of this base model: the defaults of finetune.yaml with the model's overrides."""
+    # Here, because hours of training come before the first signature.
+    Signing.of(materializer.project, None, "release.signing")
     resolved = materializer.project.recipe(context.partition_key)
     sections = {
         name: settings_version(getattr(resolved, name)) for name in type(resolved).model_fields
