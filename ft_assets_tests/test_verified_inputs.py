@@ -76,7 +76,7 @@ def forge(artifact: Artifact, name: str, *, version: bool) -> None:
 FORGERIES: list[tuple[str, str, bool, str]] = [
     ("dpo_adapter", "adapter_model.safetensors", False, "its hashes do not give its data version"),
     ("dpo_adapter", "adapter_model.safetensors", True, "the verdict is about another dpo_adapter"),
-    ("heldout_split", "heldout.parquet", False, "the files that eval_report[tiny]"),
+    ("heldout_split", "heldout.parquet", False, "has other files under the same version"),
     ("eval_report", "report.json", False, "its hashes do not give its data version"),
 ]
 
