@@ -12,13 +12,14 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from ft_assets.artifacts import ArtifactStore, ObjectStore, open_store
+from ft_assets.artifacts import ArtifactStore, ObjectStore, fingerprint, open_store
 from ft_assets.commands.gc import removals, remove
 from ft_assets.commands.status import status
 from ft_assets.config import load_project
 from ft_assets.errors import ArtifactError, ConfigError, ReleaseError, StoreUnreachable
 from ft_assets.release.lookup import by_content
 from ft_assets.release.register import state_of
+from ft_assets.release.store_check import check_store
 from ft_assets.release.whole_register import current_release, repair
 from ft_assets_tests.factories import ft
 from ft_assets_tests.pipeline import failure, materialize
@@ -166,6 +167,27 @@ def test_of_two_machines_that_decide_at_once_one_is_refused_and_nothing_is_forgo
     champion = state_of(current_release(machine("four"), "tiny")).champion
     assert champion is not None
     assert champion.candidate == "second"
+
+
+def test_bucket_is_verified_and_a_damaged_copy_is_fetched_again(
+    machine: Callable[[str], ObjectStore], bucket: Any
+) -> None:
+    one, two = machine("one"), machine("two")
+    made = publish(one, "weights", fingerprint("a", "1", {}, {}, {}))
+    assert (check_store(two, two.hashes).findings, two.hashes.read_bytes) == ([], 7)
+    assert (check_store(two, two.hashes).findings, two.hashes.read_bytes) == ([], 7)  # cached
+    local = two.verified(two.need("a", "tiny")).folder / "sub/file"
+    local.write_text("garbage")
+    assert two.verified(two.need("a", "tiny")).folder == local.parents[1]
+    assert local.read_text() == "weights"
+    key = next(key for key in keys(bucket) if key.endswith("sub/file"))
+    bucket.put_object(Bucket="models", Key=key, Body=b"garbage")
+    bucket.delete_object(Bucket="models", Key="team/a/tiny/CURRENT")
+    found = {one.damage.path: one for one in check_store(two, two.hashes).findings}
+    assert found.keys() == {f"s3://models/{key}", "s3://models/team/a/tiny/CURRENT"}
+    assert "was changed" in found[f"s3://models/{key}"].damage.found
+    two.discard("a", "tiny", made.fingerprint)
+    assert [key for key in keys(bucket) if "/a/tiny/" in key] == []
 
 
 def test_damaged_and_missing_objects_are_refused_by_name(
