@@ -57,7 +57,12 @@ class Audit:
         messages = row["messages"]
         answer = str(row.get("chosen", messages[-1]["content"])).strip()
         prompts = messages if "chosen" in row else messages[:-1]
-        if not answer or not any(answer in turn["content"] for turn in prompts):
+        for turn in prompts:
+            if answer in turn["content"]:
+                break
+        else:
+            return
+        if not answer:
             return
         echoed = len(answer) >= LONG
         ended = prompts[-1]["content"].rstrip().endswith(answer)

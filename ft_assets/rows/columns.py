@@ -66,6 +66,7 @@ class Columns:
     unread: dict[str, int] = field(default_factory=dict)
     _lost: set[str] = field(default_factory=set)
     _plans: dict[tuple[str, ...], Plan | None] = field(default_factory=dict)
+    _last: tuple[RawFields | None, Plan | None] = (None, None)
 
     def question(self, raw: RawFields) -> Question | None:
         """Return the first question that a row asks, or None. `raw` has our names."""
@@ -96,6 +97,12 @@ class Columns:
         return ", ".join(f"{name} ({lost[name]} rows)" for name in names)
 
     def _plan(self, raw: RawFields) -> Plan | None:
+        """Return the plan of a row, which is asked for twice in a row."""
+        if raw is not self._last[0]:
+            self._last = (raw, self._plan_of(raw))
+        return self._last[1]
+
+    def _plan_of(self, raw: RawFields) -> Plan | None:
         # The columns that are not empty decide which are read.
         names = tuple(name for name, value in raw.items() if value)
         if names not in self._plans:
