@@ -41,8 +41,8 @@ def one_screen(doing: str, logs: Path | None = None) -> Iterator[None]:
 
     doing: the command, as a person knows it. logs: the folder for details.
     """
-    if sys.stderr is not None:
-        guard_stream(sys.stderr)
+    _open_streams()
+    guard_stream(sys.stderr)
     try:
         yield
         _flush()
@@ -69,7 +69,9 @@ def screen_of(error: Exception, doing: str, logs: Path | None = None) -> tuple[s
         return f"{error}\n{again}", error.exit_code
     if (known := explained(error)) is not None:
         return str(known), known.exit_code
-    details = save_details(error, doing, logs)
+    details = None
+    with contextlib.suppress(Exception):  # nothing may hide the screen
+        details = save_details(error, doing, logs)
     return (
         f"{doing} failed unexpectedly: {summary(error)}\n"
         f"  details:  {details or f'set {DEBUG}=1 to see the stack trace'}\n"
@@ -130,6 +132,21 @@ def _folders(logs: Path | None) -> Iterator[Path]:
         yield find_config().parent / ".ft" / "logs"
     with contextlib.suppress(OSError):  # raised if no folder for temporary files can be written
         yield Path(tempfile.gettempdir())
+
+
+def _open_streams() -> None:
+    """Open what the caller closed (`ft plan >&-`) as nothing.
+
+    Otherwise the next file that is opened, e.g. a database, takes the number of the output.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
 
 
 def plain_output() -> None:

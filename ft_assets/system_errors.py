@@ -27,7 +27,7 @@ def explained(error: BaseException) -> FtError | None:
             return _of_database(link)
         if isinstance(link, OSError) and (found := of_os(link)) is not None:
             return found
-        if isinstance(link, MemoryError):
+        if isinstance(link, MemoryError) or getattr(link, "errno", None) == errno.ENOMEM:
             return FtError(
                 where="this machine",
                 found="its memory, or the limit of this process (ulimit -v), is used up",

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from ft_assets.cli.app import open_instance
+from ft_assets.config import find_config
+from ft_assets.errors import ConfigError
 from ft_assets.job import Job
 from ft_assets.launchers.base import outcome
 from ft_assets.screen import one_screen
 from ft_assets.step_runner import execute
 from ft_assets.system_errors import explained, of_os
+from ft_assets.ui.services import require_free
 from ft_assets_tests.factories import ft
 
 
@@ -146,7 +151,7 @@ def test_step_that_fails_unexpectedly_tells_its_error_and_its_log(tmp_path: Path
         outcome(job, code)
 
 
-@pytest.mark.parametrize("redirected", ["| head -1", ">&-", "> /dev/full", "2>&- >&-"])
+@pytest.mark.parametrize("redirected", ["| head -1", ">&-", "> /dev/full", "0>&- 2>&- >&-"])
 def test_output_that_cannot_be_written_ends_without_a_trace(
     redirected: str, tmp_path: Path
 ) -> None:
@@ -154,3 +159,35 @@ def test_output_that_cannot_be_written_ends_without_a_trace(
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+    assert "unexpectedly" not in done.stderr
+    assert done.returncode == (2 if "full" in redirected else 0)
+
+
+def test_folder_that_was_deleted_is_no_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="the current folder: was deleted"):
+        find_config()
+
+
+@pytest.mark.parametrize("content", [b"{", b"nope: 1", b"\xff\xfe"])
+def test_broken_settings_of_dagster_are_named(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dagster.yaml").write_bytes(content)
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="is not a file of settings") as refused:
+        open_instance()
+    assert refused.value.where == str(tmp_path / "dagster.yaml")
+
+
+def test_port_of_another_process_is_refused_before_the_services_start() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port {port}: cannot be listened on"):
+            require_free(port)
+    require_free(port)

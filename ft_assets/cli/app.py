@@ -9,7 +9,8 @@ from typing import Any
 import typer
 
 from ft_assets.config import Project, find_config, load_project
-from ft_assets.errors import FtError
+from ft_assets.errors import ConfigError, FtError
+from ft_assets.system_errors import explained
 
 app = typer.Typer(
     add_completion=True,
@@ -21,7 +22,7 @@ app = typer.Typer(
 
 def dagster_home(project: Project) -> Path:
     """Return DAGSTER_HOME, by default .ft/dagster beside finetune.yaml, with a dagster.yaml."""
-    home = Path(os.environ.get("DAGSTER_HOME") or project.root / ".ft" / "dagster")
+    home = Path(os.environ.get("DAGSTER_HOME") or project.root / ".ft" / "dagster").absolute()
     home.mkdir(parents=True, exist_ok=True)
     os.environ["DAGSTER_HOME"] = str(home)
     settings = home / "dagster.yaml"
@@ -40,6 +41,25 @@ def dagster_home(project: Project) -> Path:
             "run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false}\n"
         )
     return home
+
+
+def open_instance() -> Any:
+    """Open the Dagster instance of DAGSTER_HOME. Raises ConfigError for a broken dagster.yaml."""
+    import dagster as dg
+    import yaml
+
+    try:
+        return dg.DagsterInstance.get()
+    except (yaml.YAMLError, UnicodeDecodeError, dg.DagsterError) as error:
+        if explained(error) is not None:
+            raise
+        file = Path(os.environ["DAGSTER_HOME"]) / "dagster.yaml"
+        raise ConfigError(
+            where=str(file),
+            found=f"is not a file of settings: {' '.join(str(error).split())[:300]}",
+            expected="settings of a Dagster instance",
+            fix="correct it; or move it away, and ft writes one with its defaults",
+        ) from None
 
 
 def select(defs: Any, text: str) -> list[Any]:

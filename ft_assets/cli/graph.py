@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from ft_assets.cli.app import app, chosen, dagster_home, graph_project, quiet, select
+from ft_assets.cli.app import (
+    app,
+    chosen,
+    dagster_home,
+    graph_project,
+    open_instance,
+    quiet,
+    select,
+)
 from ft_assets.screen import INTERRUPTED
 
 
@@ -42,7 +50,7 @@ def run(
     from ft_assets.orchestration.data_sources import report_sources
     from ft_assets.runs.in_process import end_dead_runs, new_run
 
-    instance = dg.DagsterInstance.get()
+    instance = open_instance()
     for run_id in end_dead_runs(instance):
         print(
             f"run {run_id[:8]} was killed; a training resumes from its last checkpoint",
@@ -166,7 +174,7 @@ def status(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 3000,
     host_name: Annotated[
         list[str] | None,
         typer.Option(
@@ -184,13 +192,12 @@ def ui(
     ] = False,
 ) -> None:
     """Open the Dagster UI (webserver and daemon), bound to this machine only."""
-    from ft_assets.ui.services import serve
+    from ft_assets.ui.services import require_free, serve
 
     project = graph_project()
     dagster_home(project)
-    import dagster as dg
-
+    require_free(port)
     # Create the instance's databases: webserver and daemon would do it at once, and break them.
-    with dg.DagsterInstance.get():
+    with open_instance():
         pass
     raise typer.Exit(serve("ft_assets.definitions", port, host_name or [], read_only))

@@ -178,7 +178,7 @@ def serve(
     base: Annotated[
         str | None, typer.Option("--base", help="Base model; the first by default.")
     ] = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8000,
     engine: Annotated[
         str | None,
         typer.Option("--engine", help="vllm or transformers; by default what is installed."),

@@ -32,7 +32,15 @@ def find_config(start: Path | None = None) -> Path:
                 fix="correct or unset FT_CONFIG",
             )
         return path
-    start = (start or Path.cwd()).resolve()
+    try:
+        start = (start or Path.cwd()).resolve()
+    except FileNotFoundError:
+        raise ConfigError(
+            where="the current folder",
+            found="was deleted",
+            expected="a project folder",
+            fix="cd into the project, or set FT_CONFIG",
+        ) from None
     for folder in (start, *start.parents):
         if (folder / CONFIG_NAME).is_file():
             return folder / CONFIG_NAME

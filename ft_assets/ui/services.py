@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,21 @@ def origin_of(name: str) -> str:
             expected="the host of a proxy, e.g. graph.example.org, which means https",
             fix="name a proxy without TLS with its scheme: http://graph.example.org",
         ) from None
+
+
+def require_free(port: int) -> None:
+    """Raise ConfigError if another process listens on a port of this machine."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                where=f"--port {port}",
+                found=f"cannot be listened on ({error.strerror})",
+                expected="a free port of this machine",
+                fix="end the process that has it (ss -ltnp shows it), or give another --port",
+            ) from None
 
 
 def serve(module: str, port: int, names: Sequence[str], read_only: bool) -> int:

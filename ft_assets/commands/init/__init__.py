@@ -33,8 +33,8 @@ def write_project(
     source = BaseSource.of(base, folder)
     found = look(data, columns, encoding, ignored_keys)
     text = project_text(lambda path: _relative(path, folder), source, found)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
@@ -43,6 +43,13 @@ def write_project(
             found="is there already",
             expected="a folder without one: nothing is overwritten",
             fix="edit it",
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            where=str(target),
+            found=f"cannot be written ({error.strerror})",
+            expected="a folder that this user may write",
+            fix="give another --dir",
         ) from None
     try:
         load_project(target)
