@@ -64,6 +64,10 @@ def lines(values: list[Any]) -> str:
         "".join("\ufeff" + line for line in lines(ROWS).splitlines(keepends=True)),
         "\n \n" + lines(ROWS).replace("\n", "\r\n\r\n"),
         json.dumps(ROWS, ensure_ascii=False, indent=2),
+        "".join(f"{json.dumps(row, indent=1)},\n" for row in ROWS),
+        "".join(f"{row!r}\n" for row in ROWS),
+        json.dumps({"features": [{"name": "x"}], "rows": [{"row": row} for row in ROWS]}),
+        json.dumps({str(number): row for number, row in enumerate(ROWS)}),
     ],
     ids=[
         "wrapped",
@@ -75,6 +79,7 @@ def lines(values: list[Any]) -> str:
         "bom-each",
         "crlf",
         "list",
+        *("ends-in-comma", "python", "viewer", "by-index"),
     ],
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
@@ -105,6 +110,7 @@ def test_single_object_is_a_row_if_it_has_the_keys_of_one(
     [
         (json.dumps({"train": ROWS, "test": ROWS[:1]}), r"several lists of rows: train \(3\)"),
         (json.dumps({"prompt": ["a", "b"], "completion": ["c", "d"]}), "orient=.*records"),
+        (json.dumps({"columns": ["prompt"], "index": [0], "data": [["a"]]}), "orient=.*records"),
         (json.dumps({"prompt": {"0": "a"}, "completion": {"0": "b"}}), "orient=.*records"),
         (json.dumps(ROWS, indent=1).replace('"c', "'c", 1), r"rows.json:\d+: is not JSON"),
         (json.dumps(ROW, indent=1).replace('",', '"', 1), "rows.json:3: is not JSON"),
@@ -155,6 +161,12 @@ def test_delimiter_of_a_table_is_the_one_that_fits(
     cells = [f'"{value.replace(chr(34), chr(34) * 2)}"' for value in row.values()]
     text = f"prompt{delimiter}completion\r{delimiter.join(cells)}\r" * 1
     assert rows(text_file(tmp_path, f"rows{ending}", "\ufeff" + text)) == [row]
+
+
+def test_first_line_of_a_spreadsheet_declares_the_delimiter(tmp_path: Path) -> None:
+    text = "\ufeffsep=;\r\n prompt ;completion\r\nمن, وأين؟;هنا\r\n"
+    row = {"prompt": "من, وأين؟", "completion": "هنا"}
+    assert rows(text_file(tmp_path, "rows.csv", text)) == [row]
 
 
 def test_comma_in_a_header_does_not_hide_the_semicolons(tmp_path: Path) -> None:
@@ -251,6 +263,24 @@ def test_fields_of_the_schema_are_no_arguments(tmp_path: Path, name: str) -> Non
     assert two["function"]["arguments"] == {"of": [1, 2]}
     offered = [entry["function"] for entry in first.get("tools", [])]
     assert [list(one.get("parameters", {})["properties"]) for one in offered] == [["city"], ["of"]]  # type: ignore[arg-type]
+
+
+def test_nulls_that_a_table_wrote_as_json_are_no_arguments() -> None:
+    asked = {"role": "user", "content": "東京の天気は", "tool_calls": None}
+    calling = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [call("f", city="東京", to=None)],
+    }
+    rest = [{"role": "tool", "content": "晴れ"}, {"role": "assistant", "content": "晴れです"}]
+    offered = [tool("f", city={"type": "string"}, to=None)]
+    row = conversation({"messages": [asked, calling, *rest], "tools": offered})
+    (one,) = row["messages"][1].get("tool_calls", [])
+    assert one["function"]["arguments"] == {"city": "東京"}
+    assert list(row["tools"][0]["function"]["parameters"]["properties"]) == ["city"]  # type: ignore[arg-type]
+    own = conversation({"messages": [{**asked, "tool_calls": []}, calling, *rest]})
+    (two,) = own["messages"][1].get("tool_calls", [])
+    assert two["function"]["arguments"] == {"city": "東京", "to": None}, "the row's own null"
 
 
 def test_map_of_a_table_is_an_object(tmp_path: Path) -> None:

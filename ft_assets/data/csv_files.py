@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ft_assets.errors import DataError
 
 LARGEST_FIELD = 2**27  # characters of a CSV field; the csv module's own limit is 128 KiB
 DELIMITERS = (",", ";", "\t", "|")
+_DECLARED = re.compile(r"sep=(.)[\r\n]")
 LOOKED_AT = 50  # lines that show the delimiter
 
 
@@ -24,7 +26,8 @@ def csv_rows(path: Path, pieces: Iterator[str], usual: str) -> Iterator[RawRow]:
     csv.field_size_limit(LARGEST_FIELD)
     lines = split_lines(path, pieces, "")
     head = list(itertools.islice(lines, LOOKED_AT))
-    delimiter = _delimiter(head, usual)
+    declared = _DECLARED.match(head[0]) if head else None  # by a spreadsheet
+    delimiter = declared.group(1) if declared else _delimiter(head, usual)
     reader = csv.reader(itertools.chain(head, lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
@@ -41,7 +44,9 @@ def csv_rows(path: Path, pieces: Iterator[str], usual: str) -> Iterator[RawRow]:
                 fix="correct the line",
             ) from None
         if header is None:
-            header = fields
+            if declared and reader.line_num == 1:
+                continue
+            header = [name.strip() for name in fields]
             _check_header(path, header)
             continue
         if not fields:

@@ -15,6 +15,7 @@ from typing import Any
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.streams import printable, split_lines, whole
 from ft_assets.errors import DataError
+from ft_assets.rows.cells import python_object
 from ft_assets.rows.row_formats import COMPLETION, CONVERSATIONS, PROMPT
 from ft_assets.rows.types import RawFields
 
@@ -119,7 +120,9 @@ def _lines(path: Path, decoder: _Decoder, numbered: Iterator[tuple[int, str]]) -
         try:
             value = decoder.value(line.lstrip("\ufeff"))
         except json.JSONDecodeError as error:
-            yield RawRow(where, None, f"is not JSON: {error.msg} at column {error.colno}")
+            problem = f"is not JSON: {error.msg} at column {error.colno}"
+            value = python_object(line)
+            yield RawRow(where, None, problem) if value is None else RawRow(where, value)
         except (ValueError, RecursionError) as error:
             yield RawRow(where, None, f"is not JSON: {error}")
         else:
@@ -139,7 +142,7 @@ def _elements(path: Path, decoder: _Decoder, text: str) -> Iterator[RawRow]:
         index, at = index + 1, _end_of_blanks(text, at)
         if text[at : at + 1] == ",":
             at = _end_of_blanks(text, at + 1)
-            if text[at : at + 1] == end:
+            if listed and text[at : at + 1] == end:
                 raise _not_json(path, json.JSONDecodeError("Expecting value", text, at))
         elif listed and text[at : at + 1] != end:
             raise _not_json(path, json.JSONDecodeError("Expecting ',' delimiter", text, at))
@@ -167,6 +170,9 @@ def _not_json(path: Path, error: Exception) -> DataError:
 def _unwrapped(path: Path, row: RawRow, value: RawFields) -> Iterator[RawRow]:
     """Yield the rows of `{"data": [...]}`, or the row itself. Raises DataError for columns."""
     lists = {key: part for key, part in value.items() if _is_list_of_rows(key, part)}
+    if "rows" in lists and "features" in lists:  # an answer of the hub's viewer
+        value = {"rows": [part.get("row", part) for part in lists["rows"]]}
+        lists = value
     if any(isinstance(value.get(key), str) or _is_turns(value.get(key)) for key in _OF_ROWS):
         yield row
     elif len(lists) > 1:
@@ -179,6 +185,9 @@ def _unwrapped(path: Path, row: RawRow, value: RawFields) -> Iterator[RawRow]:
             fix="write each list to a file of its own, e.g. "
             f"`jq -c '.[\"{key}\"][]' {path.name} > {key}.jsonl`",
         )
+    elif all(key.isdecimal() and isinstance(part, dict) for key, part in value.items()):
+        for key, part in value.items():
+            yield RawRow.of(f"{printable(path)}:{key}", part)
     elif _is_columns(value):
         raise DataError(
             where=str(path),
@@ -210,6 +219,8 @@ def _is_columns(value: RawFields) -> bool:
     parts = list(value.values())
     if len(parts) < 2:
         return False
+    if {"columns", "data"} <= value.keys() <= {"columns", "data", "index"}:
+        return True
     if all(isinstance(part, dict) for part in parts):
         return "0" in parts[0] and all(part.keys() == parts[0].keys() for part in parts)
     if not all(isinstance(part, list) for part in parts):
