@@ -295,6 +295,14 @@ def test_bytes_are_read_even_if_the_cache_of_hashes_is_forged(shop: Shop) -> Non
     assert shop.verify() is None
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_damaged_model_is_refused_without_a_key_too(shop: Shop, weights: bool) -> None:
+    (folder(shop, "merged_model") / "model.safetensors").write_bytes(b"x" * len(WEIGHTS[2]))
+    shop.set(None)
+    with pytest.raises(ArtifactError, match=r"model.safetensors: was changed after it was"):
+        proven_release(shop.project, shop.store, NAME, "ft serve", weights=weights)
+
+
 def test_file_beside_the_signed_ones_is_refused(shop: Shop) -> None:
     (folder(shop, "merged_model") / "modeling_tiny.py").write_text("print('hello')")
     with pytest.raises(ArtifactError, match=r"modeling_tiny.py: was added"):

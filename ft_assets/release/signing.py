@@ -151,10 +151,11 @@ def proven_release(
 ) -> ProvenRelease:
     """Return the current release and its champion, verified by hash, and by key if there is one.
 
-    weights: False for a caller that compares the files with the manifest itself; otherwise every
-    byte of a signed model is read. Raises ReleaseError or ArtifactError.
+    weights: True reads every byte of a signed model, instead of those of files that changed since
+    they were read. Raises ReleaseError or ArtifactError.
     """
     released, champion = need_champion(store, name, where)
+    store.verified(champion)
     signature, trusted = None, trusted_keys(project)
     if trusted:
         verify = verify_release if weights else verify_decision
