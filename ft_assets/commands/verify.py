@@ -78,7 +78,7 @@ def table(done: Verified) -> str:
     lines = columns([["damaged", "file", "found", "expected"], *rows])
     advice = dict[str, list[str]]()
     for line in done.damaged:
-        used = f"{', '.join(line.used_by)} depend on it; " if line.used_by else ""
+        used = f"used by {', '.join(line.used_by)}; " if line.used_by else ""
         advice.setdefault(f"{label(line.asset, line.partition)}: {used}{line.fix}", [])
     lines += ["", "to do:", *(f"  {text}" for text in advice)]
     return "\n".join([*lines, "", f"{len(done.damaged)} damaged of {size} {cost}"])

@@ -144,12 +144,16 @@ def _pointers(store: ArtifactStore, versions: Iterable[Artifact]) -> Iterator[Fi
 
 
 def records(versions: Iterable[Artifact], current: Iterable[Artifact]) -> Iterator[Finding]:
-    """Yield the versions that are not what a current later artifact read."""
+    """Yield the versions that are not what a current later artifact read, once for each."""
     by_fingerprint = {one.fingerprint: one for one in versions}
     for later in current:
+        told = set[str]()
         for name, read in later.manifest.inputs_read.items():
             found = by_fingerprint.get(read.fingerprint)
-            if found is not None and (damage := disagreement(found, name, later)) is not None:
+            if found is None or read.fingerprint in told:
+                continue
+            if (damage := disagreement(found, name, later)) is not None:
+                told.add(read.fingerprint)
                 names = [label(later.asset, later.partition)]
                 yield Finding(found.asset, found.partition, damage, record_fix(found, later), names)
 
