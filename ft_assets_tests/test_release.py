@@ -26,7 +26,7 @@ from ft_assets.release.register import (
     write_release,
 )
 from ft_assets.steps.release import require_enough
-from ft_assets_tests.factories import edit
+from ft_assets_tests.factories import edit, ft
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
 UP_TO_RELEASE = "recipe,lora_adapter,dpo_adapter,answers,eval_report,merged_model,release"
@@ -266,6 +266,16 @@ def test_first_release_has_no_champion_to_beat_and_a_rerun_does_nothing(copy: Pa
     assert result.success, failure(result)
     assert artifact(copy, "release") == first
     assert all(check.passed for check in checks(result).values())
+
+    # Without the pointer, this is not a first release again.
+    pointer = copy / ".ft/store/release/tiny/CURRENT"
+    pointer.unlink()
+    said = failure(materialize(copy, "release"))
+    assert "the register is not whole: CURRENT is missing, but decision 1 was made" in said
+    repaired = ft(copy, "release", "--repair")
+    assert repaired.returncode == 0
+    assert "CURRENT now names version" in repaired.stderr
+    assert artifact(copy, "release") == first
 
 
 def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> None:
