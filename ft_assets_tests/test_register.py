@@ -168,9 +168,12 @@ def test_previous_does_not_reinstate_a_withdrawn_model(register: Register) -> No
 
 
 def test_lost_champion_is_an_error_that_says_so(register: Register) -> None:
-    store, _ = register
+    store, made = register
     champion = state(store).champion
     assert champion is not None
     shutil.rmtree(store.root / "merged_model/tiny" / champion.merged_model)
     with pytest.raises(ReleaseError, match=f"{champion.merged_model} is no longer in the store"):
         need_champion(store, "tiny", "release[tiny]")
+    shutil.rmtree(made[2].folder)
+    with pytest.raises(ReleaseError, match="are both lost"):
+        repair(store, "tiny")

@@ -140,6 +140,23 @@ def test_full_disk_keeps_the_pointer_and_leaves_nothing(
     assert left == {"CURRENT", "v1", "v2"}
 
 
+def test_rename_whose_first_answer_was_lost_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS the client asks again, and hears that the folder is gone."""
+    real = os.rename
+
+    def answered_late(source: Path, target: Path) -> None:
+        real(source, target)
+        if ".tmp-" in str(source) and Path(target).name == "v1":
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(os, "rename", answered_late)
+    made = publish(ArtifactStore(tmp_path))
+    verify_files(made)
+    assert ArtifactStore(tmp_path).need("raw_dataset", None) == made
+
+
 def test_turn_is_asked_before_a_change_and_a_second_writer_waits_for_it(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     first = publish(store, "v1")

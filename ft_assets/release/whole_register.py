@@ -248,10 +248,19 @@ def _written_again(
     lost: list[HistoryEntry],
 ) -> Artifact:
     """Publish a version with the decisions that only DECISIONS has."""
-    from ft_assets.release.lookup import need_model
+    from ft_assets.release.lookup import find_model
 
     history, last = [*state.history, *lost], lost[-1]
-    champion = need_model(store, partition, last.champion, f"{RELEASE}[{partition}]")
+    champion = find_model(store, partition, last.champion)
+    if champion is None:
+        name = last.champion.merged_model
+        raise ReleaseError(
+            where=f"{RELEASE}[{partition}]",
+            found=f"the newest version of the register and its champion {name} are both lost",
+            expected="one of them",
+            fix=f"restore {RELEASE}/{partition} or merged_model/{partition}/{name} from a backup, "
+            "and repair again",
+        )
     settings: dict[str, Any] = {"repaired": [entry.to_dict() for entry in lost]}
     with store.staging(RELEASE, partition) as staged:
         for entry in lost:
