@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.artifacts.manifest import Manifest
 from ft_assets.commands.doctor import examine
 from ft_assets.commands.doctor.check import FAIL, OK, WARN, Check, guarded, within
 from ft_assets.commands.gc import Removal, removals, remove
@@ -426,16 +427,9 @@ def test_gc_does_not_remove_what_became_current_meanwhile(tmp_path: Path) -> Non
 def older(folder: Path, hours: float) -> None:
     """Make all of a project's store older: its versions, and what steps left."""
     for file in (folder / ".ft/store").glob("*/*/*/manifest.json"):
-        manifest = json.loads(file.read_text())
-        file.write_text(
-            json.dumps(
-                {
-                    **manifest,
-                    "started": manifest["started"] - hours * HOUR,
-                    "finished": manifest["finished"] - hours * HOUR,
-                }
-            )
-        )
+        manifest = Manifest.read(file.parent)
+        times = {name: getattr(manifest, name) - hours * HOUR for name in ("started", "finished")}
+        file.write_text(manifest.model_copy(update=times).sealed().to_text())
     age(folder / ".ft/store/.work", hours)
 
 
