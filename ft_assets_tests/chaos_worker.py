@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from ft_assets.artifacts import ArtifactStore, ObjectStore, fingerprint
 from ft_assets.commands.gc import removals, remove
 from ft_assets.errors import FtError, InfrastructureFault
+from ft_assets.release.lookup import need_model
 from ft_assets.release.register import ReleasedModel, state_of
 from ft_assets.release.whole_register import current_release, repair
 from ft_assets_tests.registers import decide, merged_model
@@ -89,6 +90,7 @@ def publish(store: ArtifactStore, name: str) -> None:
 def roll_back(store: ArtifactStore, name: str) -> None:
     state = state_of(current_release(store, "tiny"))
     former = {line.champion.candidate: line.champion for line in state.history}
+    need_model(store, "tiny", former[name], "release[tiny]")
     decide(store, former[name], rolled_back=f"back to {name}")
 
 

@@ -17,6 +17,7 @@ from ft_assets.commands.gc import removals, remove
 from ft_assets.commands.status import status
 from ft_assets.config import load_project
 from ft_assets.errors import ArtifactError, ConfigError, ReleaseError, StoreUnreachable
+from ft_assets.release import whole_register
 from ft_assets.release.lookup import by_content
 from ft_assets.release.register import state_of
 from ft_assets.release.store_check import check_store
@@ -158,7 +159,7 @@ def test_of_two_machines_that_decide_at_once_one_is_refused_and_nothing_is_forgo
         decide(two, late, before=first)
     # Both have looked at CURRENT before either of them wrote: the number's object decides.
     with monkeypatch.context() as patch, pytest.raises(ReleaseError, match="has its number"):
-        patch.setattr(two, "current_name", lambda *_: first.fingerprint)
+        patch.setattr(whole_register, "current_release", lambda *_: first)
         decide(two, late, before=first)
     two.remove_beside("release", "tiny", "CURRENT")
     with pytest.raises(ReleaseError, match="CURRENT is missing, but decision 2 was made"):

@@ -29,7 +29,7 @@ NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace the content of a file in one step. Raises OSError."""
-    made = path.with_name(f"{STAGED}{path.name}-{uuid.uuid4().hex}")
+    made = path.with_name(f"{STAGED}{os.getpid()}-{path.name}-{uuid.uuid4().hex}")
     try:
         with made.open("xb") as file:
             file.write(data)

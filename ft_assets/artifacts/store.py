@@ -56,7 +56,7 @@ class Turn:
     """What is done while a version becomes current and no other process writes.
 
     before: gets the fingerprint, and raises an error if the change must not be made. after: gets
-    the version.
+    the version when it is in its place, just before CURRENT names it.
     """
 
     before: Callable[[str], object] = _nothing
@@ -203,8 +203,8 @@ class ArtifactStore:
         turn = turn or Turn()
         with self.lock(artifact.asset, partition):
             turn.before(artifact.fingerprint)
-            self._point(artifact, partition)
             turn.after(artifact)
+            self._point(artifact, partition)
 
     def _point(self, artifact: Artifact, partition: str | None) -> None:
         if self.find(artifact.asset, partition, artifact.fingerprint) is None:
@@ -322,8 +322,8 @@ class ArtifactStore:
                 before = self.read_beside(asset, partition, NEXT) or b""
                 self.write_beside(asset, partition, NEXT, before + f"{version}\n".encode())
             artifact = self._commit(staged, manifest)
-            self._point(artifact, partition)
             turn.after(artifact)
+            self._point(artifact, partition)
             if is_history:
                 self.remove_beside(asset, partition, NEXT)
         return artifact

@@ -42,6 +42,17 @@ class _Register:
     problems: list[str]  # of the files beside the versions
 
     @property
+    def made(self) -> tuple[Artifact, ReleaseState] | None:
+        """The newest decision: a version is decided when DECISIONS has it, and then CURRENT.
+
+        A process that ended in between left its name in NEXT.
+        """
+        for one, state in self.valid:
+            if one.fingerprint in self.interrupted and state.history == self.remembered:
+                return one, state
+        return next((pair for pair in self.valid if pair[0].fingerprint == self.current), None)
+
+    @property
     def newest(self) -> int:
         """The number of the newest decision that anything tells of."""
         return max([len(self.remembered), *(len(state.history) for _, state in self.valid)])
@@ -62,19 +73,21 @@ def current_release(store: ArtifactStore, partition: str) -> Artifact | None:
             fix=f"ft release --repair --base {partition}; if a backup has what is missing, restore "
             "it first",
         )
-    return next((one for one, _ in register.valid if one.fingerprint == register.current), None)
+    return register.made[0] if register.made else None
 
 
 def turn(store: ArtifactStore, partition: str, before: Artifact | None, sequence: int) -> Turn:
     """Return what is done when decision `sequence` becomes current.
 
-    It is refused if another one was made since `before` was read. Then DECISIONS is written.
+    It is refused if another one was made since `before` was read. Then DECISIONS is written, which
+    never lags behind CURRENT.
     """
 
     def check(version: str) -> None:
-        found = store.current_name(RELEASE, partition)
+        current = current_release(store, partition)
+        found = current.fingerprint if current else None
         if found not in (before.fingerprint if before else None, version):
-            raise _overtaken(partition, sequence, f"CURRENT names {found}")
+            raise _overtaken(partition, sequence, f"version {found} is current")
         first = store.claim(RELEASE, partition, _claim(sequence), version)
         if first != version:
             raise _overtaken(partition, sequence, f"version {first} has its number")
@@ -94,7 +107,9 @@ def repair(store: ArtifactStore, partition: str) -> str:
     """
     register = _read(store, partition)
     problem = _problem(register)
-    if problem is None:
+    if problem is None and (
+        register.made is None or register.made[0].fingerprint == register.current
+    ):
         return "the register is whole; nothing was changed"
     best, state = _best(register, partition)
     lost = register.remembered[len(state.history) :]
@@ -106,7 +121,7 @@ def repair(store: ArtifactStore, partition: str) -> str:
         after = turn(store, partition, None, 0).after
         store.make_current(best, partition, Turn(after=after))
         after(best)
-    return _done(problem, register, best, state, lost)
+    return _done(problem or "a release that was interrupted", register, best, state, lost)
 
 
 def _read(store: ArtifactStore, partition: str) -> _Register:
@@ -170,17 +185,15 @@ def _problem(register: _Register) -> str | None:
         return "; ".join(register.problems)
     if not (register.valid or register.damaged or register.remembered or register.current):
         return None
-    if register.current is None:
+    if register.made is None and register.current is None:
         only = {one.fingerprint for one, _ in register.valid} <= set(register.interrupted)
         if only and not (register.damaged or register.remembered):
             return None  # the first publication was interrupted: nothing was released yet
         return f"{CURRENT} is missing, but {_told(register)}"
-    state = next(
-        (state for one, state in register.valid if one.fingerprint == register.current), None
-    )
-    if state is None:
-        wrong = next((text for text in register.damaged if register.current in text), None)
+    if register.made is None:
+        wrong = next((text for text in register.damaged if str(register.current) in text), None)
         return wrong or f"{CURRENT} names version {register.current}, which the store has lost"
+    _, state = register.made
     count = len(state.history)
     if state.history[: len(register.remembered)] != register.remembered[:count]:
         return f"the history of version {register.current} is not the one in {DECISIONS}"
@@ -210,10 +223,12 @@ def _best(register: _Register, partition: str) -> tuple[Artifact | None, Release
 
     Without any version, DECISIONS alone is written again. Raises ReleaseError if neither decides.
     """
+    known = len(register.remembered)
     agreeing = [
         (one, state)
         for one, state in register.valid
         if state.history[: len(register.remembered)] == register.remembered[: len(state.history)]
+        and not (one.fingerprint in register.interrupted and len(state.history) > known)
     ]
     longest = max((len(state.history) for _, state in agreeing), default=0)
     best = [pair for pair in agreeing if len(pair[1].history) == longest]
@@ -224,7 +239,7 @@ def _best(register: _Register, partition: str) -> tuple[Artifact | None, Release
             best,
             key=lambda pair: (pair[0].fingerprint == register.current, pair[0].manifest.started),
         )
-    if not register.valid and register.remembered:
+    if not agreeing and register.remembered:
         return None, ReleaseState()
     names = ", ".join(one.fingerprint for one, _ in best)
     found = (
