@@ -68,6 +68,20 @@ def test_missing_file_is_a_reason_to_wait_not_a_crash(watch: Watch) -> None:
     assert "train.jsonl" in watch.said
 
 
+def test_unexpected_error_of_a_tick_is_one_screen_with_its_trace_in_a_file(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("files")
+
+    monkeypatch.setattr("ft_assets.orchestration.mark_stale.source_versions", broken)
+    monkeypatch.chdir(watch.folder)
+    with pytest.raises(dg.Failure, match="mark_stale failed unexpectedly: KeyError: 'files'"):
+        watch.tick()
+    (file,) = (watch.folder / ".ft/logs").iterdir()
+    assert "Traceback" in file.read_text()
+
+
 def test_run_reports_the_sources_before_it_starts(watch: Watch) -> None:
     project = load_project(watch.folder / "finetune.yaml")
     report_sources(watch.instance, project)

@@ -10,6 +10,13 @@ import sys
 
 def main() -> None:
     """Run `ft`. Any error ends as one screen of text."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # while the outer handler is imported
+        sys.exit(130)
+
+
+def _run() -> None:
     from ft_assets.redaction import guard_stream, without_known
     from ft_assets.screen import one_screen, plain_output
 

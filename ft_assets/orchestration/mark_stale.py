@@ -24,6 +24,7 @@ from ft_assets.orchestration.data_sources import Versions, reported, reports, so
 from ft_assets.orchestration.materializer import Materializer, user_errors
 from ft_assets.orchestration.run_plan import MAYBE, Build, PlannedStep
 from ft_assets.orchestration.stale_graph import StaleGraph, in_a_line, under_way
+from ft_assets.screen import screen_of
 
 CHECK = "up_to_date"
 INTERVAL_SECONDS = 30
@@ -123,6 +124,8 @@ def mark_stale(project: Project, build: Build) -> dg.SensorDefinition:
             ]
         except (FtError, InfrastructureFault) as error:
             return dg.SkipReason(str(error))
+        except Exception as error:  # the tick fails with one screen of text
+            raise dg.Failure(screen_of(error, "the sensor mark_stale")[0]) from None
         return dg.SensorResult(asset_events=events, cursor=json.dumps(memory))
 
     return sensor

@@ -17,6 +17,7 @@ from ft_assets.orchestration.automation import AFTER_PEOPLE
 from ft_assets.orchestration.data_sources import Versions, source_versions
 from ft_assets.orchestration.run_plan import Build
 from ft_assets.orchestration.stale_graph import Request, StaleGraph, under_way
+from ft_assets.screen import screen_of
 
 INTERVAL_SECONDS = 60
 UNSEEN = (
@@ -61,6 +62,8 @@ def rerun_stale(project: Project, build: Build, job: Any) -> dg.SensorDefinition
             requests, notes = _requests(graph, known, busy, memory["asked"])
         except (FtError, InfrastructureFault) as error:
             return dg.SkipReason(str(error))
+        except Exception as error:  # the tick fails with one screen of text
+            raise dg.Failure(screen_of(error, "the sensor rerun_stale")[0]) from None
         for line in notes:
             context.log.info(line)
         reason = None if requests else dg.SkipReason("\n".join(notes) or "nothing is stale")
