@@ -81,7 +81,8 @@ class DataAndJudge:
     """
 
     def __init__(self, rows: bytes) -> None:
-        self.refusals, self.judged = 2, 0  # a try makes two requests
+        # A try makes two requests: the look at the sources before the run, and the step's first.
+        self.refusals, self.judged = 4, 0
         served = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
