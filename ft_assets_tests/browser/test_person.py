@@ -247,7 +247,6 @@ def person(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         page = browser.new_page(viewport={"width": 1500, "height": 900})
         page.set_default_timeout(60_000)
         someone = Person(page, server, folder)
-        someone.switch("data_files_sensor")
         yield someone
         browser.close()
     server.stop()
@@ -299,6 +298,8 @@ def test_bad_adapter_fails_its_check_and_the_merge_refuses(person: Person) -> No
 def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(
     person: Person,
 ) -> None:
+    person.switch("data_files_sensor")
+
     def reported() -> int:
         return len(person.ask(REPORTS)["assetNodeOrError"]["assetMaterializations"])
 
