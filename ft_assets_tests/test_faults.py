@@ -124,7 +124,9 @@ def test_fault_that_stays_is_told_after_the_last_try(project: Path) -> None:
     assert "killed by signal 9" in failure(result)
 
 
-@pytest.mark.parametrize("error", [ELSE, DataError(where="row 3", found="no answer")])
+@pytest.mark.parametrize(
+    "error", [ELSE, DataError(where="row 3", found="no answer"), KeyError("unexpected")]
+)
 def test_step_that_fails_by_itself_is_tried_once(project: Path, error: Exception) -> None:
     launcher = Failing(error)
     assert str(error) in failure(base_model(project, launcher))
