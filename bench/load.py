@@ -15,12 +15,10 @@ import json
 import os
 import resource
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from ft_assets_tests.factories import (
     SETTINGS,
     WORDS,
     conversations,
-    edit,
     make_tiny_model,
     next_word,
     write_jsonl,
@@ -101,7 +98,9 @@ def commands(folder: Path) -> None:
     timed("ft status", lambda: call(folder, *FT, "status"))
     timed("ft gc", lambda: call(folder, *FT, "gc"))
     for sensor in ("rerun_stale", "data_files_sensor"):
-        timed(f"{sensor}, a tick", lambda name=sensor: call(folder, sys.executable, "-c", TICK, name))
+        timed(
+            f"{sensor}, a tick", lambda name=sensor: call(folder, sys.executable, "-c", TICK, name)
+        )
 
 
 TICK = """

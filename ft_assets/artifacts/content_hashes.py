@@ -7,12 +7,13 @@ none of them, so each hash has the time of its reading, and a reader can ask for
 """
 
 import contextlib
+import functools
 import json
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ft_assets.artifacts.manifest import file_sha256
@@ -36,10 +37,10 @@ class ContentHashes:
     def __init__(self, kept: Path, *, max_age: float = FOR_EVER, write_every: float = 0.0) -> None:
         self._kept, self._write_every = kept, write_every
         self._oldest = time.time() - max_age
-        self._known = _read(kept)
+        self._known = dict(_read(kept, _state_of_file(kept)))
         self._lock = threading.Lock()
         self._written = time.monotonic()
-        self._dirty = False
+        self._dirty = self._held = False
         self.read_bytes = 0
 
     def of(self, path: Path) -> str:
@@ -70,9 +71,21 @@ class ContentHashes:
         if time.monotonic() - self._written >= self._write_every:
             self.save()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Write the new hashes once, at the end of the block. Each write is of all hashes."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self.save()
+
     def save(self, gone: Callable[[str], bool] | None = None) -> None:
         """Write the new hashes to the disk. gone: True for the name of a file to forget."""
         with self._lock:
+            if self._held:
+                return
             self._written = time.monotonic()
             if gone is not None:
                 kept = {name: entry for name, entry in self._known.items() if not gone(name)}
@@ -89,8 +102,19 @@ class ContentHashes:
             os.replace(made, self._kept)
 
 
-def _read(kept: Path) -> Known:
-    """Return the kept hashes. It is a cache: without it, everything is hashed."""
+def _state_of_file(kept: Path) -> tuple[int | str, ...]:
+    try:
+        return tuple(_state(kept))
+    except OSError:
+        return ()
+
+
+@functools.lru_cache(maxsize=4)
+def _read(kept: Path, state: tuple[int | str, ...]) -> Known:
+    """Return the hashes of a file in this state. It is a cache: without it, everything is hashed.
+
+    A plan opens it once for each base model, so its content is kept until it changes.
+    """
     try:
         return {
             name: (list(state), str(found), float(read_at))

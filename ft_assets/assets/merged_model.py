@@ -1,8 +1,8 @@
 """The asset `merged_model`: the base with the proven adapter merged in, and its checks."""
 
+import functools
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import dagster as dg
@@ -18,8 +18,7 @@ from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
-from ft_assets.release.card_facts import adapter_method, card_body, card_facts
-from ft_assets.release.keys import SigningKey
+from ft_assets.release.card_facts import CardFacts, adapter_method, card_body, card_facts
 from ft_assets.release.provenance import Build, write_provenance
 from ft_assets.release.signing import Signing
 from ft_assets.steps import merge
@@ -76,9 +75,18 @@ def merged_model(
     }
     signing = Signing.of(project, None, f"merged_model[{name}]")
     key = signing.key
-    card = card_facts(project, store, name, used, versions)
-    card = card.model_copy(update={"signed_with": key.fingerprint if key else None})
-    build = Build(context.run_id, time.time(), identity, card, _lineage(store, name, used))
+    started, run, lineage = time.time(), context.run_id, _lineage(store, name, used)
+
+    @functools.cache  # read only if the model is made
+    def card() -> CardFacts:
+        facts = card_facts(project, store, name, used, versions)
+        return facts.model_copy(update={"signed_with": key.fingerprint if key else None})
+
+    def attest(output: Path, files: Mapping[str, FileEntry]) -> dict[str, str]:
+        """Write the provenance of the merged model when it is made. It has no metrics."""
+        write_provenance(output, files, Build(run, started, identity, card(), lineage), key)
+        return {}
+
     artifact, reused = materializer.materialize(
         context,
         identity=identity,
@@ -97,25 +105,17 @@ def merged_model(
             evaluation=evaluation,
             answer_schema=read_schema(project, evaluation),
             verdict=signing.proven(verdict, report, f"merged_model[{name}]"),
-            card=card,
+            card=card(),
             root=project.root,
         ),
         libraries="infer",
-        finish=partial(_attest, build, key),
+        finish=attest,
         # After QLoRA both merges are on disk for a while.
         space=size * (2 if method == "qlora" else 1) + 100_000_000,
     )
     tag_run(context, version=artifact.fingerprint)
     text = card_body((artifact.path / "README.md").read_text())
     return result(artifact, reused, model_card=dg.MetadataValue.md(text))
-
-
-def _attest(
-    build: Build, key: SigningKey | None, output: Path, files: Mapping[str, FileEntry]
-) -> dict[str, str]:
-    """Write the provenance of a merged model when it is made. It has no metrics."""
-    write_provenance(output, files, build, key)
-    return {}
 
 
 def _lineage(store: ArtifactStore, name: str, used: Mapping[str, Artifact]) -> dict[str, Artifact]:

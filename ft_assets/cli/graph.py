@@ -122,10 +122,10 @@ def plan_run(
     dagster_home(project)
     quiet()
     from ft_assets.definitions import build
-    from ft_assets.orchestration.run_plan import REFUSED, plan, table
+    from ft_assets.orchestration.run_plan import REFUSED, Plans, table
 
-    keys = select(build(project), asset)
-    steps = {name: plan(project, build, keys, name) for name in names}
+    keys, plans = select(build(project), asset), Plans(project, build)
+    steps = {name: plans.of(keys, name) for name in names}
     if as_json:
         print(json.dumps([step.to_dict() for found in steps.values() for step in found], indent=1))
     else:

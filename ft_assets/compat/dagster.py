@@ -6,12 +6,14 @@ Each function or name here is one hook. ft_assets_tests/test_compat_dagster.py f
 of a hook changes.
 """
 
+import inspect
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from traceback import TracebackException
 from typing import Any
 
+import dagster as dg
 from dagster import DagsterInstance, EventLogEntry
 from dagster._cli.api import execute_run_command
 from dagster._cli.utils import get_instance_for_cli
@@ -124,3 +126,15 @@ def redacted_event(event: EventLogEntry) -> EventLogEntry:
     if (message := redacted(event.user_message)) != event.user_message:
         event = event._replace(user_message=message)
     return event
+
+
+def call_body(asset: dg.AssetsDefinition, context: Any, materializer: Any) -> Any:
+    """Call an asset's function without Dagster and without its decorators.
+
+    Its config has its defaults.
+    """
+    compute: Any = asset.op.compute_fn
+    body = inspect.unwrap(compute.decorated_fn)
+    config = inspect.signature(body).parameters.get("config")
+    given = {} if config is None else {"config": config.annotation()}
+    return body(context, materializer=materializer, **given)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.artifacts import file_sha256
+from ft_assets.artifacts.environment import installed_version
 from ft_assets.config import EvaluationSettings, Project
 from ft_assets.errors import ConfigError
 from ft_assets.evaluation.user_modules import UserModules
@@ -134,6 +135,6 @@ def harness_version(project: Project, settings: EvaluationSettings) -> dict[str,
 
 def _version(package: str) -> str:
     try:
-        return importlib.metadata.version(package)
+        return installed_version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"

@@ -6,6 +6,9 @@ from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.verification import Damage
 
+# The versions that are read as current, and are not.
+Assumed = frozenset[tuple[str, str | None, str]]
+
 
 class AssumingStore(ArtifactStore):
     """Reads another store, and reads the versions that are assumed to be current as current."""
@@ -17,7 +20,13 @@ class AssumingStore(ArtifactStore):
 
     def assume(self, artifact: Artifact, partition: str | None) -> None:
         """Read this version as the current one from now on."""
-        self._assumed[artifact.asset, partition] = artifact.fingerprint
+        asset, version = artifact.asset, artifact.fingerprint
+        if version != self.current_name(asset, partition):
+            self._assumed[asset, partition] = version
+
+    def assumed(self) -> Assumed:
+        """Return the assumptions. Two stores with the same ones read the same."""
+        return frozenset((*place, version) for place, version in self._assumed.items())
 
     def find(self, asset: str, partition: str | None, version: str) -> Artifact | None:
         return self._store.find(asset, partition, version)

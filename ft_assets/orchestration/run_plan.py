@@ -11,16 +11,17 @@ from typing import Any
 
 import dagster as dg
 
-from ft_assets.artifacts import Artifact, open_store
+from ft_assets.artifacts import Artifact, ArtifactStore, open_store
 from ft_assets.artifacts.store import Turn
 from ft_assets.artifacts.verification import HISTORIES
+from ft_assets.compat.dagster import call_body
 from ft_assets.config import Project
-from ft_assets.errors import ArtifactError
+from ft_assets.errors import ArtifactError, FtError, InfrastructureFault
 from ft_assets.job import StepSettings
-from ft_assets.orchestration.assuming_store import AssumingStore
-from ft_assets.orchestration.console import cause
-from ft_assets.orchestration.materializer import Finish, Inputs, Make, Materializer, Wanted
+from ft_assets.orchestration.assuming_store import Assumed, AssumingStore
+from ft_assets.orchestration.materializer import Finish, Inputs, Make, Wanted
 from ft_assets.orchestration.memory_forecast import Forecast, forecast
+from ft_assets.screen import screen_of
 
 RUNS, MAYBE, REUSED, REFUSED, STOPPED = (
     "runs",
@@ -29,7 +30,12 @@ RUNS, MAYBE, REUSED, REFUSED, STOPPED = (
     "refused",
     "not reached",
 )
+SHOWN_INPUTS = 6  # in the reasons of a step
 Build = Callable[[Project], dg.Definitions]
+# Without a handler, Python's last resort prints errors.
+SILENT = logging.getLogger("ft.plan.silent")
+SILENT.addHandler(logging.NullHandler())
+SILENT.propagate = False
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,39 @@ class PlannedStep:
         return asdict(self)
 
 
+class Planned(Exception):
+    """Ends an asset's function when its artifact is recorded."""
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What an asset's function reads of Dagster's context before it asks for its artifact."""
+
+    asset_key: dg.AssetKey
+    assets_def: dg.AssetsDefinition
+    partition: str | None
+    run_id: str = "plan"
+    log: logging.Logger = SILENT
+
+    @property
+    def has_partition_key(self) -> bool:
+        return self.partition is not None
+
+    @property
+    def partition_key(self) -> str:
+        assert self.partition is not None, f"{self.asset_key.to_user_string()} has no partitions"
+        return self.partition
+
+
 class Planner:
     """The Materializer that makes nothing and records what a run would make."""
 
-    def __init__(self, project: Project) -> None:
+    def __init__(self, project: Project, store: ArtifactStore) -> None:
         self.project = project
-        self.store = AssumingStore(open_store(project))
+        self.store = AssumingStore(store)
         self.steps: dict[str, PlannedStep] = {}
-        self.versions: dict[str, str] = {}
+        self.wanted: dict[str, Wanted] = {}
+        self.unmade: set[str] = set()  # there is no version that the steps below could read
 
     def materialize(
         self,
@@ -77,12 +108,14 @@ class Planner:
         unread: Collection[str] = (),
         turn: Turn | None = None,
     ) -> tuple[Artifact, bool]:
-        """Record whether the artifact would be made, and return the current one.
-
-        Raises dg.Failure if there is none.
-        """
+        """Record whether the artifact would be made. Raises Planned: the rest only shows it."""
         wanted = Wanted.of(context, identity, inputs or {}, libraries)
-        self.versions[wanted.asset] = wanted.fingerprint
+        self.record(wanted)
+        raise Planned
+
+    def record(self, wanted: Wanted) -> None:
+        """Record what would happen to an artifact."""
+        self.wanted[wanted.asset] = wanted
         current = self._current(wanted)
         known, damage = self._known(wanted)
         above = sorted(
@@ -119,8 +152,7 @@ class Planner:
             ahead.peak_gb,
         )
         if shown is None:
-            raise dg.Failure(description=NOT_YET)
-        return shown, True
+            self.unmade.add(wanted.asset)
 
     def _current(self, wanted: Wanted) -> Artifact | None:
         try:
@@ -148,7 +180,10 @@ class Planner:
     def keep(
         self, context: dg.AssetExecutionContext, artifact: Artifact, above: Sequence[str], why: str
     ) -> tuple[Artifact, bool]:
-        """Record that there is nothing to do, unless an asset in `above` would change."""
+        """Record that there is nothing to do, unless an asset in `above` would change.
+
+        Raises Planned.
+        """
         moving = sorted(
             name
             for name in above
@@ -157,10 +192,7 @@ class Planner:
         partition = artifact.manifest.partition
         action, reason = (MAYBE, [f"after {', '.join(moving)}"]) if moving else (REUSED, [])
         self.steps[artifact.asset] = PlannedStep(artifact.asset, partition, action, reason)
-        return artifact, True
-
-
-NOT_YET = "would be made for the first time"
+        raise Planned
 
 
 def reasons(wanted: Wanted, current: Artifact | None) -> list[str]:
@@ -170,7 +202,10 @@ def reasons(wanted: Wanted, current: Artifact | None) -> list[str]:
     was, found = current.manifest, list[str]()
     if was.code_version != wanted.code_version:
         found.append(f"its code changed (version {was.code_version} → {wanted.code_version})")
-    found += [f"{name} changed" for name in _changed(was.inputs, wanted.inputs)]
+    inputs = _changed(was.inputs, wanted.inputs)
+    found += [f"{name} changed" for name in inputs[:SHOWN_INPUTS]]
+    if len(inputs) > SHOWN_INPUTS:  # of the leaderboard, one for each base model
+        found.append(f"{len(inputs) - SHOWN_INPUTS} more inputs changed")
     found += [
         f"{name} {was.environment.get(name, '–')} → {wanted.environment.get(name, '–')}"
         for name in _changed(was.environment, wanted.environment)
@@ -219,68 +254,104 @@ def _paths(before: Any, now: Any, prefix: str = "") -> list[str]:
     return [f"{prefix} {shown[0]} → {shown[1]}" if shown[0] != shown[1] else prefix]
 
 
-def _silent(_: dg.InitLoggerContext) -> logging.Logger:
-    logger = logging.getLogger("ft.plan.silent")
-    # Without a handler, Python's last resort prints errors with their traces.
-    logger.handlers = [logging.NullHandler()]
-    logger.propagate = False
-    return logger
+class Plans:
+    """Plans of a project's base models, which share what is the same for all of them.
+
+    An asset without partitions is asked once for each state of the store that it can see.
+    """
+
+    def __init__(self, project: Project, build: Build) -> None:
+        # A server that does not answer is reported at once, not retried.
+        once = project.launcher.model_copy(update={"retries": 0})
+        self._project = project.model_copy(update={"launcher": once})
+        self._store = open_store(self._project)
+        self.graph = build(project).resolve_asset_graph()
+        self._shared: dict[tuple[str, Assumed], Wanted] = {}
+
+    def of(self, keys: Sequence[dg.AssetKey], partition: str | None) -> list[PlannedStep]:
+        """Plan a step for each asset of `keys`, in the graph's order."""
+        with self._store.hashes.held():
+            return list(self._steps(set(keys), partition).values())
+
+    def _steps(self, wanted: set[dg.AssetKey], partition: str | None) -> dict[str, PlannedStep]:
+        planner = Planner(self._project, self._store)
+        refused, steps = dict[str, str](), dict[str, PlannedStep]()
+        unreached = set[str]()
+        for key in (
+            key
+            for level in self.graph.toposorted_asset_keys_by_level
+            for key in sorted(level)
+            if key in wanted
+        ):
+            name = key.to_user_string()
+            parents = sorted(
+                {parent.to_user_string() for parent in self.graph.get(key).parent_keys}
+                & steps.keys()
+            )
+            if unreached & set(parents):
+                unreached.add(name)
+            else:
+                reason = self._ask(planner, key, partition)
+                refused |= {name: reason} if reason is not None else {}
+                unreached |= planner.unmade | refused.keys()
+            steps[name] = self._step(planner, key, partition, parents, steps, refused)
+        return steps
+
+    def _ask(self, planner: Planner, key: dg.AssetKey, partition: str | None) -> str | None:
+        """Have an asset's step recorded. Return why it cannot be, None if it is."""
+        node, name = self.graph.get(key), key.to_user_string()
+        state = (name, planner.store.assumed())
+        own = partition if node.is_partitioned else None
+        context: Any = PlanContext(key, node.assets_def, own)
+        try:
+            if not node.is_partitioned and state in self._shared:
+                planner.record(self._shared[state])
+                return None
+            call_body(node.assets_def, context, planner)
+            return None
+        except Planned:
+            if not node.is_partitioned and name in planner.wanted:
+                self._shared[state] = planner.wanted[name]
+            return None
+        except dg.Failure as error:
+            return error.description or ""
+        except (FtError, InfrastructureFault) as error:
+            return str(error)
+        except Exception as error:  # an asset's own fault: as a run shows it
+            return screen_of(error, name)[0]
+
+    def _step(
+        self,
+        planner: Planner,
+        key: dg.AssetKey,
+        partition: str | None,
+        parents: Sequence[str],
+        steps: Mapping[str, PlannedStep],
+        refused: Mapping[str, str],
+    ) -> PlannedStep:
+        """Return the planned step of an asset, after those above it."""
+        name = key.to_user_string()
+        above = [parent for parent in parents if steps[parent].action in (RUNS, MAYBE)]
+        stopped = [parent for parent in parents if steps[parent].action in (REFUSED, STOPPED)]
+        if stopped:
+            return PlannedStep(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
+        if name in planner.steps:
+            wanted = planner.wanted.get(name)
+            return replace(planner.steps[name], version=wanted and wanted.fingerprint)
+        if above:  # not reached, or refused with the artifacts of today
+            own = partition if self.graph.get(key).is_partitioned else None
+            there = name in refused or planner.store.current(name, own) is not None
+            return PlannedStep(
+                name, partition, MAYBE if there else RUNS, [f"after {', '.join(above)}"]
+            )
+        return PlannedStep(name, partition, REFUSED, [refused.get(name, "")])
 
 
 def plan(
     project: Project, build: Build, keys: Sequence[dg.AssetKey], partition: str | None
 ) -> list[PlannedStep]:
     """Plan a step for each asset of `keys`, in the graph's order."""
-    # A server that does not answer is reported at once, not retried.
-    once = project.launcher.model_copy(update={"retries": 0})
-    planner = Planner(project.model_copy(update={"launcher": once}))
-    materializer: Materializer = planner
-    definitions = build(project)
-    selection = dg.AssetSelection.assets(*keys).without_checks()
-    job = dg.Definitions(
-        assets=definitions.assets,
-        resources={"materializer": materializer},
-        executor=dg.in_process_executor,
-        jobs=[dg.define_asset_job("plan", selection=selection)],
-        loggers={"console": dg.LoggerDefinition(_silent)},
-    ).resolve_job_def("plan")
-    with dg.DagsterInstance.ephemeral() as instance:
-        quiet = {"loggers": {"console": {}}}
-        outcome = job.execute_in_process(
-            instance=instance, partition_key=partition, raise_on_error=False, run_config=quiet
-        )
-    refused = {
-        event.step_key: cause(event) for event in outcome.all_events if event.is_step_failure
-    }
-    graph, steps = definitions.resolve_asset_graph(), dict[str, PlannedStep]()
-    for key in (
-        key
-        for level in graph.toposorted_asset_keys_by_level
-        for key in sorted(level)
-        if key in keys
-    ):
-        name = key.to_user_string()
-        parents = sorted(
-            {parent.to_user_string() for parent in graph.get(key).parent_keys} & steps.keys()
-        )
-        above = [parent for parent in parents if steps[parent].action in (RUNS, MAYBE)]
-        stopped = [parent for parent in parents if steps[parent].action in (REFUSED, STOPPED)]
-        if stopped:
-            steps[name] = PlannedStep(name, partition, STOPPED, [f"after {', '.join(stopped)}"])
-        elif name in planner.steps:
-            steps[name] = replace(planner.steps[name], version=planner.versions.get(name))
-        elif above:  # not reached, or refused with the artifacts of today
-            there = (
-                name in refused
-                or planner.store.current(name, partition if graph.get(key).is_partitioned else None)
-                is not None
-            )
-            steps[name] = PlannedStep(
-                name, partition, MAYBE if there else RUNS, [f"after {', '.join(above)}"]
-            )
-        else:
-            steps[name] = PlannedStep(name, partition, REFUSED, [refused.get(name, "")])
-    return list(steps.values())
+    return Plans(project, build).of(keys, partition)
 
 
 def table(steps: Sequence[PlannedStep]) -> str:

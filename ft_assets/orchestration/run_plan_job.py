@@ -10,7 +10,7 @@ import dagster as dg
 from pydantic import Field
 
 from ft_assets.config import Project
-from ft_assets.orchestration.run_plan import RUNS, Build, PlannedStep, memory_of, plan, summary
+from ft_assets.orchestration.run_plan import RUNS, Build, PlannedStep, Plans, memory_of, summary
 
 
 class PlanConfig(dg.Config):
@@ -43,9 +43,10 @@ def what_would_run(project: Project, build: Build) -> dg.JobDefinition:
     def plan_op(context: dg.OpExecutionContext, config: PlanConfig) -> None:
         for name in config.base_models:
             project.base_model(name)
-        keys = list(build(project).resolve_asset_graph().materializable_asset_keys)
+        plans = Plans(project, build)
+        keys = list(plans.graph.materializable_asset_keys)
         for name in config.base_models or list(project.base_models):
-            steps = plan(project, build, keys, name)
+            steps = plans.of(keys, name)
             context.log.info(f"{name}: {summary(steps)}")
             context.log_event(
                 dg.ExpectationResult(

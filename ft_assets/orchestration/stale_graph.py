@@ -8,7 +8,7 @@ import dagster as dg
 from ft_assets.artifacts import open_store
 from ft_assets.artifacts.environment import LIBRARIES, library_versions
 from ft_assets.config import Project, settings_version
-from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build, PlannedStep, plan
+from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build, PlannedStep, Plans
 
 FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
 UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in FINISHED]
@@ -30,8 +30,8 @@ class StaleGraph:
     """Today's graph of one project, and what is stale in it."""
 
     def __init__(self, project: Project, build: Build) -> None:
-        self.project, self.build = project, build
-        self.graph = build(project).resolve_asset_graph()
+        self.project, self._plans = project, Plans(project, build)
+        self.graph = self._plans.graph
         made = self.graph.materializable_asset_keys
         self.partitioned = {key for key in made if self.graph.get(key).is_partitioned}
         fed = {
@@ -50,7 +50,7 @@ class StaleGraph:
         taken back) is stale too: the steps below do not read it today.
         """
         store = open_store(self.project)
-        steps = plan(self.project, self.build, list(keys), partition)
+        steps = self._plans.of(list(keys), partition)
         again = {
             step.asset
             for step in steps
