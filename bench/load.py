@@ -1,13 +1,11 @@
-"""Measure a project with many base models, a long history, and many held-out rows.
+"""Measure a project with many base models, and the statistics of many held-out rows.
 
-    python bench/load.py partitions [200]    # code location, plan, status, sensor, UI's queries
-    python bench/load.py runs [10000]        # the same commands with as many runs of history
-    python bench/load.py rows [50000]        # statistics, report and figures of so many rows
+    python bench/load.py partitions [200]    # code location, plan, status, gc, ticks of sensors
+    python bench/load.py rows [50000]        # intervals and tests of as many rows, and the memory
 
 `partitions` runs the graph of a tiny base once, and copies its versions to all other base models:
-the same base has the same fingerprints, so that all are finished. `runs` copies the rows of a
-finished run in Dagster's SQLite files under new ids. Prints CPU seconds and wall seconds: on a busy
-machine only the former, and ratios, are reliable.
+the same base has the same fingerprints, so that all are finished. Prints CPU seconds and wall
+seconds: on a busy machine only the former, and ratios, are reliable.
 """
 
 import argparse
@@ -23,8 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from ft_assets.evaluation.verdict.statistics import compare
 from ft_assets_tests.factories import (
     SETTINGS,
     WORDS,
@@ -123,16 +123,35 @@ def partitions(folder: Path, count: int) -> None:
     commands(folder)
 
 
+def rows(_: Path, count: int) -> None:
+    """Time the comparison of two candidates by 0/1 scores and by graded ones, alone and grouped."""
+    chance = np.random.default_rng(0)
+    pairs = [f"g{index // 2}" for index in range(count)]
+    right = [(chance.random(count) < share).astype(float).tolist() for share in (0.5, 0.6)]
+    graded = [np.clip(chance.normal(mean, 0.2, count), 0, 1).tolist() for mean in (0.5, 0.52)]
+    for label, (rival, candidate) in (("right or wrong", right), ("graded", graded)):
+        for kind, groups in (("", None), (", in pairs", pairs)):
+            timed(
+                f"{label}{kind}",
+                lambda left=candidate, other=rival, keys=groups: compare(
+                    left, other, 0.95, 0, groups=keys
+                ),
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print(f"peak memory {peak:.0f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["partitions", "runs", "rows"])
+    parser.add_argument("what", choices=["partitions", "rows"])
     parser.add_argument("count", type=int, nargs="?")
     parser.add_argument("--folder", type=Path, help="keep the project there, and take it again")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = given.folder or Path(made)
         print(f"{'':<44} {'CPU s':>8} {'wall s':>8}")
-        {"partitions": partitions}[given.what](folder, given.count)
+        work, usual = {"partitions": (partitions, 200), "rows": (rows, 50_000)}[given.what]
+        work(folder, given.count or usual)
 
 
 if __name__ == "__main__":

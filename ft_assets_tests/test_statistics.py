@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from ft_assets.evaluation.verdict import intervals, statistics
 from ft_assets.evaluation.verdict.holm import holm
 from ft_assets.evaluation.verdict.statistics import _mcnemar as compare_p
 from ft_assets.evaluation.verdict.statistics import compare, interval, mcnemar_power
@@ -186,3 +187,12 @@ def test_share_of_all_or_none_has_an_interval() -> None:
 def test_sign_flips_resolve_a_p_value_beyond_their_draws() -> None:
     entry = compare([0.5 + index / 1000 for index in range(60)], [0.2] * 60, 0.95, 1)
     assert 0 < entry.p < 1e-10
+
+
+def test_signs_in_batches_are_those_of_one_draw() -> None:
+    count, seed = intervals.MANY + 1, 3
+    chance = np.random.default_rng(seed)
+    whole = chance.integers(0, 2, size=(statistics.DRAWS, count), dtype=np.int8) * 2 - 1
+    batches = list(statistics._random_signs(count, seed))
+    assert max(map(len, batches)) * count <= intervals.BATCH_VALUES  # the memory is bounded
+    assert (np.concatenate(batches) == whole).all()

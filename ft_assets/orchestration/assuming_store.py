@@ -1,6 +1,7 @@
 """A store as it will be: a plan looks ahead with it and writes nothing."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.content_hashes import ContentHashes
@@ -17,6 +18,9 @@ class AssumingStore(ArtifactStore):
         super().__init__(store.root)
         self._store = store
         self._assumed: dict[tuple[str, str | None], str] = {}
+        # A plan asks for a version a dozen times.
+        self._found: dict[tuple[str, str | None, str], Artifact | None] = {}
+        self._verified: set[Path] = set()
 
     def assume(self, artifact: Artifact, partition: str | None) -> None:
         """Read this version as the current one from now on."""
@@ -29,10 +33,16 @@ class AssumingStore(ArtifactStore):
         return frozenset((*place, version) for place, version in self._assumed.items())
 
     def find(self, asset: str, partition: str | None, version: str) -> Artifact | None:
-        return self._store.find(asset, partition, version)
+        place = (asset, partition, version)
+        if place not in self._found:
+            self._found[place] = self._store.find(*place)
+        return self._found[place]
 
     def verified(self, artifact: Artifact) -> Artifact:
-        return self._store.verified(artifact)
+        if artifact.folder not in self._verified:
+            self._store.verified(artifact)
+            self._verified.add(artifact.folder)
+        return artifact
 
     def damages(self, artifact: Artifact, hashes: ContentHashes) -> Iterator[Damage]:
         return self._store.damages(artifact, hashes)

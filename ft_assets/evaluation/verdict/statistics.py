@@ -4,7 +4,7 @@ Every difference is oriented so that more is better: for a loss it is rival − 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from statsmodels.stats.power import normal_sample_size_one_tail
 from ft_assets.evaluation.report_model import Difference
 from ft_assets.evaluation.verdict import intervals
 from ft_assets.evaluation.verdict.groups import Groups, Values
-from ft_assets.evaluation.verdict.intervals import BATCH, DRAWS, Interval
+from ft_assets.evaluation.verdict.intervals import DRAWS, MANY, Interval, batch_rows
 
 POWER = 0.8
 LEAST_P = 1e-300  # exp() of a smaller one is 0, which no test shows
@@ -124,21 +124,34 @@ def _sign_flips(sums: Values, seed: int) -> float:
     observed = abs(float(sums.sum())) * (1 - 1e-12)
     if len(sums) <= ALL_SIGNS:
         return float((np.abs(_all_signs(len(sums)) @ sums) >= observed).mean())
-    signs = _random_signs(len(sums), seed)
     extreme = sum(
-        int((np.abs(signs[begin : begin + BATCH].astype(np.float64) @ sums) >= observed).sum())
-        for begin in range(0, len(signs), BATCH)
+        int((np.abs(signs.astype(np.float64) @ sums) >= observed).sum())
+        for signs in _random_signs(len(sums), seed)
     )
     if extreme:
-        return (extreme + 1) / (len(signs) + 1)
+        return (extreme + 1) / (DRAWS + 1)
     bound = 2 * math.exp(-(observed**2) / float((sums**2).sum()) / 2)
-    return max(min(1 / (len(signs) + 1), bound), LEAST_P)
+    return max(min(1 / (DRAWS + 1), bound), LEAST_P)
+
+
+def _random_signs(count: int, seed: int) -> Iterator[Values]:
+    """Yield the draws of signs in batches. Those of many groups are drawn again at each call."""
+    if count > MANY:
+        yield from _draw_signs(count, seed)
+    else:
+        yield from _kept_signs(count, seed)
 
 
 @lru_cache(maxsize=2)
-def _random_signs(count: int, seed: int) -> Values:
-    chance = np.random.default_rng(seed)
-    return chance.integers(0, 2, size=(DRAWS, count), dtype=np.int8) * 2 - 1
+def _kept_signs(count: int, seed: int) -> list[Values]:
+    return list(_draw_signs(count, seed))
+
+
+def _draw_signs(count: int, seed: int) -> Iterator[Values]:
+    chance, rows = np.random.default_rng(seed), batch_rows(count)
+    for begin in range(0, DRAWS, rows):
+        size = (min(rows, DRAWS - begin), count)
+        yield chance.integers(0, 2, size=size, dtype=np.int8) * 2 - 1
 
 
 def _all_signs(count: int) -> Values:
@@ -175,6 +188,8 @@ def mcnemar_power(n: int, discordant: float, difference: float, alpha: float) ->
     if discordant <= 0:
         return 0.0
     pairs = np.arange(n + 1)
+    if n > MANY_ROWS:  # the other numbers of disagreeing pairs have no probability
+        pairs = pairs[np.abs(pairs - n * discordant) <= 9 * math.sqrt(n * discordant) + 9]
     largest = binom.ppf(
         alpha / 2, pairs, 0.5
     )  # smallest k with P(losses ≤ k) ≥ α/2; one less rejects unless it is exact
