@@ -183,6 +183,17 @@ def ft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def hash_again(version: Path) -> None:
+    """Write the manifest of a version anew for the files that it has now, as a forger does."""
+    from ft_assets.artifacts.manifest import MANIFEST, Manifest, content_version, file_entries
+
+    manifest = Manifest.read(version)
+    found = {name: entry for name, entry in file_entries(version).items() if name != MANIFEST}
+    data_version = content_version(found, manifest.parts)
+    forged = manifest.model_copy(update={"files": found, "data_version": data_version})
+    (version / MANIFEST).write_text(forged.sealed().to_text())
+
+
 def prompt_ids(tokenizer: Any, messages: list[Any]) -> list[int]:
     """Return the token ids that the model is given to answer the messages."""
     from ft_assets.chat.rendering import Renderer

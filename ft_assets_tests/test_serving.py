@@ -28,7 +28,7 @@ from ft_assets.models.license import (
     stated_license,
 )
 from ft_assets.orchestration.materializer import StoreMaterializer
-from ft_assets_tests.factories import edit, ft
+from ft_assets_tests.factories import edit, ft, hash_again
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 
 
@@ -133,7 +133,7 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
     twin = {**entries["tiny"], "name": "old"}
     twins = compare_the_first(materializer, [entries["tiny"], twin])
     assert twins.startswith("**tiny** is first; not proven better: exact +0.000 against old")
-    assert "cannot be read (ArrowInvalid" in entries["cut"]["reason"]
+    assert "rows.parquet: was changed after it was published" in entries["cut"]["reason"]
     assert (
         "manifest.json: is damaged or was written by another version of ft_assets (Invalid JSON"
         in entries["broken"]["reason"]
@@ -142,9 +142,11 @@ def test_leaderboard_says_which_report_is_damaged_old_or_stale_and_shows_the_oth
     numbers = json.loads(kept["report.json"])
     numbers["bound_to"]["lora_adapter"] = "another"
     (report / "report.json").write_text(json.dumps(numbers))
+    hash_again(report)
     assert entry_of(materializer, "tiny")["stale"] == "lora_adapter"
     del numbers["comparisons"]
     (report / "report.json").write_text(json.dumps(numbers))
+    hash_again(report)
     reason = entry_of(materializer, "tiny")["reason"]
     assert "another version of ft_assets (comparisons: Field required)" in reason
     assert "materialize eval_report again" in reason
