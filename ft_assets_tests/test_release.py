@@ -439,8 +439,8 @@ def test_damaged_file_of_the_champion_is_found_and_never_released(copy: Path) ->
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert "model.safetensors: was changed after it was published" in failure(
-        materialize(copy, "release")
-    )
+    found = checks(materialize(copy, "release"))["released_files_are_whole"]
+    assert not found.passed
+    assert "model.safetensors: was changed after it was published" in str(found.description)
     shutil.rmtree(copy / ".ft/store/release")
     assert "model.safetensors: was changed" in failure(materialize(copy, "release"))
