@@ -19,6 +19,7 @@ from ft_assets.data.leakage import find_copies
 from ft_assets.data.left_out import require_few
 from ft_assets.data.split import is_heldout
 from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
+from ft_assets.errors import FtError
 from ft_assets.evaluation.reachable import Target, unscored
 from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.models.loading import context_length
@@ -161,7 +162,10 @@ def _lengths(project: Project, base: str, heldout: Rows, trained: Rows) -> Itera
     """Check texts without the template's own tokens: a row that is too long now stays so."""
     name, recipe = f"{base}: lengths", project.recipe(base)
     room = recipe.evaluation.max_new_tokens
-    places = folders(base, project.base_models[base], project)
+    try:
+        places = folders(base, project.base_models[base], project)
+    except FtError:
+        places = []  # the check of its source tells why
     with_config = [one for one in places if (one / "config.json").is_file()]
     context = context_length(with_config[0]) if with_config else None
     most = min(recipe.chat.max_length, context or recipe.chat.max_length)
