@@ -14,6 +14,8 @@ from ft_assets.artifacts import Artifact, ArtifactStore, file_sha256, fingerprin
 from ft_assets.artifacts.checkpoint_files import damage as damage_of_checkpoint
 from ft_assets.artifacts.manifest import MANIFEST, Manifest, content_version
 from ft_assets.errors import ArtifactError
+from ft_assets.release.lookup import find_model, need_model
+from ft_assets.release.register import ReleasedModel, identity
 from ft_assets.training.checkpoints import last_whole, publish_folder
 
 SETTINGS = {"lr": 0.1}
@@ -160,6 +162,23 @@ def test_damaged_version_is_discarded_and_published_again(tmp_path: Path) -> Non
     store.discard("lora_adapter", "tiny", made.fingerprint)
     assert store.current("lora_adapter", "tiny") is None
     assert store.verified(publish(store)).data_version == made.data_version
+
+
+def test_champion_with_a_damaged_manifest_can_be_left_but_not_used(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    made = publish(store, "merged_model")
+    model = ReleasedModel(
+        identity=identity(made),
+        merged_model=made.fingerprint,
+        data_version=made.data_version,
+        candidate="sft",
+        verdict="PASS",
+    )
+    assert need_model(store, "tiny", model, "release[tiny]") == made
+    (made.folder / MANIFEST).write_text("null")
+    assert find_model(store, "tiny", model) is None
+    with pytest.raises(ArtifactError, match=r"manifest.json: is damaged"):
+        need_model(store, "tiny", model, "release[tiny]")
 
 
 def test_checkpoint_with_a_changed_bit_is_not_resumed_from(tmp_path: Path) -> None:

@@ -355,6 +355,7 @@ def _vouch(
             "sequence": state.sequence + 1,
         },
         inputs={"champion": (model, None), **_former(store, name, state)},
+        unread=("previous_champion",),
         make=make,
         finish=partial(signing.sign, store, name, current),
         turn=turn(store, name, current, state.sequence + 1),

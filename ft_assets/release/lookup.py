@@ -1,14 +1,21 @@
 """Find the artifacts of a released model: former champions are versions in the store."""
 
+import contextlib
+
 from ft_assets.artifacts import Artifact, ArtifactStore
-from ft_assets.errors import ReleaseError
+from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.release.register import ReleasedModel, identity, state_of
 from ft_assets.release.whole_register import current_release
 
 
 def find_model(store: ArtifactStore, partition: str, model: ReleasedModel) -> Artifact | None:
-    """Find a merged model with the released content: by its fingerprint, else any version."""
-    found = store.find("merged_model", partition, model.merged_model)
+    """Find a merged model with the released content: by its fingerprint, else any version.
+
+    One with a damaged manifest is not found: a rollback must be able to leave it.
+    """
+    found = None
+    with contextlib.suppress(ArtifactError):
+        found = store.find("merged_model", partition, model.merged_model)
     if found is not None and found.data_version == model.data_version:
         return found
     return by_content(store, "merged_model", partition, model.data_version)
