@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, sync_playwright
 
+from ft_assets.orchestration.mark_stale import NOTHING
 from ft_assets_tests.factories import edit
 from ft_assets_tests.test_ui import Server
 
@@ -36,15 +37,12 @@ FLAGS = [
     "--disable-sync",
     "--disable-default-apps",
 ]
+LOCATION = "ft_assets.definitions"
 SECONDS = 240  # timeout of a wait: the daemon ticks every 30 s, and a busy machine doubles it
-NODES = """query($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) {
- assetKey { path } isPartitioned staleStatus%s } }"""
 RUNS = """query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) {
- ... on Runs { results { runId status tags { key value } } } } }"""
+ ... on Runs { results { runId status tags { key value } assetSelection { path } } } } }"""
 STOP = """mutation($run: String!) {
  terminateRun(runId: $run, terminatePolicy: MARK_AS_CANCELED_IMMEDIATELY) { __typename } }"""
-REPORTS = """{ assetNodeOrError(assetKey: {path: ["data_files"]}) {
- ... on AssetNode { assetMaterializations { runId } } } }"""
 EVERYTHING = """{ runsOrError { ... on Runs { results { runConfigYaml tags { value }
  eventConnection { events { ... on MessageEvent { message } } } } } } instance { info } }"""
 OBSERVE = """mutation { reportRunlessAssetEvents(eventParams: {
@@ -152,15 +150,10 @@ class Person:
 
         return wait(status, f"the end of run {run}")
 
-    def stale(self) -> set[str]:
-        """Return the assets that Dagster shows as out of date, for `tiny` where partitioned."""
-        nodes = self.ask(NODES % "")["assetNodes"]
-        partitioned = [node["assetKey"] for node in nodes if node["isPartitioned"]]
-        nodes = [node for node in nodes if not node["isPartitioned"]]
-        nodes += self.ask(
-            NODES % '(partition: "tiny")', keys=[{"path": key["path"]} for key in partitioned]
-        )["assetNodes"]
-        return {node["assetKey"]["path"][0] for node in nodes if node["staleStatus"] == "STALE"}
+    def see(self, asset: str, check: str, text: str) -> None:
+        """Open a check of an asset and wait until it shows a text."""
+        self.open(f"/assets/{asset}?view=checks&checkDetail={check}")
+        self.page.get_by_text(text).first.wait_for(timeout=SECONDS * 1000)
 
     def switch(self, name: str) -> None:
         """Click the switch in the row of a sensor or schedule."""
@@ -171,31 +164,6 @@ class Person:
             self.page.get_by_text(name, exact=True), self.page.locator("label[class*=formatSwitch]")
         ).click()
         self.page.wait_for_timeout(1500)
-
-    def materialize_unsynced(self, wanted: set[str]) -> None:
-        """Materialize these of the assets that the lineage offers as unsynced.
-
-        It also offers what was never made, which is the other base model's.
-        """
-        before = {run["runId"] for run in self.runs()}
-        self.open("/asset-groups/")
-        everything = self.page.get_by_role("button", name=re.compile("Materialize all"))
-        everything.wait_for(timeout=SECONDS * 1000)
-        everything.locator("xpath=following::button[1]").click()
-        self.page.get_by_text("Materialize unsynced", exact=True).click()
-        dialog = self.page.get_by_role("dialog").filter(has_text="Materialize unsynced assets")
-        dialog.get_by_role("button", name=re.compile(r"^Materialize \d+")).wait_for()
-        self.page.wait_for_timeout(1000)
-        self.near(dialog.get_by_text("Asset Name"), dialog.locator("label")).click()  # none
-        for asset in sorted(wanted):
-            self.near(dialog.get_by_text(asset, exact=True), dialog.locator("label")).click()
-        self.shot("materialize_unsynced")
-        dialog.get_by_role("button", name=f"Materialize {len(wanted)} assets").click()
-        run = wait(
-            lambda: next((run["runId"] for run in self.runs() if run["runId"] not in before), None),
-            "a run",
-        )
-        assert self.ended(run) == "SUCCESS"
 
     def near(self, text: Locator, candidates: Locator) -> Locator:
         """Return the candidate in the row of a text."""
@@ -295,38 +263,30 @@ def test_bad_adapter_fails_its_check_and_the_merge_refuses(person: Person) -> No
     assert merged.read_text() == before
 
 
-def test_changed_data_makes_exactly_what_is_below_stale_and_only_that_is_made(
+def test_changed_data_is_marked_with_its_reason_and_one_job_runs_what_is_marked(
     person: Person,
 ) -> None:
-    person.switch("data_files_sensor")
-
-    def reported() -> int:
-        return len(person.ask(REPORTS)["assetNodeOrError"]["assetMaterializations"])
-
-    wait(reported, "the first report of the data files")
-    raw = {"raw_dataset", "raw_preferences"}
-    person.materialize_unsynced(raw)  # the graph was made before the sensor first looked
-    before = person.stale()
-    assert not before & {*raw, "chat_dataset", "heldout_split"}
-    seen = reported()
+    pair = {"prompt": "what is the new winter bread 1", "chosen": "yes", "rejected": "no no"}
     with (person.folder / "data/pairs.jsonl").open("a") as file:
-        file.write(
-            json.dumps(
-                {"prompt": "what is the new winter bread 1", "chosen": "yes", "rejected": "no no"}
-            )
-            + "\n"
-        )
-    wait(lambda: reported() > seen, "the report of the changed file")
-    assert person.stale() - before == raw
-    person.open("/asset-groups/")
-    person.page.wait_for_timeout(2000)
+        file.write(json.dumps(pair) + "\n")
+    person.see("raw_preferences", "up_to_date", "preferences: data/pairs.jsonl changed")
     person.shot("stale")
-    person.materialize_unsynced(raw)
-    assert person.stale() - before == {
-        "chat_dataset"
-    }  # the conversations were read again and are the same
-    assert person.materialize("chat_dataset", "tiny") == "SUCCESS"
-    assert person.stale() - before == {"heldout_split"}
+    person.see("chat_dataset", "up_to_date", "made again if this changes: raw_preferences")
+    person.see("raw_dataset", "up_to_date", NOTHING)
+    person.open(f"/locations/{LOCATION}/asset-groups/data/lineage")
+    person.page.wait_for_timeout(2000)
+    person.shot("stale_lineage")
+
+    person.open(f"/locations/{LOCATION}/jobs/bring_up_to_date/playground")
+    person.page.locator(".CodeMirror").first.click()
+    person.page.keyboard.insert_text("ops: {find_stale: {config: {base_models: [tiny]}}}")
+    person.page.get_by_role("button", name="Launch Run", exact=True).click()
+    (run,) = wait(lambda: person.runs(**{"ft/started_by": "bring_up_to_date"}), "its run")
+    made = {asset["path"][0] for asset in run["assetSelection"]}
+    assert made >= {"raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter"}
+    assert not made & {"raw_dataset", "base_model"}
+    person.ended(run["runId"])
+    person.see("raw_preferences", "up_to_date", NOTHING)
 
 
 def test_schedule_is_switched_on_and_ticks(person: Person) -> None:
@@ -337,7 +297,7 @@ def test_schedule_is_switched_on_and_ticks(person: Person) -> None:
         lambda: (found := person.runs(**scheduled)) and len(found) > 1 and found,
         "a tick of the schedule",
     )
-    person.open("/locations/ft_assets.definitions/schedules/retrain_schedule")
+    person.open(f"/locations/{LOCATION}/schedules/retrain_schedule")
     person.page.get_by_text("2 runs requested").first.wait_for()
     person.shot("tick")
     person.switch("retrain_schedule")  # off again
