@@ -44,8 +44,8 @@ def unread_gguf(path: Path, model: Any) -> list[str]:
     loader are in its loading info.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-    from transformers.integrations.gguf import is_gguf_arch_supported
     from transformers.integrations.gguf.reader import GgufHeader
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,

@@ -136,7 +136,7 @@ class Ingest:
             rejected,
             first,
             written.version,
-            **adapted,
+            **cast(Mapping[str, Any], adapted),
             disputed=len(written.left_out),
         )
         if aside and not written.rows and not rejected:

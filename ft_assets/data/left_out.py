@@ -72,7 +72,8 @@ def with_sources(copies: list[CopyRow], tables: Sequence[Path]) -> list[CopyRow]
     for path in tables if wanted else ():
         for batch in Table(path, ["id", "source", "messages"]).batches():
             # Only the rows that are looked for become Python objects.
-            for row in batch.filter(pc.is_in(batch.column("id"), value_set=ids)).to_pylist():
+            asked = pc.call_function("is_in", [batch.column("id")], pc.SetLookupOptions(ids))
+            for row in batch.filter(asked).to_pylist():
                 place = (row["source"], _question(row["messages"]))
                 found[path.stem, row["id"]] = place
                 anywhere.setdefault(row["id"], place)

@@ -180,7 +180,7 @@ def _readable(where: str, place: _Place) -> Iterator[None]:
 
 def _folder(place: _Place) -> Path:
     """Return the folder with the source's config and weights. Downloads the config of a hub's."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(place.path, "config.json", revision=place.revision)
     return Path(str(found)).parent

@@ -36,7 +36,7 @@ def source_specs(project: Project, owner: str) -> list[dg.AssetSpec]:
         dg.AssetSpec(
             source_asset(key),
             description=f"The files that finetune.yaml names under `data.{key}`. Each run of "
-            "`ft run`, and the sensor `data_files_sensor`, reports a new version when their "
+            "`ft run`, and the sensor `mark_stale`, reports a new version when their "
             "content changed.",
             group_name="data",
             owners=[owner],

@@ -88,6 +88,7 @@ def verified(text: str, keys: Sequence[TrustedKey], where: str) -> Verified:
     from securesystemslib.exceptions import FormatError, VerificationError
 
     trusted = ", ".join(f"{key.fingerprint[:12]} ({key.path})" for key in keys)
+    hint = "?"
     try:
         bundle = json.loads(text)
         hint = str(bundle["verificationMaterial"]["publicKey"]["hint"])

@@ -6,7 +6,7 @@ the prompt or the answer, is a question: each of its answers is an entry of data
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from ft_assets.rows.row_formats import (
     COMPLETION,
@@ -71,7 +71,9 @@ class Columns:
     def question(self, raw: RawFields) -> Question | None:
         """Return the first question that a row asks, or None. `raw` has our names."""
         plan = self._plan(raw)
-        for question in plan.questions if plan else ():
+        if plan is None:
+            return None
+        for question in plan.questions:
             if _matters(raw, question.column, plan.texts):
                 return question
         return None
@@ -221,7 +223,8 @@ def _conversation(raw: RawFields) -> tuple[set[str], str | None, str | None]:
     if recognised is None:
         return set(), None, None
     _, keys = recognised
-    return set(keys), *(keys if len(keys) == 2 else (None, None))
+    prompt, answer = keys if len(keys) == 2 else (None, None)
+    return set(keys), prompt, answer
 
 
 def _pair(raw: RawFields) -> tuple[set[str], str | None, str | None]:
@@ -251,7 +254,7 @@ def _has_content(raw: RawFields, name: str) -> bool:
 
 
 def _texts(row: DataRow) -> list[str]:
-    fields: Mapping[str, Any] = row
+    fields = cast(Mapping[str, Any], row)
     answers = [fields[name] for name in ("chosen", "rejected") if name in fields]
     return [*(turn["content"] for turn in row["messages"]), *answers]
 

@@ -6,7 +6,7 @@ Each row is proven. A row that fails a proof is refused and stored with the reas
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from ft_assets.chat.rendering import ProofFailed, Rendered, Renderer, prints_date
 from ft_assets.data.ledger import Histogram, Ledger
@@ -157,13 +157,14 @@ class RowRenderer:
         self, row: PreferenceRow, chosen: Rendered | ProofFailed, rejected: Rendered | ProofFailed
     ) -> PairRow | ProofFailed:
         """Return a tokenized pair, or the reason why it is none."""
-        for side in (chosen, rejected):
-            if isinstance(side, ProofFailed):
-                return side
-            self._note_apart("preference", row, side)
-        (prompt, better), (other_prompt, worse) = (
-            side.prompt_and_answer() for side in (chosen, rejected)
-        )
+        if isinstance(chosen, ProofFailed):
+            return chosen
+        if isinstance(rejected, ProofFailed):
+            return rejected
+        self._note_apart("preference", row, chosen)
+        self._note_apart("preference", row, rejected)
+        prompt, better = chosen.prompt_and_answer()
+        other_prompt, worse = rejected.prompt_and_answer()
         if prompt != other_prompt:
             return ProofFailed("chosen and rejected have prompts of different tokens")
         if better == worse:
@@ -172,7 +173,8 @@ class RowRenderer:
                 f"{row['chosen'][:40]!r} and {row['rejected'][:40]!r} the same tokens; "
                 "remove the pair"
             )
-        return {**row, "prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
+        tokens = {"prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
+        return cast(PairRow, {**row, **tokens})
 
     def _note_apart(self, name: str, row: ConversationRow | PreferenceRow, one: Rendered) -> None:
         self.apart += one.apart
