@@ -245,11 +245,11 @@ def test_other_weights_of_equal_size_and_time_are_another_base(weights: Path) ->
 
 def test_gguf_is_identified_by_its_content(weights: Path) -> None:
     file = weights.with_suffix(".gguf")
-    file.write_bytes(b"one")
+    file.write_bytes(b"GGUF one")
     stat = file.stat()
     given = BaseModelSettings(gguf="base/model.gguf")
     before = source_identity("tiny", given, weights.parent.parent)
-    file.write_bytes(b"two")
+    file.write_bytes(b"GGUF two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert source_identity("tiny", given, weights.parent.parent) != before
 

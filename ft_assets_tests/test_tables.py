@@ -17,6 +17,7 @@ from ft_assets.data.tables import (
     JUDGED,
     NEAR_DUPLICATE,
     PREFERENCE,
+    REASONED,
     REJECTED,
     TOKENIZED,
     TOKENIZED_PREFERENCE,
@@ -249,4 +250,4 @@ def test_row_type_has_the_columns_of_its_table(layout: Layout[Any]) -> None:
 
 
 def test_message_type_has_the_fields_of_a_stored_turn() -> None:
-    assert set(Message.__annotations__) == {field.name for field in TURN}
+    assert set(Message.__annotations__) == {name for name, _ in [*TURN, *REASONED]}

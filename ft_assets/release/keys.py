@@ -18,7 +18,7 @@ from ft_assets.errors import ReleaseError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-    from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore[reportPrivateImportUsage]
+    from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore
 
 TRUSTED_VARIABLE = "FT_TRUSTED_KEYS"
 WHERE_KEY = "finetune.yaml: release.signing.key"
@@ -79,7 +79,7 @@ def signing_key(project: Project) -> SigningKey | None:
     Raises ReleaseError if it cannot be used, lies in the project or store, can be read by others,
     or is not one of the trusted keys.
     """
-    from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore[reportPrivateImportUsage]
+    from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore
 
     private = _private_key(project)
     if private is None:
@@ -167,7 +167,7 @@ def _public_key(where: str, path: Path) -> TrustedKey:
 
 def _trusted(data: bytes, where: str, path: Path | None = None) -> TrustedKey:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    from securesystemslib.signer import SSlibKey  # pyright: ignore[reportPrivateImportUsage]
+    from securesystemslib.signer import SSlibKey  # pyright: ignore
 
     try:
         key = load_pem_public_key(data)
