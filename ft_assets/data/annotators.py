@@ -11,12 +11,17 @@ class Votes:
     """Counts the rows of each pair, by id, under the key of its prompt and its two answers."""
 
     def __init__(self) -> None:
+        self._first: dict[str, str] = {}  # most pairs have one row: a dictionary each costs memory
         self._votes: dict[str, dict[str, int]] = {}
 
     def add(self, pair: Mapping[str, object]) -> None:
         """Count a row of `preference`, which notes the key `answers`."""
-        counts = self._votes.setdefault(str(pair["answers"]), {})
-        identity = str(pair["id"])
+        key, identity = str(pair["answers"]), str(pair["id"])
+        first = self._first.setdefault(key, "")
+        if not first:
+            self._first[key] = identity
+            return
+        counts = self._votes.setdefault(key, {first: 1})
         counts[identity] = counts.get(identity, 0) + 1
 
     def lost(self, min_agreement: float) -> dict[str, str]:
@@ -26,6 +31,8 @@ class Votes:
         """
         reasons: dict[str, str] = {}
         for counts in self._votes.values():
+            if len(counts) == 1:  # they agree
+                continue
             total = sum(counts.values())
             for identity, own in counts.items():
                 share = Fraction(own, total)
