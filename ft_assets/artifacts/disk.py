@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ft_assets.errors import ArtifactError
+from ft_assets.system_errors import FULL, of_os
 
 STAGED = ".tmp-"  # the prefix of a version that is not published yet
 TRASH = ".trash-"  # the prefix of a folder that is being deleted
-FULL = (errno.ENOSPC, errno.EDQUOT)
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 
 # From linux/fcntl.h and linux/fs.h.
@@ -109,21 +109,8 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
+        known = of_os(error, folder)
+        assert known is not None, "system_errors tells a full disk"
         raise ArtifactError(
-            where=str(folder),
-            found=_what_is_full(folder, error),
-            expected="free space",
-            fix="free some space, or set store: to another disk",
+            where=str(folder), found=known.found, expected=known.expected, fix=known.fix
         ) from error
-
-
-def _what_is_full(folder: Path, error: OSError) -> str:
-    if error.errno == errno.EDQUOT:
-        return "the disk quota of this user is used up"
-    with contextlib.suppress(OSError):
-        state = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
-        if state.f_files and not state.f_favail:
-            return (
-                "the disk is full: it cannot hold more files, whatever their size (no free inode)"
-            )
-    return "the disk is full"
