@@ -43,7 +43,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "final save": ("ft_assets.training.{kind}", "keep_events", "before"),
     "manifest": ("ft_assets.artifacts.manifest", "file_sha256", "before"),
     "publish: before its rename": ("ft_assets.artifacts.store", "fsync_tree", "after"),
-    "before CURRENT": ("ft_assets.artifacts.store", "ArtifactStore.make_current", "before"),
+    "before CURRENT": ("ft_assets.artifacts.store", "ArtifactStore._point", "before"),
 }
 
 

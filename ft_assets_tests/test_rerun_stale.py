@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from ft_assets.artifacts import ArtifactStore
+from ft_assets.artifacts.manifest import Manifest
 from ft_assets.config import load_project
 from ft_assets.definitions import build
 from ft_assets.orchestration import materializer as materializer
@@ -50,10 +51,9 @@ def two_models(folder: Path) -> Path:
     edit(folder, base_models={"tiny": model, "other": {"folder": "base"}})
     for home in (folder / ".ft/store").glob("*/tiny"):
         shutil.copytree(home, home.with_name("other"))
-        for manifest in home.with_name("other").glob("*/manifest.json"):
-            manifest.write_text(
-                json.dumps({**json.loads(manifest.read_text()), "partition": "other"})
-            )
+        for path in home.with_name("other").glob("*/manifest.json"):
+            manifest = Manifest.model_validate_json(path.read_text())
+            path.write_text(manifest.model_copy(update={"partition": "other"}).sealed().to_text())
     for name in ("tiny", "other"):  # its place is another
         assert materialize(folder, "base_model", name).success
     assert materialize(folder, "leaderboard").success
@@ -248,9 +248,8 @@ def test_button_runs_what_is_out_of_date_of_the_base_models_that_it_names(
         )
         run = switched.instance.get_run_by_id(done.run_id)
         assert run is not None
-        context = dg.build_run_status_sensor_context(
-            sensor.name, done.get_job_success_event(), switched.instance, run
-        )
+        ended = next(event for event in done.all_events if event.is_job_success)
+        context = dg.build_run_status_sensor_context(sensor.name, ended, switched.instance, run)
         return [one for one in sensor(context) if isinstance(one, dg.RunRequest)]
 
     assert press() == []

@@ -48,15 +48,16 @@ def failed(step: str, code: int, tail: str, how: str = "", crash: str = "") -> S
     """Return the error of a step that ended with this exit code.
 
     A negative code is a signal; a shell reports the same signal as 128 plus its number. `crash` is
-    the text of an unexpected error.
+    the text of an unexpected error. It is not told of a fault: then it is what another rank made of
+    the lost one.
     """
     number = -code if code < 0 else code - 128
     is_fault = (
         code == InfrastructureFault.exit_code
         or number in {int(known) for known in FROM_OUTSIDE}
-        or HARDWARE.search(tail) is not None
+        or HARDWARE.search(f"{tail}\n{crash}") is not None
     )
-    return (StepLost if is_fault else StepFailed)(step, code, tail, how, crash)
+    return StepLost(step, code, tail, how) if is_fault else StepFailed(step, code, tail, how, crash)
 
 
 def prepare(job: Job) -> Path:

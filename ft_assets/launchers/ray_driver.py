@@ -55,8 +55,10 @@ def work(config: dict[str, Any]) -> None:
         queue.put(("progress", (message, numbers)))
 
     step = importlib.import_module(f"ft_assets.steps.{job.step}").step
-    if execute(step, job, report, int(os.environ["RANK"])):
-        raise FtError.from_dict(json.loads(job.error_file.read_text()))
+    if code := execute(step, job, report, int(os.environ["RANK"])):
+        if job.error_file.exists():
+            raise FtError.from_dict(json.loads(job.error_file.read_text()))
+        raise StepFailed(job.step, code, "")  # the stack trace is in the log
 
 
 def run(job: Job, settings: RaySettings) -> int:
