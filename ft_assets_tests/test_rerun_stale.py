@@ -21,6 +21,7 @@ from ft_assets.artifacts.manifest import Manifest
 from ft_assets.config import load_project
 from ft_assets.definitions import build
 from ft_assets.orchestration import materializer as materializer
+from ft_assets.orchestration.mark_stale import CHECK
 from ft_assets.orchestration.rerun_stale import UNSEEN
 from ft_assets_tests.factories import conversations, edit, write_jsonl
 from ft_assets_tests.launching import stop_services
@@ -94,8 +95,8 @@ class Switched:
             for one in self.requests()
         }
 
-    def look(self) -> list[Any]:
-        """Evaluate `mark_stale` once, report its events as a daemon does, and return them."""
+    def look(self) -> list[str]:
+        """Evaluate `mark_stale` once; return the data sources that it reports."""
         with dg.build_sensor_context(
             instance=self.instance, cursor=self.looked, repository_def=self.repository
         ) as context:
@@ -103,16 +104,32 @@ class Switched:
         self.looked, self.said = ticked.cursor, ticked.skip_message or ""
         for event in ticked.asset_events:
             self.instance.report_runless_asset_event(event)
-        return list(ticked.asset_events)
+        return [event.asset_key.to_user_string() for event in ticked.asset_events]
+
+    def marks(self) -> dict[tuple[str, str | None], str]:
+        """Return {(asset, base model): reason} of what the UI shows as out of date."""
+        keys = [key for key in self.repository.asset_graph.asset_check_keys if key.name == CHECK]
+        found = dict[tuple[str, str | None], str]()
+        for key in keys:
+            history = self.instance.event_log_storage.get_asset_check_execution_history(key, 100)
+            latest = {
+                evaluation.partition: evaluation
+                for record in reversed(history)
+                if record.event and (evaluation := record.event.asset_check_evaluation)
+            }
+            for partition, evaluation in latest.items():
+                if not evaluation.passed:
+                    found[key.asset_key.to_user_string(), partition] = evaluation.description or ""
+        return found
 
     def marked(self) -> dict[str | None, set[str]]:
-        """Look until what changed is planned; return {base model: assets marked since}."""
+        """Look until what changed is planned; return {base model: marked assets}."""
         assert self.look() == []  # perhaps a copy in progress
-        found = dict[str | None, set[str]]()
-        for event in self.look():
-            if isinstance(event, dg.AssetCheckEvaluation) and not event.passed:
-                found.setdefault(event.partition, set()).add(event.asset_key.to_user_string())
+        self.look()
         assert self.look() == [] and self.said == "nothing has changed"
+        found = dict[str | None, set[str]]()
+        for asset, partition in self.marks():
+            found.setdefault(partition, set()).add(asset)
         return found
 
     def run(self, request: dg.RunRequest) -> dg.ExecuteInProcessResult:
@@ -210,19 +227,10 @@ def test_one_more_pair_marks_its_source_and_what_is_below_with_the_reason(
     with (switched.folder / "data/pairs.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "new bread", "chosen": "yes", "rejected": "no no"}) + "\n")
     assert switched.look() == []
-    events = switched.look()
-    reported = {
-        event.asset_key.to_user_string() for event in events if not hasattr(event, "passed")
-    }
-    assert reported == {"preferences_files"}
-    why = {
-        (event.asset_key.to_user_string(), event.partition): event.description
-        for event in events
-        if hasattr(event, "passed")
-    }
-    assert (
-        why.pop(("raw_preferences", None)) == "out of date: preferences: data/pairs.jsonl changed"
-    )
+    assert switched.look() == ["preferences_files"]
+    why = switched.marks()
+    reason = "out of date: preferences: data/pairs.jsonl changed"
+    assert why.pop(("raw_preferences", None)) == reason
     below = {"chat_dataset", "heldout_split", *BELOW_TRAINING}
     assert why.keys() == {(asset, name) for asset in below for name in ("tiny", "other")} | {
         ("leaderboard", None)
@@ -230,9 +238,7 @@ def test_one_more_pair_marks_its_source_and_what_is_below_with_the_reason(
     assert "raw_preferences" in why["chat_dataset", "tiny"]
     assert materialize(switched.folder, "*", "tiny").success
     assert materialize(switched.folder, "*", "other").success
-    assert switched.look() == []
-    passed = {(event.asset_key.to_user_string(), event.partition) for event in switched.look()}
-    assert passed == {*why, ("raw_preferences", None)}
+    assert switched.marked() == {}
 
 
 def test_button_runs_what_is_out_of_date_of_the_base_models_that_it_names(

@@ -17,6 +17,7 @@ import dagster as dg
 from dagster import DagsterInstance, EventLogEntry
 from dagster._cli.api import execute_run_command
 from dagster._cli.utils import get_instance_for_cli
+from dagster._core.events import DagsterEvent
 from dagster._core.instance import InstanceRef
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
 from dagster._grpc.types import ExecuteRunArgs
@@ -44,6 +45,7 @@ __all__ = [
     "keep_secrets_out_of_history",
     "open_instance",
     "read_run",
+    "report_check",
     "write_run",
 ]
 
@@ -54,6 +56,24 @@ class LaunchedRun:
 
     run_id: str
     instance: InstanceRef | None
+
+
+def report_check(
+    instance: DagsterInstance, run_id: str, evaluation: dg.AssetCheckEvaluation
+) -> None:
+    """Store a check's evaluation as of a run.
+
+    Without a run, as `report_runless_asset_event` stores it, the database takes one evaluation of a
+    partition and refuses the second.
+    """
+    instance.report_dagster_event(
+        run_id=run_id,
+        dagster_event=DagsterEvent(
+            event_type_value=dg.DagsterEventType.ASSET_CHECK_EVALUATION.value,
+            event_specific_data=evaluation,
+            job_name="",
+        ),
+    )
 
 
 def write_run(context: LaunchRunContext, instance: DagsterInstance) -> tuple[str, str | None]:

@@ -12,6 +12,7 @@ import dagster as dg
 
 from ft_assets.artifacts import ArtifactStore, ObjectStore, open_store
 from ft_assets.artifacts.content_hashes import FOR_EVER, ContentHashes
+from ft_assets.compat.dagster import report_check
 from ft_assets.config import Project
 from ft_assets.orchestration.automation import AFTER_PEOPLE, valid_cron
 from ft_assets.orchestration.declarations import Asset
@@ -110,14 +111,16 @@ def _job(project: Project, assets: Sequence[Asset]) -> dg.JobDefinition:
         for asset in assets:
             for partition in project.base_models if asset.per_base_model else [None]:
                 findings = found.pop((asset.name, partition), [])
-                context.instance.report_runless_asset_event(
+                report_check(
+                    context.instance,
+                    context.run_id,
                     dg.AssetCheckEvaluation(
                         asset_key=dg.AssetKey(asset.name),
                         check_name=CHECK,
                         passed=not findings,
                         description=described(findings),
                         partition=partition,
-                    )
+                    ),
                 )
                 if findings:
                     context.log.error(f"{label(asset.name, partition)}: {described(findings)}")

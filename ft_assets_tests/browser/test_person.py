@@ -279,6 +279,7 @@ def test_changed_data_is_marked_with_its_reason_and_one_job_runs_what_is_marked(
 
     person.open(f"/locations/{LOCATION}/jobs/bring_up_to_date/playground")
     person.page.locator(".CodeMirror").first.click()
+    person.page.keyboard.press("Control+A")
     person.page.keyboard.insert_text("ops: {find_stale: {config: {base_models: [tiny]}}}")
     person.page.get_by_role("button", name="Launch Run", exact=True).click()
     (run,) = wait(lambda: person.runs(**{"ft/started_by": "bring_up_to_date"}), "its run")
