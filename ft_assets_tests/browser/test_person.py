@@ -281,7 +281,7 @@ def test_changed_data_is_marked_with_its_reason_and_one_job_runs_what_is_marked(
     person.page.locator(".CodeMirror").first.click()
     person.page.keyboard.press("Control+A")
     person.page.keyboard.insert_text("ops: {find_stale: {config: {base_models: [tiny]}}}")
-    person.page.get_by_role("button", name="Launch Run", exact=True).click()
+    person.page.get_by_role("button", name=re.compile("Launch Run")).last.click()
     (run,) = wait(lambda: person.runs(**{"ft/started_by": "bring_up_to_date"}), "its run")
     made = {asset["path"][0] for asset in run["assetSelection"]}
     assert made >= {"raw_preferences", "chat_dataset", "heldout_split", "dpo_adapter"}
