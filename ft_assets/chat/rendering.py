@@ -11,7 +11,7 @@ Not here: the proofs (row_proofs.py, structure_proofs.py), the text that a templ
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ft_assets.chat.control_tokens import ControlTokens
 from ft_assets.chat.row_proofs import (
@@ -320,7 +320,8 @@ class Renderer(TemplateText):
         if self.escapes and CUT in plan.text:
             self._controls.prove_escaped(plan.text, ids)
             messages = [
-                {**turn, "content": turn["content"].replace(CUT, "")} for turn in plan.messages
+                cast(Message, {**turn, "content": turn["content"].replace(CUT, "")})
+                for turn in plan.messages
             ]
         prove(self.facts, rendered, messages, contexts, plan.blocks)
         self._structures.prove(plan.messages, bool(plan.tools))

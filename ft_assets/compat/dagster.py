@@ -27,7 +27,7 @@ from dagster._serdes import (
     deserialize_value,
     serialize_value,
 )
-from dagster._utils.error import SerializableErrorInfo
+from dagster_shared.error import SerializableErrorInfo
 
 from ft_assets.redaction import guard_stream, redacted, without_known
 

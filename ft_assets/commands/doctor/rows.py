@@ -114,9 +114,10 @@ def _heldout(project: Project, heldout: Rows, trained: Rows) -> Iterator[Check]:
 def _left_out(project: Project, heldout: Rows, trained: Rows) -> Iterator[Check]:
     if not heldout or len(heldout) + len(trained) > COMPARED:
         return
-    sides: Any = ({"conversations": trained}, {"heldout": heldout})
+    before: Any = {"conversations": trained}
+    after: Any = {"heldout": heldout}
     common = common_of([trained, heldout])  # type: ignore[list-item]
-    copies, _ = find_copies(*sides, project.data, common)
+    copies, _ = find_copies(before, after, project.data, common)
     sources = {row["id"]: row["source"] for row in (*trained, *heldout)}
     for copy in copies:
         copy["source"], copy["of_source"] = sources[copy["id"]], sources[copy["of"]]
