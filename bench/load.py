@@ -97,7 +97,7 @@ def commands(folder: Path) -> None:
     timed("ft plan --base m000", lambda: call(folder, *FT, "plan", "--base", "m000"))
     timed("ft status", lambda: call(folder, *FT, "status"))
     timed("ft gc", lambda: call(folder, *FT, "gc"))
-    for sensor in ("rerun_stale", "data_files_sensor"):
+    for sensor in ("rerun_stale", "mark_stale"):
         timed(
             f"{sensor}, a tick", lambda name=sensor: call(folder, sys.executable, "-c", TICK, name)
         )
