@@ -9,22 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
 
-from ft_assets.config import Project, find_config, load_project
+from ft_assets.config import Project
 from ft_assets.orchestration.run_plan import Build, summary
+from ft_assets.orchestration.run_plan_job import Chosen
 from ft_assets.orchestration.stale_graph import StaleGraph
 
 NAME = "bring_up_to_date"
 STEPS = ".dagster/ft_steps"  # {base model: its stale steps}; the UI hides tags with this prefix
-
-
-class Scope(dg.Config):
-    """The base models to bring up to date."""
-
-    base_models: list[str] = Field(
-        default=[], description="Keys of base_models in finetune.yaml; empty: all of them."
-    )
 
 
 def bring_up_to_date(
@@ -39,12 +31,10 @@ def bring_up_to_date(
         name="find_stale",
         description="Finds what is out of date. Its runs start within half a minute.",
     )
-    def find_stale(context: dg.OpExecutionContext, config: Scope) -> None:
-        graph = StaleGraph(load_project(find_config(project.root)), build)
-        for name in config.base_models:
-            graph.project.base_model(name)
+    def find_stale(context: dg.OpExecutionContext, config: Chosen) -> None:
+        graph = StaleGraph.today(project, build)
         found = dict[str, list[str]]()
-        for name in config.base_models or list(graph.project.base_models):
+        for name in config.names(graph.project):
             steps, refused = graph.stale(graph.graph.materializable_asset_keys, name)
             context.log.info(f"{name}: {summary(steps) if steps else 'nothing to do'}")
             for asset, reason in refused.items():
@@ -75,7 +65,7 @@ def bring_up_to_date(
         if not found:
             yield dg.SkipReason("nothing is out of date")
             return
-        graph = StaleGraph(load_project(find_config(project.root)), build)
+        graph = StaleGraph.today(project, build)
         for name, assets in found.items():
             key = f"{run.run_id}-{name}"
             yield graph.request(assets, name, {"ft/started_by": NAME}, run_key=key)

@@ -78,9 +78,10 @@ def stale_in(graph: StaleGraph, base_model: str) -> dict[str, str]:
 
     What was never made is not out of date: Dagster shows it as missing.
     """
-    store = open_store(graph.project)
     steps, refused = graph.stale(graph.graph.materializable_asset_keys, base_model)
-    made = {step.asset: why(step) for step in steps if store.current(step.asset, step.partition)}
+    made = {
+        step.asset: why(step) for step in steps if graph.store.current(step.asset, step.partition)
+    }
     return made | {asset: f"a run would be refused: {text}" for asset, text in refused.items()}
 
 
@@ -200,7 +201,7 @@ def up_to_date(
             made = _made_by(context)
             planned: dict[str, str] = {}
             if not chosen <= made:
-                graph = StaleGraph(load_project(find_config(project.root)), build)
+                graph = StaleGraph.today(project, build)
                 planned = stale_in(graph, base_model or next(iter(graph.project.base_models)))
             for key in sorted(chosen):
                 found = None if key in made else planned.get(key.to_user_string())

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import dagster as dg
 
-from ft_assets.config import Project, find_config, load_project
+from ft_assets.config import Project
 from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.orchestration.automation import AFTER_PEOPLE
 from ft_assets.orchestration.data_sources import Versions, source_versions
@@ -53,7 +53,7 @@ def rerun_stale(project: Project, build: Build, job: Any) -> dg.SensorDefinition
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         memory: Memory = json.loads(context.cursor or '{"data": null, "asked": {}}')
         try:
-            graph = StaleGraph(load_project(find_config(project.root)), build)
+            graph = StaleGraph.today(project, build)
             data = source_versions(graph.project)
             if data != memory["data"]:  # wait until a copy in progress is over
                 context.update_cursor(json.dumps({**memory, "data": data}))

@@ -264,17 +264,17 @@ class Plans:
         # A server that does not answer is reported at once, not retried.
         once = project.launcher.model_copy(update={"retries": 0})
         self._project = project.model_copy(update={"launcher": once})
-        self._store = open_store(self._project)
+        self.store = open_store(self._project)
         self.graph = build(project).resolve_asset_graph()
         self._shared: dict[tuple[str, Assumed], Wanted] = {}
 
     def of(self, keys: Sequence[dg.AssetKey], partition: str | None) -> list[PlannedStep]:
         """Plan a step for each asset of `keys`, in the graph's order."""
-        with self._store.hashes.held():
+        with self.store.hashes.held():
             return list(self._steps(set(keys), partition).values())
 
     def _steps(self, wanted: set[dg.AssetKey], partition: str | None) -> dict[str, PlannedStep]:
-        planner = Planner(self._project, self._store)
+        planner = Planner(self._project, self.store)
         refused, steps = dict[str, str](), dict[str, PlannedStep]()
         unreached = set[str]()
         for key in (

@@ -13,12 +13,18 @@ from ft_assets.config import Project
 from ft_assets.orchestration.run_plan import RUNS, Build, PlannedStep, Plans, memory_of, summary
 
 
-class PlanConfig(dg.Config):
-    """The base models to plan for."""
+class Chosen(dg.Config):
+    """The base models that a job is about."""
 
     base_models: list[str] = Field(
         default=[], description="Keys of base_models in finetune.yaml; empty: all of them."
     )
+
+    def names(self, project: Project) -> list[str]:
+        """Return the chosen base models. Raises ConfigError for one that the project lacks."""
+        for name in self.base_models:
+            project.base_model(name)
+        return self.base_models or list(project.base_models)
 
 
 def markdown(steps: Sequence[PlannedStep]) -> str:
@@ -40,12 +46,10 @@ def what_would_run(project: Project, build: Build) -> dg.JobDefinition:
         name="plan",
         description="Compares each step's inputs, settings and code with the store. Makes nothing.",
     )
-    def plan_op(context: dg.OpExecutionContext, config: PlanConfig) -> None:
-        for name in config.base_models:
-            project.base_model(name)
+    def plan_op(context: dg.OpExecutionContext, config: Chosen) -> None:
         plans = Plans(project, build)
         keys = list(plans.graph.materializable_asset_keys)
-        for name in config.base_models or list(project.base_models):
+        for name in config.names(project):
             steps = plans.of(keys, name)
             context.log.info(f"{name}: {summary(steps)}")
             context.log_event(

@@ -5,9 +5,8 @@ from typing import TypedDict
 
 import dagster as dg
 
-from ft_assets.artifacts import open_store
 from ft_assets.artifacts.environment import LIBRARIES, library_versions
-from ft_assets.config import Project, settings_version
+from ft_assets.config import Project, find_config, load_project, settings_version
 from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build, PlannedStep, Plans
 
 FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
@@ -31,7 +30,7 @@ class StaleGraph:
 
     def __init__(self, project: Project, build: Build) -> None:
         self.project, self._plans = project, Plans(project, build)
-        self.graph = self._plans.graph
+        self.graph, self.store = self._plans.graph, self._plans.store
         made = self.graph.materializable_asset_keys
         self.partitioned = {key for key in made if self.graph.get(key).is_partitioned}
         fed = {
@@ -41,6 +40,11 @@ class StaleGraph:
         }
         self.sources, self.boards = made - self.partitioned - fed, fed
 
+    @classmethod
+    def today(cls, project: Project, build: Build) -> "StaleGraph":
+        """Return the graph by the project's finetune.yaml as it is now. Raises ConfigError."""
+        return cls(load_project(find_config(project.root)), build)
+
     def stale(
         self, keys: Iterable[dg.AssetKey], partition: str | None
     ) -> tuple[list[PlannedStep], dict[str, str]]:
@@ -49,12 +53,11 @@ class StaleGraph:
         No steps if nothing must run. A version that would only become current again (a setting was
         taken back) is stale too: the steps below do not read it today.
         """
-        store = open_store(self.project)
         steps = self._plans.of(list(keys), partition)
         again = {
             step.asset
             for step in steps
-            if step.version not in (None, store.current_name(step.asset, step.partition))
+            if step.version not in (None, self.store.current_name(step.asset, step.partition))
         }
         must = [
             step
