@@ -17,12 +17,13 @@ from ft_assets.commands.gc import removals, remove
 from ft_assets.commands.status import status
 from ft_assets.config import load_project
 from ft_assets.errors import ArtifactError, ConfigError, ReleaseError, StoreUnreachable
+from ft_assets.orchestration.mark_stale import outside
 from ft_assets.release import whole_register
 from ft_assets.release.lookup import by_content
 from ft_assets.release.register import state_of
 from ft_assets.release.store_check import check_store
 from ft_assets.release.whole_register import current_release, repair
-from ft_assets_tests.factories import ft
+from ft_assets_tests.factories import edit, ft
 from ft_assets_tests.pipeline import failure, materialize
 from ft_assets_tests.registers import decide, merged_model
 
@@ -282,3 +283,17 @@ def test_graph_on_a_bucket_is_reused_whole_by_a_second_machine(
         .need("merged_model", "tiny")
         .path.is_relative_to(second / ".ft/cache")
     )
+
+
+def test_version_that_another_machine_made_decides_what_is_marked(
+    bucket: Any, machine: Callable[[str], ObjectStore], project: Path
+) -> None:
+    edit(project, store="s3://models/team")
+    here = load_project(project / "finetune.yaml")
+    before = outside(here, {})
+    assert outside(here, {}) == before
+    publish(machine("other"), "weights", "v1")
+    made = outside(here, {})
+    assert made != before
+    bucket.put_object(Bucket="models", Key="team/a/tiny/CURRENT", Body=b"\xff\xfe")
+    assert outside(here, {}) not in (before, made)

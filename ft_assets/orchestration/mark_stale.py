@@ -10,7 +10,6 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TypedDict
 
 import dagster as dg
@@ -18,6 +17,7 @@ import dagster as dg
 from ft_assets.artifacts import open_store
 from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.environment import LIBRARIES, library_versions
+from ft_assets.artifacts.store import CURRENT
 from ft_assets.compat.dagster import report_check
 from ft_assets.config import Project, find_config, load_project
 from ft_assets.errors import FtError, InfrastructureFault
@@ -57,10 +57,10 @@ def outside(project: Project, data: Versions) -> str:
     The commit of a model of the hub is looked up once an hour.
     """
     store = open_store(project)
-    current = {
-        str(pointer.relative_to(store.root)): pointer.read_text()
-        for pointer in sorted(Path(store.root).glob("*/*/CURRENT"))
-    }
+    # As bytes: a damaged pointer is a state too.
+    current = [
+        (*home, store.read_beside(*home, CURRENT)) for home in sorted(store.homes(), key=str)
+    ]
     bases = {
         name: {"looked up in hour": int(time.time() // 3600)}  # a plan asks the hub for its commit
         if settings.hub
