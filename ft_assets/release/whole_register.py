@@ -7,6 +7,7 @@ is not whole is refused, never taken for an empty one.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -92,11 +93,13 @@ def turn(store: ArtifactStore, partition: str, before: Artifact | None, sequence
         if first != version:
             raise _overtaken(partition, sequence, f"version {first} has its number")
 
-    def remember(artifact: Artifact) -> None:
-        text = history_text(state_of(artifact).history)
-        store.write_beside(RELEASE, partition, DECISIONS, text.encode())
+    return Turn(check, partial(_remember, store, partition))
 
-    return Turn(check, remember)
+
+def _remember(store: ArtifactStore, partition: str, version: Artifact) -> None:
+    """Write the history of a version to DECISIONS."""
+    text = history_text(state_of(version).history)
+    store.write_beside(RELEASE, partition, DECISIONS, text.encode())
 
 
 def repair(store: ArtifactStore, partition: str) -> str:
@@ -118,9 +121,8 @@ def repair(store: ArtifactStore, partition: str) -> str:
     if lost or best is None:
         best = _written_again(store, partition, state, lost)
     else:
-        after = turn(store, partition, None, 0).after
-        store.make_current(best, partition, Turn(after=after))
-        after(best)
+        store.make_current(best, partition, Turn(after=partial(_remember, store, partition)))
+        _remember(store, partition, best)  # also if it was current before
     return _done(problem or "a release that was interrupted", register, best, state, lost)
 
 
@@ -297,7 +299,7 @@ def _written_again(
             metrics=metrics,
             parts={"champion": last.champion.identity},
             started=time.time(),
-            turn=Turn(after=turn(store, partition, None, 0).after),
+            turn=Turn(after=partial(_remember, store, partition)),
         )
 
 
