@@ -114,8 +114,8 @@ class ArtifactStore:
         return artifact
 
     def remedy(self, artifact: Artifact) -> str:
-        """Return how a damaged version is healed."""
-        # By its place: a damaged manifest may name another one.
+        """Return the advice that heals a damaged version."""
+        # A damaged manifest may name another place.
         named = None
         with contextlib.suppress(ArtifactError):  # CURRENT is damaged too
             named = self.current_name(*_home_of(artifact.folder.parent))

@@ -1,8 +1,8 @@
 """Compare a published version with its manifest, byte for byte, and the manifest with itself.
 
-What is found without a key: any change of a file, a missing or an added file, a manifest whose
-hashes do not give its data version or its fingerprint, a manifest whose seal is broken, a version
-in the place of another. Not found: a change after which all of these were computed again.
+This finds any change of a file, a missing or an added file, a manifest whose hashes do not give its
+data version or its fingerprint, a manifest whose seal is broken, and a version in the place of
+another. It does not find a change after which all of these were computed again.
 """
 
 from collections.abc import Callable, Iterator
@@ -109,7 +109,7 @@ def _file_damage(path: Path, size: int, digest: str, sha256: Sha256) -> Iterator
 
 
 def remedy(folder: Path, is_current: bool) -> str:
-    """Return how the damaged version in <asset>/<partition>/<version> is healed.
+    """Return the advice that heals the damaged version in <asset>/<partition>/<version>.
 
     Only a current one is made again by a run.
     """
@@ -132,7 +132,7 @@ def remedy(folder: Path, is_current: bool) -> str:
 
 
 def pointer_remedy(asset: str, partition: str | None) -> str:
-    """Return how a damaged CURRENT is healed: a run writes it again, except that of a history."""
+    """Return the advice that heals a damaged CURRENT: a run writes it again, except a history's."""
     if asset in HISTORIES:
         return f"ft {asset} --repair"
     return f"ft run --asset {asset}" + (f" --base {partition}" if partition else "")

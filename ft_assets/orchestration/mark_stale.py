@@ -76,7 +76,7 @@ def outside(project: Project, data: Versions) -> str:
 def stale_in(graph: StaleGraph, base_model: str) -> dict[str, str]:
     """Return {asset: why} of the artifacts that a run of one base model would make again.
 
-    What was never made is not out of date: Dagster shows it as missing.
+    Dagster shows an artifact that was never made as missing. It is not out of date.
     """
     steps, refused = graph.stale(graph.graph.materializable_asset_keys, base_model)
     made = {
