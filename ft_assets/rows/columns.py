@@ -13,6 +13,7 @@ from ft_assets.rows.row_formats import (
     CONTEXT,
     CONVERSATION_FORMATS,
     CONVERSATIONS,
+    JOINED,
     MEDIA,
     PREFERENCE_FORMATS,
     PROMPT,
@@ -20,6 +21,7 @@ from ft_assets.rows.row_formats import (
     RANKS,
     SYSTEM,
     TIES,
+    context_column,
     recognise,
 )
 from ft_assets.rows.types import DataRow, RawFields
@@ -28,8 +30,6 @@ from ft_assets.rows.types import DataRow, RawFields
 IDS = ("id", "_id", "uuid", "row_id", "example_id", "sample_id", "prompt_id", "question_id")
 ALWAYS = frozenset((*IDS, *MEDIA, "tools", "functions", "group"))
 CHOICES = ("choices", "options")
-# Prompts that a context is joined to. It is not joined to others.
-JOINED = ("instruction", "question", "query")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Columns:
         read |= set(SYSTEM)
         questions: list[Question] = []
         if prompt is not None:
-            context = _joined(raw, prompt)
+            context = context_column(raw, prompt)
             read |= {"history", *([context] if context else [])}
             questions += self._prompts(raw, prompt, read)
             questions += self._contexts(raw, prompt, read)
@@ -238,14 +238,6 @@ def _pair(raw: RawFields) -> tuple[set[str], str | None, str | None]:
         return read | ({turns} if turns else set()), None, None
     prompt = next((name for name in PROMPT if _has_content(raw, name)), None)
     return read | ({prompt} if prompt else set()), prompt, None
-
-
-def _joined(raw: RawFields, prompt: str) -> str | None:
-    """Return the column that is joined to the prompt, or None."""
-    if prompt not in JOINED or not isinstance(raw.get(prompt), str):
-        return None
-    texts = (name for name in CONTEXT if isinstance(raw.get(name), str) and raw[name].strip())
-    return next((name for name in texts if name != prompt), None)
 
 
 def _has_content(raw: RawFields, name: str) -> bool:

@@ -22,6 +22,8 @@ from ft_assets.rows.values import RowProblem, Tie, shown
 PROMPT = ("prompt", "instruction", "question", "query", "input", "text")
 COMPLETION = ("completion", "output", "response", "answer", "target")
 CONTEXT = ("input", "context")
+# Prompts that a context is joined to. It is not joined to others.
+JOINED = ("instruction", "question", "query")
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
 TRANSCRIPTS = ("chat", "transcript", "text")  # lists of turns once transcripts.py has read them
 RANKED = ("responses", "completions", "answers")
@@ -325,11 +327,17 @@ def _prompt_turns(raw: RawFields, key: str) -> list[Any]:
     value = raw[key]
     if isinstance(value, list):
         return [spelled(turn) for turn in value]
-    context = next((raw[name] for name in CONTEXT if name != key and _has_text(raw, name)), None)
-    takes_context = key in ("instruction", "question", "query")
-    if takes_context and context is not None and isinstance(value, str):
-        value = f"{value}\n{context}"
+    context = context_column(raw, key)
+    if context is not None:
+        value = f"{value}\n{raw[context]}"
     return [{"role": "user", "content": value}]
+
+
+def context_column(raw: RawFields, prompt: str) -> str | None:
+    """Return the column whose text is joined to that of the column `prompt`, or None."""
+    if prompt not in JOINED or not isinstance(raw.get(prompt), str):
+        return None
+    return next((name for name in CONTEXT if name != prompt and _has_text(raw, name)), None)
 
 
 def _has_text(raw: RawFields, name: str) -> bool:
