@@ -525,6 +525,19 @@ def test_key_that_cannot_sign_stops_a_run_before_training(project: Path, keys: P
     assert "lies in the project" in failure(materialize(project, "recipe"))
 
 
+def test_project_without_signing_needs_none_of_its_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = ("securesystemslib", "cryptography")
+    loaded = [name for name in sys.modules if name.partition(".")[0] in extra]
+    for name in {*loaded, *extra}:
+        monkeypatch.setitem(sys.modules, name, None)
+    project = project_with(tmp_path, None)
+    assert signing_key(project) is None
+    assert trusted_keys(project) == ()
+    assert Signing.of(project, None, "release[tiny]").key is None
+
+
 def test_outsider_verifies_with_openssf_model_signing(shop: Shop, keys: Path) -> None:
     merged, signature = folder(shop, "merged_model"), folder(shop, "release") / "model.sig"
     command = [str(Path(sys.executable).with_name("model_signing")), "verify", "key", str(merged)]

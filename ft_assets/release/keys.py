@@ -79,11 +79,11 @@ def signing_key(project: Project) -> SigningKey | None:
     Raises ReleaseError if it cannot be used, lies in the project or store, can be read by others,
     or is not one of the trusted keys.
     """
-    from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore
-
     private = _private_key(project)
     if private is None:
         return None
+    from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore
+
     pem = _public_pem(private)
     fingerprint = hashlib.sha256(pem).hexdigest()
     trusted = trusted_keys(project)
