@@ -31,7 +31,8 @@ class Asker:
     """Asks the candidate that is active in the model.
 
     weights: the identity of the candidate's weights and of the libraries, for the digests. kept:
-    the values that need not be asked. generated: the tokens that were generated.
+    the values that need not be asked. generated: the tokens that were generated. slower: why they
+    were generated without a shortcut.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Asker:
         self.weights = weights
         self.kept = kept or Kept()
         self.generated = 0
+        self.slower: dict[str, None] = {}
         self.renderer = Renderer(tokenizer, stops)
         config = model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
@@ -122,6 +124,7 @@ class Asker:
                 limit,
                 self.settings.batch_size,
                 [rows[index]["id"] for index in missing],
+                told=lambda reason: self.slower.setdefault(reason),
             )
             self.generated += sum(answer.tokens for answer in answers)
             return [

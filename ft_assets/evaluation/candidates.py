@@ -108,8 +108,12 @@ def ask(
                     harness[plan.name] = _harness(asker, candidates.harness)
         seconds = time.perf_counter() - begun
         cost = Cost(
-            seconds={**cost.seconds, plan.name: seconds}, tokens=cost.tokens + asker.generated
+            seconds={**cost.seconds, plan.name: seconds},
+            tokens=cost.tokens + asker.generated,
+            slower=tuple(dict.fromkeys([*cost.slower, *asker.slower])),
         )
+        for reason in asker.slower:
+            report(reason)
         report(f"asked {plan.name}", generated_tokens=asker.generated, seconds=round(seconds, 1))
     mismatches = template_mismatches(renderer, [*task.heldout, *task.train])
     base = Asker(model, tokenizer, stops, task)

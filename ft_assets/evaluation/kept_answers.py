@@ -92,10 +92,14 @@ class Facts(Part):
 
 
 class Cost(Part):
-    """info/cost.json: seconds by candidate, and the generated tokens."""
+    """info/cost.json: seconds by candidate, and the generated tokens.
+
+    `slower`: why answers were generated without a shortcut.
+    """
 
     seconds: dict[str, float]
     tokens: int
+    slower: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float | None]:
         """Return the numbers of a manifest. tokens_per_s is None if nothing was generated."""

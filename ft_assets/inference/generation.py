@@ -1,20 +1,31 @@
 """Generate greedy answers of one model to many prompts.
 
-Batches are sorted by length, and the shared prefix is computed once. An answer that cannot be
-generated is an error, never an empty text.
+Batches are sorted by length, and the shared prefix is computed once. Where a model's cache makes
+one of the two inexact, the answers are generated without it. An answer that cannot be generated is
+an error, never an empty text.
 Not here: the scores of an answer.
 """
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ft_assets.errors import EvaluationError
+from ft_assets.inference.padding import batch_is_exact
+from ft_assets.inference.prefix import (
+    is_attention,
+    longest_padded,
+    prefill,
+    repeated,
+    shared_prefix,
+)
 
-MIN_PREFIX = 16
+SLIDING = "the shared prefix is computed for each row: rows end beyond the sliding window"
+RECURRENT = "the shared prefix is computed for each row: its state cannot be continued"
+UNPADDED = "a batch has prompts of one length: padding changes this model's answers"
+ALONE = "each prompt is answered alone: other rows of a batch change this model's answers"
 
 
 @dataclass(frozen=True)
@@ -57,15 +68,18 @@ def generate(
     max_new_tokens: int,
     batch_size: int | None = None,
     ids: list[str] | None = None,
+    told: Callable[[str], object] = lambda _: None,
 ) -> list[Answer]:
     """Return the greedy answers to `prompts` (token ids), in their order.
 
-    A batch that does not fit into memory is halved. Raises EvaluationError with the row (its entry
-    of `ids`, else its number) whose generation fails: a row without an answer is never scored.
+    `told` gets a sentence for each shortcut that this model's cache does not allow. A batch that
+    does not fit into memory is halved. Raises EvaluationError with the row (its entry of `ids`,
+    else its number) whose generation fails: a row without an answer is never scored.
     """
     model.eval()
-    prefix = shared_prefix(prompts)
-    cache = prefill(model, prefix) if prefix else None
+    longest = max(map(len, prompts)) + max_new_tokens
+    prefix, cache = _usable_prefix(model, prompts, longest, told)
+    padded, most = _exact_batches(model, prompts, cache, tokenizer.pad_token_id, told)
 
     def answer(batch: list[int]) -> list[Answer]:
         return _generate_batch(
@@ -78,13 +92,59 @@ def generate(
             max_new_tokens,
         )
 
-    size = batch_size or default_batch_size(model, max(map(len, prompts)) + max_new_tokens)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    size = min(most, batch_size or default_batch_size(model, longest))
     answers: dict[int, Answer] = {}
-    for begin in range(0, len(order), size):
-        batch = order[begin : begin + size]
+    for batch in _batches([len(prompt) for prompt in prompts], size, padded):
         answers.update(zip(batch, _carefully(answer, batch, ids), strict=True))
     return [answers[index] for index in range(len(prompts))]
+
+
+def _usable_prefix(
+    model: Any, prompts: list[list[int]], longest: int, told: Callable[[str], object]
+) -> tuple[list[int], Any]:
+    """Return the shared prefix and its cache, or ([], None) if rows cannot continue it exactly.
+
+    longest: the tokens of the longest prompt with its answer.
+    """
+    prefix = shared_prefix(prompts)
+    if not prefix:
+        return [], None
+    cache = prefill(model, prefix)
+    if longest <= longest_padded(cache):
+        return prefix, cache
+    told(SLIDING if is_attention(cache) else RECURRENT)
+    return [], None
+
+
+def _exact_batches(
+    model: Any, prompts: list[list[int]], cache: Any, pad: int, told: Callable[[str], object]
+) -> tuple[bool, int]:
+    """Return (padding keeps the answers, the largest batch that keeps them).
+
+    Masks of keys and values are exact. What recurrent layers make of a batch is measured.
+    """
+    short, long = min(prompts, key=len), max(prompts, key=len)
+    if cache is not None or len(prompts) == 1 or is_attention(prefill(model, short[:1])):
+        return True, len(prompts)
+    if batch_is_exact(model, short, long, pad):
+        return True, len(prompts)
+    if batch_is_exact(model, short, short[::-1], pad):  # other tokens, as many
+        told(UNPADDED)
+        return False, len(prompts)
+    told(ALONE)
+    return False, 1
+
+
+def _batches(lengths: list[int], size: int, padded: bool) -> Iterator[list[int]]:
+    """Yield the row numbers of each batch, the shortest first; of one length unless `padded`."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if batch and (len(batch) == size or not (padded or lengths[index] == lengths[batch[0]])):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _carefully(
@@ -108,33 +168,6 @@ def _carefully(
         torch.cuda.empty_cache()
     half = len(batch) // 2
     return [*_carefully(answer, batch[:half], ids), *_carefully(answer, batch[half:], ids)]
-
-
-def shared_prefix(prompts: list[list[int]]) -> list[int]:
-    """Return the tokens that all prompts begin with, or [] if they are too few to pay.
-
-    Each prompt keeps at least one token of its own.
-    """
-    shortest, first = min(len(prompt) for prompt in prompts), prompts[0]
-    length = 0
-    while length < shortest - 1 and all(prompt[length] == first[length] for prompt in prompts):
-        length += 1
-    return first[:length] if length >= MIN_PREFIX and len(prompts) > 1 else []
-
-
-def prefill(model: Any, prefix: list[int]) -> Any:
-    """Return the keys and values of a prefix, for one row."""
-    ids = torch.tensor([prefix], device=model.device)
-    return model(
-        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1
-    ).past_key_values
-
-
-def repeated(cache: Any, rows: int) -> Any:
-    """Return a copy of one row's keys and values for a batch."""
-    batch = copy.deepcopy(cache)
-    batch.batch_repeat_interleave(rows)
-    return batch
 
 
 def _generate_batch(

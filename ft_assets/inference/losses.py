@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ft_assets.inference.generation import prefill, repeated, shared_prefix
+from ft_assets.inference.prefix import is_attention, prefill, repeated, shared_prefix
+from ft_assets.models.decoder import decoder_of
 from ft_assets.models.sharding import is_sharded
 from ft_assets.rows.types import TokenSequence
 
@@ -74,8 +75,10 @@ def _scores(
     """
     model.eval()
     prompts = [row["input_ids"][: row["supervised"].index(True)] for row in rows]
-    prefix = shared_prefix(prompts) if prompts else []
+    prefix = shared_prefix(prompts)
     cache = prefill(model, prefix) if prefix else None
+    if not is_attention(cache):  # padding is behind the tokens, so that a window does not matter
+        prefix, cache = [], None
     found: dict[int, Scored] = {}
     for batch in _batches([len(row["input_ids"]) for row in rows], batch_size, most_tokens):
         scored = _halving(
@@ -159,10 +162,6 @@ def _score_batch(
     return [Scored(*row) for row in zip(nats, map(int, hits), counts, strict=True)]
 
 
-def _decoder(model: Any) -> Any:
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
-
-
 def _last_hidden(model: Any, **inputs: Any) -> tuple[torch.Tensor, type[Any]]:
     """Return the head's input, (rows, positions, hidden), and the class of the decoder's outputs.
 
@@ -170,7 +169,7 @@ def _last_hidden(model: Any, **inputs: Any) -> tuple[torch.Tensor, type[Any]]:
     applies here too.
     """
     seen: list[tuple[torch.Tensor, type[Any]]] = []
-    hook = _decoder(model).register_forward_hook(
+    hook = decoder_of(model).register_forward_hook(
         lambda _, __, outputs: seen.append((outputs.last_hidden_state, type(outputs)))
     )
     try:
@@ -189,7 +188,7 @@ def _logits(model: Any, hidden: torch.Tensor, kind: type[Any]) -> torch.Tensor:
     """
     outputs = kind(last_hidden_state=hidden[None])
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    with _returning(_decoder(model), outputs):
+    with _returning(decoder_of(model), outputs):
         return model(input_ids=ids, use_cache=False, **_no_routing_loss(model)).logits[0]
 
 

@@ -36,6 +36,8 @@ def load_base(
 ) -> Any:
     """Load the base model, on the GPU if one is available and `on_cpu` is false.
 
+    Its attention is transformers' default: torch's kernels, or plain operations for a class that
+    they do not fit (soft-capped scores, attention sinks).
     The weights are in `dtype`, by default the compute dtype; NF4 with double quantization if
     `quantized`.
     """
@@ -47,7 +49,6 @@ def load_base(
     kwargs: dict[str, Any] = {
         "dtype": dtype or compute_dtype(),
         "local_files_only": True,
-        "attn_implementation": "sdpa",
     }
     if torch.cuda.is_available() and not on_cpu:
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}

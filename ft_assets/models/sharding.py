@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ft_assets.compat.accelerate import allow_sharded_weights_in_ddp
 from ft_assets.compat.torch import ignore_in_ddp
+from ft_assets.models.decoder import decoder_of
 
 
 class ShardMetrics(TypedDict, total=False):
@@ -37,7 +38,7 @@ def shard_base(model: Any, ranks: int) -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     mesh = init_device_mesh(device.type, (ranks,))
-    decoder = model.get_base_model().get_decoder()
+    decoder = decoder_of(model)
     trained = {weight for weight in model.parameters() if weight.requires_grad}
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ft_assets.evaluation.scorer import Task
 
 # Raise it with a change of code that changes what a model answers: then nothing is kept.
-VERSION = "3"
+VERSION = "4"
 
 
 class Settings(StepSettings):
@@ -131,6 +131,7 @@ def _metrics(answers: Answers) -> dict[str, Any]:
         "heldout_rows": len(heldout["base"]),
         "retention_rows": len(answers.rows["retention"]["base"]),
         "generated_tokens": answers.cost.tokens,
+        **({"slower": "; ".join(answers.cost.slower)} if answers.cost.slower else {}),
         **answers.cost.metrics(),
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ft_assets.models.decoder import decoder_of
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.precision import autocast_if_mixed
 
@@ -55,7 +56,7 @@ def supervised_loss(model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forwarded = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
-    hidden = base.get_decoder()(**forwarded, use_cache=False).last_hidden_state[:, :-1]  # (B,T-1,D)
+    hidden = decoder_of(base)(**forwarded, use_cache=False).last_hidden_state[:, :-1]  # (B,T-1,D)
     labels = inputs["labels"][:, 1:]  # (B, T-1)
     keep = labels != -100
     logits = base.get_output_embeddings()(hidden[keep]).float()  # (supervised, vocabulary)

@@ -11,7 +11,8 @@ import torch
 def without_dropout(model: Any) -> Iterator[None]:
     """Disable dropout inside the block while the model stays in training mode.
 
-    On a CPU a forward pass in evaluation mode would spoil NF4 weights for training for good.
+    Attention has its rate as a number (`attention_dropout`), which it passes to the kernel. On a
+    CPU a forward pass in evaluation mode would spoil NF4 weights for training for good.
     """
     active = [
         module
@@ -21,11 +22,22 @@ def without_dropout(model: Any) -> Iterator[None]:
     training = model.training
     model.train()
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    rates = [
+        (module, name, rate)
+        for module in model.modules()
+        if not isinstance(module, torch.nn.Dropout)
+        for name, rate in vars(module).items()
+        if "drop" in name and isinstance(rate, float) and rate
+    ]
     for module in dropouts:
         module.eval()
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
         model.train(training)
         for module in dropouts:
             module.train(module in active)
+        for module, name, rate in rates:
+            setattr(module, name, rate)

@@ -10,6 +10,7 @@ import torch
 
 from ft_assets.errors import MemoryPlanError, TrainingError
 from ft_assets.hardware import compute_dtype
+from ft_assets.models.decoder import decoder_of
 from ft_assets.models.sharding import is_sharded
 from ft_assets.rows.types import TokenSequence
 from ft_assets.training.dropout import without_dropout
@@ -66,7 +67,7 @@ def _logits(model: Any, documents: list[list[int]], collator: Any) -> torch.Tens
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     in_bf16 = compute_dtype() == torch.bfloat16
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-        hidden = base.get_decoder()(**batch, use_cache=False).last_hidden_state[0]  # (T, D)
+        hidden = decoder_of(base)(**batch, use_cache=False).last_hidden_state[0]  # (T, D)
         return base.get_output_embeddings()(hidden).float()
 
 

@@ -18,6 +18,7 @@ from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ft_assets.compat.trl import TOKEN_OUTPUTS, fused_head
+from ft_assets.models.decoder import decoder_of
 from ft_assets.training.precision import autocast_if_mixed
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)
@@ -191,7 +192,7 @@ def _head_on_cpu(model: Any, inputs: Any, labels: torch.Tensor) -> dict[str, tor
     # The trainer's autocast is in the model's own forward, which is not called here. The passes
     # that score the reference have already enabled it.
     with contextlib.nullcontext() if torch.is_autocast_enabled("cpu") else autocast_if_mixed(model):
-        hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state[keep]  # (K, D)
+        hidden = decoder_of(base)(**inputs, use_cache=False).last_hidden_state[keep]  # (K, D)
         logits = base.get_output_embeddings()(hidden).float()  # (K, vocabulary)
     logs = logits.log_softmax(-1)
     chosen = logs.gather(1, labels[keep].unsqueeze(1)).squeeze(1)  # (K,)

@@ -18,6 +18,7 @@ from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype, free_memory
 from ft_assets.job import Report
+from ft_assets.models.decoder import decoder_of
 from ft_assets.rows.types import TokenSequence
 from ft_assets.training.attention import kernel_fits, register
 from ft_assets.training.batches import StepBatches
@@ -181,6 +182,7 @@ def prepare_model(
     changes["liger"] = apply_liger(base)
     collator = DataCollatorForLanguageModeling(pad_token_id=pad, padding_free=plan.packed)
     if plan.packed:
+        own = base.config._attn_implementation
         try:
             base.set_attn_implementation(register())
             changes["packing_leak"] = prove_isolation(model, rows, collator)
@@ -188,7 +190,7 @@ def prepare_model(
             if sft.packing is True:
                 raise
             report(f"packing is off: {error.found}")
-            base.set_attn_implementation("sdpa")
+            base.set_attn_implementation(own)
             plan = padded()
             collator = DataCollatorForLanguageModeling(pad_token_id=pad)
     checkpoint_layers(base, plan)
@@ -218,7 +220,7 @@ def checkpoint_layers(base: Any, plan: Plan) -> None:
         getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
-    for layer in base.get_decoder().layers[: plan.layers - plan.checkpointed_layers]:
+    for layer in decoder_of(base).layers[: plan.layers - plan.checkpointed_layers]:
         layer.gradient_checkpointing = False
 
 

@@ -1,0 +1,87 @@
+"""Tiny random models of the families that people fine-tune, of the class that their files name."""
+
+from typing import Any
+
+VOCABULARY = 400
+WINDOW = 24  # tokens of a sliding window or an attention chunk
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
+SLIDING: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "head_dim": 16,
+}
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": WINDOW, "head_dim": 16},
+    "gemma3_text": SLIDING,
+    "gemma4_text": {
+        **SLIDING,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+    },
+    "olmo3": SLIDING,
+    "phi3": {"sliding_window": WINDOW},
+    "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2},
+    "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+        "attention_chunk_size": WINDOW,
+        "moe_layers": [1, 3],
+        "no_rope_layers": [1, 1, 1, 0],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_5_text": LINEAR,
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": ["mamba", "attention"] * 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+    },
+    "falcon_h1": {
+        "head_dim": 16,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 32},
+    "rwkv": {"attention_hidden_size": 64, "context_length": 512},
+}
+
+
+def family_model(name: str) -> Any:
+    """Return a random fp32 model of a family, with logits that are far from ties."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SIZES, **FAMILIES[name]})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(2)
+    return model
