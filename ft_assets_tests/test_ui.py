@@ -86,7 +86,10 @@ def test_ui_shows_what_the_run_made(server: Server) -> None:
 
 def test_page_and_its_own_requests_are_served(server: Server) -> None:
     own = {"Origin": f"http://127.0.0.1:{server.port}", "Sec-Fetch-Site": "same-origin"}
-    assert "<html" in server.client.get("/").text
+    assert "<html" in server.client.get("/overview").text
+    first = server.client.get("/", follow_redirects=True)
+    assert first.url.path == "/ft/"
+    assert "tiny" in first.text
     assert server.client.post("/graphql", json={"query": MUTATION}, headers=own).json()["data"] == {
         "setNuxSeen": True
     }
@@ -156,6 +159,9 @@ HOSTILE: list[tuple[str, str, dict[str, str], dict[str, Any], int]] = [
     ),
     ("GET", "/", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, {}, 403),
     ("POST", "/report_asset_materialization/eval_report", {}, {"data": {"partition": "tiny"}}, 415),
+    ("POST", "/ft/", {}, {"data": {"name": "x"}}, 415),
+    ("DELETE", "/ft/", {}, {}, 405),
+    ("GET", "/ft/", {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}, {}, 403),
     (
         "POST",
         "/report_asset_materialization/eval_report",

@@ -26,7 +26,7 @@ from ft_assets.evaluation.scored_rows import read_candidate
 from ft_assets.evaluation.verdict.gate import bound_versions
 from ft_assets.job import Job, StepResult
 from ft_assets.orchestration.declarations import Metrics, asset
-from ft_assets.orchestration.materializer import Materializer, result
+from ft_assets.orchestration.materializer import Materializer, Reader, result
 from ft_assets.release.whole_register import current_release
 
 CHAIN = (
@@ -113,10 +113,10 @@ def compare_the_first(materializer: Materializer, ranked: list[Entry]) -> str:
     return winner(placed, rows, settings)
 
 
-def entry_of(materializer: Materializer, name: str) -> Entry:
+def entry_of(reader: Reader, name: str) -> Entry:
     """Return the entry of a base model. If its files cannot be read, the entry has the reason."""
     try:
-        return _entry(materializer, name)
+        return _entry(reader, name)
     except FtError as error:
         return failed_entry(name, "; ".join(line.strip() for line in str(error).splitlines()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -126,26 +126,26 @@ def entry_of(materializer: Materializer, name: str) -> Entry:
         )
 
 
-def _entry(materializer: Materializer, name: str) -> Entry:
-    report = materializer.store.current("eval_report", name)
+def _entry(reader: Reader, name: str) -> Entry:
+    report = reader.store.current("eval_report", name)
     if report is None:
-        return failed_entry(name, why_not_judged(materializer, name))
-    numbers = EvalReport.read(materializer.store.verified(report).path / "report.json")
+        return failed_entry(name, why_not_judged(reader, name))
+    numbers = EvalReport.read(reader.store.verified(report).path / "report.json")
     # Not pq.read_table, which imports pyarrow.dataset and with it pandas.
     with pq.ParquetFile(report.path / "rows.parquet") as table:
         rows = table.read(columns=["candidate", "id"]).to_pylist()
     ids = [row["id"] for row in rows if row["candidate"] == "base"]
-    costs = _costs(materializer, name, report)
-    stale = _stale(materializer, name, numbers.bound_to)
+    costs = _costs(reader, name, report)
+    stale = _stale(reader, name, numbers.bound_to)
     return judged_entry(
-        name, numbers, materializer.project.gate, ids, costs, _serves(materializer, name), stale
+        name, numbers, reader.project.gate, ids, costs, _serves(reader, name), stale
     )
 
 
-def _stale(materializer: Materializer, name: str, bound_to: dict[str, str]) -> str | None:
+def _stale(reader: Reader, name: str, bound_to: dict[str, str]) -> str | None:
     """Return the parts that changed after the report was made, or None."""
     used = {
-        asset: materializer.store.need(asset, name)
+        asset: reader.store.need(asset, name)
         for asset in ("base_model", "lora_adapter", "dpo_adapter", "heldout_split")
     }
     other = [
@@ -156,15 +156,15 @@ def _stale(materializer: Materializer, name: str, bound_to: dict[str, str]) -> s
     return ", ".join(other) or None
 
 
-def _readable(materializer: Materializer, asset: str, name: str) -> Artifact | None:
+def _readable(reader: Reader, asset: str, name: str) -> Artifact | None:
     try:
-        return materializer.store.current(asset, name)
+        return reader.store.current(asset, name)
     except ArtifactError:  # its entry has the reason
         return None
 
 
-def _costs(materializer: Materializer, name: str, report: Artifact) -> dict[str, Any]:
-    store = materializer.store
+def _costs(reader: Reader, name: str, report: Artifact) -> dict[str, Any]:
+    store = reader.store
     trained = [store.current(asset, name) for asset in ("lora_adapter", "dpo_adapter")]
     metrics = [artifact.metrics for artifact in trained if artifact is not None]
     merged = store.current("merged_model", name) or store.current("base_model", name)
@@ -193,30 +193,30 @@ def _costs(materializer: Materializer, name: str, report: Artifact) -> dict[str,
     }
 
 
-def _serves(materializer: Materializer, name: str) -> str:
+def _serves(reader: Reader, name: str) -> str:
     try:
-        released = current_release(materializer.store, name)
+        released = current_release(reader.store, name)
     except ReleaseError:
         return "unknown: its register is not whole"
     if released is not None:
         return f"`{released.metrics['champion'][:8]}`"
-    return "merged, not released" if materializer.store.current("merged_model", name) else "–"
+    return "merged, not released" if reader.store.current("merged_model", name) else "–"
 
 
-def why_not_judged(materializer: Materializer, name: str) -> str:
+def why_not_judged(reader: Reader, name: str) -> str:
     """Return the first missing artifact of a base model, and the last error of its step."""
-    store = materializer.store
+    store = reader.store
     missing = next(
         asset for asset in CHAIN if asset == CHAIN[-1] or store.current(asset, name) is None
     )
-    error = _last_error(materializer, name, missing)
+    error = _last_error(reader, name, missing)
     return f"{missing} has not been made" + (f" ({error})" if error else "")
 
 
-def _last_error(materializer: Materializer, name: str, asset: str) -> str | None:
+def _last_error(reader: Reader, name: str, asset: str) -> str | None:
     """Return the first line of the newest error of this asset and base model."""
     found = []
-    for file in (materializer.store.root / ".work" / "jobs").glob(f"{asset}-*/error.json"):
+    for file in (reader.store.root / ".work" / "jobs").glob(f"{asset}-*/error.json"):
         try:
             if Job.model_validate_json((file.parent / "job.json").read_text()).partition == name:
                 found.append(

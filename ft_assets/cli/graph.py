@@ -191,7 +191,7 @@ def ui(
         ),
     ] = False,
 ) -> None:
-    """Open the Dagster UI (webserver and daemon), bound to this machine only."""
+    """Serve the project's pages and the Dagster UI, bound to this machine only."""
     from ft_assets.ui.services import require_free, serve
 
     project = graph_project()
@@ -200,4 +200,5 @@ def ui(
     # Create the instance's databases: webserver and daemon would do it at once, and break them.
     with open_instance():
         pass
+    print(f"http://127.0.0.1:{port}/ft/ (Dagster: http://127.0.0.1:{port}/overview)", flush=True)
     raise typer.Exit(serve("ft_assets.definitions", port, host_name or [], read_only))

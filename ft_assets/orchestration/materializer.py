@@ -80,14 +80,18 @@ class Wanted:
         )
 
 
-class Materializer(Protocol):
-    """What an asset works with. `StoreMaterializer` makes artifacts, a plan's notes them."""
+class Reader(Protocol):
+    """A project with its store, for what only reads."""
 
     @property
     def project(self) -> Project: ...
 
     @property
     def store(self) -> ArtifactStore: ...
+
+
+class Materializer(Reader, Protocol):
+    """What an asset works with. `StoreMaterializer` makes artifacts, a plan's notes them."""
 
     def materialize(
         self,

@@ -9,7 +9,7 @@ sent by GET, by forms, and from foreign origins, and it can be framed. The guard
 - The Origin, with its scheme, or the browser's Sec-Fetch-Site, is ours. A link on another page may
   open a page of ours, but only as a whole document (https://www.w3.org/TR/fetch-metadata/).
 - No page may show ours inside itself. Old browsers learn it from the headers of each answer.
-- A change is a POST of JSON.
+- A change is a POST of JSON, on every path.
 
 It is not a login: anyone who can reach the port can use it.
 """
@@ -112,14 +112,15 @@ class Guard:
         foreign = self._foreign(scope, headers, host)
         if foreign is not None:
             return 403, foreign
-        if scope["type"] == "websocket" or not self.is_api(scope["path"]):
+        if scope["type"] == "websocket" or scope["method"] == "OPTIONS":
             return None
-        if scope["method"] in ("GET", "HEAD") and _is_mutation(scope["query_string"]):
-            return 405, "a mutation by GET; send it by POST"
-        if (
-            scope["method"] == "POST"
-            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
-        ):
+        if scope["method"] in ("GET", "HEAD"):
+            if self.is_api(scope["path"]) and _is_mutation(scope["query_string"]):
+                return 405, "a mutation by GET; send it by POST"
+            return None
+        if scope["method"] != "POST":
+            return 405, f"the method is {scope['method']}; a change is a POST of JSON"
+        if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return (
                 415,
                 f"the content type is {headers.get('content-type')!r}; expected application/json",

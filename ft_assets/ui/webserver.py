@@ -1,4 +1,4 @@
-"""The Dagster webserver behind the guard, with dagster-webserver's own options.
+"""Dagster's webserver and our pages behind the guard, with dagster-webserver's own options.
 
 FT_UI_PORT holds the port, FT_UI_PROXIES the origins of the proxies before it, by commas.
 """
@@ -10,6 +10,7 @@ from dagster_webserver import cli
 
 from ft_assets.screen import one_screen
 from ft_assets.ui.guard import Guard
+from ft_assets.ui.pages.app import beside, declared, pages_app
 
 
 def main() -> None:
@@ -19,8 +20,11 @@ def main() -> None:
     port = int(os.environ["FT_UI_PORT"])
     proxies = [origin for origin in os.environ["FT_UI_PROXIES"].split(",") if origin]
 
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        return Guard(make(*args, **kwargs), port, proxies)
+    def guarded(context: Any, *args: Any, **kwargs: Any) -> Any:
+        now = context.create_request_context()
+        location = next(iter(now.code_location_names), "")
+        pages = pages_app(declared(), now.read_only, location)
+        return Guard(beside(make(context, *args, **kwargs), pages), port, proxies)
 
     webserver.create_app_from_workspace_process_context = guarded
     with one_screen("the webserver"):

@@ -1,0 +1,1 @@
+"""What commands and pages show of a project, as frozen types. Nothing here changes anything."""
