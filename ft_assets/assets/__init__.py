@@ -19,7 +19,9 @@ class Declared:
     def of(self, project: Project) -> "Declared":
         """Return the assets that a project has, with their checks."""
         assets = tuple(asset for asset in self.assets if asset.only_if(project))
-        checks = tuple(check for check in self.checks if check.asset in assets)
+        checks = tuple(
+            check for check in self.checks if check.asset in assets and check.only_if(project)
+        )
         return Declared(assets, checks)
 
 

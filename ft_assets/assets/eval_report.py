@@ -5,14 +5,36 @@ from functools import partial
 import dagster as dg
 
 from ft_assets.artifacts import Artifact, ArtifactStore
-from ft_assets.assets.judged import TRAINED, answers_of_today, evaluation_identity, judged
+from ft_assets.assets.judged import (
+    TRAINED,
+    answers_of_today,
+    asks_people,
+    evaluation_identity,
+    has_judge,
+    judged,
+    people_of_today,
+)
 from ft_assets.config import GateSettings
 from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.report_model import Estimate, EvalReport
-from ft_assets.evaluation.verdict.decision import PASS, beats, decide, dpo_hurts, forgetting
+from ft_assets.evaluation.verdict.decision import (
+    PASS,
+    beats,
+    calibration,
+    decide,
+    dpo_hurts,
+    forgetting,
+)
 from ft_assets.evaluation.verdict.uses import Uses
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
-from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
+from ft_assets.orchestration.materializer import (
+    ERROR,
+    WARN,
+    Inputs,
+    Materializer,
+    result,
+    tag_run,
+)
 from ft_assets.release.keys import signing_key
 from ft_assets.release.signing import REPORT_SIGNATURE
 from ft_assets.release.statements import sign_files
@@ -55,6 +77,7 @@ def _summary(metrics: Metrics) -> str:
 
 @asset(
     deps=[*TRAINED, "raw_dataset", "answers"],
+    also=lambda project: ["human_review"] if asks_people(project) else [],
     group="evaluation",
     kinds=["report"],
     code_version="6",
@@ -74,11 +97,22 @@ def eval_report(
     decisive = evaluation_identity(materializer, name)
     gate = project.gate.model_dump(mode="json", exclude={"override", "min_top1_agreement"})
     has_dpo = used["dpo_adapter"].metrics["pairs"] > 0
+    answers = answers_of_today(materializer, name, used)
+    people: Inputs = {}
+    if asks_people(project):
+        people = {"human_review": (people_of_today(materializer, name), None)}
+    bar = project.review.min_judge_agreement if project.review and people else None
     artifact, reused = materializer.materialize(
         context,
-        identity={**decisive, "gate": gate, "has_dpo": has_dpo},
+        identity={
+            **decisive,
+            "gate": gate,
+            "has_dpo": has_dpo,
+            **({} if bar is None else {"min_judge_agreement": bar}),
+        },
         inputs={
-            "answers": (answers_of_today(materializer, name, used), None),
+            "answers": (answers, None),
+            **people,
             **{asset: (used[asset], None) for asset in ("lora_adapter", "dpo_adapter")},
             **{
                 f"heldout_split#{part}": (used["heldout_split"], part)
@@ -95,6 +129,7 @@ def eval_report(
             root=project.root,
             previous=previous.path if previous else None,
             uses=earlier_verdicts(store, name),
+            min_judge_agreement=bar or 0.0,
         ),
         libraries="score",
         finish=partial(sign_files, f"eval_report[{name}]", signing_key(project), REPORT_SIGNATURE),
@@ -203,4 +238,28 @@ def dpo_does_not_hurt(checked: Checked) -> dg.AssetCheckResult:
         severity=WARN,
         description=hurts or f"dpo: {entry.describe(report.metric, 'SFT')}",
         metadata=numbers(entry),
+    )
+
+
+@check(
+    eval_report,
+    blocking=True,
+    description="The LLM judge, where a PASS needs its scores, agrees with people.",
+    only_if=has_judge,
+)
+def judge_agrees_with_people(checked: Checked) -> dg.AssetCheckResult:
+    """Fail if alpha is below review.min_judge_agreement, or not proven to be above chance.
+
+    Only warn if no person judged, or if a PASS does not need the judge.
+    """
+    report, gate = _report(checked), checked.project.gate
+    found = report.calibration
+    needed = not calibration(report, gate).passed and gate.override is None
+    return dg.AssetCheckResult(
+        passed=found is not None and found.agrees,
+        severity=ERROR if needed else WARN,
+        description=found.describe()
+        if found
+        else "not calibrated: no person judged these answers; add `review: {}` and open ft review",
+        metadata={"alpha": found.with_people.alpha} if found and found.with_people else {},
     )

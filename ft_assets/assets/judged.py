@@ -1,10 +1,11 @@
 """What is judged: the artifacts behind a verdict, their versions, and what decides the scores."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from ft_assets.artifacts import Artifact
 from ft_assets.config import EvaluationSettings, Project, settings_version
-from ft_assets.errors import VerdictError
+from ft_assets.errors import EvaluationError, VerdictError
 from ft_assets.evaluation.setting_files import (
     harness_version,
     metric_packages,
@@ -106,4 +107,50 @@ def evaluation_identity(materializer: Materializer, name: str) -> dict[str, Any]
         "few_shot_system": project.data.few_shot_system,
         "few_shot": materializer.store.need("raw_dataset", None).part_version("few_shot"),
         **({"few_shot_auto": True} if project.data.few_shot_auto else {}),
+        **_people(materializer, name, settings),
     }
+
+
+def _people(
+    materializer: Materializer, name: str, settings: EvaluationSettings
+) -> dict[str, str | None]:
+    """Return the version of people's judgements where they are scores. More of them: a new look."""
+    if "human" not in settings.metric_names():
+        return {}
+    review = materializer.store.current("human_review", name)
+    return {"people": review and review.data_version}
+
+
+def asks_people(project: Project) -> bool:
+    """Return True if a report of a project reads `human_review`: as scores, or for the judge."""
+    if project.review is None:
+        return False
+    return has_judge(project) or any("human" in one.metrics for one in _evaluations(project))
+
+
+def has_judge(project: Project) -> bool:
+    """Return True if a judge scores the answers of a base model."""
+    return any(one.judge for one in _evaluations(project))
+
+
+def _evaluations(project: Project) -> Iterator[EvaluationSettings]:
+    """Yield the evaluation of the project, and of each base model that overrides it."""
+    yield project.evaluation
+    for name, model in project.base_models.items():
+        if model.evaluation:
+            yield project.recipe(name).evaluation
+
+
+def people_of_today(materializer: Materializer, name: str) -> Artifact:
+    """Return the review. Raises EvaluationError if people's scores are needed and not complete."""
+    found = materializer.store.need("human_review", name)
+    settings, metrics = materializer.project.recipe(name).evaluation, found.metrics
+    if "human" in settings.metric_names() and metrics["judged"] < metrics["prompts"]:
+        raise EvaluationError(
+            where=f"eval_report[{name}]: metric human",
+            found=f"{metrics['judged']} of {metrics['prompts']} prompts are judged",
+            expected="a judgement of each candidate's answer against the base's, for every prompt",
+            fix=f"open ft review --base {name} and judge the others, then ft run; or lower "
+            "review.prompts",
+        )
+    return found

@@ -85,7 +85,28 @@ def load_project(path: Path | None = None) -> Project:
     for name in project.base_models:
         _check_overrides(path, project, name)
         _check_goals(path, project, name)
+        _check_review(path, project, name)
     return project
+
+
+def _check_review(path: Path, project: Project, name: str) -> None:
+    evaluation = project.recipe(name).evaluation
+    if "human" not in evaluation.metric_names():
+        return
+    if project.review is None:
+        raise ConfigError(
+            where=f"{path}: evaluation.metrics of {name}",
+            found="has human, and there is no section review",
+            expected="the settings of the review that gives the scores",
+            fix="add `review: {}`, which takes the defaults",
+        )
+    if project.gate.seeds > 1 and evaluation.metric == "human":
+        raise ConfigError(
+            where=f"{path}: gate.seeds",
+            found=f"is {project.gate.seeds}, and evaluation.metric of {name} is human",
+            expected="1: people do not judge the answers of further seeds",
+            fix="remove gate.seeds, or choose another evaluation.metric",
+        )
 
 
 def _check_goals(path: Path, project: Project, name: str) -> None:

@@ -18,6 +18,7 @@ from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
 from ft_assets.config.launcher import AnyLauncher, LocalSettings
 from ft_assets.config.release import ReleaseSettings
+from ft_assets.config.review import ReviewSettings
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
@@ -86,6 +87,7 @@ class Project(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     release: ReleaseSettings = ReleaseSettings()
+    review: ReviewSettings | None = None
     schedule: ScheduleSettings | None = None
     verify: VerifySettings | None = None
     freshness: FreshnessSettings | None = None

@@ -61,7 +61,7 @@ def summarise(
                 columns[name][metric],
                 confidence,
                 settings.seed,
-                clusters(rows),
+                clusters([row for row in rows if metric in row.scores]),
                 metric not in _unbounded(settings),
             )
             for name, rows in heldout.items()
@@ -152,9 +152,14 @@ def compare_rows(
             for row, rival in zip(rows, rivals, strict=True)
             if metric in row.scores and metric in rival.scores
         ]
+        ours = [row.scores[metric] for row, _ in pairs]
+        theirs = [rival.scores[metric] for _, rival in pairs]
+        if metric == "human" and (direct := _asked_directly(pairs)):
+            pairs, theirs = direct, [0.5] * len(direct)
+            ours = [row.preferred[rival.answer] for row, rival in direct]
         differences[metric] = compare(
-            [row.scores[metric] for row, _ in pairs],
-            [rival.scores[metric] for _, rival in pairs],
+            ours,
+            theirs,
             confidence,
             settings.seed,
             metric in lower,
@@ -162,6 +167,13 @@ def compare_rows(
             metric not in unbounded,
         )
     return differences
+
+
+def _asked_directly(
+    pairs: Sequence[tuple[ScoredRow, ScoredRow]],
+) -> list[tuple[ScoredRow, ScoredRow]]:
+    """Return the pairs that people compared with each other, not only with the base's answer."""
+    return [(row, rival) for row, rival in pairs if rival.answer in row.preferred]
 
 
 def _retention(

@@ -228,7 +228,12 @@ def changed_most(
     pairs = list(zip(rows[candidate], rows["base"], strict=True))
     metric = report.metric
     sign = 1 if report.higher_is_better(metric) else -1
-    gains = [sign * (tuned.scores[metric] - base.scores[metric]) for tuned, base in pairs]
+    gains = [
+        sign * (tuned.scores[metric] - base.scores[metric])
+        if metric in tuned.scores and metric in base.scores
+        else 0.0  # of a row that people did not judge
+        for tuned, base in pairs
+    ]
     finer = [base.scores["loss"] - tuned.scores["loss"] for tuned, base in pairs]
     order = sorted(range(len(gains)), key=lambda index: (gains[index], finer[index]))
     best = [index for index in order[::-1] if gains[index] > 0][:count]
@@ -243,7 +248,7 @@ def _examples(
     best, worst = changed_most(report, rows, candidate, EXAMPLES)
     sections = [("Largest gains", best), ("Largest losses", worst)]
     if report.higher_is_better(metric):
-        scores = [row.scores[metric] for row in rows[candidate]]
+        scores = [row.scores.get(metric, 1.0) for row in rows[candidate]]
         missed = [index for index, score in enumerate(scores) if score < 1]
         sections.append(("Misses", sorted(missed, key=scores.__getitem__)[:MISSES]))
     lines: list[str] = []
@@ -301,7 +306,11 @@ def changes(
     lines += [f"What changed: {', '.join(changed) or 'nothing that is judged'}.", ""]
     ids = [row["id"] for row in heldout]
     now = {
-        name: dict(zip(ids, (row.scores[metric] for row in rows[name]), strict=True))
+        name: {
+            row_id: row.scores[metric]
+            for row_id, row in zip(ids, rows[name], strict=True)
+            if metric in row.scores
+        }
         for name in report.scores
         if name in old.scores
     }

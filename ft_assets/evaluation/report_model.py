@@ -104,6 +104,75 @@ class Difference(Estimate):
         )
 
 
+class Agreement(Part):
+    """Krippendorff's ordinal alpha with its interval: 1 is complete agreement, 0 that of chance.
+
+    pairs: the compared pairs of answers. prompts: the independent groups of prompts.
+    """
+
+    alpha: float
+    low: float
+    high: float
+    pairs: int
+    prompts: int
+
+    def describe(self) -> str:
+        """Return the agreement as text."""
+        return (
+            f"alpha {self.alpha:.2f} [{self.low:.2f}, {self.high:.2f}], {self.pairs} pairs of "
+            f"{self.prompts} prompts"
+        )
+
+
+class Leaning(Part):
+    """The pairs where the judge leans one way, and the share where people do too."""
+
+    pairs: int
+    agree: float | None
+
+
+class JudgeCalibration(Part):
+    """The judge against people. bar: the least alpha. asked: pairs, each in both orders.
+
+    first_twice, second_twice: pairs of which the judge preferred the same place in both orders.
+    longer, shorter: the pairs of which it preferred the longer, the shorter answer.
+    """
+
+    bar: float
+    with_people: Agreement | None
+    among_people: Agreement | None
+    asked: int
+    first_twice: int
+    second_twice: int
+    longer: Leaning
+    shorter: Leaning
+
+    @property
+    def agrees(self) -> bool:
+        """True if alpha reaches the bar, and is proven to be above that of chance."""
+        found = self.with_people
+        return found is not None and found.alpha >= self.bar and found.low > 0
+
+    def describe(self) -> str:
+        """Return the calibration as text."""
+        if self.with_people is None:
+            return "people judged no pair of different answers that the judge compared"
+        text = f"judge and people: {self.with_people.describe()}; at least {self.bar:g} is needed"
+        if self.among_people:
+            text += f"; people among themselves: {self.among_people.describe()}"
+        text += (
+            f"; of {self.asked} pairs in both orders it preferred the first place in both "
+            f"{self.first_twice} times, the second {self.second_twice} times"
+        )
+        for name, leaning in (("longer", self.longer), ("shorter", self.shorter)):
+            if leaning.agree is not None:
+                text += (
+                    f"; where it prefers the {name} answer ({leaning.pairs} pairs), people agree "
+                    f"in {leaning.agree:.0%}"
+                )
+        return text
+
+
 Scores = dict[str, float]  # the mean of each metric
 Differences = dict[str, Difference]  # by metric
 Comparisons = dict[str, dict[str, Differences]]  # by candidate, then by its rival
@@ -273,7 +342,8 @@ class EvalReport(Part):
     the number of groups of the held-out rows.
     scores: {candidate: {metric: mean}}. intervals: of each candidate's gate metric. chance:
     {candidate: its scores against those of shuffled references}. bound_to: the versions of what was
-    judged. lower_is_better: of a user's own metrics those that are a loss.
+    judged. lower_is_better: of a user's own metrics those that are a loss. calibration: that of the
+    judge, None without people's judgements.
     """
 
     metric: str
@@ -296,6 +366,7 @@ class EvalReport(Part):
     form: Form | None = None
     few_shot: FewShotChoice | None = None
     seeds: dict[str, SeedSpread] | None = None
+    calibration: JudgeCalibration | None = None
 
     def higher_is_better(self, metric: str) -> bool:
         """Return False if a metric of this report is better when it is lower."""

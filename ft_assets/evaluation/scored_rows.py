@@ -5,6 +5,7 @@ A table has one line for each candidate and row: `candidate`, `id`, `prompt` (JS
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +16,13 @@ import pyarrow.parquet as pq
 
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import Proofs
+from ft_assets.metrics.judge import Orders
 from ft_assets.rows.types import DataRow
 
 IDENTITY = ("candidate", "id", "prompt", "reference", "cluster")
 ANSWER = ("answer", "stopped", "tokens")
+Preferred = Mapping[str, float]  # people's score of an answer by the rival answer
+PeopleScores = Mapping[str, Mapping[str, Preferred]]  # by the id of a row, then by answer
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class ScoredRow:
 
     stopped: the answer ended by itself. tokens: the length of the answer. answered: False for a
     general prompt beyond `retention_answers`, which has only a loss. cluster: the key of its group.
+    preferred: people's scores of this answer, for the metric `human`.
     """
 
     scores: dict[str, float]
@@ -35,6 +40,7 @@ class ScoredRow:
     tokens: int = 0
     answered: bool = True
     cluster: str | None = None
+    preferred: Preferred = field(default_factory=dict)
 
     def scored(self, scores: Mapping[str, float]) -> "ScoredRow":
         """Return the row with further scores."""
@@ -51,7 +57,7 @@ class Scored:
     """The results by candidate.
 
     chance: the scores of each row's answer against other rows' references. harness: {"task metric":
-    scores}. train_loss: nats per token of each train row.
+    scores}. train_loss: nats per token of each train row. judge_orders: the judge's replies.
     """
 
     heldout: dict[str, list[ScoredRow]] = field(default_factory=dict)
@@ -64,6 +70,7 @@ class Scored:
     train_rivals: dict[str, list[ScoredRow]] = field(default_factory=dict)
     form_not_measured: str | None = None
     seeds: dict[str, list[list[ScoredRow]]] = field(default_factory=dict)
+    judge_orders: Orders = field(default_factory=Counter)
     proofs: Proofs = field(default_factory=lambda: Proofs(adapters={}, template_mismatches=[]))
 
 
@@ -118,7 +125,8 @@ def read_scores(table: Path, metric: str) -> dict[str, dict[str, float]]:
     """Read one metric as {candidate: {row id: score}}."""
     found: dict[str, dict[str, float]] = {}
     for line in pq.read_table(table, columns=["candidate", "id", metric]).to_pylist():
-        found.setdefault(line["candidate"], {})[line["id"]] = line[metric]
+        if line[metric] is not None:
+            found.setdefault(line["candidate"], {})[line["id"]] = line[metric]
     return found
 
 
@@ -126,6 +134,9 @@ def read_candidate(table: Path, candidate: str, metric: str) -> list[ScoredRow]:
     """Read one candidate's scores in one metric, with the groups of the rows, by their ids."""
     lines = pq.read_table(table, filters=[("candidate", "=", candidate)]).to_pylist()
     return [
-        ScoredRow(scores={metric: line[metric]}, cluster=line.get("cluster"))
+        ScoredRow(
+            scores={} if line[metric] is None else {metric: line[metric]},
+            cluster=line.get("cluster"),
+        )
         for line in sorted(lines, key=lambda line: line["id"])
     ]

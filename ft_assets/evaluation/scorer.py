@@ -2,18 +2,20 @@
 
 import random
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ft_assets.config import EvaluationSettings
+from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.answer_scores import retention_scores, score_answers
 from ft_assets.evaluation.behaviour import refusal_pattern, repetition
 from ft_assets.evaluation.kept_answers import AskedRow, GivenAnswer
 from ft_assets.evaluation.references import ReferencedRow
-from ft_assets.evaluation.scored_rows import ScoredRow, in_clusters
+from ft_assets.evaluation.scored_rows import PeopleScores, Preferred, ScoredRow, in_clusters
 from ft_assets.metrics import Option
-from ft_assets.metrics.judge import judge_scores
+from ft_assets.metrics.judge import Orders, judge_scores
 from ft_assets.metrics.label import choice
 from ft_assets.metrics.program import program_scores
 from ft_assets.metrics.user_function import UserFunction
@@ -27,8 +29,8 @@ class Task:
     """The rows to ask and to score, the examples of the prompted base, the settings and files.
 
     train: rows that the candidates were trained on. few_answers: the answers are labels (form.py),
-    so that train rows are answered too. schema: the parsed `evaluation.json_schema`. root: the
-    folder of finetune.yaml.
+    so that train rows are answered too. people: their scores, for the metric `human`. schema: the
+    parsed `evaluation.json_schema`. root: the folder of finetune.yaml.
     """
 
     heldout: list[ReferencedRow]
@@ -38,6 +40,7 @@ class Task:
     few_answers: bool = False
     few_shot: Sequence[DataRow] = field(default_factory=list)
     few_shot_system: str | None = None
+    people: PeopleScores = field(default_factory=dict)
     schema: Option = None
     root: Path = Path()
 
@@ -51,6 +54,7 @@ class Scorer:
         self.refusal = refusal_pattern(task.settings.refusals)
         user = task.settings.user_metric
         self.user_function = UserFunction(user, task.root) if user else None
+        self.judge_orders: Orders = Counter()
 
     def heldout(
         self, asked: Sequence[AskedRow], base: Sequence[ScoredRow] | None
@@ -73,6 +77,9 @@ class Scorer:
             row.scored({name: values[index] for name, values in scores.items()})
             for index, row in enumerate(answered)
         ]
+        if "human" in self.settings.metric_names():
+            people = [self.task.people.get(row.id, {}) for row in asked]
+            scored = _by_people(scored, people, scored if base is None else base)
         return in_clusters(scored, self.task.heldout)
 
     def _chosen(self, asked: Sequence[AskedRow], references: list[str]) -> list[float]:
@@ -143,7 +150,9 @@ class Scorer:
             )
         if self.settings.judge:
             rivals = answers if base is None else [row.answer for row in base]
-            scores["judge"] = judge_scores(self.settings.judge, ids, conversations, answers, rivals)
+            scores["judge"] = judge_scores(
+                self.settings.judge, ids, conversations, answers, rivals, self.judge_orders
+            )
         return scores
 
     def chance(self, scored: Sequence[ScoredRow]) -> list[float]:
@@ -193,3 +202,27 @@ class Scorer:
             for row in asked
         ]
         return in_clusters(scored, self.task.retention)
+
+
+def _by_people(
+    scored: Sequence[ScoredRow],
+    people: Sequence[Mapping[str, Preferred]],
+    base: Sequence[ScoredRow],
+) -> list[ScoredRow]:
+    """Add people's scores of exactly these answers; an answer that nobody judged has none.
+
+    people: by answer, of each row. Raises EvaluationError if nobody judged any of them.
+    """
+    preferred = [its.get(one.answer, {}) for its, one in zip(people, scored, strict=True)]
+    known = [its.get(rival.answer) for its, rival in zip(preferred, base, strict=True)]
+    if all(score is None for score in known):
+        raise EvaluationError(
+            where="metric human",
+            found=f"people judged none of these {len(scored)} answers",
+            expected="judgements of exactly these answers",
+            fix="judge them with ft review, then materialize human_review (ft run)",
+        )
+    return [
+        one if score is None else replace(one.scored({"human": score}), preferred=its)
+        for one, score, its in zip(scored, known, preferred, strict=True)
+    ]

@@ -210,7 +210,7 @@ def file_gains(
         stop_rate = statistics.fmean(float(row.stopped) for row in scored)
         passed = quality(against[name], metric, gate, adjusted[name]).passed
         gains[name] = FileGain(
-            score=statistics.fmean(row.scores[metric] for row in scored),
+            score=statistics.fmean(row.scores[metric] for row in scored if metric in row.scores),
             stop_rate=stop_rate,
             difference=against[name][metric],
             beats_base=passed and stop_rate >= gate.min_stop_rate,

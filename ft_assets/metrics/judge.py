@@ -8,6 +8,7 @@ score is ½ by definition, so a candidate with a mean above ½ wins more often t
 import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +28,7 @@ INSTRUCTION = (
 PARALLEL = 4
 LARGEST_ANSWER = 1 << 20  # bytes; a verdict is one word
 SHOWN = 300
+Orders = Counter[tuple[str, str]]  # the replies to a pair: in its first order, and in the other
 
 
 class JudgeSettings(BaseModel):
@@ -69,21 +71,26 @@ def judge_scores(
     conversations: Sequence[Sequence[Message]],
     answers: list[str],
     rivals: list[str],
+    orders: Orders | None = None,
 ) -> list[float]:
     """Score 1, ½ or 0 for each row: the answer against the rival's.
 
-    Raises EvaluationError with the id of the row at which the judge failed.
+    orders: counts the replies to each pair that was asked. Raises EvaluationError with the id of
+    the row at which the judge failed.
     """
 
-    def one(index: int) -> float:
+    def replies(index: int) -> tuple[str, str] | None:
         if answers[index] == rivals[index]:
-            return 0.5
+            return None
         first = _ask(settings, ids[index], conversations[index], answers[index], rivals[index])
         second = _ask(settings, ids[index], conversations[index], rivals[index], answers[index])
-        return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((first, second), 0.5)
+        return first, second
 
     with ThreadPoolExecutor(PARALLEL) as pool:
-        return list(pool.map(one, range(len(ids))))
+        given = list(pool.map(replies, range(len(ids))))
+    if orders is not None:
+        orders.update(pair for pair in given if pair)
+    return [{("A", "B"): 1.0, ("B", "A"): 0.0}.get(pair or ("", ""), 0.5) for pair in given]
 
 
 def _ask(

@@ -14,8 +14,10 @@ from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.config import Project
 from ft_assets.data.content import CONVERSATIONS, Sha256, data_content
 from ft_assets.errors import FtError, InfrastructureFault
+from ft_assets.review.judgements import Judgements
 
-KEYS = (*CONVERSATIONS, "preferences")
+REVIEW = "review"  # the judgements of people, which are no key of `data`
+KEYS = (*CONVERSATIONS, "preferences", REVIEW)
 # Written by the one who reports a version, so that the next report can compare.
 Versions = dict[str, str]
 
@@ -27,7 +29,11 @@ def source_asset(key: str) -> str:
 
 def sources_of(project: Project, keys: Sequence[str] = KEYS) -> list[str]:
     """Return the keys for which the project names files."""
-    return [key for key in keys if getattr(project.data, key)]
+    return [
+        key
+        for key in keys
+        if (project.review is not None if key == REVIEW else getattr(project.data, key))
+    ]
 
 
 def source_specs(project: Project, owner: str) -> list[dg.AssetSpec]:
@@ -35,7 +41,7 @@ def source_specs(project: Project, owner: str) -> list[dg.AssetSpec]:
     return [
         dg.AssetSpec(
             source_asset(key),
-            description=f"The files that finetune.yaml names under `data.{key}`. Each run of "
+            description=f"The files that finetune.yaml names under `{_named(key)}`. Each run of "
             "`ft run`, and the sensor `mark_stale`, reports a new version when their "
             "content changed.",
             group_name="data",
@@ -51,10 +57,20 @@ def source_versions(project: Project, sha256: Sha256 = file_sha256) -> Versions:
 
     Raises DataError or InfrastructureFault if a file cannot be read.
     """
-    return {
+    keys = sources_of(project)
+    found = {
         key: _hash(sorted(digest for _, digest in files))
-        for key, files in data_content(project, sources_of(project), sha256).items()
+        for key, files in data_content(
+            project, [key for key in keys if key != REVIEW], sha256
+        ).items()
     }
+    if project.review is not None:
+        found[REVIEW] = Judgements(project.path(project.review.folder)).version()
+    return found
+
+
+def _named(key: str) -> str:
+    return "review.folder" if key == REVIEW else f"data.{key}"
 
 
 def _hash(value: object) -> str:

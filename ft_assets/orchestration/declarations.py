@@ -29,8 +29,9 @@ Summary = Callable[[Metrics], str]
 class Asset:
     """An asset of the graph without its partitions. Its name is that of its function.
 
-    `sources` are the keys of `data` whose files it reads. `summary` formats an artifact's metrics
-    for `ft status`. `only_if` decides whether a project has the asset.
+    `sources` are the keys of `data` whose files it reads, or `review`. `summary` formats an
+    artifact's metrics for `ft status`. `only_if` decides whether a project has the asset. `also`
+    returns the further assets that it reads in a project.
     """
 
     body: AssetBody
@@ -44,6 +45,7 @@ class Asset:
     schema: pa.Schema | None = None
     summary: Summary | None = None
     only_if: Callable[[Project], bool] = lambda project: True
+    also: Callable[[Project], Sequence[str]] = lambda project: ()
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ class Asset:
         return dg.asset(
             name=self.name,
             partitions_def=base_models if self.per_base_model else None,
-            deps=[*self.deps, *files],
+            deps=[*self.deps, *self.also(project), *files],
             group_name=self.group,
             owners=[OWNER],
             kinds=set(self.kinds),
@@ -81,6 +83,7 @@ def asset(
     schema: pa.Schema | None = None,
     summary: Summary | None = None,
     only_if: Callable[[Project], bool] = lambda project: True,
+    also: Callable[[Project], Sequence[str]] = lambda project: (),
 ) -> Callable[[AssetBody], Asset]:
     """Declare an asset: a function of (context, materializer) that returns `result(...)`."""
 
@@ -97,6 +100,7 @@ def asset(
             schema=schema,
             summary=summary,
             only_if=only_if,
+            also=also,
         )
 
     return declare
@@ -143,6 +147,7 @@ class Check:
     asset: Asset
     description: str
     blocking: bool = False
+    only_if: Callable[[Project], bool] = lambda project: True
 
     @property
     def name(self) -> str:
@@ -173,11 +178,15 @@ class Check:
 
 
 def check(
-    asset: Asset, *, description: str, blocking: bool = False
+    asset: Asset,
+    *,
+    description: str,
+    blocking: bool = False,
+    only_if: Callable[[Project], bool] = lambda project: True,
 ) -> Callable[[CheckBody], Check]:
     """Declare a check of `asset`: a function of a Checked that returns an AssetCheckResult."""
 
     def declare(body: CheckBody) -> Check:
-        return Check(body, asset, description, blocking)
+        return Check(body, asset, description, blocking, only_if)
 
     return declare

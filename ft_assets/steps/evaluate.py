@@ -5,6 +5,7 @@ It loads no model and no torch.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from ft_assets.evaluation.report_model import (
     EvalReport,
     Evidence,
     Finding,
+    JudgeCalibration,
     ValidationLoss,
     Verdict,
     findings_json,
@@ -39,6 +41,7 @@ from ft_assets.evaluation.scored_rows import (
 from ft_assets.evaluation.verdict.decision import decide
 from ft_assets.evaluation.verdict.uses import Uses, look_key, prompt_digests, write_uses
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
+from ft_assets.review.win_rates import FILE, read_people_scores
 from ft_assets.rows.types import TokenizedRow
 from ft_assets.step_runner import main, takes
 
@@ -65,6 +68,7 @@ class Settings(StepSettings):
     root: Path
     previous: Path | None
     uses: Uses
+    min_judge_agreement: float = 0.0
 
 
 @takes(Settings)
@@ -92,6 +96,10 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     )
     if (choice := answers.facts.few_shot) is not None:
         numbers = numbers.model_copy(update={"few_shot": choice})
+    if (calibration := _calibration(job, given, scored, task)) is not None:
+        numbers = numbers.model_copy(update={"calibration": calibration})
+    if task.people:  # merged_model and release score answers again
+        shutil.copyfile(job.inputs["human_review"] / FILE, job.output / FILE)
     verdict = decide(numbers, gate)
     findings = diagnose(numbers, verdict, gate)
     text = report_markdown(
@@ -125,6 +133,9 @@ def _task(job: Job, given: Settings, answers: Answers, train: list[TokenizedRow]
         ),
         schema=given.answer_schema,
         root=given.root,
+        people=read_people_scores(job.inputs["human_review"] / FILE)
+        if "human_review" in job.inputs
+        else {},
     )
 
 
@@ -164,7 +175,9 @@ def _scored(answers: Answers, task: Task, report: Report) -> Scored:
     )
     for name, rows in answers.rows["heldout"].items():
         scored.heldout[name] = scorer.heldout(rows, scored.heldout.get("base"))
-        mean = statistics.fmean(row.scores[metric] for row in scored.heldout[name])
+        mean = statistics.fmean(
+            row.scores[metric] for row in scored.heldout[name] if metric in row.scores
+        )
         report("scored", **{f"{name}_{metric}": round(mean, 4)})
         if name in answers.facts.proofs.adapters:  # candidates for the merge
             scored.chance[name] = scorer.chance(scored.heldout[name])
@@ -174,7 +187,39 @@ def _scored(answers: Answers, task: Task, report: Report) -> Scored:
         further.append(scorer.heldout(rows, scored.heldout["base"]))
     for name, rows in answers.rows["retention"].items():
         scored.retention[name] = scorer.retention(rows)
+    scored.judge_orders = scorer.judge_orders
     return scored
+
+
+def _calibration(job: Job, given: Settings, scored: Scored, task: Task) -> JudgeCalibration | None:
+    """Compare the judge with people, on different answers that both compared with the base's."""
+    from ft_assets.review.calibration import Compared, calibrated
+    from ft_assets.review.win_rates import REVIEW, HumanReview
+
+    if not (task.people and task.settings.judge):
+        return None
+    base = scored.heldout["base"]
+    pairs = [
+        Compared(
+            cluster_of(row),
+            one.scores["judge"],
+            known[rival.answer],
+            (len(one.answer) > len(rival.answer)) - (len(one.answer) < len(rival.answer)),
+        )
+        for name, rows in scored.heldout.items()
+        if name != "base"
+        for row, one, rival in zip(task.heldout, rows, base, strict=True)
+        if one.answer != rival.answer
+        and rival.answer in (known := task.people.get(row["id"], {}).get(one.answer, {}))
+    ]
+    return calibrated(
+        pairs,
+        scored.judge_orders,
+        HumanReview.read(job.inputs["human_review"] / REVIEW).agreement,
+        given.min_judge_agreement,
+        given.gate.confidence,
+        task.settings.seed,
+    )
 
 
 def _tell_form_apart(

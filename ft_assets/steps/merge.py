@@ -24,6 +24,7 @@ from ft_assets.evaluation.verdict.spending import gate_of
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.release.card_facts import CardFacts
+from ft_assets.review.win_rates import FILE, read_people_scores
 from ft_assets.rows.types import TokenizedRow
 from ft_assets.step_runner import main, takes
 
@@ -91,6 +92,7 @@ def _evaluated(job: Job, settings: Settings) -> Evaluated:
         settings=evaluation,
         schema=settings.answer_schema,
         root=settings.root,
+        people=read_people_scores(job.inputs["eval_report"] / FILE),
     )
     table = job.inputs["eval_report"] / "rows.parquet"
     report = EvalReport.read(job.inputs["eval_report"] / "report.json")

@@ -15,7 +15,12 @@ from ft_assets.data.tables import read_table
 from ft_assets.errors import ReleaseError
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report_model import Differences, EvalReport
-from ft_assets.evaluation.scored_rows import ScoredRow, cluster_of, read_scored_rows
+from ft_assets.evaluation.scored_rows import (
+    PeopleScores,
+    ScoredRow,
+    cluster_of,
+    read_scored_rows,
+)
 from ft_assets.evaluation.verdict.spending import gate_of
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
@@ -29,6 +34,7 @@ from ft_assets.release.register import (
     ReleaseState,
     write_release,
 )
+from ft_assets.review.win_rates import FILE, read_people_scores
 from ft_assets.rows.types import DataRow, TokenizedRow
 from ft_assets.step_runner import main, takes
 
@@ -69,12 +75,13 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     evaluation = EvalReport.read(job.inputs["eval_report"] / "report.json")
     settings = settings.model_copy(update={"gate": gate_of(evaluation, settings.gate)})
     base = read_scored_rows(job.inputs["eval_report"] / "rows.parquet", "base", rows)
-    task = _task(rows, settings)
+    task = _task(rows, settings, read_people_scores(job.inputs["eval_report"] / FILE))
     scored: dict[Side, list[ScoredRow]] = {
         side: _score(job.inputs[name], task, base) for side, name in INPUTS.items()
     }
     scores = {
-        side: statistics.fmean(row.scores[metric] for row in its) for side, its in scored.items()
+        side: statistics.fmean(row.scores[metric] for row in its if metric in row.scores)
+        for side, its in scored.items()
     }
     for side, value in scores.items():
         report(side, **{metric: round(value, DIGITS)})
@@ -112,7 +119,7 @@ def require_enough(
     )
 
 
-def _task(rows: list[ReferencedRow], settings: Settings) -> Task:
+def _task(rows: list[ReferencedRow], settings: Settings, people: PeopleScores) -> Task:
     from ft_assets.evaluation.scorer import Task
 
     return Task(
@@ -120,6 +127,7 @@ def _task(rows: list[ReferencedRow], settings: Settings) -> Task:
         settings=settings.evaluation,
         schema=settings.answer_schema,
         root=settings.root,
+        people=people,
     )
 
 

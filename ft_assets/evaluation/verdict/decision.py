@@ -91,6 +91,7 @@ def judge(
     found = Reasons.joined(
         [
             _integrity(report),
+            calibration(report, gate),
             quality(comparisons["base"], metric, gate, adjusted, report.confidence),
             _chance(report.chance.get(candidate), metric, report.confidence),
             _prompting(comparisons.get("few_shot", {}).get(metric), report, gate),
@@ -115,6 +116,18 @@ def _integrity(report: EvalReport) -> Reasons:
             f"e.g. {mismatches[0]}"
         ]
     )
+
+
+def calibration(report: EvalReport, gate: GateSettings) -> Reasons:
+    """Require that a judge whose scores a PASS needs agrees with people, if people judged."""
+    if "judge" not in goals(report.metric, gate):
+        return Reasons()
+    found = report.calibration
+    if found is None:
+        return Reasons(proven=["warning: the judge is not calibrated: no person judged (review)"])
+    if not found.agrees:
+        return Reasons(unsure=[f"the judge does not agree with people: {found.describe()}"])
+    return Reasons(proven=[found.describe()])
 
 
 def _enough_rows(report: EvalReport, gate: GateSettings) -> Reasons:

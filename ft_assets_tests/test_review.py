@@ -1,0 +1,208 @@
+"""Blind review: judgements, sessions, win rates, agreement, and the calibration of a judge."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ft_assets.config.review import ReviewSettings
+from ft_assets.errors import DataError
+from ft_assets.review.agreement import agreement, alpha, coincidences
+from ft_assets.review.judgements import Judgements, Relations, Withdrawal, new_judgement
+from ft_assets.review.session import Session, drawn
+from ft_assets.review.win_rates import (
+    read_people_scores,
+    review,
+    win_rate,
+    write_people_scores,
+)
+from ft_assets_tests.reviewing import SETTINGS, item, simulated
+
+# Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, section C: 4 observers, 12 units.
+PUBLISHED = [
+    [1, 1, 1],
+    [2, 2, 3, 2],
+    [3, 3, 3, 3],
+    [3, 3, 3, 3],
+    [2, 2, 2, 2],
+    [1, 2, 3, 4],
+    [4, 4, 4, 4],
+    [1, 1, 2, 1],
+    [2, 2, 2, 2],
+    [5, 5, 5],
+    [1, 1],
+    [3],
+]
+
+
+def test_alpha_is_that_of_the_published_example() -> None:
+    matrix = sum(coincidences([value - 1 for value in unit], 5) for unit in PUBLISHED)
+    assert float(alpha(np.array(matrix))) == pytest.approx(0.815, abs=5e-4)
+
+
+def test_agreement_of_chance_is_zero_and_a_small_complete_one_is_not_certain() -> None:
+    chance = random.Random(1)
+    units = {str(n): [[chance.choice((-1, 1)), chance.choice((-1, 1))]] for n in range(400)}
+    found = agreement(units, 0.95, 1)
+    assert found is not None and found.low < 0 < found.high and abs(found.alpha) < 0.15
+    same = agreement({str(n): [[1, 1]] for n in range(10)}, 0.95, 1)
+    assert same is not None and same.alpha == 1 == same.high and same.low < 0.6
+    assert agreement({"a": [[0, 0]], "b": [[1]]}, 0.95, 1) is None
+
+
+def test_each_answer_stands_first_equally_often_and_names_are_not_on_the_page() -> None:
+    items = [
+        item(n, base=f"a{n}", sft=f"b{n}", dpo=f"c{n}" if n % 2 else f"b{n}") for n in range(60)
+    ]
+    for reviewer in ("anna", "ben"):
+        session, first = Session(items, [], SETTINGS, reviewer), Counter[str]()
+        for one in items:
+            texts = one.distinct
+            first[texts[session.orders[one.key][0]][0]] += 1
+        assert first == {"a": 25, "b": 25, "c": 10}
+        page = session.page()
+        assert page is not None and sorted(page.answers) == sorted(set(page.answers))
+    orders = [Session(items, [], SETTINGS, name).orders for name in ("anna", "ben")]
+    assert orders[0] != orders[1]
+
+
+def test_session_continues_where_it_ended(tmp_path: Path) -> None:
+    items = [item(n) for n in range(4)] + [item(9, base="same", sft="same")]
+    book = Judgements(tmp_path / "reviews")
+
+    def session(reviewer: str) -> Session:
+        return Session(items, book.read(), SETTINGS, reviewer)
+
+    first = session("anna").page()
+    assert first is not None and (first.left, session("anna").identical) == (4, 1)
+    book.add("anna", session("anna").judge(first.key, first.seal, [1, 2], "better", "tone"))
+    assert len(session("anna").open) == 3 and len(session("ben").open) == 4
+    with pytest.raises(DataError, match="changed, or the prompt was judged"):
+        session("anna").judge(first.key, first.seal, [1, 2])
+    with pytest.raises(DataError, match="without a gap"):
+        second = session("anna").page()
+        assert second is not None
+        session("anna").judge(second.key, second.seal, [1, 3])
+    last = session("anna").last()
+    assert last is not None and (last.correction, last.reason) == ("better", "tone")
+    assert session("ben").last() is None
+    book.add("anna", Withdrawal(withdraws=last.id, at="now"))
+    again = session("anna").page()
+    assert again == first and len((tmp_path / "reviews/anna.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_judgement_counts_for_these_answers_alone() -> None:
+    old = item(1, base="a", sft="b", dpo="c")
+    given = [new_judgement("anna", old.prompt, "held-out", [("b", 1), ("a", 2), ("c", 2)])]
+    relations = Relations(given)
+    assert relations.between(old.key, "b", "a") == {"anna": 1}
+    assert relations.between(old.key, "a", "b") == {"anna": -1}
+    assert relations.between(old.key, "a", "c") == {"anna": 0}
+    new = item(1, base="a", sft="b", dpo="new")
+    assert len(Session([new], given, SETTINGS, "anna").open) == 1
+    found = review([new], given, 0.95, 1)
+    assert (found.judged, [rate.candidate for rate in found.win_rates]) == (0, ["sft"])
+    assert not Session([item(1, base="a", sft="b")], given, SETTINGS, "anna").open
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
+def test_overlap_is_the_share_that_everybody_judges(overlap: float) -> None:
+    items = drawn([item(n) for n in range(40)], ReviewSettings(prompts=20))
+    assert len(items) == 20
+    settings = ReviewSettings(overlap=overlap)
+    anna = simulated(items, "anna", [1.0] * 20, 0.0, random.Random(1))
+    assert len(Session(items, anna, settings, "ben").open) == overlap * 20
+
+
+DAMAGES = {
+    "an edited answer": (lambda line: line.replace('"new', '"NEW'), "its hash differs"),
+    "an edited prompt": (lambda line: line.replace('"question', '"Question'), "its hash differs"),
+    "a line that is cut off": (lambda line: line[:-20], "cannot be read"),
+    "another's line": (lambda line: line.replace('"anna"', '"eve"'), "a judgement of eve"),
+    "no object": (lambda line: "[]", "not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_line_is_named(tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    book, one = Judgements(tmp_path), item(1)
+    for _ in range(2):
+        book.add("anna", new_judgement("anna", one.prompt, "held-out", [("old", 2), ("new", 1)]))
+    path = tmp_path / "anna.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text(f"{lines[0]}\n{damage(lines[1])}\n")
+    with pytest.raises(DataError, match=r"anna\.jsonl, line 2") as refused:
+        book.read()
+    assert message in str(refused.value)
+
+
+def test_prompt_with_absent_values_is_read_again(tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": "q", "tool_calls": None}]
+    given = new_judgement("anna", prompt, "held-out", [("a", 1), ("b", 1)])
+    Judgements(tmp_path).add("anna", given)
+    assert Judgements(tmp_path).read() == [given]
+
+
+def test_reviewer_cannot_name_another_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot name a file"):
+        Judgements(tmp_path).add("../eve", Withdrawal(withdraws="x", at="now"))
+
+
+def test_interval_covers_the_true_win_rate() -> None:
+    """Two reviewers with errors of their own; 100 reviews of 40 prompts in 30 groups each."""
+    chance, covered, truth = random.Random(7), 0, 0.7
+    for _ in range(100):
+        groups = [chance.choice((1.0, 1.0, 0.5, 0.0)) for _ in range(30)]
+        truth = (1 + 1 + 0.5) / 4
+        likes = [groups[n % 30] for n in range(40)]
+        items = [item(n, cluster=str(n % 30)) for n in range(40)]
+        given = [
+            one
+            for name in ("anna", "ben")
+            for one in (
+                new_judgement(
+                    name,
+                    it.prompt,
+                    "held-out",
+                    [
+                        (it.answers["sft"], 1 if like >= 0.5 else 2),
+                        (it.answers["base"], 1 if like <= 0.5 else 2),
+                    ],
+                )
+                for it, like in zip(items, likes, strict=True)
+            )
+        ]
+        rate = win_rate(items, Relations(given), "sft", "base", 0.95, 1)
+        assert rate is not None
+        covered += rate.low <= truth <= rate.high
+    assert covered >= 92
+
+
+def test_two_reviewers_through_their_pages() -> None:
+    chance, items = random.Random(3), [item(n) for n in range(60)]
+    likes = [1.0] * 42 + [0.0] * 18
+    given = [one for name in ("anna", "ben") for one in simulated(items, name, likes, 0.1, chance)]
+    found = review(items, given, 0.95, 1)
+    (rate,) = found.win_rates
+    assert rate.low <= 0.7 * 0.9 + 0.3 * 0.1 <= rate.high and rate.prompts == 60
+    assert found.judged == 60 and found.reviewers == {"anna": 60, "ben": 60}
+    # Each turns a tenth around: 1 - 2 (2 · 0.1 · 0.9) of chance-corrected agreement.
+    assert found.agreement is not None and found.agreement.low < 0.64 < found.agreement.high
+    assert found.first_preferred is not None and 0.4 < found.first_preferred < 0.6
+
+
+def test_equal_answers_are_ties_without_a_question(tmp_path: Path) -> None:
+    items = {"r1": item(1), "r2": item(2, base="same", sft="same"), "r3": item(3)}
+    given = [new_judgement("anna", items["r1"].prompt, "held-out", [("new 1", 1), ("old 1", 2)])]
+    found = review(list(items.values()), given, 0.95, 1)
+    assert (found.judged, found.identical, found.prompts) == (2, 1, 3)
+    write_people_scores(tmp_path / "people.parquet", items, given)
+    scores = read_people_scores(tmp_path / "people.parquet")
+    assert scores["r1"]["new 1"] == {"new 1": 0.5, "old 1": 1.0}
+    assert scores["r1"]["old 1"] == {"new 1": 0.0, "old 1": 0.5}
+    assert scores["r2"] == {"same": {"same": 0.5}}
+    assert scores["r3"] == {"new 3": {"new 3": 0.5}, "old 3": {"old 3": 0.5}}
+    assert read_people_scores(tmp_path / "none.parquet") == {}
