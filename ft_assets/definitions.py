@@ -8,7 +8,7 @@ warnings.filterwarnings("ignore", category=dg.PreviewWarning)  # partitioned ass
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from ft_assets.assets import declared  # noqa: E402
-from ft_assets.compat.dagster import keep_secrets_out_of_history  # noqa: E402
+from ft_assets.compat.dagster import keep_history_clean  # noqa: E402
 from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.orchestration.automation import automation, freshness  # noqa: E402
 from ft_assets.orchestration.bring_up_to_date import bring_up_to_date  # noqa: E402
@@ -60,5 +60,5 @@ def build(project: Project) -> dg.Definitions:
     )
 
 
-keep_secrets_out_of_history()
+keep_history_clean()
 defs = build(load_project())

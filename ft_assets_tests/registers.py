@@ -23,7 +23,7 @@ GAIN = {
 }
 
 
-def merged_model(store: ArtifactStore, name: str) -> ReleasedModel:
+def merged_model(store: ArtifactStore, name: str, **metrics: float) -> ReleasedModel:
     """Publish a merged model of a few bytes and return its line of the register."""
     version = fingerprint("merged_model", "1", {}, {"adapter": name}, {})
     with store.staging("merged_model", "tiny") as staged:
@@ -37,7 +37,7 @@ def merged_model(store: ArtifactStore, name: str) -> ReleasedModel:
             settings={},
             inputs={"adapter": name},
             environment={},
-            metrics={"candidate": name, "verdict": "PASS", **GAIN},
+            metrics={"candidate": name, "verdict": "PASS", **GAIN, **metrics},
             started=0.0,
         )
     return ReleasedModel.of(artifact)

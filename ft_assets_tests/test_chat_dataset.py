@@ -49,7 +49,7 @@ def test_template_that_writes_thinking_is_refused_until_its_switch_is_set(projec
     said = checks(materialize(project, UP_TO_SPLIT))["every_row_is_proven"]
     assert not said.passed
     assert "<think>" in (said.description or "")
-    assert "set chat.template_kwargs: {enable_thinking: false}" in (said.description or "")
+    assert said.metadata["to_do"].value == "set chat.template_kwargs: {enable_thinking: false}"
     edit(
         project,
         chat={"chat_template": "thinking.jinja", "template_kwargs": {"enable_thinking": False}},

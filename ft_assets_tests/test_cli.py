@@ -180,20 +180,27 @@ def test_interrupt_ends_the_command_and_not_only_the_base_model_of_now(project: 
         f"os.execv({sys.executable!r}, {command!r})"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=project, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=project,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stderr is not None
     lines = []
     for line in process.stderr:
         lines.append(line)
         if "raw_dataset" in line and not any("interrupted" in text for text in lines):
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             break
     said = "".join([*lines, process.stderr.read()])
     assert process.wait() == 130
     assert "interrupted: a training resumes from its last checkpoint" in said
     assert "\ntiny-too" not in said
     assert "Traceback" not in said
+    with sqlite3.connect(project / ".ft/dagster/history/runs.db") as runs:
+        ((status,),) = runs.execute("select status from runs").fetchall()
+    assert status == "CANCELED"  # the daemon starts a failed run again
 
 
 def test_ui_makes_the_instance_before_two_services_do(

@@ -99,3 +99,20 @@ def test_a_speed_that_nobody_measured_is_left_out(tmp_path: Path) -> None:
         SimpleNamespace(log_history=[{"loss": 1.0, "step": 4}])
     )  # of a checkpoint from before speeds were kept
     assert progress.speed() == {}
+
+
+def test_long_training_does_not_fill_the_events_and_its_validation_is_all_there() -> None:
+    heard = Heard()
+    steps = 5000
+    for step in range(1, steps + 1):
+        at = 1e9 + 3.0 * step  # four hours
+        numbers = {"loss": 1 / 3, "tokens_per_s": 9.0, "memory_gb": 1.0, "seconds_left": 1.0}
+        heard.live({"message": "train", "time": at, "step": step, "steps": steps, **numbers})
+        if step % 1000 == 0:
+            heard.live({"message": "validation", "time": at, "validation_loss": 0.5})
+    trained = [metadata["live/step"].value for metadata in heard if "live/loss" in metadata]
+    assert trained[0] == 1
+    assert trained[-1] == steps
+    assert 10 <= len(trained) <= 22
+    assert len(heard) - len(trained) == 5
+    assert heard[0]["live/loss"].value == 0.3333

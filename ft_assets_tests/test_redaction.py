@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ft_assets.compat.dagster import keep_secrets_out_of_history
+from ft_assets.compat.dagster import keep_history_clean
 from ft_assets.config import load_project
 from ft_assets.errors import ConfigError, FtError, SourceUnreachable, StepLost
 from ft_assets.redaction import guard_stream, redacted, remember_variables
@@ -167,7 +167,7 @@ def test_no_error_of_a_client_carries_a_secret_over_a_border(tmp_path: Path) -> 
         for kind in ERRORS:
             failing(kind)()
 
-    keep_secrets_out_of_history()
+    keep_history_clean()
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         assert not fetching.execute_in_process(instance=instance, raise_on_error=False).success
     history = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

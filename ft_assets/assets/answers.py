@@ -60,4 +60,5 @@ def answers(
         libraries="infer",
     )
     every_row = dg.MetadataValue.path(str(artifact.path / "heldout.parquet"))
-    return result(artifact, reused, every_row=every_row)
+    first = ("candidates", "heldout_rows", "retention_rows")
+    return result(artifact, reused, first, every_row=every_row)

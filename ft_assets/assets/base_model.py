@@ -39,4 +39,5 @@ def base_model(
         space=1_000_000_000,
     )
     named = source.hub or source.gguf or source.folder
-    return result(artifact, reused, source=str(named), commit=identity.get("commit", "–"))
+    first = ("architecture", "parameters", "context")
+    return result(artifact, reused, first, source=str(named), commit=identity.get("commit", "–"))

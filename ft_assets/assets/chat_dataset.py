@@ -5,6 +5,7 @@ import json
 import dagster as dg
 
 from ft_assets.artifacts import Artifact
+from ft_assets.compat.dagster import TO_DO
 from ft_assets.data.ingest import require_valid
 from ft_assets.data.tables import TOKENIZED
 from ft_assets.evaluation.plots import data_uri, length_plot
@@ -54,6 +55,7 @@ def chat_dataset(
     return result(
         artifact,
         reused,
+        first=("conversations_rows", "preferences_rows", "tokens", "supervised_tokens"),
         **_lengths(artifact, name),
         **{"dagster/partition_row_count": artifact.metrics["conversations_rows"]},
     )
@@ -79,6 +81,7 @@ def _lengths(artifact: Artifact, name: str) -> dict[str, dg.MarkdownMetadataValu
     blocking=True,
     description="On every row the train context equals the generation context, the loss mask "
     "covers the answer and its end of turn, and there is one BOS.",
+    fix="correct the row that is named, or see docs/templates.md for what a template can prove",
 )
 def every_row_is_proven(checked: Checked) -> dg.AssetCheckResult:
     """Fail if a row is not proven, or if base and fine-tune would answer in different modes."""
@@ -89,17 +92,19 @@ def every_row_is_proven(checked: Checked) -> dg.AssetCheckResult:
     if switch := metrics["template_switch"]:
         # The base would think aloud and be cut off. The fine-tune has learnt not to think aloud.
         # The comparison would flatter the fine-tune.
-        text += (
-            f"; the template writes {metrics['template_adds']} before answers: "
-            f"set chat.template_kwargs: {{{switch}: false}}"
-        )
-    return dg.AssetCheckResult(passed=metrics["refused"] == 0 and not switch, description=text)
+        text += f"; the template writes {metrics['template_adds']} before answers"
+    return dg.AssetCheckResult(
+        passed=metrics["refused"] == 0 and not switch,
+        description=text,
+        metadata={TO_DO: f"set chat.template_kwargs: {{{switch}: false}}"} if switch else {},
+    )
 
 
 @check(
     chat_dataset,
     blocking=True,
     description="Few rows are longer than chat.max_length. A longer row is filtered, never cut.",
+    fix="raise chat.max_length, shorten the rows, or raise chat.max_truncated",
 )
 def few_rows_are_too_long(checked: Checked) -> dg.AssetCheckResult:
     """Fail above chat.max_truncated. Warn if any row is too long."""

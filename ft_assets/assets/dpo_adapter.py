@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from ft_assets.assets.training_curves import loss_curve, overfitting_check
+from ft_assets.assets.training_curves import FIRST, loss_curve, overfitting_check
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import Materializer, result
 from ft_assets.release.card_facts import adapter_method
@@ -63,7 +63,7 @@ def dpo_adapter(
         libraries="train",
         space=500_000_000 * seeds,
     )
-    return result(artifact, reused, **loss_curve(artifact, "DPO loss"))
+    return result(artifact, reused, FIRST, **loss_curve(artifact, "DPO loss"))
 
 
 @check(
@@ -71,6 +71,7 @@ def dpo_adapter(
     blocking=True,
     description="Before the first step policy and reference agree: the reference is the SFT "
     "policy, not the base.",
+    fix="delete this version of dpo_adapter and train it again; if it fails again, report a fault",
 )
 def reference_is_the_sft_policy(checked: Checked) -> dg.AssetCheckResult:
     """Fail if their log-probabilities differ by more than a thousandth of a nat."""

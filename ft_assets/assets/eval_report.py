@@ -1,5 +1,6 @@
 """The asset `eval_report`: the evaluation of base, SFT and DPO, and its checks."""
 
+import json
 from functools import partial
 
 import dagster as dg
@@ -14,9 +15,10 @@ from ft_assets.assets.judged import (
     judged,
     people_of_today,
 )
+from ft_assets.compat.dagster import TO_DO
 from ft_assets.config import GateSettings
 from ft_assets.errors import ArtifactError
-from ft_assets.evaluation.report_model import Estimate, EvalReport
+from ft_assets.evaluation.report_model import Estimate, EvalReport, Finding
 from ft_assets.evaluation.verdict.decision import (
     PASS,
     beats,
@@ -45,7 +47,7 @@ def _report(checked: Checked) -> EvalReport:
     return EvalReport.read(checked.artifact.path / "report.json")
 
 
-def numbers(estimate: Estimate) -> dict[str, float]:
+def numbers(estimate: Estimate) -> dict[str, float | str]:
     """Return an estimate as check metadata, which the UI plots over runs."""
     return {
         "difference": estimate.mean,
@@ -139,6 +141,7 @@ def eval_report(
     return result(
         artifact,
         reused,
+        first=("verdict", "reason", "gain_vs_base", "diagnosis"),
         report=dg.MetadataValue.md(f"![scores]({picture})\n\n{text}"),
         since_the_previous_report=dg.MetadataValue.md(since),
         page=dg.MetadataValue.path(str(artifact.path / "info" / "report.html")),
@@ -150,19 +153,32 @@ def eval_report(
     eval_report,
     blocking=True,
     description="The verdict is PASS: held-out quality is proven to be above the base's.",
+    fix="read the report (ft report {base}); nothing is merged or released until a verdict is PASS",
 )
 def better_than_base(checked: Checked) -> dg.AssetCheckResult:
     """Fail on FAIL and on INCONCLUSIVE."""
     report = _report(checked)
     verdict = decide(report, checked.project.gate)
-    tag_run(checked.context, verdict=verdict.status, base_model=checked.name)
+    tag_run(checked.context, verdict=verdict.status)
     blocking = ERROR if checked.project.gate.override is None else WARN
     return dg.AssetCheckResult(
         passed=verdict.status == PASS,
         severity=blocking,
         description=f"{verdict.status}: {'; '.join(verdict.reasons)}",
-        metadata=numbers(report.comparisons[verdict.reported_candidate]["base"][report.metric]),
+        metadata=numbers(report.comparisons[verdict.reported_candidate]["base"][report.metric])
+        | _advice(checked),
     )
+
+
+def _advice(checked: Checked) -> dict[str, str]:
+    """Return the next step after a verdict that is not a PASS, by the report's first finding."""
+    file = checked.artifact.path / "diagnosis.json"
+    findings = json.loads(file.read_text()) if file.exists() else []
+    if not findings:
+        return {}
+    first = Finding.model_validate(findings[0])
+    read = f"read the report (ft report --base {checked.name})"
+    return {TO_DO: f"{first.advice} ({first.cause} is suspected: {first.evidence[0]}); {read}"}
 
 
 @check(
@@ -197,6 +213,8 @@ def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
     eval_report,
     blocking=True,
     description="The model to merge did not get worse on general prompts.",
+    fix="add general rows to data.rehearsal, or train less; gate.max_retention_loss "
+    "and gate.max_retention_drop set the tolerance",
 )
 def nothing_forgotten(checked: Checked) -> dg.AssetCheckResult:
     """Fail if loss or task score on the retention set fell by more than the gate's tolerance.
@@ -246,6 +264,7 @@ def dpo_does_not_hurt(checked: Checked) -> dg.AssetCheckResult:
     blocking=True,
     description="The LLM judge, where a PASS needs its scores, agrees with people.",
     only_if=has_judge,
+    fix="let people judge more answers (ft review {base}), or take another judge or metric",
 )
 def judge_agrees_with_people(checked: Checked) -> dg.AssetCheckResult:
     """Fail if alpha is below review.min_judge_agreement, or not proven to be above chance.

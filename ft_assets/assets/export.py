@@ -87,6 +87,7 @@ def export(
     return result(
         artifact,
         reused,
+        first=("forms", "refused", "not_read"),
         forms_and_how_to_serve_them=dg.MetadataValue.md((artifact.path / "README.md").read_text()),
     )
 
@@ -95,6 +96,8 @@ def export(
     export,
     blocking=True,
     description="Each exported format answers held-out prompts as the merged model does.",
+    fix="do not serve a format that is named; remove it from release.forms, or use "
+    "another converter",
 )
 def forms_answer_alike(checked: Checked) -> dg.AssetCheckResult:
     """Fail below release.min_form_agreement, if a part was lost, or if no reader read a format.

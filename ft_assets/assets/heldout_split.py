@@ -91,7 +91,8 @@ def heldout_split(
     made = {one.asset: one for one in (raw, preferences, chat, artifact)}
     shown |= _left_out(made)
     rows = artifact.metrics["train_rows"]
-    return result(artifact, reused, **shown, **{"dagster/partition_row_count": rows})
+    first = ("train_rows", "validation_rows", "heldout_rows", "retention_rows")
+    return result(artifact, reused, first, **shown, **{"dagster/partition_row_count": rows})
 
 
 def _tables(raw: Artifact, preferences: Artifact) -> list[Path]:
@@ -148,6 +149,7 @@ def _cell(text: str) -> str:
     heldout_split,
     blocking=True,
     description="No prompt is on two sides: train, preferences, held-out, retention.",
+    fix="remove one row of the pair from the data files, then run again",
 )
 def nothing_leaks(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the first offending pair of ids. Train and preferences may share prompts."""

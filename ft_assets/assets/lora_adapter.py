@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from ft_assets.assets.training_curves import loss_curve, overfitting_check
+from ft_assets.assets.training_curves import FIRST, loss_curve, overfitting_check
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import WARN, Materializer, result
 from ft_assets.orchestration.memory_forecast import settle_method
@@ -54,7 +54,7 @@ def lora_adapter(
         libraries="train",
         space=500_000_000 * seeds,
     )
-    return result(artifact, reused, **loss_curve(artifact, "SFT loss"))
+    return result(artifact, reused, FIRST, **loss_curve(artifact, "SFT loss"))
 
 
 @check(lora_adapter, description="The loss fell and the adapter is not zero.")

@@ -115,7 +115,8 @@ def merged_model(
     )
     tag_run(context, version=artifact.fingerprint)
     text = card_body((artifact.path / "README.md").read_text())
-    return result(artifact, reused, model_card=dg.MetadataValue.md(text))
+    first = ("verdict", "merged_gain", "top1_agreement")
+    return result(artifact, reused, first, model_card=dg.MetadataValue.md(text))
 
 
 def _lineage(store: ArtifactStore, name: str, used: Mapping[str, Artifact]) -> dict[str, Artifact]:
@@ -130,6 +131,8 @@ def _lineage(store: ArtifactStore, name: str, used: Mapping[str, Artifact]) -> d
     merged_model,
     blocking=True,
     description="The merged model, read from disk, answers as base + adapter do.",
+    fix="do not serve this file; look at its metadata, and report a fault if the base "
+    "is a usual one",
 )
 def merge_is_equivalent(checked: Checked) -> dg.AssetCheckResult:
     """Fail if the agreement is proven to be below the gate's, or if tokenizer or template differ.
@@ -194,6 +197,8 @@ def _agreement(metrics: Metrics, least: float) -> str:
     merged_model,
     blocking=True,
     description="The merged file itself, read from disk, beats the base on the held-out rows.",
+    fix="rounding to bf16 cost the gain: train longer or with a higher learning rate, "
+    "then judge again",
 )
 def file_is_better_than_base(checked: Checked) -> dg.AssetCheckResult:
     """Fail if rounding to bf16 cost the gain. Only an override merges such a file."""

@@ -43,6 +43,7 @@ def raw_dataset(
     raw_dataset,
     blocking=True,
     description="At most data.max_invalid of the rows of each source are invalid.",
+    fix="correct the rows (ft status --left-out names each), or raise data.max_invalid",
 )
 def rows_are_valid(checked: Checked) -> dg.AssetCheckResult:
     """Fail above data.max_invalid in any source. Warn if any row was rejected."""

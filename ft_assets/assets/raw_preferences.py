@@ -37,6 +37,7 @@ def raw_preferences(
     raw_preferences,
     blocking=True,
     description="At most data.max_invalid of the preference pairs are invalid.",
+    fix="correct the pairs (ft status --left-out names each), or raise data.max_invalid",
 )
 def pairs_are_valid(checked: Checked) -> dg.AssetCheckResult:
     """Fail above data.max_invalid. Warn if any pair was rejected."""

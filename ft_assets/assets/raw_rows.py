@@ -62,6 +62,7 @@ def ingested(
     return result(
         artifact,
         reused,
+        first=(f"{table}_rows", "rejected"),
         sample=_sample(artifact, table),
         **_rejected(artifact),
         **{"dagster/row_count": artifact.metrics[f"{table}_rows"]},

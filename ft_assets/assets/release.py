@@ -110,6 +110,7 @@ def release(
     return result(
         artifact,
         reused,
+        first=("decision", "reason", "champion"),
         serve=dg.MetadataValue.path(str(merged.path)),
         history=dg.MetadataValue.md(text),
     )
@@ -119,6 +120,8 @@ def release(
     release,
     blocking=True,
     description="The released model beats its base on today's held-out rows.",
+    fix="roll back to an earlier champion, or train a better model; ft release {base} "
+    "shows the history",
 )
 def champion_beats_base(checked: Checked) -> dg.AssetCheckResult:
     """Fail if it does not.
@@ -132,6 +135,7 @@ def champion_beats_base(checked: Checked) -> dg.AssetCheckResult:
     release,
     blocking=True,
     description="Every file of the released model is the one that was proven, byte for byte.",
+    fix="restore the files from a backup, or roll back; ft verify names all that is damaged",
 )
 def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the first file that is missing or was changed."""

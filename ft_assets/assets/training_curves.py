@@ -7,6 +7,8 @@ from ft_assets.evaluation.curves import overfitting
 from ft_assets.evaluation.plots import curve_plot, data_uri, read_curve
 from ft_assets.orchestration.materializer import WARN
 
+FIRST = ("loss_first", "loss_last", "validation_loss", "reward_accuracy")  # on the asset's page
+
 
 def loss_curve(artifact: Artifact, title: str) -> dict[str, dg.MarkdownMetadataValue]:
     """Plot training and validation loss. Empty if the step wrote no curve."""

@@ -44,12 +44,14 @@ def run(
     import dagster as dg
 
     from ft_assets.artifacts import open_store
-    from ft_assets.commands.outcome import outcome_of
+    from ft_assets.commands.outcome import Outcome, outcome_of
+    from ft_assets.compat.dagster import shield_log_readers
     from ft_assets.definitions import defs
     from ft_assets.orchestration.console import failures, interrupted
     from ft_assets.orchestration.data_sources import report_sources
-    from ft_assets.runs.in_process import end_dead_runs, new_run
+    from ft_assets.runs.in_process import cancel, end_dead_runs, new_run
 
+    shield_log_readers()
     instance = open_instance()
     for run_id in end_dead_runs(instance):
         print(
@@ -60,7 +62,7 @@ def run(
     job = defs.resolve_implicit_global_asset_job_def()
     keys = select(defs, asset)
     partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)
-    failed, outcomes = [], []
+    failed, outcomes = dict[str, list[str]](), list[Outcome]()
     for name in names if partitioned else [None]:
         print(f"\n{name or 'unpartitioned'}", file=sys.stderr)
         run_id, tags = new_run()
@@ -71,17 +73,17 @@ def run(
             asset_selection=keys,
             raise_on_error=False,
             run_config={"loggers": {"console": {}}},
-            tags={**tags, **({"ft/base_model": name} if name else {})},
+            tags=tags,
         )
         if interrupted(outcome.all_events):
+            cancel(instance, run_id)
             print(
                 "\ninterrupted: a training resumes from its last checkpoint at the next ft run",
                 file=sys.stderr,
             )
             raise typer.Exit(INTERRUPTED)
         if not outcome.success:
-            failed.append(name or asset)
-            print("\n".join(["", *failures(outcome.all_events)]), file=sys.stderr)
+            failed[name or asset] = failures(outcome.all_events)
         outcomes.append(outcome_of(name, outcome))
     board = dg.AssetKey("leaderboard")
     shown = len(names) > 1 or open_store(project).current("leaderboard", None) is not None
@@ -96,10 +98,9 @@ def run(
     if as_json:
         print(json.dumps([outcome.model_dump() for outcome in outcomes], indent=1))
     if failed:
-        print(
-            f"\nnot all done: {', '.join(failed)} (see above; make ui shows the run)",
-            file=sys.stderr,
-        )
+        print(f"\nnot all done: {', '.join(failed)} (make ui shows the run)", file=sys.stderr)
+        for name, why in failed.items():
+            print("\n".join(["", name, *why]), file=sys.stderr)
         raise typer.Exit(1)
 
 

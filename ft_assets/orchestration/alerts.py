@@ -12,6 +12,7 @@ from typing import Any
 
 import dagster as dg
 
+from ft_assets.compat.dagster import check_sentence
 from ft_assets.config import AlertSettings
 from ft_assets.errors import ConfigError, FtError
 from ft_assets.orchestration.console import failures
@@ -82,12 +83,11 @@ def alert(run: dg.DagsterRun, instance: dg.DagsterInstance, ui_url: str | None) 
         headline = f"{about}: check {refused[0].check_name} failed"
     else:
         headline = f"{about}: run failed"
-    reasons = [
-        f"{result.asset_key.to_user_string()}/{result.check_name}: {result.description or 'failed'}"
-        for result in refused
-    ]
     url = f"{ui_url.rstrip('/')}/runs/{run.run_id}" if ui_url else None
-    return Alert(run.run_id, base_model, verdict, headline, reasons + failures(events), url)
+    told = failures(events)
+    # A check that does not block fails, but not its run.
+    reasons = [text for text in map(check_sentence, refused) if text not in "\n".join(told)]
+    return Alert(run.run_id, base_model, verdict, headline, told + reasons, url)
 
 
 def secret(variable: str, where: str) -> str:

@@ -92,9 +92,7 @@ def _schedule(project: Project, settings: ScheduleSettings, job: Any) -> dg.Sche
         tags = {"ft/started_by": "retrain_schedule", **AFTER_PEOPLE}
         at = context.scheduled_execution_time.isoformat()
         for name in project.base_models:
-            yield dg.RunRequest(
-                run_key=f"{at}-{name}", partition_key=name, tags={"ft/base_model": name, **tags}
-            )
+            yield dg.RunRequest(run_key=f"{at}-{name}", partition_key=name, tags=tags)
 
     with valid_cron("schedule"):
         return dg.ScheduleDefinition(

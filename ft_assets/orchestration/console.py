@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-INTERRUPTED = "DagsterExecutionInterruptedError"
+from ft_assets.compat.dagster import failure_sentences, was_interrupted
 
 
 class RunFormatter(logging.Formatter):
@@ -61,7 +61,8 @@ class RunFormatter(logging.Formatter):
             )
             return f"    {mark} {data.check_name}: {data.description or ''}"
         if kind == "STEP_FAILURE":
-            return f"✗ {event.step_key} failed"
+            how = "cancelled" if was_interrupted(event) else "failed"
+            return f"✗ {event.step_key} {how}"
         if kind == "ENGINE_EVENT" and (event.message or "").startswith(
             "Step blocked by limit"
         ):  # said once; then it is "still blocked"
@@ -76,9 +77,8 @@ def failures(events: Iterable[Any]) -> list[str]:
     They are those of its steps, else of a failure outside them (storage, a slot of a pool).
     """
     events = list(events)
-    causes = [cause(event) for event in events if event.event_type_value == "STEP_FAILURE"]
-    if causes:
-        return [cause for cause in causes if cause]
+    if any(event.is_step_failure for event in events):
+        return failure_sentences(events)
     outside = [
         error
         for event in events
@@ -93,27 +93,7 @@ def failures(events: Iterable[Any]) -> list[str]:
 
 def interrupted(events: Iterable[Any]) -> bool:
     """Return True if the run was interrupted. Dagster reports an interrupt as a failure."""
-    errors = [
-        getattr(event.event_specific_data, "error", None) for event in events if event.is_failure
-    ]
-    return any(
-        link.cls_name == INTERRUPTED
-        for error in errors
-        if error
-        for link in (error, error.cause)
-        if link
-    )
-
-
-def cause(event: Any) -> str:
-    """Return why a step failed: the user's error as it was written, else what Dagster says."""
-    failure = event.event_specific_data
-    user = failure.user_failure_data
-    if user is not None and user.description:
-        return user.description
-    error = failure.error.cause or failure.error
-    # A failed blocking check is a line of its own already.
-    return "" if error.cls_name == "DagsterAssetCheckFailedError" else error.message.strip()
+    return any(was_interrupted(event) for event in events if event.is_failure)
 
 
 class RunHandler(logging.StreamHandler):

@@ -14,10 +14,12 @@ import dagster as dg
 import pyarrow as pa
 
 from ft_assets.artifacts import Artifact
+from ft_assets.compat.dagster import TO_DO
 from ft_assets.config import Project
 from ft_assets.orchestration.column_schema import column_schema
 from ft_assets.orchestration.data_sources import source_asset, sources_of
 from ft_assets.orchestration.materializer import GPU_POOL, Materializer, user_errors
+from ft_assets.orchestration.readable import readable
 
 OWNER = "team:ml"
 AssetBody = Callable[..., dg.MaterializeResult]
@@ -141,13 +143,18 @@ CheckBody = Callable[[Checked], dg.AssetCheckResult]
 
 @dataclass(frozen=True, eq=False)
 class Check:
-    """A check of an asset without its partitions. Its name is that of its function."""
+    """A check of an asset without its partitions. Its name is that of its function.
+
+    `fix` is the next step after a failure, unless the result has its own in metadata `to_do`.
+    `{base}` in it is replaced by `--base NAME`.
+    """
 
     body: CheckBody
     asset: Asset
     description: str
     blocking: bool = False
     only_if: Callable[[Project], bool] = lambda project: True
+    fix: str = ""
 
     @property
     def name(self) -> str:
@@ -166,7 +173,8 @@ class Check:
         ) -> dg.AssetCheckResult:
             base_model = context.partition_key if partitioned else None
             with user_errors():
-                return self.body(Checked(context, materializer, self.asset.name, base_model))
+                found = self.body(Checked(context, materializer, self.asset.name, base_model))
+                return self._readable(found, base_model)
 
         return dg.asset_check(
             asset=dg.AssetKey(self.asset.name),
@@ -176,6 +184,15 @@ class Check:
             partitions_def=base_models if partitioned else None,
         )(judge)
 
+    def _readable(self, found: dg.AssetCheckResult, base_model: str | None) -> dg.AssetCheckResult:
+        """Return a result with rounded numbers and, if it failed, with the next step."""
+        metadata = {name: readable(value) for name, value in found.metadata.items()}
+        if not found.passed and found.severity == dg.AssetCheckSeverity.ERROR and self.fix:
+            base = f"--base {base_model}" if base_model else ""
+            fix = self.fix.replace("{base}", base)
+            metadata = {TO_DO: dg.MetadataValue.text(fix)} | metadata
+        return found._replace(metadata=metadata)
+
 
 def check(
     asset: Asset,
@@ -183,10 +200,11 @@ def check(
     description: str,
     blocking: bool = False,
     only_if: Callable[[Project], bool] = lambda project: True,
+    fix: str = "",
 ) -> Callable[[CheckBody], Check]:
     """Declare a check of `asset`: a function of a Checked that returns an AssetCheckResult."""
 
     def declare(body: CheckBody) -> Check:
-        return Check(body, asset, description, blocking, only_if)
+        return Check(body, asset, description, blocking, only_if, fix)
 
     return declare

@@ -32,6 +32,7 @@ from ft_assets.config import Project
 from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed
 from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
+from ft_assets.orchestration.readable import readable
 from ft_assets.release.records import require_recorded
 from ft_assets.screen import screen_of
 
@@ -41,7 +42,11 @@ Make = Callable[[Path], StepResult]
 # Adds files about the finished ones, e.g. signatures, and returns metrics about them.
 Finish = Callable[[Path, Mapping[str, FileEntry]], Mapping[str, str]]
 
-OBSERVE_EVERY_SECONDS = 5.0
+SHOW_EVERY_SECONDS = 5.0  # a log line
+# An observation, which the UI plots and lists among the events of the asset.
+OBSERVE_EVERY_SECONDS = 30.0
+OBSERVATIONS = 20  # of one training, at most, beside those of the validation loss
+PARTITION_TAG = "dagster/partition"
 GPU_POOL = "gpu"
 DAGSTERS_OWN = (dg.Failure, dg.RetryRequested, dg.DagsterError)
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
@@ -157,8 +162,8 @@ class StoreMaterializer:
         """See Materializer. An artifact that the store has whole is not made again."""
         inputs = inputs or {}
         wanted = Wanted.of(context, identity, inputs, libraries)
-        if wanted.partition:
-            tag_run(context, base_model=wanted.partition)
+        if wanted.partition and PARTITION_TAG not in context.run.tags:
+            tag_run(context, base_model=wanted.partition)  # a run of a range of partitions
         asset, partition, version = wanted.asset, wanted.partition, wanted.fingerprint
         read = [one for name, (one, _) in inputs.items() if name not in unread]
         known, damage = self._known(wanted)
@@ -313,26 +318,35 @@ class Live:
     """Show a step's progress while it runs: log lines, and observations that the UI plots."""
 
     def __init__(self, context: dg.AssetExecutionContext, partition: str | None) -> None:
-        self.context, self.partition, self.last = context, partition, 0.0
+        self.context, self.partition = context, partition
+        self.shown = self.observed = 0.0  # the times of the last ones
+        self.step = 0  # of the last observation
 
     def __call__(self, message: Mapping[str, Any]) -> None:
+        kind, time_now = message["message"], message["time"]
         numbers = {key: value for key, value in message.items() if key not in ("time", "message")}
-        training = message["message"] == "train"
-        if (
-            training
-            and message["time"] - self.last < OBSERVE_EVERY_SECONDS
-            and numbers["step"] not in (1, numbers["steps"])
-        ):
-            return
-        self.context.log.info(_line(message["message"], numbers))
-        if training or message["message"] == "validation":
-            self.last = message["time"] if training else self.last
-            metadata = {f"live/{key}": float(value) for key, value in numbers.items()}
+        training = kind == "train"
+        end = training and numbers["step"] in (1, numbers["steps"])
+        if not training or end or time_now - self.shown >= SHOW_EVERY_SECONDS:
+            self.shown = time_now if training else self.shown
+            self.context.log.info(_line(kind, numbers))
+        if kind == "validation" or end or (training and self._is_due(time_now, numbers)):
+            if training:
+                self.observed, self.step = time_now, numbers["step"]
+            metadata = {f"live/{key}": readable(float(value)) for key, value in numbers.items()}
             self.context.log_event(
                 dg.AssetObservation(
                     self.context.asset_key, partition=self.partition, metadata=metadata
                 )
             )
+
+    def _is_due(self, time_now: float, numbers: Mapping[str, Any]) -> bool:
+        """Return True if enough time and enough of the training passed since the last one."""
+        steps = numbers["step"] - self.step
+        return (
+            time_now - self.observed >= OBSERVE_EVERY_SECONDS
+            and steps * OBSERVATIONS >= numbers["steps"]
+        )
 
 
 def _line(message: str, numbers: Mapping[str, Any]) -> str:
@@ -346,23 +360,29 @@ def _line(message: str, numbers: Mapping[str, Any]) -> str:
     return message + "".join(f"  {key} {value}" for key, value in numbers.items())
 
 
-def result(artifact: Artifact, reused: bool, **metadata: Any) -> dg.MaterializeResult:
-    """Build the event that Dagster stores: the data version, the metrics and the path."""
+def result(
+    artifact: Artifact, reused: bool, first: Sequence[str] = (), **metadata: Any
+) -> dg.MaterializeResult:
+    """Build the event that Dagster stores, with its metadata in the order of the asset's page.
+
+    The metrics that `first` names, what is shown of the artifact, and its duration come before the
+    other metrics. Numbers are rounded: the manifest has the exact ones.
+    """
     numbers = {
-        key: value
+        key: readable(value)
         for key, value in artifact.metrics.items()
         if value is not None and isinstance(value, str | int | float | bool)
     }
-    seconds = artifact.manifest.seconds
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.data_version),
         metadata={
-            **numbers,
+            **{key: numbers.pop(key) for key in first if key in numbers},
+            **metadata,
+            "made_in_seconds": round(artifact.manifest.seconds, 1),
             "reused": reused,
-            "made_in_seconds": round(seconds, 1),
+            **numbers,
             "fingerprint": artifact.fingerprint,
             "path": dg.MetadataValue.path(str(artifact.path)),
-            **metadata,
         },
     )
 

@@ -128,13 +128,12 @@ class StaleGraph:
             if check.asset_key in chosen
             or (check.asset_key in above and self.graph.get(check).blocking)
         ]
-        of_model = {"ft/base_model": partition} if partition else {}
         return dg.RunRequest(
             run_key=run_key,
             partition_key=partition,
             asset_selection=sorted(chosen),
             asset_check_keys=checks,
-            tags={**tags, **of_model},
+            tags=dict(tags),
         )
 
 

@@ -10,6 +10,7 @@ import uuid
 
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
+from ft_assets.compat.dagster import CANCELLED
 from ft_assets.runs.launcher import end_run
 from ft_assets.runs.process import TAG, RunProcess
 
@@ -22,6 +23,17 @@ def new_run() -> tuple[str, dict[str, str]]:
     """Return the id and the tags of a run that this process will execute."""
     run_id = str(uuid.uuid4())
     return run_id, {TAG: RunProcess.this(run_id).model_dump_json()}
+
+
+def cancel(instance: DagsterInstance, run_id: str) -> None:
+    """Mark a run cancelled that was interrupted in this process.
+
+    Dagster reports an interrupt as a failure, which the daemon would start again.
+    """
+    instance.add_run_tags(run_id, {"dagster/will_retry": "false"})
+    run = instance.get_run_by_id(run_id)
+    assert run is not None, "an executed run has a record"
+    instance.report_run_canceled(run, CANCELLED)
 
 
 def end_dead_runs(instance: DagsterInstance) -> list[str]:

@@ -22,7 +22,7 @@ from ft_assets.compat.dagster import (
     LaunchRunContext,
     RunLauncher,
     WorkerStatus,
-    keep_secrets_out_of_history,
+    keep_history_clean,
     write_run,
 )
 from ft_assets.runs.process import RunProcess
@@ -34,7 +34,7 @@ class ProcessRunLauncher(RunLauncher, ConfigurableClass):
     def __init__(self, inst_data: ConfigurableClassData | None = None) -> None:
         self._inst_data = inst_data
         # The daemon and the webserver write to the history too, and load no definitions.
-        keep_secrets_out_of_history()
+        keep_history_clean()
         super().__init__()
 
     @property
