@@ -108,7 +108,8 @@ def _split(
     return StepResult(split.counts, split.versions)
 
 
-def _raw(checked: Checked) -> Artifact:
+def raw_dataset_of(checked: Checked) -> Artifact:
+    """Return the raw dataset, verified."""
     store = checked.materializer.store
     return store.verified(store.need("raw_dataset", None))
 
@@ -154,7 +155,7 @@ def _cell(text: str) -> str:
 def nothing_leaks(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the first offending pair of ids. Train and preferences may share prompts."""
     split, data = checked.artifact.path, checked.project.data
-    raw = _raw(checked).path
+    raw = raw_dataset_of(checked).path
     found = leaks(split, raw / "contamination.parquet", raw / "few_shot.parquet", data)
     if found.sentences:
         text = f"{found.sentences[0]} ({len(found.sentences)} in all)"
@@ -184,7 +185,7 @@ def references_can_be_reached(checked: Checked) -> dg.AssetCheckResult:
     project = checked.project
     settings = project.recipe(checked.name).evaluation
     targets = read_targets(checked.artifact.path / "heldout.parquet")
-    raw = _raw(checked)
+    raw = raw_dataset_of(checked)
     where = partial(places, raw.path)
     schema = read_schema(project, settings)
     errors = unreachable(targets, settings, project.gate, schema, where)
@@ -210,10 +211,11 @@ def _scored(checked: Checked, settings: EvaluationSettings) -> Path:
         user_metric_version(project, settings),
         program_version(project, settings),
     ]
-    return _noted(checked, decisive)
+    return noted(checked, decisive)
 
 
-def _noted(checked: Checked, decisive: list[JsonValue]) -> Path:
+def noted(checked: Checked, decisive: list[JsonValue]) -> Path:
+    """Return the file that holds what a check found for what decides it, if it found anything."""
     return checked.materializer.store.root / ".work" / "scored" / settings_version(decisive)
 
 
@@ -231,7 +233,7 @@ def prompts_fit_the_context(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the number of few-shot examples that fit the model's context."""
     name, store, split = checked.name, checked.materializer.store, checked.artifact.path
     settings, data = checked.project.recipe(name).evaluation, checked.project.data
-    raw = _raw(checked).path
+    raw = raw_dataset_of(checked).path
     examples = read_table(raw / "few_shot.parquet", row=ConversationRow)
     base = store.verified(store.need("base_model", name)).path
     room = Room(context_length(base), settings.max_new_tokens)
@@ -240,7 +242,7 @@ def prompts_fit_the_context(checked: Checked) -> dg.AssetCheckResult:
     error = room.rows_error(_prompts(heldout)) or room.rows_error(
         _prompts(general[: settings.retention_answers]), "retention"
     )
-    fits = _noted(
+    fits = noted(
         checked,
         [
             store.need("base_model", name).data_version,

@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from ft_assets.assets.raw_rows import ingested, read_columns, validity
-from ft_assets.data.canonical import conversation
-from ft_assets.data.content import CONVERSATIONS
+from ft_assets.assets.raw_rows import ToCanonical, ingested, read_columns, validity
+from ft_assets.data.canonical import conversation, prompt
+from ft_assets.data.content import CONVERSATIONS, PRODUCTION
 from ft_assets.data.ingest import target
 from ft_assets.data.tables import CONVERSATION
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -17,7 +17,7 @@ def _summary(metrics: Metrics) -> str:
 
 
 @asset(
-    sources=list(CONVERSATIONS),
+    sources=[*CONVERSATIONS, PRODUCTION],
     group="data",
     kinds=["json", "parquet"],
     code_version="7",
@@ -30,12 +30,14 @@ def raw_dataset(
 ) -> dg.MaterializeResult:
     """Validated conversations in one canonical form, each row with a stable id.
 
-    Tables: training, held-out, retention, few-shot and contamination rows.
+    Tables: training, held-out, retention, few-shot, contamination and production rows.
     """
-    sources = {
+    sources: dict[str, tuple[str, ToCanonical]] = {
         key: (table, target if key == "contamination" else conversation)
         for key, table in CONVERSATIONS.items()
     }
+    if materializer.project.data.production:
+        sources[PRODUCTION] = (PRODUCTION, prompt)
     return ingested(context, materializer, sources, CONVERSATION, "conversations")
 
 

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
 from ft_assets.data.audit import Audit
-from ft_assets.data.content import Hashes, data_content
+from ft_assets.data.content import PRODUCTION, Hashes, data_content
 from ft_assets.data.data_files import resolve_files
 from ft_assets.data.encodings import encoding_of
 from ft_assets.data.file_formats import RawRow, read_rows
@@ -182,9 +182,9 @@ def _stratum(project: Project, key: str) -> str | None:
 
 
 def _audit(project: Project, key: str) -> Audit | None:
-    """Return the audit of a source. All texts of an evaluation file are read."""
+    """Return the audit of a source. It has none if its answers are not read."""
     data = project.data
-    if key == "contamination":
+    if key in ("contamination", PRODUCTION):
         return None
     ignored = {*data.ignored, *([data.stratify.field] if data.stratify else [])}
     columns = Columns(

@@ -23,7 +23,9 @@ class StratifySettings(Section):
     )
 
 
-RowSource = Literal["train", "rehearsal", "preferences", "heldout", "retention", "few_shot"]
+RowSource = Literal[
+    "train", "rehearsal", "preferences", "heldout", "retention", "few_shot", "production"
+]
 
 
 class DataSettings(Section):
@@ -129,6 +131,22 @@ class DataSettings(Section):
     contamination: list[str] = Field(
         default=[], description="Your evaluation files: trained rows must not be in them."
     )
+    production: list[str] = Field(
+        default=[],
+        description="A sample of real prompts, with or without answers: held-out rows are compared "
+        "with it. It is never trained on.",
+    )
+    max_production_auc: float = Field(
+        default=0.65,
+        ge=0.5,
+        le=1,
+        description="AUC of a classifier that tells production from held-out prompts, above which "
+        "heldout_looks_like_production fails; 0.5: no difference.",
+    )
+    production_shift: Literal["warn", "stop"] = Field(
+        default="warn",
+        description="What heldout_looks_like_production does when it fails; stop: before training.",
+    )
     stratify: StratifySettings | None = Field(
         default=None, description="A field whose values are held out by their own shares."
     )
@@ -191,7 +209,7 @@ class DataSettings(Section):
                 raise ValueError(
                     f"format.{key}: {name} is not one of {', '.join(formats)}; {advice}"
                 )
-            if not formats[name].has_answer and key not in ("train", "rehearsal"):
+            if not formats[name].has_answer and key not in ("train", "rehearsal", "production"):
                 raise ValueError(
                     f"format.{key}: {name} has no answer to compare; it is for train and rehearsal"
                 )

@@ -15,7 +15,7 @@ from typing import cast
 from ft_assets.data.units import normalise
 from ft_assets.rows.cells import plain
 from ft_assets.rows.messages import answer, checked
-from ft_assets.rows.row_formats import conversation_turns, preference_turns
+from ft_assets.rows.row_formats import conversation_turns, preference_turns, prompt_turns
 from ft_assets.rows.tools import tools
 from ft_assets.rows.types import (
     AnsweredRow,
@@ -129,6 +129,34 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
     cast(dict[str, object], row)["answers"] = _answers_key(messages, offered, chosen, rejected)
     if any(turn.get("reasoned") for turn in turns_of):
         row["reasoned"] = True
+    if offered:
+        row["tools"] = offered
+    return row
+
+
+def prompt(raw: RawFields, format: str | None = None) -> DataRow:
+    """Return the prompt of a row of production: its turns before the last answer, if it has one.
+
+    The row has the named format, or the format that its keys show. Raises RowProblem.
+    """
+    raw = plain(raw)
+    try:
+        turns = prompt_turns(raw, format)
+        messages = checked("prompt", turns)
+        offered = tools(raw)
+    except RecursionError:
+        raise RowProblem("is nested too deeply") from None
+    joined = len(turns) - len(messages)
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise RowProblem("has no prompt: no user's turn is last, or before the last answer")
+    row: DataRow = {
+        "id": _identity(messages, offered),
+        "messages": messages,
+        "group": context_key(messages, offered),
+    }
+    _note_joined(row, joined)
     if offered:
         row["tools"] = offered
     return row

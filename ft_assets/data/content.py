@@ -15,6 +15,8 @@ CONVERSATIONS = {  # key of data: table
     "few_shot": "few_shot",
     "contamination": "contamination",
 }
+PRODUCTION = "production"  # a key of data, and its table, which only projects with the key have
+KEYS = (*CONVERSATIONS, PRODUCTION, "preferences")  # of data that name files
 # {key of data: its files, each with the hash of its content}
 Hashes = dict[str, list[tuple[str, str]]]
 Sha256 = Callable[[Path], str]  # of a file's content

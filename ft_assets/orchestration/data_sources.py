@@ -12,12 +12,13 @@ import dagster as dg
 from ft_assets.artifacts import file_sha256
 from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.config import Project
-from ft_assets.data.content import CONVERSATIONS, Sha256, data_content
+from ft_assets.data.content import KEYS as DATA_KEYS
+from ft_assets.data.content import Sha256, data_content
 from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.review.judgements import Judgements
 
 REVIEW = "review"  # the judgements of people, which are no key of `data`
-KEYS = (*CONVERSATIONS, "preferences", REVIEW)
+KEYS = (*DATA_KEYS, REVIEW)
 # Written by the one who reports a version, so that the next report can compare.
 Versions = dict[str, str]
 

@@ -169,6 +169,22 @@ def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
     return pair._replace(prompt=expanded(pair.prompt))
 
 
+def prompt_turns(raw: RawFields, format: str | None = None) -> list[Any]:
+    """Return the turns of a row that needs no answer, unchecked. Raises RowProblem."""
+    _require_text_only(raw)
+    if format == "text":
+        return [{"role": "user", "content": CONVERSATION_FORMATS[format].only(raw)["text"]}]
+    if format is not None:
+        return conversation_turns(raw, format)
+    if "chosen" in raw:
+        return preference_turns(raw).prompt
+    raw = transcribed(raw)
+    turns = _preference_prompt(raw)
+    if not turns:
+        raise RowProblem(f"has no prompt; it has the keys {_keys(raw)}")
+    return expanded(_with_system(raw, turns))
+
+
 def _require_preference(raw: RawFields) -> None:
     """Raise Tie or RowProblem if the row's own scores do not prefer the chosen answer."""
     if raw.keys().isdisjoint(SCORED):

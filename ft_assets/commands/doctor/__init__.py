@@ -10,14 +10,12 @@ from ft_assets.commands.doctor.rows import rows
 from ft_assets.commands.store_view import in_bytes
 from ft_assets.config import CONFIG_NAME, Project, find_config, load_project
 from ft_assets.config.launcher import LauncherSettings
-from ft_assets.data.content import CONVERSATIONS
+from ft_assets.data.content import KEYS as FILES
 from ft_assets.data.data_files import resolve_files
 from ft_assets.errors import ClusterUnreachable, FtError
 from ft_assets.launchers import make_launcher
 from ft_assets.launchers.cluster import ClusterLauncher
 from ft_assets.release.keys import signing_key, trusted_keys
-
-FILES = (*CONVERSATIONS, "preferences")  # the keys of data that name files
 
 
 def examine() -> list[Check]:
