@@ -400,8 +400,8 @@ def test_right_files_that_are_loaded_wrongly_are_refused(
 
 
 def test_a_published_file_that_is_damaged_later_does_not_answer(copy: Path) -> None:
-    from ft_assets.commands.chat import SideBySide
     from ft_assets.config import load_project
+    from ft_assets.views.side_by_side import SideBySide
 
     path = artifact(copy, "merged_model") / "model.safetensors"
     raw = bytearray(path.read_bytes())

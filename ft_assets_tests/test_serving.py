@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.assets.leaderboard import compare_the_first, entry_of
-from ft_assets.commands.chat import SideBySide, contenders
 from ft_assets.config import BaseModelSettings, load_project
 from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.export.serving import choose_engine
@@ -28,6 +27,7 @@ from ft_assets.models.license import (
     stated_license,
 )
 from ft_assets.orchestration.materializer import StoreMaterializer
+from ft_assets.views.side_by_side import SideBySide, contenders
 from ft_assets_tests.factories import edit, ft, hash_again
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 
@@ -208,12 +208,13 @@ def test_chat_loads_one_model_at_a_time_where_memory_is_short_and_says_so(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = load_project(copy / "finetune.yaml")
-    together = SideBySide(project, "tiny", None)
-    assert together.note is None
+    said: list[str] = []
+    together = SideBySide(project, "tiny", None, said.append)
+    assert said == ["loading base, champion of tiny (0.0 GB)"]
     assert set(together.loaded) == {"base", "champion"}
-    monkeypatch.setattr("ft_assets.commands.chat.free_memory", lambda: 1000.0)
-    alone = SideBySide(project, "tiny", None)
-    assert "each is loaded for each answer" in str(alone.note)
+    monkeypatch.setattr("ft_assets.views.side_by_side.free_memory", lambda: 1000.0)
+    alone = SideBySide(project, "tiny", None, said.append)
+    assert "each is loaded for each answer" in said[-1]
     assert not alone.loaded
     question = "what is the red apple 7"
     assert dict(alone.answers(question)) == dict(together.answers(question))
@@ -230,7 +231,10 @@ def test_served_model_answers_an_http_client_on_this_machine_only(
 ) -> None:
     said = json.loads(ft(finished, "serve", "--json").stdout)
     assert said["engine"] == "transformers"
-    assert said["command"][-4:] == ["--host", "127.0.0.1", "--port", "8000"]
+    assert said["model"] == "tiny"
+    assert said["command"][2:] == [
+        *("ft_assets.ui.model_server", "transformers", "8000", "tiny", said["folder"])
+    ]
     port = free_port()
     with (tmp_path / "log.txt").open("wb") as log:
         server = subprocess.Popen(
@@ -266,7 +270,7 @@ def test_served_model_answers_an_http_client_on_this_machine_only(
         for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
             assert httpx.get(url, headers=foreign).status_code in (400, 403)
         form = {"content-type": "text/plain"}  # what a page may send without asking first
-        answer = httpx.post(f"http://127.0.0.1:{port}/load_model", content="{}", headers=form)
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", content="{}", headers=form)
         assert answer.status_code == 415
     finally:
         os.killpg(server.pid, signal.SIGTERM)

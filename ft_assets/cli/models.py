@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from typing import Annotated, Any
@@ -84,14 +85,15 @@ def chat(
     ] = None,
 ) -> None:
     """Talk to the base, the champion and the challenger side by side."""
-    from ft_assets.commands.chat import SideBySide
+    # Beside other work, threads that spin while they wait take most of the time. OpenMP reads it
+    # when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from ft_assets.views.side_by_side import SideBySide
 
     project = load_project()
     name = base or next(iter(project.base_models))
     project.base_model(name)
-    pair = SideBySide(project, name, system)
-    if pair.note:
-        print(pair.note, file=sys.stderr)
+    pair = SideBySide(project, name, system, lambda text: print(text, file=sys.stderr))
     lines = [message] if message else _prompted()
     for line in lines:
         for who, text in pair.answers(line):
@@ -191,22 +193,37 @@ def serve(
     from ft_assets.artifacts import open_store
     from ft_assets.export.serving import LOOPBACK, choose_engine, serve_command
     from ft_assets.release.signing import proven_release
+    from ft_assets.views.side_by_side import usual_system
 
     project = load_project()
     name = base or next(iter(project.base_models))
     project.base_model(name)
-    model = proven_release(project, open_store(project), name, "ft serve").champion
+    store = open_store(project)
+    model = proven_release(project, store, name, "ft serve").champion
     chosen_engine = choose_engine(engine)
-    command, url = serve_command(chosen_engine, model.path, port), f"http://{LOOPBACK}:{port}/v1"
+    command = serve_command(chosen_engine, name, model.path, port)
+    url = f"http://{LOOPBACK}:{port}/v1"
     if as_json:
         print(
             json.dumps(
-                {"model": str(model.path), "engine": chosen_engine, "url": url, "command": command},
+                {
+                    "model": name,
+                    "folder": str(model.path),
+                    "engine": chosen_engine,
+                    "url": url,
+                    "command": command,
+                },
                 indent=1,
             )
         )
         return
-    print(f"{name} by {chosen_engine} at {url}, model {model.path}; Ctrl-C ends", file=sys.stderr)
+    print(
+        f"{chosen_engine} loads {model.path}\nfor OpenAI clients: base URL {url}, model {name}, "
+        "any API key; Ctrl-C ends",
+        file=sys.stderr,
+    )
+    if system := usual_system(store, name):
+        print(f"trained with this system turn, so send it: {system}", file=sys.stderr)
     try:
         code = subprocess.call(command)
     except KeyboardInterrupt:

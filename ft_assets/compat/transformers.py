@@ -4,6 +4,8 @@ A trainer in training/ that overrides an underscore method lists it in OVERRIDDE
 this module compares the list with the trainers and with transformers.
 """
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,51 @@ def unread_gguf(path: Path, model: Any) -> list[str]:
     taken = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict())).keys()
     # The tensor of all experts is taken apart, so it has the name without `.weight`.
     return [name for name in stored if not {name, name.removesuffix(".weight")} & taken]
+
+
+def parse_tagged_calls(model: Path, stops: Collection[int]) -> None:
+    """Make transformers' server read `<tool_call>{JSON}</tool_call>` in the answers of a model.
+
+    Its server has response templates by the type of a model: only Qwen's types have this form, and
+    a call that is no JSON is a fault there. Here it stays text. `stops` are the tokens that end an
+    answer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.cli.serving import utils
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    asked = [{"role": "user", "content": "x"}]
+    texts = [
+        tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=prompted)
+        for prompted in (False, True)
+    ]
+    anchor = texts[1].removeprefix(texts[0])
+    if not anchor:  # nothing marks where an answer begins
+        return
+    ends = "|".join(re.escape(text) for text in tokenizer.convert_ids_to_tokens(sorted(stops)))
+    thinking = {"reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"}}
+    response = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": anchor,
+        "fields": {
+            **(thinking if "<think>" in tokenizer.chat_template else {}),
+            "tool_calls": {
+                "open_pattern": r"\s*<tool_call>\s*\{\s*\"name\":\s*\"(?P<name>[^\"]+)\","
+                r"\s*\"arguments\":\s*",
+                "close_pattern": r"\s*\}\s*</tool_call>",
+                "repeats": True,
+                "content": "json",
+                "content_args": {"allow_non_json": True},
+                "transform": {
+                    "type": "function",
+                    "function": {"name": "{name}", "arguments": "{content}"},
+                },
+            },
+            "content": {"close_pattern": rf"\s*(?:{ends})", "content": "text"},
+        },
+    }
+    kind = AutoConfig.from_pretrained(model, local_files_only=True).model_type
+    known: dict[tuple[str, ...], Any] = utils._RESPONSE_TEMPLATE_FALLBACKS
+    others = dict(known)
+    known.clear()
+    known.update({(kind,): response, **others})  # the first that has the type counts

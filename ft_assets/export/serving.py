@@ -14,7 +14,7 @@ from ft_assets.errors import ReleaseError
 LOOPBACK = "127.0.0.1"
 Engine = Literal["vllm", "transformers"]
 ENGINES: tuple[Engine, ...] = ("vllm", "transformers")
-MODULES: dict[Engine, str] = {
+MODULES: dict[str, str] = {
     "vllm": "vllm.entrypoints.cli.main",
     "transformers": "transformers.cli.transformers",
 }
@@ -48,7 +48,10 @@ def choose_engine(wanted: str | None) -> Engine:
     )
 
 
-def serve_command(engine: Engine, model: Path, port: int) -> list[str]:
-    """Return the command line, bound to this machine: the endpoint has no authentication."""
-    guarded = [sys.executable, "-m", "ft_assets.ui.model_server", MODULES[engine], str(port)]
-    return [*guarded, "serve", str(model), "--host", LOOPBACK, "--port", str(port)]
+def serve_command(engine: Engine, name: str, model: Path, port: int) -> list[str]:
+    """Return the command line, bound to this machine: the endpoint has no authentication.
+
+    `name` is the model's id for clients.
+    """
+    module = "ft_assets.ui.model_server"
+    return [sys.executable, "-m", module, engine, str(port), name, str(model.resolve())]
