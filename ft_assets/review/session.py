@@ -70,6 +70,7 @@ class Page:
     key: str
     prompt: Sequence[Any]
     answers: Sequence[str]
+    source: Source
     seal: str
     left: int
     done: int
@@ -121,7 +122,8 @@ class Session:
         texts = item.distinct
         shown = [texts[place] for place in self.orders[item.key]]
         seal = text_hash("\0".join([item.key, *map(text_hash, shown)]))
-        return Page(item.key, item.prompt, shown, seal, len(self.open), len(self.done))
+        done, left = len(self.done), len(self.open)
+        return Page(item.key, item.prompt, shown, item.source, seal, left, done)
 
     def judge(
         self,

@@ -1,0 +1,139 @@
+"""A blind review as a reviewer sees it. Nothing here tells which model gave an answer."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ft_assets.config.review import ReviewSettings
+from ft_assets.errors import ArtifactError, ConfigError, DataError
+from ft_assets.review.candidates import review_items
+from ft_assets.review.judgements import Judgements, Withdrawal, now, require_reviewer
+from ft_assets.review.session import Page, Session, drawn
+from ft_assets.views.board import Opened
+
+WRITING = threading.Lock()  # a key pressed twice is one judgement
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of the prompt as text."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ReviewView:
+    """What a reviewer sees. page: the next prompt; None before a name is given, and at the end.
+
+    reviewers: (name, judgements of this review) of everybody. why_not: why nothing can be reviewed.
+    """
+
+    base_model: str
+    base_models: Sequence[str]
+    reviewer: str = ""
+    page: Page | None = None
+    turns: Sequence[Turn] = ()
+    left: int = 0
+    done: int = 0
+    identical: int = 0
+    can_undo: bool = False
+    reviewers: Sequence[tuple[str, int]] = field(default_factory=list)
+    why_not: str = ""
+
+
+def need_review(opened: Opened) -> ReviewSettings:
+    """Return the settings of the review. Raises ConfigError if there are none."""
+    if opened.project.review is None:
+        raise ConfigError(
+            where="finetune.yaml",
+            found="there is no section review",
+            expected="the settings of a blind review",
+            fix="add the line `review: {}`, which takes the defaults",
+        )
+    return opened.project.review
+
+
+def judgements_of(opened: Opened) -> Judgements:
+    """Return the judgements of a project. Raises ConfigError."""
+    return Judgements(opened.project.path(need_review(opened).folder))
+
+
+def session(opened: Opened, base_model: str, reviewer: str) -> Session:
+    """Return a reviewer's session. Raises ConfigError, ArtifactError or DataError."""
+    settings = need_review(opened)
+    opened.project.base_model(base_model)
+    items = drawn(list(review_items(opened.store, base_model).values()), settings)
+    return Session(items, judgements_of(opened).read(), settings, require_reviewer(reviewer))
+
+
+def review_view(opened: Opened, base_model: str | None, reviewer: str) -> ReviewView:
+    """Return what a reviewer sees now. Raises ConfigError or DataError."""
+    settings, names = opened.project.review, list(opened.project.base_models)
+    name = base_model or names[0]
+    opened.project.base_model(name)
+    if settings is None:
+        why = "finetune.yaml has no section review. Add the line: review: {}"
+        return ReviewView(name, names, why_not=why)
+    try:
+        review_items(opened.store, name)
+    except ArtifactError as error:
+        return ReviewView(name, names, why_not=f"There are no answers to review yet. {error}")
+    if not reviewer:
+        counts = Counter(one.reviewer for one in judgements_of(opened).read())
+        return ReviewView(name, names, reviewers=sorted(counts.items()))
+    its = session(opened, name, reviewer)
+    page = its.page()
+    return ReviewView(
+        base_model=name,
+        base_models=names,
+        reviewer=reviewer,
+        page=page,
+        turns=[Turn(str(turn["role"]), _text(turn)) for turn in page.prompt] if page else [],
+        left=len(its.open),
+        done=len(its.done),
+        identical=its.identical,
+        can_undo=its.last() is not None,
+    )
+
+
+def _text(message: Any) -> str:
+    """Return a message's text, and its other keys as JSON, e.g. tool calls."""
+    rest = {
+        key: value for key, value in message.items() if key not in ("role", "content") and value
+    }
+    parts = [message.get("content") or "", json.dumps(rest, ensure_ascii=False) if rest else ""]
+    return "\n".join(part for part in parts if part)
+
+
+def judge(
+    opened: Opened,
+    base_model: str,
+    reviewer: str,
+    key: str,
+    seal: str,
+    ranks: Sequence[int],
+    correction: str | None,
+    reason: str | None,
+) -> None:
+    """Keep a judgement. Raises DataError if it is not about what is shown now."""
+    with WRITING:
+        made = session(opened, base_model, reviewer).judge(key, seal, ranks, correction, reason)
+        judgements_of(opened).add(reviewer, made)
+
+
+def undo(opened: Opened, base_model: str, reviewer: str) -> None:
+    """Take the reviewer's last judgement back. Raises DataError if there is none."""
+    with WRITING:
+        last = session(opened, base_model, reviewer).last()
+        if last is None:
+            raise DataError(
+                where="review",
+                found=f"{reviewer} has judged no prompt of {base_model}",
+                expected="a judgement to take back",
+                fix="judge a prompt first",
+            )
+        judgements_of(opened).add(reviewer, Withdrawal(withdraws=last.id, at=now()))
