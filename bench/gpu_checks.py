@@ -19,6 +19,9 @@ def check() -> dict[str, float]:
     results: dict[str, float] = {}
     for quantized in (False, on_gpu):
         results |= _check_packing(shape, texts, quantized)
+        results |= _check_fp8(shape, texts, quantized)
+    if on_gpu:
+        results |= _check_fp8_kernels()
     results["dropout: recomputed gradient cosine"] = _check_recompute(shape, texts)
     return results
 
@@ -104,6 +107,77 @@ def _check_packing(shape: LlamaShape, texts: list[list[int]], quantized: bool) -
         f"{kind} packed gradient cosine": cosine(gradient, packed, 0).item(),
         f"{kind} leak": leak(model, rows, collator),  # type: ignore[arg-type]
     }
+
+
+def _check_fp8(shape: LlamaShape, texts: list[list[int]], quantized: bool) -> dict[str, float]:
+    """Compare FP8 products with those in the compute dtype, on the same packed rows."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from ft_assets.training.attention import register
+    from ft_assets.training.fp8 import quantize_base
+    from ft_assets.training.isolation import leak
+    from ft_assets.training.linears import fuse_linears
+
+    model = _adapted(shape, quantized).train()
+    fuse_linears(model)
+    model.get_base_model().set_attn_implementation(register())
+    loss, gradient = _loss_and_gradients(model, texts, packed=True)
+    kind = "nf4" if quantized else "bf16"
+    linears = quantize_base(model)
+    fp8_loss, fp8 = _loss_and_gradients(model, texts, packed=True)
+    again_loss, again = _loss_and_gradients(model, texts, packed=True)
+    rows = [{"input_ids": ids, "supervised": [True] * len(ids)} for ids in texts]
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    return {
+        f"{kind} to FP8: linears": linears,
+        f"{kind} to FP8: loss": fp8_loss - loss,
+        f"{kind} to FP8: gradient cosine": _cosine(gradient, fp8),
+        f"{kind} to FP8: the same again, loss": again_loss - fp8_loss,
+        f"{kind} to FP8: the same again, gradient cosine": _cosine(again, fp8),
+        f"{kind} to FP8: leak": leak(model, rows, collator),  # type: ignore[arg-type]
+    }
+
+
+def _cosine(one: Any, other: Any) -> float:
+    import torch
+
+    return torch.cosine_similarity(one, other, 0).item()
+
+
+def _check_fp8_kernels() -> dict[str, float]:
+    """Compare the kernels with plain torch: the share of numbers that differ, and by how much."""
+    import torch
+
+    from ft_assets.training import fp8
+
+    torch.manual_seed(5)
+    sizes = (4096, 1024, 208)
+    parts = [torch.randn(304, size, device="cuda", dtype=torch.bfloat16) for size in sizes]
+    factors = [torch.rand(size, device="cuda") + 0.1 for size in sizes]
+    mine, scale = fp8.quantize(parts, factors)
+    plain, plain_scale = fp8.quantize(
+        [part.cpu() for part in parts], [factor.cpu() for factor in factors]
+    )
+    base = random_base({**LLAMA_8B, "num_hidden_layers": 1, "vocab_size": 512}, True)
+    weight = fp8.Nf4Weight(base.model.layers[0].mlp.down_proj)
+    across = torch.empty(*reversed(weight.shape), dtype=fp8.E4M3, device="cuda")
+    weight.write_by_input(across)
+    dense = fp8.dense_weight(weight.base, torch.float32) * weight.inverse[:, None]
+    product = fp8.multiply(mine, scale, mine, scale.flatten(), torch.bfloat16).float().cpu()
+    exact = fp8.multiply(plain, plain_scale, plain, plain_scale.flatten(), torch.float32)
+    return {
+        "FP8 rows: share that differs from plain torch": _differ(mine.cpu(), plain),
+        "FP8 scales: largest difference": (scale.cpu() - plain_scale).abs().max().item(),
+        "FP8 of NF4: share that differs from plain torch": _differ(
+            weight.by_output(), dense.to(fp8.E4M3)
+        ),
+        "FP8 of NF4: share that differs when transposed": _differ(weight.by_output().T, across),
+        "FP8 product: relative error": ((product - exact).norm() / exact.norm()).item(),
+    }
+
+
+def _differ(one: Any, other: Any) -> float:
+    return (one.float() != other.float()).float().mean().item()
 
 
 def _check_recompute(shape: LlamaShape, texts: list[list[int]]) -> float:

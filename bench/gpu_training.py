@@ -97,8 +97,8 @@ def print_speed(arguments: argparse.Namespace, machine: Result) -> None:
     peak = peak_flops(machine["machine"]) or 0.0
     rate = machine["matmul_tflops"] * 1e12
     print(
-        f"\n{'way':<34} tokens/s  spread  ratio   MFU  of matmul  peak GB  micro-batch (tokens)"
-        "  checkpointed  loss",
+        f"\n{'way':<34} tokens/s  spread  ratio   MFU  of matmul  peak GB  predicted"
+        "  micro-batch (tokens)  checkpointed  loss",
         flush=True,
     )
     first = None
@@ -113,11 +113,19 @@ def print_speed(arguments: argparse.Namespace, machine: Result) -> None:
             f"{name:<34} {speed:8,}  {found.get('spread', 0):6.3f}  {speed / first:5.2f}"
             f"  {100 * speed * useful / peak if peak else 0:4.1f}"
             f"  {100 * speed * useful / rate if rate else 0:9.1f}  {found.get('peak_gb', 0):7.2f}"
-            f"  {found.get('micro_batch', 4)!s:>4} ({found.get('largest_micro_batch_tokens', 0):,})"
+            f"  {found.get('predicted_memory_gb', 0):9.2f}  {found.get('micro_batch', 4)!s:>4}"
+            f" ({found.get('largest_micro_batch_tokens', 0):,})"
             f"  {found.get('checkpointed_layers')!s:>12}  {found.get('loss')}"
             f"  {found.get('method', 'qlora')}",
             flush=True,
         )
+        if "fp8_linears" in found:
+            print(
+                f"{'':<34} FP8 against bf16 on these random weights: {found['fp8_linears']} "
+                f"linears, loss {found['fp8_loss_shift']:+}, gradient cosine "
+                f"{found['fp8_gradient_cosine']}, packing leak {found['packing_leak']}",
+                flush=True,
+            )
         if "attention" in found:
             print(f"{'':<34} attention kernels in a step: {found['attention']}", flush=True)
 

@@ -9,6 +9,7 @@ are thousands of cuDNN kernels.
 import contextlib
 import inspect
 import itertools
+import math
 import statistics
 import sys
 import tempfile
@@ -39,6 +40,7 @@ class Way:
     gradient_checkpointing: bool | None = None
     packing: bool | Literal["auto"] = "auto"
     targets: Literal["attention", "all-linear"] = "attention"
+    base_compute: Literal["bf16", "fp8"] = "bf16"
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[str, ...] = ()
@@ -66,6 +68,9 @@ class Result(TypedDict, total=False):
     checkpointed_layers: int
     predicted_memory_gb: float
     packing_leak: float | None
+    fp8_linears: int
+    fp8_loss_shift: float
+    fp8_gradient_cosine: float
     liger: bool
     loss: list[float]
     peak_gb: float
@@ -81,6 +86,14 @@ OURS = {
     "QLoRA, whole card": Way(),
     "LoRA bf16, whole card": Way(method="lora"),
     "auto, 24 GB hard cap": Way(method="auto", limit=24),
+    "QLoRA FP8, 24 GB hard cap": Way(limit=24, base_compute="fp8"),
+    "QLoRA FP8, whole card": Way(base_compute="fp8"),
+    "LoRA FP8, 24 GB hard cap": Way(method="lora", limit=24, base_compute="fp8"),
+    "LoRA FP8, whole card": Way(method="lora", base_compute="fp8"),
+    "QLoRA all-linear, whole card": Way(targets="all-linear"),
+    "QLoRA FP8 all-linear, whole card": Way(targets="all-linear", base_compute="fp8"),
+    "QLoRA all-linear, 24 GB hard cap": Way(targets="all-linear", limit=24),
+    "QLoRA FP8 all-linear, 24 GB hard cap": Way(targets="all-linear", limit=24, base_compute="fp8"),
 }
 UNSLOTH = {
     "4 x 4, 'unsloth'": Way("unsloth", rows=4, checkpointing="unsloth"),
@@ -145,6 +158,21 @@ MEMORY = {
     "8B QLoRA trained tokens, 1/4 step, checkpointing": Way(
         micro_batch=20, gradient_checkpointing=True, trainable_token_indices=("<eos>", "<pad>")
     ),
+    "8B QLoRA FP8, 1/20 step, no checkpointing": Way(
+        micro_batch=4, gradient_checkpointing=False, base_compute="fp8"
+    ),
+    "8B QLoRA FP8, whole step, checkpointing": Way(
+        micro_batch=80, gradient_checkpointing=True, base_compute="fp8"
+    ),
+    "8B LoRA FP8, 1/4 step, checkpointing": Way(
+        method="lora", micro_batch=20, gradient_checkpointing=True, base_compute="fp8"
+    ),
+    "8B LoRA FP8, half a step, no checkpointing": Way(
+        method="lora", micro_batch=40, gradient_checkpointing=False, base_compute="fp8"
+    ),
+    "8B QLoRA FP8 all-linear, 1/4 step, checkpointing": Way(
+        micro_batch=20, gradient_checkpointing=True, targets="all-linear", base_compute="fp8"
+    ),
     "8B QLoRA padded, 1/20 step, checkpointing": Way(
         micro_batch=4, gradient_checkpointing=True, packing=False
     ),
@@ -166,13 +194,15 @@ def ours(way: Way, steps: int, dropout: float, shape: LlamaShape) -> Result:
     """Train with train_sft itself (plan, proof, trainer), on random weights."""
     import torch
 
-    from ft_assets.training import adapter, sft
+    from ft_assets.training import adapter, fp8_probe, sft
     from ft_assets.training.batches import steps as step_rows
 
     texts = documents(STEP_ROWS * steps, shape["vocab_size"])
     adapter.load_base = lambda _, quantized=False, dtype=None, **__: random_base(
         shape, quantized, dtype
     )
+    # Gradients of random weights are nearly noise, so their cosine is reported and not judged.
+    fp8_probe.MIN_COSINE, fp8_probe.MAX_LOSS_SHIFT = -1.0, math.inf
     if way.method == "full":
         sft.largest_update = lambda *_: 1.0  # the snapshot has no weights to compare with
     lora, settings = _settings(way, dropout)
@@ -211,6 +241,10 @@ def ours(way: Way, steps: int, dropout: float, shape: LlamaShape) -> Result:
         "liger": metrics.get("liger", False),
         "loss": [round(metrics["loss_first"], 4), round(metrics["loss_last"], 4)],
     }
+    if "fp8_linears" in metrics:
+        result["fp8_linears"] = metrics["fp8_linears"]
+        result["fp8_loss_shift"] = metrics["fp8_loss_shift"]
+        result["fp8_gradient_cosine"] = metrics["fp8_gradient_cosine"]
     if torch.cuda.is_available():
         result["peak_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         result["allocated_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
@@ -232,6 +266,7 @@ def _settings(way: Way, dropout: float) -> tuple[Any, Any]:
         lora_alpha=32,
         lora_dropout=dropout,
         target_modules=way.targets,
+        base_compute=way.base_compute,
         use_dora=way.use_dora,
         modules_to_save=list(way.modules_to_save),
         trainable_token_indices=list(way.trainable_token_indices),

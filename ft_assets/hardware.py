@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -21,24 +22,43 @@ class Gpu:
     driver: str
 
 
+FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
+
+
+def no_fp8(name: str, capability: tuple[int, int]) -> str:
+    """Return why a GPU has no FP8 products; "" if it has."""
+    if capability >= FP8_CAPABILITY:
+        return ""
+    needed, found = (".".join(map(str, version)) for version in (FP8_CAPABILITY, capability))
+    return f"{name} has compute capability {found}, and FP8 needs {needed} (Ada, Hopper) or more"
+
+
 def first_gpu() -> Gpu | None:
     """Return the first GPU that nvidia-smi reports, or None if there is none."""
+    fields = _nvidia_smi("name,memory.free,memory.total,driver_version")
+    if fields is None:
+        return None
+    name, free, total, driver = (part.strip() for part in fields.rsplit(",", 3))
+    return Gpu(name, float(free) * 2**20, float(total) * 2**20, driver)
+
+
+def first_gpu_capability() -> tuple[int, int]:
+    """Return the compute capability of the first GPU, e.g. (8, 9); (0, 0) if unknown."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", (_nvidia_smi("compute_cap") or "").strip())
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _nvidia_smi(query: str) -> str | None:
+    """Return nvidia-smi's comma-separated answer for the first GPU; None without one."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = [
-        "nvidia-smi",
-        "--query-gpu=name,memory.free,memory.total,driver_version",
-        "--format=csv,noheader,nounits",
-    ]
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return None
-    name, free, total, driver = (part.strip() for part in lines[0].rsplit(",", 3))
-    return Gpu(name, float(free) * 2**20, float(total) * 2**20, driver)
+    return None if done.returncode or not lines else lines[0]
 
 
 def available_memory() -> int | None:

@@ -35,9 +35,10 @@ def active_lora(layer: Any) -> ActiveLora | None:
     if layer.disable_adapters or layer.merged or len(active) != 1:
         return None
     name = active[0]
+    dropout = layer.lora_dropout[name]
     return ActiveLora(
         a=layer.lora_A[name].weight,
         b=layer.lora_B[name].weight,
         scale=float(layer.scaling[name]),
-        dropout=getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0,
+        dropout=getattr(dropout, "p", 0.0) if layer.training and dropout.training else 0.0,
     )

@@ -5,7 +5,13 @@ An option of TRL or PEFT has its own name here.
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ft_assets.config.section import Section
 from ft_assets.errors import nearest
@@ -58,6 +64,12 @@ class LoraSettings(Section):
         description="auto: lora if the 16-bit base fits with room to spare, else qlora (NF4); "
         "always lora on a CPU. full: train all weights and ignore the other options of lora:.",
     )
+    base_compute: Literal["bf16", "fp8", "auto"] = Field(
+        default="bf16",
+        description="Products with the frozen base in SFT. fp8: faster, on an Ada, Hopper or newer "
+        "GPU, and only if a probe on your rows agrees with bf16; else refused. auto: fp8 where it "
+        "passes, else bf16.",
+    )
     r: int = Field(
         default=16, ge=1, le=16_384, description="Rank of the adapter's matrices A and B."
     )
@@ -104,6 +116,25 @@ class LoraSettings(Section):
                     "an adapter"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _fp8_has_a_frozen_base(self) -> "LoraSettings":
+        if self.base_compute == "fp8" and (self.method == "full" or self.use_dora):
+            why = (
+                "use_dora, whose norms need the 16-bit weights"
+                if self.use_dora
+                else "method full, which trains the base"
+            )
+            raise ValueError(f"base_compute fp8 does not go with {why}; remove base_compute")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit base_compute: bf16, so that fingerprints from before the key stay."""
+        data = handler(self)
+        if self.base_compute == "bf16":
+            data.pop("base_compute", None)
+        return data
 
     @field_validator("target_modules")
     @classmethod

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.config import LoraSettings, Project
 from ft_assets.errors import ConfigError, MemoryPlanError
-from ft_assets.hardware import Gpu, first_gpu
+from ft_assets.hardware import Gpu, first_gpu, first_gpu_capability, no_fp8
 from ft_assets.training.flops import peak_flops
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
 from ft_assets.training.memory_plan.plan import Data, Machine, Plan, make_plan
@@ -106,10 +106,23 @@ def _planner(
         memory = min(memory, (project.memory_limit_gb or math.inf) * 1e9)
         launcher = project.launcher
         ranks, sharding = launcher.ranks(), launcher.sharding_mode()
-        machine = Machine(True, memory, 2, True, peak_flops(gpu), ranks, sharding)
+        fp8 = _no_fp8(project, recipe.lora, gpu)
+        machine = Machine(True, memory, 2, True, peak_flops(gpu), ranks, sharding, fp8)
         return make_plan(shape, recipe.lora, settings, data, machine, key)
 
     return plan
+
+
+def _no_fp8(project: Project, lora: LoraSettings, gpu: str) -> str:
+    """Return why the training's GPU has no FP8 products; "" if it has.
+
+    The GPU of a cluster is taken to have them if they are set. Its step refuses otherwise.
+    """
+    if lora.base_compute == "bf16":
+        return "lora.base_compute is bf16"
+    if project.launcher.on_this_machine:
+        return no_fp8(gpu, first_gpu_capability())
+    return "" if lora.base_compute == "fp8" else "the GPU of the cluster is not known"
 
 
 def _lengths(path: Path, key: str) -> list[int]:

@@ -29,6 +29,9 @@ TRAINING_METRICS = (
     "seconds",
     "tokens_per_s",
     "peak_train_memory_gb",
+    "fp8_linears",
+    "fp8_loss_shift",
+    "fp8_gradient_cosine",
 )
 # (name in the card, part of the split, its metric)
 SIDES = (

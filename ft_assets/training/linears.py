@@ -23,6 +23,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from ft_assets.compat.peft import ActiveLora, active_lora, is_plain
 from ft_assets.models.decoder import decoder_of
+from ft_assets.training.base_products import BaseProducts, DenseProducts
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -71,6 +72,8 @@ class LinearGroup:
 
     def __init__(self, members: list[Any]) -> None:
         self.members = members
+        self.bases = [_base(member) for member in members]
+        self.products: BaseProducts = DenseProducts(self.bases)
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
 
@@ -78,7 +81,7 @@ class LinearGroup:
         self, index: int, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Return the output (B, T, out) of member `index` for `x` (B, T, in)."""
-        if args or kwargs or not torch.is_grad_enabled():
+        if self.products.plain and (args or kwargs or not torch.is_grad_enabled()):
             return plain(x, *args, **kwargs)
         if self._input is x and index in self._outputs:
             out = self._outputs.pop(index)
@@ -86,9 +89,11 @@ class LinearGroup:
                 self._input = None
             return out
         adapters = _adapters(self.members)
-        if adapters is None:
+        if adapters is None and self.products.plain:
             return plain(x)
-        outputs = _compute(x, [_base(member) for member in self.members], adapters)
+        if adapters is None or args or kwargs:
+            raise NotImplementedError("FP8 base weights are computed with one active adapter only")
+        outputs = _compute(x, self.products, adapters)
         self._outputs = {other: out for other, out in enumerate(outputs) if other != index}
         self._input = x if self._outputs else None
         return outputs[index]
@@ -137,39 +142,16 @@ def _adapters(members: list[Any]) -> list[ActiveLora | None] | None:
 
 
 def _compute(
-    x: torch.Tensor, bases: list[Any], adapters: Sequence[ActiveLora | None]
+    x: torch.Tensor, products: BaseProducts, adapters: Sequence[ActiveLora | None]
 ) -> tuple[torch.Tensor, ...]:
     present = [adapter for adapter in adapters if adapter]
     dropout = max((adapter.dropout for adapter in present), default=0.0)
     seed = _draw(x.device) if dropout else 0
     scales = [adapter.scale if adapter else None for adapter in adapters]
     weights = [tensor for adapter in present for tensor in (adapter.a, adapter.b)]
-    return _Linears.apply(x, bases, scales, dropout, seed, *weights)  # type: ignore[no-any-return]
-
-
-def dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a base layer's weight (out, in) in `dtype`, dequantized if it is NF4."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight.to(dtype)
-    # bitsandbytes' own function works out at each call how the scales are stored. At 4,096 tokens
-    # the GPU waits for that.
-    scales = layer.__dict__.get("plain_scales")
-    if scales is None:
-        scales = layer.__dict__["plain_scales"] = plain_scales(state)
-    data = layer.weight.data
-    return torch.ops.bitsandbytes.dequantize_4bit.default(
-        data, scales, state.blocksize, state.quant_type, state.shape, dtype
-    )
-
-
-def plain_scales(state: Any) -> torch.Tensor:
-    """Dequantize the scales of an NF4 weight: one fp32 number for each block of 64 parameters."""
-    if not state.nested:
-        return state.absmax.float()
-    from bitsandbytes.functional import dequantize_blockwise
-
-    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+    outputs: tuple[torch.Tensor, ...]
+    outputs = _Linears.apply(x, products, scales, dropout, seed, *weights)
+    return outputs
 
 
 def _draw(device: torch.device) -> int:
@@ -214,7 +196,7 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        bases: list[Any],
+        products: BaseProducts,
         scales: list[float | None],
         dropout: float,
         seed: int,
@@ -223,7 +205,7 @@ class _Linears(torch.autograd.Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
-        ctx.bases = bases
+        ctx.products = products
         ctx.scales = scales
         ctx.dropout = dropout
         ctx.seed = seed
@@ -239,9 +221,7 @@ class _Linears(torch.autograd.Function):
         outputs = []
         rank = 0
         pair = 0
-        for base, scale in zip(bases, scales, strict=True):
-            bias = base.bias.to(dtype) if base.bias is not None else None
-            out = torch.nn.functional.linear(flat, dense_weight(base, dtype), bias)  # (N, out)
+        for out, scale in zip(products.outputs(flat), scales, strict=True):
             if scale is not None:
                 assert low is not None
                 b = weights[pair + 1]
@@ -257,20 +237,17 @@ class _Linears(torch.autograd.Function):
         none: Any = None
         flat, low, weights = (saved[0], saved[1], saved[2:]) if saved else (none, none, ())
         dtype = ctx.dtype
-        into: torch.Tensor | None = None  # the gradient of x, (N, in)
+        grads = [
+            None if gradient is None else gradient.reshape(-1, gradient.shape[-1]).to(dtype)
+            for gradient in gradients
+        ]
+        # The gradient of x, (N, in).
+        into = ctx.products.input_gradient(grads) if ctx.needs_input_grad[0] else None
         ups = []  # the gradients of the low-rank products, (N, r) each
         back = []  # the gradients of B, (out, r) each
         rank = 0
         pair = 0
-        rows = None
-        for base, scale, gradient in zip(ctx.bases, ctx.scales, gradients, strict=True):
-            rows = (
-                gradient.reshape(-1, gradient.shape[-1]).to(dtype) if gradient is not None else None
-            )
-            if rows is not None and ctx.needs_input_grad[0]:
-                weight = dense_weight(base, dtype)
-                into = rows @ weight if into is None else into.addmm_(rows, weight)
-                del weight
+        for rows, scale in zip(grads, ctx.scales, strict=True):
             if scale is None:
                 continue
             b = weights[pair + 1]

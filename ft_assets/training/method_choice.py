@@ -1,4 +1,4 @@
-"""The method that `lora.method: auto` resolved to.
+"""What `lora.method: auto` and `lora.base_compute: auto` resolved to.
 
 It is stored beside the checkpoints for a retry, and in the adapter for later steps. The fingerprint
 holds only `auto`, and the checkpoints of a version are under that fingerprint. A retry may find
@@ -10,9 +10,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ft_assets.config import LoraSettings
-from ft_assets.errors import MemoryPlanError
+from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.job import Report
 from ft_assets.training.checkpoints import last_whole
 from ft_assets.training.memory_plan.plan import Plan
@@ -41,13 +42,21 @@ def plan_once(
 ) -> Plan:
     """Make the plan and store it beside the checkpoints.
 
-    If there is a complete checkpoint, `auto` keeps the method that its training started with.
-    Raises MemoryPlanError if that method no longer fits: a trained adapter is not thrown away
-    without the user's consent.
+    If there is a complete checkpoint, `auto` keeps what its training started with: the method, and
+    FP8 or bf16. Raises MemoryPlanError if that method no longer fits: a trained adapter is not
+    thrown away without the user's consent.
     """
     started = None
-    if lora.method == "auto" and last_whole(checkpoints, report):
-        started = _started_method(checkpoints)
+    compute = lora.base_compute
+    if "auto" in (lora.method, compute) and last_whole(checkpoints, report):
+        begun = _started_plan(checkpoints)
+        if begun and compute == "auto":
+            compute = "fp8" if begun.get("base_compute") == "fp8" else "bf16"
+            report(f"lora.base_compute: auto stays {compute}, as when the checkpoints were begun")
+        started = begun.get("method") if lora.method == "auto" else None
+    if compute != lora.base_compute:
+        lora = lora.model_copy(update={"base_compute": compute})
+        plan = _as_started(plan, checkpoints)
     if started is None:
         made = plan(lora)
     else:
@@ -63,6 +72,29 @@ def plan_once(
     return made
 
 
+def _as_started(
+    plan: Callable[[LoraSettings], Plan], checkpoints: Path
+) -> Callable[[LoraSettings], Plan]:
+    """Return `plan`, with an advice for a machine that lacks the FP8 of a begun training."""
+
+    def checked(lora: LoraSettings) -> Plan:
+        try:
+            return plan(lora)
+        except ConfigError as error:
+            if error.where != "lora.base_compute":
+                raise
+            raise ConfigError(
+                where=error.where,
+                found=f"{error.found}; auto was fp8 when the checkpoints of this version were "
+                "begun",
+                expected=error.expected,
+                fix="continue on such a GPU; or set lora.base_compute: bf16, which makes another "
+                f"version; or delete {checkpoints} to start this version again",
+            ) from None
+
+    return checked
+
+
 def _started_no_longer_fits(
     error: MemoryPlanError, started: str, checkpoints: Path
 ) -> MemoryPlanError:
@@ -76,9 +108,9 @@ def _started_no_longer_fits(
     )
 
 
-def _started_method(checkpoints: Path) -> str | None:
-    """Return the stored method, or None if an older version of ft_assets did not store it."""
+def _started_plan(checkpoints: Path) -> dict[str, Any]:
+    """Return the stored plan; empty if an older version of ft_assets did not store it."""
     try:
-        return json.loads((checkpoints / STARTED_PLAN_FILE).read_text())["method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return dict(json.loads((checkpoints / STARTED_PLAN_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}

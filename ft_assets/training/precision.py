@@ -16,7 +16,7 @@ def autocast_if_mixed(model: Any) -> AbstractContextManager[Any]:
     dtypes = {
         weight.dtype
         for name, weight in model.named_parameters()
-        if "lora_" not in name and weight.is_floating_point()
+        if "lora_" not in name and weight.is_floating_point() and weight.itemsize > 1  # not FP8
     }
     device = next(model.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=len(dtypes) > 1)

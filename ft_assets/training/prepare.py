@@ -16,7 +16,7 @@ from ft_assets.compat.torch import use_expandable_segments
 from ft_assets.compat.trl import fused_head
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
-from ft_assets.hardware import compute_dtype, free_memory
+from ft_assets.hardware import compute_dtype, free_memory, no_fp8
 from ft_assets.job import Report
 from ft_assets.models.decoder import decoder_of
 from ft_assets.rows.types import TokenSequence
@@ -24,6 +24,7 @@ from ft_assets.training.attention import kernel_fits, register
 from ft_assets.training.batches import StepBatches
 from ft_assets.training.distributed import world_size
 from ft_assets.training.flops import peak_flops
+from ft_assets.training.fp8_probe import Fp8Metrics, prove_fp8
 from ft_assets.training.isolation import prove_isolation
 from ft_assets.training.linears import adapters_are_fused, fuse_linears
 from ft_assets.training.memory_plan.estimate import CONTEXT_BYTES
@@ -32,7 +33,7 @@ from ft_assets.training.memory_plan.plan import Data, Machine, Plan, PlanMetrics
 from ft_assets.training.pairs import TokenPair, row_length
 
 
-class ModelMetrics(TypedDict, total=False):
+class ModelMetrics(Fp8Metrics, total=False):
     """Changes to the loaded model: fused linears, liger's kernels, and the measured packing leak.
 
     fused_linears is absent without an adapter, packing_leak without a proof.
@@ -73,7 +74,8 @@ def this_machine(memory_limit_gb: float | None = None) -> Machine:
     state = PartialState(cpu=not torch.cuda.is_available()) if world_size() > 1 else None
     if not torch.cuda.is_available():
         memory = _min_over_ranks(min(filter(None, (free_memory(), limit))), state)
-        return Machine(False, memory, compute_dtype().itemsize)
+        itemsize = compute_dtype().itemsize
+        return Machine(False, memory, itemsize, no_fp8="a CPU has no FP8 products")
     use_expandable_segments()
     free, total = torch.cuda.mem_get_info()
     if limit and limit < free:
@@ -86,7 +88,16 @@ def this_machine(memory_limit_gb: float | None = None) -> Machine:
         2,
         importlib.util.find_spec("liger_kernel") is not None,
         peak_flops(torch.cuda.get_device_name()),
+        no_fp8=_no_fp8(),
     )
+
+
+def _no_fp8() -> str:
+    """Return why this GPU cannot multiply FP8 by rows; "" if it can."""
+    major, minor = torch.cuda.get_device_capability()
+    if problem := no_fp8(torch.cuda.get_device_name(), (major, minor)):
+        return problem
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def _min_over_ranks(memory: float, state: PartialState | None) -> float:
@@ -171,6 +182,8 @@ def prepare_model(
 ) -> PreparedModel:
     """Give the model the plan's attention, fused linears, kernels and checkpointing.
 
+    Proves FP8 products if the plan has them, and raises Fp8Error if they fail.
+
     Proves that packed documents are isolated. If the proof fails, TrainingError is raised if
     sft.packing is true; with auto the failure is reported and the plan of `padded` applies.
     """
@@ -180,6 +193,8 @@ def prepare_model(
         changes["fused_linears"] = fuse_linears(model)
     base = model.get_base_model() if adapted else model
     changes["liger"] = apply_liger(base)
+    if plan.fp8:
+        changes.update(prove_fp8(model, rows))
     collator = DataCollatorForLanguageModeling(pad_token_id=pad, padding_free=plan.packed)
     if plan.packed:
         own = base.config._attn_implementation

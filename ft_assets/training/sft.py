@@ -4,9 +4,11 @@ The trainer gets `input_ids` and `labels`, so it neither renders nor tokenizes a
 exactly what was proven. Labels are -100 outside the assistant's answers and their end of turn.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -19,6 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ft_assets.config import LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
+from ft_assets.hardware import free_unused
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.models.sharding import held_weights
@@ -36,11 +39,13 @@ from ft_assets.training.callbacks import (
     device_memory_gb,
     mfu_from_speed,
 )
+from ft_assets.training.checkpoints import last_whole
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
+from ft_assets.training.fp8_probe import Fp8Error
 from ft_assets.training.loop import Run, RunMetrics, train_to_the_end
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
-from ft_assets.training.memory_plan.plan import Plan
+from ft_assets.training.memory_plan.plan import Machine, Plan, bf16_reason
 from ft_assets.training.method_choice import plan_once, save_plan
 from ft_assets.training.prepare import (
     PreparedMetrics,
@@ -148,28 +153,17 @@ def train_sft(
     Raises TrainingError if nothing was learned or a weight is not finite, MemoryPlanError if the
     training cannot fit, and ConfigError for options that TRL refuses.
     """
-    set_seed(sft.seed)
     tokenizer = load_tokenizer(snapshot)
-    given = sft
     machine = this_machine(memory_limit_gb)
-
-    def make_plan(lora: LoraSettings) -> Plan:
-        return plan_sft(snapshot, lora, given, rows, machine)
-
-    plan = plan_once(lora, checkpoints, make_plan, report)
-    lora = lora.model_copy(update={"method": plan.method})
-    sft = sft.model_copy(update={"micro_batch": plan.micro_batch})
-    trl_config(SFTConfig, _options(sft, checkpoints), "sft")  # before weights load
-    model = new_adapter(snapshot, lora, plan.shards)
-    share = trainable_share(model)
-    padded = functools.partial(plan_padded, plan, snapshot, lora, given, rows, machine)
-    prepared = prepare_model(model, plan, sft, rows, tokenizer.pad_token_id, report, padded)
+    wanted = _Wanted(snapshot, rows, lora, sft, machine, checkpoints, tokenizer.pad_token_id)
+    start = _start(wanted, report)
+    model, prepared, lora, sft = start.model, start.prepared, start.lora, start.sft
     plan = prepared.plan
     progress = _progress(snapshot, rows, sft, report, full=lora.method == "full")
     watch = _validation(
         validation, prepared, lora, sft, tokenizer.pad_token_id, checkpoints, report
     )
-    report("loaded", rows=len(rows), tokens=_tokens(rows), **share)
+    report("loaded", rows=len(rows), tokens=_tokens(rows), **start.share)
     new_trainer = _trainer_factory(model, prepared, rows, tokenizer, sft, checkpoints)
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
@@ -189,7 +183,69 @@ def train_sft(
     watch.restore(run.trainer.state)
     losses = _save(run.trainer.model, snapshot, progress, watch, checkpoints, output)
     save_plan(plan, output)
-    return _metrics(run, prepared, rows, share, losses, progress, seconds)
+    return _metrics(run, prepared, rows, start.share, losses, progress, seconds)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be trained, and where."""
+
+    snapshot: Path
+    rows: Sequence[TokenSequence]
+    lora: LoraSettings
+    sft: SftSettings
+    machine: Machine
+    checkpoints: Path
+    pad: int
+
+    def plan(self, lora: LoraSettings) -> Plan:
+        return plan_sft(self.snapshot, lora, self.sft, self.rows, self.machine)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The prepared model, and the settings as the plan resolved them."""
+
+    model: Any
+    prepared: PreparedModel
+    lora: LoraSettings
+    sft: SftSettings
+    share: TrainableMetrics
+
+
+def _start(wanted: _Wanted, report: Report) -> _Start:
+    """Plan, load and prepare the model.
+
+    With lora.base_compute: auto, a base that fails the proof of FP8 is loaded again for bf16. A
+    training that was begun in FP8 is not continued in bf16.
+    """
+    if wanted.lora.base_compute == "auto" and (reason := bf16_reason(wanted.lora, wanted.machine)):
+        report(f"products with the base are in 16 bits: {reason}")
+    try:
+        return _load(wanted, report)
+    except Fp8Error as error:
+        if wanted.lora.base_compute != "auto" or last_whole(wanted.checkpoints, report):
+            raise
+        report(f"products with the base stay in 16 bits: {error.found}")
+    free_unused()
+    lora = wanted.lora.model_copy(update={"base_compute": "bf16"})
+    return _load(dataclasses.replace(wanted, lora=lora), report)
+
+
+def _load(wanted: _Wanted, report: Report) -> _Start:
+    set_seed(wanted.sft.seed)
+    plan = plan_once(wanted.lora, wanted.checkpoints, wanted.plan, report)
+    compute = "fp8" if plan.fp8 else "bf16"
+    lora = wanted.lora.model_copy(update={"method": plan.method, "base_compute": compute})
+    sft = wanted.sft.model_copy(update={"micro_batch": plan.micro_batch})
+    trl_config(SFTConfig, _options(sft, wanted.checkpoints), "sft")  # before weights load
+    model = new_adapter(wanted.snapshot, lora, plan.shards)
+    share = trainable_share(model)
+    padded = functools.partial(
+        plan_padded, plan, wanted.snapshot, lora, wanted.sft, wanted.rows, wanted.machine
+    )
+    prepared = prepare_model(model, plan, sft, wanted.rows, wanted.pad, report, padded)
+    return _Start(model, prepared, lora, sft, share)
 
 
 def _tokens(rows: Sequence[TokenSequence]) -> int:

@@ -2,8 +2,8 @@
 
 No torch. What is counted, in bytes:
 
-- weights: 2 per parameter in bf16. NF4 with double quantization takes half a byte, one byte of
-  scale for 64 parameters, and 4 bytes for 256 scales (Dettmers et al. 2023).
+- weights: 2 per parameter in bf16, 1 in FP8. NF4 with double quantization takes half a byte, one
+  byte of scale for 64 parameters, and 4 bytes for 256 scales (Dettmers et al. 2023).
 - the adapter: fp32 weights, gradients and two moments, 16 per parameter.
 - other trained parameters beside the adapter.
 - what each layer keeps for its backward pass.
@@ -13,13 +13,14 @@ docs/training.md has the table of predicted and measured peaks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ft_assets.config.training import TARGETS
 from ft_assets.training.memory_plan.model_shape import Shape
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 PLAIN_SCALES = 4 / 64  # linears.py keeps the scales dequantized
+PROBE_TOKENS = 256  # of a row of the probe before training in FP8 (training/fp8_probe.py)
 CONTEXT_BYTES = (
     0.55e9  # CUDA's context and cuBLAS' workspaces; torch's allocator does not count them
 )
@@ -43,6 +44,7 @@ class Setup:
     liger: liger's kernels for norms and SwiGLU are used.
     shards: the number of ranks that the weights of the layers are sharded over. Every rank holds
       the other weights and the adapter in whole.
+    fp8: products with the base are in FP8 (training/fp8.py).
     """
 
     tokens: int
@@ -60,6 +62,7 @@ class Setup:
     dora: bool = False
     whole: tuple[int, ...] = ()
     rows: int = 0
+    fp8: bool = False
 
     @classmethod
     def of(
@@ -106,7 +109,17 @@ def predict(shape: Shape, setup: Setup) -> dict[str, float]:
         "temporary": max(_temporary(shape, setup), _head(shape, setup)),
         "ends": ends,
     }
-    return {**parts, "total": SLACK * sum(parts.values())}
+    return {**parts, "total": SLACK * max(sum(parts.values()), _before_fp8(shape, setup))}
+
+
+def _before_fp8(shape: Shape, setup: Setup) -> float:
+    """Return the peak of the probe in the compute dtype, before 16-bit weights become FP8."""
+    if not setup.fp8 or setup.quantized:
+        return 0.0
+    before = replace(setup, fp8=False, tokens=PROBE_TOKENS, checkpointed_layers=0)
+    activations = PROBE_TOKENS * shape.layers * layer_bytes(shape, before)
+    logits = PROBE_TOKENS * shape.vocabulary * (2 * setup.bytes + 2 * 4.0)
+    return weight_bytes(shape, before) + activations + logits + _temporary(shape, before)
 
 
 def weight_bytes(shape: Shape, setup: Setup) -> float:
@@ -116,7 +129,9 @@ def weight_bytes(shape: Shape, setup: Setup) -> float:
     """
     if setup.full:
         return (16.0 + (setup.bytes if setup.bytes < 4 else 0)) * shape.parameters
-    linear = (NF4_BYTES + (PLAIN_SCALES if setup.fused else 0)) if setup.quantized else setup.bytes
+    linear = 1.0 if setup.fp8 else setup.bytes
+    if setup.quantized:
+        linear = NF4_BYTES + (PLAIN_SCALES if setup.fused else 0)
     return linear * shape.linear_parameters / setup.shards + setup.bytes * shape.other_parameters
 
 
@@ -213,14 +228,19 @@ def layer_bytes(shape: Shape, setup: Setup) -> float:
 def _temporary(shape: Shape, setup: Setup) -> float:
     """Return the bytes of the temporary tensors of a layer's backward pass at its widest point.
 
-    They are SwiGLU's gradients and dequantized matrices.
+    They are SwiGLU's gradients and dequantized matrices. FP8: also the quantized gradients, and the
+    matrices transposed.
     """
     numbers = (2 if setup.liger else 4) * shape.intermediate + 2 * shape.hidden
     matrix = shape.hidden * shape.intermediate * setup.bytes if setup.quantized else 0
+    quantized = 0
+    if setup.fp8:
+        matrix = shape.hidden * shape.intermediate
+        quantized = 2 * shape.intermediate
     scaled = 0.0  # DoRA's scaled products, fp32
     if setup.dora:
         scaled = 3 * 4.0 * max(made for _, made in shape.targets(setup.targets))
-    return setup.tokens * (numbers * setup.bytes + scaled) + 2 * matrix
+    return setup.tokens * (numbers * setup.bytes + quantized + scaled) + 2 * matrix
 
 
 def _head(shape: Shape, setup: Setup) -> float:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from ft_assets.config import LoraSettings, TrainSettings
 from ft_assets.errors import ConfigError, MemoryPlanError
@@ -28,6 +28,7 @@ EFFICIENCY = 0.55  # of the GPU's datasheet peak, measured at 16k tokens
 USUAL_PEAK = 150e12  # FLOP/s if the GPU is not in the table
 # Seconds of Python and kernel launches for each layer and micro-batch: NF4 (True) and 16 bits.
 HOST_SECONDS = {True: 0.0095, False: 0.006}
+FP8_SPEED = 1.35  # the speed of a step in FP8 against bf16, where the GPU is the limit
 PREFER_LORA = 1.1  # a 16-bit base is taken if its step takes at most this many times NF4's best
 GATHER = 100e9  # bytes/s at which ranks gather a sharded base; assumed, not measured
 CPU_TOKENS = 2048  # larger micro-batches are slower on a CPU: caches
@@ -41,7 +42,8 @@ class Machine:
     """The machine that trains.
 
     memory: bytes that this process may take in all. bytes: of a number (2 where bf16 is fast).
-    sharding: whether its ranks may shard the base (launcher.sharding).
+    sharding: whether its ranks may shard the base (launcher.sharding). no_fp8: why it has no FP8
+    products; "" if it has.
     """
 
     gpu: bool
@@ -51,6 +53,7 @@ class Machine:
     peak: float | None = None  # FLOP/s of the GPU's datasheet
     ranks: int = field(default_factory=world_size)
     sharding: str = field(default_factory=sharding)
+    no_fp8: str = "a GPU of Ada, Hopper or newer is needed"
 
     @property
     def context(self) -> float:
@@ -59,7 +62,10 @@ class Machine:
 
 
 class PlanMetrics(TypedDict):
-    """A plan in the log, the metrics and info/plan.json; memory in GB of 1e9 bytes."""
+    """A plan in the log, the metrics and info/plan.json; memory in GB of 1e9 bytes.
+
+    base_compute: fp8, or absent.
+    """
 
     method: str
     packed: bool
@@ -69,6 +75,7 @@ class PlanMetrics(TypedDict):
     base_shards: int
     predicted_memory_gb: float
     memory_limit_gb: float
+    base_compute: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Plan:
 
     largest: tokens of the largest micro-batch. predicted: bytes of torch's allocator, on a CPU of
     the tensors. shards: the number of ranks that the base is sharded over; 1: each holds all of it.
+    fp8: products with the base are in FP8.
     """
 
     method: Method
@@ -88,10 +96,11 @@ class Plan:
     predicted: float
     memory: float
     shards: int = 1
+    fp8: bool = False
 
     def metrics(self) -> PlanMetrics:
         """Return the plan for the log and the metrics."""
-        return {
+        metrics: PlanMetrics = {
             "method": self.method,
             "packed": self.packed,
             "micro_batch": self.micro_batch,
@@ -101,6 +110,9 @@ class Plan:
             "predicted_memory_gb": round(self.predicted / 1e9, 3),
             "memory_limit_gb": round(self.memory / 1e9, 3),
         }
+        if self.fp8:
+            metrics["base_compute"] = "fp8"
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,7 @@ class Request:
             liger=machine.liger and not self.data.plain,
             reference=self.data.reference,
             shards=shards,
+            fp8=not (self.data.plain or bf16_reason(lora, machine)),
         )
         if method == "full":
             base = dataclasses.replace(base, trained=0)
@@ -226,8 +239,15 @@ def make_plan(
     """Make the plan.
 
     Raises MemoryPlanError if nothing fits, ConfigError if micro_batch does not divide
-    effective_batch or the method's base cannot be sharded.
+    effective_batch, the method's base cannot be sharded, or fp8 is set and cannot be computed.
     """
+    if lora.base_compute == "fp8" and not data.plain and (reason := bf16_reason(lora, machine)):
+        raise ConfigError(
+            where="lora.base_compute",
+            found=f"fp8, but {reason}",
+            expected="one rank on a GPU that multiplies FP8",
+            fix="set lora.base_compute: auto, which trains in bf16 here, or train on such a GPU",
+        )
     request = Request(shape, lora, settings, data, machine, key)
     sizes = list(request.micro_batches())
     for shards in request.shards():
@@ -235,6 +255,19 @@ def make_plan(
         if fastest is not None:
             return fastest
     raise _refusal(request, sizes)
+
+
+def bf16_reason(lora: LoraSettings, machine: Machine) -> str:
+    """Return why the products with the base are in bf16; "" if they are in FP8."""
+    if lora.base_compute == "bf16":
+        return "lora.base_compute is bf16"
+    if machine.no_fp8:
+        return machine.no_fp8
+    if machine.ranks > 1:
+        return f"{machine.ranks} ranks train, and FP8 is for one"
+    if lora.method == "full":
+        return "lora.method: full trains the base"
+    return "lora.use_dora needs the 16-bit weights" if lora.use_dora else ""
 
 
 def _methods(request: Request, quantizes: bool) -> list[Method]:
@@ -280,6 +313,7 @@ def _plan(
         predicted=predict(request.shape, setup)["total"],
         memory=request.machine.memory,
         shards=setup.shards,
+        fp8=setup.fp8,
     )
     return plan, _seconds_per_token(request, setup, plan)
 
@@ -299,6 +333,7 @@ def _seconds_per_token(request: Request, setup: Setup, plan: Plan) -> float:
         * flops_per_token(shape)
         * (1 + RECOMPUTE * recomputed)
         / (EFFICIENCY * (machine.peak or USUAL_PEAK))
+        / (FP8_SPEED if setup.fp8 else 1)
     )
     host = shape.layers * HOST_SECONDS[setup.quantized] * (1 + recomputed / 3)
     if setup.shards > 1:
