@@ -53,6 +53,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_layers": [1, 3],
         "no_rope_layers": [1, 1, 1, 0],
     },
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen3_5_text": LINEAR,
     "granitemoehybrid": {
@@ -85,3 +91,87 @@ def family_model(name: str) -> Any:
         if parameter.dim() > 1:
             parameter.data.mul_(2)
     return model
+
+
+PICTURES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+QWEN_PICTURES: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+QWEN_TOKENS = {
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 7,
+    "vision_end_token_id": 8,
+}
+# By the model type of the files: the family of the text part, and the rest of the config.
+WHOLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": ("qwen3_5_text", {"vision_config": QWEN_PICTURES, **QWEN_TOKENS}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "vision_config": PICTURES,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 5,
+            "boi_token_index": 6,
+            "eoi_token_index": 7,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "vision_config": {**PICTURES, "num_key_value_heads": 2, "head_dim": 16},
+            "audio_config": None,
+            "image_token_id": 5,
+            "boi_token_id": 6,
+            "eoi_token_id": 7,
+        },
+    ),
+    "mistral3": (
+        "mistral",
+        {
+            "vision_config": {**PICTURES, "model_type": "pixtral"},
+            "image_token_index": 5,
+            "spatial_merge_size": 1,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            "vision_config": {
+                **PICTURES,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+                "vision_output_dim": 32,
+            }
+        },
+    ),
+    "qwen3_vl": (
+        "qwen2",
+        {"vision_config": {**QWEN_PICTURES, "deepstack_visual_indexes": []}, **QWEN_TOKENS},
+    ),
+}
+
+
+def whole_model(name: str, **text: Any) -> Any:
+    """Return a random bf16 model that also sees, of the class that the family's files name."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    family, rest = WHOLES[name]
+    parts = {"model_type": family, **SIZES, **FAMILIES[family], **text}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, text_config=parts, **rest)
+    return AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)

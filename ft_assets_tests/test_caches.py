@@ -22,7 +22,7 @@ TOLD = {
     if name in ("lfm2", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "mamba2")
     else [SLIDING]
     for name in FAMILIES
-} | {"rwkv": [RECURRENT, ALONE]}
+} | {"qwen3_moe": [], "rwkv": [RECURRENT, ALONE]}
 
 
 class Tokens:

@@ -196,6 +196,26 @@ def _agreement(metrics: Metrics, least: float) -> str:
 @check(
     merged_model,
     blocking=True,
+    description="The parts that see or hear are the base's, byte for byte.",
+)
+def other_parts_untouched(checked: Checked) -> dg.AssetCheckResult:
+    """Fail if a tensor outside the text part differs from the base's, by its hash."""
+    tensors = checked.metrics.get("other_tensors", 0)
+    changed = checked.metrics.get("other_tensors_changed", "")
+    text = (
+        f"{tensors} tensors outside the text part are the base's"
+        if tensors
+        else ("the base has no other parts than its text")
+    )
+    return dg.AssetCheckResult(
+        passed=not changed,
+        description=f"differ from the base's: {changed}" if changed else text,
+    )
+
+
+@check(
+    merged_model,
+    blocking=True,
     description="The merged file itself, read from disk, beats the base on the held-out rows.",
     fix="rounding to bf16 cost the gain: train longer or with a higher learning rate, "
     "then judge again",

@@ -39,6 +39,34 @@ def forget_source_path(model: Any) -> None:
     model.config._name_or_path = ""
 
 
+def file_names(model: Any, part: Any) -> dict[str, str]:
+    """Return the name in the saved files of each weight of `part`, which shares those of `model`.
+
+    The names are those of transformers' own conversion for saving. A weight that is split or
+    joined on saving (fused experts, say) has no name of its own and is left out.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    places = {name: value.data_ptr() for name, value in part.state_dict().items()}
+    state = model.state_dict()
+    saved = {
+        value.data_ptr(): name
+        for name, value in revert_weight_conversion(model, dict(state)).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return {name: saved[place] for name, place in places.items() if place in saved}
+
+
+def pass_on_quantization(model: Any, part: Any) -> None:
+    """Mark `part` as quantized as `model` is, whose modules it shares."""
+    if getattr(model, "is_quantized", False):
+        for name in ("is_quantized", "is_loaded_in_4bit", "quantization_method", "hf_quantizer"):
+            if hasattr(model, name):
+                setattr(part, name, getattr(model, name))
+        part.config.quantization_config = model.config.quantization_config
+
+
 def unread_gguf(path: Path, model: Any) -> list[str]:
     """Return the tensors of a GGUF file that the loaded model did not take.
 

@@ -24,6 +24,7 @@ from ft_assets.merging.tensor_files import (
     read_folder,
     read_tensor,
 )
+from ft_assets.models.text_part import stored_names
 
 BLOCK_BYTES = 1 << 26
 ARITHMETIC = 1e-6  # of the largest element: fp32 sums in another order
@@ -87,7 +88,8 @@ def audit(model: Any, snapshot: Path, merged: Path, dequantized: bool = False) -
         expected = dict[str, Expected]()
         base = Weights(entries_of(read_folder(model)), frozenset())
     else:
-        expected = dict(_expected(model))
+        names = stored_names(snapshot)
+        expected = {names.get(name, name): change for name, change in _expected(model)}
         rounded = quantized_tensors(snapshot) if dequantized else frozenset[str]()
         base = Weights(entries_of(read_folder(snapshot)), rounded)
     result = Audit(tensors=len(found), adapter_modules=len(expected))

@@ -38,6 +38,7 @@ from ft_assets.merging.tensor_files import (
 )
 from ft_assets.merging.updates import EMBEDDING, Update, Updates, read_updates
 from ft_assets.models.source import require_unquantized
+from ft_assets.models.text_part import FILE, stored_names
 
 MergeBase = Literal["original", "dequantized"]
 # Bytes in the base's dtype. The fp32 copies of a block stay in the cache, and malloc reuses them
@@ -45,7 +46,7 @@ MergeBase = Literal["original", "dequantized"]
 BLOCK_BYTES = 1 << 19
 MAX_THREADS = 8
 SPARE_BYTES = 50_000_000  # for the tokenizer, the configs and the card
-NOT_COPIED = {"manifest.json", "facts.json", INDEX}  # these are not files of the model
+NOT_COPIED = {"manifest.json", "facts.json", FILE, INDEX}  # these are not files of the model
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def merge(snapshot: Path, adapter: Path, output: Path, base: MergeBase = "origin
     _copy_other_files(snapshot, output)
     if not (adapter / "adapter_config.json").exists():
         return _copy_full(files, adapter, output)
-    updates = read_updates(adapter, entries_of(files), _is_tied(snapshot, files))
+    names = stored_names(snapshot)
+    updates = read_updates(adapter, entries_of(files), _is_tied(snapshot, files), names)
     rounded = quantized_tensors(snapshot) if base == "dequantized" else frozenset[str]()
     plan = [_plan_file(file, updates, output) for file in files]
     with _one_torch_thread():

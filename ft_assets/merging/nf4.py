@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ft_assets.models.text_part import has_parts, stored_names, text_class
+
 
 def round_trip(weight: torch.Tensor) -> torch.Tensor:
     """Quantize a weight to NF4 and back, in its own dtype (Dettmers et al. 2023, section 3)."""
@@ -26,11 +28,15 @@ def quantized_tensors(snapshot: Path) -> frozenset[str]:
     """Return the names of the weights that NF4 quantizes: all linear layers but the head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(snapshot, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(snapshot, local_files_only=True)
-        )
-    return frozenset(f"{name}.weight" for name, _ in quantized_linears(model))
+        if has_parts(config):
+            model = text_class(str(snapshot), config)(config.get_text_config(decoder=True))
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    names = stored_names(snapshot)
+    weights = (f"{name}.weight" for name, _ in quantized_linears(model))
+    return frozenset(names.get(name, name) for name in weights)
 
 
 def quantized_linears(model: Any) -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -73,10 +74,16 @@ class AdapterConfig(BaseModel):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
-def read_updates(adapter: Path, base: Mapping[str, Entry], tied: bool) -> Updates:
+def read_updates(
+    adapter: Path,
+    base: Mapping[str, Entry],
+    tied: bool,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Updates:
     """Read the updates of an adapter for a base with these tensors.
 
-    tied: the base's head is its embedding. PEFT can change one of the two alone; then the merge
+    names: the base's name of a tensor where the adapter has another (models/text_part.py). tied:
+    the base's head is its embedding. PEFT can change one of the two alone; then the merge
     unties them. Raises ModelError if the adapter does not fit the base or cannot be merged.
     """
     config = _read_config(adapter)
@@ -86,9 +93,9 @@ def read_updates(adapter: Path, base: Mapping[str, Entry], tied: bool) -> Update
     for name in file.entries:
         found = _update(name, file, config)
         if found is not None:
-            target, update, names = found
-            changes[target] = update
-            used |= names
+            target, update, read = found
+            changes[names.get(target, target)] = update
+            used |= read
     unknown = sorted(set(file.entries) - used)
     if unknown:
         raise ModelError(

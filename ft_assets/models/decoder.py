@@ -7,4 +7,6 @@ def decoder_of(model: Any) -> Any:
     """Return the decoder of a model, or of the base under its adapter."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder()
-    return base.model if decoder is base else decoder  # Llama 4's text class returns itself
+    while hasattr(decoder, "lm_head"):  # Llama 4 returns its whole text class
+        decoder = decoder.model
+    return decoder

@@ -8,6 +8,10 @@ from typing import Any
 from ft_assets.config.training import ALL_LINEAR, TARGETS
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype
+from ft_assets.models.text_part import has_parts, text_part, whole_class
+
+# PEFT reads these names as parts of the experts' tensors.
+EXPERT_LAYERS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
 def load_tokenizer(snapshot: Path) -> Any:
@@ -36,13 +40,14 @@ def load_base(
 ) -> Any:
     """Load the base model, on the GPU if one is available and `on_cpu` is false.
 
-    Its attention is transformers' default: torch's kernels, or plain operations for a class that
-    they do not fit (soft-capped scores, attention sinks).
+    Of a model that also sees or hears it is the text part. Its attention is transformers' default:
+    torch's kernels, or plain operations for a class that they do not fit (soft-capped scores,
+    attention sinks).
     The weights are in `dtype`, by default the compute dtype; NF4 with double quantization if
     `quantized`.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -59,17 +64,20 @@ def load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype(),
         )
+    config = AutoConfig.from_pretrained(snapshot, local_files_only=True)
+    if has_parts(config):
+        where = str(snapshot)
+        return text_part(where, whole_class(where, config).from_pretrained(snapshot, **kwargs))
     return AutoModelForCausalLM.from_pretrained(snapshot, **kwargs)
 
 
 def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
     """Return the module names of a preset or a list.
 
-    Raises TrainingError with the names of the model's linear layers if one is missing.
+    all-linear leaves out the experts of a mixture, and layers with the names of experts' layers.
+    Raises TrainingError for these names, and with the names of the model's linear layers if one is
+    missing.
     """
-    if targets == ALL_LINEAR:
-        return targets
-    wanted = list(TARGETS[targets]) if isinstance(targets, str) else targets
     import torch
 
     linear = {
@@ -77,6 +85,17 @@ def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
+    fused = has_fused_experts(model)
+    if targets == ALL_LINEAR:
+        return sorted(linear - EXPERT_LAYERS - {"lm_head"}) if fused else targets
+    wanted = list(TARGETS[targets]) if isinstance(targets, str) else targets
+    if fused and (experts := sorted(EXPERT_LAYERS & set(wanted))):
+        raise TrainingError(
+            where="lora.target_modules",
+            found=f"{', '.join(experts)}: the experts of this mixture are one tensor for all",
+            expected="linear layers, which the merge finds in the files",
+            fix="use lora.target_modules: attention, or all-linear, which leaves the experts out",
+        )
     missing = [name for name in wanted if name not in linear]
     if missing:
         raise TrainingError(
@@ -86,3 +105,26 @@ def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
             fix="name them in lora.target_modules, or use all-linear",
         )
     return wanted
+
+
+def unusual_linears(model: Any) -> list[str]:
+    """Return the names of modules that subclass a linear layer, such as routers.
+
+    They return more than a product, so an adapter around them would break the model.
+    """
+    import torch
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module) is not torch.nn.Linear
+        and type(module).__module__.startswith("transformers.models.")
+    ]
+
+
+def has_fused_experts(model: Any) -> bool:
+    """Return True for a mixture whose layers have one tensor for all experts."""
+    return any(
+        ".experts." in name and parameter.dim() == 3 for name, parameter in model.named_parameters()
+    )

@@ -1,8 +1,8 @@
-"""Check that a model's weights have the same names in its files as in memory.
+"""Check that the merge finds a model's weights in its files.
 
 An adapter names modules, while the merge reads and writes files. Most models have one set of names.
-transformers renames the weights of some models that also take pictures (Gemma 3 from 4B on) when it
-loads them: an adapter of such a model could be trained and evaluated, but not merged.
+The snapshot of a model with parts records the names of its text part. Weights that transformers
+joins when it loads them, such as fused experts, have no name in the files.
 """
 
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.errors import ModelError
+from ft_assets.models.text_part import stored_names
 
 HEAD = re.compile(r"(^|\.)lm_head\.weight$")  # a tied head has no tensor of its own
 
@@ -31,11 +32,14 @@ def unstored(names: Iterable[str], snapshot: Path) -> list[str]:
     """Return the names of weights that the snapshot's files do not have, except a tied head's."""
     from safetensors import safe_open
 
+    renamed = stored_names(snapshot)
     stored: set[str] = set()
     for path in snapshot.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             stored.update(file.keys())
-    return [name for name in names if name not in stored and not HEAD.search(name)]
+    return [
+        name for name in names if renamed.get(name, name) not in stored and not HEAD.search(name)
+    ]
 
 
 def refuse_renamed(where: str, model: Any, renamed: list[str]) -> None:
@@ -46,6 +50,6 @@ def refuse_renamed(where: str, model: Any, renamed: list[str]) -> None:
             found=f"{type(model).__name__}: {len(renamed)} weights to train have other names in "
             f"its files than in memory, e.g. {renamed[0]}, so that an adapter could not be merged",
             expected="a causal language model whose modules have the names of its files",
-            fix="name a text-only export of it: of Gemma 3 one of the class Gemma3ForCausalLM, "
-            "as its GGUF files are",
+            fix="name layers in lora.target_modules whose weights the files have, such as those of "
+            "attention",
         )

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ft_assets.compat.transformers import forget_source_path, unread_gguf
 from ft_assets.config import BaseModelSettings, ChatSettings
@@ -33,6 +33,15 @@ from ft_assets.models.source import (
 )
 from ft_assets.models.source_files import require_json
 from ft_assets.models.template_limits import require_ends
+from ft_assets.models.text_part import (
+    FILE,
+    TextPart,
+    describe,
+    has_parts,
+    text_class,
+    text_part,
+    whole_class,
+)
 from ft_assets.models.weight_files import stored_types
 from ft_assets.models.whole import require_whole
 
@@ -40,7 +49,10 @@ SHOWN_TOKENS = 12  # of the vocabulary's added tokens, in a message
 
 
 class SnapshotFacts(TypedDict):
-    """The facts about a model that later steps and the reader need."""
+    """The facts about a model that later steps and the reader need.
+
+    text_part: what of a model that also sees or hears is used.
+    """
 
     architecture: str
     parameters: int
@@ -50,6 +62,7 @@ class SnapshotFacts(TypedDict):
     context: int | None
     eos: int | list[int] | None
     tied_embeddings: bool
+    text_part: NotRequired[str]
 
 
 class SettledTokens(TypedDict):
@@ -103,13 +116,17 @@ def write_snapshot(
         delattr(model.config, "quantization_config")
     forget_source_path(model)  # a path of this machine would not identify the model
     model.save_pretrained(output)
-    linears = linear_weights(model)
+    part = text_part(f"base_models.{name}", model)
+    described = _describe_part(f"base_models.{name}", model, part, output)
+    linears = linear_weights(part)
     renamed = unstored(linears, output)
     # If all are renamed, the whole model has two sets of names. If a part is (experts, say), only
     # an adapter shows whether it matters.
-    refuse_renamed(f"base_models.{name}", model, renamed if len(renamed) == len(linears) else [])
+    refuse_renamed(f"base_models.{name}", part, renamed if len(renamed) == len(linears) else [])
     tokenizer.save_pretrained(output)
-    facts = architecture(model, tokenizer)
+    facts = architecture(part, tokenizer)
+    if described is not None:
+        facts["text_part"] = described.shown
     # The origin is in the manifest, not here: equal weights copied elsewhere retrain nothing.
     stored = {"replaced_template": replaced, **facts}
     (output / "facts.json").write_text(json.dumps(stored, indent=1, default=str))
@@ -119,10 +136,19 @@ def write_snapshot(
     return facts
 
 
+def _describe_part(where: str, model: Any, part: Any, output: Path) -> TextPart | None:
+    """Write and return the record of a model's text part; None for a model without other parts."""
+    if part is model:
+        return None
+    described = describe(where, model, part, list(stored_types(where, output)))
+    (output / FILE).write_text(described.model_dump_json(indent=1))
+    return described
+
+
 def _load(name: str, settings: BaseModelSettings, place: _Place) -> tuple[Any, Any]:
     """Return (model in bf16, tokenizer). Raises ModelError."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -137,7 +163,7 @@ def _load(name: str, settings: BaseModelSettings, place: _Place) -> tuple[Any, A
         tokenizer: Any = AutoTokenizer.from_pretrained(
             place.path, trust_remote_code=trust, **place.keywords()
         )
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        read: Any = _class_of(where, place, trust).from_pretrained(
             place.path,
             dtype=torch.bfloat16,
             trust_remote_code=trust,
@@ -151,6 +177,19 @@ def _load(name: str, settings: BaseModelSettings, place: _Place) -> tuple[Any, A
         unread = unread_gguf(Path(place.path) / place.gguf_file, model) if place.gguf_file else []
     require_whole(where, model, loaded, types, unread)
     return model, tokenizer
+
+
+def _class_of(where: str, place: _Place, trust: bool) -> Any:
+    """Return the class, or the auto class, that loads a source whole. Raises ModelError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if place.gguf_file:
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(place.path, trust_remote_code=trust, **place.keywords())
+    if not has_parts(config):
+        return AutoModelForCausalLM
+    text_class(where, config)  # refused before the weights are read
+    return whole_class(where, config)
 
 
 @contextlib.contextmanager

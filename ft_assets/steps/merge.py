@@ -155,6 +155,7 @@ def _write_documents(
 ) -> StepResult:
     """Write the model card and verdict.json; return the metrics of the manifest."""
     from ft_assets.merging.file_verdict import beyond_heldout
+    from ft_assets.merging.other_parts import other_parts
     from ft_assets.release.card import MergedFile, model_card
 
     verdict = settings.verdict
@@ -181,6 +182,12 @@ def _write_documents(
         for name, value in measures.items()
     }
     metrics = {**asdict(file.result), **rounded}
+    others = other_parts(evaluated.snapshot, job.output)
+    if others.tensors:
+        metrics |= {
+            "other_tensors": others.tensors,
+            "other_tensors_changed": ", ".join(others.changed),
+        }
     return StepResult({**metrics, "candidate": candidate, "verdict": verdict.status})
 
 

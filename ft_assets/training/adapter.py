@@ -11,9 +11,10 @@ from safetensors import safe_open
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError, nearest
 from ft_assets.models.adapter_files import changed_weights, is_full
-from ft_assets.models.loading import load_base, load_tokenizer, target_modules
+from ft_assets.models.loading import load_base, load_tokenizer, target_modules, unusual_linears
 from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 from ft_assets.models.sharding import shard_base
+from ft_assets.models.text_part import stored_names
 
 
 class TrainableMetrics(TypedDict):
@@ -30,12 +31,23 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
     fine-tuning needs fp32 because AdamW's steps are smaller than bf16 can represent. `shards`: the
     number of ranks that the base is sharded over (models/sharding.py).
     """
+    if stored_names(snapshot):
+        _require_lora_alone(snapshot, settings)
     if settings.method == "full":
         return _full_model(snapshot)
     base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
     # The merge onto NF4 weights reads by name what NF4 rounds, so those names must be stored too.
     linears = linear_weights(base) if settings.method == "qlora" else []
-    model = get_peft_model(base, _lora_config(base, snapshot, settings))
+    config = _lora_config(base, snapshot, settings)
+    try:
+        model = get_peft_model(base, config)
+    except (ValueError, NotImplementedError) as error:
+        raise TrainingError(
+            where="lora",
+            found=f"PEFT cannot put this adapter on {type(base).__name__}: {error}",
+            expected="an adapter of layers that PEFT has",
+            fix="use lora.target_modules: attention, or name other layers",
+        ) from None
     targets = [
         f"{name}.weight"
         for name, module in model.get_base_model().named_modules()
@@ -47,6 +59,22 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
     if shards > 1:
         shard_base(model, shards)
     return model
+
+
+def _require_lora_alone(snapshot: Path, settings: LoraSettings) -> None:
+    """Raise TrainingError for changes of a text part that cannot be written back into the whole."""
+    set_keys = [
+        key for key in ("modules_to_save", "trainable_token_indices") if getattr(settings, key)
+    ]
+    if settings.method == "full":
+        set_keys.append("method: full")
+    if set_keys:
+        raise TrainingError(
+            where=f"lora.{set_keys[0]}",
+            found="the base also sees or hears, and only its text part is trained",
+            expected="LoRA or QLoRA of linear layers, which are written back into the whole model",
+            fix=f"remove lora.{set_keys[0]}, or name a text-only base of this family",
+        )
 
 
 def _full_model(snapshot: Path) -> Any:
@@ -62,6 +90,7 @@ def _lora_config(base: Any, snapshot: Path, settings: LoraSettings) -> LoraConfi
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=settings.lora_dropout,
         target_modules=target_modules(base, settings.target_modules),
+        exclude_modules=unusual_linears(base) or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         modules_to_save=_check_modules(base, settings.modules_to_save) or None,
