@@ -15,6 +15,7 @@ from ft_assets.views.row_tokens import RowReader, _Tokens
 from ft_assets.views.rows import Found, RowFinder, Wanted
 from ft_assets_tests.factories import conversations, edit, ft, write_jsonl
 from ft_assets_tests.pipeline import materialize
+from ft_assets_tests.test_pages import client
 
 UP_TO_SPLIT = "raw_dataset,raw_preferences,base_model,recipe,chat_dataset,heldout_split"
 
@@ -144,3 +145,23 @@ def test_space_before_a_learnt_token_is_kept(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = _Tokens(tmp_path / "tokenizer.json").text("x", [2, 0, 1], [False, False, True])
     assert "".join(piece.text for piece in text.pieces).endswith("the lamp")
+
+
+def test_page_lists_searches_and_shows_a_row(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = client(split, monkeypatch)
+    listed_page = pages.get("/ft/rows").text
+    assert "Rows 1 to 50 of" in listed_page
+    assert 'rel="next" href="/ft/rows?base_model=tiny&amp;offset=50"' in listed_page
+    found = pages.get("/ft/rows?text=RED+lamp").text
+    assert "Rows 1 to 1 of 1" in found
+    (line,) = finder(split).find(Wanted(text="red lamp")).lines
+    row = pages.get(f"/ft/rows?table=conversations&index={line.index}").text
+    assert "<mark>cloud</mark><mark><i>&lt;|im_end|&gt;</i></mark>" in row
+    out = pages.get("/ft/rows?side=left+out").text
+    assert "left out: same-prompt" in out
+    (copy,) = finder(split).find(Wanted(text="id copy")).lines
+    twin = pages.get(f"/ft/rows?table=conversations&index={copy.index}").text
+    assert "It shares its prompt with" in twin
+    assert "its last is 62" in pages.get("/ft/rows?table=conversations&index=99").text
+    assert "No row is like that" in pages.get("/ft/rows?text=zzz&offset=x").text
+    assert "one of conversations" in pages.get("/ft/rows?table=<b>").text
