@@ -9,7 +9,9 @@ import pytest
 
 from ft_assets.config.review import ReviewSettings
 from ft_assets.errors import DataError
+from ft_assets.evaluation.verdict.decision import INCONCLUSIVE, PASS, decide
 from ft_assets.review.agreement import agreement, alpha, coincidences
+from ft_assets.review.calibration import Compared, calibrated
 from ft_assets.review.judgements import Judgements, Relations, Withdrawal, new_judgement
 from ft_assets.review.session import Session, drawn
 from ft_assets.review.win_rates import (
@@ -19,6 +21,7 @@ from ft_assets.review.win_rates import (
     write_people_scores,
 )
 from ft_assets_tests.reviewing import SETTINGS, item, simulated
+from ft_assets_tests.test_verdict import ALL, GATE, NONE, report
 
 # Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, section C: 4 observers, 12 units.
 PUBLISHED = [
@@ -206,3 +209,36 @@ def test_equal_answers_are_ties_without_a_question(tmp_path: Path) -> None:
     assert scores["r2"] == {"same": {"same": 0.5}}
     assert scores["r3"] == {"new 3": {"new 3": 0.5}, "old 3": {"old 3": 0.5}}
     assert read_people_scores(tmp_path / "none.parquet") == {}
+
+
+def compared(agreeing: float, count: int = 60) -> list[Compared]:
+    """Return pairs where people prefer the answer of which the judge does, in a share of them."""
+    return [
+        Compared(str(n), float(n % 2), float((n + (n >= agreeing * count)) % 2), 1)
+        for n in range(count)
+    ]
+
+
+def test_calibration_measures_agreement_position_and_length() -> None:
+    orders = Counter({("A", "B"): 40, ("A", "A"): 15, ("B", "B"): 5})
+    found = calibrated(compared(0.9), orders, None, 0.4, 0.95, 1)
+    assert found.agrees and (found.asked, found.first_twice, found.second_twice) == (60, 15, 5)
+    assert found.with_people is not None and found.with_people.low < 0.8 < found.with_people.high
+    # The judge prefers the longer answer in every second pair.
+    assert (found.longer.pairs, found.shorter.pairs) == (30, 30)
+    assert found.longer.agree == pytest.approx(0.9)
+    assert not calibrated(compared(0.5), orders, None, 0.0, 0.95, 1).agrees  # that is chance
+    assert not calibrated(compared(0.9)[:2], orders, None, 0.4, 0.95, 1).agrees  # too few
+    assert not calibrated([], orders, None, 0.0, 0.95, 1).agrees
+
+
+def test_verdict_by_a_judge_needs_one_that_agrees_with_people() -> None:
+    gate = GATE.model_copy(update={"metrics": {"judge": "better"}})
+    numbers = report(NONE, ALL, more={"judge": ([0.5] * 60, ALL)})
+    decided = decide(numbers, gate)
+    assert decided.status == PASS and decide(numbers, GATE).status == PASS
+    for agreeing, status in ((0.9, PASS), (0.5, INCONCLUSIVE)):
+        calibration = calibrated(compared(agreeing), Counter(), None, 0.4, 0.95, 1)
+        judged = decide(numbers.model_copy(update={"calibration": calibration}), gate)
+        assert judged.status == status
+    assert "the judge does not agree with people: judge and people: alpha" in judged.reasons[0]
