@@ -45,11 +45,16 @@ def simulated(
 
 
 def answered(
-    folder: Path, answers: Mapping[str, Sequence[str]], version: str = "1", **inputs: str
+    folder: Path,
+    answers: Mapping[str, Sequence[str]],
+    version: str = "1",
+    prompts: Sequence[str] = (),
+    **inputs: str,
 ) -> None:
     """Publish `answers` and `heldout_split` of `tiny` as a finished graph has them.
 
-    answers: by candidate, of each held-out row. inputs: of `answers`, besides the split.
+    answers: by candidate, of each held-out row. prompts: by default `question 0`, … inputs: of
+    `answers`, besides the split.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -62,11 +67,11 @@ def answered(
             "cluster": f"g{n}",
             "judged": True,
             "messages": [
-                {"role": "user", "content": f"question {n}"},
+                {"role": "user", "content": prompt},
                 {"role": "assistant", "content": f"reference {n}"},
             ],
         }
-        for n in range(count)
+        for n, prompt in enumerate(prompts or [f"question {n}" for n in range(count)])
     ]
     given = {
         name: [

@@ -1,15 +1,22 @@
 """The page of the blind review by Starlette's test client, on a store written by hand."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
+from ft_assets.config import load_project
+from ft_assets.errors import DataError
+from ft_assets.review.fresh import questions
 from ft_assets.review.judgements import Judgements
 from ft_assets.ui.alone import guarded
 from ft_assets.ui.pages.review import PAGE
+from ft_assets.views.board import Opened
+from ft_assets.views.review import ask_fresh, corrections_of
 from ft_assets_tests.factories import edit, ft
+from ft_assets_tests.pipeline import checks, materialize
 from ft_assets_tests.reviewing import answered
 
 PORT = 3100
@@ -116,3 +123,56 @@ def test_project_without_answers_or_settings_is_told(
     assert done.returncode == 2 and "add the line `review: {}`" in done.stderr
     edit(project, review={})
     assert "answers[tiny]" in page.get("/ft/review?reviewer=anna").text
+
+
+class Echo:
+    """Models that answer at once."""
+
+    system = None
+
+    def answers(self, message: str) -> list[tuple[str, str]]:
+        return [("base", f"old {message}"), ("champion", f"new {message}")]
+
+
+def test_corrections_of_fresh_prompts_alone_become_training_rows(
+    reviewed: Path, page: TestClient
+) -> None:
+    opened = Opened.of(load_project(reviewed / "finetune.yaml"))
+    with pytest.raises(DataError, match="'question 1' is held out"):
+        ask_fresh(opened, "tiny", ["fresh one", "question 1"], Echo(), print)
+    assert not (reviewed / "reviews").exists()
+    (reviewed / "fresh.txt").write_text("fresh one\n\nfresh two\nfresh one\n")
+    ask_fresh(opened, "tiny", questions(reviewed / "fresh.txt"), Echo(), print)
+    texts = []
+    for _ in range(5):
+        texts.append(page.get("/ft/review?reviewer=anna").text)
+        ranks = [1, 2, 3] if "shots" in texts[-1] else [1, 2]
+        sent = {**ANNA, **shown(page), "ranks": ranks, "correction": "corrected"}
+        assert page.post("/ft/review/judge", json=sent).status_code == 200
+    assert sum("It can become a training row" in text for text in texts) == 2
+    assert not any("champion" in text.split("<main")[1] for text in texts)
+    done = ft(reviewed, "review", "--export", "corrected")
+    assert done.returncode == 0 and "3 corrections of held-out prompts are left out" in done.stderr
+    rows, pairs = (
+        [json.loads(line) for line in (reviewed / "corrected" / name).read_text().splitlines()]
+        for name in ("conversations.jsonl", "preferences.jsonl")
+    )
+    assert (len(rows), len(pairs)) == (2, 4)
+    assert all(row["review"]["reviewer"] == "anna" and row["review"]["judgement"] for row in rows)
+    assert {pair["rejected"] for pair in pairs} == {
+        f"{age} fresh {number}" for age in ("old", "new") for number in ("one", "two")
+    }
+    assert {pair["chosen"] for pair in pairs} == {"corrected"}
+    # The files are data of the project as they are.
+    edit(
+        reviewed,
+        data={
+            "train": ["corrected/conversations.jsonl"],
+            "preferences": ["corrected/preferences.jsonl"],
+        },
+    )
+    found = checks(materialize(reviewed, "raw_dataset,raw_preferences"))
+    assert found["rows_are_valid"].passed and found["columns_are_read"].passed
+    # A prompt that is held out later is left out too.
+    answered(reviewed, {"base": ["a"], "sft": ["b"]}, version="2", prompts=["fresh one"])
+    assert len(corrections_of(opened).rows) == 1

@@ -4,9 +4,12 @@ Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, section D: alpha 
 coincidences o between the values of different people in one unit. It allows missing judgements.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from ft_assets.evaluation.report_model import Agreement
 
@@ -68,8 +71,10 @@ def _both_ways(unit: Sequence[int]) -> Values:
 
 
 def _interval(matrices: Values, point: float, confidence: float, seed: int) -> tuple[float, float]:
-    """Return the percentile interval over draws of prompt groups.
+    """Return the percentile interval over draws of prompt groups, widened for few of them.
 
+    The tail is that of Student's t with n - 1 degrees, because a draw has less spread than the
+    groups by (n - 1) / n (Hesterberg 2015, Am Stat 69:371, section 5.3).
     Complete agreement shows only that disagreement is rare: a share q of groups that disagree as
     far as possible is missing from n groups with probability (1 - q)^n.
     """
@@ -80,6 +85,7 @@ def _interval(matrices: Values, point: float, confidence: float, seed: int) -> t
         return float(alpha((1 - missed) * matrices.sum(0) + missed * reverse)), 1.0
     if count < 2:
         return -1.0, 1.0
+    tail = float(norm.cdf(student.ppf(tail, count - 1) * math.sqrt(count / (count - 1))))
     chance = np.random.default_rng(seed)
     weights = chance.multinomial(count, np.full(count, 1 / count), size=DRAWS)
     drawn = alpha(np.tensordot(weights, matrices, 1))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ft_assets.evaluation.report_model import Agreement, Part
 from ft_assets.evaluation.scored_rows import PeopleScores
-from ft_assets.review.agreement import agreement
 from ft_assets.review.judgements import Judgement, Relations
 from ft_assets.review.session import BASE, CHAMPION, Item
 
@@ -115,6 +114,8 @@ def review(
     items: Sequence[Item], judgements: Sequence[Judgement], confidence: float, seed: int
 ) -> HumanReview:
     """Summarise the judgements of the drawn prompts."""
+    from ft_assets.review.agreement import agreement  # scipy
+
     relations = Relations(judgements)
     keys = {item.key for item in items}
     its = [one for one in judgements if one.prompt_hash in keys]

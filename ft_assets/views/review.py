@@ -3,18 +3,34 @@
 import json
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ft_assets.config.review import ReviewSettings
 from ft_assets.errors import ArtifactError, ConfigError, DataError
-from ft_assets.review.candidates import review_items
-from ft_assets.review.judgements import Judgements, Withdrawal, now, require_reviewer
+from ft_assets.review.candidates import heldout_rows, review_items
+from ft_assets.review.corrections import Corrections, corrections
+from ft_assets.review.fresh import FreshPrompt, FreshPrompts, without_heldout
+from ft_assets.review.judgements import (
+    Judgements,
+    Withdrawal,
+    now,
+    prompt_hash,
+    require_reviewer,
+)
 from ft_assets.review.session import Page, Session, drawn
 from ft_assets.views.board import Opened
 
 WRITING = threading.Lock()  # a key pressed twice is one judgement
+
+
+class Asked(Protocol):
+    """Loaded models, e.g. SideBySide."""
+
+    system: str | None
+
+    def answers(self, message: str) -> Iterable[tuple[str, str]]: ...
 
 
 @dataclass(frozen=True)
@@ -62,11 +78,60 @@ def judgements_of(opened: Opened) -> Judgements:
     return Judgements(opened.project.path(need_review(opened).folder))
 
 
+def fresh_prompts(opened: Opened, base_model: str) -> FreshPrompts:
+    """Return the fresh prompts of a base model. Raises ConfigError."""
+    return FreshPrompts(opened.project.path(need_review(opened).folder), base_model)
+
+
+def ask_fresh(
+    opened: Opened,
+    base_model: str,
+    messages: Sequence[str],
+    models: Asked,
+    told: Callable[[str], None],
+) -> int:
+    """Ask the models and keep their answers; return the number of prompts.
+
+    Raises DataError for a prompt that is held out, before any is asked.
+    """
+    kept = fresh_prompts(opened, base_model)
+    heldout = {item.key for item in review_items(opened.store, base_model).values()}
+    before = [{"role": "system", "content": models.system}] if models.system else []
+    prompts = [[*before, {"role": "user", "content": message}] for message in messages]
+    for prompt in prompts:
+        if prompt_hash(prompt) in heldout:
+            raise DataError(
+                where="--ask",
+                found=f"the prompt {prompt[-1]['content'][:60]!r} is held out",
+                expected="fresh prompts, whose corrections can become training rows",
+                fix="remove it: ft review shows held-out prompts anyway",
+            )
+    for number, prompt in enumerate(prompts, 1):
+        answers = dict(models.answers(prompt[-1]["content"]))
+        kept.add(FreshPrompt(at=now(), prompt=prompt, answers=answers))
+        told(f"{number} of {len(prompts)} prompts asked")
+    return len(prompts)
+
+
+def corrections_of(opened: Opened) -> Corrections:
+    """Return the corrections of a project. What is held out for any base model is left out."""
+    splits = [opened.store.current("heldout_split", name) for name in opened.project.base_models]
+    heldout = {
+        prompt_hash(row["messages"][:-1])
+        for split in splits
+        if split is not None
+        for row in heldout_rows(opened.store.verified(split))
+    }
+    return corrections(judgements_of(opened).read(), heldout)
+
+
 def session(opened: Opened, base_model: str, reviewer: str) -> Session:
     """Return a reviewer's session. Raises ConfigError, ArtifactError or DataError."""
     settings = need_review(opened)
     opened.project.base_model(base_model)
-    items = drawn(list(review_items(opened.store, base_model).values()), settings)
+    heldout = list(review_items(opened.store, base_model).values())
+    fresh = without_heldout(fresh_prompts(opened, base_model).items(), heldout)
+    items = [*drawn(heldout, settings), *fresh]
     return Session(items, judgements_of(opened).read(), settings, require_reviewer(reviewer))
 
 
