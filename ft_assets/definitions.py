@@ -10,6 +10,8 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 from ft_assets.assets import declared  # noqa: E402
 from ft_assets.compat.dagster import keep_history_clean  # noqa: E402
 from ft_assets.config import Project, load_project  # noqa: E402
+from ft_assets.orchestration.approval_reminder import approval_reminder  # noqa: E402
+from ft_assets.orchestration.approve_release import approve_release  # noqa: E402
 from ft_assets.orchestration.automation import automation, freshness  # noqa: E402
 from ft_assets.orchestration.bring_up_to_date import bring_up_to_date  # noqa: E402
 from ft_assets.orchestration.console import console  # noqa: E402
@@ -31,6 +33,9 @@ def build(project: Project) -> dg.Definitions:
     update, update_runs = bring_up_to_date(project, build, jobs[0])
     sensors.append(update_runs)
     jobs += [what_would_run(project, build), update]
+    if project.release.approval == "required":
+        jobs.append(approve_release(project))
+        sensors += approval_reminder(project)
     partitioned = [asset.name for asset in found.assets if asset.per_base_model]
     common = [asset.name for asset in found.assets if not asset.per_base_model]
     daily = daily_check(project, found.assets, base_models)

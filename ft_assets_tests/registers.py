@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from ft_assets.artifacts import Artifact, ArtifactStore, fingerprint
+from ft_assets.release.approval import now_text
 from ft_assets.release.register import (
     PROMOTED,
+    PROPOSED,
     ROLLED_BACK,
     HistoryEntry,
     ReleasedModel,
@@ -48,23 +50,29 @@ def decide(
     champion: ReleasedModel,
     rolled_back: str | None = None,
     before: Artifact | None = None,
+    held: bool = False,
 ) -> Artifact:
     """Publish a decision: a promotion, or a rollback with a reason.
 
-    before: the release that it is compared with, by default the current one.
+    before: the release that it is compared with, by default the current one. held: it awaits
+    approval.
     """
     before = before or current_release(store, "tiny")
     state = state_of(before)
+    outcome = ROLLED_BACK if rolled_back else PROMOTED
     entry = HistoryEntry(
         sequence=state.sequence + 1,
-        decision=ROLLED_BACK if rolled_back else PROMOTED,
+        decision=PROPOSED if held else outcome,
         reasons=[rolled_back or "it is better"],
-        champion=champion,
-        challenger=(state.champion or champion) if rolled_back else champion,
-        at="2026-11-27 12:00:00",
+        champion=state.champion if held else champion,
+        challenger=(state.champion or champion) if rolled_back and not held else champion,
+        at=now_text(),
         run_id="r",
+        proposes=outcome if held else None,
     )
-    settings, inputs = entry.to_dict(), {"champion": champion.data_version}
+    settings, inputs = entry.to_dict(), {"champion": entry.subject.data_version}
+    if held:
+        inputs["merged_model"] = champion.data_version
     with store.staging("release", "tiny") as staged:
         write_release(staged, state, entry, withdrawn_by([*state.history, entry]))
         return store.publish(
@@ -77,7 +85,7 @@ def decide(
             inputs=inputs,
             environment={},
             metrics={**entry_metrics(entry), "measured_today": True},
-            parts={"champion": champion.identity},
+            parts={"champion": entry.champion.identity if entry.champion else ""},
             started=0.0,
             turn=turn(store, "tiny", before, entry.sequence),
         )

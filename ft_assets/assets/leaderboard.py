@@ -199,7 +199,8 @@ def _serves(reader: Reader, name: str) -> str:
     except ReleaseError:
         return "unknown: its register is not whole"
     if released is not None:
-        return f"`{released.metrics['champion'][:8]}`"
+        champion = released.metrics["champion"]
+        return f"`{champion[:8]}`" if champion else "nothing: not approved"
     return "merged, not released" if reader.store.current("merged_model", name) else "–"
 
 

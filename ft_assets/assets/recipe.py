@@ -38,7 +38,7 @@ def recipe(
     shown = {
         name: dg.MetadataValue.md(settings_table(section)) for name, section in settings.items()
     }
-    return result(artifact, reused, **shown)
+    return result(artifact, reused, (), **shown)
 
 
 def settings_table(section: JsonValue) -> str:

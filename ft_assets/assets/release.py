@@ -3,24 +3,26 @@
 Promotion and rollback are one materialization each. The release has the history of both.
 """
 
-import datetime
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.assets.eval_report import numbers
 from ft_assets.assets.judged import TRAINED, judged
-from ft_assets.config import GateSettings, ReleaseSettings
+from ft_assets.config import GateSettings, Project, ReleaseSettings
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
 from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
-from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, Wanted, result
+from ft_assets.orchestration.materializer import ERROR, WARN, Inputs, Materializer, Wanted, result
+from ft_assets.release.approval import lapse, now_text, proposal_of
 from ft_assets.release.champion import rollback_target
 from ft_assets.release.lookup import (
     current_release,
@@ -32,6 +34,7 @@ from ft_assets.release.lookup import (
 from ft_assets.release.register import (
     KEPT,
     PROMOTED,
+    PROPOSED,
     ROLLED_BACK,
     HistoryEntry,
     ReleasedModel,
@@ -48,15 +51,16 @@ from ft_assets.steps import release as release_step
 
 ABOVE = ("eval_report", "merged_model")
 RULE = ("rule", "margin")
+REQUIRED = "required"
 LIBRARIES = "infer"
 GATE = ("confidence", "metrics", "better", "min_heldout_rows", "min_graded_rows")
 
 
 class ReleaseConfig(dg.Config):
-    """The fields of the launchpad. Both are empty in a usual run, which promotes by rule."""
+    """The fields of the launchpad. All are empty in a usual run, which promotes by rule."""
 
-    rollback_to: str | None = Field(
-        default=None,
+    rollback_to: str = Field(
+        default="",
         description="`previous`, or the fingerprint of a former champion's merged_model. Empty: "
         "promote by rule.",
     )
@@ -65,14 +69,16 @@ class ReleaseConfig(dg.Config):
         description="The reason of the rollback, in a sentence. It is recorded in the release. "
         "Required with rollback_to and vouch_for.",
     )
-    vouch_for: str | None = Field(
-        default=None,
+    vouch_for: str = Field(
+        default="",
         description="The fingerprint of a merged_model that is not signed yet, and that you have "
         "checked. Needed once, when a project with releases begins or ends to sign.",
     )
 
 
 def _summary(metrics: Metrics) -> str:
+    if proposed := metrics.get("proposed"):
+        return f"{PROPOSED}: merged_model {proposed[:8]} awaits approval"
     return f"{metrics['decision']}: merged_model {metrics['champion'][:8]}"
 
 
@@ -97,7 +103,7 @@ def release(
     """
     where = f"release[{context.partition_key}]"
     _require_reason(config, where)
-    signing = Signing.of(materializer.project, config.vouch_for, where)
+    signing = Signing.of(materializer.project, config.vouch_for or None, where)
     signing.require_chain(materializer.store, context.partition_key, where)
     if config.rollback_to:
         artifact, reused = _roll_back(context, materializer, config, signing)
@@ -105,15 +111,17 @@ def release(
         artifact, reused = _vouch(context, materializer, config, signing)
     else:
         artifact, reused = _release(context, materializer, signing)
-    _, merged = need_champion(materializer.store, context.partition_key, where)
-    text = (artifact.path / "release.md").read_text()
-    return result(
-        artifact,
-        reused,
-        first=("decision", "reason", "champion"),
-        serve=dg.MetadataValue.path(str(merged.path)),
-        history=dg.MetadataValue.md(text),
-    )
+    shown: dict[str, dg.MetadataValue] = {}
+    if state_of(artifact).champion is not None:
+        _, merged = need_champion(materializer.store, context.partition_key, where)
+        shown["serve"] = dg.MetadataValue.path(str(merged.path))
+    shown["history"] = dg.MetadataValue.md((artifact.path / "release.md").read_text())
+    return result(artifact, reused, ("decision", "reason", "proposed", "champion"), **shown)
+
+
+NOTHING = dg.AssetCheckResult(
+    passed=False, severity=WARN, description="nothing is released yet: see awaits_approval"
+)
 
 
 @check(
@@ -140,6 +148,8 @@ def champion_beats_base(checked: Checked) -> dg.AssetCheckResult:
 def released_files_are_whole(checked: Checked) -> dg.AssetCheckResult:
     """Fail with the first file that is missing or was changed."""
     store, name = checked.materializer.store, checked.name
+    if state_of(checked.artifact).champion is None:
+        return NOTHING
     try:
         proven = proven_release(checked.project, store, name, f"release[{name}]")
     except (ReleaseError, ArtifactError) as error:
@@ -162,11 +172,34 @@ def challenger_was_promoted(checked: Checked) -> dg.AssetCheckResult:
     """Warn, with the reason, if the champion was kept or rolled back to."""
     state = state_of(checked.artifact)
     merged = checked.materializer.store.need("merged_model", checked.name)
-    assert state.champion is not None
     last = state.history[-1]
-    same = identity(merged) == state.champion.identity
+    same = state.champion is not None and identity(merged) == state.champion.identity
     text = f"{last.decision}: {'; '.join(last.reasons)}"
     return dg.AssetCheckResult(passed=same, severity=WARN, description=text)
+
+
+@check(
+    release,
+    description="No promotion or rollback awaits a person's approval.",
+    only_if=lambda project: project.release.approval == REQUIRED,
+)
+def awaits_approval(checked: Checked) -> dg.AssetCheckResult:
+    """Warn with the proposal, and where to decide it."""
+    found = proposal_of(checked.materializer.store, checked.name, checked.project.release)
+    if found is None:
+        return dg.AssetCheckResult(passed=True, description="nothing awaits approval")
+    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(found.expires))
+    lapsed = "lapsed at" if found.has_lapsed() else "lapses at"
+    return dg.AssetCheckResult(
+        passed=False,
+        severity=WARN,
+        description=f"{found.what} awaits approval since {found.entry.at} UTC, and {lapsed} "
+        f"{until}: {'; '.join(found.entry.reasons)}",
+        metadata={
+            "decide": dg.MetadataValue.url("/ft/approval"),
+            "version": found.model.merged_model,
+        },
+    )
 
 
 def _release(
@@ -182,31 +215,35 @@ def _release(
     _require_made_from(merged, report, where)
     current = current_release(store, name)
     state, challenger = state_of(current), ReleasedModel.of(merged)
+    # Without approval, the identity is that of releases before there was any.
+    rule = {*RULE, *(["approval"] if project.release.approval == REQUIRED else [])}
     settings = {
-        "release": project.release.model_dump(mode="json", include=set(RULE)),
+        "release": project.release.model_dump(mode="json", include=rule),
         "gate": project.gate.model_dump(mode="json", include=set(GATE)),
         "evaluation": versions["evaluation"],
     }
     inputs: dict[str, tuple[Artifact, str | None]] = {"merged_model": (merged, None)}
     signing.require_model(merged, state, where)
     sign = partial(signing.sign, store, name, current)
+    lapsed = lapse(name, current, project.release)
+    if current is not None and challenger.identity in state.withdrawn:
+        why = f"it was withdrawn: {state.withdrawn[challenger.identity]}"
+        return materializer.keep(context, current, ABOVE, why)
     if state.champion is None:
+        sequence = _sequence(context, settings, inputs, None, current, lapsed)
         return materializer.materialize(
             context,
-            identity={**settings, "sequence": 1},
+            identity={**settings, "sequence": sequence},
             inputs=inputs,
             make=lambda output: _first(
-                output, merged, challenger, context, project.recipe(name).evaluation.metric
+                output, state, merged, context, project, name, [lapsed] if lapsed else []
             ),
             finish=sign,
-            turn=turn(store, name, None, 1),
+            turn=turn(store, name, current, sequence),
         )
     assert current is not None
     if challenger.identity == state.champion.identity:
         return materializer.keep(context, current, ABOVE, "today's merged model is the champion")
-    if challenger.identity in state.withdrawn:
-        why = f"it was rolled back: {state.withdrawn[challenger.identity]}"
-        return materializer.keep(context, current, ABOVE, why)
     champion = need_model(store, name, state.champion, where)
     inputs |= {
         "champion": (champion, None),
@@ -216,13 +253,8 @@ def _release(
         "champion_adapter": (need_adapter(store, name, champion, where), None),
         **_former(store, name, state),
     }
-    # The same comparison again: the current decision is reused. Any other comparison gets a new
-    # sequence number, so that an older decision, which has an older history, is not found.
-    again = Wanted.of(
-        context, {**settings, "sequence": state.sequence}, inputs, LIBRARIES
-    ).fingerprint
     evaluation = project.recipe(name).evaluation
-    sequence = state.sequence if again == current.fingerprint else state.sequence + 1
+    sequence = _sequence(context, settings, inputs, LIBRARIES, current, lapsed)
     return materializer.materialize(
         context,
         identity={**settings, "sequence": sequence},
@@ -235,7 +267,8 @@ def _release(
             root=project.root,
             state=state,
             challenger=challenger,
-            at=_now(),
+            lapsed=lapsed,
+            at=now_text(),
             run_id=context.run_id,
         ),
         finish=sign,
@@ -245,8 +278,24 @@ def _release(
     )
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+def _sequence(
+    context: dg.AssetExecutionContext,
+    settings: Mapping[str, JsonValue],
+    inputs: Inputs,
+    libraries: str | None,
+    current: Artifact | None,
+    lapsed: str | None,
+) -> int:
+    """Return the number of the decision that these inputs ask for.
+
+    The same comparison again: the current decision is reused, unless it is a proposal that lapsed.
+    Any other comparison gets a new number, so that an older decision, which has an older history,
+    is not found.
+    """
+    before = state_of(current).sequence
+    again = Wanted.of(context, {**settings, "sequence": before}, inputs, libraries).fingerprint
+    same = current is not None and again == current.fingerprint and lapsed is None
+    return before if same else before + 1
 
 
 def _former(
@@ -269,12 +318,16 @@ def _require_made_from(merged: Artifact, report: Artifact, where: str) -> None:
 
 def _first(
     output: Path,
+    state: ReleaseState,
     merged: Artifact,
-    challenger: ReleasedModel,
     context: dg.AssetExecutionContext,
-    metric: str,
+    project: Project,
+    name: str,
+    notes: Sequence[str],
 ) -> StepResult:
-    gain = gain_of(merged)
+    gain, challenger = gain_of(merged), ReleasedModel.of(merged)
+    metric = project.recipe(name).evaluation.metric
+    held = project.release.approval == REQUIRED
     mean, low, high = (gain[f"champion_gain_{key}"] for key in ("mean", "low", "high"))
     found = f"{metric} {mean:+.3f} against base [{low:+.3f}, {high:+.3f}]"
     reasons = ["the first release: there is no champion to compare with"]
@@ -284,18 +337,19 @@ def _first(
     if challenger.override:
         reasons.append(f"released by override of {challenger.verdict}: {challenger.override}")
     entry = HistoryEntry(
-        sequence=1,
-        decision=PROMOTED,
-        reasons=reasons,
-        champion=challenger,
+        sequence=state.sequence + 1,
+        decision=PROPOSED if held else PROMOTED,
+        reasons=[*reasons, *notes],
+        champion=None if held else challenger,
         challenger=challenger,
-        at=_now(),
+        at=now_text(),
         run_id=context.run_id,
+        proposes=PROMOTED if held else None,
     )
-    write_release(output, ReleaseState(), entry)
+    write_release(output, state, entry)
     return StepResult(
         {**entry_metrics(entry), **gain, "measured_today": True},
-        {"champion": challenger.identity},
+        {"champion": "" if held else challenger.identity},
     )
 
 
@@ -344,7 +398,7 @@ def _vouch(
             reasons=[f"vouched for by hand: {config.reason}"],
             champion=champion,
             challenger=champion,
-            at=_now(),
+            at=now_text(),
             run_id=context.run_id,
         )
         write_release(output, state, entry)
@@ -385,22 +439,27 @@ def _roll_back(
     reinstated = [] if was is None else [f"reinstates the model that was withdrawn: {was}"]
     withdrawn = {key: why for key, why in state.withdrawn.items() if key != target.identity}
     withdrawn[old.identity] = config.reason
+    held = materializer.project.release.approval == REQUIRED
+    former = find_model(store, name, state.previous) if held and state.previous else None
 
     def make(output: Path) -> StepResult:
         entry = HistoryEntry(
             sequence=state.sequence + 1,
-            decision=ROLLED_BACK,
+            decision=PROPOSED if held else ROLLED_BACK,
             reasons=[config.reason, *reinstated],
-            champion=target,
-            challenger=old,
-            at=_now(),
+            champion=old if held else target,
+            challenger=target if held else old,
+            at=now_text(),
             run_id=context.run_id,
+            proposes=ROLLED_BACK if held else None,
         )
-        write_release(output, state, entry, withdrawn)
-        metrics = {**entry_metrics(entry), **gain_of(champion), "measured_today": False}
-        return StepResult(metrics, {"champion": target.identity})
+        write_release(output, state, entry, None if held else withdrawn)
+        gain = gain_of(left if held and left else champion)
+        metrics = {**entry_metrics(entry), **gain, "measured_today": False}
+        return StepResult(metrics, {"champion": entry.subject.identity})
 
     settings = {
+        **({"approval": REQUIRED} if held else {}),
         "rollback_to": target.identity,
         "reason": config.reason,
         "sequence": state.sequence + 1,
@@ -409,8 +468,10 @@ def _roll_back(
     return materializer.materialize(
         context,
         identity=settings,
-        inputs=inputs | ({"previous_champion": (left, None)} if left else {}),
-        unread=("previous_champion",),
+        inputs=inputs
+        | ({"previous_champion": (left, None)} if left else {})
+        | ({"former_champion": (former, None)} if former else {}),
+        unread=("previous_champion", "former_champion"),
         make=make,
         finish=partial(signing.sign, store, name, current),
         turn=turn(store, name, current, state.sequence + 1),
@@ -421,7 +482,8 @@ def _beats_base(checked: Checked) -> dg.AssetCheckResult:
     released = checked.artifact
     merged = checked.materializer.store.current("merged_model", checked.name)
     champion = state_of(released).champion
-    assert champion is not None
+    if champion is None:
+        return NOTHING
     metrics = dict(released.metrics)
     today = merged is not None and identity(merged) == champion.identity
     if today and merged is not None:  # made again for today's rows, with the same weights

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_assets.cli.app import app, chosen
-from ft_assets.config import load_project
+from ft_assets.cli.app import app, chosen, dagster_home, open_instance, quiet
+from ft_assets.config import Project, load_project
+from ft_assets.errors import ConfigError
 
 
 @app.command()
@@ -111,16 +112,44 @@ def release(
             "--repair", help="First make a register whole that is refused, and say what was done."
         ),
     ] = False,
+    approve: Annotated[
+        str,
+        typer.Option("--approve", help="Approve the proposal with this version of merged_model."),
+    ] = "",
+    reject: Annotated[
+        str,
+        typer.Option("--reject", help="Reject the proposal with this version of merged_model."),
+    ] = "",
+    who: Annotated[
+        str | None,
+        typer.Option("--name", help="With an answer: your name; by default your user name."),
+    ] = None,
+    reason: Annotated[
+        str, typer.Option("--reason", help="With an answer: why, in a sentence.")
+    ] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print an object, {base model: its release}.")
     ] = False,
 ) -> None:
-    """Show the released model, why, and the one before. Exit code 1 if nothing is released."""
+    """Show the released model, why, and the one before. Exit code 1 if nothing is released.
+
+    With release.approval: required, --approve or --reject answers a proposal.
+    """
     from ft_assets.artifacts import open_store
     from ft_assets.release.lookup import current_release, need_champion
+    from ft_assets.release.register import state_of
     from ft_assets.release.whole_register import repair as repaired
 
     project = load_project()
+    if approve or reject:
+        _answer(project, base, {"approve": approve, "reject": reject}, who, reason)
+    elif who or reason:
+        raise ConfigError(
+            where="ft release",
+            found="--name or --reason without an answer",
+            expected="--approve VERSION or --reject VERSION with them",
+            fix="add one of them",
+        )
     if repair:
         for name in chosen(project, base):
             print(f"{name}: {repaired(open_store(project), name)}", file=sys.stderr)
@@ -131,6 +160,12 @@ def release(
             found[name] = None
             if not as_json:
                 print(f"{name}: nothing is released\n")
+            continue
+        if state_of(released).champion is None:  # the first one awaits approval, or was rejected
+            found[name] = None
+            if not as_json:
+                page = (released.path / "release.md").read_text()
+                print(f"{name}: nothing is released\n\n{page}")
             continue
         path = store.verified(need_champion(store, name, f"release[{name}]")[1]).path
         found[name] = {
@@ -143,6 +178,44 @@ def release(
         print(json.dumps(found, indent=1, ensure_ascii=False))
     if None in found.values():
         raise typer.Exit(1)
+
+
+def _answer(
+    project: Project,
+    base: list[str] | None,
+    versions: dict[str, str],
+    who: str | None,
+    reason: str,
+) -> None:
+    """Answer the proposal of one base model by --approve or --reject."""
+    import getpass
+
+    from ft_assets.artifacts import open_store
+    from ft_assets.orchestration.approve_release import answer_and_report, answer_of
+
+    names = chosen(project, base)
+    if len(names) != 1 or all(versions.values()):
+        raise ConfigError(
+            where="ft release",
+            found="both --approve and --reject"
+            if all(versions.values())
+            else f"an answer for {len(names)} base models",
+            expected="one answer for one base model",
+            fix=f"give one of them, with --base {names[0]}",
+        )
+    decision, version = next((key, value) for key, value in versions.items() if value)
+    user = getpass.getuser()
+    given = answer_of(
+        decision=decision,
+        version=version,
+        name=who or user,
+        reason=reason,
+        by=f"ft release, user {user}",
+    )
+    dagster_home(project)
+    quiet()
+    with open_instance() as instance:
+        answer_and_report(project, open_store(project), names[0], given, instance)
 
 
 @app.command()

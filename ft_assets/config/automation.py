@@ -60,6 +60,17 @@ class EmailSettings(Section):
     smtp_user: str | None = Field(default=None, description="By default the sender.")
 
 
+class UiSettings(Section):
+    """What `ft ui` takes from a proxy before it."""
+
+    identity_header: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z][A-Za-z0-9-]*$",
+        description="Header by which the proxy that --host-name names gives a person's name, e.g. "
+        "X-Forwarded-User. The proxy must set it itself, and remove one that a browser sends.",
+    )
+
+
 class AlertSettings(Section):
     """Where alerts of failed runs and verdicts are sent."""
 

@@ -11,6 +11,7 @@ from ft_assets.config.automation import (
     AlertSettings,
     FreshnessSettings,
     ScheduleSettings,
+    UiSettings,
     VerifySettings,
 )
 from ft_assets.config.chat import ChatSettings
@@ -92,6 +93,7 @@ class Project(Section):
     verify: VerifySettings | None = None
     freshness: FreshnessSettings | None = None
     alerts: AlertSettings = AlertSettings()
+    ui: UiSettings = UiSettings()
     launcher: AnyLauncher = LocalSettings()
     memory_limit_gb: float | None = Field(
         default=None, gt=0, description="Most that training may take of a GPU. None: what is free."

@@ -52,6 +52,18 @@ class ReleaseSettings(Section):
         ge=0,
         description="How far below the champion the interval may reach, in evaluation.metric.",
     )
+    approval: Literal["none", "required"] = Field(
+        default="none",
+        description="`required` holds each promotion and rollback until a person approves it.",
+    )
+    approval_reminder_days: float = Field(
+        default=3, gt=0, description="Days after which an alert reminds of a proposal, and again."
+    )
+    approval_expires_days: float = Field(
+        default=14,
+        gt=0,
+        description="Days after which a proposal lapses: it must be judged again.",
+    )
     forms: list[Format] | None = Field(
         default=None,
         description="Serving formats to export. Default: gguf-q8_0 if the architecture can be "

@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.compat.dagster import check_sentence
-from ft_assets.config import AlertSettings
+from ft_assets.config import AlertSettings, EmailSettings
 from ft_assets.errors import ConfigError, FtError
 from ft_assets.orchestration.console import failures
 
@@ -170,6 +170,47 @@ def post(url: str, body: Mapping[str, Any], variable: str) -> None:
             expected="a status of 200 to 299",
             fix="look at the URL",
         )
+
+
+def send(settings: AlertSettings, found: Alert) -> None:
+    """Send an alert that is not about a failed run in each way that finetune.yaml names.
+
+    Raises FtError if a secret is not set, or if a webhook cannot be reached.
+    """
+    if settings.webhook is not None:
+        variable = settings.webhook.url_env
+        post(secret(variable, "alerts.webhook.url_env"), found.to_dict(), variable)
+    if settings.slack is not None:
+        from slack_sdk.web.client import WebClient
+
+        token = secret(settings.slack.token_env, "alerts.slack.token_env")
+        WebClient(token=token).chat_postMessage(channel=settings.slack.channel, text=found.text)
+    if settings.email is not None:
+        word = secret(settings.email.password_env, "alerts.email.password_env")
+        _mail(settings.email, word, found)
+
+
+def _mail(email: EmailSettings, password: str, found: Alert) -> None:
+    import smtplib
+    import ssl
+    from email.message import EmailMessage
+
+    message = EmailMessage()
+    message["Subject"], message["From"] = found.headline, email.sender
+    message["To"] = ", ".join(email.to)
+    message.set_content(found.text)
+    trusted = ssl.create_default_context()
+    over_ssl = email.smtp_type == "SSL"
+    port = email.smtp_port or (465 if over_ssl else 587)
+    with (
+        smtplib.SMTP_SSL(email.smtp_host, port, context=trusted)
+        if over_ssl
+        else smtplib.SMTP(email.smtp_host, port)
+    ) as server:
+        if not over_ssl:
+            server.starttls(context=trusted)
+        server.login(email.smtp_user or email.sender, password)
+        server.send_message(message)
 
 
 def _slack(settings: AlertSettings, token: str) -> dg.SensorDefinition:

@@ -139,7 +139,8 @@ def rollback_target(state: ReleaseState, wanted: str, where: str) -> ReleasedMod
             )
         return state.previous
     current = state.champion.identity
-    known = {line.champion.merged_model: line.champion for line in state.history}
+    champions = [line.champion for line in state.history if line.champion is not None]
+    known = {model.merged_model: model for model in champions}
     former = {name: model for name, model in known.items() if model.identity != current}
     found = [model for name, model in former.items() if name.startswith(wanted)]
     if len(found) != 1:

@@ -4,7 +4,7 @@ import contextlib
 
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.errors import ArtifactError, ReleaseError
-from ft_assets.release.register import ReleasedModel, identity, state_of
+from ft_assets.release.register import PROPOSED, ReleasedModel, identity, state_of
 from ft_assets.release.whole_register import current_release
 
 
@@ -43,8 +43,21 @@ def need_champion(store: ArtifactStore, partition: str, where: str) -> tuple[Art
             expected="a release",
             fix=f"ft run --base {partition}; if it stops, ft report shows the reason",
         )
-    champion = state_of(release).champion
-    assert champion is not None, "a release has a champion"
+    state = state_of(release)
+    champion = state.champion
+    if champion is None:
+        last = state.history[-1]
+        waits = last.decision == PROPOSED
+        raise ReleaseError(
+            where=where,
+            found=f"nothing is released: merged_model {last.challenger.merged_model} "
+            + ("awaits approval" if waits else f"was not approved: {last.reasons[0]}"),
+            expected="a release that was approved",
+            fix=f"ft release --base {partition} --approve {last.challenger.merged_model} "
+            "--reason '…', or the page /ft/approval"
+            if waits
+            else "change what the reason names, and run again",
+        )
     model = need_model(store, partition, champion, where)
     return release, model
 
@@ -102,10 +115,11 @@ def champion_since(release: Artifact) -> str:
     champion since the rollback.
     """
     history = state_of(release).history
-    current = history[-1].champion.identity
     first = history[-1]
+    assert first.champion is not None, "there is a champion"
+    current = first.champion.identity
     for line in reversed(history):
-        if line.champion.identity != current:
+        if line.champion is None or line.champion.identity != current:
             break
         first = line
     return f"{first.sequence} at {first.at}"

@@ -18,10 +18,12 @@ from ft_assets.artifacts.documents import read_document, read_lines
 from ft_assets.evaluation.report_model import Difference, Part
 from ft_assets.markdown import table
 
-Status = Literal["PROMOTED", "KEPT", "ROLLED BACK"]
+Status = Literal["PROMOTED", "KEPT", "ROLLED BACK", "PROPOSED", "REJECTED"]
 PROMOTED: Literal["PROMOTED"] = "PROMOTED"
 KEPT: Literal["KEPT"] = "KEPT"
 ROLLED_BACK: Literal["ROLLED BACK"] = "ROLLED BACK"
+PROPOSED: Literal["PROPOSED"] = "PROPOSED"  # a promotion or a rollback that awaits approval
+REJECTED: Literal["REJECTED"] = "REJECTED"
 DESCRIPTIONS = ("README.md", "verdict.json", "info/")  # files that do not change the answers
 RESTORE = "restore the release from a backup, or materialize release again"
 SHORT = 8  # characters of a fingerprint in a table
@@ -71,8 +73,27 @@ class Decision(Part):
     reasons: list[str]
 
 
+class Approval(Part):
+    """A person's decision on a proposal: who, when, what, and why.
+
+    sequence, merged_model, identity: the number of the proposal and the model that it is about.
+    by: how the name is known, e.g. a proxy's header.
+    """
+
+    sequence: int
+    merged_model: str
+    identity: str
+    name: str
+    reason: str
+    at: str
+    by: str
+
+
 class HistoryEntry(Part):
     """One line of history.jsonl; a first release and a rollback do not have a comparison.
+
+    champion: None while the first model awaits approval. proposes: what a proposal becomes when it
+    is approved. approval: of the entry that ends a proposal.
 
     Keys of another version of ft_assets are kept: each release writes the history again.
     """
@@ -82,18 +103,26 @@ class HistoryEntry(Part):
     sequence: int
     decision: Status
     reasons: list[str]
-    champion: ReleasedModel
+    champion: ReleasedModel | None
     challenger: ReleasedModel
     at: str
     run_id: str
     comparison: Comparison | None = None
+    proposes: Literal["PROMOTED", "ROLLED BACK"] | None = None
+    approval: Approval | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON layout, without a comparison if there is none."""
+        """Return the JSON layout, without a comparison and an approval if there is none."""
         data = super().to_dict()
-        if data.get("comparison") is None:
-            data.pop("comparison", None)
+        for name in ("comparison", "proposes", "approval"):
+            if data.get(name) is None:
+                data.pop(name, None)
         return data
+
+    @property
+    def subject(self) -> ReleasedModel:
+        """The model that a release is about: the champion, before the first one the proposed."""
+        return self.champion or self.challenger
 
 
 class ReleaseDocument(HistoryEntry):
@@ -111,6 +140,12 @@ class ReleaseState(Part):
     previous: ReleasedModel | None = None
     withdrawn: dict[str, str] = Field(default={})
     history: list[HistoryEntry] = Field(default=[])
+
+    @property
+    def proposal(self) -> HistoryEntry | None:
+        """The proposal that nobody has decided yet: a later entry voids it."""
+        last = self.history[-1] if self.history else None
+        return last if last is not None and last.decision == PROPOSED else None
 
 
 def identity(merged: Artifact) -> str:
@@ -146,12 +181,15 @@ def read_state(folder: Path) -> ReleaseState:
 def withdrawn_by(history: list[HistoryEntry]) -> dict[str, str]:
     """Return {identity: reason} of the models that a history has withdrawn.
 
-    A rollback withdraws the champion that it replaces, and reinstates its target.
+    A rollback withdraws the champion that it replaces, and reinstates its target. A rejection
+    withdraws the model that was proposed as champion.
     """
     found = dict[str, str]()
     for entry in history:
-        if entry.decision == ROLLED_BACK:
+        if entry.decision == ROLLED_BACK and entry.champion is not None:
             found.pop(entry.champion.identity, None)
+            found[entry.challenger.identity] = entry.reasons[0]
+        if entry.decision == REJECTED and entry.proposes == PROMOTED:
             found[entry.challenger.identity] = entry.reasons[0]
     return found
 
@@ -164,7 +202,8 @@ def write_release(
 ) -> None:
     """Write release.json, history.jsonl and release.md. withdrawn: None if it did not change."""
     old = before.champion
-    has_changed = old is not None and old.identity != entry.champion.identity
+    new = entry.champion
+    has_changed = old is not None and new is not None and old.identity != new.identity
     document = {
         **entry.to_dict(),
         "previous": _plain(old if has_changed else before.previous),
@@ -187,8 +226,9 @@ def entry_metrics(entry: HistoryEntry) -> dict[str, str | int]:
     return {
         "decision": entry.decision,
         "reason": "; ".join(entry.reasons),
-        "champion": entry.champion.merged_model,
+        "champion": entry.champion.merged_model if entry.champion else "",
         "sequence": entry.sequence,
+        **({"proposed": entry.challenger.merged_model} if entry.decision == PROPOSED else {}),
     }
 
 
@@ -210,15 +250,12 @@ def _plain(model: ReleasedModel | None) -> dict[str, Any] | None:
 def page(history: list[HistoryEntry]) -> str:
     """Write the release as a markdown page: the champion, the reasons, and the history."""
     last = history[-1]
-    champion = last.champion
-    about = f"({champion.candidate}, verdict {champion.verdict})"
-    lines = [
-        f"**{last.decision}**: {'; '.join(last.reasons)}",
-        "",
-        f"Champion: merged_model `{champion.merged_model}` {about}",
-    ]
-    if champion.override:
-        reason = f"Reason given in gate.override: {champion.override}"
+    lines = [f"**{last.decision}**: {'; '.join(last.reasons)}", ""]
+    if last.decision == PROPOSED:
+        lines += [f"Proposed: {_about(last.challenger)}. It awaits approval.", ""]
+    lines.append(f"Champion: {_about(last.champion) if last.champion else 'none yet'}")
+    if last.champion and last.champion.override:
+        reason = f"Reason given in gate.override: {last.champion.override}"
         lines += ["", f"> Released without a PASS. {reason}"]
     header = ["#", "when (UTC)", "decision", "champion", "challenger", "why"]
     rows = [
@@ -226,10 +263,14 @@ def page(history: list[HistoryEntry]) -> str:
             str(line.sequence),
             line.at,
             line.decision,
-            f"`{line.champion.merged_model[:SHORT]}`",
+            f"`{line.champion.merged_model[:SHORT]}`" if line.champion else "–",
             f"`{line.challenger.merged_model[:SHORT]}`",
             "; ".join(line.reasons),
         ]
         for line in reversed(history)
     ]
     return "\n".join([*lines, "", table(header, rows)]) + "\n"
+
+
+def _about(model: ReleasedModel) -> str:
+    return f"merged_model `{model.merged_model}` ({model.candidate}, verdict {model.verdict})"

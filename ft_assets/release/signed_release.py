@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
@@ -21,7 +20,7 @@ from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.release.keys import SigningKey, TrustedKey
 from ft_assets.release.lookup import by_content
 from ft_assets.release.provenance import require_same_files
-from ft_assets.release.register import ReleaseDocument, state_of
+from ft_assets.release.register import ReleaseDocument, Status, state_of
 from ft_assets.release.statements import (
     MODEL_SIGNATURE,
     Statement,
@@ -50,7 +49,7 @@ class SignedDecision(BaseModel, frozen=True):
 
     partition: str
     sequence: int
-    decision: Literal["PROMOTED", "KEPT", "ROLLED BACK"]
+    decision: Status
     champion: str
     at: str
     run_id: str

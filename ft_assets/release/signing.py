@@ -59,8 +59,7 @@ class Signing:
         current = current_release(store, name)
         if current is None:
             return
-        champion = state_of(current).champion
-        assert champion is not None, "a release has a champion"
+        champion = state_of(current).history[-1].subject
         if champion.merged_model == self.vouched:
             return
         if self.trusted:
@@ -131,7 +130,7 @@ class Signing:
         if self.key is None:
             return {}
         document = ReleaseDocument.model_validate_json((output / "release.json").read_text())
-        champion = need_model(store, name, document.champion, f"release[{name}]")
+        champion = need_model(store, name, document.subject, f"release[{name}]")
         report = report_of(store, name, champion)
         sign_release(output, files, champion=champion, report=report, before=before, key=self.key)
         return {"signed_with": self.key.fingerprint}

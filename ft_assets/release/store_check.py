@@ -168,8 +168,7 @@ def _released(
             champion = state_of(release).champion
         except ArtifactError:  # a damaged file of it, which is found already
             continue
-        assert champion is not None, "a release has a champion"
-        if any(identity(one) == champion.identity for one in merged):
+        if champion is None or any(identity(one) == champion.identity for one in merged):
             continue
         home = store.root / "merged_model" / str(release.partition) / champion.merged_model
         damage = Damage(

@@ -268,9 +268,9 @@ def _written_again(
     from ft_assets.release.lookup import find_model
 
     history, last = [*state.history, *lost], lost[-1]
-    champion = find_model(store, partition, last.champion)
+    champion = find_model(store, partition, last.subject)
     if champion is None:
-        name = last.champion.merged_model
+        name = last.subject.merged_model
         raise ReleaseError(
             where=f"{RELEASE}[{partition}]",
             found=f"the newest version of the register and its champion {name} are both lost",
@@ -297,7 +297,7 @@ def _written_again(
             inputs=inputs,
             environment={},
             metrics=metrics,
-            parts={"champion": last.champion.identity},
+            parts={"champion": last.champion.identity if last.champion else ""},
             started=time.time(),
             turn=Turn(after=partial(_remember, store, partition)),
         )
@@ -314,7 +314,7 @@ def _done(
     lines = [
         f"found: {problem}",
         f"CURRENT now names version {best.fingerprint}: decision {len(state.history) + len(lost)}, "
-        f"champion merged_model {champion.merged_model}",
+        f"champion merged_model {champion.merged_model if champion else '–'}",
     ]
     if lost:
         numbers = ", ".join(str(entry.sequence) for entry in lost)

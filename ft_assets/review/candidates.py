@@ -27,6 +27,8 @@ def champion_answers(
     rows, kept = today.manifest.inputs.get(HELDOUT), None
     for entry in reversed(state_of(current_release(store, name)).history):
         champion = entry.champion
+        if champion is None:
+            continue
         merged, place = find_model(store, name, champion), ADAPTERS.get(champion.candidate)
         if merged is None or place is None:
             continue

@@ -27,11 +27,13 @@ from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.release.champion import Measured, beats_base, decide_release
 from ft_assets.release.register import (
     PROMOTED,
+    PROPOSED,
     Comparison,
     Decision,
     HistoryEntry,
     ReleasedModel,
     ReleaseState,
+    entry_metrics,
     write_release,
 )
 from ft_assets.review.win_rates import FILE, read_people_scores
@@ -48,7 +50,10 @@ DIGITS = 4  # of the manifest's metrics
 
 
 class Settings(StepSettings):
-    """`state`: before this decision. `at`, `run_id`: the time and the run of this decision."""
+    """`state`: before this decision. `lapsed`: a sentence about the proposal before it.
+
+    `at`, `run_id`: the time and the run of this decision.
+    """
 
     STEP: ClassVar = Step("release", gpu=True)
 
@@ -59,6 +64,7 @@ class Settings(StepSettings):
     root: Path
     state: ReleaseState
     challenger: ReleasedModel
+    lapsed: str | None = None
     at: str
     run_id: str
 
@@ -99,7 +105,7 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     entry = _entry(settings, decision, comparison)
     write_release(job.output, settings.state, entry)
     metrics = _metrics(entry, comparison, measured, settings)
-    return StepResult(metrics, {"champion": entry.champion.identity})
+    return StepResult(metrics, {"champion": entry.subject.identity})
 
 
 def require_enough(
@@ -154,15 +160,17 @@ def _entry(settings: Settings, decision: Decision, comparison: Comparison) -> Hi
     before = settings.state
     assert before.champion is not None, "the step compares with a champion"
     is_promoted = decision.status == PROMOTED
+    held = is_promoted and settings.release.approval == "required"
     return HistoryEntry(
         sequence=before.sequence + 1,
-        decision=decision.status,
-        reasons=decision.reasons,
-        champion=settings.challenger if is_promoted else before.champion,
+        decision=PROPOSED if held else decision.status,
+        reasons=[*decision.reasons, *([settings.lapsed] if settings.lapsed else [])],
+        champion=settings.challenger if is_promoted and not held else before.champion,
         challenger=settings.challenger,
         at=settings.at,
         run_id=settings.run_id,
         comparison=comparison,
+        proposes=PROMOTED if held else None,
     )
 
 
@@ -173,11 +181,18 @@ def _metrics(
     metric = settings.evaluation.metric
     against_base = measured.challenger if entry.decision == PROMOTED else measured.champion
     gain = against_base[metric]
+    proposed: dict[str, float | str] = {}
+    if entry.decision == PROPOSED:
+        its = measured.challenger[metric]
+        proposed = {
+            f"challenger_gain_{key}": round(value, DIGITS)
+            for key, value in (("mean", its.mean), ("low", its.low), ("high", its.high))
+        }
+        passed = beats_base(measured.challenger, metric, settings.gate)[0]
+        proposed["challenger_beats_base"] = passed
     return {
-        "decision": entry.decision,
-        "reason": "; ".join(entry.reasons),
-        "champion": entry.champion.merged_model,
-        "sequence": entry.sequence,
+        **entry_metrics(entry),
+        **proposed,
         "heldout_rows": comparison.rows,
         "rows_left_out": comparison.rows_the_champion_was_trained_on,
         **{f"{side}_{metric}": round(value, DIGITS) for side, value in comparison.scores.items()},

@@ -23,7 +23,7 @@ def main() -> None:
     def guarded(context: Any, *args: Any, **kwargs: Any) -> Any:
         now = context.create_request_context()
         location = next(iter(now.code_location_names), "")
-        pages = pages_app(declared(), now.read_only, location)
+        pages = pages_app(declared(), now.read_only, location, proxies)
         return Guard(beside(make(context, *args, **kwargs), pages), port, proxies)
 
     webserver.create_app_from_workspace_process_context = guarded

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,9 +22,15 @@ ROOT = "/ft"
 
 
 def pages_app(
-    found: Iterable[Page], read_only: bool = False, location: str = Site.location
+    found: Iterable[Page],
+    read_only: bool = False,
+    location: str = Site.location,
+    proxies: Iterable[str] = (),
 ) -> Starlette:
-    """Return the application of these pages, which answers to paths below /ft."""
+    """Return the application of these pages, which answers to paths below /ft.
+
+    proxies: the origins of the proxies before it.
+    """
     found = sorted(found, key=lambda page: (page.order, page.path))
     routes = [
         *(route for page in found for route in page.routes),
@@ -38,7 +45,12 @@ def pages_app(
             Exception: _failed,
         },
     )
-    app.state.site = Site(pages=found, read_only=read_only, location=location)
+    app.state.site = Site(
+        pages=found,
+        read_only=read_only,
+        location=location,
+        proxy_hosts=frozenset(urlsplit(origin).netloc for origin in proxies),
+    )
     return app
 
 

@@ -47,11 +47,15 @@ class Page:
 
 @dataclass(frozen=True)
 class Site:
-    """What all pages share. `location`: the name of Dagster's code location, for links to it."""
+    """What all pages share. `location`: the name of Dagster's code location, for links to it.
+
+    proxy_hosts: the Host of requests by the proxies that --host-name names.
+    """
 
     pages: Sequence[Page]
     read_only: bool = False
     location: str = "ft_assets.definitions"
+    proxy_hosts: frozenset[str] = frozenset()
 
     def project(self) -> Project:
         """Return the project as finetune.yaml is now. Raises ConfigError."""
