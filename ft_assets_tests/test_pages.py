@@ -2,6 +2,8 @@
 
 import re
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import jinja2
@@ -11,10 +13,14 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from ft_assets.config import load_project
 from ft_assets.errors import FtError
 from ft_assets.ui.guard import Guard
+from ft_assets.ui.pages import planning
 from ft_assets.ui.pages.app import beside, declared, pages_app
 from ft_assets.ui.pages.page import Page, change, templates
+from ft_assets.ui.pages.planning import Plan, Planning
+from ft_assets.views.board import Opened
 
 PORT = 3000
 
@@ -22,8 +28,12 @@ PORT = 3000
 def client(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *more: Page, read_only: bool = False
 ) -> TestClient:
-    """Return a client of a project's pages and `more`, behind the guard as in `ft ui`."""
+    """Return a client of a project's pages and `more`, behind the guard as in `ft ui`.
+
+    Nothing is planned: `ft plan` would take seconds in each test.
+    """
     monkeypatch.setenv("FT_CONFIG", str(folder / "finetune.yaml"))
+    monkeypatch.setattr(planning, "planned", lambda state, names: Plan(state, time.time(), []))
 
     async def dagster(scope, receive, send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -131,3 +141,39 @@ def test_page_is_added_by_the_recipe(project: Path, monkeypatch: pytest.MonkeyPa
     assert '<a href="/ft/notes" aria-current="page">Notes</a>' in shown
     assert pages.post("/ft/notes", json={"text": "kept"}).status_code == 200
     assert (project / "notes.txt").read_text() == "kept"
+
+
+def test_plan_is_made_once_for_a_state_and_an_old_one_is_shown_as_such(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, may_end = list[str](), threading.Event()
+
+    def planned(state: str, names: list[str]) -> Plan:
+        assert names == ["tiny"]
+        may_end.wait(20)
+        made.append(state)
+        return Plan(state, time.time(), [])
+
+    monkeypatch.setattr(planning, "planned", planned)
+    found = Planning()
+
+    def look() -> tuple[Plan | None, bool]:
+        return found.look(Opened.of(load_project(project / "finetune.yaml")))
+
+    def ended() -> Plan:
+        may_end.set()
+        while (seen := look())[1]:
+            time.sleep(0.01)
+        may_end.clear()
+        assert seen[0] is not None
+        return seen[0]
+
+    assert look() == (None, True)
+    assert look() == (None, True)  # a second page starts no second plan
+    first = ended()
+    assert look() == (first, False)
+    with (project / "data/pairs.jsonl").open("a") as file:
+        file.write('{"prompt": "new", "chosen": "yes", "rejected": "no"}\n')
+    assert look() == (first, True)
+    assert ended().state == made[1] != first.state
+    assert len(made) == 2

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from ft_assets.ui.guard import Guard
 from ft_assets.ui.services import origin_of
 
 ASSETS = "{ assetNodes { assetKey { path } assetMaterializations(limit: 1) { runId } } }"
+POLICY = "content-security-policy"
 MUTATION = "mutation { setNuxSeen }"
 
 
@@ -89,7 +91,15 @@ def test_page_and_its_own_requests_are_served(server: Server) -> None:
     assert "<html" in server.client.get("/overview").text
     first = server.client.get("/", follow_redirects=True)
     assert first.url.path == "/ft/"
-    assert "tiny" in first.text
+    end = time.monotonic() + 120
+    while "Planning" in first.text and time.monotonic() < end:
+        time.sleep(1)
+        first = server.client.get("/ft/")
+    assert "<b>tiny</b>: nothing to do" in first.text  # what ft plan prints
+    (report,) = re.findall(r'href="(/ft/versions/tiny/.*/report)"', first.text)
+    page = server.client.get(report)
+    assert "<title>tiny: " in page.text
+    assert any("default-src 'none'" in one for one in page.headers.get_list(POLICY))
     assert server.client.post("/graphql", json={"query": MUTATION}, headers=own).json()["data"] == {
         "setNuxSeen": True
     }

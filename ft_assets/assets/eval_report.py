@@ -29,6 +29,7 @@ from ft_assets.evaluation.verdict.decision import (
 )
 from ft_assets.evaluation.verdict.uses import Uses
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.links import report_path
 from ft_assets.orchestration.materializer import (
     ERROR,
     WARN,
@@ -144,7 +145,7 @@ def eval_report(
         first=("verdict", "reason", "gain_vs_base", "diagnosis"),
         report=dg.MetadataValue.md(f"![scores]({picture})\n\n{text}"),
         since_the_previous_report=dg.MetadataValue.md(since),
-        page=dg.MetadataValue.path(str(artifact.path / "info" / "report.html")),
+        page=dg.MetadataValue.url(report_path(name, artifact.fingerprint)),
         every_row=dg.MetadataValue.path(str(artifact.path / "rows.parquet")),
     )
 

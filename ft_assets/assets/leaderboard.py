@@ -26,6 +26,7 @@ from ft_assets.evaluation.scored_rows import read_candidate
 from ft_assets.evaluation.verdict.gate import bound_versions
 from ft_assets.job import Job, StepResult
 from ft_assets.orchestration.declarations import Metrics, asset
+from ft_assets.orchestration.links import HOME
 from ft_assets.orchestration.materializer import Materializer, Reader, result
 from ft_assets.release.whole_register import current_release
 
@@ -96,7 +97,12 @@ def leaderboard(
     picture = (artifact.path / "info" / "picture.txt").read_text()
     text = (artifact.path / "leaderboard.md").read_text()
     shown = f"![leaderboard]({picture})\n\n{text}" if picture else text
-    return result(artifact, reused, leaderboard=dg.MetadataValue.md(shown))
+    return result(
+        artifact,
+        reused,
+        page=dg.MetadataValue.url(HOME),
+        leaderboard=dg.MetadataValue.md(shown),
+    )
 
 
 def compare_the_first(materializer: Materializer, ranked: list[Entry]) -> str:

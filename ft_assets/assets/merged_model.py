@@ -17,6 +17,7 @@ from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.links import report_path
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result, tag_run
 from ft_assets.release.card_facts import CardFacts, adapter_method, card_body, card_facts
 from ft_assets.release.provenance import Build, write_provenance
@@ -116,7 +117,13 @@ def merged_model(
     tag_run(context, version=artifact.fingerprint)
     text = card_body((artifact.path / "README.md").read_text())
     first = ("verdict", "merged_gain", "top1_agreement")
-    return result(artifact, reused, first, model_card=dg.MetadataValue.md(text))
+    return result(
+        artifact,
+        reused,
+        first,
+        report=dg.MetadataValue.url(report_path(name, report.fingerprint)),
+        model_card=dg.MetadataValue.md(text),
+    )
 
 
 def _lineage(store: ArtifactStore, name: str, used: Mapping[str, Artifact]) -> dict[str, Artifact]:

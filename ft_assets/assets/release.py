@@ -21,6 +21,7 @@ from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.links import versions_path
 from ft_assets.orchestration.materializer import ERROR, WARN, Inputs, Materializer, Wanted, result
 from ft_assets.release.approval import lapse, now_text, proposal_of
 from ft_assets.release.champion import rollback_target
@@ -115,6 +116,7 @@ def release(
     if state_of(artifact).champion is not None:
         _, merged = need_champion(materializer.store, context.partition_key, where)
         shown["serve"] = dg.MetadataValue.path(str(merged.path))
+    shown["versions"] = dg.MetadataValue.url(versions_path(context.partition_key))
     shown["history"] = dg.MetadataValue.md((artifact.path / "release.md").read_text())
     return result(artifact, reused, ("decision", "reason", "proposed", "champion"), **shown)
 

@@ -11,6 +11,7 @@ from ft_assets.assets.leaderboard import entry_of
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.leaderboard import Entry, rank
+from ft_assets.orchestration.links import report_path
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Judged:
     gpu_seconds: float | None = None
     memory_gb: float | None = None
     serves: str | None = None
+
+    @property
+    def page(self) -> str | None:
+        """The address of its report."""
+        return report_path(self.base_model, self.version) if self.version else None
 
 
 def board(opened: Opened) -> Sequence[Judged]:

@@ -6,7 +6,7 @@ A page is a module of this package with a `PAGE`. CONTRIBUTING.md has the recipe
 import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute
 from ft_assets.config import Project, load_project
 from ft_assets.errors import FtError
 from ft_assets.ui.pages import words
+from ft_assets.ui.pages.planning import Planning
 from ft_assets.views.board import Opened
 
 FOLDER = Path(__file__).parent
@@ -56,6 +57,7 @@ class Site:
     read_only: bool = False
     location: str = "ft_assets.definitions"
     proxy_hosts: frozenset[str] = frozenset()
+    planning: Planning = field(default_factory=Planning)
 
     def project(self) -> Project:
         """Return the project as finetune.yaml is now. Raises ConfigError."""

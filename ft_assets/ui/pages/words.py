@@ -46,7 +46,14 @@ def short(version: str | None) -> str:
     return NONE if version is None else version[:8]
 
 
+def last_line(text: str) -> str:
+    """Return the last line of a prompt, at most 120 characters of it, without its role."""
+    line = (text.strip().splitlines() or [""])[-1].removeprefix("user: ")
+    return line if len(line) <= 120 else f"{line[:120]}…"
+
+
 FILTERS = {
+    "last_line": last_line,
     "number": number,
     "signed": signed,
     "duration": duration,
