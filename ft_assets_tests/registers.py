@@ -25,7 +25,7 @@ GAIN = {
 }
 
 
-def merged_model(store: ArtifactStore, name: str, **metrics: float) -> ReleasedModel:
+def merged_model(store: ArtifactStore, name: str, **metrics: float | str) -> ReleasedModel:
     """Publish a merged model of a few bytes and return its line of the register."""
     version = fingerprint("merged_model", "1", {}, {"adapter": name}, {})
     with store.staging("merged_model", "tiny") as staged:

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ft_assets.artifacts import ArtifactStore
 from ft_assets.config.review import ReviewSettings
 from ft_assets.errors import DataError
 from ft_assets.evaluation.verdict.decision import INCONCLUSIVE, PASS, decide
 from ft_assets.review.agreement import agreement, alpha, coincidences
 from ft_assets.review.calibration import Compared, calibrated
+from ft_assets.review.candidates import champion_answers, heldout_rows, items_of
 from ft_assets.review.judgements import Judgements, Relations, Withdrawal, new_judgement
 from ft_assets.review.session import Session, drawn
 from ft_assets.review.win_rates import (
@@ -20,7 +22,9 @@ from ft_assets.review.win_rates import (
     win_rate,
     write_people_scores,
 )
-from ft_assets_tests.reviewing import SETTINGS, item, simulated
+from ft_assets_tests.registers import decide as decide_release
+from ft_assets_tests.registers import merged_model
+from ft_assets_tests.reviewing import SETTINGS, answered, item, simulated
 from ft_assets_tests.test_verdict import ALL, GATE, NONE, report
 
 # Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, section C: 4 observers, 12 units.
@@ -149,6 +153,13 @@ def test_prompt_with_absent_values_is_read_again(tmp_path: Path) -> None:
     assert Judgements(tmp_path).read() == [given]
 
 
+def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "anna.jsonl").mkdir()
+    for look in (Judgements(tmp_path).read, Judgements(tmp_path).version):
+        with pytest.raises(DataError, match=r"anna\.jsonl: cannot be read"):
+            look()
+
+
 def test_reviewer_cannot_name_another_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot name a file"):
         Judgements(tmp_path).add("../eve", Withdrawal(withdraws="x", at="now"))
@@ -242,3 +253,28 @@ def test_verdict_by_a_judge_needs_one_that_agrees_with_people() -> None:
         judged = decide(numbers.model_copy(update={"calibration": calibration}), gate)
         assert judged.status == status
     assert "the judge does not agree with people: judge and people: alpha" in judged.reasons[0]
+
+
+def test_champion_is_the_last_released_model_that_is_no_candidate_of_today(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / ".ft/store")
+
+    def champion() -> tuple[str, str] | None:
+        today = store.need("answers", "tiny")
+        found = champion_answers(store, "tiny", today)
+        items = items_of(heldout_rows(store.need("heldout_split", "tiny")), today, found)
+        return (found[1], items["r0"].answers["champion"]) if found else None
+
+    answered(tmp_path, {"base": ["a"], "sft": ["first"]}, "1", lora_adapter="sft")
+    assert champion() is None
+    decide_release(store, merged_model(store, "sft"))
+    assert champion() is None  # it is the SFT of today
+    answered(tmp_path, {"base": ["a"], "sft": ["second"]}, "2", lora_adapter="new")
+    assert champion() == ("sft", "first")
+    decide_release(store, merged_model(store, "new", candidate="sft"))
+    assert champion() == ("sft", "first")  # a promotion makes no review out of date
+    item_now = item(1, base="a", sft="b", champion="c")
+    given = [new_judgement("anna", item_now.prompt, "held-out", [("b", 1), ("c", 2), ("a", 3)])]
+    rates = {
+        (one.candidate, one.rival): one.rate for one in review([item_now], given, 0.95, 1).win_rates
+    }
+    assert rates == {("sft", "base"): 1.0, ("sft", "champion"): 1.0}

@@ -159,7 +159,7 @@ class Judgements:
         """Return all judgements that count, oldest first. Raises DataError with file and line."""
         found: dict[str, Judgement] = {}
         for path in self.files():
-            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            for number, line in enumerate(_bytes(path).splitlines(), 1):
                 where = f"{path.name}, line {number}"
                 one = _parsed(line, where)
                 if isinstance(one, Withdrawal):
@@ -171,11 +171,23 @@ class Judgements:
         return sorted(found.values(), key=lambda one: one.at)
 
     def version(self) -> str:
-        """Return a hash of the content of all files."""
+        """Return a hash of the content of all files. Raises DataError."""
         digest = hashlib.sha256()
         for path in self.files():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(path.name.encode() + b"\0" + _bytes(path) + b"\0")
         return digest.hexdigest()[:20]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            where=f"review.folder: {path}",
+            found=f"cannot be read ({error.strerror})",
+            expected="a file that this user can read",
+            fix="correct its permissions",
+        ) from None
 
 
 def _parsed(line: bytes, where: str) -> Judgement | Withdrawal:
