@@ -9,6 +9,10 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from ft_assets.assets import declared  # noqa: E402
 from ft_assets.compat.dagster import keep_history_clean  # noqa: E402
+from ft_assets.compat.dagster_at_rest import (  # noqa: E402
+    rest_as_code_server,
+    sleep_while_a_pool_is_full,
+)
 from ft_assets.config import Project, load_project  # noqa: E402
 from ft_assets.orchestration.approval_reminder import approval_reminder  # noqa: E402
 from ft_assets.orchestration.approve_release import approve_release  # noqa: E402
@@ -66,4 +70,6 @@ def build(project: Project) -> dg.Definitions:
 
 
 keep_history_clean()
+rest_as_code_server()
+sleep_while_a_pool_is_full()
 defs = build(load_project())

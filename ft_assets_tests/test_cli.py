@@ -46,17 +46,22 @@ JSON = [
 ]
 
 
-def complete(words: str) -> list[str]:
-    """Return what bash would offer after these words."""
+def complete(words: str, folder: Path | None = None, before: str = "") -> list[str]:
+    """Return what bash would offer after these words, in a folder. before: code to run first."""
     environment = {
         **os.environ,
         "_FT_COMPLETE": "complete_bash",
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
     }
-    script = "import sys; sys.argv = ['ft']; from ft_assets.cli import main; main()"
+    script = f"import sys; {before}sys.argv = ['ft']; from ft_assets.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
     ).stdout.split()
 
 
@@ -64,6 +69,32 @@ def test_shell_completes_commands_and_options() -> None:
     assert set(complete("ft ")) >= set(COMMANDS)
     assert complete("ft docto") == ["doctor"]
     assert "--read-only" in complete("ft ui --")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("ft run --base ", ["qwen", "smol-a", "smol-b"]),
+        ("ft report --base smol", ["smol-a", "smol-b"]),
+        ("ft plan --until held", ["heldout_split"]),
+        ("ft run --asset raw_dataset,merged", ["raw_dataset,merged_model"]),
+        ("ft init --base ", []),
+    ],
+)
+def test_names_are_completed_without_dagster(
+    tmp_path: Path, words: str, offered: list[str]
+) -> None:
+    # Only base_models is right: what is completed is not checked.
+    (tmp_path / "finetune.yaml").write_text("data: 1\nbase_models: {smol-a: , smol-b: , qwen: }\n")
+    without = "sys.modules['dagster'] = None; "
+    assert sorted(complete(words, tmp_path, without)) == offered
+
+
+def test_names_that_are_completed_are_those_of_the_graph() -> None:
+    from ft_assets.assets import declared
+    from ft_assets.cli.completion import assets
+
+    assert set(assets("")) == {one.name for one in declared().assets}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -201,35 +232,6 @@ def test_interrupt_ends_the_command_and_not_only_the_base_model_of_now(project: 
     with sqlite3.connect(project / ".ft/dagster/history/runs.db") as runs:
         ((status,),) = runs.execute("select status from runs").fetchall()
     assert status == "CANCELED"  # the daemon starts a failed run again
-
-
-def test_ui_makes_the_instance_before_two_services_do(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from typer.testing import CliRunner
-
-    from ft_assets.cli import graph  # noqa: F401
-    from ft_assets.cli.app import app
-    from ft_assets.ui import services
-
-    found = []
-
-    def serve(*_: object) -> int:
-        home = project / ".ft/dagster/history"
-        with (
-            sqlite3.connect(home / "runs.db") as runs,
-            sqlite3.connect(home / "runs/index.db") as events,
-        ):
-            found.extend(
-                db.execute("select count(*) from alembic_version").fetchone()[0]
-                for db in (runs, events)
-            )
-        return 0
-
-    monkeypatch.setattr(services, "serve", serve)
-    monkeypatch.chdir(project)
-    assert CliRunner().invoke(app, ["ui"]).exit_code == 0
-    assert found == [1, 1]
 
 
 def test_run_that_waits_for_the_gpu_says_so_once() -> None:

@@ -17,6 +17,7 @@ from dagster._core.code_pointer import FileCodePointer
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 
 from ft_assets.compat import dagster as hooks
+from ft_assets.compat.dagster_at_rest import sleep_while_a_pool_is_full
 
 ROOT = Path(__file__).parents[1]
 RUN = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -41,10 +42,11 @@ def parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_only_the_compat_module_imports_private_parts_of_dagster() -> None:
+def test_only_the_compat_modules_import_private_parts_of_dagster() -> None:
     private = (
         "dagster._core",
         "dagster._cli",
+        "dagster._daemon",
         "dagster._grpc",
         "dagster._serdes",
         "dagster._utils",
@@ -54,7 +56,8 @@ def test_only_the_compat_module_imports_private_parts_of_dagster() -> None:
         for file in (ROOT / "ft_assets").rglob("*.py")
         if any(name in file.read_text() for name in private)
     }
-    assert users == {"ft_assets/compat/dagster.py"}
+    compat = ("dagster", "dagster_at_rest", "dagster_services")
+    assert users == {f"ft_assets/compat/{name}.py" for name in compat}
 
 
 def test_run_launcher_has_the_methods_that_ours_overrides() -> None:
@@ -137,3 +140,59 @@ def test_worker_executes_the_run_that_it_is_given(tmp_path: Path) -> None:
         assert (tmp_path / "made").exists(), done.stderr
         finished = instance.get_run_by_id(RUN)
         assert finished and finished.status == dg.DagsterRunStatus.SUCCESS
+
+
+def test_services_share_what_dagster_gives_each_of_them() -> None:
+    from dagster._core.remote_representation.grpc_server_registry import GrpcServerRegistry
+    from dagster._core.workspace.context import WorkspaceProcessContext
+    from dagster._daemon import controller
+    from dagster._grpc import client, server
+    from grpc import _common
+
+    assert "grpc_server_registry" in parameters(WorkspaceProcessContext)
+    assert "grpc_server_registry" in parameters(controller.DagsterDaemonController)
+    assert parameters(GrpcServerRegistry.get_grpc_server_entry)[1:] == ["code_location_origin"]
+    assert "client.heartbeat" in inspect.getsource(client.client_heartbeat_thread)
+    assert "CLIENT_HEARTBEAT_INTERVAL" in inspect.getsource(client.client_heartbeat_thread)
+    assert "wait_for_termination" in inspect.getsource(server.DagsterGrpcServer.serve)
+    assert _common.MAXIMUM_WAIT_TIMEOUT < 1  # a second saves something
+
+
+def test_queries_of_one_file_share_an_engine(tmp_path: Path) -> None:
+    code = """
+import dagster as dg
+from ft_assets.compat.dagster_at_rest import reuse_engines
+reuse_engines()
+from sqlalchemy.engine import create as made
+count = []
+real = made.create_engine
+from dagster._core.storage.runs.sqlite import sqlite_run_storage as storage
+with dg.DagsterInstance.local_temp() as instance:
+    with instance.run_storage.connect() as one, instance.run_storage.connect() as two:
+        assert one.engine is two.engine
+    before = instance.get_runs_count()
+    graph = dg.GraphDefinition(name="none")
+    instance.create_run_for_job(dg.JobDefinition(graph_def=graph))
+    assert instance.get_runs_count() == before + 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_run_that_waits_for_a_pool_sleeps_until_its_next_look() -> None:
+    from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+
+    sleep_while_a_pool_is_full()
+    with dg.DagsterInstance.local_temp() as instance:
+        instance.event_log_storage.set_concurrency_slots("gpu", 1)
+        first, second = (
+            instance.create_run_for_job(dg.JobDefinition(graph_def=dg.GraphDefinition(name="none")))
+            for _ in range(2)
+        )
+        with (
+            InstanceConcurrencyContext(instance, first) as has,
+            InstanceConcurrencyContext(instance, second) as waits,
+        ):
+            assert waits.interval_to_next_pending_claim_check() == 0
+            assert has.claim("gpu", "train")
+            assert not waits.claim("gpu", "train")
+            assert 0.5 < waits.interval_to_next_pending_claim_check() <= 1

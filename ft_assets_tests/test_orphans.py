@@ -436,7 +436,7 @@ def test_process_that_cannot_begin_fails_its_run_at_once(
 def test_ui_on_one_machine_has_the_same_safety(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ft_assets.cli.app import dagster_home
+    from ft_assets.orchestration.instance import dagster_home
 
     monkeypatch.setenv("DAGSTER_HOME", str(project / "home"))
     written = yaml.safe_load(

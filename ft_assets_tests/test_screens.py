@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ft_assets.cli.app import open_instance
 from ft_assets.config import find_config
 from ft_assets.errors import ConfigError
 from ft_assets.job import Job
 from ft_assets.launchers.base import outcome
+from ft_assets.orchestration.instance import open_instance
 from ft_assets.screen import one_screen
 from ft_assets.step_runner import execute
 from ft_assets.system_errors import explained, of_os

@@ -38,7 +38,7 @@ class Server:
             for key, value in os.environ.items()
             if key not in ("FT_CONFIG", "DAGSTER_HOME")
         }
-        self.log = folder / "ui.log"
+        self.log = folder / f"ui-{self.port}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ft_assets.cli", "ui", "--port", str(self.port), *options],
@@ -60,8 +60,14 @@ class Server:
                 time.sleep(0.5)
         raise AssertionError(self.log.read_text())
 
+    def code_servers(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "grpc" in child.cmdline()]
+
     def stop(self) -> None:
         self.client.close()
+        if self.process.poll() is not None:
+            return
         self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(40)
@@ -295,6 +301,7 @@ def test_websocket_of_another_page_is_refused(
 
 
 def test_read_only_shows_and_starts_nothing_and_everything_ends_with_it(finished: Path) -> None:
+    begun = time.time()
     server = Server(finished, "--read-only", "--host-name", "graph.example.org")
     children = psutil.Process(server.process.pid).children(recursive=True)
     try:
@@ -306,16 +313,41 @@ def test_read_only_shows_and_starts_nothing_and_everything_ends_with_it(finished
         )
         launch = """mutation { launchRun(executionParams: {selector: {
             jobName: "retrain", repositoryName: "__repository__",
-            repositoryLocationName: "ft_assets.definitions"}}) { __typename } }"""
+            repositoryLocationName: "ft_assets"}}) { __typename } }"""
         assert (
             server.client.post("/graphql", json={"query": launch}).json()["data"]["launchRun"][
                 "__typename"
             ]
             == "UnauthorizedError"
         )
-        assert not any("_daemon" in " ".join(child.cmdline()) for child in children)
+        asked = "{ instance { daemonHealth { allDaemonStatuses { lastHeartbeatTime } } } }"
+        health = server.client.post("/graphql", json={"query": asked}).json()["data"]["instance"]
+        known = health["daemonHealth"]["allDaemonStatuses"]
+        assert all((one["lastHeartbeatTime"] or 0) < begun for one in known)  # no daemon
     finally:
         server.stop()
     assert server.process.returncode == 0
     _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def test_definitions_are_reloaded_and_the_end_of_one_process_is_the_end_of_all(
+    server: Server,
+) -> None:
+    (first,) = server.code_servers()  # of webserver and daemon
+    reload = """mutation { reloadRepositoryLocation(repositoryLocationName: "ft_assets") {
+        ... on WorkspaceLocationEntry { loadStatus } } }"""
+    answer = server.client.post("/graphql", json={"query": reload}).json()["data"]
+    assert answer["reloadRepositoryLocation"]["loadStatus"] == "LOADED"
+    assert server.client.post("/graphql", json={"query": ASSETS}).json()["data"]["assetNodes"]
+    (second,) = {*server.code_servers()} - {first}
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    second.kill()
+    assert server.process.wait(60) == 1
+    said = server.log.read_text().splitlines()
+    assert said[0].startswith(f"http://127.0.0.1:{server.port}/ft/ ")
+    assert said[1].startswith("ready after ")
+    assert f"error: the code server (process {second.pid}) was killed by signal 9" in said
+    assert not any("Traceback" in line for line in said)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive

@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 a negative answer or a failed step, 130 interrupted; er
 fault of ft_assets or of a library (screen.py).
 """
 
+import os
 import sys
 
 
@@ -27,4 +28,8 @@ def _run() -> None:
         from ft_assets.cli import graph, integrity, models, project, review, rows  # noqa: F401
         from ft_assets.cli.app import app  # not at module level: it would hide the module
 
+        if "_FT_COMPLETE" in os.environ:
+            from ft_assets.cli.completion import offer
+
+            offer(app)
         app()

@@ -3,14 +3,12 @@
 import logging
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from ft_assets.config import Project, find_config, load_project
-from ft_assets.errors import ConfigError, FtError
-from ft_assets.system_errors import explained
+from ft_assets.errors import FtError, nearest
 
 app = typer.Typer(
     add_completion=True,
@@ -20,81 +18,48 @@ app = typer.Typer(
 )
 
 
-def dagster_home(project: Project) -> Path:
-    """Return DAGSTER_HOME, by default .ft/dagster beside finetune.yaml, with a dagster.yaml."""
-    home = Path(os.environ.get("DAGSTER_HOME") or project.root / ".ft" / "dagster").absolute()
-    home.mkdir(parents=True, exist_ok=True)
-    os.environ["DAGSTER_HOME"] = str(home)
-    settings = home / "dagster.yaml"
-    if not settings.exists():
-        settings.write_text(
-            "telemetry: {enabled: false}\n"
-            "nux: {enabled: false}  # no sign-up dialog over the UI\n"
-            "# Pool gpu: one training or evaluation at a time, over all runs. "
-            "Two GPUs: dagster instance concurrency set gpu 2\n"
-            "concurrency: {pools: {default_limit: 1, granularity: op}}\n"
-            "# A run whose process died is marked failed, leaves the pool and is started again, "
-            "from its last checkpoint.\n"
-            "run_launcher: {module: ft_assets.runs, class: ProcessRunLauncher}\n"
-            "run_monitoring: {enabled: true, poll_interval_seconds: 30, "
-            "free_slots_after_run_end_seconds: 40}\n"
-            "run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false}\n"
-        )
-    return home
-
-
-def open_instance() -> Any:
-    """Open the Dagster instance of DAGSTER_HOME. Raises ConfigError for a broken dagster.yaml."""
-    import dagster as dg
-    import yaml
-
-    try:
-        return dg.DagsterInstance.get()
-    except (yaml.YAMLError, UnicodeDecodeError, dg.DagsterError) as error:
-        if explained(error) is not None:
-            raise
-        file = Path(os.environ["DAGSTER_HOME"]) / "dagster.yaml"
-        raise ConfigError(
-            where=str(file),
-            found=f"is not a file of settings: {' '.join(str(error).split())[:300]}",
-            expected="settings of a Dagster instance",
-            fix="correct it; or move it away, and ft writes one with its defaults",
-        ) from None
-
-
-def select(defs: Any, text: str) -> list[Any]:
+def select(defs: Any, text: str, until: str | None = None) -> list[Any]:
     """Return the keys of a selection: assets, or Dagster's selection syntax, by commas.
 
-    Raises FtError with the names of the assets.
+    `until`: in place of it, assets by commas, each with everything above it. Raises FtError with
+    the nearest name.
     """
     import dagster as dg
 
     graph = defs.resolve_asset_graph()
+    made = {key.to_user_string() for key in graph.materializable_asset_keys}
+    if until is not None and text != "*":
+        raise FtError(
+            where="--asset and --until",
+            found="are both given",
+            expected="one of them",
+            fix="--until X makes X and what it needs; for a part of that, use --asset alone",
+        )
+    option, given = ("--asset", text) if until is None else ("--until", until)
     keys = set()
-    for part in text.split(","):
+    for part in map(str.strip, given.split(",")):
+        if until is not None and part not in made:
+            raise _unknown(f"--until {part}", "is not an asset that is made", part, made)
         try:
-            keys |= dg.AssetSelection.from_string(part.strip()).resolve(graph)
+            selection = part if until is None else f'+key:"{part}"'
+            keys |= dg.AssetSelection.from_string(selection).resolve(graph)
         except Exception as error:  # Dagster's own parse errors have no common class
-            known = ", ".join(
-                sorted(key.to_user_string() for key in graph.materializable_asset_keys)
-            )
-            raise FtError(
-                where=f"--asset {part}",
-                found=str(error).splitlines()[0],
-                expected="assets or selections, by commas",
-                fix=f"assets: {known}",
-            ) from None
+            raise _unknown(f"--asset {part}", str(error).splitlines()[0], part, made) from None
     chosen = [key for key in keys if key in graph.materializable_asset_keys]
     if not chosen:  # Dagster takes an empty selection for the whole graph
         names = ", ".join(sorted(key.to_user_string() for key in keys)) or "nothing"
-        known = ", ".join(sorted(key.to_user_string() for key in graph.materializable_asset_keys))
-        raise FtError(
-            where=f"--asset {text}",
-            found=f"selects {names}: there is nothing to make",
-            expected="at least one asset that is made",
-            fix=f"assets: {known}",
-        )
+        found = f"selects {names}: there is nothing to make"
+        raise _unknown(f"{option} {given}", found, given, made)
     return chosen
+
+
+def _unknown(where: str, found: str, word: str, made: set[str]) -> FtError:
+    return FtError(
+        where=where,
+        found=found,
+        expected="an asset, or a selection of assets, by commas",
+        fix=f"{nearest(word.strip('+'), made, 'choose one')} (assets: {', '.join(sorted(made))})",
+    )
 
 
 def quiet() -> None:

@@ -9,12 +9,11 @@ import typer
 from ft_assets.cli.app import (
     app,
     chosen,
-    dagster_home,
     graph_project,
-    open_instance,
     quiet,
     select,
 )
+from ft_assets.orchestration.instance import dagster_home, open_instance
 from ft_assets.screen import INTERRUPTED
 
 
@@ -28,9 +27,13 @@ def run(
         typer.Option(
             "--asset",
             help="Assets or selections by commas, e.g. 'eval_report,merged_model' or "
-            "'lora_adapter+'.",
+            "'lora_adapter*' (it and all below it).",
         ),
     ] = "*",
+    until: Annotated[
+        str | None,
+        typer.Option("--until", help="Only this asset and all that it needs, e.g. heldout_split."),
+    ] = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print a list of objects, one a base model: what came of it."),
@@ -45,6 +48,7 @@ def run(
 
     from ft_assets.artifacts import open_store
     from ft_assets.commands.outcome import Outcome, outcome_of
+    from ft_assets.commands.status import left_out_counts, left_out_lines
     from ft_assets.compat.dagster import shield_log_readers
     from ft_assets.definitions import defs
     from ft_assets.orchestration.console import failures, interrupted
@@ -60,7 +64,7 @@ def run(
         )
     report_sources(instance, project)
     job = defs.resolve_implicit_global_asset_job_def()
-    keys = select(defs, asset)
+    keys = select(defs, asset, until)
     partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)
     failed, outcomes = dict[str, list[str]](), list[Outcome]()
     for name in names if partitioned else [None]:
@@ -95,6 +99,8 @@ def run(
             raise_on_error=False,
             run_config={"loggers": {"console": {}}},
         )
+    for line in left_out_lines(left_out_counts(open_store(project), names)):
+        print(f"\n{line}", file=sys.stderr)
     if as_json:
         print(json.dumps([outcome.model_dump() for outcome in outcomes], indent=1))
     if failed:
@@ -112,6 +118,9 @@ def plan_run(
     asset: Annotated[
         str, typer.Option("--asset", help="Assets or selections by commas, as in ft run.")
     ] = "*",
+    until: Annotated[
+        str | None, typer.Option("--until", help="Only this asset and all that it needs.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
     """Show what `ft run` would do, why, and how long it took the last time. Changes nothing.
@@ -125,7 +134,7 @@ def plan_run(
     from ft_assets.definitions import build
     from ft_assets.orchestration.run_plan import REFUSED, Plans, table
 
-    keys, plans = select(build(project), asset), Plans(project, build)
+    keys, plans = select(build(project), asset, until), Plans(project, build)
     steps = {name: plans.of(keys, name) for name in names}
     if as_json:
         print(json.dumps([step.to_dict() for found in steps.values() for step in found], indent=1))
@@ -198,8 +207,4 @@ def ui(
     project = graph_project()
     dagster_home(project)
     require_free(port)
-    # Create the instance's databases: webserver and daemon would do it at once, and break them.
-    with open_instance():
-        pass
-    print(f"http://127.0.0.1:{port}/ft/ (Dagster: http://127.0.0.1:{port}/overview)", flush=True)
-    raise typer.Exit(serve("ft_assets.definitions", port, host_name or [], read_only))
+    raise typer.Exit(serve(port, host_name or [], read_only))

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_assets.cli.app import app, chosen, dagster_home, open_instance, quiet
+from ft_assets.cli.app import app, chosen, quiet
 from ft_assets.config import Project, load_project
 from ft_assets.errors import ConfigError
+from ft_assets.orchestration.instance import dagster_home, open_instance
 
 
 @app.command()

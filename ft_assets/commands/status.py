@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, field_serializer
 
@@ -71,10 +71,7 @@ def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
             name: [_line(store, asset, name) for asset, partitioned in assets if partitioned]
             for name in project.base_models
         },
-        left_out={
-            name: counted([one.metrics for one in _made(store, name)])
-            for name in project.base_models
-        },
+        left_out=left_out_counts(store, project.base_models),
         elsewhere=sorted(
             {version.where for version in found if (version.asset, version.partition) not in known}
         ),
@@ -92,6 +89,22 @@ def _made(store: ArtifactStore, name: str) -> list[Artifact]:
         if artifact is not None:
             made.append(artifact)
     return made
+
+
+def left_out_counts(store: ArtifactStore, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Return {base model: {reason: rows that are left out}}."""
+    return {name: counted([one.metrics for one in _made(store, name)]) for name in names}
+
+
+def left_out_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return a line for each base model of which rows are left out."""
+    return [
+        f"left out of {name}: "
+        + ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+        + " (ft status --left-out lists them)"
+        for name, reasons in counts.items()
+        if reasons
+    ]
 
 
 def left_out(project: Project) -> dict[str, list[LeftOutRow]]:
@@ -145,10 +158,8 @@ def table(shown: Status) -> str:
             lines += ["", name] if before else [name]
             before = name
         lines.append(f"  {text}")
-    for name, counts in shown.left_out.items():
-        if counts:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
-            lines += ["", f"left out of {name}: {reasons} (ft status --left-out lists them)"]
+    for line in left_out_lines(shown.left_out):
+        lines += ["", line]
     lines += [
         "",
         f"store: {shown.store}, {in_bytes(shown.bytes)} in {shown.versions} versions, "

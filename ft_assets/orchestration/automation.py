@@ -19,6 +19,7 @@ PROVEN = {dg.AssetKey("eval_report"), dg.AssetKey("merged_model")}
 BOARD, RETRAIN = dg.AssetKey("leaderboard"), "retrain"
 # Automatic runs queue behind the runs that a person started.
 AFTER_PEOPLE = {"dagster/priority": "-1"}
+LEADERBOARD_SECONDS = 60  # each look of a sensor costs some 80 ms of CPU time
 
 
 def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.FreshnessPolicy | None:
@@ -62,6 +63,7 @@ def _leaderboard_after_failure(job: Any) -> dg.SensorDefinition:
     @dg.run_failure_sensor(
         name="leaderboard_after_failure",
         request_job=job,
+        minimum_interval_seconds=LEADERBOARD_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Makes the leaderboard after a failed run that should have made it, so that it "
         "shows the failure.",

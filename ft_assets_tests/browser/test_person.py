@@ -37,7 +37,7 @@ FLAGS = [
     "--disable-sync",
     "--disable-default-apps",
 ]
-LOCATION = "ft_assets.definitions"
+LOCATION = "ft_assets"
 SECONDS = 240  # timeout of a wait: the daemon ticks every 30 s, and a busy machine doubles it
 RUNS = """query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) {
  ... on Runs { results { runId status tags { key value } assetSelection { path } } } } }"""

@@ -55,7 +55,7 @@ class Site:
 
     pages: Sequence[Page]
     read_only: bool = False
-    location: str = "ft_assets.definitions"
+    location: str = "ft_assets"
     proxy_hosts: frozenset[str] = frozenset()
     planning: Planning = field(default_factory=Planning)
 
