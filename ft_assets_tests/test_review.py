@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from ft_assets.artifacts import ArtifactStore
+from ft_assets.config import load_project
 from ft_assets.config.review import ReviewSettings
-from ft_assets.errors import DataError
+from ft_assets.errors import ConfigError, DataError
 from ft_assets.evaluation.verdict.decision import INCONCLUSIVE, PASS, decide
 from ft_assets.review.agreement import agreement, alpha, coincidences
 from ft_assets.review.calibration import Compared, calibrated
@@ -278,3 +280,26 @@ def test_champion_is_the_last_released_model_that_is_no_candidate_of_today(tmp_p
         (one.candidate, one.rival): one.rate for one in review([item_now], given, 0.95, 1).win_rates
     }
     assert rates == {("sft", "base"): 1.0, ("sft", "champion"): 1.0}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({}, r"human, and there is no section review"),
+        ({"review": {}, "gate": {"seeds": 3}}, r"gate\.seeds: is 3"),
+        ({"review": {"prompts": 0}}, r"review\.prompts"),
+        ({"review": {"overlap": 1.5}}, r"review\.overlap"),
+    ],
+)
+def test_review_that_cannot_be_is_refused(
+    tmp_path: Path, sections: dict[str, dict[str, int]], message: str
+) -> None:
+    settings = {
+        "data": {"train": ["a.jsonl"]},
+        "base_models": {"tiny": {"folder": "tiny"}},
+        "evaluation": {"metrics": ["human"], "metric": "human"},
+        **sections,
+    }
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=message):
+        load_project(tmp_path / "finetune.yaml")

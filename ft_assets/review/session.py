@@ -8,6 +8,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ft_assets.config.review import ReviewSettings
@@ -33,12 +34,12 @@ class Item:
     cluster: str = ""
     source: Source = "held-out"
 
-    @property
+    @cached_property  # a page of many prompts asks a dozen times
     def key(self) -> str:
         """The hash of the prompt."""
         return prompt_hash(self.prompt)
 
-    @property
+    @cached_property
     def distinct(self) -> list[str]:
         """The different answers. Candidates with the same answer are a tie without a question."""
         return list(dict.fromkeys(self.answers.values()))

@@ -22,6 +22,7 @@ from ft_assets.review.judgements import (
 from ft_assets.review.session import Page, Session, drawn
 from ft_assets.views.board import Opened
 
+NOBODY = "nobody"  # the reviewer before a name is given
 WRITING = threading.Lock()  # a key pressed twice is one judgement
 
 
@@ -144,13 +145,12 @@ def review_view(opened: Opened, base_model: str | None, reviewer: str) -> Review
         why = "finetune.yaml has no section review. Add the line: review: {}"
         return ReviewView(name, names, why_not=why)
     try:
-        review_items(opened.store, name)
+        its = session(opened, name, reviewer or NOBODY)
     except ArtifactError as error:
         return ReviewView(name, names, why_not=f"There are no answers to review yet. {error}")
     if not reviewer:
-        counts = Counter(one.reviewer for one in judgements_of(opened).read())
+        counts = Counter(one.reviewer for one in its.judgements)
         return ReviewView(name, names, reviewers=sorted(counts.items()))
-    its = session(opened, name, reviewer)
     page = its.page()
     return ReviewView(
         base_model=name,
