@@ -21,7 +21,7 @@ demo: $(READY)  ## Run the whole graph on the demo task (about ten minutes on tw
 	.venv/bin/ft run
 	.venv/bin/ft report
 
-ui: $(READY)  ## Open the Dagster UI at http://127.0.0.1:3000
+ui: $(READY)  ## Serve the project's pages and the Dagster UI at http://127.0.0.1:3000
 	.venv/bin/ft ui
 
 chat: $(READY)  ## Chat with the base and the fine-tuned model side by side

@@ -86,7 +86,8 @@ def serve(port: int, names: Sequence[str], read_only: bool) -> int:
     while (
         not stopped.wait(POLL_SECONDS if ready else START_POLL_SECONDS) and process.poll() is None
     ):
-        if not ready and (ready := _answers(f"{address}/ft/")):
+        # Not the first page, which would make a plan.
+        if not ready and (ready := _answers(f"{address}/ft/static/style.css")):
             print(f"ready after {time.monotonic() - begun:.0f} s", flush=True)
     ended = process.poll()
     _stop(process)
