@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ft_assets.compat import accelerate as accelerate_hooks
@@ -23,12 +24,14 @@ from ft_assets.compat import transformers as transformers_hooks
 from ft_assets.compat import trl as trl_hooks
 from ft_assets.compat.peft import active_lora, is_plain
 from ft_assets.models.loading import load_tokenizer
+from ft_assets.training.label_trainer import LabelTrainer
 from ft_assets.training.pair_trainer import PairTrainer
 from ft_assets.training.sft import ResumingCpuSFTTrainer, ResumingSFTTrainer
 from ft_assets_tests.training import make_pairs
 
 OURS = (
     (PairTrainer, DPOTrainer),
+    (LabelTrainer, KTOTrainer),
     (ResumingSFTTrainer, SFTTrainer),
     (ResumingCpuSFTTrainer, SFTTrainer),
 )
@@ -53,7 +56,7 @@ def test_each_overridden_underscore_method_is_declared(ours: type, theirs: type)
 
 
 def test_overridden_methods_have_the_parameters_that_we_accept() -> None:
-    for theirs in (DPOTrainer, SFTTrainer):
+    for theirs in (DPOTrainer, KTOTrainer, SFTTrainer):
         for name, expected in trl_hooks.OVERRIDDEN[theirs.__name__].items():
             assert parameters(vars(theirs)[name]) == expected, name
         for name, expected in transformers_hooks.OVERRIDDEN.items():

@@ -400,7 +400,6 @@ def test_value_that_trl_refuses_is_the_users_error(
 
 def test_loss_of_another_trainer_is_refused_with_the_name_of_its_trainer() -> None:
     for name, words in (
-        ("kto_pair", "KTO, another trainer"),
         ("orpo", "ORPO"),
         ("simpo", "SimPO, a loss of the CPO trainer"),
     ):

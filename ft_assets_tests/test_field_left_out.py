@@ -10,7 +10,7 @@ from ft_assets.commands.status import left_out, status, table
 from ft_assets.config import load_project
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.ingest import Ingest, Ingested
-from ft_assets.data.kto import pair_labels
+from ft_assets.data.kto import Lone, pair_labels
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
 from ft_assets.errors import DataError
@@ -19,7 +19,7 @@ from ft_assets_tests.pipeline import materialize
 
 
 def ingested(
-    folder: Path, rows: list[dict[str, Any]], pairs: bool = False
+    folder: Path, rows: list[dict[str, Any]], pairs: bool = False, lone: Lone = "auto"
 ) -> tuple[Ingested, list[tuple[str, str]]]:
     """Return the counts of raw rows, and the (place, kind) of each that is left out."""
     raw = [RawRow(f"rows.jsonl:{number}", row) for number, row in enumerate(rows, start=1)]
@@ -27,7 +27,7 @@ def ingested(
     with TableWriter(folder / "rejected.parquet", REJECTED) as rejected:
         done = Ingest(folder, folder, rejected).source(
             "rows",
-            pair_labels(raw) if pairs else raw,
+            pair_labels(raw, lone=lone) if pairs else raw,
             form,
             layout,  # type: ignore[arg-type]
         )
@@ -68,7 +68,35 @@ def test_lone_labels_are_counted_apart_from_wrong_rows(tmp_path: Path) -> None:
     assert out == [("rows.jsonl:3 (id g2)", "unpaired"), ("rows.jsonl:4 (id b2)", "unpaired")]
     assert "どこ？" in read_table(tmp_path / "rejected.parquet")[0]["row"]
     with pytest.raises(DataError, match=r"none of 2 rows can be used.*unpaired 2"):
-        ingested(tmp_path, rows[2:], pairs=True)
+        ingested(tmp_path, rows[2:], pairs=True, lone="leave")
+
+
+def test_lone_labels_are_rows_where_there_are_no_pairs_or_a_base_is_trained_by_kto(
+    tmp_path: Path,
+) -> None:
+    asked = {"id": "n", "prompt": "いつ？", "completion": "朝"}
+    rows: list[dict[str, Any]] = [
+        {"id": "g", "prompt": "どこ？", "completion": "港", "thumbs": "up"},
+        {"id": "b", "prompt": "だれ？", "completion": "猫", "thumbs": "👎"},
+        {**asked, "thumbs": None},
+    ]
+    done, out = ingested(tmp_path, rows, pairs=True)
+    assert (done.rows, done.labels, done.rejected, done.unlabelled) == (2, 2, 0, 1)
+    assert out == [("rows.jsonl:3 (id n)", "unlabelled")]
+    stored = read_table(tmp_path / "rows.parquet")
+    assert sorted((row["chosen"], row["rejected"]) for row in stored) == [("", "猫"), ("港", "")]
+    # With pairs, `auto` trains the pairs; kto trains all.
+    pair = [{"prompt": "何色？", "chosen": "赤", "rejected": "犬"}]
+    assert ingested(tmp_path, pair + rows, pairs=True)[0].unpaired == 2
+    used, _ = ingested(tmp_path, pair + rows, pairs=True, lone="use")
+    assert (used.rows, used.labels, used.unpaired) == (3, 2, 0)
+    # One answer with both labels is a disagreement, and no invalid row.
+    twice = [{**asked, "label": True}, {**asked, "label": False}]
+    disputed, out = ingested(tmp_path, [*twice, *pair], pairs=True)
+    assert (disputed.rows, disputed.rejected, disputed.disputed) == (1, 0, 1)
+    assert out == [("rows.jsonl:1+2 (id n)", "disputed")]
+    wrong, _ = ingested(tmp_path, [{**asked, "thumbs": "sideways"}, *pair], pairs=True)
+    assert wrong.rejected == 1 and "thumbs: is 'sideways'; expected up or down" in wrong.first[0]
 
 
 def test_all_rows_that_are_left_out_are_in_one_table(project: Path) -> None:

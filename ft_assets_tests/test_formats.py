@@ -226,7 +226,7 @@ def test_row_that_cannot_be_used_says_why(raw: dict[str, Any], said: str) -> Non
     ("raw", "said"),
     [
         ({"prompt": "hi", "chosen": "a"}, "rejected: is missing"),
-        ({"messages": [USER, ANSWER], "label": True}, r"is one answer with a label \(KTO\)"),
+        ({"prompt": "hi", "answer": "ho", "label": True}, r"is one answer with a label \(KTO\)"),
         ({"prompt": "hi", "chosen": " a", "rejected": "a"}, "chosen and rejected are equal"),
         (
             {"chosen": [USER, ANSWER], "rejected": [{"role": "user", "content": "ho"}, BAD]},

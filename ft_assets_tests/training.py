@@ -100,15 +100,20 @@ def dpo_into(
 ) -> dict[str, Any]:
     """Train DPO and return the metrics.
 
-    The keys of `work` are base, adapter, lora, settings, rows and validation. The last four are
-    optional. `rows` and `validation` are numbers of pairs.
+    The keys of `work` are base, adapter, lora, settings, rows, validation and labels. The last
+    five are optional. `rows` and `validation` are numbers of pairs; with `labels` their answers are
+    trained by KTO.
     """
     from ft_assets.training.dpo import train_dpo
 
     lora = LoraSettings.model_validate({**LORA, **work.get("lora", {})})
     settings = DpoSettings.model_validate({**DPO, **work.get("settings", {})})
-    pairs = make_pairs(work.get("rows", 10))
-    validation = make_pairs(work.get("validation", 0), seed=5)
+    pairs: Any = make_pairs(work.get("rows", 10))
+    validation: Any = make_pairs(work.get("validation", 0), seed=5)
+    if work.get("labels"):
+        from ft_assets.training.label_trainer import labelled
+
+        pairs, validation = labelled(pairs, settings.seed), labelled(validation, settings.seed)
     return train_dpo(
         snapshot=Path(work["base"]),
         sft_adapter=Path(work["adapter"]),
@@ -144,6 +149,7 @@ def dpo(
     lora: Any = None,
     rows: int = 10,
     validation: int = 0,
+    labels: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train DPO in `folder` and return the metrics."""
@@ -155,6 +161,7 @@ def dpo(
         "settings": settings,
         "rows": rows,
         "validation": validation,
+        "labels": labels,
     }
     return dpo_into(work, folder / "checkpoints", folder / "output", report)
 

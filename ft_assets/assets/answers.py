@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from ft_assets.assets.dpo_adapter import has_preferences
 from ft_assets.assets.judged import TRAINED, asked_inputs, asking, judged
 from ft_assets.config import settings_version
 from ft_assets.evaluation.setting_files import read_schema
@@ -34,7 +35,7 @@ def answers(
     previous = materializer.store.current("answers", name)
     decisive, settings = asking(materializer, name), project.recipe(name).evaluation
     candidates = {"base": used["base_model"], "sft": used["lora_adapter"]}
-    if used["dpo_adapter"].metrics["pairs"] > 0:
+    if has_preferences(used["dpo_adapter"].metrics):
         candidates["dpo"] = used["dpo_adapter"]
     base = used["base_model"].data_version
     artifact, reused = materializer.materialize(

@@ -1,4 +1,4 @@
-"""The asset `dpo_adapter`: preference training (DPO) on top of the SFT adapter."""
+"""The asset `dpo_adapter`: preference training (DPO or KTO) on top of the SFT adapter."""
 
 import dagster as dg
 
@@ -11,10 +11,17 @@ from ft_assets.steps import dpo
 NO_PREFERENCES = "no preference data: no DPO"
 
 
+def has_preferences(metrics: Metrics) -> bool:
+    """Return True if a dpo_adapter was trained, and is not the SFT adapter."""
+    return bool(metrics["pairs"] or metrics.get("labels"))
+
+
 def _summary(metrics: Metrics) -> str:
-    if not metrics["pairs"]:
+    if not has_preferences(metrics):
         return NO_PREFERENCES
     loss = f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
+    if labels := metrics.get("labels"):
+        return f"KTO on {labels} labelled answers, {loss}"
     return f"{metrics['pairs']} pairs, {loss}"
 
 
@@ -31,7 +38,7 @@ def dpo_adapter(
 ) -> dg.MaterializeResult:
     """DPO on top of the SFT policy, with the SFT policy as the frozen reference.
 
-    One adapter holds SFT and DPO.
+    Labelled answers without pairs are trained by KTO. One adapter holds SFT and DPO.
     """
     store, name = materializer.store, context.partition_key
     chosen, seeds = materializer.project.recipe(name), materializer.project.gate.seeds
@@ -63,7 +70,8 @@ def dpo_adapter(
         libraries="train",
         space=500_000_000 * seeds,
     )
-    return result(artifact, reused, FIRST, **loss_curve(artifact, "DPO loss"))
+    method = str(artifact.metrics.get("preference_method", "dpo")).upper()
+    return result(artifact, reused, FIRST, **loss_curve(artifact, f"{method} loss"))
 
 
 @check(
@@ -76,7 +84,7 @@ def dpo_adapter(
 def reference_is_the_sft_policy(checked: Checked) -> dg.AssetCheckResult:
     """Fail if their log-probabilities differ by more than a thousandth of a nat."""
     metrics = checked.metrics
-    if metrics["pairs"] == 0:
+    if not has_preferences(metrics):
         return dg.AssetCheckResult(passed=True, description=NO_PREFERENCES)
     difference = metrics["reference_difference"]
     return dg.AssetCheckResult(

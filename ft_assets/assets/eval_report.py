@@ -6,6 +6,7 @@ from functools import partial
 import dagster as dg
 
 from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.assets.dpo_adapter import has_preferences
 from ft_assets.assets.judged import (
     TRAINED,
     answers_of_today,
@@ -99,7 +100,7 @@ def eval_report(
     previous = store.current("eval_report", name)
     decisive = evaluation_identity(materializer, name)
     gate = project.gate.model_dump(mode="json", exclude={"override", "min_top1_agreement"})
-    has_dpo = used["dpo_adapter"].metrics["pairs"] > 0
+    has_dpo = has_preferences(used["dpo_adapter"].metrics)
     answers = answers_of_today(materializer, name, used)
     people: Inputs = {}
     if asks_people(project):

@@ -10,7 +10,10 @@ from ft_assets.orchestration.materializer import Materializer
 
 
 def _summary(metrics: Metrics) -> str:
-    return f"{metrics.get('preferences_rows', metrics.get('rows'))} pairs"
+    rows, labels = metrics.get("preferences_rows"), metrics.get("preferences_labels")
+    if rows is None or not labels:
+        return f"{metrics.get('rows') if rows is None else rows} pairs"
+    return f"{rows - labels} pairs, {labels} labelled answers"
 
 
 @asset(
@@ -27,7 +30,8 @@ def raw_preferences(
 ) -> dg.MaterializeResult:
     """Validated preference triples: a prompt, the chosen answer, the rejected answer.
 
-    Empty if finetune.yaml names no preferences.
+    A labelled answer without a partner has one of the answers. Empty if finetune.yaml names no
+    preferences.
     """
     sources = {"preferences": ("preferences", preference)}
     return ingested(context, materializer, sources, PREFERENCE, "preferences")

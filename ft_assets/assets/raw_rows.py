@@ -18,7 +18,7 @@ from ft_assets.data.data_files import resolve_files
 from ft_assets.data.encodings import encoding_of
 from ft_assets.data.file_formats import RawRow, read_rows
 from ft_assets.data.ingest import UNREAD, Canonical, Ingest, Ingested, worst
-from ft_assets.data.kto import pair_labels
+from ft_assets.data.kto import Lone, pair_labels
 from ft_assets.data.tables import REJECTED, Layout, TableWriter, read_table
 from ft_assets.data.threads import join_threads
 from ft_assets.errors import DataError
@@ -38,8 +38,10 @@ ADAPTED = {
     "_opened_by_assistant": "rows open with the assistant's turn, which is context only",
     "_ties": "rows are ties, which are no pairs",
     "_unanswered": "messages of trees have no answer, and no thread to stand in",
-    "_unpaired": "labelled answers have no partner",
-    "_disputed": "pairs are left out because annotators disagree",
+    "_unpaired": "labelled answers have no partner and are left out",
+    "_labels": "labelled answers have no partner: KTO trains them",
+    "_unlabelled": "answers have no label",
+    "_disputed": "pairs are left out because people disagree",
 }
 Sources = Mapping[str, tuple[str, ToCanonical]]  # {key of data: (table, its rows' form)}
 
@@ -56,7 +58,7 @@ def ingested(
     files = data_content(project, list(sources))
     artifact, reused = materializer.materialize(
         context,
-        identity={"files": files, **_reading(project)},
+        identity={"files": files, **_reading(project), **_labels(project, sources)},
         make=lambda output: _write(project, output, files, sources, layout),
     )
     return result(
@@ -78,6 +80,11 @@ def _reading(project: Project) -> dict[str, JsonValue]:
             *("transcript", "ignore_turn_keys", "min_agreement"),
         },
     )
+
+
+def _labels(project: Project, sources: Sources) -> dict[str, JsonValue]:
+    lone = lone_answers(project) if "preferences" in sources else "auto"
+    return {"lone_answers": lone} if lone != "auto" else {}
 
 
 def _write(
@@ -145,7 +152,15 @@ def _rows(project: Project, key: str) -> Iterable[RawRow]:
         rows = join_threads(rows, "rankings" if key == "preferences" else "conversations")
     if key != "preferences":
         return rows
-    return pair_labels(rows, row_format, _of_key(project, "columns", key))
+    return pair_labels(rows, row_format, _of_key(project, "columns", key), lone_answers(project))
+
+
+def lone_answers(project: Project) -> Lone:
+    """Return what happens to labelled answers without a partner: some base may train by KTO."""
+    methods = {project.recipe(name).dpo.method for name in project.base_models}
+    if "kto" in methods:
+        return "use"
+    return "auto" if "auto" in methods else "leave"
 
 
 def _as_declared(project: Project, rows: Iterable[RawRow]) -> Iterable[RawRow]:

@@ -58,6 +58,7 @@ class _Aligned(BaseModel):
     """The metrics of dpo_adapter that the answers use."""
 
     pairs: int
+    labels: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Facts:
     trained: _Trained
     rendered: _Rendered
     split: _Split
-    pairs: int
+    aligned: _Aligned
     report: EvalReport
     verdict: Verdict
 
@@ -121,7 +122,7 @@ def _facts(project: Project, name: str) -> Facts:
         trained=_Trained.model_validate(adapter.metrics),
         rendered=_Rendered.model_validate(need("chat_dataset").metrics),
         split=_Split.model_validate(need("heldout_split").metrics),
-        pairs=_Aligned.model_validate(aligned.metrics).pairs if aligned else 0,
+        aligned=_Aligned.model_validate(aligned.metrics) if aligned else _Aligned(pairs=0),
         report=EvalReport.read(report.path / "report.json"),
         verdict=Verdict.read(report.path / "verdict.json"),
     )
@@ -254,10 +255,12 @@ def _order(facts: Facts) -> Section:
         _versus(facts, "sft", "base", "the base"),
         _versus(facts, "dpo", "sft", "SFT"),
     ]
-    if not facts.pairs:
+    pairs, labels = facts.aligned.pairs, facts.aligned.labels
+    if not pairs and not labels:
         lines.append("Your data has no preference pairs, so DPO did not run.")
     elif facts.verdict.dpo:
-        lines.append(f"DPO used {facts.pairs} pairs: {facts.verdict.dpo}.")
+        used = f"KTO used {labels} labelled answers" if labels else f"DPO used {pairs} pairs"
+        lines.append(f"{used}: {facts.verdict.dpo}.")
     merged = facts.verdict.candidate
     lines.append(
         f"The verdict is {facts.verdict.status}: "

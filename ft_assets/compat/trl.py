@@ -16,6 +16,10 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
         "_precompute_ref_logps": ("dataset", "name", "batch_size"),
         "_compute_loss": ("model", "inputs", "return_outputs"),
     },
+    "KTOTrainer": {
+        "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
+        "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+    },
     "SFTTrainer": {},
 }
 REFERENCE_ADAPTER = "ref"  # TRL's name for its frozen copy of the adapter
@@ -24,13 +28,13 @@ TOKEN_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 def drop_reference_copy(model: Any) -> None:
-    """Delete the frozen copy of the adapter that DPOTrainer made, if there is one."""
+    """Delete the frozen copy of the adapter that TRL's trainer made, if there is one."""
     if REFERENCE_ADAPTER in getattr(model, "peft_config", {}):
         model.delete_adapter(REFERENCE_ADAPTER)
 
 
 def expect_reference_scores(trainer: Any) -> None:
-    """Let DPOTrainer read the reference's log-probabilities from the rows of the dataset."""
+    """Let TRL's trainer read the reference's log-probabilities from the rows of the dataset."""
     trainer.precompute_ref_logps = True
 
 

@@ -36,8 +36,6 @@ DPO_LOSSES = (
 )
 # Names of other preference methods: each is a trainer of its own, or was a loss of one.
 OTHER_TRAINERS = {
-    "kto": "KTO, another trainer",
-    "kto_pair": "KTO, another trainer",
     "orpo": "ORPO, another trainer",
     "cpo": "CPO, another trainer",
     "simpo": "SimPO, a loss of the CPO trainer",
@@ -271,18 +269,34 @@ class DpoSettings(TrainSettings):
         default="sigmoid", description="TRL's loss, or a list of losses that are added."
     )
     max_pairs: int | None = Field(
-        default=None, ge=1, description="Use only the first n pairs by id (a time budget)."
+        default=None,
+        ge=1,
+        description="Use only the first n pairs or labelled answers by id (a time budget).",
+    )
+    method: Literal["auto", "dpo", "kto"] = Field(
+        default="auto",
+        description="auto: DPO if there are pairs, else KTO (Ethayarajh et al. 2024) on labelled "
+        "answers. kto: on labelled answers and both answers of each pair.",
     )
     share_prompts: bool = Field(
         default=True,
         description="Compute the prompt of a pair once. False: for each answer, as TRL does.",
     )
 
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that decide what is trained. Under `auto` the rows decide."""
+        values = super().decisive()
+        if self.method == "auto":
+            del values["method"]
+        return values
+
     @field_validator("loss_type")
     @classmethod
     def _known(cls, value: str | list[str]) -> str | list[str]:
         known = ", ".join(DPO_LOSSES)
         for name in [value] if isinstance(value, str) else value:
+            if name in ("kto", "kto_pair"):
+                raise ValueError(f"{name!r} is a method and no loss of DPO: set dpo.method: kto")
             if name in OTHER_TRAINERS:
                 raise ValueError(
                     f"{name!r} is not a loss of DPO but {OTHER_TRAINERS[name]}, which this graph "
@@ -293,6 +307,12 @@ class DpoSettings(TrainSettings):
                     f"{name!r} is not a loss of TRL's DPO; {nearest(name, DPO_LOSSES, known)}"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _loss_of_the_method(self) -> "DpoSettings":
+        if self.method == "kto" and self.loss_type != "sigmoid":
+            raise ValueError("loss_type is of pairs, and method kto has a loss of its own: drop it")
+        return self
 
     @model_validator(mode="after")
     def _smoothed(self) -> "DpoSettings":

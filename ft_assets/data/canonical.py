@@ -94,9 +94,12 @@ def _plain_text(raw: RawFields, content: str) -> AnsweredRow:
 def preference(raw: RawFields, format: str | None = None) -> Preference:
     """Return the canonical form of a preference row.
 
-    The row has the named format, or the format that its keys show. Raises RowProblem.
+    The row has the named format, or the format that its keys show. A labelled answer, which has no
+    partner (data/kto.py), has "" in the place of the other answer. Raises RowProblem.
     """
     raw = plain(raw)
+    if "chosen" not in raw and "messages" in raw and isinstance(raw.get("label"), bool):
+        return _labelled(raw)
     try:
         turns, *answers = preference_turns(raw, format)
         messages = checked("prompt", turns)
@@ -128,6 +131,26 @@ def preference(raw: RawFields, format: str | None = None) -> Preference:
     # No table stores it: annotators.py finds the pairs on which annotators disagree.
     cast(dict[str, object], row)["answers"] = _answers_key(messages, offered, chosen, rejected)
     if any(turn.get("reasoned") for turn in turns_of):
+        row["reasoned"] = True
+    if offered:
+        row["tools"] = offered
+    return row
+
+
+def _labelled(raw: RawFields) -> Preference:
+    """Return a labelled answer as half of a pair."""
+    whole = conversation({key: value for key, value in raw.items() if key != "label"})
+    *messages, last = whole["messages"]
+    role = "assistant" if raw["label"] else "rejected"
+    offered = whole.get("tools", [])
+    row: Preference = {
+        "id": _identity([*messages, {"role": role, "content": last["content"]}], offered),
+        "messages": messages,
+        "chosen": last["content"] if raw["label"] else "",
+        "rejected": "" if raw["label"] else last["content"],
+        "group": whole["group"],
+    }
+    if last.get("reasoned"):
         row["reasoned"] = True
     if offered:
         row["tools"] = offered

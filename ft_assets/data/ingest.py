@@ -42,7 +42,9 @@ class Ingested:
     opened: int = 0  # rows that the assistant opens
     ties: int = 0  # rows whose answers are equally good
     unanswered: int = 0  # messages of trees without an answer
-    unpaired: int = 0  # labelled answers without a partner
+    unpaired: int = 0  # labelled answers without a partner, left out
+    unlabelled: int = 0  # answers with an empty label
+    labels: int = 0  # labelled answers that are rows
     disputed: int = 0  # pairs on which annotators disagree, left out
     unread: str = ""  # text columns that are not read, with their numbers of rows
 
@@ -60,6 +62,8 @@ class Ingested:
             **({f"{name}_ties": self.ties} if self.ties else {}),
             **({f"{name}_unanswered": self.unanswered} if self.unanswered else {}),
             **({f"{name}_unpaired": self.unpaired} if self.unpaired else {}),
+            **({f"{name}_unlabelled": self.unlabelled} if self.unlabelled else {}),
+            **({f"{name}_labels": self.labels} if self.labels else {}),
             **({f"{name}_disputed": self.disputed} if self.disputed else {}),
             **({f"{name}{UNREAD}": self.unread} if self.unread else {}),
         }
@@ -103,6 +107,7 @@ class Ingest:
                 try:
                     canonical = _canonical(row, form, dict(columns or {}), stratum, audit)
                     adapted.update(joined=canonical.get("joined", 0) > 0, opened=_opened(canonical))
+                    adapted["labels"] += "" in (canonical.get("chosen"), canonical.get("rejected"))
                     if "answers" in canonical:
                         votes.add(canonical)
                     yield cast(RowT, canonical)
@@ -136,8 +141,8 @@ class Ingest:
             rejected,
             first,
             written.version,
+            disputed=adapted.pop("disputed", 0) + len(written.left_out),
             **cast(Mapping[str, Any], adapted),
-            disputed=len(written.left_out),
         )
         if aside and not written.rows and not rejected:
             raise DataError(

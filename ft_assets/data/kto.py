@@ -1,6 +1,7 @@
 """Pair labelled answers (KTO) into preferences: a good and a bad answer to the same prompt.
 
-Answers are paired in the order they come. Only unpaired answers are in memory.
+Answers are paired in the order they come. Only unpaired answers are in memory. Answers without a
+partner are trained as they are, or are left out.
 Not here: the check of a pair (canonical.py).
 """
 
@@ -10,6 +11,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ft_assets.data.canonical import conversation
 from ft_assets.data.raw_row import RawRow
@@ -20,6 +22,15 @@ from ft_assets.rows.values import RowProblem, shown
 
 # Labels in a table of texts; they are read only where data.format is kto.
 SPELLED = {"true": True, "1": True, "false": False, "0": False}
+THUMBS = ("thumbs", "thumb")  # keys of a label that is a thumb
+LABELS = ("label", *THUMBS)
+SPELLED_THUMBS = {
+    **SPELLED,
+    **dict.fromkeys(("up", "thumbs_up", "👍", "+1"), True),
+    **dict.fromkeys(("down", "thumbs_down", "👎", "-1"), False),
+}
+EMPTY = (None, "")
+Lone = Literal["auto", "use", "leave"]
 
 
 @dataclass(frozen=True)
@@ -42,16 +53,22 @@ class _Unpaired:
 
 
 def pair_labels(
-    rows: Iterable[RawRow], format: str | None = None, columns: Mapping[str, str] | None = None
+    rows: Iterable[RawRow],
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    lone: Lone = "auto",
 ) -> Iterator[RawRow]:
     """Yield rows with labelled answers made pairs; rows without a label pass unchanged.
 
-    A labelled answer is {prompt | messages | …, completion, label: true | false}. Answers without
-    a partner come last, each with its problem. If `format` is kto, a row without a label is a
-    problem, and labels may be 0, 1 or their texts. `columns` are the user's names for our columns;
-    rows are yielded with our names, so do not rename them again.
+    A labelled answer is {prompt | messages | …, completion, label: true | false}. The label can
+    also be a thumb: {thumbs: up | down}. Answers without a partner come last: as labelled answers
+    if `lone` is use, or if it is auto and there is no pair; else each with its problem. A row whose
+    label is null, as most of production's are, is left out. If `format` is kto, a row without a
+    label is a problem, and labels may be 0, 1 or their texts. `columns` are the user's names for
+    our columns; rows are yielded with our names, so do not rename them again.
     """
     unpaired: dict[str, _Unpaired] = {}
+    pairs = 0
     for number, row in enumerate(rows):
         if row.value is None:
             yield row
@@ -60,7 +77,11 @@ def pair_labels(
             value = renamed(row.value, dict(columns)) if columns else row.value
             label = _label(value, format)
             if label is None:
-                yield RawRow(row.where, value)
+                unlabelled = _is_unlabelled(value)
+                pairs += not unlabelled
+                yield RawRow(
+                    row.where, value, *(("has no label", "unlabelled") if unlabelled else ())
+                )
                 continue
             answer = _answer(number, row.where, value)
         except RowProblem as problem:
@@ -74,13 +95,18 @@ def pair_labels(
         partner = answers[not label].popleft()
         if not any(answers.values()):
             del unpaired[key]
-        yield _pair(answer, partner) if label else _pair(partner, answer)
-    yield from _problems(unpaired)
+        pair = _pair(answer, partner) if label else _pair(partner, answer)
+        pairs += not pair.left_out
+        yield pair
+    use = lone == "use" or (lone == "auto" and not pairs)
+    yield from _lone(unpaired) if use else _problems(unpaired)
 
 
 def _label(value: RawFields, format: str | None) -> bool | None:
     """Return the label of a row, or None if it is not a labelled answer. Raises RowProblem."""
     label = value.get("label")
+    if (thumb := _thumb(value)) is not None:
+        return thumb
     if format != "kto":
         is_pair = "chosen" in value or "rejected" in value
         return label if isinstance(label, bool) and not is_pair else None
@@ -92,8 +118,35 @@ def _label(value: RawFields, format: str | None) -> bool | None:
     raise RowProblem(f"label: is {found}; expected true or false (data.format: kto)")
 
 
+def _thumb(value: RawFields) -> bool | None:
+    key = next((key for key in THUMBS if value.get(key) not in EMPTY), None)
+    if key is None or "chosen" in value or "rejected" in value:
+        return None
+    said = value[key]
+    spelled = SPELLED_THUMBS.get(str(said).strip().lower()) if isinstance(said, str | int) else None
+    if spelled is None:
+        raise RowProblem(f"{key}: is {shown(said)}; expected up or down")
+    return spelled
+
+
+def _is_unlabelled(value: RawFields) -> bool:
+    """Return True for an answer that has a key for its label, and nothing in it."""
+    keys = [key for key in LABELS if key in value]
+    if not keys or any(value[key] not in EMPTY for key in keys):
+        return False
+    try:
+        conversation(_unlabelled(value))
+    except RowProblem:
+        return False
+    return "chosen" not in value and "rejected" not in value
+
+
+def _unlabelled(value: RawFields) -> RawFields:
+    return {key: part for key, part in value.items() if key not in LABELS}
+
+
 def _answer(number: int, where: str, value: RawFields) -> _Answer:
-    row = conversation({key: part for key, part in value.items() if key != "label"})
+    row = conversation(_unlabelled(value))
     if "tool_calls" in row["messages"][-1]:
         raise RowProblem(
             "the labelled answer has tool calls; the two answers of a preference are texts"
@@ -126,7 +179,11 @@ def _pair(good: _Answer, bad: _Answer) -> RawRow:
         "rejected": bad.turns[-1],
         **good.other_fields,
     }
-    return RawRow(_both(good.where, bad.where), pair)
+    where = _both(good.where, bad.where)
+    if good.turns[-1]["content"].strip() == bad.turns[-1]["content"].strip():
+        problem = "people disagree: the same answer is labelled true and false"
+        return RawRow(where, pair, problem, left_out="disputed")
+    return RawRow(where, pair)
 
 
 def _both(one: str, other: str) -> str:
@@ -138,14 +195,26 @@ def _both(one: str, other: str) -> str:
     return f"{files}{mark}{row.rstrip(']')}+{other_row}"
 
 
-def _problems(unpaired: Mapping[str, _Unpaired]) -> Iterator[RawRow]:
+def _lone(unpaired: Mapping[str, _Unpaired]) -> Iterator[RawRow]:
+    """Yield the answers without a partner as labelled answers: see canonical.labelled."""
+    for answer, label in _left(unpaired):
+        turns = {"messages": answer.turns, "label": label}
+        yield RawRow(answer.where, {**answer.other_fields, **turns})
+
+
+def _left(unpaired: Mapping[str, _Unpaired]) -> list[tuple[_Answer, bool]]:
+    """Return the answers without a partner and their labels, in the order of the rows."""
     left = [
         (answer, label)
         for entry in unpaired.values()
         for label, answers in entry.answers.items()
         for answer in answers
     ]
-    for answer, label in sorted(left, key=lambda entry: entry[0].number):
+    return sorted(left, key=lambda entry: entry[0].number)
+
+
+def _problems(unpaired: Mapping[str, _Unpaired]) -> Iterator[RawRow]:
+    for answer, label in _left(unpaired):
         kind, missing = ("good", "bad") if label else ("bad", "good")
         value: RawFields = {**answer.other_fields, "messages": answer.turns, "label": label}
         yield RawRow(

@@ -34,6 +34,7 @@ COUNTED = {
     "ties": "ties",
     "unanswered": "unanswered",
     "unpaired": "unpaired",
+    "unlabelled": "unlabelled",
     "disputed": "disputed",
     "refused": "template",
     "too_long": "too long",

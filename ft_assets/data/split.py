@@ -38,7 +38,7 @@ from ft_assets.data.tables import (
     write_table,
 )
 from ft_assets.errors import DataError
-from ft_assets.rows.types import CopyRow, MemberRow, TextRow
+from ft_assets.rows.types import CopyRow, MemberRow, PairRow, TextRow
 
 SOURCES = ("conversations", "rehearsal", "heldout", "retention", "preferences")
 TRAINED_SOURCES = ("conversations", "rehearsal", "preferences")
@@ -168,6 +168,7 @@ def make_split(
     sources, strata, versions = _write(tables, output, rules, judged)
     counts: dict[str, int | float] = {**_counts(sources)}
     counts |= {f"{name}_groups": len(set(side.values())) for name, side in judged.items()}
+    counts |= _labels(output / "preferences.parquet", counts["preference_pairs"])
     require_few(copies, _trainable(sources), data, rules.fixed)
     _require_rows(counts, rules)
     counts |= _shares(rules, tables["conversations"], counts["heldout_rows"])
@@ -289,6 +290,13 @@ def _counts(sources: Counter[tuple[str, str | None]]) -> dict[str, int]:
         "rehearsal_rows_removed": sources[("rehearsal", None)],
         "pairs_removed": sources[("preferences", None)],
     }
+
+
+def _labels(pairs: Path, rows: float) -> dict[str, float]:
+    """Return the numbers of pairs and of labelled answers without a partner, if there are any."""
+    answers = Table[PairRow](pairs, ["chosen", "rejected"])
+    labels = sum(1 for row in answers if not (row["chosen"] and row["rejected"]))
+    return {"preference_pairs": rows - labels, "preference_labels": labels} if labels else {}
 
 
 def _trainable(sources: Counter[tuple[str, str | None]]) -> dict[str, int]:

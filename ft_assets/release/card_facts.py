@@ -25,6 +25,7 @@ TRAINING_METRICS = (
     "train_tokens",
     "supervised_tokens",
     "pairs",
+    "labels",
     "steps",
     "seconds",
     "tokens_per_s",
@@ -38,6 +39,7 @@ SIDES = (
     ("train", "train", "train_rows"),
     ("validation", "validation", "validation_rows"),
     ("preference pairs", "preferences", "preference_pairs"),
+    ("labelled answers", "preferences", "preference_labels"),
     ("preference pairs, validation", "preferences_validation", "preference_validation_pairs"),
     ("held-out", "heldout", "heldout_rows"),
     ("general prompts", "retention", "retention_rows"),
@@ -200,7 +202,11 @@ def _template(chat: ChatSettings, base: Artifact) -> TemplateFacts:
 
 
 def _training(used: Mapping[str, Artifact]) -> dict[str, int | float]:
-    stages = {"SFT": used["lora_adapter"].metrics, "DPO": used["dpo_adapter"].metrics}
+    preferences = dict(used["dpo_adapter"].metrics)
+    method = str(preferences.get("preference_method", "dpo")).upper()
+    if "labels" in preferences:  # KTO, which has no pairs
+        del preferences["pairs"]
+    stages = {"SFT": used["lora_adapter"].metrics, method: preferences}
     return {
         f"{stage} {key.replace('_', ' ')}": metrics[key]
         for stage, metrics in stages.items()

@@ -137,8 +137,9 @@ class RowRenderer:
             sides = [
                 self.renderer.answer_sequences([_answered(row, answer) for row, answer in answers])
                 for answers in (
-                    [(row, row["chosen"]) for row in rows],
-                    [(row, row["rejected"]) for row in rows],
+                    # A labelled answer without a partner stands in for the answer it lacks.
+                    [(row, row["chosen"] or row["rejected"]) for row in rows],
+                    [(row, row["rejected"] or row["chosen"]) for row in rows],
                 )
             ]
             for row, *both in zip(rows, *sides, strict=True):
@@ -161,19 +162,25 @@ class RowRenderer:
             return chosen
         if isinstance(rejected, ProofFailed):
             return rejected
-        self._note_apart("preference", row, chosen)
-        self._note_apart("preference", row, rejected)
+        for text, side in ((row["chosen"], chosen), (row["rejected"], rejected)):
+            if text:
+                self._note_apart("preference", row, side)
         prompt, better = chosen.prompt_and_answer()
         other_prompt, worse = rejected.prompt_and_answer()
         if prompt != other_prompt:
             return ProofFailed("chosen and rejected have prompts of different tokens")
-        if better == worse:
+        alone = not (row["chosen"] and row["rejected"])
+        if better == worse and not alone:
             return ProofFailed(
                 "chosen and rejected are equal to this base: its tokenizer gives "
                 f"{row['chosen'][:40]!r} and {row['rejected'][:40]!r} the same tokens; "
                 "remove the pair"
             )
-        tokens = {"prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}
+        tokens = {
+            "prompt_ids": prompt,
+            "chosen_ids": better if row["chosen"] else [],
+            "rejected_ids": worse if row["rejected"] else [],
+        }
         return cast(PairRow, {**row, **tokens})
 
     def _note_apart(self, name: str, row: ConversationRow | PreferenceRow, one: Rendered) -> None:

@@ -1,4 +1,4 @@
-"""Step: train DPO on top of the SFT adapter.
+"""Step: train DPO, or KTO, on top of the SFT adapter.
 
 Without preference data the SFT adapter is published unchanged.
 """
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.tables import read_table
-from ft_assets.errors import ArtifactError
+from ft_assets.errors import ArtifactError, ConfigError
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.rows.types import PairRow
 from ft_assets.step_runner import main, takes
@@ -27,6 +27,7 @@ class Settings(StepSettings):
 def step(job: Job, settings: Settings, report: Report) -> StepResult:
     from ft_assets.models.adapter_files import of_seed, save_groups
     from ft_assets.training.dpo import train_dpo
+    from ft_assets.training.label_trainer import labelled
 
     split = job.inputs["heldout_split"]
     if not (split / "preferences_validation.parquet").exists():
@@ -38,9 +39,10 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         )
     pairs = read_table(split / "preferences.parquet", row=PairRow)
     validation = read_table(split / "preferences_validation.parquet", row=PairRow)
-    if not pairs:
+    used, by_label = _used(pairs, settings.dpo)
+    if not used:
         return _publish_sft(job, settings.lora)
-    used = pairs[: settings.dpo.max_pairs]
+    validation = [row for row in validation if by_label or _is_pair(row)]
     found = []
     for number in range(settings.seeds):
         sft_adapter = of_seed(job.inputs["lora_adapter"], number)
@@ -49,8 +51,8 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         metrics = train_dpo(
             snapshot=job.inputs["base_model"],
             sft_adapter=sft_adapter,
-            pairs=used,
-            validation=validation,
+            pairs=labelled(used, settings.dpo.seed + number) if by_label else used,
+            validation=labelled(validation, settings.dpo.seed) if by_label else validation,
             lora=settings.lora,
             dpo=settings.dpo.model_copy(update={"seed": settings.dpo.seed + number}),
             checkpoints=checkpoints,
@@ -61,6 +63,37 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         save_groups(used, output, before=sft_adapter)
         found.append(metrics)
     return StepResult({**found[0], "pairs_left_out": len(pairs) - len(used)})
+
+
+def _is_pair(row: PairRow) -> bool:
+    return bool(row["chosen"] and row["rejected"])
+
+
+def _used(rows: list[PairRow], dpo: DpoSettings) -> tuple[list[PairRow], bool]:
+    """Return the rows to train on, and whether they are trained by their labels (KTO).
+
+    Raises ConfigError if the labels cannot be trained with these settings.
+    """
+    pairs = [row for row in rows if _is_pair(row)]
+    if dpo.method == "dpo" or (dpo.method == "auto" and pairs) or not rows:
+        return pairs[: dpo.max_pairs], False
+    used = rows[: dpo.max_pairs]
+    for answer, label in (("chosen", "true"), ("rejected", "false")):
+        if not any(row[answer] for row in used):
+            raise ConfigError(
+                where="data.preferences",
+                found=f"no answer with the label {label}",
+                expected="labelled answers of both kinds: KTO weighs one against the other",
+                fix="add such answers, or remove the files from data.preferences",
+            )
+    if dpo.loss_type != "sigmoid":
+        raise ConfigError(
+            where="dpo.loss_type",
+            found=f"{dpo.loss_type}, a loss of pairs",
+            expected="no loss_type: the rows are labelled answers without partners, for KTO",
+            fix="remove dpo.loss_type, or add pairs",
+        )
+    return used, True
 
 
 def _publish_sft(job: Job, lora: LoraSettings) -> StepResult:

@@ -1,4 +1,7 @@
-"""Direct Preference Optimization (Rafailov et al. 2023) on the SFT policy, which is the reference.
+"""Preference training on the SFT policy, which is the reference.
+
+That is Direct Preference Optimization (Rafailov et al. 2023) of pairs, or KTO (Ethayarajh et al.
+2024) of labelled answers, which label_trainer.py has.
 
 The reference's log-probabilities are computed once, before the first step, from the policy itself
 (reference.py), so they need no second copy of the weights. They are proven before the first step.
@@ -11,13 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.kto_config import KTOConfig
 
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.split import MIN_VALIDATION_PAIRS
@@ -33,17 +37,19 @@ from ft_assets.training.callbacks import (
     device_memory_gb,
     mfu_from_speed,
 )
+from ft_assets.training.label_trainer import ANSWERS, LabelTrainer, is_labelled, weights
 from ft_assets.training.loop import Run, RunMetrics, train_to_the_end
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
 from ft_assets.training.memory_plan.plan import Plan, PlanMetrics
 from ft_assets.training.method_choice import resolve_method, save_plan
-from ft_assets.training.pair_loss import PairLoss
+from ft_assets.training.pair_loss import LABELS_MEASURED, MEASURED, PairLoss
 from ft_assets.training.pair_trainer import PairTrainer, SharingMetrics
 from ft_assets.training.pairs import (
     ReferencedPair,
     TokenPair,
     dataset_of,
     row_length,
+    tokens_only,
     with_reference,
 )
 from ft_assets.training.prepare import (
@@ -69,21 +75,33 @@ from ft_assets.training.trl_options import (
 )
 from ft_assets.training.validation import Validation, ValidationMetrics, save_result
 
+PreferenceTrainer = PairTrainer | LabelTrainer
+
 
 class ReferenceMetrics(SharingMetrics):
     """The proof of the reference: the largest difference in nats, and TRL's first loss."""
 
     reference_difference: float
-    reference_loss: float
+    reference_loss: NotRequired[float]
     reference_reused: bool
     prompts_shared: bool
 
 
-class DpoMetrics(ReferenceMetrics, SpeedMetrics, ValidationMetrics, PlanMetrics, RunMetrics):
-    """The metrics of a DPO training; memory in GB of 1e9 bytes, losses in TRL's unit."""
+class Counts(TypedDict):
+    """The numbers of pairs, or of labelled answers, that are trained and measured."""
 
+    preference_method: Literal["dpo", "kto"]
     pairs: int
     validation_pairs: int
+    labels: NotRequired[int]
+    validation_labels: NotRequired[int]
+
+
+class DpoMetrics(
+    Counts, ReferenceMetrics, SpeedMetrics, ValidationMetrics, PlanMetrics, RunMetrics
+):
+    """The metrics of a DPO training; memory in GB of 1e9 bytes, losses in TRL's unit."""
+
     train_tokens: int
     steps: int
     seconds: float
@@ -111,6 +129,8 @@ def train_dpo(
 ) -> DpoMetrics:
     """Train from the SFT policy and save one adapter (SFT + DPO), or all weights, to `output`.
 
+    Rows with a label, as `labelled` returns them, are trained by KTO.
+
     Resumes from `checkpoints` if it holds a complete checkpoint. The reference's log-probabilities
     are stored beside `checkpoints`, by a hash of what they depend on. `validation` pairs are
     measured and not trained on.
@@ -128,11 +148,16 @@ def train_dpo(
     set_seed(dpo.seed)
     lora = resolve_method(sft_adapter, lora)
     machine = this_machine(memory_limit_gb)
-    plan = plan_dpo(snapshot, lora, dpo, pairs, machine, dpo.share_prompts)
+    by_label = is_labelled(pairs)
+    shared = dpo.share_prompts and not by_label
+    plan = plan_dpo(snapshot, lora, dpo, pairs, machine, shared)
     report("plan", **plan.metrics())
     options = functools.partial(_options, dpo, checkpoints, lora)
-    trl_config(DPOConfig, options(plan.micro_batch), "dpo")  # before weights load
-    rows = [_tokens_only(pair) for pair in pairs]
+    if by_label:
+        options = functools.partial(_label_options, dpo, checkpoints, lora, weights(pairs))
+    # Before weights load.
+    trl_config(KTOConfig if by_label else DPOConfig, options(plan.micro_batch), "dpo")
+    rows = [tokens_only(pair) for pair in pairs]
     policy = _Policy(
         model=trained_adapter(snapshot, lora, sft_adapter, plan.shards),
         tokenizer=load_tokenizer(snapshot),
@@ -143,23 +168,24 @@ def train_dpo(
     policy.checkpoint(plan)
 
     begun = time.perf_counter()
-    first_trainer, plan = policy.first_trainer(plan, dpo.share_prompts, report)
+    first_trainer, plan = policy.first_trainer(plan, shared, report)
     shares = first_trainer.shares
     proven = _prove(
         ReferenceStore.of(first_trainer, snapshot, sft_adapter, lora, plan, checkpoints),
         rows,
-        [_tokens_only(pair) for pair in validation],
+        [tokens_only(pair) for pair in validation],
         report,
     )
     trainers = [first_trainer]
     del first_trainer  # after a try that failed nothing may hold its trainer
-    loss = PairLoss(proven.validation, plan.micro_batch)
+    measured = LABELS_MEASURED if by_label else MEASURED
+    loss = PairLoss(proven.validation, plan.micro_batch, measured)
     measure = loss if proven.validation else None
     reason = f": fewer than {MIN_VALIDATION_PAIRS} of the pairs would be validation pairs"
     watch = Validation(measure, dpo, "dpo", checkpoints, report, reason)
     progress = _progress(snapshot, rows, dpo, report, full=lora.method == "full", shares=shares)
 
-    def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PairTrainer:
+    def build(micro_batch: int, callbacks: list[TrainerCallback]) -> PreferenceTrainer:
         trainer = trainers.pop() if trainers else policy.new_trainer(micro_batch, shares)
         for callback in (progress, watch, *callbacks):
             trainer.add_callback(callback)
@@ -197,9 +223,16 @@ class _Policy:
         adapted = isinstance(self.model, PeftModel)
         checkpoint_layers(self.model.get_base_model() if adapted else self.model, plan)
 
-    def new_trainer(self, micro_batch: int, shares: bool) -> PairTrainer:
+    def new_trainer(self, micro_batch: int, shares: bool) -> PreferenceTrainer:
         """Make a trainer. Raises ConfigError for options that TRL refuses."""
         with trl_errors_as_config_errors("dpo"):
+            if is_labelled(self.rows):
+                return LabelTrainer(
+                    model=self.model,
+                    args=KTOConfig(**self.options(micro_batch)),
+                    pairs=self.rows,
+                    tokenizer=self.tokenizer,
+                )
             return PairTrainer(
                 model=self.model,
                 args=DPOConfig(**self.options(micro_batch)),
@@ -208,13 +241,15 @@ class _Policy:
                 shares=shares,
             )
 
-    def first_trainer(self, plan: Plan, wanted: bool, report: Report) -> tuple[PairTrainer, Plan]:
+    def first_trainer(
+        self, plan: Plan, wanted: bool, report: Report
+    ) -> tuple[PreferenceTrainer, Plan]:
         """Return the first trainer and its plan.
 
         Prompts are shared if that is `wanted` and the check passes; otherwise a new plan is made.
         """
         trainer = self.new_trainer(plan.micro_batch, wanted)
-        if not wanted or trainer.check_prompt_sharing():
+        if isinstance(trainer, LabelTrainer) or not wanted or trainer.check_prompt_sharing():
             return trainer, plan
         report("the prompt of a pair is computed for each of its answers", **trainer.sharing)
         sharing = trainer.sharing
@@ -226,16 +261,10 @@ class _Policy:
         return trainer, plan
 
 
-def _tokens_only(pair: TokenPair) -> TokenPair:
-    return TokenPair(
-        prompt_ids=pair["prompt_ids"],
-        chosen_ids=pair["chosen_ids"],
-        rejected_ids=pair["rejected_ids"],
-    )
-
-
 def _train_tokens(rows: Sequence[TokenPair]) -> int:
     """Return the tokens of an epoch as TRL counts them: the prompt once for each answer."""
+    if is_labelled(rows):
+        return sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows)
     return sum(
         2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
         for row in rows
@@ -254,7 +283,8 @@ def _progress(
     tokens = _train_tokens(rows)
     computed = sum(row_length(row) for row in rows) / tokens if shares else 1.0
     mfu = mfu_from_speed(snapshot_shape(snapshot), full, computed)
-    return Progress(report, tokens / len(rows) * dpo.effective_batch, dpo.max_loss_rise, mfu)
+    step = dpo.effective_batch * (ANSWERS if is_labelled(rows) else 1)
+    return Progress(report, tokens / len(rows) * step, dpo.max_loss_rise, mfu)
 
 
 def _options(
@@ -272,6 +302,26 @@ def _options(
     }
 
 
+def _label_options(
+    dpo: DpoSettings,
+    checkpoints: Path,
+    lora: LoraSettings,
+    label_weights: dict[str, float],
+    micro_batch: int,
+) -> dict[str, Any]:
+    """Return KTOConfig's options. Sizes count pairs, of which each is two labelled answers."""
+    dpo = dpo.model_copy(update={"micro_batch": micro_batch})
+    options = {**label_weights, **trainer_options(dpo, "dpo", checkpoints, KTOConfig)}
+    return {
+        "max_length": None,
+        "beta": dpo.beta,
+        "remove_unused_columns": False,
+        "precompute_ref_log_probs": lora.method == "full",
+        **options,
+        "per_device_train_batch_size": ANSWERS * options["per_device_train_batch_size"],
+    }
+
+
 @dataclass(frozen=True)
 class ReferenceStore:
     """Scores pairs under the untrained policy, or reads the scores of an earlier run.
@@ -279,7 +329,7 @@ class ReferenceStore:
     The scores of a set of pairs are in `folder`/reference-<key>/log_probabilities.json.
     """
 
-    trainer: PairTrainer
+    trainer: PreferenceTrainer
     folder: Path
     base_version: str
     adapter_version: str
@@ -290,7 +340,7 @@ class ReferenceStore:
     @classmethod
     def of(
         cls,
-        trainer: PairTrainer,
+        trainer: PreferenceTrainer,
         snapshot: Path,
         sft_adapter: Path,
         lora: LoraSettings,
@@ -355,11 +405,12 @@ def _prove(
     difference, loss = prove_reference(trainer, rows, reference)
     metrics: ReferenceMetrics = {
         "reference_difference": difference,
-        "reference_loss": round(loss, 5),
         "reference_reused": reused,
         "prompts_shared": trainer.shares,
         **trainer.sharing,
     }
+    if loss is not None:
+        metrics["reference_loss"] = round(loss, 5)
     report("reference proven", pairs=len(rows), **metrics)
     return ProvenPairs(referenced, watched, metrics)
 
@@ -390,6 +441,19 @@ def _save(
     save_plan(plan, output)
 
 
+def _counts(proven: ProvenPairs) -> Counts:
+    rows, validation = len(proven.rows), len(proven.validation)
+    if not is_labelled(proven.rows):
+        return Counts(preference_method="dpo", pairs=rows, validation_pairs=validation)
+    return Counts(
+        preference_method="kto",
+        pairs=0,
+        validation_pairs=0,
+        labels=rows,
+        validation_labels=validation,
+    )
+
+
 def _metrics(
     run: Run,
     plan: Plan,
@@ -400,8 +464,7 @@ def _metrics(
 ) -> DpoMetrics:
     first, last = progress.curve[0], progress.curve[-1]
     return {
-        "pairs": len(proven.rows),
-        "validation_pairs": len(proven.validation),
+        **_counts(proven),
         "train_tokens": _train_tokens(proven.rows),
         "steps": run.trainer.state.global_step,
         "seconds": round(seconds, 1),

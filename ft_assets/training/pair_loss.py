@@ -1,6 +1,6 @@
-"""The DPO loss of validation pairs: TRL's own loss, with its accuracy and margin."""
+"""The DPO or KTO loss of validation pairs: TRL's own loss, with its accuracy and margin."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ft_assets.training.pairs import ReferencedPair
 from ft_assets.training.reference import batches
 
 MEASURED = {"validation_accuracy": "rewards/accuracies", "validation_margin": "rewards/margins"}
+LABELS_MEASURED = {"validation_kl": "kl"}  # a batch of labels may have no margin
 
 
 class PairLoss:
@@ -26,16 +27,19 @@ class PairLoss:
     same in each measurement.
     """
 
-    def __init__(self, pairs: Sequence[ReferencedPair], batch: int) -> None:
+    def __init__(
+        self, pairs: Sequence[ReferencedPair], batch: int, measured: Mapping[str, str] = MEASURED
+    ) -> None:
         self.pairs = pairs
+        self.measured = measured
         self.batch = batch
         self.trainer: Any = None
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Return the means over the pairs.
 
-        Keys: "validation_loss", "validation_accuracy" (0 to 1) and "validation_margin". Raises
-        torch.OutOfMemoryError if one pair does not fit.
+        Keys: "validation_loss", and by default "validation_accuracy" (0 to 1) and
+        "validation_margin". Raises torch.OutOfMemoryError if one pair does not fit.
         """
         while True:
             try:
@@ -50,7 +54,7 @@ class PairLoss:
 
     def _measure(self) -> dict[str, float]:
         trainer = self.trainer
-        means = dict.fromkeys(("validation_loss", *MEASURED), 0.0)
+        means = dict.fromkeys(("validation_loss", *self.measured), 0.0)
         # In training mode, as the reference is scored: a pass in evaluation mode would repack a
         # CPU's NF4 weights for good. Every rank measures all pairs, so nothing is gathered.
         with (
@@ -65,7 +69,7 @@ class PairLoss:
                 batch = trainer.data_collator([self.pairs[row] for row in rows])
                 inputs = prepare_inputs(trainer, batch)
                 found = {"validation_loss": float(trainer.compute_loss(trainer.model, inputs))}
-                for name, theirs in MEASURED.items():
+                for name, theirs in self.measured.items():
                     found[name] = step_metrics(trainer)[theirs][0]
                 for name, value in found.items():
                     means[name] += value * len(rows) / len(self.pairs)

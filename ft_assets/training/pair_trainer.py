@@ -1,5 +1,6 @@
 """TRL's DPOTrainer for tokenized pairs, with shared prompts where they are proven to be right."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -80,6 +81,16 @@ class PairTrainer(LogsValidation, ReportsTrlErrors, DPOTrainer):
         full_precision_adapter(model, exact)
         expect_reference_scores(self)
         self.shares = shares and not (self.use_weighting or self.aux_loss_enabled)
+
+    @property
+    def first_loss(self) -> float | None:
+        """The loss while policy and reference agree, or None if it is not known."""
+        alone = self.loss_types == ["sigmoid"] and not (self.use_weighting or self.aux_loss_enabled)
+        return math.log(2) if alone else None
+
+    def unweighted_loss(self, inputs: Any) -> float:
+        """Return TRL's loss of a batch without the weight of the loss."""
+        return float(self.compute_loss(self.model, inputs)) / self.loss_weights[0]
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # already tokenized and proven

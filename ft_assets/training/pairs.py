@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from datasets import Dataset
@@ -26,11 +26,16 @@ SHARED = ("shared_ids", "shared_positions", "shared_segments", "shared_labels", 
 
 
 class TokenPair(TypedDict):
-    """The token ids of a preference pair."""
+    """The token ids of a preference pair.
+
+    `label` makes it a labelled answer (KTO): `chosen_ids` is the answer, and `rejected_ids` an
+    answer to another prompt, of which the KL divergence is estimated.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    label: NotRequired[bool]
 
 
 class ReferencedPair(TokenPair):
@@ -42,13 +47,17 @@ class ReferencedPair(TokenPair):
 
 def with_reference(pair: TokenPair, chosen: float = 0.0, rejected: float = 0.0) -> ReferencedPair:
     """Return a pair with the reference's log-probabilities, 0 where they are not computed yet."""
-    return {
+    return {**tokens_only(pair), "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+
+def tokens_only(pair: TokenPair) -> TokenPair:
+    """Return a pair without any other column of its row."""
+    tokens: TokenPair = {
         "prompt_ids": pair["prompt_ids"],
         "chosen_ids": pair["chosen_ids"],
         "rejected_ids": pair["rejected_ids"],
-        "ref_chosen_logps": chosen,
-        "ref_rejected_logps": rejected,
     }
+    return {**tokens, "label": pair["label"]} if "label" in pair else tokens
 
 
 def dataset_of(rows: Sequence[ReferencedPair]) -> Dataset:

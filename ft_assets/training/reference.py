@@ -6,7 +6,6 @@ copy of any weight is needed. A rerun with another beta or learning rate reads t
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -144,48 +143,47 @@ def scores(trainer: Any, pairs: Sequence[TokenPair]) -> list[tuple[float, float]
 
 def prove_reference(
     trainer: Any, pairs: Sequence[TokenPair], reference: Reference, count: int = 2
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Prove that the policy is the reference before the first step.
 
     Returns the largest |policy - reference| in nats over the first `count` batches, and TRL's
-    sigmoid loss of the first `count` steps. Raises TrainingError if they are wrong.
+    loss of the first `count` steps, None if it proves nothing. Raises TrainingError if they are
+    wrong.
 
     The same pairs are scored again in the same batches, so rounding is the same: the difference is
     0 on a CPU. Then TRL computes its loss on the first training batches: with policy == reference
-    every margin is 0, and the sigmoid loss is ln 2 (Rafailov et al. 2023, eq. 7). In bf16 these
-    other batches round differently, so the tolerance for the loss is larger. Dropout is off.
+    every margin is 0, and DPO's sigmoid loss is ln 2 (Rafailov et al. 2023, eq. 7). KTO's loss is
+    1/2, its KL divergence being 0 (Ethayarajh et al. 2024, eq. 8). In bf16 these other batches
+    round differently, so the tolerance for the loss is larger. Dropout is off.
     """
     largest = 0.0
     for rows in batches(pairs, reference.batch)[:count]:
         for row, policy in zip(rows, scores(trainer, [pairs[row] for row in rows]), strict=True):
             stored = reference.values[row]
             largest = max(largest, *(abs(a - b) for a, b in zip(policy, stored, strict=True)))
-    alone = trainer.loss_types == ["sigmoid"] and not (
-        trainer.use_weighting or trainer.aux_loss_enabled
-    )
-    loss = _first_loss(trainer, count) if alone else math.log(2)
+    expected = trainer.first_loss
+    loss = None if expected is None else _first_loss(trainer, count, expected)
     tolerance = trainer.beta * (ROUNDING if half_precision(trainer) else TOLERANCE)
-    if not largest <= TOLERANCE or not abs(loss - math.log(2)) <= tolerance:
+    if not largest <= TOLERANCE or (loss and not abs(loss - (expected or 0)) <= tolerance):
         raise TrainingError(
             where="dpo: reference",
             found=f"policy and reference differ by {largest:.4f} nats before the first step, and "
-            f"the loss is {loss:.4f}",
-            expected=f"0 and ln 2 = {math.log(2):.4f}: the SFT policy is the reference",
+            f"the loss is {loss}",
+            expected=f"0 and {expected}: the SFT policy is the reference",
             fix="this is a bug in ft_assets, not in your data: please report it",
         )
     return largest, loss
 
 
-def _first_loss(trainer: Any, count: int) -> float:
-    """Return TRL's loss that is furthest from ln 2, among the first `count` training batches."""
+def _first_loss(trainer: Any, count: int, expected: float) -> float:
+    """Return TRL's loss that is furthest from the expected one, of the first `count` batches."""
     losses = []
     with without_dropout(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for _, batch in zip(range(count), trainer.get_train_dataloader(), strict=False):
             inputs = prepare_inputs(trainer, batch)
-            losses.append(float(trainer.compute_loss(trainer.model, inputs)))
+            losses.append(trainer.unweighted_loss(inputs))
     discard_step_metrics(trainer)
-    weight = trainer.loss_weights[0]
-    return max((loss / weight for loss in losses), key=lambda loss: abs(loss - math.log(2)))
+    return max(losses, key=lambda loss: abs(loss - expected))
 
 
 def half_precision(trainer: Any) -> bool:
