@@ -16,7 +16,9 @@ from typing import Any, TypedDict
 
 from ft_assets.artifacts import ArtifactStore, ObjectStore, fingerprint
 from ft_assets.commands.gc import removals, remove
+from ft_assets.config import Project
 from ft_assets.errors import FtError, InfrastructureFault
+from ft_assets.release.approval import Answer, answer
 from ft_assets.release.lookup import need_model
 from ft_assets.release.register import ReleasedModel, state_of
 from ft_assets.release.whole_register import current_release, repair
@@ -69,6 +71,11 @@ def arm(fault: str, at: int) -> None:
     io.open = builtins.open = opened
 
 
+PROJECT = Project.model_validate(
+    {"base_models": {"tiny": {"folder": "model"}}, "data": {"train": ["train.jsonl"]}}
+)
+
+
 def publish(store: ArtifactStore, name: str) -> None:
     with store.staging("raw_dataset", None) as staged:
         for number in range(2):
@@ -89,9 +96,19 @@ def publish(store: ArtifactStore, name: str) -> None:
 
 def roll_back(store: ArtifactStore, name: str) -> None:
     state = state_of(current_release(store, "tiny"))
-    former = {line.champion.candidate: line.champion for line in state.history}
+    champions = [line.champion for line in state.history if line.champion is not None]
+    former = {model.candidate: model for model in champions}
     need_model(store, "tiny", former[name], "release[tiny]")
     decide(store, former[name], rolled_back=f"back to {name}")
+
+
+def decided(store: ArtifactStore, decision: str) -> None:
+    """Answer the open proposal, as a person does."""
+    proposal = state_of(current_release(store, "tiny")).proposal
+    assert proposal is not None, "the test answers only what is proposed"
+    given = {"decision": decision, "version": proposal.challenger.merged_model, "by": "test"}
+    said = Answer.model_validate({**given, "name": "Ada", "reason": "it is so"})
+    answer(PROJECT, store, "tiny", said, "")
 
 
 def point(store: ArtifactStore, name: str) -> None:
@@ -112,6 +129,8 @@ CHANGES: dict[str, Callable[[ArtifactStore, str], object]] = {
     "publish": publish,
     "point": point,
     "promote": lambda store, name: decide(store, merged_model(store, name)),
+    "propose": lambda store, name: decide(store, merged_model(store, name), held=True),
+    "answer": decided,
     "roll back": roll_back,
     "gc": collect,
     "repair": lambda store, name: repair(store, "tiny"),

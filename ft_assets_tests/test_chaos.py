@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.release.register import HistoryEntry, ReleaseState, state_of, withdrawn_by
+from ft_assets.release.register import (
+    PROMOTED,
+    PROPOSED,
+    ROLLED_BACK,
+    HistoryEntry,
+    ReleaseState,
+    state_of,
+    withdrawn_by,
+)
 from ft_assets.release.whole_register import current_release
 from ft_assets_tests.chaos_worker import BROKEN, ENDED, REFUSED, Operation
 from ft_assets_tests.registers import home
@@ -124,11 +132,27 @@ class StoreUnderAttack(RuleBasedStateMachine):
         made = codes.count(0)
         self.sees_history(least=made, most=made + codes.count(ENDED) + (fault == "full"))
 
+    @rule(name=NAMES, fault=FAULTS, at=CALLS)
+    def propose(self, name: str, fault: str, at: int) -> None:
+        (code,) = self.run(("propose", name, fault, at))
+        self.sees_history(least=0 if code else 1, most=1)
+
+    @precondition(lambda self: self.history and self.history[-1].decision == PROPOSED)
+    @rule(decision=st.sampled_from(["approve", "reject"]), fault=FAULTS, at=CALLS)
+    def answer(self, decision: str, fault: str, at: int) -> None:
+        proposal = self.history[-1]
+        (code,) = self.run(("answer", decision, fault, at))
+        self.sees_history(least=0 if code else 1, most=1)
+        if self.history[-1] != proposal:
+            approved = proposal.challenger if decision == "approve" else proposal.champion
+            assert self.state.champion == approved
+
     @precondition(lambda self: len(self.history) > 1)
     @rule(pick=st.integers(0, 9), fault=FAULTS, at=CALLS)
     def roll_back(self, pick: int, fault: str, at: int) -> None:
-        now = self.history[-1].champion.identity
-        others = [line.champion for line in self.history if line.champion.identity != now]
+        now = self.history[-1].champion
+        known = [line.champion for line in self.history if line.champion is not None]
+        others = [model for model in known if now and model.identity != now.identity]
         if others:
             name = others[pick % len(others)].candidate
             (code,) = self.run(("roll back", name, fault, at))
@@ -176,6 +200,8 @@ class StoreUnderAttack(RuleBasedStateMachine):
         self.sees_rows({self.rows})
         state = self.state
         assert state.history == self.history
+        released = [line for line in state.history if line.decision in (PROMOTED, ROLLED_BACK)]
+        assert state.champion == (released[-1].champion if released else None)
         assert state.withdrawn == withdrawn_by(self.history)
         if state.champion is not None:
             assert self.store.find("merged_model", "tiny", state.champion.merged_model) is not None

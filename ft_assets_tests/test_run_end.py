@@ -11,6 +11,7 @@ import ft_assets.definitions as definitions
 from ft_assets.compat.dagster import CANCELLED, TO_DO
 from ft_assets.errors import StepFailed, VerdictError
 from ft_assets.orchestration.console import failures
+from ft_assets.orchestration.mark_stale import CHECK, settle
 from ft_assets.orchestration.materializer import user_errors
 
 REFUSED = VerdictError(where="merged_model[tiny]", found="the verdict is FAIL", fix="train longer")
@@ -87,6 +88,48 @@ def test_run_ends_with_the_sentence_and_the_next_step(
     assert failures(stored) == failures(done.all_events) == ["\n".join(words)]
     traces = [trace for event in stored for trace in _stacks(event.event_specific_data)]
     assert bool(traces) == traced
+
+
+def test_asset_that_a_failed_run_made_is_not_shown_as_failed(instance: dg.DagsterInstance) -> None:
+    """One op judges all assets, so that it is skipped when any of them fails."""
+    tiny = dg.StaticPartitionsDefinition(["tiny"])
+
+    @dg.asset
+    def common() -> None: ...
+
+    @dg.asset(deps=[common], partitions_def=tiny)
+    def made() -> None: ...
+
+    @dg.asset(deps=[made], partitions_def=tiny)
+    def missed() -> None:
+        raise dg.Failure(description="it is refused")
+
+    def judge(*assets: str, partitions: Any = None) -> dg.AssetChecksDefinition:
+        specs = [dg.AssetCheckSpec(CHECK, asset=one, partitions_def=partitions) for one in assets]
+
+        @dg.multi_asset_check(specs=specs, name=f"judge_{assets[0]}", can_subset=True)
+        def body() -> Iterator[dg.AssetCheckResult]:
+            for one in assets:
+                yield dg.AssetCheckResult(asset_key=one, check_name=CHECK, passed=True)
+
+        return body
+
+    job = dg.Definitions(
+        [common, made, missed],
+        asset_checks=[judge("common"), judge("made", "missed", partitions=tiny)],
+        jobs=[dg.define_asset_job("all", "*")],
+    ).resolve_job_def("all")
+    done = job.execute_in_process(instance=instance, partition_key="tiny", raise_on_error=False)
+    for _ in range(2):  # a second time changes nothing
+        settle(instance, done.run_id)
+    logs = instance.all_logs(done.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+    found = [event.get_dagster_event().asset_check_evaluation_data for event in logs]
+    assert {(one.asset_key.to_user_string(), one.partition, one.passed) for one in found} == {
+        ("common", None, True),
+        ("made", "tiny", True),
+        ("missed", "tiny", False),
+    }
+    assert len(found) == 3
 
 
 def _stacks(data: Any) -> Iterator[str]:

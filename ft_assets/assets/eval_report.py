@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from typing import Any
 
 import dagster as dg
 
@@ -49,7 +50,7 @@ def _report(checked: Checked) -> EvalReport:
     return EvalReport.read(checked.artifact.path / "report.json")
 
 
-def numbers(estimate: Estimate) -> dict[str, float | str]:
+def numbers(estimate: Estimate) -> dict[str, Any]:
     """Return an estimate as check metadata, which the UI plots over runs."""
     return {
         "difference": estimate.mean,
@@ -168,6 +169,7 @@ def better_than_base(checked: Checked) -> dg.AssetCheckResult:
         severity=blocking,
         description=f"{verdict.status}: {'; '.join(verdict.reasons)}",
         metadata=numbers(report.comparisons[verdict.reported_candidate]["base"][report.metric])
+        | {"report": dg.MetadataValue.url(report_path(checked.name, checked.artifact.fingerprint))}
         | _advice(checked),
     )
 

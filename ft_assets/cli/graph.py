@@ -53,6 +53,7 @@ def run(
     from ft_assets.definitions import defs
     from ft_assets.orchestration.console import failures, interrupted
     from ft_assets.orchestration.data_sources import report_sources
+    from ft_assets.orchestration.mark_stale import settle
     from ft_assets.runs.in_process import cancel, end_dead_runs, new_run
 
     shield_log_readers()
@@ -79,6 +80,7 @@ def run(
             run_config={"loggers": {"console": {}}},
             tags=tags,
         )
+        settle(instance, run_id)
         if interrupted(outcome.all_events):
             cancel(instance, run_id)
             print(

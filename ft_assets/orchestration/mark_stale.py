@@ -23,7 +23,7 @@ from ft_assets.config import Project, find_config, load_project
 from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.models.source import source_identity
 from ft_assets.orchestration.data_sources import Versions, reported, reports, source_versions
-from ft_assets.orchestration.materializer import Materializer, user_errors
+from ft_assets.orchestration.materializer import PARTITION_TAG, Materializer, user_errors
 from ft_assets.orchestration.run_plan import MAYBE, Build, PlannedStep
 from ft_assets.orchestration.stale_graph import StaleGraph, in_a_line, under_way
 from ft_assets.screen import screen_of
@@ -32,6 +32,11 @@ CHECK = "up_to_date"
 INTERVAL_SECONDS = 30
 BUDGET_SECONDS = 20.0  # of plans in one tick: Dagster ends a tick after 60 seconds
 NOTHING = "made from today's data, settings, base model and code"
+NOT_MADE = "may be out of date: the run ended before it came to this"
+PLANNED = {
+    dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED,
+    dg.DagsterEventType.ASSET_CHECK_EVALUATION,
+}
 Marks = dict[str, dict[str, str]]  # {asset: {base model: why a run of it makes it again}}
 
 
@@ -198,7 +203,7 @@ def up_to_date(
         base_model = context.partition_key if partitions else None
         chosen = {key.asset_key for key in context.selected_asset_check_keys}
         with user_errors():
-            made = _made_by(context)
+            made = _made_by(context.instance, context.run.run_id)
             planned: dict[str, str] = {}
             if not chosen <= made:
                 graph = StaleGraph.today(project, build)
@@ -216,9 +221,33 @@ def up_to_date(
     return judge
 
 
-def _made_by(context: dg.AssetCheckExecutionContext) -> set[dg.AssetKey]:
-    """Return the assets that this run has materialized so far."""
-    events = context.instance.all_logs(
-        context.run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
-    )
+def settle(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Judge the checks `up_to_date` that a run planned and, because a step failed, did not execute.
+
+    The UI would show each asset of the run as failed, also those that the run has made.
+    """
+    run = instance.get_run_by_id(run_id)
+    logs = instance.all_logs(run_id, of_type=PLANNED)
+    events = [event.dagster_event for event in logs if event.dagster_event is not None]
+    evaluated = {
+        event.asset_check_evaluation_data.asset_check_key
+        for event in events
+        if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION
+    }
+    made = _made_by(instance, run_id)
+    for event in events:
+        if event.event_type != dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED:
+            continue
+        planned = event.asset_check_planned_data
+        key = planned.asset_check_key
+        if key.name != CHECK or key in evaluated or run is None:
+            continue
+        partition = run.tags.get(PARTITION_TAG) if planned.partitions_subset else None
+        why = None if key.asset_key in made else NOT_MADE
+        report_check(instance, run_id, _mark(key.asset_key, partition, why))
+
+
+def _made_by(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
+    """Return the assets that a run has materialized so far."""
+    events = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
     return {key for event in events if (key := event.get_dagster_event().asset_key)}

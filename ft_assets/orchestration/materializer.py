@@ -29,7 +29,7 @@ from ft_assets.artifacts.manifest import FileEntry, Read, file_entries
 from ft_assets.artifacts.store import Turn
 from ft_assets.artifacts.verification import HISTORIES
 from ft_assets.config import Project
-from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed
+from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed, VerdictError
 from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
 from ft_assets.orchestration.readable import readable
@@ -400,9 +400,11 @@ class user_errors(contextlib.ContextDecorator):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FtError):
+            about = {"look_at": dg.MetadataValue.asset(dg.AssetKey("eval_report"))}
             raise dg.Failure(
                 description=str(error),
-                metadata={key: value for key, value in error.to_dict().items() if value},
+                metadata={key: value for key, value in error.to_dict().items() if value}
+                | (about if isinstance(error, VerdictError) else {}),
                 allow_retries=False,
             ) from None
         if isinstance(error, InfrastructureFault):

@@ -9,6 +9,7 @@ and a started run without the tag could not be found.
 import sys
 
 from ft_assets.compat.dagster import execute_run, open_instance, read_run
+from ft_assets.orchestration.mark_stale import settle
 from ft_assets.redaction import guard_stream
 from ft_assets.runs.process import TAG, RunProcess
 from ft_assets.screen import one_screen
@@ -23,6 +24,8 @@ def main() -> None:
         with open_instance(run) as instance:
             instance.add_run_tags(run.run_id, {TAG: RunProcess.this(run.run_id).model_dump_json()})
         execute_run(sys.argv[1])
+        with open_instance(run) as instance:
+            settle(instance, run.run_id)
 
 
 if __name__ == "__main__":
