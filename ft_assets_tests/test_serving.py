@@ -27,6 +27,7 @@ from ft_assets.models.license import (
     stated_license,
 )
 from ft_assets.orchestration.materializer import StoreMaterializer
+from ft_assets.views.model_process import ModelProcess, models_key
 from ft_assets.views.side_by_side import SideBySide, contenders
 from ft_assets_tests.factories import edit, ft, hash_again
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
@@ -218,6 +219,25 @@ def test_chat_loads_one_model_at_a_time_where_memory_is_short_and_says_so(
     assert not alone.loaded
     question = "what is the red apple 7"
     assert dict(alone.answers(question)) == dict(together.answers(question))
+
+
+def test_models_process_answers_as_ft_chat_does_and_ends_with_its_questions(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_CONFIG", str(finished / "finetune.yaml"))
+    models = ModelProcess(busy=lambda: None)
+    key = models_key(ArtifactStore(finished / ".ft/store"), "tiny")
+    models.ask(key, "what is the red apple 7", None, tmp_path / "log.txt")
+    deadline = time.monotonic() + 150
+    while not models.state().done:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process = models._process
+    models.stop()
+    assert models.state().error is None
+    assert [who for who, _ in models.state().answers] == ["base", "champion"]
+    assert models.state().answers[1][1] == "yes"
+    assert process is not None and process.poll() is not None
 
 
 def free_port() -> int:

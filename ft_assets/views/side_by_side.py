@@ -72,11 +72,11 @@ class SideBySide:
         else:
             self.loaded = {who: load_base(path) for who, path in self.asked}
 
-    def answers(self, message: str) -> Iterator[tuple[str, str]]:
-        """Yield (who, answer) for one user message."""
+    def answers(self, message: str, system: str | None = None) -> Iterator[tuple[str, str]]:
+        """Yield (who, answer) for one user message, with another system turn if one is given."""
         messages: list[Message] = []
-        if self.system:
-            messages.append({"role": "system", "content": self.system})
+        if system := self.system if system is None else system:
+            messages.append({"role": "system", "content": system})
         messages.append({"role": "user", "content": message})
         for who, path in self.asked:
             prompt = self.renderers[who].prompts([{"messages": messages}])[0]
