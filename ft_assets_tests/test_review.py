@@ -3,15 +3,17 @@
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.config import load_project
+from ft_assets.config import EvaluationSettings, load_project
 from ft_assets.config.review import ReviewSettings
-from ft_assets.errors import ConfigError, DataError
+from ft_assets.errors import ConfigError, DataError, EvaluationError
+from ft_assets.evaluation.kept_answers import AskedRow, GivenAnswer
 from ft_assets.evaluation.verdict.decision import INCONCLUSIVE, PASS, decide
 from ft_assets.review.agreement import agreement, alpha, coincidences
 from ft_assets.review.calibration import Compared, calibrated
@@ -303,3 +305,45 @@ def test_review_that_cannot_be_is_refused(
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ConfigError, match=message):
         load_project(tmp_path / "finetune.yaml")
+
+
+def test_scores_of_people_are_of_exactly_these_answers(tmp_path: Path) -> None:
+    """Three rows: judged, judged with another answer, and equal to the base's answer."""
+    from ft_assets.evaluation.report import compare_rows
+    from ft_assets.evaluation.scorer import Scorer, Task
+
+    items = {f"r{n}": item(n, base=f"b{n}", few_shot=f"f{n}", sft=f"s{n}") for n in range(3)}
+    ranked = [[(f"s{n}", 1), (f"f{n}", 2), (f"b{n}", 3)] for n in range(3)]
+    given = [
+        new_judgement("anna", one.prompt, "held-out", ranks)
+        for one, ranks in zip(items.values(), ranked, strict=True)
+    ]
+    write_people_scores(tmp_path / "people.parquet", items, given)
+    rows: list[Any] = [
+        {
+            "id": name,
+            "group": name,
+            "messages": [*one.prompt, {"role": "assistant", "content": "x"}],
+        }
+        for name, one in items.items()
+    ]
+    settings = EvaluationSettings(metrics=["human"], metric="human")
+    people = read_people_scores(tmp_path / "people.parquet")
+    scorer = Scorer(Task(heldout=rows, settings=settings, people=people))
+
+    def asked(*answers: str) -> list[AskedRow]:
+        return [
+            AskedRow(f"r{n}", "x", 1.0, 0.5, GivenAnswer(text, True, 1))
+            for n, text in enumerate(answers)
+        ]
+
+    base = scorer.heldout(asked("b0", "b1", "b2"), None)
+    few_shot = scorer.heldout(asked("f0", "f1", "f2"), base)
+    merged = scorer.heldout(asked("s0", "another", "b2"), base)
+    assert [row.scores.get("human") for row in base] == [0.5, 0.5, 0.5]
+    assert [row.scores.get("human") for row in merged] == [1.0, None, 0.5]
+    against = compare_rows(merged, few_shot, settings, 0.95, {"human"})["human"]
+    # Asked directly: s0 is better than f0, and b2 is worse than f2; both beat or are the base.
+    assert (against.n, against.wins, against.losses) == (2, 1, 1)
+    with pytest.raises(EvaluationError, match="people judged none of these 3 answers"):
+        scorer.heldout(asked("new", "new", "new"), base)
