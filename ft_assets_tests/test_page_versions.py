@@ -194,8 +194,15 @@ def test_pages_show_versions_reports_and_what_gc_removed(
     assert "is &lt;b&gt;it&lt;/b&gt; late" not in compared  # its answer is the same
     assert "<b>1</b> better after, <b>0</b> worse after" in compared
     assert "2 added, 1 removed, 1 with another answer" in compared
-    assert pages.get("/ft/compare").url.path == "/ft/versions"
     assert pages.get("/ft/compare", params={**query, "after": "tiny:x"}).status_code == 404
+    split = opened.store.find("heldout_split", "tiny", used_by(first)["heldout_split"])
+    assert split is not None
+    (split.path / "train.parquet").write_bytes(b"damaged")
+    told = pages.get("/ft/compare", params=query)
+    assert told.status_code == 500
+    assert "train.parquet" in told.text
+    assert "to do:" in told.text
+    assert pages.get("/ft/compare").url.path == "/ft/versions"
 
 
 @pytest.mark.parametrize("base", ["..", "nobody", "%2e%2e", "..%2f.."])

@@ -19,6 +19,7 @@ from ft_assets.views.versions import find_report, used_by
 
 SHOWN = 40  # answers
 LONGEST = 200  # characters of a setting
+SPLIT = "heldout_split"
 TABLES = ("train", "preferences")
 TRAININGS = ("lora_adapter", "dpo_adapter")
 
@@ -129,7 +130,10 @@ class Comparison:
 
 
 def side(opened: Opened, name: str, version: str) -> Side | None:
-    """Return a version of the store with what it was made of, None if there is none."""
+    """Return a version of the store with what it was made of, None if there is none.
+
+    Raises ArtifactError if the report or its rows are damaged.
+    """
     report = find_report(opened, name, version)
     if report is None:
         return None
@@ -140,7 +144,8 @@ def side(opened: Opened, name: str, version: str) -> Side | None:
         if artifact is None:
             gone.append(asset)
         else:
-            parts[asset] = artifact
+            read = asset == SPLIT  # whole tables of it; of the others only small files
+            parts[asset] = opened.store.verified(artifact) if read else artifact
     if not report.manifest.inputs_read:
         gone.append("what it was made of (its store is older than these records)")
     return Side(
@@ -293,8 +298,10 @@ def _points(artifact: Artifact, file: str, key: str) -> list[tuple[float, float]
 
 
 def _data(before: Side, after: Side) -> Iterator[RowChanges]:
-    old, new = before.parts.get("heldout_split"), after.parts.get("heldout_split")
+    old, new = before.parts.get(SPLIT), after.parts.get(SPLIT)
     if old is None or new is None:
         return
-    for table in TABLES:
-        yield row_changes(table, old.path / f"{table}.parquet", new.path / f"{table}.parquet")
+    for name in TABLES:
+        tables = [one.path / f"{name}.parquet" for one in (old, new)]
+        if all(table.exists() for table in tables):  # an old version may lack one
+            yield row_changes(name, *tables)

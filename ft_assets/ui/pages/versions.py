@@ -33,7 +33,10 @@ def report(request: Request) -> Response:
             f"The store has no report {version} of {name}. ft gc may have removed it, which keeps "
             "the current versions and the newest ones.",
         )
-    page = (found.path / "info" / "report.html").read_text(encoding="utf-8")
+    file = found.path / "info" / "report.html"
+    if not file.exists():
+        raise HTTPException(404, f"{name} {version} is older than these pages: see ft report")
+    page = file.read_text(encoding="utf-8")
     headers = {"content-security-policy": REPORT_POLICY, "cache-control": "no-cache"}
     return HTMLResponse(page.replace("<body>", BACK, 1), headers=headers)
 
