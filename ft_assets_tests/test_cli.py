@@ -4,6 +4,8 @@ import inspect
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -250,3 +252,35 @@ def test_run_that_waits_for_the_gpu_says_so_once() -> None:
         "lora_adapter     waits: another run holds the pool gpu"
     )
     assert shown("Step still blocked by limit for pool gpu") == ""
+
+
+def test_selections_of_the_docs_select_what_they_say(project: Path) -> None:
+    from ft_assets.cli.app import select
+    from ft_assets.config import load_project
+    from ft_assets.definitions import build
+
+    defs = build(load_project(project / "finetune.yaml"))
+    text = (Path(__file__).parents[1] / "docs" / "reruns.md").read_text()
+    rows = re.findall(r"^\| `--(asset|until) (.+?)` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 8
+    for option, (words, told) in ((row[0], row[1:]) for row in rows):
+        (given,) = shlex.split(words)
+        keys = select(defs, given) if option == "asset" else select(defs, "*", given)
+        names = set(re.findall(r"`([a-z_]+)`", told))
+        if "--until" in told:
+            names = {key.to_user_string() for key in select(defs, "*", told.split()[-1][:-1])}
+        assert {key.to_user_string() for key in keys} == names, words
+
+
+@pytest.mark.parametrize("given", ["heldout_spilt", "train_files", "eval_report*"])
+def test_until_takes_only_assets_that_are_made_and_names_the_nearest(
+    project: Path, given: str
+) -> None:
+    from ft_assets.cli.app import select
+    from ft_assets.config import load_project
+    from ft_assets.definitions import build
+    from ft_assets.errors import FtError
+
+    with pytest.raises(FtError, match="is not an asset that is made") as refused:
+        select(build(load_project(project / "finetune.yaml")), "*", given)
+    assert given != "heldout_spilt" or "did you mean 'heldout_split'?" in str(refused.value)

@@ -18,6 +18,7 @@ from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 
 from ft_assets.compat import dagster as hooks
 from ft_assets.compat.dagster_at_rest import sleep_while_a_pool_is_full
+from ft_assets.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 RUN = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -196,3 +197,27 @@ def test_run_that_waits_for_a_pool_sleeps_until_its_next_look() -> None:
             assert has.claim("gpu", "train")
             assert not waits.claim("gpu", "train")
             assert 0.5 < waits.interval_to_next_pending_claim_check() <= 1
+
+
+def test_instance_that_a_command_of_dagster_deletes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from dagster._cli.utils import get_possibly_temporary_instance_for_cli
+
+    from ft_assets.orchestration.instance import require_kept
+
+    project: Any = SimpleNamespace(root=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    with (
+        get_possibly_temporary_instance_for_cli("dagster asset materialize") as deleted,
+        pytest.raises(ConfigError, match=f"export DAGSTER_HOME={tmp_path}/.ft/dagster"),
+    ):
+        require_kept(deleted, project)
+    (tmp_path / ".ft" / "dagster").mkdir(parents=True)
+    (tmp_path / ".env").write_text(f"DAGSTER_HOME={tmp_path}/.ft/dagster\n")
+    with get_possibly_temporary_instance_for_cli("dagster asset materialize") as kept:
+        require_kept(kept, project)  # as the fix says
+    require_kept(dg.DagsterInstance.ephemeral(), project)  # of a test

@@ -11,6 +11,8 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.config import Project
+from ft_assets.orchestration.instance import require_kept
+from ft_assets.orchestration.materializer import user_errors
 from ft_assets.orchestration.run_plan import Build, summary
 from ft_assets.orchestration.run_plan_job import Chosen
 from ft_assets.orchestration.stale_graph import StaleGraph
@@ -32,6 +34,8 @@ def bring_up_to_date(
         description="Finds what is out of date. Its runs start within half a minute.",
     )
     def find_stale(context: dg.OpExecutionContext, config: Chosen) -> None:
+        with user_errors():
+            require_kept(context.instance, project)
         graph = StaleGraph.today(project, build)
         found = dict[str, list[str]]()
         for name in config.names(graph.project):

@@ -9,6 +9,7 @@ from ft_assets.errors import ConfigError
 from ft_assets.system_errors import explained
 
 HOME = "DAGSTER_HOME"
+TEMPORARY = ".tmp_dagster_home_"  # the folder of an instance that a command deletes
 SETTINGS = (
     "telemetry: {enabled: false}\n"
     "nux: {enabled: false}  # no sign-up dialog over the UI\n"
@@ -56,3 +57,20 @@ def open_instance() -> Any:
             expected="settings of a Dagster instance",
             fix="correct it; or move it away, and ft writes one with its defaults",
         ) from None
+
+
+def require_kept(instance: Any, project: Project) -> None:
+    """Raise ConfigError for an instance that a command of Dagster made for itself and deletes.
+
+    `dagster` and `dg` do so without DAGSTER_HOME: the UI would never show the run.
+    """
+    folder = str(instance.root_directory or "") if instance.is_persistent else ""
+    if Path(folder).name.startswith(TEMPORARY):
+        home = project.root / ".ft" / "dagster"
+        raise ConfigError(
+            where=HOME,
+            found="is not set, so that this run's history would be deleted with its command",
+            expected="the instance of ft run and ft ui",
+            fix=f"export {HOME}={home}, or write {HOME}={home} into .env beside finetune.yaml; "
+            "then repeat the command",
+        )

@@ -32,6 +32,7 @@ from ft_assets.config import Project
 from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed, VerdictError
 from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
+from ft_assets.orchestration.instance import require_kept
 from ft_assets.orchestration.readable import readable
 from ft_assets.release.records import require_recorded
 from ft_assets.screen import screen_of
@@ -160,6 +161,7 @@ class StoreMaterializer:
         turn: Turn | None = None,
     ) -> tuple[Artifact, bool]:
         """See Materializer. An artifact that the store has whole is not made again."""
+        require_kept(context.instance, self.project)
         inputs = inputs or {}
         wanted = Wanted.of(context, identity, inputs, libraries)
         if wanted.partition and PARTITION_TAG not in context.run.tags:
