@@ -37,6 +37,7 @@ FLAGS = [
     "--disable-sync",
     "--disable-default-apps",
 ]
+WINDOW = {"width": 1500, "height": 900}
 LOCATION = "ft_assets"
 SECONDS = 240  # timeout of a wait: the daemon ticks every 30 s, and a busy machine doubles it
 RUNS = """query($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) {
@@ -55,9 +56,11 @@ HOSTILE = """<!doctype html><script>
 const ui = "%s", changes = %s, body = (how) => JSON.stringify({query: changes[how]});
 window.outcome = {};
 const shown = (tag, key) => Object.assign(document.createElement(tag), {[key]: ui + "/overview"});
-const sent = (how, options) => fetch(ui + "/graphql", {method: "POST", body: body(how), ...options})
+const sent = (how, options, path = "/graphql") => fetch(
+  ui + path, {method: "POST", body: body(how), ...options})
   .then((answer) => answer.text()).then((text) => outcome[how] = text).catch(() => {});
 addEventListener("load", async () => {
+  document.body.append(Object.assign(document.createElement("iframe"), {src: ui + "/ft/"}));
   document.body.append(shown("iframe", "src"), shown("object", "data"), shown("embed", "src"));
   document.body.append(Object.assign(new Image(), {
     src: ui + "/graphql?query=" + encodeURIComponent(changes.image)}));
@@ -69,7 +72,9 @@ addEventListener("load", async () => {
   document.body.append(form, Object.assign(document.createElement("iframe"), {name: "inner"}));
   form.submit();
   await sent("simple", {mode: "no-cors"});
-  await sent("json", {headers: {"Content-Type": "application/json"}});
+  const json = {headers: {"Content-Type": "application/json"}};
+  await sent("json", json);
+  await sent("review", json, "/ft/review/judge");
   const socket = new WebSocket(ui.replace("http", "ws") + "/graphql", "graphql-ws");
   socket.onopen = () => { outcome.socket = "open"; socket.close(); };
   await new Promise((done) => socket.onclose = done);
@@ -111,6 +116,17 @@ class Person:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.page.wait_for_timeout(1500)  # what fades in has faded in
             self.page.screenshot(path=Path(folder) / f"{name}.png")
+
+    def press(self, name: str) -> None:
+        """Walk to a link or button by the tab key, and press it."""
+        now = "document.activeElement.innerText"
+        for _ in range(60):
+            self.page.keyboard.press("Tab")
+            if self.page.evaluate(now).strip() == name:
+                with self.page.expect_navigation():
+                    self.page.keyboard.press("Enter")
+                return
+        raise AssertionError(f"no {name} by the keyboard")
 
     def runs(self, **tags: str) -> list[dict[str, Any]]:
         found = self.ask(RUNS, tags=[{"key": key, "value": value} for key, value in tags.items()])
@@ -212,7 +228,7 @@ def person(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         server = Server(folder)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, headless=True)
-        page = browser.new_page(viewport={"width": 1500, "height": 900})
+        page = browser.new_page(viewport=WINDOW)
         page.set_default_timeout(60_000)
         someone = Person(page, server, folder)
         yield someone
@@ -261,6 +277,40 @@ def test_bad_adapter_fails_its_check_and_the_merge_refuses(person: Person) -> No
 
     assert person.materialize("merged_model", "tiny", refusal) == "FAILURE"
     assert merged.read_text() == before
+
+
+def test_first_page_leads_to_the_report_and_a_comparison_by_the_keyboard(person: Person) -> None:
+    page = person.page
+    person.open("/")
+    assert page.url == f"{person.url}/ft/"
+    page.get_by_role("heading", name=re.compile("tiny (FAIL|INCONCLUSIVE)")).wait_for()
+    page.get_by_text(re.compile("Planned .* ago")).wait_for(timeout=SECONDS * 1000)
+    page.get_by_text(re.compile("second: [0-9]+ of [0-9]+ steps")).wait_for()  # never made
+    for width, scheme in ((375, "light"), (1280, "dark")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+        person.shot(f"home_{scheme}")
+    person.press("Report")
+    page.get_by_role("heading", name=re.compile("tiny (FAIL|INCONCLUSIVE)")).wait_for()
+    person.shot("report")
+    person.press("All versions")
+    person.press("Compare the two chosen")
+    page.get_by_role("heading", name="Compare two versions").wait_for()
+    page.get_by_role("row", name=re.compile("dpo_adapter dpo.learning_rate")).wait_for()
+    assert page.locator("polyline").count() >= 4
+    person.shot("compare")
+    page.set_viewport_size(WINDOW)
+    page.emulate_media(color_scheme="light")
+
+    person.open("/assets/eval_report?view=partitions&partition=tiny")
+    with page.expect_popup() as popup:
+        page.locator('a[href^="/ft/versions/tiny/"]').first.click()
+    popup.value.get_by_role("heading", name=re.compile("tiny (FAIL|INCONCLUSIVE)")).wait_for()
+    popup.value.close()
+    assert person.refused == []
 
 
 def test_changed_data_is_marked_with_its_reason_and_one_job_runs_what_is_marked(
