@@ -155,7 +155,7 @@ def test_corrections_of_fresh_prompts_alone_become_training_rows(
     assert done.returncode == 0 and "3 corrections of held-out prompts are left out" in done.stderr
     rows, pairs = (
         [json.loads(line) for line in (reviewed / "corrected" / name).read_text().splitlines()]
-        for name in ("conversations.jsonl", "preferences.jsonl")
+        for name in ("review_conversations.jsonl", "review_preferences.jsonl")
     )
     assert (len(rows), len(pairs)) == (2, 4)
     assert all(row["review"]["reviewer"] == "anna" and row["review"]["judgement"] for row in rows)
@@ -167,12 +167,19 @@ def test_corrections_of_fresh_prompts_alone_become_training_rows(
     edit(
         reviewed,
         data={
-            "train": ["corrected/conversations.jsonl"],
-            "preferences": ["corrected/preferences.jsonl"],
+            "train": ["corrected/review_conversations.jsonl"],
+            "preferences": ["corrected/review_preferences.jsonl"],
         },
     )
     found = checks(materialize(reviewed, "raw_dataset,raw_preferences"))
     assert found["rows_are_valid"].passed and found["columns_are_read"].passed
     # A prompt that is held out later is left out too.
     answered(reviewed, {"base": ["a"], "sft": ["b"]}, version="2", prompts=["fresh one"])
-    assert len(corrections_of(opened).rows) == 1
+    left = corrections_of(opened)
+    assert len(left.rows) == 1
+    left.write(reviewed / "corrected")
+    own = reviewed / "corrected/review_preferences.jsonl"
+    own.write_text('{"prompt": "mine"}\n')
+    with pytest.raises(DataError, match="no export of a review"):
+        left.write(reviewed / "corrected")
+    assert "mine" in own.read_text()

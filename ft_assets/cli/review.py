@@ -35,8 +35,8 @@ def review(
         Path | None,
         typer.Option(
             "--export",
-            help="Write the corrections of fresh prompts as conversations.jsonl and "
-            "preferences.jsonl into this folder. Then end.",
+            help="Write the corrections of fresh prompts into this folder, as "
+            "review_conversations.jsonl and review_preferences.jsonl. Then end.",
         ),
     ] = None,
 ) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ft_assets.errors import DataError
 from ft_assets.review.judgements import Judgement
 
-ROWS, PAIRS = "conversations.jsonl", "preferences.jsonl"
+ROWS, PAIRS = "review_conversations.jsonl", "review_preferences.jsonl"
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class Corrections:
     left_out: int
 
     def write(self, folder: Path) -> None:
-        """Write both files anew."""
+        """Write both files anew. Raises DataError if one exists that this did not write."""
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (ROWS, PAIRS):
+            _require_ours(folder / name)
         for name, lines in ((ROWS, self.rows), (PAIRS, self.pairs)):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (folder / name).write_text(text, encoding="utf-8")
@@ -54,3 +57,18 @@ def corrections(judgements: Sequence[Judgement], heldout: Collection[str]) -> Co
             if shown.text != one.correction
         ]
     return Corrections(rows, pairs, left_out)
+
+
+def _require_ours(path: Path) -> None:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        if all(json.loads(line)["review"]["judgement"] for line in lines):
+            return
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(
+        where=str(path),
+        found="exists, with lines that are no export of a review",
+        expected="no file of this name, or an earlier export",
+        fix="export into another folder",
+    )
