@@ -26,7 +26,12 @@ def check() -> dict[str, float]:
     return results
 
 
-def _adapted(shape: LlamaShape, quantized: bool, dropout: float = 0.0) -> Any:
+def _adapted(
+    shape: LlamaShape,
+    quantized: bool,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+) -> Any:
     """Return a base with an adapter whose B is not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -35,7 +40,7 @@ def _adapted(shape: LlamaShape, quantized: bool, dropout: float = 0.0) -> Any:
         r=16,
         lora_alpha=32,
         lora_dropout=dropout,
-        target_modules="all-linear",
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(random_base(shape, quantized), config)
@@ -115,6 +120,7 @@ def _check_fp8(shape: LlamaShape, texts: list[list[int]], quantized: bool) -> di
 
     from ft_assets.training.attention import register
     from ft_assets.training.fp8 import quantize_base
+    from ft_assets.training.fp8_mlp import fuse_mlps
     from ft_assets.training.isolation import leak
     from ft_assets.training.linears import fuse_linears
 
@@ -126,6 +132,12 @@ def _check_fp8(shape: LlamaShape, texts: list[list[int]], quantized: bool) -> di
     linears = quantize_base(model)
     fp8_loss, fp8 = _loss_and_gradients(model, texts, packed=True)
     again_loss, again = _loss_and_gradients(model, texts, packed=True)
+    alone = _adapted(shape, quantized, targets=["q_proj", "o_proj"]).train()
+    fuse_linears(alone)
+    quantize_base(alone)
+    layers_loss, layers = _loss_and_gradients(alone, texts, packed=False)
+    blocks = fuse_mlps(alone)
+    blocks_loss, fused = _loss_and_gradients(alone, texts, packed=False)
     rows = [{"input_ids": ids, "supervised": [True] * len(ids)} for ids in texts]
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     return {
@@ -134,6 +146,9 @@ def _check_fp8(shape: LlamaShape, texts: list[list[int]], quantized: bool) -> di
         f"{kind} to FP8: gradient cosine": _cosine(gradient, fp8),
         f"{kind} to FP8: the same again, loss": again_loss - fp8_loss,
         f"{kind} to FP8: the same again, gradient cosine": _cosine(again, fp8),
+        f"{kind} to FP8: fused MLPs": blocks,
+        f"{kind} to FP8: fused MLPs - layers, loss": blocks_loss - layers_loss,
+        f"{kind} to FP8: fused MLPs, gradient cosine": _cosine(layers, fused),
         f"{kind} to FP8: leak": leak(model, rows, collator),  # type: ignore[arg-type]
     }
 
@@ -163,7 +178,10 @@ def _check_fp8_kernels() -> dict[str, float]:
     across = torch.empty(*reversed(weight.shape), dtype=fp8.E4M3, device="cuda")
     weight.write_by_input(across)
     dense = fp8.dense_weight(weight.base, torch.float32) * weight.inverse[:, None]
-    product = fp8.multiply(mine, scale, mine, scale.flatten(), torch.bfloat16).float().cpu()
+    sums = {}
+    for kind, fast in (("exact", False), ("fast", True)):
+        product = fp8.multiply(mine, scale, mine, scale.flatten(), torch.bfloat16, fast)
+        sums[kind] = product.float().cpu()
     exact = fp8.multiply(plain, plain_scale, plain, plain_scale.flatten(), torch.float32)
     return {
         "FP8 rows: share that differs from plain torch": _differ(mine.cpu(), plain),
@@ -172,7 +190,12 @@ def _check_fp8_kernels() -> dict[str, float]:
             weight.by_output(), dense.to(fp8.E4M3)
         ),
         "FP8 of NF4: share that differs when transposed": _differ(weight.by_output().T, across),
-        "FP8 product: relative error": ((product - exact).norm() / exact.norm()).item(),
+        **{
+            f"FP8 product with itself, {kind} sums: relative error": (
+                (product - exact).norm() / exact.norm()
+            ).item()
+            for kind, product in sums.items()
+        },
     }
 
 

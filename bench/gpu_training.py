@@ -122,7 +122,9 @@ def print_speed(arguments: argparse.Namespace, machine: Result) -> None:
         if "fp8_linears" in found:
             print(
                 f"{'':<34} FP8 against bf16 on these random weights: {found['fp8_linears']} "
-                f"linears, loss {found['fp8_loss_shift']:+}, gradient cosine "
+                f"linears, {found['fp8_mlps']} fused MLPs, "
+                f"{'fast' if found['fp8_fast_sums'] else 'exact'} sums, "
+                f"loss {found['fp8_loss_shift']:+}, gradient cosine "
                 f"{found['fp8_gradient_cosine']}, packing leak {found['packing_leak']}",
                 flush=True,
             )

@@ -69,6 +69,8 @@ class Result(TypedDict, total=False):
     predicted_memory_gb: float
     packing_leak: float | None
     fp8_linears: int
+    fp8_mlps: int
+    fp8_fast_sums: bool
     fp8_loss_shift: float
     fp8_gradient_cosine: float
     liger: bool
@@ -243,6 +245,8 @@ def ours(way: Way, steps: int, dropout: float, shape: LlamaShape) -> Result:
     }
     if "fp8_linears" in metrics:
         result["fp8_linears"] = metrics["fp8_linears"]
+        result["fp8_mlps"] = metrics["fp8_mlps"]
+        result["fp8_fast_sums"] = metrics["fp8_fast_sums"]
         result["fp8_loss_shift"] = metrics["fp8_loss_shift"]
         result["fp8_gradient_cosine"] = metrics["fp8_gradient_cosine"]
     if torch.cuda.is_available():

@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import ConfigError
 from ft_assets.hardware import no_fp8
-from ft_assets.training import fp8_probe, prepare
+from ft_assets.training import fp8, fp8_probe, prepare
 from ft_assets.training.base_products import DenseProducts, dense_weight
 from ft_assets.training.fp8 import E4M3, Fp8Products, quantize, quantize_base
+from ft_assets.training.fp8_mlp import fuse_mlps
 from ft_assets.training.fp8_probe import Fp8Error
-from ft_assets.training.linears import fuse_linears
+from ft_assets.training.linears import fuse_linears, group_of
 from ft_assets.training.memory_plan.estimate import predict
 from ft_assets.training.memory_plan.plan import Data, Machine, Request, make_plan
 from ft_assets.training.sft import train_sft
@@ -83,12 +84,61 @@ def test_a_model_in_fp8_learns_nearly_the_same(
     assert quantize_base(model) == 14
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    fp8_loss, fp8 = loss_and_gradients(model)
+    fp8_loss, found = loss_and_gradients(model)
     assert 0 < abs(loss - fp8_loss) < 0.05
-    one, other = (torch.cat([g.flatten() for g in which.values()]) for which in (gradients, fp8))
+    one, other = (torch.cat([g.flatten() for g in which.values()]) for which in (gradients, found))
     assert 0.95 < torch.cosine_similarity(one, other, 0) < 1
     with torch.no_grad():  # the validation loss is that of the numbers that train
         assert model(input_ids=torch.tensor([[5, 9]])).logits.isfinite().all()
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["16 bits", "NF4"])
+def test_a_fused_mlp_computes_what_its_layers_compute(tiny_model: Path, quantized: bool) -> None:
+    model = adapted(tiny_model, quantized, target_modules=ATTENTION)
+    fuse_linears(model)
+    quantize_base(model)
+    loss, gradients = loss_and_gradients(model)
+    assert fuse_mlps(model) == 2
+    fused_loss, fused = loss_and_gradients(model)
+    assert fused_loss == pytest.approx(loss, abs=1e-3)
+    for name, gradient in gradients.items():
+        assert torch.cosine_similarity(gradient.flatten(), fused[name].flatten(), 0) > 0.99, name
+    block = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    dense = [dense_of(weight) for weight in block_weights(block)]
+    exact = torch.nn.functional.silu(x @ dense[0].T) * (x @ dense[1].T) @ dense[2].T
+    weights = torch.randn(exact.shape, generator=torch.Generator().manual_seed(5))
+    (expected,) = torch.autograd.grad((exact * weights).sum(), x)
+    out = block(x)
+    (found,) = torch.autograd.grad((out * weights).sum(), x)
+    assert (out - exact).norm() < 0.1 * exact.norm()
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def dense_of(weight: Any) -> torch.Tensor:
+    return weight.by_output().float() * weight.scale[:, None]
+
+
+def block_weights(block: Any) -> list[Any]:
+    wide, down = (group_of(getattr(block, name)) for name in ("gate_proj", "down_proj"))
+    assert wide is not None and down is not None
+    return [*wide.products.weights, *down.products.weights]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("change", ["gelu", "adapter", "16 bits"])
+def test_another_block_is_not_fused(tiny_model: Path, change: str) -> None:
+    targets = [*ATTENTION, *(["up_proj"] if change == "adapter" else [])]
+    model = adapted(tiny_model, target_modules=targets)
+    if change == "gelu":
+        for layer in model.get_base_model().model.layers:
+            layer.mlp.act_fn = torch.nn.GELU()
+    fuse_linears(model)
+    if change != "16 bits":
+        quantize_base(model)
+    assert fuse_mlps(model) == 0
 
 
 def train(
@@ -131,6 +181,30 @@ def test_training_in_fp8_is_proven_and_recorded(
     assert fp8_probe.MIN_COSINE < metrics["fp8_gradient_cosine"] < 1
     assert adapter != before and metrics["loss_last"] == pytest.approx(plain["loss_last"], abs=0.05)
     assert "base_compute" not in plain and "fp8_linears" not in plain
+
+
+def test_sums_are_fast_only_if_the_probe_finds_them_as_good(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hopper loses up to a quarter of a sum whose terms have one sign."""
+    own, asked = fp8.multiply, []
+    share = {"lost": 0.0}
+
+    def lossy(*given: Any) -> torch.Tensor:
+        asked.append(given[5])
+        return own(*given) * (1 - share["lost"] * given[5])
+
+    monkeypatch.setattr(fp8, "multiply", lossy)
+    for lost, fast in ((0.0, True), (0.2, False)):
+        share["lost"] = lost
+        model = adapted(tiny_model, target_modules=ATTENTION)
+        fuse_linears(model)
+        metrics = fp8_probe.prove_fp8(model, rows(8))
+        assert metrics["fp8_fast_sums"] is fast and metrics["fp8_mlps"] == 2
+        assert metrics["fp8_gradient_cosine"] > fp8_probe.MIN_COSINE
+        asked.clear()
+        loss_and_gradients(model)
+        assert set(asked) == {fast}
 
 
 @pytest.mark.parametrize("limit", ["MIN_COSINE", "MAX_LOSS_SHIFT"])
@@ -220,10 +294,10 @@ def test_a_16_bit_base_halves_in_fp8_after_it_has_been_whole() -> None:
         parts[compute] = {
             tokens: predict(SHAPE, next(request.setups("lora", tokens))) for tokens in (256, 18_471)
         }
-    dense, fp8 = parts["bf16"], parts["fp8"]
-    assert fp8[256]["weights"] == pytest.approx(
+    dense, halved = parts["bf16"], parts["fp8"]
+    assert halved[256]["weights"] == pytest.approx(
         dense[256]["weights"] - SHAPE.linear_parameters, rel=1e-6
     )
     # Few tokens: the peak is the probe, before the 16-bit weights are replaced.
-    assert fp8[256]["total"] > dense[256]["weights"]
-    assert fp8[18_471]["total"] < dense[18_471]["total"]
+    assert halved[256]["total"] > dense[256]["weights"]
+    assert halved[18_471]["total"] < dense[18_471]["total"]

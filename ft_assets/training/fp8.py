@@ -10,6 +10,9 @@ One stored weight q serves both directions, W ≈ diag(s) q. In g W the sum runs
 the scales s cannot be taken out of the product. They go into the gradient before it is quantized:
 g W ≈ (g diag(s)) q.
 
+The tensor cores of Hopper sum fast with about 14 bits, and lose up to a quarter of a long sum whose
+terms have one sign. So sums are exact unless the probe (fp8_probe.py) finds fast ones as good.
+
 The adapter stays in the compute dtype. A 16-bit base is stored in FP8, an NF4 base stays NF4 and is
 converted for each product. On a CPU the same numbers are multiplied in fp32.
 """
@@ -43,6 +46,13 @@ def quantize_base(model: Any) -> int:
     return changed
 
 
+def sum_fast(model: Any, fast: bool) -> None:
+    """Let all products in FP8 sum with fewer bits, or exactly."""
+    for group in linear_groups(model):
+        if isinstance(group.products, Fp8Products):
+            group.products.fast = fast
+
+
 def _fits(base: Any) -> bool:
     multiple = MULTIPLE if _nf4(base) is None else BLOCK
     return base.in_features % multiple == 0 and base.out_features % MULTIPLE == 0
@@ -53,9 +63,10 @@ def _nf4(base: Any) -> Any:
 
 
 class Fp8Products:
-    """The products of a group of linears in FP8."""
+    """The products of a group of linears in FP8. `fast`: sum with fewer bits."""
 
     plain = False
+    fast = False
 
     def __init__(self, bases: Sequence[Any]) -> None:
         self.biases = [base.bias for base in bases]
@@ -65,8 +76,18 @@ class Fp8Products:
     def outputs(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         rows, scale = quantize([x])
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            out = multiply(rows, scale, weight.by_output(), weight.scale, x.dtype)
+            out = self.output(rows, scale, weight, x.dtype)
             yield out if bias is None else out.add_(bias.to(x.dtype))
+
+    def output(
+        self,
+        rows: torch.Tensor,
+        scale: torch.Tensor,
+        weight: "Fp8Weight | Nf4Weight",
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return the product (N, out) of quantized inputs with one of the weights."""
+        return multiply(rows, scale, weight.by_output(), weight.scale, dtype, self.fast)
 
     def input_gradient(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         present = [
@@ -78,6 +99,16 @@ class Fp8Products:
             return None
         given, weights = zip(*present, strict=True)
         rows, scale = quantize(given, [weight.scale for weight in weights])
+        return self.gradient_of(rows, scale, weights, given[0].dtype)
+
+    def gradient_of(
+        self,
+        rows: torch.Tensor,
+        scale: torch.Tensor,
+        weights: "Sequence[Fp8Weight | Nf4Weight]",
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return the gradient (N, in) of quantized gradients (N, outputs of all `weights`)."""
         inputs, outputs = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         side_by_side = torch.empty(inputs, outputs, dtype=E4M3, device=rows.device)
         begin = 0
@@ -85,7 +116,7 @@ class Fp8Products:
             end = begin + weight.shape[0]
             weight.write_by_input(side_by_side[:, begin:end])
             begin = end
-        return multiply(rows, scale, side_by_side, self.ones, given[0].dtype)
+        return multiply(rows, scale, side_by_side, self.ones, dtype, self.fast)
 
 
 class Fp8Weight:
@@ -166,6 +197,7 @@ def multiply(
     right: torch.Tensor,
     right_scale: torch.Tensor,
     dtype: torch.dtype,
+    fast: bool = False,
 ) -> torch.Tensor:
     """Return (diag(left_scale) left) (diag(right_scale) right)ᵀ in `dtype`.
 
@@ -178,7 +210,7 @@ def multiply(
             left_scale,
             right_scale[None],
             out_dtype=torch.bfloat16,  # the one dtype that it has for scales by row
-            use_fast_accum=True,
+            use_fast_accum=fast,
         )
         return out.to(dtype)
     return ((left.float() @ right.float().T) * left_scale * right_scale).to(dtype)

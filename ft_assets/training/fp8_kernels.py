@@ -83,6 +83,28 @@ def from_nf4(
     )
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return silu(gate) · up in FP8 with a scale a row, as fp8_mlp.swiglu does."""
+    rows, size = gate.shape
+    out = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=gate.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=gate.device)
+    block = triton.next_power_of_2(size)
+    _swiglu[(rows,)](gate, up, out, scale, size, block, num_warps=16)
+    return out, scale
+
+
+def swiglu_gradients(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, factors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both gradients side by side in FP8, as fp8_mlp.swiglu_gradients does."""
+    rows, size = gate.shape
+    out = torch.empty(rows, 2 * size, dtype=torch.float8_e4m3fn, device=gate.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=gate.device)
+    block = triton.next_power_of_2(size)
+    _swiglu_gradients[(rows,)](gradient, gate, up, *factors, out, scale, size, block, num_warps=16)
+    return out, scale
+
+
 @triton.jit
 def _scaled_row(
     part, factors, row, stride, size: tl.constexpr, block: tl.constexpr, scaled: tl.constexpr
@@ -185,3 +207,48 @@ def _from_nf4(
         tl.store(into + at, tl.trans(values), mask=tl.trans(stored))
     else:
         tl.store(into + begin * stride + column[None, :], values, mask=stored)
+
+
+@triton.jit
+def _row(matrix, row, size: tl.constexpr, block: tl.constexpr):
+    at = tl.arange(0, block)
+    return tl.load(matrix + row * size + at, mask=at < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _swiglu(gate, up, out, scale, size: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    wide = _row(gate, row, size, block)
+    values = wide * tl.sigmoid(wide) * _row(up, row, size, block)
+    largest = tl.maximum(tl.max(tl.abs(values), 0), 1e-20)
+    tl.store(scale + row, largest / 448.0)
+    _store_row(out + row * size, values, 448.0 / largest, size, block)
+
+
+@triton.jit
+def _swiglu_gradients(
+    gradient,
+    gate,
+    up,
+    gate_factors,
+    up_factors,
+    out,
+    scale,
+    size: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, block)
+    inside = at < size
+    of = _row(gradient, row, size, block)
+    wide = _row(gate, row, size, block)
+    share = tl.sigmoid(wide)
+    of_gate = of * _row(up, row, size, block) * share * (1 + wide * (1 - share))
+    of_gate *= tl.load(gate_factors + at, mask=inside, other=0.0)
+    of_up = of * wide * share * tl.load(up_factors + at, mask=inside, other=0.0)
+    largest = tl.maximum(tl.max(tl.abs(of_gate), 0), tl.max(tl.abs(of_up), 0))
+    largest = tl.maximum(largest, 1e-20)
+    tl.store(scale + row, largest / 448.0)
+    inverse = 448.0 / largest
+    _store_row(out + row * (2 * size), of_gate, inverse, size, block)
+    _store_row(out + row * (2 * size) + size, of_up, inverse, size, block)

@@ -109,16 +109,17 @@ class LinearGroup:
 
 def linear_groups(model: Any) -> list[LinearGroup]:
     """Return the groups of a model whose linears are fused, each once; else an empty list."""
-    groups = {id(group): group for module in model.modules() if (group := _group_of(module))}
+    groups = {id(group): group for module in model.modules() if (group := group_of(module))}
     return list(groups.values())
 
 
 def adapters_are_fused(model: Any) -> bool:
     """Return True if no adapter's layer runs PEFT's own forward."""
-    return all(_group_of(module) for module in model.modules() if isinstance(module, LoraLayer))
+    return all(group_of(module) for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _group_of(module: Any) -> LinearGroup | None:
+def group_of(module: Any) -> LinearGroup | None:
+    """Return the group of a fused linear; None for any other module."""
     owner = getattr(getattr(module.__dict__.get("forward"), "func", None), "__self__", None)
     return owner if isinstance(owner, LinearGroup) else None
 
