@@ -42,7 +42,10 @@ def split(make_project: Callable[[Path], Path], tmp_path_factory: pytest.TempPat
     write_jsonl(folder / "data/heldout.jsonl", heldout)
     edit(folder, data={"heldout": ["data/heldout.jsonl"], "max_invalid": 0.5})
     edit(folder, chat={"max_length": 256, "max_truncated": 0.5})
-    assert materialize(folder, UP_TO_SPLIT).success
+    done = materialize(folder, UP_TO_SPLIT)
+    assert done.success
+    (event,) = done.asset_materializations_for_node("heldout_split")
+    assert event.metadata["rows_page"].value == "/ft/rows?base_model=tiny"
     return folder
 
 

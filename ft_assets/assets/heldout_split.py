@@ -29,6 +29,7 @@ from ft_assets.evaluation.setting_files import program_version, read_schema, use
 from ft_assets.job import StepResult
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
+from ft_assets.orchestration.links import rows_path
 from ft_assets.orchestration.materializer import WARN, Materializer, result
 from ft_assets.rows.types import ConversationRow, TokenizedRow
 
@@ -90,9 +91,11 @@ def heldout_split(
     shown = {"strata": dg.MetadataValue.md(_table(strata))} if strata else {}
     made = {one.asset: one for one in (raw, preferences, chat, artifact)}
     shown |= _left_out(made)
+    page = dg.MetadataValue.url(rows_path(base_model=context.partition_key))
     rows = artifact.metrics["train_rows"]
     first = ("train_rows", "validation_rows", "heldout_rows", "retention_rows")
-    return result(artifact, reused, first, **shown, **{"dagster/partition_row_count": rows})
+    more = {"rows_page": page, "dagster/partition_row_count": rows}
+    return result(artifact, reused, first, **shown, **more)
 
 
 def _tables(raw: Artifact, preferences: Artifact) -> list[Path]:

@@ -24,6 +24,7 @@ from ft_assets.data.threads import join_threads
 from ft_assets.errors import DataError
 from ft_assets.job import StepResult
 from ft_assets.orchestration.declarations import Checked
+from ft_assets.orchestration.links import rows_path
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
 from ft_assets.rows.cells import plain
 from ft_assets.rows.columns import Columns
@@ -65,6 +66,7 @@ def ingested(
         artifact,
         reused,
         first=(f"{table}_rows", "rejected"),
+        rows_page=dg.MetadataValue.url(rows_path(table=table)),
         sample=_sample(artifact, table),
         **_rejected(artifact),
         **{"dagster/row_count": artifact.metrics[f"{table}_rows"]},

@@ -3,7 +3,7 @@
 They have no host, so a browser takes that of Dagster's page: through `ssh -L` and behind a proxy.
 """
 
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 HOME = "/ft/"
 
@@ -16,3 +16,8 @@ def versions_path(base_model: str) -> str:
 def report_path(base_model: str, version: str) -> str:
     """Return the address of the page of a report."""
     return f"/ft/versions/{quote(base_model)}/{version}/report"
+
+
+def rows_path(**query: str) -> str:
+    """Return the address of the rows of a search, e.g. `table="preferences"`."""
+    return f"/ft/rows?{urlencode(query)}"

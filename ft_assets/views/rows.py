@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import Project
-from ft_assets.data.content import CONVERSATIONS
+from ft_assets.data.content import CONVERSATIONS, PRODUCTION
 from ft_assets.data.left_out import VERBS
 from ft_assets.data.tables import Table, rows_of
 from ft_assets.errors import DataError
@@ -34,8 +34,12 @@ SIDES = {
     "preferences": {"preferences": "train", "preferences_validation": "validation"},
 }
 INVALID = {"invalid": "raw_dataset", "invalid_pairs": "raw_preferences"}
-UNTRAINED = {"few_shot": "examples of the prompt", "contamination": "never trained"}
-TABLES = (*CONVERSATIONS.values(), "preferences", *INVALID)
+UNTRAINED = {
+    "few_shot": "examples of the prompt",
+    "contamination": "never trained",
+    PRODUCTION: "a sample of production",
+}
+TABLES = (*CONVERSATIONS.values(), PRODUCTION, "preferences", *INVALID)
 SIDE_NAMES = (*dict.fromkeys(name for sides in SIDES.values() for name in sides.values()), LEFT_OUT)
 
 
