@@ -172,6 +172,14 @@ def test_proposal_lapses_and_cannot_be_approved_then(
         answer(settings, store, "tiny", says("approve", one.merged_model), "")
     assert "ft run --base tiny --asset release" in error.value.fix
     assert serves(store) is None
+    monkeypatch.undo()
+    two = merged_model(store, "two")
+    decide(store, two)
+    decide(store, two, "it swears", held=True)
+    monkeypatch.setattr(approval.time, "time", lambda: later)
+    with pytest.raises(ReleaseError, match="lapsed") as error:
+        answer(settings, store, "tiny", says("approve", two.merged_model), "")
+    assert f"with rollback_to: {two.merged_model}" in error.value.fix
 
 
 def test_model_that_was_changed_after_it_was_proposed_is_not_approved(

@@ -158,12 +158,15 @@ def _require(given: Answer, found: Proposal, settings: ReleaseSettings, where: s
             fix=f"look at the proposal; if it is right, answer with version {version}",
         )
     if found.has_lapsed():
+        again = f"judge it again: ft run --base {found.partition} --asset release"
+        if found.entry.proposes == ROLLED_BACK:
+            again = f"materialize release again with rollback_to: {version} and a reason"
         raise ReleaseError(
             where=where,
             found=f"the proposal {found.entry.sequence} lapsed: nobody decided within "
             f"{settings.approval_expires_days:g} days (release.approval_expires_days)",
             expected="an answer to a proposal that was judged recently",
-            fix=f"judge it again: ft run --base {found.partition} --asset release",
+            fix=again,
         )
 
 

@@ -243,10 +243,7 @@ def test_one_partition_is_materialized_and_its_progress_watched(person: Person) 
         person.shot("progress")
 
     assert person.materialize("lora_adapter", "tiny", watch) == "SUCCESS"
-    assert (
-        person.runs(**{"dagster/partition": "tiny", "ft/base_model": "tiny"})[0]["status"]
-        == "SUCCESS"
-    )
+    assert person.runs(**{"dagster/partition": "tiny"})[0]["status"] == "SUCCESS"
     assert not (
         person.folder / ".ft/store/lora_adapter/second"
     ).exists()  # the other one was left alone
@@ -353,7 +350,7 @@ def test_schedule_is_switched_on_and_ticks(person: Person) -> None:
     person.shot("tick")
     person.switch("retrain_schedule")  # off again
     assert {
-        tag["value"] for run in runs for tag in run["tags"] if tag["key"] == "ft/base_model"
+        tag["value"] for run in runs for tag in run["tags"] if tag["key"] == "dagster/partition"
     } == {"tiny", "second"}
     for run in runs:
         person.ask(STOP, run=run["runId"])
