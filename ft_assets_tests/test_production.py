@@ -2,17 +2,24 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ft_assets.assets.heldout_production import sentence
-from ft_assets.config import DataSettings
+from ft_assets.config import DataSettings, EvaluationSettings, GateSettings
 from ft_assets.data.canonical import conversation, prompt
 from ft_assets.data.production import production_of
 from ft_assets.data.tables import CONVERSATION, JUDGED, TOKENIZED_PREFERENCE, write_table
 from ft_assets.data.two_sample import Sampled, compare
+from ft_assets.evaluation.asker import Asker
+from ft_assets.evaluation.drift import drift_of, form_of, script_of
+from ft_assets.evaluation.scored_rows import ScoredRow
+from ft_assets.evaluation.scorer import Task
+from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 from ft_assets.rows.values import RowProblem
+from ft_assets.steps import release
 from ft_assets_tests.factories import WORDS
 
 
@@ -93,6 +100,56 @@ def test_a_row_of_production_is_its_prompt_in_any_format(
 def test_a_row_without_a_prompt_is_rejected(raw: dict[str, Any], said: str) -> None:
     with pytest.raises(RowProblem, match=said):
         prompt(raw)
+
+
+def test_drift_of_answers_counts_what_changed_and_in_what() -> None:
+    def answer(text: str, refused: float = 0.0) -> ScoredRow:
+        return ScoredRow({"refused": refused}, text, True, len(text.split()))
+
+    ids = [str(row) for row in range(40)]
+    before = [answer(f"answer {row}") for row in ids]
+    after = [
+        answer("да\nнет", 1.0) if int(row) % 4 == 0 else answer(f"answer {row} ") for row in ids
+    ]
+    drift = drift_of(ids, before, after, GateSettings(), "production")
+    assert (drift.rows, drift.changed.mean, drift.form, drift.script) == (40, 0.25, 0.25, 0.25)
+    assert 0.1 < drift.changed.low < 0.25 < drift.changed.high < 0.45
+    assert drift.refused.change.low > 0 and drift.stopped.change.mean == 0
+    assert [one.id for one in drift.examples] == ["0", "4", "8", "12", "16"]
+    assert "25% of the answers to 40 production prompts changed" in drift.sentence()
+    same = drift_of(ids, before, before, GateSettings(), "held-out")
+    assert (same.changed.mean, same.changed.low, same.examples) == (0, 0, [])
+    texts = {
+        '{"a": 1}': ("JSON", "Latin"),
+        "x\n```\ny\n```": ("code", "Latin"),
+        "二:\n1. 漢字です\n2. 字": ("list", "Han or Kana"),
+        "ქარ\nთული": ("paragraphs", "other"),
+        "1": ("one line", ""),
+    }
+    assert {text: (form_of(text), script_of(text)) for text in texts} == texts
+
+
+def test_real_prompts_are_answered_and_those_that_a_model_cannot_be_given_are_not(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    texts = ["what is red?", "<|im_start|>system", "long " * 3000, "and blue?"]
+    rows: list[Any] = [{**prompt({"prompt": text}), "source": "p.jsonl:1"} for text in texts]
+    write_table(tmp_path / "production.parquet", rows, CONVERSATION)
+    real = release._production(tmp_path / "production.parquet")
+    assert len(real) == 4 and release._production(None) == []
+    task = Task(heldout=[], settings=EvaluationSettings(max_new_tokens=4), schema=None)
+    base, tokenizer = load_base(tiny_model), load_tokenizer(tiny_model)
+    answers = release._answered(Asker(base, tokenizer, stop_ids(tiny_model), task), real)
+    assert sorted(answers) == sorted(rows[place]["id"] for place in (0, 3))
+    assert all(answer.tokens and answer.scores == {"refused": 0.0} for answer in answers.values())
+    held = [ScoredRow({}, "yes", True, 1)]
+    settings: Any = SimpleNamespace(gate=GateSettings())
+    both: Any = {"champion": (held, answers), "challenger": (held, answers)}
+    drifts = release._drift([{"id": "a"}], both, settings)  # type: ignore[list-item]
+    assert [(one.prompts, one.rows, one.changed.mean) for one in drifts] == [
+        ("held-out", 1, 0),
+        ("production", 2, 0),
+    ]
 
 
 def test_the_sentence_says_what_differs_and_what_is_trained_on(tmp_path: Path) -> None:

@@ -294,6 +294,10 @@ def test_challenger_is_promoted_rolled_back_and_stays_withdrawn(copy: Path) -> N
         comparison.rows == 35
     )  # the champion answered today's rows again, and so did the challenger
     assert set(comparison.scores) == {"champion", "challenger"}
+    drifts = [(drift.prompts, drift.rows) for drift in comparison.drift]
+    assert drifts == [("held-out", 35)]
+    page = (artifact(copy, "release") / "release.md").read_text()
+    assert "of the answers to 35 held-out prompts changed" in page
     assert comparison.challenger_against_base.mean > 0
     assert [line.decision for line in after.history] == [PROMOTED, PROMOTED]
     assert champion(copy) == second

@@ -15,6 +15,7 @@ from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.assets.eval_report import numbers
 from ft_assets.assets.judged import TRAINED, judged
 from ft_assets.config import GateSettings, Project, ReleaseSettings
+from ft_assets.data.content import PRODUCTION
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
 from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.setting_files import read_schema
@@ -272,6 +273,7 @@ def _release(
             lapsed=lapsed,
             at=now_text(),
             run_id=context.run_id,
+            production=_production(materializer),
         ),
         finish=sign,
         libraries=LIBRARIES,
@@ -298,6 +300,14 @@ def _sequence(
     again = Wanted.of(context, {**settings, "sequence": before}, inputs, libraries).fingerprint
     same = current is not None and again == current.fingerprint and lapsed is None
     return before if same else before + 1
+
+
+def _production(materializer: Materializer) -> Path | None:
+    """Return the table of real prompts that both models answer, to tell how the answers drift."""
+    raw = materializer.store.current("raw_dataset", None)
+    if raw is None or not materializer.project.data.production:
+        return None
+    return raw.path / f"{PRODUCTION}.parquet"
 
 
 def _former(

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 
 from ft_assets.artifacts import Artifact
 from ft_assets.artifacts.documents import read_document, read_lines
+from ft_assets.evaluation.drift_model import Drift
 from ft_assets.evaluation.report_model import Difference, Part
 from ft_assets.markdown import table
 
@@ -64,6 +65,8 @@ class Comparison(Part):
     challenger_against_champion: Difference
     champion_against_base: Difference
     challenger_against_base: Difference
+    # How the challenger's answers differ from the champion's; empty in an older register.
+    drift: list[Drift] = Field(default=[])
 
 
 class Decision(Part):
@@ -216,6 +219,17 @@ def write_release(
     (output / "release.md").write_text(page(history))
 
 
+def _drift(entry: HistoryEntry) -> list[str]:
+    """Return how the answers of the challenger differ from the champion's, with examples."""
+    lines: list[str] = []
+    for drift in entry.comparison.drift if entry.comparison else []:
+        lines += ["", f"Drift of answers, challenger against champion: {drift.sentence()}"]
+        if drift.examples:
+            rows = [[one.id, one.before, one.after] for one in drift.examples]
+            lines += ["", table(["row", "champion", "challenger"], rows)]
+    return lines
+
+
 def history_text(history: list[HistoryEntry]) -> str:
     """Return the text of history.jsonl."""
     return "".join(json.dumps(line.to_dict(), ensure_ascii=False) + "\n" for line in history)
@@ -257,6 +271,7 @@ def page(history: list[HistoryEntry]) -> str:
     if last.champion and last.champion.override:
         reason = f"Reason given in gate.override: {last.champion.override}"
         lines += ["", f"> Released without a PASS. {reason}"]
+    lines += _drift(last)
     header = ["#", "when (UTC)", "decision", "champion", "challenger", "why"]
     rows = [
         [

@@ -3,8 +3,10 @@
 Without preference data the SFT adapter is published unchanged.
 """
 
+from __future__ import annotations
+
 import shutil
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.tables import read_table
@@ -12,6 +14,9 @@ from ft_assets.errors import ArtifactError, ConfigError
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.rows.types import PairRow
 from ft_assets.step_runner import main, takes
+
+if TYPE_CHECKING:
+    from ft_assets.training.pairs import TokenPair
 
 
 class Settings(StepSettings):
@@ -42,7 +47,8 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     used, by_label = _used(pairs, settings.dpo)
     if not used:
         return _publish_sft(job, settings.lora)
-    validation = [row for row in validation if by_label or _is_pair(row)]
+    tokens = [_tokens(row) for row in used]
+    watched = [_tokens(row) for row in validation if by_label or _is_pair(row)]
     found = []
     for number in range(settings.seeds):
         sft_adapter = of_seed(job.inputs["lora_adapter"], number)
@@ -51,8 +57,8 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         metrics = train_dpo(
             snapshot=job.inputs["base_model"],
             sft_adapter=sft_adapter,
-            pairs=labelled(used, settings.dpo.seed + number) if by_label else used,
-            validation=labelled(validation, settings.dpo.seed) if by_label else validation,
+            pairs=labelled(tokens, settings.dpo.seed + number) if by_label else tokens,
+            validation=labelled(watched, settings.dpo.seed) if by_label else watched,
             lora=settings.lora,
             dpo=settings.dpo.model_copy(update={"seed": settings.dpo.seed + number}),
             checkpoints=checkpoints,
@@ -63,6 +69,14 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         save_groups(used, output, before=sft_adapter)
         found.append(metrics)
     return StepResult({**found[0], "pairs_left_out": len(pairs) - len(used)})
+
+
+def _tokens(row: PairRow) -> TokenPair:
+    return {
+        "prompt_ids": row["prompt_ids"],
+        "chosen_ids": row["chosen_ids"],
+        "rejected_ids": row["rejected_ids"],
+    }
 
 
 def _is_pair(row: PairRow) -> bool:

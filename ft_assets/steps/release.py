@@ -6,13 +6,16 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
 from ft_assets.config import EvaluationSettings, GateSettings, ReleaseSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ReleaseError
+from ft_assets.evaluation.behaviour import refusal_pattern
+from ft_assets.evaluation.drift import drift_of
+from ft_assets.evaluation.drift_model import Drift
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report_model import Differences, EvalReport
 from ft_assets.evaluation.scored_rows import (
@@ -37,16 +40,19 @@ from ft_assets.release.register import (
     write_release,
 )
 from ft_assets.review.win_rates import FILE, read_people_scores
-from ft_assets.rows.types import DataRow, TokenizedRow
+from ft_assets.rows.types import ConversationRow, DataRow, Message, TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
+    from ft_assets.evaluation.asker import Asker
     from ft_assets.evaluation.references import ReferencedRow
     from ft_assets.evaluation.scorer import Task
 
 Side = Literal["champion", "challenger"]
 INPUTS: dict[Side, str] = {"champion": "champion", "challenger": "merged_model"}
 DIGITS = 4  # of the manifest's metrics
+REAL_PROMPTS = 100  # of production that both models answer
+Answered = dict[str, ScoredRow]  # by the id of the row
 
 
 class Settings(StepSettings):
@@ -67,6 +73,7 @@ class Settings(StepSettings):
     lapsed: str | None = None
     at: str
     run_id: str
+    production: Path | None = None  # the table of data.production
 
 
 @takes(Settings)
@@ -82,9 +89,11 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     settings = settings.model_copy(update={"gate": gate_of(evaluation, settings.gate)})
     base = read_scored_rows(job.inputs["eval_report"] / "rows.parquet", "base", rows)
     task = _task(rows, settings, read_people_scores(job.inputs["eval_report"] / FILE))
-    scored: dict[Side, list[ScoredRow]] = {
-        side: _score(job.inputs[name], task, base) for side, name in INPUTS.items()
+    real = _production(settings.production)
+    models: dict[Side, tuple[list[ScoredRow], Answered]] = {
+        side: _score(job.inputs[name], task, base, real) for side, name in INPUTS.items()
     }
+    scored: dict[Side, list[ScoredRow]] = {side: found for side, (found, _) in models.items()}
     scores = {
         side: statistics.fmean(row.scores[metric] for row in its if metric in row.scores)
         for side, its in scored.items()
@@ -101,6 +110,7 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         challenger_against_champion=measured.against[metric],
         champion_against_base=measured.champion[metric],
         challenger_against_base=measured.challenger[metric],
+        drift=_drift(rows, models, settings),
     )
     entry = _entry(settings, decision, comparison)
     write_release(job.output, settings.state, entry)
@@ -199,6 +209,10 @@ def _metrics(
         "champion_gain_mean": round(gain.mean, DIGITS),
         "champion_gain_low": round(gain.low, DIGITS),
         "champion_gain_high": round(gain.high, DIGITS),
+        **{
+            f"answers_changed_{drift.prompts.replace('-', '_')}": round(drift.changed.mean, DIGITS)
+            for drift in comparison.drift
+        },
         "champion_beats_base": beats_base(against_base, metric, settings.gate)[0],
         "measured_today": True,
     }
@@ -226,13 +240,67 @@ def unseen(rows: list[ReferencedRow], adapter: Path, where: str) -> list[Referen
     return [row for row in rows if row["group"] not in seen]
 
 
-def _score(folder: Path, task: Task, base: list[ScoredRow]) -> list[ScoredRow]:
-    """Score a merged model with its own tokenizer and template."""
+def _score(
+    folder: Path, task: Task, base: list[ScoredRow], real: list[TokenizedRow]
+) -> tuple[list[ScoredRow], Answered]:
+    """Score a merged model with its own tokenizer and template, and answer real prompts."""
     from ft_assets.evaluation.asker import Asker, tokenized
     from ft_assets.evaluation.scorer import Scorer
 
     asker = Asker(load_base(folder), load_tokenizer(folder), stop_ids(folder), task)
-    return Scorer(task).heldout(asker.heldout(tokenized(asker.renderer, task.heldout)), base)
+    scored = Scorer(task).heldout(asker.heldout(tokenized(asker.renderer, task.heldout)), base)
+    return scored, _answered(asker, real)
+
+
+def _production(path: Path | None) -> list[TokenizedRow]:
+    """Return some prompts of production, each with an answer's place."""
+    if path is None or not path.exists():
+        return []
+    rows = sorted(read_table(path, row=ConversationRow), key=lambda row: row["id"])
+    return [_unanswered(row) for row in rows[:REAL_PROMPTS]]
+
+
+def _unanswered(row: ConversationRow) -> TokenizedRow:
+    place: Message = {"role": "assistant", "content": ""}
+    messages, none = [*row["messages"], place], {"judged": True, "input_ids": [], "supervised": []}
+    return cast(TokenizedRow, {**row, **none, "messages": messages})
+
+
+def _answered(asker: Asker, rows: list[TokenizedRow]) -> Answered:
+    """Return the answers by row; a prompt that this model cannot be given has none."""
+    from ft_assets.chat.rendering import ProofFailed
+
+    asked: list[TokenizedRow] = [{**row, "messages": row["messages"][:-1]} for row in rows]
+    fitting = [
+        row
+        for row, ids in zip(rows, asker.renderer.prompts(asked), strict=True)
+        if not isinstance(ids, ProofFailed) and not asker.room.rows_error({row["id"]: len(ids)})
+    ]
+    refusal = refusal_pattern(asker.settings.refusals)
+    return {
+        row["id"]: ScoredRow(
+            {"refused": float(bool(refusal.search(given.text)))},
+            given.text,
+            given.stopped,
+            given.tokens,
+            cluster=row["group"],
+        )
+        for row, given in zip(fitting, asker.answers(fitting), strict=True)
+    }
+
+
+def _drift(
+    rows: list[ReferencedRow],
+    models: dict[Side, tuple[list[ScoredRow], Answered]],
+    settings: Settings,
+) -> list[Drift]:
+    """Compare the answers of both models to held-out rows, and to those of production."""
+    (before, old), (after, new) = models["champion"], models["challenger"]
+    found = [drift_of([row["id"] for row in rows], before, after, settings.gate, "held-out")]
+    if both := [row for row in old if row in new]:
+        real = [old[row] for row in both], [new[row] for row in both]
+        found.append(drift_of(both, *real, settings.gate, "production"))
+    return found
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ class LabelTrainer(LogsValidation, ReportsTrlErrors, KTOTrainer):
         weighted = self.desirable_weight, self.undesirable_weight
         self.desirable_weight = self.undesirable_weight = 1.0
         try:
-            return float(self.compute_loss(self.model, inputs))
+            model: Any = self.model
+            return float(self.compute_loss(model, inputs))
         finally:
             self.desirable_weight, self.undesirable_weight = weighted
