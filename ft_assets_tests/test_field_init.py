@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from ft_assets.commands.init import describe, write_project
+from ft_assets.commands.init.base_source import BaseSource
 from ft_assets.commands.init.survey import look
 from ft_assets.config import Project, load_project
 from ft_assets.data.canonical import conversation, preference
@@ -128,3 +129,25 @@ def test_named_encoding_is_written(tmp_path: Path) -> None:
     assert isinstance(encoding, str)
     (read,) = read_rows(tmp_path / "rows.jsonl", encoding)
     assert read == RawRow("rows.jsonl:1", json.loads(row))
+
+
+@pytest.mark.parametrize(("rows", "said_of"), [(60, "about 18 rows"), (200, None)])
+def test_too_few_held_out_rows_are_said_before_the_first_run(
+    tmp_path: Path, rows: int, said_of: str | None
+) -> None:
+    _, said = inited(table(tmp_path / "rows.csv", "prompt,completion", rows), tmp_path)
+    assert ("held out: about" in said) == (said_of is not None)
+    assert (said_of or "") in said
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
+        ("gemma-3-270m-it-Q4_K_M.gguf", "gemma-3-270m-it"),
+        ("mine-BF16.gguf", "mine"),
+        ("llama-3.2.gguf", "llama-3.2"),
+    ],
+)
+def test_name_of_a_gguf_file_loses_its_quantization(tmp_path: Path, file: str, name: str) -> None:
+    assert BaseSource.of(f"package://somewhere/{file}", tmp_path).name == name

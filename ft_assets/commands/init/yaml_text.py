@@ -51,7 +51,7 @@ data:
   # Prefer held-out rows that look like production and were never trained on. Without them, a share
   # of train is held out.
 {heldout}
-  heldout_share: {_share(found)}
+  heldout_share: {share(found)}
   # retention: general prompts. Without them, forgetting is not measured.
   # retention: [data/general.jsonl]
   # rehearsal: general conversations, trained beside the task against forgetting.
@@ -118,7 +118,7 @@ def _evaluation(found: "Found") -> str:
     )
 
 
-def _share(found: "Found") -> float:
+def share(found: "Found") -> float:
     """Return a share that holds out enough rows, but never more than three in ten."""
     if not found.ended:
         return 0.1
