@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.feather as feather
 import pyarrow.parquet as pq
 
 from ft_assets.errors import DataError
@@ -114,6 +113,8 @@ def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
     with path.open("rb") as file:
         magic = file.read(len(ARROW_FILE))
     if magic.startswith(OLD_FEATHER):  # can only be read as a whole
+        from pyarrow import feather  # a tenth of a second, of every command
+
         table = feather.read_table(path)
         yield from _sliced(path, table.schema, iter(table.to_batches()))
         return
