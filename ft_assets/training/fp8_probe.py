@@ -1,8 +1,9 @@
 """The proof, before the first step, that FP8 products train what bf16 products train.
 
 It compares both on the base, the rows and the machine that train: the mean loss of supervised
-tokens, and the direction of the adapter's first gradient. FP8 by rows measured 0.022 nats and a
-cosine of 0.958 on SmolLM2-135M, NF4 0.238 nats and 0.716. The limits are between the two.
+tokens, and the direction of the adapter's first gradient. On SmolLM2-135M FP8 by rows measured
+0.022 and 0.046 nats with two sets of rows and cosines of 0.958 and 0.964, NF4 0.238 nats and 0.716.
+The limits are between the two.
 """
 
 from collections.abc import Sequence
