@@ -8,6 +8,7 @@ ft_assets_tests/test_compat_dagster.py fails when the shape of a hook changes.
 """
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def services(
     client.CLIENT_HEARTBEAT_INTERVAL = HEARTBEAT_SECONDS
     instance.optimize_for_webserver(STATEMENT_MILLISECONDS, RECYCLE_SECONDS, OVERFLOW)
     configure_loggers(handler="default", formatter="colored", log_level="WARNING")
+    # In each new project it warns that there was no event before.
+    logging.getLogger("dagster.daemon.EventLogConsumerDaemon").setLevel(logging.ERROR)
     target = ModuleTarget(
         module_name=module,
         attribute=None,

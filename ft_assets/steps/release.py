@@ -14,7 +14,6 @@ from ft_assets.config import EvaluationSettings, GateSettings, ReleaseSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ReleaseError
 from ft_assets.evaluation.behaviour import refusal_pattern
-from ft_assets.evaluation.drift import drift_of
 from ft_assets.evaluation.drift_model import Drift
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report_model import Differences, EvalReport
@@ -295,6 +294,8 @@ def _drift(
     settings: Settings,
 ) -> list[Drift]:
     """Compare the answers of both models to held-out rows, and to those of production."""
+    from ft_assets.evaluation.drift import drift_of  # imports scipy: the graph loads without it
+
     (before, old), (after, new) = models["champion"], models["challenger"]
     found = [drift_of([row["id"] for row in rows], before, after, settings.gate, "held-out")]
     if both := [row for row in old if row in new]:
