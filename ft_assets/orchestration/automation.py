@@ -19,7 +19,7 @@ PROVEN = {dg.AssetKey("eval_report"), dg.AssetKey("merged_model")}
 BOARD, RETRAIN = dg.AssetKey("leaderboard"), "retrain"
 # Automatic runs queue behind the runs that a person started.
 AFTER_PEOPLE = {"dagster/priority": "-1"}
-LEADERBOARD_SECONDS = 60  # each look of a sensor costs some 80 ms of CPU time
+LEADERBOARD_SECONDS = 120  # each look of a sensor costs some 60 ms of CPU time
 
 
 def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.FreshnessPolicy | None:

@@ -25,7 +25,7 @@ GRACE_SECONDS = 20.0
 # The daemon looks this often, in seconds. Dagster's own 5 and 30 cost a tenth of the CPU time at
 # rest. The first delays the retry of a dead run, the second the mark *Overdue*.
 RESTING = {
-    "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "30",
+    "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "60",
     "FRESHNESS_DAEMON_INTERVAL_SECONDS": "300",
 }
 
