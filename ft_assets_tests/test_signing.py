@@ -25,12 +25,14 @@ from ft_assets.cli import integrity, models  # two modules: a group of commands
 from ft_assets.commands.doctor import signing_check
 from ft_assets.config import Project
 from ft_assets.errors import ArtifactError, FtError, ReleaseError
+from ft_assets.release.approval import Answer, answer, now_text
 from ft_assets.release.keys import signing_key, trusted_keys
 from ft_assets.release.lookup import need_champion
 from ft_assets.release.provenance import require_signed_files
 from ft_assets.release.register import (
     KEPT,
     PROMOTED,
+    PROPOSED,
     ROLLED_BACK,
     HistoryEntry,
     ReleasedModel,
@@ -41,8 +43,10 @@ from ft_assets.release.register import (
 from ft_assets.release.signed_release import Release, verify_release
 from ft_assets.release.signing import REPORT_SIGNATURE, Signing, proven_release
 from ft_assets.release.statements import Statement, sign_files, signed
+from ft_assets.release.whole_register import current_release, turn
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import failure, materialize
+from ft_assets_tests.registers import GAIN
 
 NAME = "tiny"
 WEIGHTS = {1: b"the weights of the first model", 2: b"the weights of the second model"}
@@ -131,7 +135,7 @@ class Shop:
                 number,
                 staged=staged,
                 inputs={"eval_report": report.data_version},
-                metrics={"candidate": "sft", "verdict": "PASS", "loss": float("nan")},
+                metrics={"candidate": "sft", "verdict": "PASS", "loss": float("nan"), **GAIN},
                 finish=self._attest,
             )
 
@@ -150,6 +154,35 @@ class Shop:
             (output / "info").mkdir()
             (output / "info/provenance.sigstore.json").write_text(signed(statement, key))
         return {}
+
+    def propose(self, merged: Artifact) -> Artifact:
+        """Propose a model, sign and publish the proposal, as the asset does."""
+        signing, before = (
+            Signing.of(self.project, None, "release"),
+            current_release(self.store, NAME),
+        )
+        signing.require_chain(self.store, NAME, "release")
+        state = state_of(before)
+        with self.store.staging("release", NAME) as staged:
+            entry = HistoryEntry(
+                sequence=state.sequence + 1,
+                decision=PROPOSED,
+                reasons=["because"],
+                champion=state.champion,
+                challenger=ReleasedModel.of(merged),
+                at=now_text(),
+                run_id="a-run",
+                proposes=PROMOTED,
+            )
+            write_release(staged, state, entry)
+            return self._publish(
+                "release",
+                state.sequence + 1,
+                staged=staged,
+                inputs={},
+                finish=partial(signing.sign, self.store, NAME, before),
+                turn=turn(self.store, NAME, before, state.sequence + 1),
+            )
 
     def release(self, merged: Artifact, status: Any = PROMOTED, vouched: str | None = None) -> Any:
         """Decide for a model, sign and publish the decision, as the asset does."""
@@ -609,3 +642,38 @@ def test_ft_verify_release(shop: Shop, keys: Path, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setenv("FT_TRUSTED_KEYS", str(keys / "release.pub"))
     assert verify()[0] == 0
+
+
+def test_proposal_and_its_answer_are_signed_and_a_changed_proposal_is_not_approved(
+    tmp_path: Path, keys: Path
+) -> None:
+    shop = Shop(tmp_path, {"key": str(keys / "release.pem")})
+    one = shop.merge(1)
+    shop.propose(one)
+    with pytest.raises(ReleaseError, match="awaits approval"):
+        shop.verify()
+    given = {"decision": "approve", "name": "Ada", "reason": "it is right", "by": "test"}
+    said = Answer.model_validate({**given, "version": one.fingerprint})
+    answer(shop.project, shop.store, NAME, said, "")
+    assert shop.verify().decision.decision == PROMOTED
+    two = shop.merge(2)
+    proposal = shop.propose(two)
+    assert shop.verify().decision.champion == one.fingerprint
+    for name in ("release.json", "history.jsonl"):
+        file = proposal.path / name
+        file.write_text(file.read_text().replace('"because"', '"it is far better"'))
+    refuse = said.model_copy(update={"version": two.fingerprint})
+    with pytest.raises((ReleaseError, ArtifactError)):
+        answer(shop.project, shop.store, NAME, refuse, "")
+    manifest = Manifest.read(proposal.folder)  # whoever changes the store can seal it again
+    names = ("release.json", "history.jsonl")
+    files = manifest.files | {name: file_entries(proposal.path)[name] for name in names}
+    changes = {"files": files, "data_version": content_version(files, manifest.parts)}
+    manifest = manifest.model_copy(update=changes)
+    (proposal.folder / "manifest.json").write_text(manifest.sealed().to_text())
+    (shop.store.root / "release" / NAME / "DECISIONS").write_text(
+        (proposal.path / "history.jsonl").read_text()
+    )
+    with pytest.raises(ReleaseError, match=r"was changed|signed"):
+        answer(shop.project, shop.store, NAME, refuse, "")
+    assert need_champion(shop.store, NAME, "")[1].fingerprint == one.fingerprint
