@@ -30,20 +30,15 @@ LINEAR: dict[str, Any] = {
     "linear_value_head_dim": 16,
 }
 MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "head_dim": 16,
+}
+# By transformers' model type: the sizes that differ from SIZES.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": WINDOW, "head_dim": 16},
-    "gemma3_text": SLIDING,
-    "gemma4_text": {
-        **SLIDING,
-        "global_head_dim": 16,
-        "vocab_size_per_layer_input": VOCABULARY,
-        "hidden_size_per_layer_input": 8,
-        "num_kv_shared_layers": 0,
-    },
-    "olmo3": SLIDING,
-    "phi3": {"sliding_window": WINDOW},
-    "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2},
-    "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama": {},
     "llama4_text": {
         "head_dim": 16,
         "num_local_experts": 4,
@@ -53,20 +48,50 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_layers": [1, 3],
         "no_rope_layers": [1, 1, 1, 0],
     },
-    "qwen3_moe": {
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "mistral": {"sliding_window": WINDOW, "head_dim": 16},
+    "ministral": SLIDING,
+    "ministral3": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": EXPERTS,
+    "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},
     "qwen3_5_text": LINEAR,
+    "gemma": {"head_dim": 16},
+    "gemma2": SLIDING,
+    "gemma3_text": SLIDING,
+    "gemma3n_text": {
+        **SLIDING,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "num_kv_shared_layers": 2,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [96] * 4,
+    },
+    "gemma4_text": {
+        **SLIDING,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+    },
+    "phi": {},
+    "phi3": {"sliding_window": WINDOW},
+    "olmo2": {},
+    "olmo3": SLIDING,
+    "granite": {},
     "granitemoehybrid": {
-        **MAMBA,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
         "layer_types": ["mamba", "attention"] * 2,
         "num_local_experts": 0,
         "shared_intermediate_size": 96,
     },
+    "smollm3": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "falcon_h1": {
         "head_dim": 16,
         "mamba_d_ssm": 64,
@@ -74,13 +99,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16,
         "mamba_d_state": 16,
     },
+    "glm4": {"head_dim": 16},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "cohere": {},
+    "cohere2": SLIDING,
+    "exaone4": SLIDING,
+    "stablelm": {},
+    "starcoder2": {"sliding_window": WINDOW},
+    "gpt2": {"n_inner": 96},
+    "gpt_neox": {},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 32},
     "rwkv": {"attention_hidden_size": 64, "context_length": 512},
 }
 
 
-def family_model(name: str) -> Any:
-    """Return a random fp32 model of a family, with logits that are far from ties."""
+def family_model(name: str, scale: float = 2) -> Any:
+    """Return a random fp32 model of a family.
+
+    scale: a factor of the matrices; with 2 the logits are far from ties.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -89,7 +141,7 @@ def family_model(name: str) -> Any:
     model = AutoModelForCausalLM.from_config(config).float().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.data.mul_(2)
+            parameter.data.mul_(scale)
     return model
 
 

@@ -14,15 +14,26 @@ from ft_assets.inference.generation import ALONE, RECURRENT, SLIDING, generate
 from ft_assets.inference.losses import answer_losses
 from ft_assets.inference.padding import batch_is_exact
 from ft_assets.inference.prefix import ANY_LENGTH
-from ft_assets_tests.families import FAMILIES, VOCABULARY, WINDOW, family_model
+from ft_assets_tests.families import VOCABULARY, WINDOW, family_model
 
 NEW, PAD, STOPS = 12, 3, frozenset({2})
+WINDOWS = (
+    "mistral",
+    "qwen2",
+    "gemma3_text",
+    "gemma4_text",
+    "phi3",
+    "olmo3",
+    "gpt_oss",
+    "llama4_text",
+)
+STATES = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1", "mamba2")
 TOLD = {
-    name: [RECURRENT]
-    if name in ("lfm2", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "mamba2")
-    else [SLIDING]
-    for name in FAMILIES
-} | {"qwen3_moe": [], "rwkv": [RECURRENT, ALONE]}
+    "qwen3_moe": [],
+    **{name: [SLIDING] for name in WINDOWS},
+    **{name: [RECURRENT] for name in STATES},
+    "rwkv": [RECURRENT, ALONE],
+}
 
 
 class Tokens:
@@ -59,7 +70,7 @@ def one_at_a_time(model: Any, prompts: list[list[int]]) -> Iterator[tuple[int, .
         yield tuple(made[0, len(prompt) :].tolist())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TOLD)
 def test_batched_answers_and_losses_equal_those_of_one_row_at_a_time(name: str) -> None:
     model, prompts, told = family_model(name), random_prompts(40), []
     together = generate(model, Tokens(), prompts, STOPS, NEW, 6, told=told.append)
@@ -83,9 +94,7 @@ def test_prefix_is_shared_where_every_row_ends_inside_the_window() -> None:
     assert [answer.ids for answer in together] == alone
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FAMILIES if TOLD[name] == [SLIDING] and name != "gpt_oss"]
-)
+@pytest.mark.parametrize("name", [name for name in WINDOWS if name != "gpt_oss"])
 def test_prefix_beyond_the_window_would_change_answers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,16 @@ def fused_head(model: Any, **inputs: Any) -> Any:
     return model(**inputs, fused_lm_head=True)
 
 
+def drop_unknown_routing_loss(model: Any) -> None:
+    """Turn off the routing loss of a model without `num_experts`, which TRL's fused head reads.
+
+    A dense hybrid has the option of a routing loss, but no experts (Granite 4).
+    """
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits") and not getattr(config, "num_experts", 0):
+        config.router_aux_loss_coef = 0.0
+
+
 def step_metrics(trainer: Any) -> dict[str, list[float]]:
     """Return the metrics that TRL has collected since the last logged step, by TRL's names."""
     return trainer._metrics["train"]

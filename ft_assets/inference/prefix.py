@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 MIN_PREFIX = 16
 ANY_LENGTH = sys.maxsize
+# Classes by their names: DummyLayer is not in the oldest transformers that is supported.
+ATTENTION = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 def shared_prefix(prompts: list[list[int]]) -> list[int]:
@@ -54,8 +56,7 @@ def is_attention(cache: Any) -> bool:
     A DummyLayer is of a layer without a cache, or with that of another layer.
     """
     return type(cache) is DynamicCache and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-        for layer in cache.layers
+        type(layer).__name__ in ATTENTION for layer in cache.layers
     )
 
 

@@ -1,4 +1,4 @@
-"""Find the decoder inside a causal language model: all of it but the head."""
+"""Find the decoder inside a causal language model, which is all but the head, and its layers."""
 
 from typing import Any
 
@@ -10,3 +10,10 @@ def decoder_of(model: Any) -> Any:
     while hasattr(decoder, "lm_head"):  # Llama 4 returns its whole text class
         decoder = decoder.model
     return decoder
+
+
+def layers_of(model: Any) -> Any:
+    """Return the layers of a model's decoder; GPT-2 and older families name them otherwise."""
+    decoder = decoder_of(model)
+    found = (getattr(decoder, name, None) for name in ("layers", "h", "blocks"))
+    return next((layers for layers in found if layers is not None), ())

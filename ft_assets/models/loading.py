@@ -8,6 +8,7 @@ from typing import Any
 from ft_assets.config.training import ALL_LINEAR, TARGETS
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype
+from ft_assets.models.config_keys import size, text_config
 from ft_assets.models.text_part import has_parts, text_part, whole_class
 
 # PEFT reads these names as parts of the experts' tensors.
@@ -30,9 +31,7 @@ def stop_ids(snapshot: Path) -> frozenset[int]:
 def context_length(snapshot: Path) -> int | None:
     """Return the model's context in tokens, or None if its config does not have it."""
     config = json.loads((snapshot / "config.json").read_text())
-    return config.get("max_position_embeddings") or config.get("text_config", {}).get(
-        "max_position_embeddings"
-    )
+    return size(text_config(config), "max_position_embeddings")
 
 
 def load_base(
@@ -107,20 +106,24 @@ def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:
     return wanted
 
 
-def unusual_linears(model: Any) -> list[str]:
-    """Return the names of modules that subclass a linear layer, such as routers.
+def unadaptable_linears(model: Any) -> list[str]:
+    """Return the names of linear layers that no adapter can be put around.
 
-    They return more than a product, so an adapter around them would break the model.
+    A subclass of a linear layer, such as a router, returns more than a product. The kernels of
+    Mamba read the weight of `out_proj` without calling the layer.
     """
     import torch
 
-    return [
+    modules = dict(model.named_modules())
+    routers = [
         name
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, torch.nn.Linear)
         and type(module) is not torch.nn.Linear
         and type(module).__module__.startswith("transformers.models.")
     ]
+    mixers = [name for name, module in modules.items() if hasattr(module, "A_log")]
+    return routers + [f"{name}.out_proj" for name in mixers if hasattr(modules[name], "D")]
 
 
 def has_fused_experts(model: Any) -> bool:

@@ -8,10 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 
+from ft_assets.compat.trl import drop_unknown_routing_loss
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError, nearest
 from ft_assets.models.adapter_files import changed_weights, is_full
-from ft_assets.models.loading import load_base, load_tokenizer, target_modules, unusual_linears
+from ft_assets.models.loading import load_base, load_tokenizer, target_modules, unadaptable_linears
 from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 from ft_assets.models.sharding import shard_base
 from ft_assets.models.text_part import stored_names
@@ -35,7 +36,7 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
         _require_lora_alone(snapshot, settings)
     if settings.method == "full":
         return _full_model(snapshot)
-    base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
+    base = _adaptable(snapshot, settings, shards)
     # The merge onto NF4 weights reads by name what NF4 rounds, so those names must be stored too.
     linears = linear_weights(base) if settings.method == "qlora" else []
     config = _lora_config(base, snapshot, settings)
@@ -59,6 +60,13 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
     if shards > 1:
         shard_base(model, shards)
     return model
+
+
+def _adaptable(snapshot: Path, settings: LoraSettings, shards: int) -> Any:
+    """Load the base that an adapter is put on."""
+    base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
+    drop_unknown_routing_loss(base)
+    return base
 
 
 def _require_lora_alone(snapshot: Path, settings: LoraSettings) -> None:
@@ -90,7 +98,7 @@ def _lora_config(base: Any, snapshot: Path, settings: LoraSettings) -> LoraConfi
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=settings.lora_dropout,
         target_modules=target_modules(base, settings.target_modules),
-        exclude_modules=unusual_linears(base) or None,
+        exclude_modules=unadaptable_linears(base) or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         modules_to_save=_check_modules(base, settings.modules_to_save) or None,
@@ -140,7 +148,7 @@ def trained_adapter(snapshot: Path, settings: LoraSettings, adapter: Path, shard
     """
     if is_full(adapter):
         return load_base(adapter, dtype=torch.float32)
-    base = load_base(snapshot, quantized=settings.method == "qlora", on_cpu=shards > 1)
+    base = _adaptable(snapshot, settings, shards)
     if shards == 1:
         return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True, torch_device="cpu")

@@ -22,7 +22,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from ft_assets.compat.peft import ActiveLora, active_lora, is_plain
-from ft_assets.models.decoder import decoder_of
+from ft_assets.models.decoder import layers_of
 from ft_assets.training.base_products import BaseProducts, DenseProducts
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -31,7 +31,7 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def fuse_linears(model: Any) -> int:
     """Replace the forward of the decoder layers' linears. Returns the number of fused linears."""
     fused = 0
-    for layer in decoder_of(model).layers:
+    for layer in layers_of(model):
         for parent in _parents(layer):
             children = {name: child for name, child in parent.named_children() if _simple(child)}
             grouped = [tuple(name for name in names if name in children) for names in SHARED_INPUT]

@@ -91,6 +91,10 @@ def train_to_the_end(
             )
         except torch.OutOfMemoryError as error:
             reason = release(error)
+        except RuntimeError as error:
+            if (refusal := _cannot_run(trainer, error, key)) is not None:
+                raise refusal from error
+            raise
         finally:
             for group in linear_groups(trainer.model):
                 group.forget()
@@ -116,6 +120,23 @@ def train_to_the_end(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _cannot_run(trainer: Any, error: RuntimeError, key: str) -> TrainingError | None:
+    """Return the refusal of a model whose own code fails in the first step; None for a fault.
+
+    Faults of a GPU or of another rank are classes of their own, or name CUDA.
+    """
+    if trainer.state.global_step or type(error) is not RuntimeError or "CUDA" in str(error):
+        return None
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else None
+    return TrainingError(
+        where=f"{key}: the first step",
+        found=f"{type(base or trainer.model).__name__} cannot be trained with these settings: "
+        f"{str(error).splitlines()[0][:200]}",
+        expected="a model whose layers take an adapter and mixed precision",
+        fix="name other layers in lora.target_modules, or another base",
+    )
 
 
 def _smaller(micro_batch: int, effective_batch: int) -> int:

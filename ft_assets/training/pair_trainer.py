@@ -12,6 +12,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from ft_assets.compat.transformers import prepare_inputs
 from ft_assets.compat.trl import drop_reference_copy, expect_reference_scores, fused_head
 from ft_assets.training.dropout import without_dropout
+from ft_assets.training.isolation import MAX_LEAK
 from ft_assets.training.length_order import LengthOrder
 from ft_assets.training.pairs import (
     PairCollator,
@@ -34,10 +35,15 @@ CHECKED_PAIRS = 4
 
 
 class SharingMetrics(TypedDict, total=False):
-    """The measured differences of check_prompt_sharing, in nats a token; absent if not measured."""
+    """The measured differences of check_prompt_sharing, in nats a token; absent if not measured.
+
+    sharing_leak: the movement of an answer's scores when the answer before it changes, as a share
+    of the changed answer's own movement.
+    """
 
     sharing_difference: float
     sharing_noise: float
+    sharing_leak: float
 
 
 class PairTrainer(LogsValidation, ReportsTrlErrors, DPOTrainer):
@@ -144,11 +150,22 @@ class PairTrainer(LogsValidation, ReportsTrlErrors, DPOTrainer):
         The pairs are scored as TRL does, with the prompt shared, and shared with the two answers in
         the other order; all three must agree. A model that ignores the mask or the positions sees
         one answer in the other. The tolerance for rounding is measured: the same pairs, each scored
-        alone.
+        alone. A recurrent layer can see so little that it is within that tolerance, so the scores
+        of the second answer must not move when the first one changes.
         """
         if not self.shares:
             return False
         few = self.pairs[:CHECKED_PAIRS]
+        model: Any = self.model
+        vocabulary = model.config.get_text_config().vocab_size
+        changed = [
+            TokenPair(
+                prompt_ids=pair["prompt_ids"],
+                chosen_ids=[(token + 1) % vocabulary for token in pair["chosen_ids"]],
+                rejected_ids=pair["rejected_ids"],
+            )
+            for pair in few
+        ]
         swapped = [
             TokenPair(
                 prompt_ids=pair["prompt_ids"],
@@ -163,6 +180,7 @@ class PairTrainer(LogsValidation, ReportsTrlErrors, DPOTrainer):
             try:
                 ours = self.answer_scores(few, True)
                 other_order = self.answer_scores(swapped, True)
+                other_first = self.answer_scores(changed, True)
             except (RuntimeError, ValueError, TypeError, KeyError):
                 self.shares = False  # the model does not accept such a mask
                 return False
@@ -170,9 +188,14 @@ class PairTrainer(LogsValidation, ReportsTrlErrors, DPOTrainer):
         back = other_order[len(few) :] + other_order[: len(few)]
         difference = max(_mean_difference(ours, theirs), _mean_difference(ours, back))
         rounding = ROUNDING_A_TOKEN if half_precision(self) else EXACT_A_TOKEN
-        self.shares = difference <= max(rounding, TIMES_NOISE * noise)
+        count = len(few)
+        own = _mean_difference(ours[:count], other_first[:count])
+        leak = _mean_difference(ours[count:], other_first[count:]) / max(own, 1e-12)
+        self.shares = difference <= max(rounding, TIMES_NOISE * noise) and leak <= MAX_LEAK
         self.sharing = SharingMetrics(
-            sharing_difference=round(difference, 6), sharing_noise=round(noise, 6)
+            sharing_difference=round(difference, 6),
+            sharing_noise=round(noise, 6),
+            sharing_leak=round(leak, 6),
         )
         return self.shares
 

@@ -18,7 +18,7 @@ from ft_assets.config import DpoSettings, LoraSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype, free_memory, no_fp8
 from ft_assets.job import Report
-from ft_assets.models.decoder import decoder_of
+from ft_assets.models.decoder import layers_of
 from ft_assets.rows.types import TokenSequence
 from ft_assets.training.attention import kernel_fits, register
 from ft_assets.training.batches import StepBatches
@@ -235,7 +235,7 @@ def checkpoint_layers(base: Any, plan: Plan) -> None:
         getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
-    for layer in decoder_of(base).layers[: plan.layers - plan.checkpointed_layers]:
+    for layer in layers_of(base)[: plan.layers - plan.checkpointed_layers]:
         layer.gradient_checkpointing = False
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.config.training import TARGETS
+from ft_assets.errors import ModelError
+from ft_assets.models.config_keys import size, text_config
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,20 @@ class Shape:
 
 def shape_of(config: dict[str, Any]) -> Shape:
     """Read the shape from a parsed config.json; of a model with parts (vision), its text part."""
-    text = {**config, **config.get("text_config", {})}
-    hidden, heads = text["hidden_size"], text["num_attention_heads"]
+    text = text_config(config)
+    hidden, layers = size(text, "hidden_size"), size(text, "num_hidden_layers")
+    vocabulary = size(text, "vocab_size")
+    if hidden is None or layers is None or vocabulary is None:
+        raise ModelError(
+            where="config.json of the base",
+            found="has no hidden_size, num_hidden_layers or vocab_size",
+            expected="the sizes of a decoder, from which its memory is planned",
+            fix="name a base of another family",
+        )
+    heads = size(text, "num_attention_heads") or 1
     kv_heads = text.get("num_key_value_heads") or heads
     head_dim = text.get("head_dim") or hidden // heads
-    layers = text["num_hidden_layers"]
-    intermediate = text["intermediate_size"]
-    vocabulary = text["vocab_size"]
+    intermediate = size(text, "intermediate_size") or 4 * hidden
     attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
     tied = bool(text.get("tie_word_embeddings", False))
     return Shape(
