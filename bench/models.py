@@ -1,7 +1,7 @@
 """Take a tiny random model of each family through the steps of the graph, and write a table.
 
-    python -m bench.models > docs/models.md
-    python -m bench.models llama mistral3  # some families, to look at
+    python -m bench.models docs/models.md
+    python -m bench.models - llama mistral3  # some families, to look at
 
 Each step is the product's own, on the CPU: snapshot, packing probe, SFT with validation, DPO with
 its proven reference, merge and audit, answers of a batch against one at a time, GGUF. A cell is
@@ -11,6 +11,7 @@ what the step returned or refused. An exception of a library is a crash, and the
 import contextlib
 import io
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ STEPS = ("base", "SFT, validation", "packed", "DPO", "one row a pair", "merge", 
 ROWS, SHARED, NEW = 8, 30, 10  # prompts; their shared tokens; tokens of an answer
 INTRODUCTION = """# Families of base models
 
-`python -m bench.models > docs/models.md` makes this page: a tiny random model of each family, of
+`python -m bench.models docs/models.md` makes this page: a tiny random model of each family, of
 the class that its files name, through the steps of the graph on a CPU. ✓ is proven, ✗ is refused
 with the reason below, – is not reached. Two marks stand for the targets `attention` and
 `all-linear`.
@@ -115,7 +116,8 @@ def _trained(base: Path, folder: Path, target: str) -> Iterator[tuple[str, Cell]
     if result.mark == "✓":
         yield "answers", cell(lambda: _answers_are_equal(merged))
         reason = why_not(merged)
-        yield "GGUF", Cell("✗", reason) if reason else Cell("✓")
+        named = re.sub(r"^\w+ (?=is not one of)", "its class ", reason or "")
+        yield "GGUF", Cell("✗", named) if reason else Cell("✓")
 
 
 def _audited(base: Path, adapter: Path, merged: Path) -> bool:
@@ -171,17 +173,21 @@ def table(results: dict[str, list[tuple[str, str, Cell]]]) -> str:
 
 
 def main() -> None:
-    """Run the families that are named, all by default, and print the table."""
+    """Run the families that are named, all by default, and write or print the table."""
     from transformers import logging as hf_logging
 
     hf_logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     results = {}
-    for name in sys.argv[1:] or [*FAMILIES, *WHOLES]:
+    target, *names = sys.argv[1:] or ["-"]
+    for name in names or [*FAMILIES, *WHOLES]:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             results[name] = list(run(name, Path(folder)))
         print(name, *[f"{step} {found.mark}" for step, _, found in results[name]], file=sys.stderr)
-    print(table(results), end="")
+    if target == "-":
+        print(table(results), end="")
+    else:
+        Path(target).write_text(table(results), encoding="utf-8")
     if any(found.mark == "CRASH" for cells in results.values() for *_, found in cells):
         sys.exit(1)
 

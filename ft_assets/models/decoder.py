@@ -17,3 +17,17 @@ def layers_of(model: Any) -> Any:
     decoder = decoder_of(model)
     found = (getattr(decoder, name, None) for name in ("layers", "h", "blocks"))
     return next((layers for layers in found if layers is not None), ())
+
+
+def with_base_model(model: Any) -> Any:
+    """Return the model, whose `base_model` is its decoder.
+
+    TRL calls that. The prefix of Llama 4's text class names a part that only the whole has, so it
+    returns itself.
+    """
+    if model.base_model is model:
+        decoder = decoder_of(model)
+        model.base_model_prefix = next(
+            name for name, child in model.named_children() if child is decoder
+        )
+    return model

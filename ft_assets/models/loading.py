@@ -9,6 +9,7 @@ from ft_assets.config.training import ALL_LINEAR, TARGETS
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype
 from ft_assets.models.config_keys import size, text_config
+from ft_assets.models.decoder import with_base_model
 from ft_assets.models.text_part import has_parts, text_part, whole_class
 
 # PEFT reads these names as parts of the experts' tensors.
@@ -66,8 +67,9 @@ def load_base(
     config = AutoConfig.from_pretrained(snapshot, local_files_only=True)
     if has_parts(config):
         where = str(snapshot)
-        return text_part(where, whole_class(where, config).from_pretrained(snapshot, **kwargs))
-    return AutoModelForCausalLM.from_pretrained(snapshot, **kwargs)
+        whole = whole_class(where, config).from_pretrained(snapshot, **kwargs)
+        return with_base_model(text_part(where, whole))
+    return with_base_model(AutoModelForCausalLM.from_pretrained(snapshot, **kwargs))
 
 
 def target_modules(model: Any, targets: str | list[str]) -> list[str] | str:

@@ -152,7 +152,8 @@ def _compute(
     weights = [tensor for adapter in present for tensor in (adapter.a, adapter.b)]
     outputs: tuple[torch.Tensor, ...]
     outputs = _Linears.apply(x, products, scales, dropout, seed, *weights)
-    return outputs
+    # Outside of the function: autograd does not allow a model to add to a view made inside of it.
+    return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
 
 
 def _draw(device: torch.device) -> int:
@@ -189,7 +190,7 @@ def _drop(
 class _Linears(torch.autograd.Function):
     """y_i = x W_iᵀ + bias_i + s_i (drop(x) A_iᵀ) B_iᵀ for all members; the base is frozen.
 
-    x: (B, T, in). W_i: (out_i, in). A_i: (r_i, in). B_i: (out_i, r_i). y_i: (B, T, out_i).
+    x: (B, T, in). W_i: (out_i, in). A_i: (r_i, in). B_i: (out_i, r_i). y_i: (B · T, out_i).
     Inside, the B · T positions are N rows.
     """
 
@@ -229,7 +230,7 @@ class _Linears(torch.autograd.Function):
                 out.addmm_(low[:, rank : rank + b.shape[1]], b.to(dtype).T, alpha=scale)
                 rank += b.shape[1]
                 pair += 2
-            outputs.append(out.reshape(*x.shape[:-1], -1))
+            outputs.append(out)
         return tuple(outputs)
 
     @staticmethod

@@ -96,7 +96,8 @@ class PairTrainer(LogsValidation, ReportsTrlErrors, DPOTrainer):
 
     def unweighted_loss(self, inputs: Any) -> float:
         """Return TRL's loss of a batch without the weight of the loss."""
-        return float(self.compute_loss(self.model, inputs)) / self.loss_weights[0]
+        model: Any = self.model
+        return float(self.compute_loss(model, inputs)) / self.loss_weights[0]
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # already tokenized and proven

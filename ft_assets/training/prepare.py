@@ -187,14 +187,14 @@ def prepare_model(
     Proves that packed documents are isolated. If the proof fails, TrainingError is raised if
     sft.packing is true; with auto the failure is reported and the plan of `padded` applies.
     """
-    changes = ModelMetrics()
+    changes: ModelMetrics = {}
     adapted = hasattr(model, "get_base_model")
     if adapted:
         changes["fused_linears"] = fuse_linears(model)
     base = model.get_base_model() if adapted else model
     changes["liger"] = apply_liger(base)
     if plan.fp8:
-        changes.update(prove_fp8(model, rows))
+        changes = {**changes, **prove_fp8(model, rows)}
     collator = DataCollatorForLanguageModeling(pad_token_id=pad, padding_free=plan.packed)
     if plan.packed:
         own = base.config._attn_implementation
