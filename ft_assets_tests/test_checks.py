@@ -42,7 +42,7 @@ def test_every_check_retries_a_silent_store_and_then_fails_in_a_sentence(
     edit(project, launcher={"kind": "local", "retries": RETRIES, "retry_seconds": 0})
     definitions = build(load_project(project / "finetune.yaml"))
     keys = sorted(definitions.resolve_asset_graph().asset_check_keys)
-    assert len(keys) == 41
+    assert len(keys) == 42
 
     def silent(*_: Any) -> Any:
         raise StoreUnreachable("s3://models", "timeout")
