@@ -80,7 +80,7 @@ def _tokens(row: PairRow) -> TokenPair:
 
 
 def _is_pair(row: PairRow) -> bool:
-    return bool(row["chosen"] and row["rejected"])
+    return bool(row["chosen_ids"] and row["rejected_ids"])
 
 
 def _used(rows: list[PairRow], dpo: DpoSettings) -> tuple[list[PairRow], bool]:
@@ -92,7 +92,7 @@ def _used(rows: list[PairRow], dpo: DpoSettings) -> tuple[list[PairRow], bool]:
     if dpo.method == "dpo" or (dpo.method == "auto" and pairs) or not rows:
         return pairs[: dpo.max_pairs], False
     used = rows[: dpo.max_pairs]
-    for answer, label in (("chosen", "true"), ("rejected", "false")):
+    for answer, label in (("chosen_ids", "true"), ("rejected_ids", "false")):
         if not any(row[answer] for row in used):
             raise ConfigError(
                 where="data.preferences",
