@@ -164,12 +164,12 @@ def test_the_rarer_label_weighs_as_much_as_the_other() -> None:
     assert weights(of(30, 12)) == {"undesirable_weight": 2.5}
 
 
-def row(chosen: str, rejected: str) -> Any:
-    return {"chosen": chosen, "rejected": rejected}
+def row(chosen: list[int], rejected: list[int]) -> Any:
+    return {"chosen_ids": chosen, "rejected_ids": rejected}
 
 
 def test_the_method_follows_the_data_unless_it_is_named() -> None:
-    both, good, bad = row("a", "b"), row("a", ""), row("", "b")
+    both, good, bad = row([1], [2]), row([1], []), row([], [2])
     auto, kto_named, dpo_named = (
         DpoSettings.model_validate({"method": method}) for method in ("auto", "kto", "dpo")
     )
