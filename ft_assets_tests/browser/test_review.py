@@ -1,13 +1,10 @@
 """Two reviewers judge the answers of a project in a real browser, by the keyboard alone."""
 
 import random
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
 from ft_assets.config import load_project
@@ -17,6 +14,7 @@ from ft_assets.ui.alone import guarded
 from ft_assets.ui.pages.review import PAGE
 from ft_assets.views.board import Opened
 from ft_assets.views.review import session
+from ft_assets_tests.browser.serving import served
 from ft_assets_tests.browser.test_person import CHROMIUM, FLAGS
 from ft_assets_tests.factories import edit
 from ft_assets_tests.reviewing import answered
@@ -38,17 +36,8 @@ def url(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         },
     )
     monkeypatch.setenv("FT_CONFIG", str(project / "finetune.yaml"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(
-        uvicorn.Config(guarded(PAGE, port), port=port, log_level="error", lifespan="off")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with served(lambda port: guarded(PAGE, port)) as address:
+        yield address
 
 
 def judged(page: Page, reviewer: str, url: str, stop_after: int) -> None:
