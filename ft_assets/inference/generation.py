@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ft_assets.errors import EvaluationError
-from ft_assets.inference.padding import batch_is_exact
+from ft_assets.inference.padding import GREEDY, batch_is_exact, padded
 from ft_assets.inference.prefix import (
     is_attention,
     longest_padded,
@@ -86,7 +86,7 @@ def generate(
             model,
             tokenizer,
             [prompts[index] for index in batch],
-            prefix,
+            len(prefix),
             cache,
             stops,
             max_new_tokens,
@@ -174,36 +174,26 @@ def _generate_batch(
     model: Any,
     tokenizer: Any,
     prompts: list[list[int]],
-    prefix: list[int],
+    prefix: int,
     cache: Any,
     stops: frozenset[int],
     max_new_tokens: int,
 ) -> list[Answer]:
     # Padding is between the prefix and the rest: the cached prefix keeps its positions.
-    width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id
-    ids = [[*prefix, *[pad] * (width - len(prompt)), *prompt[len(prefix) :]] for prompt in prompts]
-    mask = [
-        [1] * len(prefix) + [0] * (width - len(prompt)) + [1] * (len(prompt) - len(prefix))
-        for prompt in prompts
-    ]
+    inputs = padded(model, prompts, pad, prefix)
     kwargs: dict[str, Any] = {}
     if cache is not None:
         kwargs["past_key_values"] = repeated(cache, len(prompts))
     output = model.generate(
-        input_ids=torch.tensor(ids, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
+        **inputs,
+        **GREEDY,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops),
         pad_token_id=pad,
         **kwargs,
     )
+    width = inputs["input_ids"].shape[1]
     answers = []
     for row in output[:, width:].tolist():
         end = next((position for position, token in enumerate(row) if token in stops), None)
