@@ -19,7 +19,7 @@ from ft_assets.steps.dpo import _used
 from ft_assets.training import dpo as module
 from ft_assets.training.adapter import trained_adapter
 from ft_assets.training.label_trainer import LabelTrainer, labelled, weights
-from ft_assets_tests.training import LORA, dpo, make_pairs, same, sft
+from ft_assets_tests.training import LORA, dpo, make_pairs, same, score_by_the_base, sft
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,7 @@ def test_reference_is_proven_and_the_first_loss_is_a_half(
 def test_base_as_the_reference_fails_the_proof(
     tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module.score_reference
-
-    def of_the_base(the_trainer: Any, *rest: Any) -> Any:
-        with the_trainer.model.disable_adapter():
-            return real(the_trainer, *rest)
-
-    monkeypatch.setattr(module, "score_reference", of_the_base)
+    monkeypatch.setattr(module, "score_reference", score_by_the_base)
     with pytest.raises(TrainingError, match="policy and reference differ by"):
         kto(tiny_model, adapter, tmp_path)
     assert not list((tmp_path / "output").iterdir())

@@ -166,6 +166,14 @@ def dpo(
     return dpo_into(work, folder / "checkpoints", folder / "output", report)
 
 
+def score_by_the_base(trainer: Any, *rest: Any) -> Any:
+    """Score the reference without the adapter: a wrong reference, which the proof must refuse."""
+    from ft_assets.training.reference import score_reference
+
+    with trainer.model.disable_adapter():
+        return score_reference(trainer, *rest)
+
+
 def weights(folder: Path) -> dict[str, Any]:
     """Return the tensors of a trained artifact."""
     from safetensors.torch import load_file

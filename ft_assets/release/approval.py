@@ -96,8 +96,7 @@ def lapse(name: str, released: Artifact | None, settings: ReleaseSettings) -> st
     found = None if released is None else _proposal(name, released, settings)
     if found is None or not found.has_lapsed():
         return None
-    days = settings.approval_expires_days
-    return f"the proposal {found.entry.sequence} lapsed: nobody decided within {days:g} days"
+    return _lapsed(found, settings)
 
 
 def answer(
@@ -127,6 +126,11 @@ def answer(
         signing.require_model(model, state, where)
     entry = _entry(state, found, given, run_id)
     return _publish(store, name, current, model, entry, signing)
+
+
+def _lapsed(found: Proposal, settings: ReleaseSettings) -> str:
+    days = settings.approval_expires_days
+    return f"the proposal {found.entry.sequence} lapsed: nobody decided within {days:g} days"
 
 
 def _proposal(name: str, released: Artifact, settings: ReleaseSettings) -> Proposal | None:
@@ -163,8 +167,7 @@ def _require(given: Answer, found: Proposal, settings: ReleaseSettings, where: s
             again = f"materialize release again with rollback_to: {version} and a reason"
         raise ReleaseError(
             where=where,
-            found=f"the proposal {found.entry.sequence} lapsed: nobody decided within "
-            f"{settings.approval_expires_days:g} days (release.approval_expires_days)",
+            found=f"{_lapsed(found, settings)} (release.approval_expires_days)",
             expected="an answer to a proposal that was judged recently",
             fix=again,
         )
