@@ -31,7 +31,8 @@ the class that its files name, through the steps of the graph on a CPU. ✓ is p
 with the reason below, – is not reached. Two marks stand for the targets `attention` and
 `all-linear`.
 
-- **base**: the snapshot is whole, and its text part answers as the whole model does.
+- **base**: the snapshot is whole, its text part answers as the whole model does, and a step and an
+  answer of `base_model`'s dry run with these targets work.
 - **SFT, validation**: trained, with the loss of validation rows.
 - **packed**: documents of a row are isolated. – trains without packing.
 - **DPO**: the reference is proven at step 0. **one row a pair**: both answers share their prompt.
@@ -61,10 +62,11 @@ def cell(step: Callable[[], bool]) -> Cell:
 
 
 def run(name: str, folder: Path) -> Iterator[tuple[str, str, Cell]]:
-    """Yield (step, target, result) of a family; the base has no target."""
-    from ft_assets.config import BaseModelSettings
+    """Yield (step, target, result) of a family; a base that is not whole has no target."""
+    from ft_assets.config import BaseModelSettings, LoraSettings
     from ft_assets.models.snapshot import write_snapshot
     from ft_assets.models.source import source_identity
+    from ft_assets.training.dry_run import try_base
     from ft_assets_tests.factories import tiny_tokenizer
 
     source, base = folder / "source", folder / "base"
@@ -75,9 +77,14 @@ def run(name: str, folder: Path) -> Iterator[tuple[str, str, Cell]]:
     settings = BaseModelSettings(folder=str(source))
     identity = source_identity("base", settings, folder)
     written = cell(lambda: bool(write_snapshot("base", settings, folder, identity, None, base)))
-    yield "base", "", written
-    for target in TARGETS if written.mark == "✓" else ():
-        for step, result in _trained(base, folder / target, target):
+    if written.mark != "✓":
+        yield "base", "", written
+        return
+    for target in TARGETS:
+        lora = LoraSettings(target_modules=target)
+        tried = cell(lambda lora=lora: try_base("base_models.base", base, lora) is None)
+        yield "base", target, tried
+        for step, result in _trained(base, folder / target, target) if tried.mark == "✓" else ():
             yield step, target, result
 
 

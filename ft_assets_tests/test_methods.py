@@ -17,7 +17,7 @@ from transformers.models.llama import LlamaConfig
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError
 from ft_assets.models.adapter_files import is_full
-from ft_assets.models.loading import target_modules
+from ft_assets.models.targets import linears_of, target_names
 from ft_assets.training.adapter import trainable_share
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 from ft_assets_tests.training import dpo, same, sft, weights
@@ -69,7 +69,9 @@ def test_trainable_parameters_are_those_of_the_formula(
         total = sum(weight.numel() for weight in base.parameters())
         model = get_peft_model(
             base,
-            LoraConfig(r=16, target_modules=target_modules(base, preset), task_type="CAUSAL_LM"),
+            LoraConfig(
+                r=16, target_modules=target_names(linears_of(base), preset), task_type="CAUSAL_LM"
+            ),
         )
     share = trainable_share(model)
     assert share["trainable_parameters"] == formula(config, 16, preset)

@@ -10,7 +10,7 @@ from torch.nn import Linear, Module
 from ft_assets.chat.rendering import ProofFailed
 from ft_assets.config import LoraSettings
 from ft_assets.config.training import ALL_LINEAR, TARGETS
-from ft_assets.models.loading import target_modules
+from ft_assets.models.targets import linears_of, target_names
 from ft_assets_tests.factories import CHATML, prompt_ids, supervised, tiny_tokenizer
 
 MESSAGES = [
@@ -96,4 +96,4 @@ def test_every_preset_of_target_modules_names_modules_for_peft() -> None:
         model.add_module(name, Linear(2, 2))
     for preset, modules in TARGETS.items():
         expected = preset if preset == ALL_LINEAR else list(modules)
-        assert target_modules(model, preset) == expected
+        assert target_names(linears_of(model), preset) == expected

@@ -21,7 +21,8 @@ def base_model(
     The source is a hub commit, a folder or a GGUF file.
     """
     project, name = materializer.project, context.partition_key
-    source, chat = project.base_model(name), project.recipe(name).chat
+    source, recipe = project.base_model(name), project.recipe(name)
+    chat = recipe.chat
     template = read_template(name, chat.chat_template, project.root)
     identity = source_identity(name, source, project.root)
     artifact, reused = materializer.materialize(
@@ -33,7 +34,12 @@ def base_model(
             "baked": chat.baked(),
         },
         step=base_model_step.Settings(
-            model=source, chat=chat, root=project.root, identity=identity, template=template
+            model=source,
+            chat=chat,
+            root=project.root,
+            identity=identity,
+            template=template,
+            lora=recipe.lora,
         ),
         libraries="text",
         space=1_000_000_000,

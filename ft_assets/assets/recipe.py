@@ -10,6 +10,7 @@ from pydantic import JsonValue
 from ft_assets.config import settings_version
 from ft_assets.job import StepResult
 from ft_assets.markdown import table
+from ft_assets.models.targets import require_targets
 from ft_assets.orchestration.declarations import asset
 from ft_assets.orchestration.materializer import Materializer, result
 from ft_assets.release.signing import Signing
@@ -25,6 +26,8 @@ def recipe(
     # Here, because hours of training come before the first signature.
     Signing.of(materializer.project, None, "release.signing")
     resolved = materializer.project.recipe(context.partition_key)
+    if base := materializer.store.current("base_model", context.partition_key):
+        require_targets(base.path, resolved.lora)
     sections = {
         name: settings_version(getattr(resolved, name)) for name in type(resolved).model_fields
     }

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
-from ft_assets.config import BaseModelSettings, ChatSettings
+from ft_assets.config import BaseModelSettings, ChatSettings, LoraSettings
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.license import LICENSE_FILE, stated_license
 from ft_assets.models.snapshot import write_snapshot
@@ -13,7 +13,10 @@ from ft_assets.step_runner import main, takes
 
 
 class Settings(StepSettings):
-    """`identity` and `template` are those that the artifact was fingerprinted by."""
+    """`identity` and `template` are those that the artifact was fingerprinted by.
+
+    lora: the adapter that is tried. It does not change the artifact.
+    """
 
     STEP: ClassVar = Step("base_model")
 
@@ -22,6 +25,7 @@ class Settings(StepSettings):
     root: Path
     identity: SourceIdentity
     template: str | None
+    lora: LoraSettings = LoraSettings()
 
 
 @takes(Settings)
@@ -37,6 +41,11 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         job.output,
         settings.chat,
     )
+    from ft_assets.training.dry_run import try_base
+
+    report("trying a training step and an answer")
+    if failed := try_base(f"base_models.{name}", job.output, settings.lora):
+        report(failed)
     # Below info/, which is not part of the content: a change of the licence text retrains nothing.
     path = job.output / LICENSE_FILE
     path.parent.mkdir(exist_ok=True)

@@ -12,9 +12,10 @@ from ft_assets.compat.trl import drop_unknown_routing_loss
 from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError, nearest
 from ft_assets.models.adapter_files import changed_weights, is_full
-from ft_assets.models.loading import load_base, load_tokenizer, target_modules, unadaptable_linears
+from ft_assets.models.loading import load_base, load_tokenizer
 from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 from ft_assets.models.sharding import shard_base
+from ft_assets.models.targets import linears_of, target_names, unadaptable_linears
 from ft_assets.models.text_part import stored_names
 
 
@@ -36,7 +37,14 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
         _require_lora_alone(snapshot, settings)
     if settings.method == "full":
         return _full_model(snapshot)
-    base = _adaptable(snapshot, settings, shards)
+    model = adapted(_adaptable(snapshot, settings, shards), snapshot, settings)
+    if shards > 1:
+        shard_base(model, shards)
+    return model
+
+
+def adapted(base: Any, snapshot: Path, settings: LoraSettings) -> Any:
+    """Put a fresh adapter on a loaded base. Raises TrainingError where that cannot be."""
     # The merge onto NF4 weights reads by name what NF4 rounds, so those names must be stored too.
     linears = linear_weights(base) if settings.method == "qlora" else []
     config = _lora_config(base, snapshot, settings)
@@ -57,8 +65,6 @@ def new_adapter(snapshot: Path, settings: LoraSettings, shards: int = 1) -> Any:
     refuse_renamed(
         "lora.target_modules", model.get_base_model(), unstored([*targets, *linears], snapshot)
     )
-    if shards > 1:
-        shard_base(model, shards)
     return model
 
 
@@ -97,7 +103,7 @@ def _lora_config(base: Any, snapshot: Path, settings: LoraSettings) -> LoraConfi
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=settings.lora_dropout,
-        target_modules=target_modules(base, settings.target_modules),
+        target_modules=target_names(linears_of(base), settings.target_modules),
         exclude_modules=unadaptable_linears(base) or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,

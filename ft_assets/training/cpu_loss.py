@@ -59,6 +59,8 @@ def supervised_loss(model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
     hidden = decoder_of(base)(**forwarded, use_cache=False).last_hidden_state[:, :-1]  # (B,T-1,D)
     labels = inputs["labels"][:, 1:]  # (B, T-1)
     keep = labels != -100
-    logits = base.get_output_embeddings()(hidden[keep]).float()  # (supervised, vocabulary)
+    head = base.get_output_embeddings()
+    # Some families, such as Mamba2, return their residual stream in fp32.
+    logits = head(hidden[keep].to(head.weight.dtype)).float()  # (supervised, vocabulary)
     total = torch.nn.functional.cross_entropy(logits, labels[keep], reduction="sum")
     return total / (keep.sum() if num_items is None else torch.as_tensor(num_items)).clamp(min=1)

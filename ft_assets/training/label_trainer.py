@@ -17,6 +17,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
 
 from ft_assets.compat.trl import drop_reference_copy, expect_reference_scores, fused_head
+from ft_assets.models.padding import padding_token
 from ft_assets.training.pair_trainer import SharingMetrics
 from ft_assets.training.pairs import TokenPair, with_reference
 from ft_assets.training.prepare import full_precision_adapter
@@ -115,7 +116,9 @@ class LabelTrainer(LogsValidation, ReportsTrlErrors, KTOTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=LabelCollator(tokenizer.pad_token_id, pad_to_multiple_of=multiple),
+            data_collator=LabelCollator(
+                padding_token(model, tokenizer), pad_to_multiple_of=multiple
+            ),
             train_dataset=Dataset.from_list([{**with_reference(pair)} for pair in pairs]),
             processing_class=tokenizer,
         )

@@ -11,6 +11,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from ft_assets.compat.transformers import prepare_inputs
 from ft_assets.compat.trl import drop_reference_copy, expect_reference_scores, fused_head
+from ft_assets.models.padding import padding_token
 from ft_assets.training.dropout import without_dropout
 from ft_assets.training.isolation import MAX_LEAK
 from ft_assets.training.length_order import LengthOrder
@@ -73,7 +74,9 @@ class PairTrainer(LogsValidation, ReportsTrlErrors, DPOTrainer):
         exact = {
             name: weight.data for name, weight in model.named_parameters() if weight.requires_grad
         }
-        collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple)
+        collator = PairCollator(
+            pad_token_id=padding_token(model, tokenizer), pad_to_multiple_of=multiple
+        )
         super().__init__(
             model=model,
             args=args,

@@ -24,6 +24,7 @@ from ft_assets.errors import TrainingError
 from ft_assets.hardware import free_unused
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
+from ft_assets.models.padding import padding_token
 from ft_assets.models.sharding import held_weights
 from ft_assets.rows.types import TokenSequence
 from ft_assets.training.adapter import (
@@ -155,7 +156,7 @@ def train_sft(
     """
     tokenizer = load_tokenizer(snapshot)
     machine = this_machine(memory_limit_gb)
-    wanted = _Wanted(snapshot, rows, lora, sft, machine, checkpoints, tokenizer.pad_token_id)
+    wanted = _Wanted(snapshot, rows, lora, sft, machine, checkpoints, tokenizer)
     start = _start(wanted, report)
     model, prepared, lora, sft = start.model, start.prepared, start.lora, start.sft
     plan = prepared.plan
@@ -196,7 +197,7 @@ class _Wanted:
     sft: SftSettings
     machine: Machine
     checkpoints: Path
-    pad: int
+    tokenizer: Any
 
     def plan(self, lora: LoraSettings) -> Plan:
         return plan_sft(self.snapshot, lora, self.sft, self.rows, self.machine)
@@ -244,7 +245,8 @@ def _load(wanted: _Wanted, report: Report) -> _Start:
     padded = functools.partial(
         plan_padded, plan, wanted.snapshot, lora, wanted.sft, wanted.rows, wanted.machine
     )
-    prepared = prepare_model(model, plan, sft, wanted.rows, wanted.pad, report, padded)
+    pad = padding_token(model, wanted.tokenizer)
+    prepared = prepare_model(model, plan, sft, wanted.rows, pad, report, padded)
     return _Start(model, prepared, lora, sft, share)
 
 

@@ -40,6 +40,7 @@ def examine() -> list[Check]:
             "source": partial(base_models.source, name, settings, project.root),
             "licence": partial(base_models.licence, name, settings, project),
             "chat template": partial(base_models.template, name, settings, project),
+            "layers": partial(base_models.layers, name, settings, project),
         }
         for part, look in looks.items():
             found = list(guarded(f"{name}: {part}", look))

@@ -12,6 +12,7 @@ from ft_assets.commands.store_view import in_bytes, size
 from ft_assets.config import BaseModelSettings, Project
 from ft_assets.models.license import stated_license
 from ft_assets.models.source import ALTERNATIVES, locate_folder, locate_gguf, read_template
+from ft_assets.models.targets import Linears, linears_of_config, recorded, target_names
 
 PATIENCE_SECONDS = 3.0
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -141,6 +142,29 @@ def template(name: str, settings: BaseModelSettings, project: Project) -> Iterat
         )
     else:
         yield warn(label, "not known before base_model is made", "ft run --asset base_model")
+
+
+def layers(name: str, settings: BaseModelSettings, project: Project) -> Iterator[Check]:
+    """Check that the base is a causal language model with the layers in lora.target_modules.
+
+    Of a base that is not made yet, its config is read if it is on this machine.
+    """
+    label, lora = f"{name}: layers", project.recipe(name).lora
+    found: Linears | None = None
+    for folder in folders(name, settings, project):
+        if found := recorded(folder):
+            break
+        if (folder / "config.json").is_file() and not settings.trust_remote_code:
+            found = linears_of_config(f"base_models.{name}", folder)
+            break
+    if found is None:
+        yield warn(label, "not known before base_model is made", "ft run --asset base_model")
+    elif lora.method == "full":
+        yield ok(label, f"{found.architecture}, all weights are trained")
+    else:
+        targets = target_names(found, lora.target_modules)
+        shown = targets if isinstance(targets, str) else ", ".join(targets)
+        yield ok(label, f"{found.architecture}, adapters on {shown}")
 
 
 def has_template(folder: Path) -> bool:
