@@ -1,4 +1,4 @@
-"""Generate greedy answers of one model to many prompts.
+"""Generate answers of one model to many prompts, greedily or sampled by a seeded rule.
 
 Batches are sorted by length, and the shared prefix is computed once. Where a model's cache makes
 one of the two inexact, the answers are generated without it. An answer that cannot be generated is
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from ft_assets.errors import EvaluationError
 from ft_assets.inference.padding import GREEDY, batch_is_exact, padded
@@ -21,6 +22,7 @@ from ft_assets.inference.prefix import (
     repeated,
     shared_prefix,
 )
+from ft_assets.inference.sampling import Sampled, Sampling
 
 SLIDING = "the shared prefix is computed for each row: rows end beyond the sliding window"
 RECURRENT = "the shared prefix is computed for each row: its state cannot be continued"
@@ -69,8 +71,9 @@ def generate(
     batch_size: int | None = None,
     ids: list[str] | None = None,
     told: Callable[[str], object] = lambda _: None,
+    sampling: Sampling | None = None,
 ) -> list[Answer]:
-    """Return the greedy answers to `prompts` (token ids), in their order.
+    """Return the answers to `prompts` (token ids), in their order: greedy without `sampling`.
 
     `told` gets a sentence for each shortcut that this model's cache does not allow. A batch that
     does not fit into memory is halved. Raises EvaluationError with the row (its entry of `ids`,
@@ -90,6 +93,7 @@ def generate(
             cache,
             stops,
             max_new_tokens,
+            sampling.of(batch, max_new_tokens) if sampling else None,
         )
 
     size = min(most, batch_size or default_batch_size(model, longest))
@@ -158,7 +162,7 @@ def _carefully(
             row = ids[batch[0]] if ids else f"number {batch[0]}"
             message = str(error).splitlines()[0][:200] if str(error) else ""
             raise EvaluationError(
-                where=f"held-out row {row}",
+                where=f"row {row}",
                 found=f"its answer cannot be generated ({type(error).__name__}: {message})",
                 expected="an answer to every row: a row without an answer is never scored",
                 fix="lower evaluation.max_new_tokens or batch_size if memory ran out, "
@@ -178,11 +182,14 @@ def _generate_batch(
     cache: Any,
     stops: frozenset[int],
     max_new_tokens: int,
+    sampled: Sampled | None,
 ) -> list[Answer]:
     # Padding is between the prefix and the rest: the cached prefix keeps its positions.
     pad = tokenizer.pad_token_id
     inputs = padded(model, prompts, pad, prefix)
     kwargs: dict[str, Any] = {}
+    if sampled is not None:
+        kwargs["logits_processor"] = LogitsProcessorList([sampled])
     if cache is not None:
         kwargs["past_key_values"] = repeated(cache, len(prompts))
     output = model.generate(
