@@ -2,13 +2,15 @@
 
 import dagster as dg
 
+from ft_assets.artifacts import Artifact
 from ft_assets.assets.training_curves import FIRST, loss_curve, overfitting_check
+from ft_assets.errors import ArtifactError
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import Materializer, result
 from ft_assets.release.card_facts import adapter_method
 from ft_assets.steps import dpo
 
-NO_PREFERENCES = "no preference data: no DPO"
+NO_PREFERENCES = "no preference pairs: no DPO"
 
 
 def has_preferences(metrics: Metrics) -> bool:
@@ -22,7 +24,8 @@ def _summary(metrics: Metrics) -> str:
     loss = f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
     if labels := metrics.get("labels"):
         return f"KTO on {labels} labelled answers, {loss}"
-    return f"{metrics['pairs']} pairs, {loss}"
+    own = f", {metrics['pairs_sampled']} of them sampled" if "pairs_sampled" in metrics else ""
+    return f"{metrics['pairs']} pairs{own}, {loss}"
 
 
 @asset(
@@ -31,6 +34,7 @@ def _summary(metrics: Metrics) -> str:
     kinds=["pytorch"],
     code_version="5",
     gpu=True,
+    also=lambda project: ["sampled_preferences"] if project.samples() else [],
     summary=_summary,
 )
 def dpo_adapter(
@@ -45,7 +49,7 @@ def dpo_adapter(
     base = store.need("base_model", name)
     adapter = store.need("lora_adapter", name)
     split = store.need("heldout_split", name)
-    pairs = ("preferences", "preferences_validation")
+    tables = _tables(materializer, name, split, adapter)
     lora = chosen.lora
     if lora.method == "auto":  # DPO continues the adapter with the method of its training
         lora = lora.model_copy(update={"method": adapter_method(adapter)})
@@ -59,7 +63,11 @@ def dpo_adapter(
         inputs={
             "base_model": (base, None),
             "lora_adapter": (adapter, None),
-            **{f"heldout_split#{part}": (split, part) for part in pairs},
+            **{
+                f"{made.asset}#{part}": (made, part)
+                for made in tables
+                for part in ("preferences", "preferences_validation")
+            },
         },
         step=dpo.Settings(
             lora=lora,
@@ -72,6 +80,29 @@ def dpo_adapter(
     )
     method = str(artifact.metrics.get("preference_method", "dpo")).upper()
     return result(artifact, reused, FIRST, **loss_curve(artifact, f"{method} loss"))
+
+
+def _tables(
+    materializer: Materializer, name: str, split: Artifact, adapter: Artifact
+) -> list[Artifact]:
+    """Return the artifacts whose pairs are trained on.
+
+    Raises ArtifactError if the sampled pairs are of another SFT model.
+    """
+    source = materializer.project.recipe(name).dpo.pairs
+    tables = [] if source == "sampled" else [split]
+    if source == "given":
+        return tables
+    sampled = materializer.store.need("sampled_preferences", name)
+    of = sampled.manifest.inputs.get("lora_adapter")
+    if of != adapter.data_version:
+        raise ArtifactError(
+            where=f"sampled_preferences[{name}]",
+            found=f"was sampled from another lora_adapter ({of}, now {adapter.data_version})",
+            expected="answers of the SFT model that DPO starts from",
+            fix="materialize sampled_preferences again (ft run)",
+        )
+    return [*tables, sampled]
 
 
 @check(

@@ -252,7 +252,7 @@ def dpo_does_not_hurt(checked: Checked) -> dg.AssetCheckResult:
     """Warn if DPO is lower than SFT on held-out or on general prompts."""
     report = _report(checked)
     if "dpo" not in report.scores:
-        return dg.AssetCheckResult(passed=True, description="no preference data: no DPO")
+        return dg.AssetCheckResult(passed=True, description="no preference pairs: no DPO")
     entry = report.comparisons["dpo"]["sft"][report.metric]
     hurts = dpo_hurts(report, checked.project.gate)
     return dg.AssetCheckResult(

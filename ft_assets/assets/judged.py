@@ -56,6 +56,16 @@ def _scoring(project: Project, settings: EvaluationSettings) -> dict[str, Any]:
     }
 
 
+def own_answer_scoring(materializer: Materializer, name: str) -> dict[str, Any]:
+    """Return all that decides the SFT model's own answers and their scores, besides artifacts."""
+    settings = materializer.project.recipe(name).evaluation
+    scoring = _scoring(materializer.project, settings)
+    known = settings.main_metric()
+    keys = {"max_new_tokens", "metric", "normalise", "decimal", "day_first"}
+    keys |= {known.config} if known.config else set()
+    return {**scoring, "evaluation": settings.model_dump(mode="json", include=keys)}
+
+
 def asked_inputs(materializer: Materializer, used: dict[str, Artifact]) -> Inputs:
     """Return the inputs of the answers."""
     trained = ("base_model", "lora_adapter", "dpo_adapter")

@@ -20,7 +20,13 @@ from ft_assets.config.loading import CONFIG_NAME, find_config, load_project
 from ft_assets.config.project import BaseModelSettings, Project, Recipe, settings_version
 from ft_assets.config.release import Format, PushSettings, ReleaseSettings, SigningSettings
 from ft_assets.config.section import Section, Share
-from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings, TrainSettings
+from ft_assets.config.training import (
+    DpoSettings,
+    LoraSettings,
+    SamplingSettings,
+    SftSettings,
+    TrainSettings,
+)
 
 __all__ = [
     "CONFIG_NAME",
@@ -40,6 +46,7 @@ __all__ = [
     "PushSettings",
     "Recipe",
     "ReleaseSettings",
+    "SamplingSettings",
     "ScheduleSettings",
     "Section",
     "SftSettings",

@@ -173,6 +173,14 @@ class EvaluationSettings(Section):
         on = metric.always or (entry in self.metrics if entry else bool(self.option(metric)))
         return [metric] if on else []
 
+    def main_metric(self) -> Metric:
+        """Return the metric that the verdict is about."""
+        return next(one for one in self.measured() if one.name == self.metric)
+
+    def scores_alone(self) -> bool:
+        """Return True if the metric scores an answer without the base's answers and the model."""
+        return self.main_metric().of_answer or self.main_metric().config in ("python", "program")
+
     @property
     def values(self) -> Values:
         """When two values of an answer are equal."""

@@ -13,7 +13,7 @@ from ft_assets.config.limits import require_names, require_sane_numbers, shown
 from ft_assets.config.project import Project
 from ft_assets.config.section import Section
 from ft_assets.config.strict_yaml import read_strictly
-from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
+from ft_assets.config.training import DpoSettings, LoraSettings, SamplingSettings, SftSettings
 from ft_assets.errors import ConfigError, nearest
 from ft_assets.redaction import is_secret_name, remember_variables
 
@@ -86,7 +86,32 @@ def load_project(path: Path | None = None) -> Project:
         _check_overrides(path, project, name)
         _check_goals(path, project, name)
         _check_review(path, project, name)
+        if project.samples():
+            _check_own_answers(path, project, name)
+    _check_sampling_is_used(path, project)
     return project
+
+
+def _check_own_answers(path: Path, project: Project, name: str) -> None:
+    recipe = project.recipe(name)
+    if recipe.dpo.samples and not recipe.evaluation.scores_alone():
+        raise ConfigError(
+            where=f"{path}: dpo.pairs of {name}",
+            found=f"is {recipe.dpo.pairs}, and evaluation.metric {recipe.evaluation.metric} does "
+            "not score a generated answer alone",
+            expected="a metric of the answer, to find the better one of two",
+            fix="choose another evaluation.metric, e.g. exact, or dpo.pairs: given",
+        )
+
+
+def _check_sampling_is_used(path: Path, project: Project) -> None:
+    if project.dpo.sampling != SamplingSettings() and not project.samples():
+        raise ConfigError(
+            where=f"{path}: dpo.sampling",
+            found="is set, and dpo.pairs is given for every base model",
+            expected="dpo.pairs: sampled or both, which sample own answers",
+            fix="set dpo.pairs, or remove dpo.sampling",
+        )
 
 
 def _check_review(path: Path, project: Project, name: str) -> None:

@@ -147,6 +147,11 @@ class Project(Section):
             )
         return self.base_models[name]
 
+    def samples(self) -> bool:
+        """Return True if DPO of a base model trains on pairs of the SFT model's own answers."""
+        models = self.base_models.values()
+        return any(model.dpo.get("pairs", self.dpo.pairs) != "given" for model in models)
+
     def recipe(self, name: str) -> Recipe:
         """Return the settings of a base model: the defaults, overridden by its own section."""
         model = self.base_model(name)

@@ -250,6 +250,35 @@ class SftSettings(TrainSettings):
     )
 
 
+class SamplingSettings(Section):
+    """How `sampled_preferences` samples the SFT model and makes pairs of its answers."""
+
+    n: int = Field(default=4, ge=1, le=1000, description="Answers to each prompt.")
+    temperature: float = Field(
+        default=0.8, gt=0, le=10, description="The logits are divided by it: higher, more variety."
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Sample from the likeliest tokens that have this probability together.",
+    )
+    accept: float | None = Field(
+        default=None,
+        description="Score of evaluation.metric from which an answer is right. None: the score of "
+        "the reference itself.",
+    )
+    margin: float = Field(
+        default=0.0,
+        ge=0,
+        description="No pair unless the scores of its answers differ by more than this.",
+    )
+    max_prompts: int | None = Field(
+        default=None, ge=1, description="Sample only the first n train rows by id (a time budget)."
+    )
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of the samples.")
+
+
 class DpoSettings(TrainSettings):
     num_train_epochs: float = Field(
         default=1, gt=0, le=10_000, description="Passes over the pairs; max_steps overrides it."
@@ -282,13 +311,38 @@ class DpoSettings(TrainSettings):
         default=True,
         description="Compute the prompt of a pair once. False: for each answer, as TRL does.",
     )
+    pairs: Literal["given", "sampled", "both"] = Field(
+        default="given",
+        description="given: of data.preferences. sampled: of the SFT model's own answers to the "
+        "train prompts. both: all of them.",
+    )
+    sampling: SamplingSettings = Field(
+        default=SamplingSettings(), description="How own answers are sampled and become pairs."
+    )
+
+    @property
+    def samples(self) -> bool:
+        """Whether pairs of the SFT model's own answers are trained on."""
+        return self.pairs != "given"
 
     def decisive(self) -> dict[str, Any]:
-        """Return the settings that decide what is trained. Under `auto` the rows decide."""
+        """Return the settings that decide what is trained. Under `auto` the rows decide.
+
+        Not `pairs` and `sampling`: the versions of the pairs have them.
+        """
         values = super().decisive()
         if self.method == "auto":
             del values["method"]
-        return values
+        return {key: value for key, value in values.items() if key not in ("pairs", "sampling")}
+
+    @model_serializer(mode="wrap")
+    def _without_the_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit pairs: given and default sampling: fingerprints from before the keys stay."""
+        data = handler(self)
+        for key in ("pairs", "sampling"):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                data.pop(key, None)
+        return data
 
     @field_validator("loss_type")
     @classmethod
@@ -312,6 +366,15 @@ class DpoSettings(TrainSettings):
     def _loss_of_the_method(self) -> "DpoSettings":
         if self.method == "kto" and self.loss_type != "sigmoid":
             raise ValueError("loss_type is of pairs, and method kto has a loss of its own: drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _sampled_pairs_have_a_use(self) -> "DpoSettings":
+        if self.samples and self.method == "kto":
+            raise ValueError(
+                f"pairs: {self.pairs} makes pairs for DPO, and method kto trains on labels: drop "
+                "one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -170,12 +170,12 @@ def leaks(split: Path, targets: Path, few_shot: Path, data: DataSettings) -> Lea
     Train and preferences may share prompts: they are two trainings of one model.
     """
     shared = _shared_prompts(split, few_shot)
-    held_out = {name: texts(split / f"{name}.parquet") for name in HELD_OUT}
-    copies, _ = find_copies(
+    copies = copies_of_held_out(
         {name: texts(split / f"{name}.parquet") for name in TRAINED},
-        {**held_out, "contamination": texts(targets)},
-        data,
-        Common.read(split / "info" / "boilerplate.json"),
+        split,
+        targets,
+        near_duplicate=data.near_duplicate,
+        quoted=data.quoted,
     )
     sentences = [
         f"{one.side} {one.id} and {one.other_side} {one.other_id} share their prompt"
@@ -188,6 +188,28 @@ def leaks(split: Path, targets: Path, few_shot: Path, data: DataSettings) -> Lea
     ]
     kinds = Counter(copy["kind"] for copy in copies)
     return Leaks(sentences, {"overlaps": len(shared), **kinds})
+
+
+def copies_of_held_out(
+    trained: Mapping[str, Rows],
+    split: Path,
+    targets: Path,
+    *,
+    near_duplicate: float | None,
+    quoted: float | None,
+) -> list[CopyRow]:
+    """Return a copy for each row of `trained` that repeats a held-out row of a written split.
+
+    `targets` is the table of `data.contamination`. The two limits are those of `data`.
+    """
+    held_out = {name: texts(split / f"{name}.parquet") for name in HELD_OUT}
+    copies, _ = find_copies(
+        trained,
+        {**held_out, "contamination": texts(targets)},
+        DataSettings(train=[], near_duplicate=near_duplicate, quoted=quoted),
+        Common.read(split / "info" / "boilerplate.json"),
+    )
+    return copies
 
 
 def _shared_prompts(split: Path, few_shot: Path) -> list[Overlap]:

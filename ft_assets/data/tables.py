@@ -21,6 +21,7 @@ from ft_assets.rows.types import (
     CopyRow,
     JudgedRow,
     Message,
+    OwnAnswerRow,
     PairRow,
     PreferenceRow,
     RejectedRow,
@@ -135,6 +136,21 @@ NEAR_DUPLICATE = Layout(
             ("similarity", pa.float64()),
             ("text", pa.string()),
             ("of_text", pa.string()),
+        ]
+    ),
+)
+OWN_ANSWER = Layout(
+    OwnAnswerRow,
+    pa.schema(
+        [
+            *((name, pa.string()) for name in ("id", "side", "prompt", "reference", "answer")),
+            ("times", pa.int64()),
+            ("tokens", pa.int64()),
+            ("stopped", pa.bool_()),
+            ("score", pa.float64()),
+            ("right", pa.bool_()),
+            ("used", pa.string()),
+            ("outcome", pa.string()),
         ]
     ),
 )

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,8 @@ def forecast(project: Project, store: ArtifactStore, asset: str, partition: str 
     gpu = _gpu(project)
     if gpu is None:
         return Forecast()
-    plan = _planner(project, base, split, asset, partition, gpu.name)
+    tables = _tables(project, store, split, asset, partition)
+    plan = _planner(project, base, tables, asset, partition, gpu.name)
     if plan is None:
         return Forecast()
     try:
@@ -64,6 +65,15 @@ def forecast(project: Project, store: ArtifactStore, asset: str, partition: str 
         return Forecast(refused=f"{error.where}: {error.found}; expected {error.expected}")
 
 
+def _tables(
+    project: Project, store: ArtifactStore, split: Artifact, asset: str, partition: str
+) -> list[Artifact]:
+    """Return the artifacts whose rows a training reads, as far as they were made."""
+    source = project.recipe(partition).dpo.pairs if asset == "dpo_adapter" else "given"
+    sampled = None if source == "given" else store.current("sampled_preferences", partition)
+    return [*([] if source == "sampled" else [split]), *([sampled] if sampled else [])]
+
+
 def settle_method(project: Project, base: Artifact, split: Artifact, name: str) -> LoraSettings:
     """Return `lora` with the method that `auto` chooses for SFT, for the fingerprint and the step.
 
@@ -75,7 +85,7 @@ def settle_method(project: Project, base: Artifact, split: Artifact, name: str) 
     gpu = _gpu(project)
     if lora.method != "auto" or (gpu is None and not project.launcher.on_this_machine):
         return lora
-    plan = gpu and _planner(project, base, split, "lora_adapter", name, gpu.name)
+    plan = gpu and _planner(project, base, [split], "lora_adapter", name, gpu.name)
     method = "lora"  # on a CPU
     if gpu and plan:
         with contextlib.suppress(MemoryPlanError, ConfigError):
@@ -84,11 +94,16 @@ def settle_method(project: Project, base: Artifact, split: Artifact, name: str) 
 
 
 def _planner(
-    project: Project, base: Artifact, split: Artifact, asset: str, partition: str, gpu: str
+    project: Project,
+    base: Artifact,
+    tables: Sequence[Artifact],
+    asset: str,
+    partition: str,
+    gpu: str,
 ) -> Callable[[float], Plan] | None:
     """Return the function that plans a training for a GPU's memory in bytes; None without rows."""
     part, key = TRAINING[asset]
-    lengths = _lengths(split.path / f"{part}.parquet", key)
+    lengths = [length for made in tables for length in _lengths(made.path / f"{part}.parquet", key)]
     if not lengths:
         return None
     recipe = project.recipe(partition)

@@ -25,6 +25,7 @@ TRAINING_METRICS = (
     "train_tokens",
     "supervised_tokens",
     "pairs",
+    "pairs_sampled",
     "labels",
     "steps",
     "seconds",
@@ -142,7 +143,7 @@ def card_facts(
         partition=name,
         base=_base(project, name, base),
         license=snapshot_license(base.path),
-        data=_data(raw, split, store.current("raw_preferences", None)),
+        data=_data(raw, split, store.current("raw_preferences", None), used["dpo_adapter"]),
         data_note=_data_note(raw, split),
         hub_datasets=_hub_datasets(project),
         template=_template(recipe.chat, base),
@@ -215,11 +216,19 @@ def _training(used: Mapping[str, Artifact]) -> dict[str, int | float]:
     }
 
 
-def _data(raw: Artifact, split: Artifact, preferences: Artifact | None) -> list[DataFacts]:
+def _data(
+    raw: Artifact, split: Artifact, preferences: Artifact | None, dpo: Artifact
+) -> list[DataFacts]:
+    sampled = dpo.manifest.inputs.get("sampled_preferences#preferences")
+    only_sampled = sampled and "heldout_split#preferences" not in dpo.manifest.inputs
     sets = [
         DataFacts(name=name, rows=split.metrics.get(key, 0), fingerprint=split.part_version(part))
         for name, part, key in SIDES
+        if not (only_sampled and part.startswith("preferences"))
     ]
+    if sampled:
+        rows = dpo.metrics.get("pairs_sampled", 0)
+        sets.append(DataFacts(name="pairs of own answers", rows=rows, fingerprint=sampled))
     sets.append(
         DataFacts(
             name="raw conversations",
@@ -227,7 +236,7 @@ def _data(raw: Artifact, split: Artifact, preferences: Artifact | None) -> list[
             fingerprint=raw.part_version("conversations"),
         )
     )
-    if preferences is not None:
+    if preferences is not None and not only_sampled:
         version = preferences.data_version
         sets.append(DataFacts(name="raw preferences", rows=None, fingerprint=version))
     return [rows for rows in sets if rows.rows != 0]

@@ -148,6 +148,33 @@ class PairRow(DataRow):
     rejected_ids: list[int]
 
 
+Outcome = Literal[
+    "own", "reference", "alike", "unfinished", "no margin", "repeated", "too long", "leak"
+]
+
+
+class OwnAnswerRow(TypedDict):
+    """One distinct answer that the SFT model sampled to a row (`id`) of a `side` of the split.
+
+    `times`: how many of the row's samples are this text. `stopped`: it ended by itself. `score`:
+    by evaluation.metric; `right`: it is accepted. `used` is `chosen` or `rejected` in the row's
+    pair, else "". `outcome` is that of the row.
+    """
+
+    id: str
+    side: str
+    prompt: str
+    reference: str
+    answer: str
+    times: int
+    tokens: int
+    stopped: bool
+    score: float
+    right: bool
+    used: str
+    outcome: Outcome
+
+
 class MemberRow(TypedDict):
     """The columns that decide the side of a row; `judged` is absent in a table of pairs."""
 

@@ -6,6 +6,7 @@ Without preference data the SFT adapter is published unchanged.
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ft_assets.config import DpoSettings, LoraSettings
@@ -34,16 +35,10 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     from ft_assets.training.dpo import train_dpo
     from ft_assets.training.label_trainer import labelled
 
-    split = job.inputs["heldout_split"]
-    if not (split / "preferences_validation.parquet").exists():
-        raise ArtifactError(
-            where="heldout_split",
-            found="an older version made it, without validation pairs",
-            expected="a preferences_validation table",
-            fix="materialize heldout_split again",
-        )
-    pairs = read_table(split / "preferences.parquet", row=PairRow)
-    validation = read_table(split / "preferences_validation.parquet", row=PairRow)
+    given, sampled = (_read(job, source) for source in ("heldout_split", "sampled_preferences"))
+    pairs, validation = given.pairs + sampled.pairs, given.validation + sampled.validation
+    if sampled.pairs:
+        pairs.sort(key=lambda row: row["id"])  # so that max_pairs takes of both
     used, by_label = _used(pairs, settings.dpo)
     if not used:
         return _publish_sft(job, settings.lora)
@@ -68,7 +63,34 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         )
         save_groups(used, output, before=sft_adapter)
         found.append(metrics)
-    return StepResult({**found[0], "pairs_left_out": len(pairs) - len(used)})
+    counts = {"pairs_left_out": len(pairs) - len(used)}
+    if sampled.pairs:
+        own = {row["id"] for row in sampled.pairs}
+        counts["pairs_sampled"] = sum(row["id"] in own for row in used)
+    return StepResult({**found[0], **counts})
+
+
+@dataclass(frozen=True)
+class _Tables:
+    pairs: list[PairRow]
+    validation: list[PairRow]
+
+
+def _read(job: Job, source: str) -> _Tables:
+    """Return the pairs of an input; none if DPO does not train on it."""
+    if (folder := job.inputs.get(source)) is None:
+        return _Tables([], [])
+    if not (folder / "preferences_validation.parquet").exists():
+        raise ArtifactError(
+            where=source,
+            found="an older version made it, without validation pairs",
+            expected="a preferences_validation table",
+            fix=f"materialize {source} again",
+        )
+    return _Tables(
+        read_table(folder / "preferences.parquet", row=PairRow),
+        read_table(folder / "preferences_validation.parquet", row=PairRow),
+    )
 
 
 def _tokens(row: PairRow) -> TokenPair:
@@ -121,7 +143,7 @@ def _publish_sft(job: Job, lora: LoraSettings) -> StepResult:
     shutil.copy2(sft_adapter / PLAN_FILE, job.output / PLAN_FILE)
     method = resolve_method(sft_adapter, lora).method
     return StepResult(
-        {"pairs": 0, "note": "no preference data: this is the SFT adapter", "method": method}
+        {"pairs": 0, "note": "no preference pairs: this is the SFT adapter", "method": method}
     )
 
 

@@ -38,5 +38,6 @@ if not visible_gpus():
         merge,
         push,
         release,
+        sample,
         sft,
     )
