@@ -66,6 +66,9 @@ class Result(TypedDict, total=False):
     micro_batch: int
     largest_micro_batch_tokens: int
     checkpointed_layers: int
+    packed: bool
+    layer_kb_per_token: float | None
+    fused_linears: int
     predicted_memory_gb: float
     packing_leak: float | None
     fp8_linears: int
@@ -194,19 +197,26 @@ def timed(stamps: list[float], tokens: list[int]) -> Result:
 
 def ours(way: Way, steps: int, dropout: float, shape: LlamaShape) -> Result:
     """Train with train_sft itself (plan, proof, trainer), on random weights."""
-    import torch
+    from ft_assets.training import adapter, sft
 
-    from ft_assets.training import adapter, fp8_probe, sft
-    from ft_assets.training.batches import steps as step_rows
-
-    texts = documents(STEP_ROWS * steps, shape["vocab_size"])
     adapter.load_base = lambda _, quantized=False, dtype=None, **__: random_base(
         shape, quantized, dtype
     )
-    # Gradients of random weights are nearly noise, so their cosine is reported and not judged.
-    fp8_probe.MIN_COSINE, fp8_probe.MAX_LOSS_SHIFT = -1.0, math.inf
     if way.method == "full":
         sft.largest_update = lambda *_: 1.0  # the snapshot has no weights to compare with
+    texts = documents(STEP_ROWS * steps, shape["vocab_size"])
+    return train_measured(way, snapshot(shape), texts, dropout)
+
+
+def train_measured(way: Way, base: Path, texts: list[list[int]], dropout: float) -> Result:
+    """Train a snapshot with train_sft, and return its speed and memory."""
+    import torch
+
+    from ft_assets.training import fp8_probe, sft
+    from ft_assets.training.batches import steps as step_rows
+
+    # Gradients of random weights are nearly noise, so their cosine is reported and not judged.
+    fp8_probe.MIN_COSINE, fp8_probe.MAX_LOSS_SHIFT = -1.0, math.inf
     lora, settings = _settings(way, dropout)
     stamps: list[float] = []
 
@@ -218,7 +228,7 @@ def ours(way: Way, steps: int, dropout: float, shape: LlamaShape) -> Result:
 
     with tempfile.TemporaryDirectory() as work, _profiler(way.profile) as profiler:
         metrics = sft.train_sft(
-            snapshot=snapshot(shape),
+            snapshot=base,
             rows=[{"input_ids": ids, "supervised": [True] * len(ids)} for ids in texts],
             validation=[],
             lora=lora,
@@ -238,6 +248,9 @@ def ours(way: Way, steps: int, dropout: float, shape: LlamaShape) -> Result:
         "micro_batch": metrics["micro_batch"],
         "largest_micro_batch_tokens": metrics["largest_micro_batch_tokens"],
         "checkpointed_layers": metrics["checkpointed_layers"],
+        "packed": metrics["packed"],
+        "layer_kb_per_token": metrics.get("layer_kb_per_token"),
+        "fused_linears": metrics.get("fused_linears", 0),
         "predicted_memory_gb": metrics["predicted_memory_gb"],
         "packing_leak": metrics.get("packing_leak"),
         "liger": metrics.get("liger", False),

@@ -79,19 +79,24 @@ def snapshot(shape: LlamaShape) -> Path:
 
     Returns the folder.
     """
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps(shape))
+    write_tokenizer(folder)
+    _sparse_weights(shape, folder / "model.safetensors")
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of three tokens."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(shape))
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
         pad_token="<pad>",
         eos_token="<eos>",
     ).save_pretrained(folder)
-    _sparse_weights(shape, folder / "model.safetensors")
-    return folder
 
 
 def _sparse_weights(shape: LlamaShape, file: Path) -> None:

@@ -1,6 +1,8 @@
 """Test the memory plan: its formula against real models, its choices and its refusals."""
 
 import dataclasses
+import importlib
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -10,21 +12,26 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ft_assets.artifacts import ArtifactStore
+from ft_assets.compat import liger
 from ft_assets.config import DpoSettings, LoraSettings, SftSettings, load_project
 from ft_assets.definitions import build
 from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.hardware import Gpu
+from ft_assets.models.text_part import FILE as TEXT_PART
+from ft_assets.models.text_part import describe, text_part
+from ft_assets.models.weight_files import stored_types
 from ft_assets.orchestration import memory_forecast as forecast_module
 from ft_assets.orchestration.memory_forecast import Forecast, forecast, settle_method
 from ft_assets.orchestration.run_plan import REFUSED, REUSED, STOPPED
 from ft_assets.orchestration.run_plan import plan as plan_run
 from ft_assets.training.adapter import new_adapter, trainable_share
 from ft_assets.training.flops import mfu_percent, peak_flops
-from ft_assets.training.memory_plan.estimate import Setup, predict
+from ft_assets.training.memory_plan.estimate import Setup, predict, weight_bytes
 from ft_assets.training.memory_plan.model_shape import shape_of, snapshot_shape
 from ft_assets.training.memory_plan.plan import Data, Machine, Request, make_plan
 from ft_assets.training.prepare import checkpoint_layers
 from ft_assets_tests.factories import edit
+from ft_assets_tests.families import WHOLES, family_model, whole_model
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -72,6 +79,84 @@ def test_adapter_parameters_are_those_that_peft_trains(tiny_model: Path, targets
         snapshot_shape(tiny_model).adapter_parameters(3, targets)
         == trainable_share(new_adapter(tiny_model, lora))["trainable_parameters"]
     )
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize("family", ["qwen3_5", "mistral3", "qwen3_moe"])
+def test_a_plan_counts_what_is_loaded(tmp_path: Path, family: str, targets: str) -> None:
+    """Of a model that also sees its text part, and of a mixture no adapter for the experts."""
+    whole = family in WHOLES
+    model = whole_model(family) if whole else family_model(family).bfloat16()
+    model.save_pretrained(tmp_path)
+    part = text_part("base", model)
+    if whole:
+        described = describe("base", model, part, list(stored_types("base", tmp_path)))
+        (tmp_path / TEXT_PART).write_text(described.model_dump_json())
+    shape = snapshot_shape(tmp_path)
+    assert shape.parameters == sum(parameter.numel() for parameter in part.parameters())
+    lora = LoraSettings(method="lora", r=3, target_modules=targets)
+    trained = trainable_share(new_adapter(tmp_path, lora))["trainable_parameters"]
+    assert shape.adapter_parameters(3, targets) == trained
+    if shape.experts:
+        in_16_bits = sum(p.numel() for n, p in part.named_parameters() if ".experts." in n)
+        assert shape.experts.parameters == in_16_bits
+        assert shape.multiplied < shape.parameters - shape.experts.parameters // 2
+        dense, nf4 = (
+            weight_bytes(shape, Setup(1, 0, 0, (), quantized=quantized))
+            for quantized in (False, True)
+        )
+        assert dense - nf4 < 2 * shape.linear_parameters  # the experts stay in 16 bits
+
+
+# KB that a layer keeps of a token, measured on an H100 (bench/gpu_families.py).
+MEASURED = [
+    ("qwen3_5_text", {}, True, 343.98),
+    ("ministral3", {}, True, 102.7),
+    ("olmoe", {"intermediate_size": 1024}, False, 140.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "given", "liger", "measured"), MEASURED)
+def test_layers_keep_what_was_measured(
+    kind: str, given: dict[str, Any], liger: bool, measured: float
+) -> None:
+    shape = shape_of(AutoConfig.for_model(kind, **given).to_dict())
+    setup = Setup.of(
+        shape, 16, "attention", tokens=1000, checkpointed_layers=0, liger=liger, dropout=True
+    )
+    found = predict(shape, setup)["activations"] / 1000 / shape.layers / 1000
+    assert found == pytest.approx(measured, rel=0.1)
+
+
+def test_a_plan_expects_ligers_kernels_only_where_liger_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "liger_kernel" / "transformers"
+    folder.mkdir(parents=True)
+    (tmp_path / "liger_kernel" / "__init__.py").touch()
+    table = "MODEL_TYPE_TO_APPLY_LIGER_FN = {'llama': print, 'mistral': print}\n"
+    (folder / "monkey_patch.py").write_text("import no_such_module\n" + table)
+    monkeypatch.syspath_prepend(tmp_path)
+    liger.known_types.cache_clear()
+    try:
+        expected = {"llama": True, "ministral3": True, "olmoe": False}
+        assert {kind: liger.has_kernels(kind) for kind in expected} == expected
+    finally:
+        liger.known_types.cache_clear()
+
+
+@pytest.mark.parametrize(("kind", "like"), liger.SAME_AS.items())
+def test_a_type_with_ligers_kernels_of_another_has_its_code(kind: str, like: str) -> None:
+    one, other = (
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        for name in (kind, like)
+    )
+    for part in ("RMSNorm", "MLP"):
+        mine, theirs = (
+            getattr(module, name.capitalize() + part).forward
+            for module, name in ((one, kind), (other, like))
+        )
+        assert inspect.getsource(mine) == inspect.getsource(theirs)
 
 
 BESIDE: list[dict[str, Any]] = [

@@ -163,7 +163,7 @@ def _lora(facts: Facts) -> Section:
 def _qlora(facts: Facts) -> Section:
     shape = facts.shape
     bf16 = 2 * shape.parameters / 1e9
-    nf4 = (NF4_BYTES * shape.linear_parameters + 2 * shape.other_parameters) / 1e9
+    nf4 = bf16 - (2 - NF4_BYTES) * shape.linear_parameters / 1e9
     trained = facts.trained
     rule = (
         f"The frozen base takes {bf16:.2f} GB in bf16 and {nf4:.2f} GB with its layers in NF4. "

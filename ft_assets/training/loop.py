@@ -135,7 +135,8 @@ def _cannot_run(trainer: Any, error: RuntimeError, key: str) -> TrainingError | 
         found=f"{type(base or trainer.model).__name__} cannot be trained with these settings: "
         f"{str(error).splitlines()[0][:200]}",
         expected="a model whose layers take an adapter and mixed precision",
-        fix="name other layers in lora.target_modules, or another base",
+        fix="do what it asks for if it names a package; else name other layers in "
+        "lora.target_modules, or another base",
     )
 
 

@@ -26,8 +26,9 @@ from ft_assets.training.distributed import world_size
 from ft_assets.training.flops import peak_flops
 from ft_assets.training.fp8_probe import Fp8Metrics, prove_fp8
 from ft_assets.training.isolation import prove_isolation
+from ft_assets.training.layer_memory import measure_layers
 from ft_assets.training.linears import adapters_are_fused, fuse_linears
-from ft_assets.training.memory_plan.estimate import CONTEXT_BYTES
+from ft_assets.training.memory_plan.estimate import CONTEXT_BYTES, Kept
 from ft_assets.training.memory_plan.model_shape import Shape, snapshot_shape
 from ft_assets.training.memory_plan.plan import Data, Machine, Plan, PlanMetrics, make_plan
 from ft_assets.training.pairs import TokenPair, row_length
@@ -36,12 +37,14 @@ from ft_assets.training.pairs import TokenPair, row_length
 class ModelMetrics(Fp8Metrics, total=False):
     """Changes to the loaded model: fused linears, liger's kernels, and the measured packing leak.
 
-    fused_linears is absent without an adapter, packing_leak without a proof.
+    fused_linears is absent without an adapter, packing_leak without a proof. layer_kb_per_token:
+    what a layer was measured to keep on average; absent on a CPU.
     """
 
     fused_linears: int
     liger: bool
     packing_leak: float
+    layer_kb_per_token: float
 
 
 class PreparedMetrics(PlanMetrics, ModelMetrics):
@@ -115,6 +118,7 @@ def plan_sft(
     sft: SftSettings,
     rows: Sequence[TokenSequence],
     machine: Machine,
+    kept: Kept | None = None,
 ) -> Plan:
     """Plan supervised fine-tuning: packed if that is set, or if it pays.
 
@@ -123,7 +127,7 @@ def plan_sft(
     shape = snapshot_shape(snapshot)
     packed = sft.packing if isinstance(sft.packing, bool) else not machine.gpu or _kernel(shape)
     lengths = [len(row["input_ids"]) for row in rows]
-    return make_plan(shape, lora, sft, Data(lengths, packed), machine)
+    return make_plan(shape, lora, sft, Data(lengths, packed, kept=kept), machine)
 
 
 def _kernel(shape: Shape) -> bool:
@@ -131,21 +135,24 @@ def _kernel(shape: Shape) -> bool:
     return kernel_fits(device, torch.bfloat16, shape.head_dim)
 
 
-def plan_padded(
+def plan_again(
     plan: Plan,
     snapshot: Path,
     lora: LoraSettings,
     sft: SftSettings,
     rows: Sequence[TokenSequence],
     machine: Machine,
+    packed: bool,
+    kept: Kept | None = None,
 ) -> Plan:
-    """Plan again without packing, for weights that are already loaded as `plan` says.
+    """Plan again, for weights that are already loaded as `plan` says.
 
     Their method and their sharding stay. Raises MemoryPlanError if it cannot fit.
     """
     loaded = lora.model_copy(update={"method": plan.method})
     same = dataclasses.replace(machine, sharding="fsdp" if plan.shards > 1 else "ddp")
-    return plan_sft(snapshot, loaded, sft.model_copy(update={"packing": False}), rows, same)
+    settings = sft.model_copy(update={"packing": packed})
+    return plan_sft(snapshot, loaded, settings, rows, same, kept)
 
 
 def plan_dpo(
@@ -178,14 +185,16 @@ def prepare_model(
     rows: Sequence[TokenSequence],
     pad: int,
     report: Report,
-    padded: Callable[[], Plan],
+    again: Callable[[bool, Kept | None], Plan],
 ) -> PreparedModel:
     """Give the model the plan's attention, fused linears, kernels and checkpointing.
 
     Proves FP8 products if the plan has them, and raises Fp8Error if they fail.
 
     Proves that packed documents are isolated. If the proof fails, TrainingError is raised if
-    sft.packing is true; with auto the failure is reported and the plan of `padded` applies.
+    sft.packing is true; with auto the failure is reported and a plan for padded rows applies.
+
+    again: (packed, measured bytes of the layers) -> the plan for them.
     """
     changes: ModelMetrics = {}
     adapted = hasattr(model, "get_base_model")
@@ -206,12 +215,28 @@ def prepare_model(
                 raise
             report(f"packing is off: {error.found}")
             base.set_attn_implementation(own)
-            plan = padded()
+            plan = again(False, None)
             collator = DataCollatorForLanguageModeling(pad_token_id=pad)
+    if _measurable(model):
+        cast = not autocast_is_idle(model, changes.get("fused_linears", 0))
+        if kept := measure_layers(model, rows, collator, cast):
+            changes["layer_kb_per_token"] = round(kept.mean / 1e3, 1)
+            plan = again(plan.packed, kept)
     checkpoint_layers(base, plan)
     metrics: PreparedMetrics = {**plan.metrics(), **changes}
     report("plan", **metrics)
     return PreparedModel(plan, collator, metrics)
+
+
+def _measurable(model: Any) -> bool:
+    """Return True if the plan may rest on a measurement of the layers.
+
+    A CPU's memory is not measured. Ranks need the same plan. DoRA keeps whole matrices, which its
+    formula counts by layers. Full fine-tuning loads fp32 weights, whose gradients it counts.
+    """
+    if model.device.type != "cuda" or world_size() > 1 or not hasattr(model, "peft_config"):
+        return False
+    return not any(config.use_dora for config in model.peft_config.values())
 
 
 def apply_liger(base: Any) -> bool:

@@ -55,7 +55,7 @@ from ft_assets.training.prepare import (
     autocast_is_idle,
     full_precision_adapter,
     memory_error,
-    plan_padded,
+    plan_again,
     plan_sft,
     prepare_model,
     this_machine,
@@ -242,11 +242,11 @@ def _load(wanted: _Wanted, report: Report) -> _Start:
     trl_config(SFTConfig, _options(sft, wanted.checkpoints), "sft")  # before weights load
     model = new_adapter(wanted.snapshot, lora, plan.shards)
     share = trainable_share(model)
-    padded = functools.partial(
-        plan_padded, plan, wanted.snapshot, lora, wanted.sft, wanted.rows, wanted.machine
+    again = functools.partial(
+        plan_again, plan, wanted.snapshot, lora, wanted.sft, wanted.rows, wanted.machine
     )
     pad = padding_token(model, wanted.tokenizer)
-    prepared = prepare_model(model, plan, sft, wanted.rows, pad, report, padded)
+    prepared = prepare_model(model, plan, sft, wanted.rows, pad, report, again)
     return _Start(model, prepared, lora, sft, share)
 
 

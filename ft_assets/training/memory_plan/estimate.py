@@ -27,7 +27,19 @@ CONTEXT_BYTES = (
 HEAD_TILE = 4096 * 32768  # TRL's fused head: positions x vocabulary at once
 # Of a sharded base: the layer that computes, and the next one as it arrives and as it is laid out.
 GATHERED_LAYERS = 3
+CHUNK = 64  # tokens at once of transformers' gated delta rule in plain torch
 SLACK = 1.03  # what the allocator reserves and cannot use
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Measured bytes per token that a layer keeps for its backward pass (layer_memory.py).
+
+    mean: over all layers. largest: of the layer that keeps most.
+    """
+
+    mean: float
+    largest: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Setup:
     shards: the number of ranks that the weights of the layers are sharded over. Every rank holds
       the other weights and the adapter in whole.
     fp8: products with the base are in FP8 (training/fp8.py).
+    fla: flash-linear-attention computes the gated delta rule.
+    kept: measured on the loaded model, in place of this module's formulas for a layer.
     """
 
     tokens: int
@@ -63,6 +77,8 @@ class Setup:
     whole: tuple[int, ...] = ()
     rows: int = 0
     fp8: bool = False
+    fla: bool = False
+    kept: Kept | None = None
 
     @classmethod
     def of(
@@ -94,9 +110,10 @@ class Setup:
 
 def predict(shape: Shape, setup: Setup) -> dict[str, float]:
     """Return the parts of the peak in bytes, and `total`, which torch's allocator reserves."""
-    stored = (shape.layers - setup.checkpointed_layers) * layer_bytes(shape, setup)
+    kept = setup.kept or _kept(shape, setup)
+    stored = (shape.layers - setup.checkpointed_layers) * kept.mean
     inputs = setup.checkpointed_layers * shape.hidden * _residual_bytes(setup)
-    recomputed = layer_bytes(shape, setup) if setup.checkpointed_layers else 0.0
+    recomputed = kept.largest if setup.checkpointed_layers else 0.0
     ends = setup.tokens * shape.hidden * setup.bytes * 3  # embeddings, last norm, their gradient
     parts = {
         "weights": weight_bytes(shape, setup),
@@ -117,7 +134,7 @@ def _before_fp8(shape: Shape, setup: Setup) -> float:
     if not setup.fp8 or setup.quantized:
         return 0.0
     before = replace(setup, fp8=False, tokens=PROBE_TOKENS, checkpointed_layers=0)
-    activations = PROBE_TOKENS * shape.layers * layer_bytes(shape, before)
+    activations = PROBE_TOKENS * shape.layers * _kept(shape, before).mean
     logits = PROBE_TOKENS * shape.vocabulary * (2 * setup.bytes + 2 * 4.0)
     return weight_bytes(shape, before) + activations + logits + _temporary(shape, before)
 
@@ -129,17 +146,21 @@ def weight_bytes(shape: Shape, setup: Setup) -> float:
     """
     if setup.full:
         return (16.0 + (setup.bytes if setup.bytes < 4 else 0)) * shape.parameters
+    experts = shape.experts.parameters if shape.experts else 0
     linear = 1.0 if setup.fp8 else setup.bytes
     if setup.quantized:
         linear = NF4_BYTES + (PLAIN_SCALES if setup.fused else 0)
-    return linear * shape.linear_parameters / setup.shards + setup.bytes * shape.other_parameters
+    sharded = linear * shape.linear_parameters + setup.bytes * experts
+    return sharded / setup.shards + setup.bytes * shape.other_parameters
 
 
 def gathered_bytes(shape: Shape, setup: Setup) -> float:
     """Return the bytes of the layers that are temporarily gathered, if the weights are sharded."""
     if setup.shards == 1:
         return 0.0
-    return min(GATHERED_LAYERS, shape.layers) * setup.bytes * shape.linear_parameters / shape.layers
+    experts = shape.experts.parameters if shape.experts else 0
+    layer = (shape.linear_parameters + experts) / shape.layers
+    return min(GATHERED_LAYERS, shape.layers) * setup.bytes * layer
 
 
 def _beside(shape: Shape, setup: Setup) -> float:
@@ -185,8 +206,51 @@ def _residual_bytes(setup: Setup) -> int:
     return 4 if setup.dora and setup.quantized else setup.bytes
 
 
+def _kept(shape: Shape, setup: Setup) -> Kept:
+    """Return what the layers of a shape keep, by the formulas.
+
+    A layer of the gated delta rule has its MLP in common with a layer of attention.
+    """
+    attention = layer_bytes(shape, setup) + _expert_bytes(shape, setup)
+    if not shape.recurrence:
+        return Kept(attention, attention)
+    heads = setup.bytes * (2 * shape.query + 2 * shape.keys) + 4.0 * shape.heads
+    recurrent = attention - heads + _recurrence_bytes(shape, setup)
+    share = shape.recurrence.layers / shape.layers
+    mean = share * recurrent + (1 - share) * attention
+    return Kept(mean, max(recurrent, attention))
+
+
+def _recurrence_bytes(shape: Shape, setup: Setup) -> float:
+    """Return the bytes per token that the gated delta rule of a layer keeps.
+
+    Both ways: the convolution's input and output, the gate, and the gated norm in fp32. Plain torch
+    computes in fp32, with the keys repeated for each value head: 8 tensors of keys, 3 of values, 5
+    of a chunk's pairs, and the state of each chunk. Of flash-linear-attention, its inputs and the
+    pairs in 16 bits are counted, which is derived from its code and not measured.
+    """
+    assert shape.recurrence
+    rule = shape.recurrence
+    common = setup.bytes * (2 * (2 * rule.key + rule.value) + rule.value) + 4.0 * 3 * rule.value
+    if setup.fla:
+        return common + setup.bytes * (2 * rule.key + 2 * rule.value + CHUNK * rule.heads)
+    keys = rule.heads * rule.key_dim
+    state = rule.key_dim * rule.value / CHUNK
+    return common + 4.0 * (8 * keys + 3 * rule.value + 5 * CHUNK * rule.heads + state)
+
+
+def _expert_bytes(shape: Shape, setup: Setup) -> float:
+    """Return the bytes per token that the experts of a layer keep.
+
+    For each expert of a token: gate and up, silu(gate), and the output that the router scales.
+    """
+    if not shape.experts:
+        return 0.0
+    return setup.bytes * shape.experts.per_token * (3 * shape.experts.width + shape.hidden)
+
+
 def layer_bytes(shape: Shape, setup: Setup) -> float:
-    """Return the bytes per token that one layer keeps for its backward pass.
+    """Return the bytes per token that one layer of attention keeps for its backward pass.
 
     The residual before both norms, the normed input where a target reads it, q, k, v and the
     attention's output, gate and up, and SwiGLU's product if down is a target. A frozen matrix keeps
@@ -232,6 +296,8 @@ def _temporary(shape: Shape, setup: Setup) -> float:
     matrices transposed.
     """
     numbers = (2 if setup.liger else 4) * shape.intermediate + 2 * shape.hidden
+    if shape.experts:
+        numbers += shape.experts.per_token * (3 * shape.experts.width + 2 * shape.hidden)
     matrix = shape.hidden * shape.intermediate * setup.bytes if setup.quantized else 0
     quantized = 0
     if setup.fp8:

@@ -7,17 +7,19 @@ micro_batch, gradient_checkpointing) are kept. If nothing fits, it refuses and n
 """
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
+from ft_assets.compat.liger import has_kernels
 from ft_assets.config import LoraSettings, TrainSettings
 from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.training.batches import largest_micro_batch
 from ft_assets.training.distributed import accumulation, sharding, world_size
 from ft_assets.training.flops import flops_per_token
-from ft_assets.training.memory_plan.estimate import CONTEXT_BYTES, Setup, predict
+from ft_assets.training.memory_plan.estimate import CONTEXT_BYTES, Kept, Setup, predict
 from ft_assets.training.memory_plan.model_shape import Shape
 
 Method = Literal["lora", "qlora", "full"]
@@ -43,7 +45,7 @@ class Machine:
 
     memory: bytes that this process may take in all. bytes: of a number (2 where bf16 is fast).
     sharding: whether its ranks may shard the base (launcher.sharding). no_fp8: why it has no FP8
-    products; "" if it has.
+    products; "" if it has. fla: flash-linear-attention is installed.
     """
 
     gpu: bool
@@ -54,6 +56,7 @@ class Machine:
     ranks: int = field(default_factory=world_size)
     sharding: str = field(default_factory=sharding)
     no_fp8: str = "a GPU of Ada, Hopper or newer is needed"
+    fla: bool = field(default_factory=lambda: importlib.util.find_spec("fla") is not None)
 
     @property
     def context(self) -> float:
@@ -120,7 +123,8 @@ class Data:
     """The rows' lengths in tokens.
 
     answers: sequences that a row makes (a preference pair: 2). reference: DPO's frozen adapter.
-    plain: trained with PEFT's own layers and without liger, as DPO is.
+    plain: trained with PEFT's own layers and without liger, as DPO is. kept: what the layers of the
+    loaded model were measured to keep.
     """
 
     lengths: Sequence[int]
@@ -128,6 +132,7 @@ class Data:
     answers: int = 1
     reference: bool = False
     plain: bool = False
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -161,10 +166,12 @@ class Request:
             dropout=lora.lora_dropout > 0,
             dora=lora.use_dora,
             fused=not (lora.use_dora or self.data.plain),
-            liger=machine.liger and not self.data.plain,
+            liger=machine.liger and not self.data.plain and has_kernels(shape.model_type),
             reference=self.data.reference,
             shards=shards,
             fp8=not (self.data.plain or bf16_reason(lora, machine)),
+            fla=machine.fla,
+            kept=self.data.kept,
         )
         if method == "full":
             base = dataclasses.replace(base, trained=0)
