@@ -69,6 +69,17 @@ def test_file_that_cannot_be_read_is_a_clear_error(
     assert reason in refused(project)
 
 
+def test_errors_of_settings_have_no_words_of_the_library(project: Path) -> None:
+    path = project / "finetune.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("data:", "data:\n  few_shot_autos: true", 1))
+    said = refused(project)
+    assert "heldout_slice" in said and "few_shot_auto," not in said
+    path.write_text(text.replace("data:", "data:\n  heldout_slice: 90", 1))
+    said = refused(project)
+    assert "heldout_slice: a share of" in said and "Value error" not in said
+
+
 def test_root_is_not_a_key(project: Path) -> None:
     append(project, "root: /etc\n")
     assert "root: is not a known key" in refused(project)

@@ -18,6 +18,7 @@ from ft_assets.errors import ConfigError, nearest
 from ft_assets.redaction import is_secret_name, remember_variables
 
 CONFIG_NAME = "finetune.yaml"
+INTERNAL = ("root", "few_shot_auto")  # fields that no user writes: other keys set them
 
 
 def find_config(start: Path | None = None) -> Path:
@@ -238,14 +239,18 @@ def _config_error(
     found = f"{shown(first['input'])}: " if told else ""
     return ConfigError(
         where=f"{path}: {key_path}",
-        found=f"{found}{first['msg']}{tail}",
+        # pydantic's prefix of an error that a validator of ours raised.
+        found=f"{found}{first['msg'].removeprefix('Value error, ')}{tail}",
         expected="",
         fix="correct the value",
     )
 
 
 def _keys_at(kind: type[BaseModel], location: list[str]) -> list[str]:
-    """Return the keys of a section; the key path may cross nested models and dicts of them."""
+    """Return the keys of a section that a user sets.
+
+    The key path may cross nested models and dicts of them.
+    """
     current: Any = kind
     for part in location:
         fields = getattr(current, "model_fields", None)
@@ -253,4 +258,4 @@ def _keys_at(kind: type[BaseModel], location: list[str]) -> list[str]:
         while getattr(annotation, "__args__", None):
             annotation = [arg for arg in annotation.__args__ if arg is not type(None)][-1]
         current = annotation
-    return [name for name in getattr(current, "model_fields", {}) if name != "root"]
+    return [name for name in getattr(current, "model_fields", {}) if name not in INTERNAL]
