@@ -96,6 +96,23 @@ def test_pairs_are_trained_by_their_chosen_answers(tmp_path: Path) -> None:
         assert preference(row)["chosen"] == ANSWER
 
 
+def test_labelled_answers_are_pairs_and_never_trained_alone(tmp_path: Path) -> None:
+    row = {"prompt": PROMPT, "completion": ANSWER}
+    thumbs = [{**row, "thumbs": thumb} for thumb in (None, "up", "👎")]
+    labels = [{"messages": TURNS, "label": label} for label in (True, False)]
+    for number, rows in enumerate((thumbs, labels)):
+        folder = tmp_path / str(number)
+        write_jsonl(folder / "data/kto.jsonl", rows)
+        with pytest.raises(DataError, match="SFT would learn the bad answers"):
+            look(folder / "data", {})
+        write_jsonl(folder / "data/chats.jsonl", [row])
+        data = inited(folder / "data", folder)[0].data
+        assert (data.train, data.preferences) == (["data/chats.jsonl"], ["data/kto.jsonl"])
+    # A label without an answer beside it is the answer.
+    write_jsonl(tmp_path / "classes.jsonl", [{"text": PROMPT, "label": "赤"}] * 2)
+    assert look(tmp_path / "classes.jsonl", {}).columns == {"prompt": "text", "completion": "label"}
+
+
 def test_folder_is_sorted_into_what_its_files_are_for(tmp_path: Path) -> None:
     row = {"prompt": PROMPT, "completion": ANSWER}
     pair = {"prompt": PROMPT, "chosen": ANSWER, "rejected": "青"}

@@ -8,12 +8,14 @@ import pytest
 
 from ft_assets.commands.status import left_out, status, table
 from ft_assets.config import load_project
+from ft_assets.data.audit import Audit
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.ingest import Ingest, Ingested
 from ft_assets.data.kto import Lone, pair_labels
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.tables import CONVERSATION, PREFERENCE, REJECTED, TableWriter, read_table
 from ft_assets.errors import DataError
+from ft_assets.rows.columns import Columns
 from ft_assets_tests.factories import conversations, edit, write_jsonl
 from ft_assets_tests.pipeline import materialize
 
@@ -69,6 +71,24 @@ def test_lone_labels_are_counted_apart_from_wrong_rows(tmp_path: Path) -> None:
     assert "どこ？" in read_table(tmp_path / "rejected.parquet")[0]["row"]
     with pytest.raises(DataError, match=r"none of 2 rows can be used.*unpaired 2"):
         ingested(tmp_path, rows[2:], pairs=True, lone="leave")
+
+
+def test_unread_columns_of_labelled_answers_are_counted(tmp_path: Path) -> None:
+    asked = {"prompt": "何色？", "context": "船は赤い", "score": "0.5", "preference": "高い"}
+    rows = [
+        {**asked, "completion": "赤", "label": True, "note": "よい"},
+        {**asked, "completion": "犬", "label": False, "note": "だめ"},
+        {**asked, "prompt": "どこ？", "completion": "港", "label": True},
+    ]
+    for count, lone in ((2, "use"), (1, "leave")):
+        raw = [RawRow(f"rows.jsonl:{number}", row) for number, row in enumerate(rows, start=1)]
+        audit = Audit("preferences", Columns(pairs=True))
+        with TableWriter(tmp_path / "rejected.parquet", REJECTED) as rejected:
+            done = Ingest(tmp_path, tmp_path, rejected).source(
+                "rows", pair_labels(raw, lone=lone), preference, PREFERENCE, audit=audit
+            )
+        assert (done.rows, done.rejected) == (count, 0)
+        assert done.unread == f"context ({count} rows), note (1 rows)"
 
 
 def test_lone_labels_are_rows_where_there_are_no_pairs_or_a_base_is_trained_by_kto(

@@ -15,8 +15,9 @@ from typing import Literal
 
 from ft_assets.data.canonical import conversation
 from ft_assets.data.raw_row import RawRow
-from ft_assets.rows.columns import IDS
-from ft_assets.rows.row_formats import renamed
+from ft_assets.rows.cells import plain
+from ft_assets.rows.columns import IDS, Columns
+from ft_assets.rows.row_formats import RANKS, SCORED, renamed
 from ft_assets.rows.types import Message, RawFields
 from ft_assets.rows.values import RowProblem, shown
 
@@ -30,17 +31,23 @@ SPELLED_THUMBS = {
     **dict.fromkeys(("down", "thumbs_down", "👎", "-1"), False),
 }
 EMPTY = (None, "")
+# Unread columns that would mean something else beside a pair.
+OF_PAIRS = frozenset(("chosen", "rejected", *SCORED, *RANKS))
 Lone = Literal["auto", "use", "leave"]
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """A labelled answer: its turns, and the other fields that its pair gets."""
+    """A labelled answer: its turns, and the other fields that its pair gets.
+
+    `unread` are the columns that no turn shows. They are counted with the pair.
+    """
 
     number: int
     where: str
     turns: list[Message]
     other_fields: RawFields
+    unread: RawFields
 
 
 @dataclass
@@ -69,6 +76,7 @@ def pair_labels(
     """
     unpaired: dict[str, _Unpaired] = {}
     pairs = 0
+    accounts = Columns()
     for number, row in enumerate(rows):
         if row.value is None:
             yield row
@@ -83,7 +91,7 @@ def pair_labels(
                     row.where, value, *(("has no label", "unlabelled") if unlabelled else ())
                 )
                 continue
-            answer = _answer(number, row.where, value)
+            answer = _answer(number, row.where, value, accounts)
         except RowProblem as problem:
             yield RawRow(row.where, None, str(problem))
             continue
@@ -100,6 +108,17 @@ def pair_labels(
         yield pair
     use = lone == "use" or (lone == "auto" and not pairs)
     yield from _lone(unpaired) if use else _problems(unpaired)
+
+
+def is_labelled(value: RawFields) -> bool:
+    """Return True for an answer whose label, or whose thumb, is true or false."""
+    try:
+        if _label(value, None) is None:
+            return False
+        conversation(_unlabelled(value))
+    except RowProblem:
+        return False
+    return True
 
 
 def _label(value: RawFields, format: str | None) -> bool | None:
@@ -145,8 +164,9 @@ def _unlabelled(value: RawFields) -> RawFields:
     return {key: part for key, part in value.items() if key not in LABELS}
 
 
-def _answer(number: int, where: str, value: RawFields) -> _Answer:
-    row = conversation(_unlabelled(value))
+def _answer(number: int, where: str, value: RawFields, accounts: Columns) -> _Answer:
+    said = plain(_unlabelled(value))
+    row = conversation(said)
     if "tool_calls" in row["messages"][-1]:
         raise RowProblem(
             "the labelled answer has tool calls; the two answers of a preference are texts"
@@ -154,7 +174,8 @@ def _answer(number: int, where: str, value: RawFields) -> _Answer:
     own = next((key for key in IDS if value.get(key)), "id")
     given = {"tools": row.get("tools"), "group": value.get("group"), "id": value.get(own)}
     other_fields = {key: part for key, part in given.items() if part is not None}
-    return _Answer(number, where, row["messages"], other_fields)
+    unread = {name: said[name] for name in accounts.others(said) if name not in OF_PAIRS}
+    return _Answer(number, where, row["messages"], other_fields, unread)
 
 
 def _prompt_key(answer: _Answer) -> str:
@@ -174,6 +195,8 @@ def _prompt_key(answer: _Answer) -> str:
 
 def _pair(good: _Answer, bad: _Answer) -> RawRow:
     pair: RawFields = {
+        **bad.unread,
+        **good.unread,
         "messages": good.turns[:-1],
         "chosen": good.turns[-1],
         "rejected": bad.turns[-1],
@@ -199,7 +222,7 @@ def _lone(unpaired: Mapping[str, _Unpaired]) -> Iterator[RawRow]:
     """Yield the answers without a partner as labelled answers: see canonical.labelled."""
     for answer, label in _left(unpaired):
         turns = {"messages": answer.turns, "label": label}
-        yield RawRow(answer.where, {**answer.other_fields, **turns})
+        yield RawRow(answer.where, {**answer.unread, **answer.other_fields, **turns})
 
 
 def _left(unpaired: Mapping[str, _Unpaired]) -> list[tuple[_Answer, bool]]:

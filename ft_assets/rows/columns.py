@@ -92,6 +92,11 @@ class Columns:
                 if name not in self._lost and not all(_stands(one, texts) for one in said):
                     self._lost.add(name)
 
+    def others(self, raw: RawFields) -> tuple[str, ...]:
+        """Return the columns of a row that are not empty and not read. `raw` has our names."""
+        plan = self._plan(raw)
+        return plan.others if plan else ()
+
     def described(self) -> str:
         """Return the unread text columns with their numbers of rows, e.g. "note (60 rows)"."""
         lost = {name: count for name, count in self.unread.items() if name in self._lost}

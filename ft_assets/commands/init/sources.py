@@ -9,6 +9,7 @@ from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.data_files import files_in
 from ft_assets.data.file_formats import read_rows
 from ft_assets.data.file_types import DATA
+from ft_assets.data.kto import is_labelled
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.saved_datasets import splits_of
 from ft_assets.data.threads import join_threads
@@ -62,6 +63,14 @@ def sources_of(path: Path, encoding: str | None, ignored_keys: Sequence[str] = (
         found.files = [file for file in found.files if file not in pairs]
         found.train = found.files
         return found
+    if labelled := next((file for file, row in sorted(pairs.items()) if is_labelled(row)), None):
+        raise DataError(
+            where=str(labelled),
+            found="holds answers with a label, good and bad ones, and there are no conversations",
+            expected="conversations for data.train: SFT would learn the bad answers too",
+            fix="copy the good answers, without their label, to a file of their own beside it, "
+            "then give the folder",
+        )
     # Only pairs: SFT learns the chosen answers, as is usual before DPO.
     columns = _chosen_columns(next(iter(pairs.values())))
     if columns is not None:
@@ -109,11 +118,13 @@ def rows_of(
 
 
 def _first_pair(file: Path, encoding: str | None, ignored_keys: Sequence[str]) -> RawFields | None:
-    """Return the first row of a file of pairs, or None for another file."""
-    for row in itertools.islice(rows_of([file], encoding, ignored_keys), FIRST):
-        value = row.value
-        if value is None:
-            continue
+    """Return the first row of a file of pairs or labelled answers, or None for another file."""
+    rows = itertools.islice(rows_of([file], encoding, ignored_keys), FIRST)
+    values = [row.value for row in rows if row.value is not None]
+    # Most answers of production have no label, so the first row need not have one.
+    if labelled := next(filter(is_labelled, values), None):
+        return labelled
+    for value in values:
         if not {"chosen", "rejected"} <= value.keys() and _is(conversation, value):
             return None
         if _is(preference, value):
