@@ -141,7 +141,10 @@ def prepared(base: Any, template: str) -> tuple[Any, frozenset[int]]:
     if (begin := BEGIN.match(texts[-1].lstrip())) is not None:
         tokenizer.add_special_tokens({"bos_token": begin.group()})
     tokenizer.add_tokens(markers, special_tokens=True)
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer), _end_of_call(tokenizer)} - {None}
+    usual = end_of_turn(tokenizer)
+    call = _end_of_call(tokenizer) if usual is not None else None
+    following = _end_by_next(tokenizer) if usual is None else None
+    ends = {tokenizer.eos_token_id, usual, call, following} - {None}
     return tokenizer, frozenset(ends)
 
 
@@ -150,6 +153,22 @@ def _written(tokenizer: Any, row: dict[str, Any]) -> str | None:
         return Renderer(tokenizer, frozenset()).text(row["messages"], row.get("tools"))
     except ProofFailed:
         return None
+
+
+def _end_by_next(tokenizer: Any) -> int | None:
+    """Return the first added token after an answer once a user turn follows.
+
+    It is a stop token of models whose template writes no end after the last answer, or that must
+    have tools.
+    """
+    for messages, tools in ((CHAT, None), (CALLED, TOOLS)):
+        text = _written(tokenizer, {"messages": messages[:5], "tools": tools})
+        answer = messages[3]["content"]
+        if text is None or answer not in text:
+            continue
+        tail = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
+        return next((token for token in tail if token in tokenizer.added_tokens_decoder), None)
+    return None
 
 
 def _end_of_call(tokenizer: Any) -> int | None:

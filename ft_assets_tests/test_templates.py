@@ -402,3 +402,56 @@ def test_end_of_turn_is_not_a_marker_that_also_opens_the_answer() -> None:
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
     )
     assert end_of_turn(tokenizer) is None
+
+
+ASKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + GIVEN }}{% endif %}"
+)
+ENDED_BY_NEXT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_end|>' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("given", ["<think>\n\n</think>\n\n", "[THINK][/THINK]"])
+def test_empty_thinking_of_the_prompt_is_context_as_at_generation(given: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ASKED.replace("GIVEN", repr(given))
+    renderer = Renderer(tokenizer, frozenset([tokenizer.eos_token_id]))
+    turns: Any = [
+        {"role": "user", "content": "red"},
+        {"role": "assistant", "content": "green"},
+        {"role": "user", "content": "blue"},
+        {"role": "assistant", "content": "lamp"},
+    ]
+    done = renderer.train([{"messages": turns}])[0]
+    assert not isinstance(done, ProofFailed), done
+    assert len(done) == 2  # no sequence has the thinking of an earlier turn
+    for sequence, count in zip(done, (1, 3), strict=True):
+        asked = renderer.prompts([{"messages": turns[:count]}])[0]
+        prompt, answer = sequence.prompt_and_answer()
+        assert prompt == asked
+        assert tokenizer.decode(prompt).rstrip().endswith(given.strip())
+        assert tokenizer.decode(answer[:-1]).strip() == turns[count]["content"]
+
+
+@pytest.mark.parametrize("given", ["<think>\n", "Here are my steps:\n"])
+def test_answer_that_would_be_trained_as_thinking_is_refused(given: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ASKED.replace("GIVEN", repr(given))
+    turns: Any = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "green"}]
+    done = Renderer(tokenizer, frozenset([tokenizer.eos_token_id])).train([{"messages": turns}])[0]
+    assert isinstance(done, ProofFailed)
+    assert "differs from that given at generation" in str(done)
+
+
+def test_answer_that_the_next_turn_ends_is_learnt_with_that_end() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ENDED_BY_NEXT
+    stop = tokenizer.eos_token_id
+    turns: Any = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "green"}]
+    done = Renderer(tokenizer, frozenset([stop])).train([{"messages": turns}])[0]
+    assert not isinstance(done, ProofFailed), done
+    assert done[0].prompt_and_answer()[1][-1] == stop

@@ -22,7 +22,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["raw_dataset", "raw_preferences", "base_model", "recipe"],
     group="data",
     kinds=["huggingface", "parquet"],
-    code_version="7",
+    code_version="8",
     schema=TOKENIZED.schema,
     summary=_summary,
 )

@@ -27,9 +27,10 @@ from ft_assets.chat.row_proofs import (
     prove_bos,
     prove_contents,
 )
+from ft_assets.chat.sampled_context import behind
 from ft_assets.chat.structure_proofs import Structures
 from ft_assets.chat.template_text import TemplateText
-from ft_assets.models.chat_template import ANSWER, CUT, fold_system, prints_date
+from ft_assets.models.chat_template import ANSWER, CUT, QUESTION, fold_system, prints_date
 from ft_assets.rows.types import Conversation, Message
 
 __all__ = ["Facts", "ProofFailed", "Rendered", "Renderer", "fold_system", "prints_date", "prove"]
@@ -137,7 +138,9 @@ class Renderer(TemplateText):
                 "no turn to learn from: there is no assistant turn, or each has train: false"
             )
         contexts = {index: self._context(messages, index, tools) for index in turns}
-        upto = {index: self.text(messages[: index + 1], tools) for index in turns}
+        upto = {
+            index: self._answered(messages[: index + 1], tools, contexts[index]) for index in turns
+        }
         for index in turns:
             _prove_prefix(upto[index], contexts[index], index, messages)
         whole = upto[turns[-1]]
@@ -155,8 +158,8 @@ class Renderer(TemplateText):
             )
         messages = self._controls.escaped(row)["messages"]
         self._controls.prove_absent(messages, tools)
-        whole = self.text(messages, tools)
         context = self._context(messages, last, tools)
+        whole = self._answered(messages, tools, context)
         _prove_prefix(whole, context, last, messages)
         return [self._plan(messages, tools, whole, {last: context}, {last: whole})]
 
@@ -201,6 +204,36 @@ class Renderer(TemplateText):
             )
         return self.text(messages[:index], tools, generation_prompt=True)
 
+    def _answered(self, messages: Messages, tools: Tools, context: str) -> str:
+        """Return the text up to the last turn's end, behind the context that the model is given.
+
+        It does not begin with the context if the answer would be in thinking that is not closed.
+        """
+        text = self.text(messages, tools)
+        if not text.startswith(context):
+            asked = self.text(messages[:-1], tools)
+            prompt = context[first_difference(asked, context) :]
+            text = behind(context, prompt, text) or text
+        return text + self._end_by_next(messages, tools, text[len(context) :])
+
+    def _end_by_next(self, messages: Messages, tools: Tools, answer: str) -> str:
+        """Return the stop token that the template writes only once a user turn follows.
+
+        The marker of the next turn ends an answer of GLM-4.6, for example. It is empty if the
+        answer has its own end, or if what follows is no stop token.
+        """
+        if any(stop in answer for stop in self.stops()):
+            return ""
+        asked: Message = {"role": "user", "content": QUESTION}
+        try:
+            longer = self.text([*messages, asked], tools)
+        except ProofFailed:
+            return ""
+        at = longer.rfind(answer) if answer.strip() else -1
+        after = longer[at + len(answer) :] if at >= 0 else ""
+        ends = (stop for stop in self.stops() if after.lstrip().startswith(stop))
+        return next(ends, "")
+
     def _kept(self, whole: str, context: str, upto: str) -> bool:
         """Return True if the whole text has a turn as it was when the turn was the last one.
 
@@ -230,7 +263,7 @@ class Renderer(TemplateText):
         if turn.get("tool_calls") or not any(found):
             return NO_BLOCK
         probed: Message = {"role": "assistant", "content": ANSWER}
-        probe = self.text([*messages[:index], probed], tools)
+        probe = self._answered([*messages[:index], probed], tools, context)
         same = self._around(probe[len(context) :], ANSWER) == found
         if not same or not all(self._is_marker(part) for part in found if part):
             return NO_BLOCK
