@@ -13,7 +13,7 @@ import pytest
 import torch
 from trl.trainer.dpo_config import DPOConfig
 
-from ft_assets.config import LoraSettings
+from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.config.training import DPO_LOSSES
 from ft_assets.errors import ConfigError, TrainingError
 from ft_assets.models import loading
@@ -274,6 +274,35 @@ def test_reference_is_proven_and_the_first_loss_is_ln_2(
     assert metrics["reference_difference"] <= 1e-3
     assert metrics["reference_loss"] == pytest.approx(math.log(2), abs=0.01)
     assert metrics["prompts_shared"] is True
+
+
+def test_sft_term_is_added_to_the_loss_and_keeps_the_proof(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    first = {"max_steps": 1, "trainer": {"disable_dropout": True}}
+    plain = dpo(tiny_model, adapter, tmp_path / "plain", **first)
+    losses = [
+        dpo(tiny_model, adapter, tmp_path / str(weight), sft_weight=weight, **first)
+        for weight in (1.0, 3.0)
+    ]
+    for metrics in losses:
+        assert metrics["reference_difference"] <= 1e-3
+        assert metrics["reference_loss"] == pytest.approx(plain["reference_loss"], abs=1e-6)
+    term = losses[0]["loss_first"] - plain["loss_first"]  # the cross-entropy of the chosen answers
+    assert term > 0.1
+    assert losses[1]["loss_first"] - plain["loss_first"] == pytest.approx(3 * term, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"method": "kto", "sft_weight": 1.0}, "sft_weight is of pairs"),
+        ({"loss_type": ["sigmoid", "sft"], "sft_weight": 1.0}, "loss_type has sft"),
+    ],
+)
+def test_sft_term_without_its_place_is_refused(settings: dict[str, Any], found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        DpoSettings.model_validate(settings)
 
 
 def test_base_as_the_reference_fails_the_proof(

@@ -297,6 +297,12 @@ class DpoSettings(TrainSettings):
     loss_type: str | list[str] = Field(
         default="sigmoid", description="TRL's loss, or a list of losses that are added."
     )
+    sft_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the chosen answer's mean cross-entropy beside loss_type, against a "
+        "fall of its likelihood (Pang et al. 2024, eq. 1); 0: none.",
+    )
     max_pairs: int | None = Field(
         default=None,
         ge=1,
@@ -337,9 +343,9 @@ class DpoSettings(TrainSettings):
 
     @model_serializer(mode="wrap")
     def _without_the_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit pairs: given and default sampling: fingerprints from before the keys stay."""
+        """Omit later keys at their defaults: fingerprints from before the keys stay."""
         data = handler(self)
-        for key in ("pairs", "sampling"):
+        for key in ("pairs", "sampling", "sft_weight"):
             if getattr(self, key) == type(self).model_fields[key].default:
                 data.pop(key, None)
         return data
@@ -366,6 +372,12 @@ class DpoSettings(TrainSettings):
     def _loss_of_the_method(self) -> "DpoSettings":
         if self.method == "kto" and self.loss_type != "sigmoid":
             raise ValueError("loss_type is of pairs, and method kto has a loss of its own: drop it")
+        if self.method == "kto" and self.sft_weight:
+            raise ValueError(
+                "sft_weight is of pairs, and method kto has a loss of its own: drop it"
+            )
+        if self.sft_weight and "sft" in self.loss_type:
+            raise ValueError("loss_type has sft, which sft_weight adds: drop one of the two")
         return self
 
     @model_validator(mode="after")

@@ -122,6 +122,13 @@ def _used(rows: list[PairRow], dpo: DpoSettings) -> tuple[list[PairRow], bool]:
                 expected="labelled answers of both kinds: KTO weighs one against the other",
                 fix="add such answers, or remove the files from data.preferences",
             )
+    if dpo.sft_weight:
+        raise ConfigError(
+            where="dpo.sft_weight",
+            found=f"{dpo.sft_weight:g}, a term of the loss of pairs",
+            expected="no sft_weight: the rows are labelled answers without partners, for KTO",
+            fix="remove dpo.sft_weight, or add pairs",
+        )
     if dpo.loss_type != "sigmoid":
         raise ConfigError(
             where="dpo.loss_type",

@@ -291,14 +291,20 @@ def _options(
     dpo: DpoSettings, checkpoints: Path, lora: LoraSettings, micro_batch: int
 ) -> dict[str, Any]:
     dpo = dpo.model_copy(update={"micro_batch": micro_batch})
+    losses = [dpo.loss_type] if isinstance(dpo.loss_type, str) else dpo.loss_type
+    options = trainer_options(dpo, "dpo", checkpoints, DPOConfig)
+    if dpo.sft_weight:
+        weights_of_losses = options.get("loss_weights") or [1.0] * len(losses)
+        losses = [*losses, "sft"]
+        options["loss_weights"] = [*weights_of_losses, dpo.sft_weight]
     return {
         "max_length": None,
         "beta": dpo.beta,
-        "loss_type": dpo.loss_type,
+        "loss_type": losses,
         "remove_unused_columns": False,
         # Without it TRL loads a second model as the reference if there is no adapter.
         "precompute_ref_log_probs": lora.method == "full",
-        **trainer_options(dpo, "dpo", checkpoints, DPOConfig),
+        **options,
     }
 
 

@@ -94,13 +94,18 @@ class PairTrainer(LogsValidation, ReportsTrlErrors, DPOTrainer):
     @property
     def first_loss(self) -> float | None:
         """The loss while policy and reference agree, or None if it is not known."""
-        alone = self.loss_types == ["sigmoid"] and not (self.use_weighting or self.aux_loss_enabled)
-        return math.log(2) if alone else None
+        known = self.loss_types in (["sigmoid"], ["sigmoid", "sft"])
+        return math.log(2) if known and not (self.use_weighting or self.aux_loss_enabled) else None
 
     def unweighted_loss(self, inputs: Any) -> float:
-        """Return TRL's loss of a batch without the weight of the loss."""
+        """Return TRL's first loss of a batch, without its weight and without an SFT term."""
         model: Any = self.model
-        return float(self.compute_loss(model, inputs)) / self.loss_weights[0]
+        every = self.loss_types, self.loss_weights
+        self.loss_types, self.loss_weights = self.loss_types[:1], [1.0]
+        try:
+            return float(self.compute_loss(model, inputs))
+        finally:
+            self.loss_types, self.loss_weights = every
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # already tokenized and proven
