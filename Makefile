@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready
 
-.PHONY: help setup demo ui chat browser slurm test test-fast chaos lint types check clean
+.PHONY: help setup demo ui chat browser slurm sshd test test-fast chaos lint types check clean
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -39,11 +39,17 @@ slurm:  ## Install Debian's Slurm, which the cluster tests use
 	    echo "without Slurm its tests are skipped: apt-get install slurmctld slurmd slurm-client munge, as root" >&2; exit 0; fi; \
 	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; }
 
+sshd:  ## Install Debian's sshd and rsync, which the tests of the ssh launcher use
+	@test -x /usr/sbin/sshd -a -x /usr/bin/rsync || { \
+	  if [ "$$(id -u)" = 0 ]; then SUDO=; elif command -v sudo >/dev/null; then SUDO=sudo; else \
+	    echo "without sshd and rsync their tests are skipped: apt-get install openssh-server rsync, as root" >&2; exit 0; fi; \
+	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends openssh-server rsync >/dev/null; }
+
 # One thread a worker: two workers of two threads each on two cores mostly wait for each other.
 # Files stay whole: the tests of one share its fixtures.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) browser slurm lint types  ## Run lint, types and all tests
+test: $(READY) browser slurm sshd lint types  ## Run lint, types and all tests
 	$(PYTEST) --durations=20
 
 test-fast: $(READY)  ## Run the tests that start no step, browser or cluster

@@ -142,6 +142,8 @@ def plan_run(
         print(json.dumps([step.to_dict() for found in steps.values() for step in found], indent=1))
     else:
         print("\n\n".join(f"{name}\n{table(found)}" for name, found in steps.items()))
+        if note := project.launcher.cost_note():
+            print(f"\n{note}")
     if any(step.action == REFUSED for found in steps.values() for step in found):
         raise typer.Exit(1)
 

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     field_validator,
+    model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
@@ -70,6 +71,14 @@ class LauncherSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
     def on_gpu(self) -> bool:
         """Return True if a training step runs on GPUs."""
         return bool(visible_gpus())
+
+    def cost_note(self) -> str:
+        """Return a line for `ft plan` on what the machine costs; "" if the launcher has no cap."""
+        return ""
+
+    def cost_cap(self) -> float | None:
+        """Return what the machine may cost at most, or None without a cap."""
+        return None
 
 
 class LocalSettings(LauncherSettings, frozen=True):
@@ -282,6 +291,112 @@ class KubernetesSettings(ClusterSettings, frozen=True):
 
     def on_gpu(self) -> bool:
         return self.gpus > 0
+
+
+class SshSettings(ClusterSettings, frozen=True):
+    """One host that ssh reaches. The step survives a connection that is cut for minutes."""
+
+    implementation = "ft_assets.launchers.ssh:SshLauncher"
+
+    kind: Literal["ssh"]
+    host: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]*$",
+        description="A name, an address, or a Host of ~/.ssh/config.",
+    )
+    user: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="By default ssh's."
+    )
+    port: int | None = Field(default=None, ge=1, le=65535, description="By default ssh's.")
+    identity_file: str | None = Field(
+        default=None, description="The private key; by default those of ssh and its agent."
+    )
+    known_hosts: str | None = Field(
+        default=None,
+        description="The file with the host's key; by default ssh's. An unknown key is refused.",
+    )
+    folder: str = Field(
+        default=".ft-host",
+        pattern=r"^/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$",
+        description="The folder on the host, absolute or below the home folder.",
+    )
+    python: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_./-]+$",
+        description="The interpreter of an existing environment on the host; by default one is "
+        "made there with the versions of the libraries here.",
+    )
+    gpus: int = Field(
+        default=1, ge=0, description="GPUs and ranks of a training step; 0 trains on CPUs."
+    )
+    secrets: list[str] = Field(
+        default=[], description="Environment variables of this machine that the step gets."
+    )
+    checkpoint_minutes: float = Field(
+        default=5.0, gt=0, description="Interval between two copies of the checkpoints to here."
+    )
+    price_per_hour: float | None = Field(default=None, gt=0, description="The host's price.")
+    max_cost: float | None = Field(
+        default=None,
+        gt=0,
+        description="The host's steps end, and it is given back, before it has cost this much. "
+        "Counted from the first contact.",
+    )
+    max_hours: float | None = Field(default=None, gt=0, description="As max_cost, in hours.")
+    stop_command: str | None = Field(
+        default=None,
+        description="A shell command that gives the host back. It runs on the host, also if this "
+        "machine is gone.",
+    )
+    idle_minutes: float = Field(
+        default=10.0, gt=0, description="The host is given back after this long without a step."
+    )
+    poll_seconds: float = Field(
+        default=5.0, gt=0, description="Interval between two requests for progress."
+    )
+    patience_seconds: float = Field(
+        default=900.0, gt=0, description="A host that does not answer for this long is a fault."
+    )
+    silence_seconds: float = Field(
+        default=900.0,
+        gt=0,
+        description="The host's step ends, and the host is given back, after this long without a "
+        "sign of life from the run.",
+    )
+    settle_seconds: float = Field(default=0.0, ge=0, description="Not used: no disk is shared.")
+
+    @model_validator(mode="after")
+    def _cap_can_be_kept(self) -> "SshSettings":
+        if self.max_cost is not None and self.price_per_hour is None:
+            raise ValueError("max_cost needs price_per_hour, the price of the host")
+        if self.max_cost is not None and self.stop_command is None:
+            raise ValueError(
+                "max_cost needs stop_command: without it the host costs money after its step ended"
+            )
+        return self
+
+    @property
+    def hours(self) -> float | None:
+        """The hours after which the host is given back; None without a cap."""
+        caps = [self.max_hours]
+        if self.max_cost is not None and self.price_per_hour is not None:
+            caps.append(self.max_cost / self.price_per_hour)
+        return min((cap for cap in caps if cap is not None), default=None)
+
+    def ranks(self) -> int:
+        return max(1, self.gpus)
+
+    def on_gpu(self) -> bool:
+        return self.gpus > 0
+
+    def cost_note(self) -> str:
+        price = f", {self.price_per_hour:g} an hour" if self.price_per_hour else ""
+        cost = f", at most {self.max_cost:g}" if self.max_cost else ""
+        hours = f", at most {self.hours:.1f} hours" if self.hours else ", without a cap"
+        back = "" if self.stop_command else ", and not given back: stop_command is not set"
+        return f"host {self.host}{price}{cost}{hours}{back}"
+
+    def cost_cap(self) -> float | None:
+        return self.max_cost
 
 
 class _ByKind:

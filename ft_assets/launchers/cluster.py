@@ -91,6 +91,10 @@ class ClusterLauncher(ABC):
     def ping(self) -> str:
         """Return a short description of the cluster. Raises ConfigError if it lacks a setting."""
 
+    def heartbeat(self, job: Job) -> Heartbeat:
+        """Return the signs of life that this run sends while the job is on the cluster."""
+        return Heartbeat(job, self.cluster_settings.silence_seconds)
+
     def run(self, job: Job, on_progress: OnProgress) -> StepResult:
         """Run the job to its end. An interrupt cancels it.
 
@@ -100,7 +104,7 @@ class ClusterLauncher(ABC):
             return LocalLauncher().run(job, on_progress)
         job_file = prepare(job)
         first_failure(job).unlink(missing_ok=True)
-        with Heartbeat(job, self.cluster_settings.silence_seconds) as heartbeat:
+        with self.heartbeat(job) as heartbeat:
             try:
                 name = self.submit(job, job_file)
             except ClusterUnreachable as error:

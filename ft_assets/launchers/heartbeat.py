@@ -48,17 +48,17 @@ class Heartbeat:
         """Tell the job to stop its step with a checkpoint."""
         self._over.set()
         self._thread.join()
-        self._write(STOP)
+        self.write(STOP)
 
     def _beat(self) -> None:
         for beat in itertools.count(1):
-            self._write(str(beat))
+            self.write(str(beat))
             if self._over.wait(self._interval):
                 return
 
-    def _write(self, content: str) -> None:
+    def write(self, content: str) -> None:
+        """Show the content to the job. A failure counts as a missing beat."""
         # In place: NFS revalidates a file when it is opened, but may show a renamed file late.
-        # A disk error counts as a missing beat.
         with contextlib.suppress(OSError):
             self._file.write_text(content)
 
