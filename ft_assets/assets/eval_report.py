@@ -14,8 +14,10 @@ from ft_assets.assets.judged import (
     asks_people,
     evaluation_identity,
     has_judge,
+    has_rivals,
     judged,
     people_of_today,
+    rivals_of_today,
 )
 from ft_assets.compat.dagster import TO_DO
 from ft_assets.config import GateSettings
@@ -82,7 +84,10 @@ def _summary(metrics: Metrics) -> str:
 
 @asset(
     deps=[*TRAINED, "raw_dataset", "answers"],
-    also=lambda project: ["human_review"] if asks_people(project) else [],
+    also=lambda project: [
+        *(["human_review"] if asks_people(project) else []),
+        *(["rival_answers"] if has_rivals(project) else []),
+    ],
     group="evaluation",
     kinds=["report"],
     code_version="6",
@@ -106,6 +111,11 @@ def eval_report(
     people: Inputs = {}
     if asks_people(project):
         people = {"human_review": (people_of_today(materializer, name), None)}
+    rivals: Inputs = {}
+    if project.recipe(name).evaluation.rivals:
+        rivals = {
+            "rival_answers": (rivals_of_today(materializer, name, used["heldout_split"]), None)
+        }
     bar = project.review.min_judge_agreement if project.review and people else None
     artifact, reused = materializer.materialize(
         context,
@@ -118,6 +128,7 @@ def eval_report(
         inputs={
             "answers": (answers, None),
             **people,
+            **rivals,
             **{asset: (used[asset], None) for asset in ("lora_adapter", "dpo_adapter")},
             **{
                 f"heldout_split#{part}": (used["heldout_split"], part)
@@ -210,6 +221,27 @@ def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
         if passed
         else f"you do not need this fine-tune, or cannot show that you do: {text}",
         metadata=numbers(entry),
+    )
+
+
+@check(
+    eval_report,
+    description="The fine-tune beats each rival behind an endpoint.",
+    only_if=has_rivals,
+)
+def better_than_rivals(checked: Checked) -> dg.AssetCheckResult:
+    """Warn with the rivals that are as good. One with `must_beat` also decides the verdict."""
+    report, gate = _report(checked), checked.project.gate
+    reported, rivals = decide(report, gate).reported_candidate, report.rivals or {}
+    entries = {name: rival.comparisons[reported] for name, rival in rivals.items()}
+    texts = [
+        f"{entry.describe(report.metric, name)} ({rivals[name].cost.describe()})"
+        for name, entry in entries.items()
+    ]
+    return dg.AssetCheckResult(
+        passed=all(beats(entry, report.confidence) for entry in entries.values()),
+        severity=WARN,
+        description=f"{reported}: {'; '.join(texts)}" if texts else "this base model has no rivals",
     )
 
 

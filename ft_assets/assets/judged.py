@@ -103,6 +103,35 @@ def answers_of_today(materializer: Materializer, name: str, used: dict[str, Arti
     return answers
 
 
+def rivals_of_today(materializer: Materializer, name: str, heldout: Artifact) -> Artifact:
+    """Return the answers of the rivals. Raises VerdictError if they were asked for other rows."""
+    found = materializer.store.need("rival_answers", name)
+    rows = heldout.part_version("heldout")
+    same = found.manifest.inputs.get("heldout_split#heldout") == rows
+    if not same or found.manifest.settings != rivals_identity(materializer.project, name):
+        raise VerdictError(
+            where=f"eval_report[{name}]",
+            found="rival_answers was made from other " + ("settings" if same else "held-out rows"),
+            expected="the answers of today's rivals and rows",
+            fix="materialize rival_answers first (ft run)",
+        )
+    return found
+
+
+def rivals_identity(project: Project, name: str) -> dict[str, Any]:
+    """Return all that decides what rivals answer and what it costs, besides the rows."""
+    settings = project.recipe(name).evaluation
+    limits = {"timeout", "max_cost", "max_minutes", "parallel", "tries", "must_beat"}
+    return {
+        "rivals": {
+            rival: its.model_dump(mode="json", exclude=limits)
+            for rival, its in settings.rivals.items()
+        },
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+    }
+
+
 def evaluation_identity(materializer: Materializer, name: str) -> dict[str, Any]:
     """Return all that decides the evaluation besides the artifacts.
 
@@ -141,6 +170,11 @@ def asks_people(project: Project) -> bool:
 def has_judge(project: Project) -> bool:
     """Return True if a judge scores the answers of a base model."""
     return any(one.judge for one in _evaluations(project))
+
+
+def has_rivals(project: Project) -> bool:
+    """Return True if rivals behind endpoints answer the rows of a base model."""
+    return any(one.rivals for one in _evaluations(project))
 
 
 def _evaluations(project: Project) -> Iterator[EvaluationSettings]:

@@ -19,6 +19,7 @@ from ft_assets.config.evaluation import (
 from ft_assets.config.loading import CONFIG_NAME, find_config, load_project
 from ft_assets.config.project import BaseModelSettings, Project, Recipe, settings_version
 from ft_assets.config.release import Format, PushSettings, ReleaseSettings, SigningSettings
+from ft_assets.config.rivals import RivalSettings
 from ft_assets.config.section import Section, Share
 from ft_assets.config.training import (
     DpoSettings,
@@ -46,6 +47,7 @@ __all__ = [
     "PushSettings",
     "Recipe",
     "ReleaseSettings",
+    "RivalSettings",
     "SamplingSettings",
     "ScheduleSettings",
     "Section",

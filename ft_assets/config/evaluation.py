@@ -4,8 +4,19 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from ft_assets.config.rivals import RivalSettings
 from ft_assets.config.section import Section
 from ft_assets.errors import nearest
 from ft_assets.metrics import Metric, Option, registered
@@ -31,6 +42,10 @@ def _compiles(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
+RivalName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
+CANDIDATES = {"base", "few_shot", "sft", "dpo"}
 
 
 def _python_form(value: Any) -> str:
@@ -130,7 +145,17 @@ class EvaluationSettings(Section):
     refusals: list[Pattern] = Field(
         default=[], description="Regular expressions of a refusal, besides the English ones."
     )
+    rivals: dict[RivalName, RivalSettings] = Field(
+        default={},
+        description="Models behind an endpoint that answer the same held-out rows, by name.",
+    )
     seed: int = Field(default=42, ge=0, lt=2**32)
+
+    @model_serializer(mode="wrap")
+    def _without_absent_rivals(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave absent rivals out, so that they do not change the version of the settings."""
+        fields = dump(self)
+        return fields if self.rivals else {key: fields[key] for key in fields if key != "rivals"}
 
     def asked(self) -> dict[str, Any]:
         """Return the settings that decide what a model is asked; all others decide its scores.
@@ -253,6 +278,15 @@ class EvaluationSettings(Section):
             raise ValueError(
                 f"metric {self.metric!r} is not measured; "
                 f"with these settings there are {', '.join(names)}"
+            )
+        gate = next(one for one in self.measured() if one.name == self.metric)
+        if taken := sorted(CANDIDATES & self.rivals.keys()):
+            raise ValueError(f"rivals.{taken[0]}: is the name of a candidate; take another")
+        own = self.user_metric is not None and self.user_metric.name == self.metric
+        if self.rivals and not (gate.of_answer or own):
+            raise ValueError(
+                f"rivals are compared by their answers, and metric {self.metric!r} needs more than "
+                "an answer; take a metric of the answer, or leave out rivals"
             )
         if self.choice in (True, "labels") and not self.labels:
             raise ValueError("choice needs labels, or write `choice: options`")

@@ -18,14 +18,14 @@ LABELS = {
 COLORS = {"base": "#9aa5b1", "few_shot": "#7b8794", "sft": "#2f855a", "dpo": "#276749"}
 
 
-def _axes(height: float = 2.4) -> tuple[Any, Any]:
+def _axes(height: float = 2.4, columns: int = 1) -> tuple[Any, Any]:
     # Not pyplot: it takes most of a second to import and keeps every figure until it is closed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, height), dpi=90)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, columns)
 
 
 def score_plot(report: EvalReport) -> bytes:
@@ -49,6 +49,37 @@ def score_plot(report: EvalReport) -> bytes:
     axes.invert_yaxis()
     axes.set_xlim(0, 1 if report.higher_is_better(metric) else None)
     axes.set_xlabel(f"{metric} on {report.heldout_rows} held-out rows")
+    return _png(figure)
+
+
+def rival_plot(report: EvalReport) -> bytes:
+    """Draw the gate metric of the rivals against price and latency, as PNG.
+
+    The candidates are horizontal lines: what an answer of theirs costs depends on the machine.
+    """
+    rivals, metric = report.rivals or {}, report.metric
+    figure, axes = _axes(2.8, columns=2)
+    costs = {name: rival.cost for name, rival in rivals.items()}
+    sides: list[tuple[str, dict[str, float]]] = [
+        (
+            "price of a thousand answers",
+            {n: c.per_thousand for n, c in costs.items() if c.per_thousand is not None},
+        ),
+        ("seconds an answer (median)", {name: cost.seconds for name, cost in costs.items()}),
+    ]
+    for axis, (label, places) in zip(axes, sides, strict=True):
+        for name, place in places.items():
+            value, (low, high) = rivals[name].scores[metric], rivals[name].interval
+            error = [[max(value - low, 0)], [max(high - value, 0)]]
+            axis.errorbar([place], [value], yerr=error, fmt="o", color="#c05621", capsize=3)
+            axis.annotate(name, (place, value), (5, 4), textcoords="offset points", fontsize=8)
+        for name, scores in report.scores.items():
+            axis.axhline(scores[metric], color=COLORS[name], linewidth=1, label=LABELS[name])
+        axis.set_xlim(left=0)
+        axis.set_xlabel(label if places else f"{label}: not known", fontsize=8)
+    axes[0].set_ylabel(metric)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=4, fontsize=7)
+    figure.subplots_adjust(top=0.86)
     return _png(figure)
 
 

@@ -15,6 +15,8 @@ from ft_assets.evaluation.report_model import (
     Form,
     Harness,
     Retention,
+    RivalCost,
+    RivalReport,
     Scores,
     SeedSpread,
 )
@@ -236,6 +238,39 @@ def _form(scored: Scored, settings: EvaluationSettings, confidence: float) -> Fo
         heldout=against(scored.heldout, scored.rivals),
         train=against(scored.train, scored.train_rivals),
         not_measured=scored.form_not_measured,
+    )
+
+
+def rival_report(
+    rows: Sequence[ScoredRow],
+    scored: Scored,
+    settings: EvaluationSettings,
+    confidence: float,
+    cost: RivalCost,
+    must_beat: bool,
+) -> RivalReport:
+    """Summarise the rows of a rival behind an endpoint, compared with each candidate."""
+    metric, columns = settings.metric, score_columns(rows)
+    return RivalReport(
+        cost=cost,
+        must_beat=must_beat,
+        scores={
+            **{name: statistics.fmean(values) for name, values in columns.items()},
+            "stop_rate": statistics.fmean(float(row.stopped) for row in rows),
+            "mean_tokens": statistics.fmean(row.tokens for row in rows),
+        },
+        interval=interval(
+            columns[metric],
+            confidence,
+            settings.seed,
+            clusters(rows),
+            metric not in _unbounded(settings),
+        ),
+        comparisons={
+            name: compare_rows(scored.heldout[name], rows, settings, confidence, {metric})[metric]
+            for name in RIVALS
+            if name in scored.heldout
+        },
     )
 
 

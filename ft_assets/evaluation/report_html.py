@@ -10,7 +10,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from ft_assets.evaluation.plots import LABELS, curve_plot, data_uri, outcome_plot, score_plot
+from ft_assets.evaluation.plots import (
+    LABELS,
+    curve_plot,
+    data_uri,
+    outcome_plot,
+    rival_plot,
+    score_plot,
+)
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_markdown import (
     DETECTABLE,
@@ -22,6 +29,7 @@ from ft_assets.evaluation.report_markdown import (
     heldout_count,
     prompting_sentence,
     retention_table,
+    rival_table,
     score_table,
     seeds_sentence,
     step_table,
@@ -78,8 +86,12 @@ def report_html(
             )
             if note
         ],
-        tables=_tables(report),
-        pictures=[data_uri(score_plot(report)), data_uri(outcome_plot(report, steps))],
+        tables=_tables(report, verdict),
+        pictures=[
+            data_uri(score_plot(report)),
+            data_uri(outcome_plot(report, steps)),
+            *([data_uri(rival_plot(report))] if report.rivals else []),
+        ],
         curves=[
             data_uri(curve_plot(curve["train"], title, curve.get("validation")))
             for title, curve in curves.items()
@@ -97,11 +109,13 @@ def report_html(
     )
 
 
-def _tables(report: EvalReport) -> list[tuple[str, Table]]:
+def _tables(report: EvalReport, verdict: Verdict) -> list[tuple[str, Table]]:
     tables = [
         (f"Scores on {heldout_count(report)}", score_table(report)),
         ("Which step helped", step_table(report)),
     ]
+    if report.rivals:
+        tables.append(("Rivals", rival_table(report, verdict)))
     if report.retention is not None:
         title = f"{report.retention.rows} general prompts (retention)"
         tables.append((title, retention_table(report)))

@@ -334,6 +334,40 @@ class Form(Part):
     not_measured: str | None = None
 
 
+class RivalCost(Part):
+    """What the answers of a rival behind an endpoint cost.
+
+    per_thousand: the price of a thousand answers, in the currency of the configured prices; None
+    if prices or counts of tokens are not known. seconds, seconds_p95: the median and the 95th
+    percentile of the time of an answer.
+    """
+
+    model: str
+    per_thousand: float | None
+    seconds: float
+    seconds_p95: float
+
+    def describe(self) -> str:
+        """Return price and latency as text."""
+        price = "price not known" if self.per_thousand is None else f"{self.per_thousand:.4g}"
+        return f"{price} a thousand answers, {self.seconds:.2f} s an answer"
+
+
+class RivalReport(Part):
+    """A rival behind an endpoint, on the same held-out rows.
+
+    scores: the mean of each metric of an answer. interval: of the gate's metric. comparisons: of
+    each candidate with the rival, in the gate's metric; positive means that the candidate is
+    better. must_beat: a PASS needs proof that it is.
+    """
+
+    cost: RivalCost
+    must_beat: bool
+    scores: Scores
+    interval: tuple[float, float]
+    comparisons: Differences
+
+
 class EvalReport(Part):
     """report.json: the numbers that the verdict, the pictures and the pages are made of.
 
@@ -343,7 +377,7 @@ class EvalReport(Part):
     scores: {candidate: {metric: mean}}. intervals: of each candidate's gate metric. chance:
     {candidate: its scores against those of shuffled references}. bound_to: the versions of what was
     judged. lower_is_better: of a user's own metrics those that are a loss. calibration: that of the
-    judge, None without people's judgements.
+    judge, None without people's judgements. rivals: models behind endpoints, by name.
     """
 
     metric: str
@@ -367,6 +401,7 @@ class EvalReport(Part):
     few_shot: FewShotChoice | None = None
     seeds: dict[str, SeedSpread] | None = None
     calibration: JudgeCalibration | None = None
+    rivals: dict[str, RivalReport] | None = None
 
     def higher_is_better(self, metric: str) -> bool:
         """Return False if a metric of this report is better when it is lower."""

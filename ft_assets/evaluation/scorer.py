@@ -94,6 +94,23 @@ class Scorer:
         ]
         return choice(likely, references, [[one.text for one in row.options] for row in asked])
 
+    def rival(self, asked: Sequence[AskedRow]) -> list[ScoredRow]:
+        """Score held-out rows of a rival, of which only the answers are known."""
+        answered = [self.answered(row) for row in asked]
+        texts = [row.answer for row in answered]
+        references = [row.reference for row in asked]
+        scores = score_answers(texts, references, self.settings, self.task.schema)
+        if self.user_function is not None and (user := self.settings.user_metric):
+            conversations = [row["messages"][:-1] for row in self.task.heldout]
+            ids = [row.id for row in asked]
+            rows = zip(ids, texts, references, conversations, strict=True)
+            scores[user.name] = self.user_function.scores(list(rows))
+        scored = [
+            row.scored({name: values[index] for name, values in scores.items()})
+            for index, row in enumerate(answered)
+        ]
+        return in_clusters(scored, self.task.heldout)
+
     def gate_scores(self, asked: Sequence[AskedRow]) -> list[dict[str, float]]:
         """Score answers to held-out or train rows by the gate's metric alone: {metric: score}.
 

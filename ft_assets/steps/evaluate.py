@@ -28,6 +28,7 @@ from ft_assets.evaluation.report_model import (
     Evidence,
     Finding,
     JudgeCalibration,
+    RivalReport,
     ValidationLoss,
     Verdict,
     findings_json,
@@ -98,6 +99,10 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         numbers = numbers.model_copy(update={"few_shot": choice})
     if (calibration := _calibration(job, given, scored, task)) is not None:
         numbers = numbers.model_copy(update={"calibration": calibration})
+    if settings.rivals:
+        numbers = numbers.model_copy(
+            update={"rivals": _rivals(job, scored, task, numbers.confidence)}
+        )
     if task.people:  # merged_model and release score answers again
         shutil.copyfile(job.inputs["human_review"] / FILE, job.output / FILE)
     verdict = decide(numbers, gate)
@@ -220,6 +225,27 @@ def _calibration(job: Job, given: Settings, scored: Scored, task: Task) -> Judge
         given.gate.confidence,
         task.settings.seed,
     )
+
+
+def _rivals(job: Job, scored: Scored, task: Task, confidence: float) -> dict[str, RivalReport]:
+    """Score the answers of the rivals behind endpoints, and compare the candidates with them."""
+    from ft_assets.evaluation.report import rival_report
+    from ft_assets.evaluation.rivals import COSTS, TABLE, asked_rows, read_answers, read_costs
+    from ft_assets.evaluation.scorer import Scorer
+
+    folder, scorer, settings = job.inputs["rival_answers"], Scorer(task), task.settings
+    answers, costs = read_answers(folder / TABLE), read_costs(folder / COSTS)
+    return {
+        name: rival_report(
+            scorer.rival(asked_rows([one for one in answers if one.rival == name], task.heldout)),
+            scored,
+            settings,
+            confidence,
+            costs[name],
+            rival.must_beat,
+        )
+        for name, rival in settings.rivals.items()
+    }
 
 
 def _tell_form_apart(

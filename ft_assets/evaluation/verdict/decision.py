@@ -95,6 +95,7 @@ def judge(
             quality(comparisons["base"], metric, gate, adjusted, report.confidence),
             _chance(report.chance.get(candidate), metric, report.confidence),
             _prompting(comparisons.get("few_shot", {}).get(metric), report, gate),
+            _must_beat(candidate, report),
             _form(candidate, report, gate),
             _seeds(candidate, report, gate),
             _stopping(candidate, report.scores, gate),
@@ -339,6 +340,23 @@ def _prompting(entry: Difference | None, report: EvalReport, gate: GateSettings)
     if worse(entry, report.confidence):
         return Reasons(fails=[f"prompting is better than this fine-tune: {text}"])
     return Reasons(unsure=[f"not shown to be better than prompting: {text}"])
+
+
+def _must_beat(candidate: str, report: EvalReport) -> Reasons:
+    """Require that the candidate is better than each rival with `must_beat`."""
+    found = Reasons()
+    for name, rival in (report.rivals or {}).items():
+        entry = rival.comparisons[candidate]
+        text = entry.describe(report.metric, name)
+        if not rival.must_beat:
+            continue
+        if beats(entry, report.confidence):
+            found.proven.append(f"better than the rival: {text}")
+        elif worse(entry, report.confidence):
+            found.fails.append(f"the rival is better than this fine-tune: {text}")
+        else:
+            found.unsure.append(f"not shown to be better than the rival: {text}")
+    return found
 
 
 def _stopping(candidate: str, scores: Mapping[str, Scores], gate: GateSettings) -> Reasons:

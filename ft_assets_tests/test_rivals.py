@@ -1,0 +1,236 @@
+"""Rivals behind an endpoint: what is asked, kept, counted, refused, and decided.
+
+A small HTTP server takes the place of an API here: its answers and its faults are known.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ft_assets.artifacts import open_store
+from ft_assets.config import EvaluationSettings, RivalSettings, load_project
+from ft_assets.errors import EvaluationError
+from ft_assets.evaluation.report_model import EvalReport
+from ft_assets.evaluation.rivals import (
+    Kept,
+    RivalAnswer,
+    Tried,
+    ask_rivals,
+    cost_of,
+    read_answers,
+    write_answers,
+)
+from ft_assets_tests.factories import edit
+from ft_assets_tests.pipeline import checks, failure, materialize
+
+
+@dataclass
+class Api:
+    """An endpoint: what it got, and how it answers a request, by the number of the request."""
+
+    url: str = ""
+    text: str = "yes"
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    faults: dict[int, Any] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, bytes]:
+        self.asked.append(body)
+        fault = self.faults.get(len(self.asked))
+        if isinstance(fault, int):
+            return fault, b"busy"
+        if isinstance(fault, bytes):
+            return 200, fault
+        choice = {"message": {"content": self.text}, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 100, "completion_tokens": 10}
+        whole = {"model": body["model"], "choices": [choice], "usage": usage}
+        return 200, json.dumps({**whole, **self.changes, **(fault or {})}).encode()
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    served = Api()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers["Content-Length"])
+            status, body = served.answer(json.loads(self.rfile.read(length)))
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    served.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield served
+    server.shutdown()
+    server.server_close()
+
+
+def rows(count: int) -> list[Any]:
+    answer = {"role": "assistant", "content": "yes"}
+    return [
+        {"id": f"row {n}", "messages": [{"role": "user", "content": f"q{n}"}, answer]}
+        for n in range(count)
+    ]
+
+
+def asked(
+    api: Api, tmp_path: Path, count: int = 3, kept: Kept | None = None, **settings: Any
+) -> list[RivalAnswer]:
+    rival = {"base_url": api.url, "model": "m", "parallel": 1, **settings}
+    evaluation = EvaluationSettings.model_validate({"rivals": {"gpt": rival}})
+    tried = Tried(tmp_path / "tried" / "answers.jsonl")
+    known = {answer.key: answer for answer in tried.read()} | (kept or {})
+    return ask_rivals(rows(count), evaluation, known, tried, lambda *_, **__: None)
+
+
+def test_rows_are_asked_once_greedily_and_kept_by_content(api: Api, tmp_path: Path) -> None:
+    first = asked(api, tmp_path, prompt="Be short.", options={"seed": None, "top_k": 1})
+    assert api.asked[0] == {
+        "model": "m",
+        "messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "q0"}],
+        "temperature": 0,
+        "max_tokens": 256,
+        "top_k": 1,
+    }
+    write_answers(tmp_path / "kept.parquet", first)
+    kept = {answer.key: answer for answer in read_answers(tmp_path / "kept.parquet")}
+    other = tmp_path / "other"
+    same = asked(api, other, 4, kept, prompt="Be short.", options={"seed": None, "top_k": 1})
+    assert len(api.asked) == 4  # the fourth row alone was new
+    assert [answer.text for answer in same] == ["yes"] * 4
+    asked(api, other, 1, kept)
+    assert len(api.asked) == 5  # another prompt
+    prices = {"price_in": 1.0, "price_out": 10.0}
+    cost = cost_of(first, RivalSettings(base_url=api.url, model="m", **prices))
+    assert cost.per_thousand == pytest.approx(1000 * (100 * 1 + 10 * 10) / 1e6)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_fault_that_passes_is_asked_again(api: Api, tmp_path: Path, status: int) -> None:
+    api.faults = {1: status, 2: status}
+    assert len(asked(api, tmp_path)) == 3
+    assert len(api.asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "problem"),
+    [
+        (401, {}, r"row row 1: .*failed \(HTTPStatusError.*401"),
+        (500, {"tries": 1}, r"failed \(HTTPStatusError.*500"),
+        (b'{"model": "m", "choices": [{"mess', {}, "JSONDecodeError"),
+        ({"choices": []}, {}, "IndexError"),
+        ({"model": "other-3b"}, {}, "answered with the model 'other-3b'"),
+        ({"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}, {}, "no.* text"),
+        (
+            {"choices": [{"message": {"content": "ye"}, "finish_reason": "content_filter"}]},
+            {},
+            "ended by 'content_filter'",
+        ),
+        ({"usage": None}, {"max_cost": 1, "price_in": 1, "price_out": 1}, "does not report how"),
+    ],
+)
+def test_failed_answer_is_never_a_score_and_the_others_are_kept(
+    api: Api, tmp_path: Path, fault: Any, settings: dict[str, Any], problem: str
+) -> None:
+    api.faults = {2: fault}
+    with pytest.raises(EvaluationError, match=problem.replace("no.* text", "without a text")):
+        asked(api, tmp_path, **settings)
+    api.faults = {}
+    before = len(api.asked)
+    assert len(asked(api, tmp_path, **settings)) == 3
+    assert len(api.asked) == before + 2  # the first row's answer was kept
+
+
+def test_name_that_the_endpoint_reports_is_compared(api: Api, tmp_path: Path) -> None:
+    api.changes = {"model": "m-2024-08-06"}
+    assert asked(api, tmp_path)[0].model == "m-2024-08-06"
+    api.changes = {"model": "deployment-7"}
+    assert len(asked(api, tmp_path / "b", reported_model="deployment-7")) == 3
+
+
+def test_limits_of_money_and_time_hold(api: Api, tmp_path: Path) -> None:
+    prices = {"price_in": 1000.0, "price_out": 0.0}  # an answer costs 0.1
+    with pytest.raises(EvaluationError, match=r"cost 0\.2 so far"):
+        asked(api, tmp_path, 5, max_cost=0.15, **prices)
+    assert len(api.asked) == 2
+    with pytest.raises(EvaluationError, match="not all rows were answered"):
+        asked(api, tmp_path, 5, max_minutes=1e-9)
+    assert len(api.asked) == 2
+
+
+def test_row_with_tools_is_refused_before_anything_is_asked(api: Api, tmp_path: Path) -> None:
+    evaluation = EvaluationSettings.model_validate(
+        {"rivals": {"gpt": {"base_url": api.url, "model": "m"}}}
+    )
+    with pytest.raises(EvaluationError, match="held-out row row 0: it has tools"):
+        ask_rivals(
+            [{**rows(1)[0], "tools": [{}]}],
+            evaluation,
+            {},
+            Tried(tmp_path / "tried"),
+            lambda *_, **__: None,
+        )
+    assert api.asked == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"rivals": {"sft": {"base_url": "http://h/v1", "model": "m"}}}, "name of a candidate"),
+        ({"rivals": {"a": {"base_url": "http://h/v1?key=1", "model": "m"}}}, "holds a user"),
+        ({"rivals": {"a": {"base_url": "http://h", "model": "m", "max_cost": 1}}}, "price_in"),
+        (
+            {"rivals": {"a": {"base_url": "http://h", "model": "m"}}, "metric": "loss"},
+            "metric 'loss' needs more than an answer",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        EvaluationSettings.model_validate(settings)
+
+
+def test_absent_rivals_do_not_change_the_version_of_settings() -> None:
+    assert "rivals" not in EvaluationSettings().model_dump()
+
+
+def test_report_compares_with_the_rival_and_must_beat_decides(copy: Path, api: Api) -> None:
+    """The rival is right in every row, as the fine-tune is."""
+    scored = "rival_answers,eval_report"
+    rival = {"base_url": api.url, "model": "m", "price_in": 1.0, "price_out": 1.0}
+    edit(copy, evaluation={"rivals": {"gpt": rival}})
+    done = materialize(copy, scored)
+    assert done.success, failure(done)
+    store = open_store(load_project(copy / "finetune.yaml"))
+    report = store.need("eval_report", "tiny")
+    found = EvalReport.read(report.path / "report.json").rivals
+    assert found is not None
+    assert found["gpt"].scores["exact"] == 1.0
+    assert found["gpt"].cost.per_thousand == pytest.approx(0.11)
+    assert checks(done)["better_than_base"].passed
+    warned = checks(done)["better_than_rivals"]
+    assert not warned.passed
+    assert "exact +0.000 against gpt" in str(warned.description)
+    text = (report.path / "report.md").read_text()
+    assert re.search(r"## Rivals\n\n\|.*\n.*\n\| gpt \(m\) \| \*\*1\.000", text)
+    requests = len(api.asked)
+
+    edit(copy, evaluation={"rivals": {"gpt": {**rival, "must_beat": True}}})
+    done = materialize(copy, scored)
+    assert len(api.asked) == requests  # it was not asked again
+    verdict = checks(done)["better_than_base"]
+    assert not verdict.passed
+    assert "not shown to be better than the rival" in str(verdict.description)
