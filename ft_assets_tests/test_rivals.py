@@ -16,6 +16,8 @@ import pytest
 from pydantic import ValidationError
 
 from ft_assets.artifacts import open_store
+from ft_assets.commands.doctor import endpoints
+from ft_assets.commands.doctor.check import FAIL
 from ft_assets.config import EvaluationSettings, RivalSettings, load_project
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.report_model import EvalReport
@@ -201,6 +203,14 @@ def test_row_with_tools_is_refused_before_anything_is_asked(api: Api, tmp_path: 
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         EvaluationSettings.model_validate(settings)
+
+
+def test_doctor_names_a_key_that_is_not_set(project: Path) -> None:
+    rival = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "ABSENT_KEY"}
+    edit(project, evaluation={"rivals": {"gpt": rival}})
+    (found,) = endpoints(load_project(project / "finetune.yaml"))
+    assert (found.state, found.name) == (FAIL, "tiny: evaluation.rivals.gpt")
+    assert "ABSENT_KEY" in found.found
 
 
 def test_absent_rivals_do_not_change_the_version_of_settings() -> None:

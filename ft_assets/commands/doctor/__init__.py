@@ -1,5 +1,6 @@
 """`ft doctor`: checks the machine and the project. It changes nothing and loads no weights."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from ft_assets.data.data_files import resolve_files
 from ft_assets.errors import ClusterUnreachable, FtError
 from ft_assets.launchers import make_launcher
 from ft_assets.launchers.cluster import ClusterLauncher
+from ft_assets.metrics.endpoint import Endpoint
 from ft_assets.release.keys import signing_key, trusted_keys
 
 
@@ -33,6 +35,7 @@ def examine() -> list[Check]:
         config,
         *guarded("launcher", lambda: [launcher_check(project.launcher, project.root)]),
         *guarded("signing", partial(signing_check, project)),
+        *guarded("endpoints", partial(endpoints, project)),
         *_data(project),
     ]
     for name, settings in project.base_models.items():
@@ -58,6 +61,22 @@ def signing_check(project: Project) -> Iterator[Check]:
     elif trusted:
         advice = "set release.signing.key on the machine that releases"
         yield warn("signing", "releases are verified here and cannot be signed", advice)
+
+
+def endpoints(project: Project) -> Iterator[Check]:
+    """Yield whether the keys of the judge and of the rivals are in the environment."""
+    for name in project.base_models:
+        settings = project.recipe(name).evaluation
+        named: dict[str, Endpoint] = {
+            f"evaluation.rivals.{rival}": its for rival, its in settings.rivals.items()
+        }
+        if settings.judge:
+            named["evaluation.judge"] = settings.judge
+        for place, endpoint in named.items():
+            key = endpoint.api_key_env
+            if key and not os.environ.get(key):
+                advice = f"export {key}=… where the step runs"
+                yield fail(f"{name}: {place}", f"the key {key} is not set", advice)
 
 
 def _config() -> tuple[Project | None, Check]:
