@@ -73,6 +73,7 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     text = (job.inputs["data"] / "rows.txt").read_text()
     (job.output / "info").mkdir()
     (job.output / "info" / "begun.txt").write_text(str(begun))
+    (job.output / "info" / "read.txt").write_text(str(job.inputs["data"]))
     (job.output / "rows.txt").write_text(text.upper())
     (job.output / "large.bin").write_bytes(b"x" * settings.megabytes * 1_000_000)
     print("token", len(os.environ.get("TEST_TOKEN", "")))

@@ -69,6 +69,7 @@ def test_second_time_sends_nothing_and_idle_host_is_given_back(
         sent.append(launcher.link.sent)
         assert counting(job, 3)
         assert (job.output / "rows.txt").read_text() == "ROWS\n" * 200_000
+        assert (job.output / "info/read.txt").read_text() == str(job.inputs["data"])
         assert "token 22" in job.log_file.read_text()
         assert result.metrics["counted"] == 3
         assert result.metrics["host_cost"] == pytest.approx(

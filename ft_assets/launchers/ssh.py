@@ -28,6 +28,7 @@ from ft_assets.launchers.ssh_trees import Luggage, job_id, job_there, lock, pack
 
 LONG_SECONDS = 3600.0  # to hash tens of gigabytes there, or to install the libraries
 FULL_BYTES = 1_000_000
+TEXTS = frozenset({".json", ".jsonl", ".md", ".txt", ".html", ".yaml"})
 TRIES = 3  # of a transfer whose hashes differ
 
 
@@ -39,6 +40,7 @@ class Visit:
     job: Job
     luggage: Luggage
     moved: dict[str, str]
+    home: str = ""  # the job's folder on the host, absolute
     progress: int = 0
     log: int = 0
     copied: float = field(default_factory=time.monotonic)  # the checkpoints
@@ -50,6 +52,16 @@ class Visit:
     def folder(self) -> str:
         """The job's folder below the launcher's folder on the host."""
         return f"jobs/{self.name}"
+
+    def here(self, text: bytes) -> bytes:
+        """Return a text from the host with the paths of this machine."""
+        job = self.job
+        folders = {"output": job.output, "checkpoints": job.checkpoints, "work": job.work}
+        names = {there: here for here, there in self.moved.items()}
+        names |= {name: str(path) for name, path in folders.items()}
+        for there in sorted(names, key=len, reverse=True):
+            text = text.replace(f"{self.home}/{there}".encode(), names[there].encode())
+        return text
 
     def __call__(self, **more: JsonValue) -> dict[str, JsonValue]:
         """Return the arguments of a verb of the agent."""
@@ -131,6 +143,7 @@ class SshLauncher(ClusterLauncher):
         names = [] if given.python is None else [*_libraries()]
         answer = self.link.call("hello", visit(lease=lease, names=list(names)))
         self._require(answer)
+        visit.home = f"{answer['home']}/{visit.folder}"
         python = self._python(answer)
         sent = self._send(visit)
         if visit.job.checkpoints.is_dir():
@@ -140,7 +153,7 @@ class SshLauncher(ClusterLauncher):
         started = self.link.call(
             "start",
             visit(
-                job=job_there(visit.job, f"{answer['home']}/{visit.folder}", visit.moved),
+                job=job_there(visit.job, visit.home, visit.moved),
                 trees={tree: dict(files) for tree, files in visit.luggage.trees.items()},
                 environment=secrets,
                 python=python,
@@ -258,7 +271,7 @@ class SshLauncher(ClusterLauncher):
         files = answer["files"]
         assert isinstance(files, dict), "the agent answers with the texts of files"
         for name, text in files.items():
-            content = str(text)
+            content = visit.here(str(text).encode()).decode()
             if not content:  # the disk there was full
                 continue
             if name == "error.json":
@@ -304,6 +317,7 @@ class SshLauncher(ClusterLauncher):
             wrong = [name for name, entry in files.items() if _differs(visit, name, entry)]
             if not wrong:
                 visit.files = files
+                _name_paths_of_here(visit)
                 return
             for name in wrong:
                 (visit.job.output / name).unlink(missing_ok=True)
@@ -316,6 +330,15 @@ class SshLauncher(ClusterLauncher):
         files: dict[str, JsonValue] = visit.files or {}
         self.link.call("done", visit(files=files, release=visit.cancelled), LONG_SECONDS)
         del self._visits[name], self._visits[str(job.work)]
+
+
+def _name_paths_of_here(visit: Visit) -> None:
+    """Replace paths of the host in texts of the result, e.g. the base in adapter_config.json."""
+    for path in visit.job.output.rglob("*"):
+        if path.suffix in TEXTS and path.is_file():
+            content = path.read_bytes()
+            if (named := visit.here(content)) != content:
+                path.write_bytes(named)
 
 
 def _libraries() -> dict[str, str]:

@@ -230,7 +230,7 @@ def result(given: Given) -> Given:
 def done(given: Given) -> Given:
     """Forget a job that the run has fetched. Its results stay as blobs: the next step reads them.
 
-    `release`: give the host back unless another job is live.
+    `release`: give the host back unless there is another job.
     """
     folder = _job(given)
     _kill(folder.name)
@@ -238,7 +238,8 @@ def done(given: Given) -> Given:
         with contextlib.suppress(OSError):
             _keep_blob(folder / "output" / path, sha256)
     shutil.rmtree(folder, ignore_errors=True)
-    if given.get("release"):
+    others = [one for one in (HOME / "jobs").iterdir() if not (one / "abandoned").exists()]
+    if given.get("release") and not others:
         (HOME / "release").touch()
     return {}
 
