@@ -18,7 +18,9 @@ from ft_assets.config import LoraSettings
 from ft_assets.errors import TrainingError
 from ft_assets.models.adapter_files import is_full
 from ft_assets.models.targets import linears_of, target_names
+from ft_assets.release.provenance import PROVENANCE
 from ft_assets.training.adapter import trainable_share
+from ft_assets_tests.factories import WORDS, edit, write_jsonl
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 from ft_assets_tests.training import dpo, same, sft, weights
 
@@ -236,12 +238,27 @@ def test_full_weights_go_through_the_whole_graph(healthy: Callable[..., Path]) -
         lora={"method": "full"},
         sft={"learning_rate": 1e-3, "num_train_epochs": 6, "effective_batch": 8, "micro_batch": 8},
     )
+    # SFT continues from documents, so that the graph with that stage is whole too.
+    text = ", ".join(WORDS)
+    (project / "notes.md").write_text(text)
+    write_jsonl(project / "data/notes.jsonl", [{"text": f"{n} {text}"} for n in range(3)])
+    edit(
+        project,
+        data={"text": ["notes.md", "data/notes.jsonl"]},
+        text={"learning_rate": 1e-4, "num_train_epochs": 4, "effective_batch": 2, "micro_batch": 2},
+    )
     result = materialize(project)
     assert result.success, failure(result)
     proofs = read(project, "eval_report", "report.json")["proofs"]["adapters"]["sft"]
     assert proofs["changed"] > 0
     assert proofs["logit_change"] > 0
     trained = weights(artifact(project, "lora_adapter"))
+    documents = read(project, "text_adapter", "manifest.json")["data_version"]
+    assert read(project, "lora_adapter", "manifest.json")["inputs"]["text_adapter"] == documents
+    card = (artifact(project, "merged_model") / "README.md").read_text()
+    assert "text bits per byte after" in card
+    assert "`text.learning_rate` | `0.0001`" in card
+    assert "raw_text/manifest.json" in (artifact(project, "merged_model") / PROVENANCE).read_text()
     merged = weights(artifact(project, "merged_model"))
     assert all(bool((trained[name] == merged[name]).all()) for name in trained)
     assert read(project, "eval_report", "verdict.json")["status"] == "PASS"

@@ -22,7 +22,9 @@ from ft_assets.errors import ArtifactError
 UNPARTITIONED = "_"  # the folder of an asset without partitions
 Sha256 = Callable[[Path], str]
 HISTORIES = frozenset({"release"})  # what no run can make again
-SOURCES = frozenset({"base_model", "raw_dataset", "raw_preferences"})  # made from outside files
+SOURCES = frozenset(
+    {"base_model", "raw_dataset", "raw_preferences", "raw_text"}
+)  # of outside files
 
 
 @dataclass(frozen=True)

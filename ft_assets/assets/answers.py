@@ -4,6 +4,7 @@ import dagster as dg
 
 from ft_assets.assets.dpo_adapter import has_preferences
 from ft_assets.assets.judged import TRAINED, asked_inputs, asking, judged
+from ft_assets.assets.raw_text import text_stage
 from ft_assets.config import settings_version
 from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.orchestration.declarations import Metrics, asset
@@ -17,6 +18,7 @@ def _summary(metrics: Metrics) -> str:
 
 @asset(
     deps=[*TRAINED, "raw_dataset"],
+    also=text_stage("text_adapter"),
     group="evaluation",
     kinds=["parquet"],
     code_version=answers_step.VERSION,

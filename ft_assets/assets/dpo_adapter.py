@@ -7,7 +7,7 @@ from ft_assets.assets.training_curves import FIRST, loss_curve, overfitting_chec
 from ft_assets.errors import ArtifactError
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import Materializer, result
-from ft_assets.release.card_facts import adapter_method
+from ft_assets.release.card_facts import continued
 from ft_assets.steps import dpo
 
 NO_PREFERENCES = "no preference pairs: no DPO"
@@ -50,9 +50,7 @@ def dpo_adapter(
     adapter = store.need("lora_adapter", name)
     split = store.need("heldout_split", name)
     tables = _tables(materializer, name, split, adapter)
-    lora = chosen.lora
-    if lora.method == "auto":  # DPO continues the adapter with the method of its training
-        lora = lora.model_copy(update={"method": adapter_method(adapter)})
+    lora = continued(chosen.lora, adapter)
     artifact, reused = materializer.materialize(
         context,
         identity={

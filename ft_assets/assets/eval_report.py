@@ -19,6 +19,7 @@ from ft_assets.assets.judged import (
     people_of_today,
     rivals_of_today,
 )
+from ft_assets.assets.raw_text import text_stage
 from ft_assets.compat.dagster import TO_DO
 from ft_assets.config import GateSettings
 from ft_assets.errors import ArtifactError
@@ -87,6 +88,7 @@ def _summary(metrics: Metrics) -> str:
     also=lambda project: [
         *(["human_review"] if asks_people(project) else []),
         *(["rival_answers"] if has_rivals(project) else []),
+        *text_stage("text_adapter")(project),
     ],
     group="evaluation",
     kinds=["report"],

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ft_assets.artifacts import Artifact
+from ft_assets.assets.raw_text import has_text
 from ft_assets.config import EvaluationSettings, Project, settings_version
 from ft_assets.errors import EvaluationError, VerdictError
 from ft_assets.evaluation.setting_files import (
@@ -26,7 +27,9 @@ def judged(
 
     Raises VerdictError if they were not made from each other.
     """
-    names = ("base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter")
+    names = ["base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter"]
+    if has_text(materializer.project):
+        names.append("text_adapter")
     used = {made: materializer.store.need(made, name) for made in names}
     require_lineage(used, f"{asset}[{name}]")
     return used, bound_versions(used, settings_version(evaluation_identity(materializer, name)))

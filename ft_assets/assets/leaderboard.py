@@ -11,6 +11,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 
 from ft_assets.artifacts import Artifact
+from ft_assets.assets.raw_text import text_stage
 from ft_assets.errors import ArtifactError, FtError, ReleaseError
 from ft_assets.evaluation.leaderboard import (
     Entry,
@@ -171,7 +172,8 @@ def _readable(reader: Reader, asset: str, name: str) -> Artifact | None:
 
 def _costs(reader: Reader, name: str, report: Artifact) -> dict[str, Any]:
     store = reader.store
-    trained = [store.current(asset, name) for asset in ("lora_adapter", "dpo_adapter")]
+    stages = ("lora_adapter", "dpo_adapter", *text_stage("text_adapter")(reader.project))
+    trained = [store.current(asset, name) for asset in stages]
     metrics = [artifact.metrics for artifact in trained if artifact is not None]
     merged = store.current("merged_model", name) or store.current("base_model", name)
     memory = [

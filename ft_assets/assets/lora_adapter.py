@@ -2,10 +2,12 @@
 
 import dagster as dg
 
+from ft_assets.assets.raw_text import has_text, text_stage
 from ft_assets.assets.training_curves import FIRST, loss_curve, overfitting_check
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
-from ft_assets.orchestration.materializer import WARN, Materializer, result
+from ft_assets.orchestration.materializer import WARN, Inputs, Materializer, result
 from ft_assets.orchestration.memory_forecast import settle_method
+from ft_assets.release.card_facts import continued
 from ft_assets.steps import sft
 
 
@@ -21,19 +23,26 @@ def _summary(metrics: Metrics) -> str:
     code_version="5",
     gpu=True,
     summary=_summary,
+    also=text_stage("text_adapter"),
 )
 def lora_adapter(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
 ) -> dg.MaterializeResult:
     """SFT: an adapter (LoRA, QLoRA by the memory plan, …) or all weights.
 
-    The loss is on the assistant's answers only.
+    The loss is on the assistant's answers only. With data.text it continues the text_adapter.
     """
     store, name = materializer.store, context.partition_key
     chosen, seeds = materializer.project.recipe(name), materializer.project.gate.seeds
     base = store.need("base_model", name)
     split = store.need("heldout_split", name)
-    lora = settle_method(materializer.project, base, split, name)
+    before: Inputs = {}
+    if has_text(materializer.project):
+        text = store.need("text_adapter", name)
+        before = {"text_adapter": (text, None)}
+        lora = continued(chosen.lora, text)
+    else:
+        lora = settle_method(materializer.project, base, split, name)
     artifact, reused = materializer.materialize(
         context,
         identity={
@@ -43,6 +52,7 @@ def lora_adapter(
         },
         inputs={
             "base_model": (base, None),
+            **before,
             **{f"heldout_split#{part}": (split, part) for part in ("train", "validation")},
         },
         step=sft.Settings(

@@ -12,6 +12,7 @@ from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.manifest import FileEntry
 from ft_assets.assets.eval_report import numbers
 from ft_assets.assets.judged import TRAINED, judged
+from ft_assets.assets.raw_text import text_stage
 from ft_assets.config import GateSettings
 from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.setting_files import read_schema
@@ -41,6 +42,7 @@ def _summary(metrics: Metrics) -> str:
 
 @asset(
     deps=[*TRAINED, "eval_report"],
+    also=text_stage("text_adapter", "text_dataset", "raw_text"),
     group="release",
     kinds=["huggingface"],
     code_version="9",
@@ -131,6 +133,9 @@ def _lineage(store: ArtifactStore, name: str, used: Mapping[str, Artifact]) -> d
     shared = ("raw_dataset", "raw_preferences")
     found = {asset: store.current(asset, None) for asset in shared}
     found |= {asset: store.current(asset, name) for asset in ("recipe", "answers", "eval_report")}
+    if "text_adapter" in used:
+        found |= {"raw_text": store.current("raw_text", None)}
+        found |= {"text_dataset": store.current("text_dataset", name)}
     return {**{asset: one for asset, one in found.items() if one is not None}, **used}
 
 

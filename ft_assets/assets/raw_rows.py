@@ -1,4 +1,4 @@
-"""Read, validate and store the rows of data files: what raw_dataset and raw_preferences share."""
+"""Read, validate and store the rows of data files: what the raw assets share."""
 
 import itertools
 import tempfile
@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
 from ft_assets.data.audit import Audit
-from ft_assets.data.content import PRODUCTION, Hashes, data_content
+from ft_assets.data.content import PRODUCTION, TEXT, Hashes, data_content
 from ft_assets.data.data_files import resolve_files
 from ft_assets.data.encodings import encoding_of
 from ft_assets.data.file_formats import RawRow, read_rows
@@ -180,6 +180,8 @@ def _as_declared(project: Project, rows: Iterable[RawRow]) -> Iterable[RawRow]:
 
 def _of_key(project: Project, setting: str, key: str) -> Any:
     """Return the entry of data.columns or data.format for a key, or None."""
+    if setting == "format" and key == TEXT:
+        return TEXT
     return {str(name): value for name, value in getattr(project.data, setting).items()}.get(key)
 
 

@@ -101,7 +101,7 @@ def run(
             raise_on_error=False,
             run_config={"loggers": {"console": {}}},
         )
-    for line in left_out_lines(left_out_counts(open_store(project), names)):
+    for line in left_out_lines(left_out_counts(project, open_store(project), names)):
         print(f"\n{line}", file=sys.stderr)
     if as_json:
         print(json.dumps([outcome.model_dump() for outcome in outcomes], indent=1))

@@ -17,6 +17,7 @@ from ft_assets.rows.types import LeftOutRow
 
 NOT_MADE = "–"
 LEAVING = ("raw_dataset", "raw_preferences", "chat_dataset", "heldout_split")
+OF_TEXT = ("raw_text", "text_dataset")  # the same, where a project has data.text
 
 
 class Line(BaseModel, frozen=True):
@@ -71,17 +72,17 @@ def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
             name: [_line(store, asset, name) for asset, partitioned in assets if partitioned]
             for name in project.base_models
         },
-        left_out=left_out_counts(store, project.base_models),
+        left_out=left_out_counts(project, store, project.base_models),
         elsewhere=sorted(
             {version.where for version in found if (version.asset, version.partition) not in known}
         ),
     )
 
 
-def _made(store: ArtifactStore, name: str) -> list[Artifact]:
+def _made(project: Project, store: ArtifactStore, name: str) -> list[Artifact]:
     """Return the artifacts of the assets that leave rows out, as far as they are made."""
     made: list[Artifact] = []
-    for asset in LEAVING:
+    for asset in (*LEAVING, *(OF_TEXT if project.data.text else ())):
         try:
             artifact = store.current(asset, None if asset.startswith("raw_") else name)
         except (ArtifactError, OSError, ValueError):
@@ -91,9 +92,11 @@ def _made(store: ArtifactStore, name: str) -> list[Artifact]:
     return made
 
 
-def left_out_counts(store: ArtifactStore, names: Iterable[str]) -> dict[str, dict[str, int]]:
+def left_out_counts(
+    project: Project, store: ArtifactStore, names: Iterable[str]
+) -> dict[str, dict[str, int]]:
     """Return {base model: {reason: rows that are left out}}."""
-    return {name: counted([one.metrics for one in _made(store, name)]) for name in names}
+    return {name: counted([one.metrics for one in _made(project, store, name)]) for name in names}
 
 
 def left_out_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -111,7 +114,7 @@ def left_out(project: Project) -> dict[str, list[LeftOutRow]]:
     """Return all rows that are left out, by base model, with the reason and the twin of each."""
     store = open_store(project)
     return {
-        name: list(left_out_rows({one.asset: one.path for one in _made(store, name)}))
+        name: list(left_out_rows({one.asset: one.path for one in _made(project, store, name)}))
         for name in project.base_models
     }
 

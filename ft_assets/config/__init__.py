@@ -26,6 +26,7 @@ from ft_assets.config.training import (
     LoraSettings,
     SamplingSettings,
     SftSettings,
+    TextSettings,
     TrainSettings,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "SigningSettings",
     "SlackSettings",
     "StratifySettings",
+    "TextSettings",
     "TrainSettings",
     "VerifySettings",
     "WebhookSettings",

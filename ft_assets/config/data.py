@@ -23,8 +23,9 @@ class StratifySettings(Section):
     )
 
 
+UNANSWERED = ("train", "rehearsal", "text", "production")  # sources whose rows need no answer
 RowSource = Literal[
-    "train", "rehearsal", "preferences", "heldout", "retention", "few_shot", "production"
+    "train", "rehearsal", "text", "preferences", "heldout", "retention", "few_shot", "production"
 ]
 
 
@@ -34,6 +35,11 @@ class DataSettings(Section):
     )
     rehearsal: list[str] = Field(
         default=[], description="General conversations trained beside the task; never held out."
+    )
+    text: list[str] = Field(
+        default=[],
+        description="Documents for continued pretraining before SFT: .txt, .md, or tables with a "
+        "column `text`; none: no such stage.",
     )
     preferences: list[str] = Field(
         default=[], description="Files of prompt/chosen/rejected triples; none: no DPO."
@@ -209,7 +215,9 @@ class DataSettings(Section):
                 raise ValueError(
                     f"format.{key}: {name} is not one of {', '.join(formats)}; {advice}"
                 )
-            if not formats[name].has_answer and key not in ("train", "rehearsal", "production"):
+            if key == "text" and name != "text":
+                raise ValueError(f"format.text: {name} is of conversations; documents are text")
+            if not formats[name].has_answer and key not in UNANSWERED:
                 raise ValueError(
                     f"format.{key}: {name} has no answer to compare; it is for train and rehearsal"
                 )

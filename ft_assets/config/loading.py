@@ -13,7 +13,13 @@ from ft_assets.config.limits import require_names, require_sane_numbers, shown
 from ft_assets.config.project import Project
 from ft_assets.config.section import Section
 from ft_assets.config.strict_yaml import read_strictly
-from ft_assets.config.training import DpoSettings, LoraSettings, SamplingSettings, SftSettings
+from ft_assets.config.training import (
+    DpoSettings,
+    LoraSettings,
+    SamplingSettings,
+    SftSettings,
+    TextSettings,
+)
 from ft_assets.errors import ConfigError, nearest
 from ft_assets.redaction import is_secret_name, remember_variables
 
@@ -85,6 +91,7 @@ def load_project(path: Path | None = None) -> Project:
     require_names(path, project.base_models)
     for name in project.base_models:
         _check_overrides(path, project, name)
+        _check_text(path, project, name)
         _check_goals(path, project, name)
         _check_review(path, project, name)
         if project.samples():
@@ -168,12 +175,36 @@ def _check_overrides(path: Path, project: Project, name: str) -> None:
     for section, kind in (
         ("chat", ChatSettings),
         ("lora", LoraSettings),
+        ("text", TextSettings),
         ("sft", SftSettings),
         ("dpo", DpoSettings),
         ("evaluation", EvaluationSettings),
     ):
         merged = {**getattr(project, section).model_dump(), **getattr(model, section)}
         _validated(path, kind, merged, ("base_models", name, section))
+
+
+def _check_text(path: Path, project: Project, name: str) -> None:
+    """Raise ConfigError for settings of continued pretraining that would change nothing."""
+    recipe, own = project.recipe(name), project.base_models[name].text
+    if recipe.text is None and (own or "text" in project.model_fields_set):
+        where = f"base_models.{name}.text" if own else "text"
+        raise ConfigError(
+            where=f"{path}: {where}",
+            found="is set, and data.text names no documents",
+            expected="documents that are trained with these settings",
+            fix="name documents in data.text, or remove the section",
+        )
+    lora = recipe.lora
+    trained = lora.method == "full" or lora.modules_to_save or lora.trainable_token_indices
+    if recipe.text and recipe.text.embedding_learning_rate and not trained:
+        raise ConfigError(
+            where=f"{path}: text.embedding_learning_rate",
+            found="is set, and lora: trains no embeddings",
+            expected="lora.modules_to_save: [embed_tokens, lm_head], "
+            "lora.trainable_token_indices, or lora.method: full",
+            fix="set one of these, or remove text.embedding_learning_rate",
+        )
 
 
 def _validated(

@@ -5,7 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ft_assets.config.automation import (
     AlertSettings,
@@ -21,7 +28,7 @@ from ft_assets.config.launcher import AnyLauncher, LocalSettings
 from ft_assets.config.release import ReleaseSettings
 from ft_assets.config.review import ReviewSettings
 from ft_assets.config.section import Section
-from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings
+from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings, TextSettings
 from ft_assets.errors import ConfigError, nearest
 from ft_assets.redaction import has_user
 
@@ -42,6 +49,9 @@ class BaseModelSettings(Section):
     lora: dict[str, Any] = Field(
         default={}, description="What this base model needs differently in `lora:`."
     )
+    text: dict[str, Any] = Field(
+        default={}, description="What this base model needs differently in `text:`."
+    )
     sft: dict[str, Any] = Field(
         default={}, description="What this base model needs differently in `sft:`."
     )
@@ -61,13 +71,24 @@ class BaseModelSettings(Section):
 
 
 class Recipe(Section):
-    """What one base model resolves to: the defaults with its own overrides."""
+    """What one base model resolves to: the defaults with its own overrides.
+
+    `text` is None, and is left out of the data, without `data.text`.
+    """
 
     chat: ChatSettings = ChatSettings()
     lora: LoraSettings = LoraSettings()
+    text: TextSettings | None = None
     sft: SftSettings = SftSettings()
     dpo: DpoSettings = DpoSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_serializer(mode="wrap")
+    def _without_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data = handler(self)
+        if self.text is None:
+            data.pop("text", None)
+        return data
 
 
 class Project(Section):
@@ -83,6 +104,7 @@ class Project(Section):
     base_models: dict[str, BaseModelSettings] = Field(min_length=1)
     chat: ChatSettings = ChatSettings()
     lora: LoraSettings = LoraSettings()
+    text: TextSettings = TextSettings()
     sft: SftSettings = SftSettings()
     dpo: DpoSettings = DpoSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -156,7 +178,8 @@ class Project(Section):
         """Return the settings of a base model: the defaults, overridden by its own section."""
         model = self.base_model(name)
         sections: dict[str, Any] = {}
-        for section in ("chat", "lora", "sft", "dpo", "evaluation"):
+        text = ("text",) if self.data.text else ()
+        for section in ("chat", "lora", *text, "sft", "dpo", "evaluation"):
             merged = {**getattr(self, section).model_dump(), **getattr(model, section)}
             sections[section] = merged
         return Recipe.model_validate(sections)

@@ -1,9 +1,9 @@
-"""`lora:`, `sft:` and `dpo:` of finetune.yaml.
+"""`lora:`, `text:`, `sft:` and `dpo:` of finetune.yaml.
 
 An option of TRL or PEFT has its own name here.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -243,6 +243,8 @@ class TrainSettings(Section):
 
 
 class SftSettings(TrainSettings):
+    KEY: ClassVar = "sft"
+
     packing: bool | Literal["auto"] = Field(
         default="auto",
         description="Put the conversations of a micro-batch into one row without padding; each "
@@ -277,6 +279,24 @@ class SamplingSettings(Section):
         default=None, ge=1, description="Sample only the first n train rows by id (a time budget)."
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of the samples.")
+
+
+class TextSettings(SftSettings):
+    KEY: ClassVar = "text"
+
+    num_train_epochs: float = Field(
+        default=1, gt=0, le=10_000, description="Passes over the documents; max_steps overrides it."
+    )
+    effective_batch: int = Field(
+        default=16, ge=1, le=1_000_000, description="Pieces of documents in an optimizer step."
+    )
+    embedding_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Peak learning rate of embeddings and head, where lora: trains them; None: "
+        "learning_rate.",
+    )
 
 
 class DpoSettings(TrainSettings):

@@ -16,7 +16,8 @@ CONVERSATIONS = {  # key of data: table
     "contamination": "contamination",
 }
 PRODUCTION = "production"  # a key of data, and its table, which only projects with the key have
-KEYS = (*CONVERSATIONS, PRODUCTION, "preferences")  # of data that name files
+TEXT = "text"  # a key of data with documents, which only projects with the key have
+KEYS = (*CONVERSATIONS, PRODUCTION, TEXT, "preferences")  # of data that name files
 # {key of data: its files, each with the hash of its content}
 Hashes = dict[str, list[tuple[str, str]]]
 Sha256 = Callable[[Path], str]  # of a file's content

@@ -1,12 +1,15 @@
 """Resolve the paths, globs and URLs of finetune.yaml to data files on this machine."""
 
 import glob
+from collections.abc import Sequence
 from pathlib import Path
 
-from ft_assets.data.file_types import DATA, suffixes
+from ft_assets.data.file_types import DATA, TEXTS, suffixes
 from ft_assets.data.remote_files import fetched
 from ft_assets.data.saved_datasets import STATE, is_description, require_one_split, saved_files
 from ft_assets.errors import DataError
+
+TEXT_KEY = "data.text"  # whose folders hold plain texts
 
 
 def resolve_files(
@@ -15,8 +18,9 @@ def resolve_files(
     """Return the files that the patterns (files, folders, globs, URLs) name, sorted.
 
     Remote files are fetched into `cache`, by default .ft/downloads. A folder means the data files
-    in it; plain texts (.txt) need a glob. Raises DataError for a pattern that matches nothing or a
-    folder of several splits, and SourceUnreachable for a server that does not answer.
+    in it; plain texts (.txt, .md) need a glob, except for data.text. Raises DataError for a
+    pattern that matches nothing or a folder of several splits, and SourceUnreachable for a server
+    that does not answer.
     """
     files: set[Path] = set()
     for pattern in patterns:
@@ -32,7 +36,7 @@ def _matches(root: Path, pattern: str, where: str, key: str) -> list[Path]:
     files: list[Path] = []
     for match in map(Path, glob.glob(str(root / pattern), recursive=True)):
         if match.is_dir():
-            inside = files_in(match)
+            inside = files_in(match, TEXTS if key == TEXT_KEY else ())
             require_one_split(match, inside, key, pattern)
             files += inside
         elif match.is_file() and not is_description(match):
@@ -47,14 +51,17 @@ def _matches(root: Path, pattern: str, where: str, key: str) -> list[Path]:
     return files
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Return the data files of a folder; of a saved dataset in it, those that belong to it."""
+def files_in(folder: Path, more: Sequence[str] = ()) -> list[Path]:
+    """Return the data files of a folder; of a saved dataset in it, those that belong to it.
+
+    `more` are the endings of further files.
+    """
     saved = {path.parent: saved_files(path.parent) or [] for path in folder.rglob(STATE)}
     others = (
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and suffixes(path)[0] in DATA
+        and suffixes(path)[0] in (*DATA, *more)
         and path.parent not in saved
         and not is_description(path)
     )

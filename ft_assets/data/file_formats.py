@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ft_assets.data.columnar import table_rows
 from ft_assets.data.csv_files import csv_rows
-from ft_assets.data.file_types import DATA, TABLES, TEXT, suffixes
+from ft_assets.data.file_types import DATA, TABLES, TEXTS, suffixes
 from ft_assets.data.json_files import json_rows
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.streams import printable, text_pieces, whole
@@ -24,30 +24,31 @@ def read_rows(
     """Yield the rows of a data file. Raises DataError for a file that cannot be read.
 
     Text is UTF-8 (with or without BOM) or has a UTF-16/32 BOM, unless `encoding` names another
-    encoding. A .txt file is one row {"text": …} if `format` is text, else it is a DataError. An
-    error late in a file is raised after the rows before it.
+    encoding. A .txt or .md file is one row {"text": …} if `format` is text, else it is a
+    DataError. An error late in a file is raised after the rows before it.
     """
     kind, packed = suffixes(path)
     if kind in TABLES:
         for index, value in enumerate(table_rows(path, kind)):
             yield RawRow(f"{printable(path)}[{index}]", value)
         return
-    if kind not in DATA and kind != TEXT:
+    if kind not in DATA and kind not in TEXTS:
         raise DataError(
             where=str(path),
             found=f"has the ending {kind or '(none)'}",
             expected=f"one of {', '.join(DATA)}; text files may be compressed",
             fix="rename or convert it",
         )
-    if kind == TEXT and format != "text":
+    if kind in TEXTS and format != "text":
         raise DataError(
             where=str(path),
             found="is a plain text",
             expected="rows of conversations",
-            fix="name it in data.format, {train: text}, to train on its text",
+            fix="name it in data.text to train on it before SFT, or in data.format, {train: text}, "
+            "to train on it beside the conversations",
         )
     pieces = text_pieces(path, packed, encoding)
-    if kind == TEXT:
+    if kind in TEXTS:
         text = whole(path, pieces, "a text", "split it into several files")
         yield RawRow(printable(path), {"text": text})
     elif kind in (".csv", ".tsv"):

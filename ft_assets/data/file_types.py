@@ -6,7 +6,7 @@ LINES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 DATA = (*LINES, *TABLES)
-TEXT = ".txt"  # one row a file, and only if data.format is text
+TEXTS = (".txt", ".md")  # one row a file, and only where rows are texts
 
 
 def suffixes(path: Path) -> tuple[str, str]:

@@ -110,7 +110,7 @@ def sentence(copy: CopyRow) -> str:
 def left_out_rows(folders: Mapping[str, Path]) -> Iterator[LeftOutRow]:
     """Yield every row that is left out, from the artifacts of the assets that leave rows out.
 
-    `folders` are the folders of raw_dataset, raw_preferences, chat_dataset and heldout_split.
+    `folders` are the folders of the artifacts by asset.
     """
     for asset, folder in folders.items():
         for name, kind in REASONS.items():
@@ -155,7 +155,11 @@ def counted(metrics: Sequence[Mapping[str, object]]) -> dict[str, int]:
 
 
 def require_few(
-    copies: list[CopyRow], rows: Mapping[str, int], data: DataSettings, fixed: bool
+    copies: list[CopyRow],
+    rows: Mapping[str, int],
+    data: DataSettings,
+    fixed: bool,
+    asset: str = "heldout_split",
 ) -> None:
     """Raise DataError if more than data.max_left_out of the rows of a source are left out.
 
@@ -172,7 +176,7 @@ def require_few(
         largest = kinds[0][0]
         twins = [copy for copy in own if copy["kind"] == largest][:SHOWN]
         raise DataError(
-            where=f"heldout_split: {source}",
+            where=f"{asset}: {source}",
             found=f"{len(own)} of {total} rows repeat held-out rows and are left out ("
             + ", ".join(f"{kind}: {count}" for kind, count in kinds)
             + "), e.g. "

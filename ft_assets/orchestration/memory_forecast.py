@@ -10,14 +10,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ft_assets.artifacts import Artifact, ArtifactStore
-from ft_assets.config import LoraSettings, Project
+from ft_assets.config import LoraSettings, Project, SftSettings, TrainSettings
 from ft_assets.errors import ConfigError, MemoryPlanError
 from ft_assets.hardware import Gpu, first_gpu, first_gpu_capability, no_fp8
 from ft_assets.training.flops import peak_flops
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
 from ft_assets.training.memory_plan.plan import Data, Machine, Plan, make_plan
 
-TRAINING = {"lora_adapter": ("train", "sft"), "dpo_adapter": ("preferences", "dpo")}
+# {asset: (asset with its rows, their table, section of finetune.yaml)}
+TRAINING = {
+    "text_adapter": ("text_dataset", "train", "text"),
+    "lora_adapter": ("heldout_split", "train", "sft"),
+    "dpo_adapter": ("heldout_split", "preferences", "dpo"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ def forecast(project: Project, store: ArtifactStore, asset: str, partition: str 
     Assume the full GPU if it is full now: another of our steps may use it, and the pool makes this
     one wait.
     """
+    rows = TRAINING[asset][0] if asset in TRAINING else ""
     base, split = (
-        store.current(name, partition) if asset in TRAINING else None
-        for name in ("base_model", "heldout_split")
+        store.current(name, partition) if rows else None for name in ("base_model", rows)
     )
     if base is None or split is None or partition is None:
         return Forecast()
@@ -74,8 +79,16 @@ def _tables(
     return [*([] if source == "sampled" else [split]), *([sampled] if sampled else [])]
 
 
-def settle_method(project: Project, base: Artifact, split: Artifact, name: str) -> LoraSettings:
+def settle_method(
+    project: Project,
+    base: Artifact,
+    split: Artifact,
+    name: str,
+    documents: Artifact | None = None,
+) -> LoraSettings:
     """Return `lora` with the method that `auto` chooses for SFT, for the fingerprint and the step.
+
+    With `documents`, whose training SFT continues, it is the method that fits both.
 
     The size of the GPU decides, not what is free at the moment: the same machine chooses the same.
     `auto` stays if the memory of a cluster's GPU is unknown; the step then chooses. Without room
@@ -85,11 +98,13 @@ def settle_method(project: Project, base: Artifact, split: Artifact, name: str) 
     gpu = _gpu(project)
     if lora.method != "auto" or (gpu is None and not project.launcher.on_this_machine):
         return lora
-    plan = gpu and _planner(project, base, [split], "lora_adapter", name, gpu.name)
-    method = "lora"  # on a CPU
-    if gpu and plan:
-        with contextlib.suppress(MemoryPlanError, ConfigError):
-            method = plan(gpu.total).method
+    trainings = {"lora_adapter": split, **({"text_adapter": documents} if documents else {})}
+    methods: set[str] = set()
+    for asset, rows in trainings.items():
+        if gpu and (plan := _planner(project, base, [rows], asset, name, gpu.name)):
+            with contextlib.suppress(MemoryPlanError, ConfigError):
+                methods.add(plan(gpu.total).method)
+    method = "qlora" if "qlora" in methods else "lora"  # lora on a CPU
     return lora.model_copy(update={"method": method})
 
 
@@ -102,20 +117,21 @@ def _planner(
     gpu: str,
 ) -> Callable[[float], Plan] | None:
     """Return the function that plans a training for a GPU's memory in bytes; None without rows."""
-    part, key = TRAINING[asset]
+    _, part, key = TRAINING[asset]
     lengths = [length for made in tables for length in _lengths(made.path / f"{part}.parquet", key)]
     if not lengths:
         return None
     recipe = project.recipe(partition)
     pairs = key == "dpo"
+    settings: TrainSettings = getattr(recipe, key)
     data = Data(
         lengths,
-        not pairs and recipe.sft.packing is not False,
+        isinstance(settings, SftSettings) and settings.packing is not False,
         2 if pairs else 1,
         reference=pairs,
         plain=pairs,
     )
-    shape, settings = snapshot_shape(base.path), recipe.dpo if pairs else recipe.sft
+    shape = snapshot_shape(base.path)
 
     def plan(memory: float) -> Plan:
         memory = min(memory, (project.memory_limit_gb or math.inf) * 1e9)
@@ -146,7 +162,7 @@ def _lengths(path: Path, key: str) -> list[int]:
             "list_value_length", [pq.read_table(path, columns=[name])[name]]
         ).to_pylist()
 
-    if key == "sft":
+    if key != "dpo":
         return of("input_ids")
     return [
         prompt + max(chosen, rejected)

@@ -285,7 +285,9 @@ def _count(rows: DataFacts) -> str:
 
 def _training(facts: CardFacts, verdict: Verdict) -> str:
     recipe = facts.recipe.model_dump(mode="json")
-    stages = ("lora", "sft", "dpo") if verdict.candidate == "dpo" else ("lora", "sft")
+    dpo = ("dpo",) if verdict.candidate == "dpo" else ()
+    text = ("text",) if "text" in recipe else ()
+    stages = ("lora", *text, "sft", *dpo)
     settings = [
         [f"`{stage}.{name}`", f"`{value}`"]
         for stage in stages

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.documents import read_document
 from ft_assets.artifacts.environment import library_versions
-from ft_assets.config import ChatSettings, Project, Recipe
+from ft_assets.config import ChatSettings, LoraSettings, Project, Recipe
 from ft_assets.data.tables import read_table
 from ft_assets.models.license import BaseLicense, snapshot_license
 from ft_assets.redaction import redacted
@@ -34,6 +34,10 @@ TRAINING_METRICS = (
     "fp8_linears",
     "fp8_loss_shift",
     "fp8_gradient_cosine",
+    "bits_per_byte_before",
+    "bits_per_byte_after",
+    "general_loss_before",
+    "general_loss_after",
 )
 # (name in the card, part of the split, its metric)
 SIDES = (
@@ -143,7 +147,10 @@ def card_facts(
         partition=name,
         base=_base(project, name, base),
         license=snapshot_license(base.path),
-        data=_data(raw, split, store.current("raw_preferences", None), used["dpo_adapter"]),
+        data=[
+            *_data(raw, split, store.current("raw_preferences", None), used["dpo_adapter"]),
+            *(_documents(store, name) if "text_adapter" in used else ()),
+        ],
         data_note=_data_note(raw, split),
         hub_datasets=_hub_datasets(project),
         template=_template(recipe.chat, base),
@@ -165,6 +172,13 @@ def adapter_method(adapter: Artifact) -> str:
     """Return the method of an adapter: with `auto`, the one that the memory plan chose."""
     configured = adapter.manifest.settings["lora"]["method"]
     return str(adapter.metrics.get("method", configured))
+
+
+def continued(lora: LoraSettings, adapter: Artifact) -> LoraSettings:
+    """Return the settings of a training that continues an adapter: `auto` is its method."""
+    if lora.method != "auto":
+        return lora
+    return lora.model_copy(update={"method": adapter_method(adapter)})
 
 
 def _base(project: Project, name: str, base: Artifact) -> BaseFacts:
@@ -207,7 +221,8 @@ def _training(used: Mapping[str, Artifact]) -> dict[str, int | float]:
     method = str(preferences.get("preference_method", "dpo")).upper()
     if "labels" in preferences:  # KTO, which has no pairs
         del preferences["pairs"]
-    stages = {"SFT": used["lora_adapter"].metrics, method: preferences}
+    text = {"text": used["text_adapter"].metrics} if "text_adapter" in used else {}
+    stages = {**text, "SFT": used["lora_adapter"].metrics, method: preferences}
     return {
         f"{stage} {key.replace('_', ' ')}": metrics[key]
         for stage, metrics in stages.items()
@@ -240,6 +255,19 @@ def _data(
         version = preferences.data_version
         sets.append(DataFacts(name="raw preferences", rows=None, fingerprint=version))
     return [rows for rows in sets if rows.rows != 0]
+
+
+def _documents(store: ArtifactStore, name: str) -> list[DataFacts]:
+    """Return the documents of continued pretraining."""
+    made = store.need("text_dataset", name)
+    return [
+        DataFacts(
+            name=f"documents, {side}",
+            rows=made.metrics[f"{side}_documents"],
+            fingerprint=made.part_version(side),
+        )
+        for side in ("train", "validation")
+    ]
 
 
 def _data_note(raw: Artifact, split: Artifact) -> str:

@@ -131,7 +131,7 @@ def require_same_files(
 
 def _dependencies(build: Build) -> Iterator[JsonValue]:
     """Yield the resource descriptors of the lineage."""
-    for asset in ("raw_dataset", "raw_preferences"):
+    for asset in ("raw_dataset", "raw_preferences", "raw_text"):
         if asset in build.lineage:
             yield from _data_files(build.lineage[asset].manifest.settings.get("files", {}))
     yield from _base_source(build)

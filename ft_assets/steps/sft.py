@@ -1,4 +1,4 @@
-"""Step: train the LoRA adapter by supervised fine-tuning."""
+"""Step: train the LoRA adapter by supervised fine-tuning, from a text adapter if there is one."""
 
 from typing import ClassVar
 
@@ -26,10 +26,12 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     split = job.inputs["heldout_split"]
     rows = read_table(split / "train.parquet", row=TokenizedRow)
     validation = read_table(split / "validation.parquet", row=TokenizedRow)
+    text_adapter = job.inputs.get("text_adapter")
     found = []
     for number in range(settings.seeds):
         output, checkpoints = of_seed(job.output, number), of_seed(job.checkpoints, number)
         output.mkdir(parents=True, exist_ok=True)
+        before = of_seed(text_adapter, number) if text_adapter else None
         metrics = train_sft(
             snapshot=job.inputs["base_model"],
             rows=rows,
@@ -40,8 +42,9 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
             output=output,
             report=report,
             memory_limit_gb=settings.memory_limit_gb,
+            before=before,
         )
-        save_groups(rows, output)
+        save_groups(rows, output, before)
         found.append(metrics)
     return StepResult(found[0])
 

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ft_assets.compat.trl import drop_unknown_routing_loss
 from ft_assets.config import LoraSettings
@@ -17,6 +18,8 @@ from ft_assets.models.names import linear_weights, refuse_renamed, unstored
 from ft_assets.models.sharding import shard_base
 from ft_assets.models.targets import linears_of, target_names, unadaptable_linears
 from ft_assets.models.text_part import stored_names
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class TrainableMetrics(TypedDict):
@@ -200,22 +203,26 @@ def trainable_share(model: Any) -> TrainableMetrics:
     return {"trainable_parameters": trained, "trainable_percent": round(100 * trained / total, 4)}
 
 
-def largest_update(trained: Path, snapshot: Path) -> float:
+def largest_update(trained: Path, snapshot: Path, before: Path | None = None) -> float:
     """Return the largest |B| of a saved adapter, or the largest change of a fully trained weight.
 
-    Zero means that nothing was learned.
+    Zero means that nothing was learned. `before`: the adapter or the weights from which the
+    training started; the result is then the largest change of B, or of a weight, since.
     """
     if is_full(trained):
         changes = (
             float((weight.float() - before.float()).abs().max())
-            for _, weight, before in changed_weights(trained, snapshot)
+            for _, weight, before in changed_weights(trained, before or snapshot)
         )
         return max(changes, default=0.0)
     largest = 0.0
-    with safe_open(trained / "adapter_model.safetensors", framework="pt") as file:
+    start = load_file(before / ADAPTER_WEIGHTS) if before else {}
+    with safe_open(trained / ADAPTER_WEIGHTS, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
             if "lora_B" in name:
-                largest = max(largest, float(file.get_tensor(name).abs().max()))
+                now = file.get_tensor(name)
+                change = now - start[name] if start else now
+                largest = max(largest, float(change.abs().max()))
     return largest
 
 

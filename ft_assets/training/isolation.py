@@ -21,7 +21,7 @@ from ft_assets.training.out_of_memory import release
 MAX_LEAK = 1e-3
 MAX_TOKENS = 512  # of one document of the probe
 MIN_TOKENS = 16  # the probe shrinks to this when memory runs out
-FIX = "set sft.packing to false (or auto, which then trains without packing)"
+FIX = "set {key}.packing to false (or auto, which then trains without packing)"
 
 
 def leak(
@@ -71,8 +71,10 @@ def _logits(model: Any, documents: list[list[int]], collator: Any) -> torch.Tens
         return base.get_output_embeddings()(hidden).float()
 
 
-def prove_isolation(model: Any, rows: Sequence[TokenSequence], collator: Any) -> float:
-    """Return `leak`, of shorter documents if memory runs out.
+def prove_isolation(
+    model: Any, rows: Sequence[TokenSequence], collator: Any, key: str = "sft"
+) -> float:
+    """Return `leak`, of shorter documents if memory runs out. `key`: the training's section.
 
     Raises TrainingError if a document moves its neighbors or the attention cannot run, and
     MemoryPlanError if not even short documents fit.
@@ -86,15 +88,15 @@ def prove_isolation(model: Any, rows: Sequence[TokenSequence], collator: Any) ->
             reason = release(error)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise TrainingError(
-                where="sft.packing",
+                where=f"{key}.packing",
                 found=f"packed attention cannot run: {error}",
                 expected="documents that do not see each other",
-                fix=FIX,
+                fix=FIX.format(key=key),
             ) from error
         # The other ranks of a sharded base wait in the middle of this pass.
         if tokens <= MIN_TOKENS or is_sharded(model):
             raise MemoryPlanError(
-                where="sft: the proof that packed documents are isolated",
+                where=f"{key}: the proof that packed documents are isolated",
                 found=f"three documents of {tokens} tokens do not fit into memory beside the "
                 f"weights ({reason})",
                 expected="memory for the weights and three short documents",
@@ -106,10 +108,10 @@ def prove_isolation(model: Any, rows: Sequence[TokenSequence], collator: Any) ->
             torch.cuda.empty_cache()
     if not found <= MAX_LEAK:
         raise TrainingError(
-            where="sft.packing",
+            where=f"{key}.packing",
             found=f"changing one document moved its neighbors' logits by {found:.2g} of its own "
             "movement",
             expected=f"at most {MAX_LEAK:g}: packed documents must not see each other",
-            fix=FIX,
+            fix=FIX.format(key=key),
         )
     return found

@@ -127,7 +127,7 @@ def plan_sft(
     shape = snapshot_shape(snapshot)
     packed = sft.packing if isinstance(sft.packing, bool) else not machine.gpu or _kernel(shape)
     lengths = [len(row["input_ids"]) for row in rows]
-    return make_plan(shape, lora, sft, Data(lengths, packed, kept=kept), machine)
+    return make_plan(shape, lora, sft, Data(lengths, packed, kept=kept), machine, sft.KEY)
 
 
 def _kernel(shape: Shape) -> bool:
@@ -209,7 +209,7 @@ def prepare_model(
         own = base.config._attn_implementation
         try:
             base.set_attn_implementation(register())
-            changes["packing_leak"] = prove_isolation(model, rows, collator)
+            changes["packing_leak"] = prove_isolation(model, rows, collator, sft.KEY)
         except TrainingError as error:
             if sft.packing is True:
                 raise

@@ -19,7 +19,7 @@ from transformers.trainer_utils import set_seed
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ft_assets.config import LoraSettings, SftSettings
+from ft_assets.config import LoraSettings, SftSettings, TextSettings
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import free_unused
 from ft_assets.job import Report
@@ -33,6 +33,7 @@ from ft_assets.training.adapter import (
     largest_update,
     new_adapter,
     trainable_share,
+    trained_adapter,
 )
 from ft_assets.training.callbacks import (
     Progress,
@@ -43,6 +44,7 @@ from ft_assets.training.callbacks import (
 from ft_assets.training.checkpoints import last_whole
 from ft_assets.training.cpu_loss import CpuSFTTrainer
 from ft_assets.training.distributed import world_size
+from ft_assets.training.embedding_rate import EmbeddingRate
 from ft_assets.training.fp8_probe import Fp8Error
 from ft_assets.training.loop import Run, RunMetrics, train_to_the_end
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
@@ -69,11 +71,15 @@ from ft_assets.training.trl_options import (
 )
 from ft_assets.training.validation import (
     LogsValidation,
+    Measure,
     Validation,
     ValidationMetrics,
     answer_loss,
     save_result,
 )
+
+# Of the validation rows, the plan and the padding token; None if nothing is to be measured.
+MeasureOf = Callable[[Sequence[TokenSequence], Plan, int], Measure | None]
 
 
 class LossMetrics(ValidationMetrics):
@@ -107,13 +113,15 @@ class SftRow(TypedDict):
     labels: list[int]
 
 
-class ResumingSFTTrainer(LogsValidation, ReportsTrlErrors, WholeSteps, SFTTrainer):
+class ResumingSFTTrainer(LogsValidation, ReportsTrlErrors, WholeSteps, EmbeddingRate, SFTTrainer):
     """SFTTrainer with complete checkpoints and whole steps."""
 
     key = "sft"
 
 
-class ResumingCpuSFTTrainer(LogsValidation, ReportsTrlErrors, WholeSteps, CpuSFTTrainer):
+class ResumingCpuSFTTrainer(
+    LogsValidation, ReportsTrlErrors, WholeSteps, EmbeddingRate, CpuSFTTrainer
+):
     """The same with the loss for a CPU."""
 
     key = "sft"
@@ -138,8 +146,13 @@ def train_sft(
     output: Path,
     report: Report,
     memory_limit_gb: float | None = None,
+    before: Path | None = None,
+    measure: MeasureOf = answer_loss,
 ) -> SftMetrics:
     """Train and save the adapter, or all weights, to `output`.
+
+    `before`: a trained adapter, or trained weights, of the same base and settings, which this
+    training continues. `measure` makes the measurement of the validation rows.
 
     Resumes from `checkpoints` if it holds a complete checkpoint. `validation` rows are measured and
     not trained on.
@@ -156,16 +169,17 @@ def train_sft(
     """
     tokenizer = load_tokenizer(snapshot)
     machine = this_machine(memory_limit_gb)
-    wanted = _Wanted(snapshot, rows, lora, sft, machine, checkpoints, tokenizer)
+    wanted = _Wanted(snapshot, rows, lora, sft, machine, checkpoints, tokenizer, before)
     start = _start(wanted, report)
     model, prepared, lora, sft = start.model, start.prepared, start.lora, start.sft
     plan = prepared.plan
     progress = _progress(snapshot, rows, sft, report, full=lora.method == "full")
     watch = _validation(
-        validation, prepared, lora, sft, tokenizer.pad_token_id, checkpoints, report
+        validation, prepared, lora, sft, tokenizer.pad_token_id, checkpoints, report, measure
     )
     report("loaded", rows=len(rows), tokens=_tokens(rows), **start.share)
-    new_trainer = _trainer_factory(model, prepared, rows, tokenizer, sft, checkpoints)
+    continued = before is not None
+    new_trainer = _trainer_factory(model, prepared, rows, tokenizer, sft, checkpoints, continued)
 
     def build(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
         return new_trainer(micro_batch, [progress, watch, *callbacks])
@@ -177,12 +191,12 @@ def train_sft(
         effective_batch=sft.effective_batch,
         checkpoints=checkpoints,
         report=report,
-        key="sft",
+        key=sft.KEY,
     )
     seconds = time.perf_counter() - begun
     progress.restore(run.trainer.state)
     watch.restore(run.trainer.state)
-    losses = _save(run.trainer.model, snapshot, progress, watch, checkpoints, output)
+    losses = _save(run.trainer.model, wanted, progress, watch, output)
     save_plan(plan, output)
     return _metrics(run, prepared, rows, start.share, losses, progress, seconds)
 
@@ -198,6 +212,7 @@ class _Wanted:
     machine: Machine
     checkpoints: Path
     tokenizer: Any
+    before: Path | None = None
 
     def plan(self, lora: LoraSettings) -> Plan:
         return plan_sft(self.snapshot, lora, self.sft, self.rows, self.machine)
@@ -239,8 +254,11 @@ def _load(wanted: _Wanted, report: Report) -> _Start:
     compute = "fp8" if plan.fp8 else "bf16"
     lora = wanted.lora.model_copy(update={"method": plan.method, "base_compute": compute})
     sft = wanted.sft.model_copy(update={"micro_batch": plan.micro_batch})
-    trl_config(SFTConfig, _options(sft, wanted.checkpoints), "sft")  # before weights load
-    model = new_adapter(wanted.snapshot, lora, plan.shards)
+    trl_config(SFTConfig, _options(sft, wanted.checkpoints), sft.KEY)  # before weights load
+    if wanted.before is None:
+        model = new_adapter(wanted.snapshot, lora, plan.shards)
+    else:
+        model = trained_adapter(wanted.snapshot, lora, wanted.before, plan.shards)
     share = trainable_share(model)
     again = functools.partial(
         plan_again, plan, wanted.snapshot, lora, wanted.sft, wanted.rows, wanted.machine
@@ -255,7 +273,7 @@ def _tokens(rows: Sequence[TokenSequence]) -> int:
 
 
 def _options(sft: SftSettings, checkpoints: Path) -> dict[str, Any]:
-    return {"max_length": None, **trainer_options(sft, "sft", checkpoints, SFTConfig)}
+    return {"max_length": None, **trainer_options(sft, sft.KEY, checkpoints, SFTConfig)}
 
 
 def _progress(
@@ -274,6 +292,7 @@ def _validation(
     pad: int,
     checkpoints: Path,
     report: Report,
+    measure: MeasureOf,
 ) -> Validation:
     """Make the measurement of the validation rows.
 
@@ -284,8 +303,8 @@ def _validation(
     if rows and lora.method == "qlora" and not torch.cuda.is_available():
         rows = []
         reason = ": bitsandbytes' inference pass on a CPU would spoil the weights for training"
-    measure = answer_loss(rows, prepared.plan, pad)
-    return Validation(measure, sft, "sft", checkpoints, report, reason)
+    measured = measure(rows, prepared.plan, pad)
+    return Validation(measured, sft, sft.KEY, checkpoints, report, reason)
 
 
 def _trainer_factory(
@@ -295,6 +314,7 @@ def _trainer_factory(
     tokenizer: Any,
     sft: SftSettings,
     checkpoints: Path,
+    continued: bool,
 ) -> Callable[[int, list[TrainerCallback]], SFTTrainer]:
     """Return a function (micro-batch, callbacks) that makes a trainer of the prepared model."""
     # The loss for a CPU bypasses DDP.
@@ -304,11 +324,17 @@ def _trainer_factory(
     idle = {"bf16": False} if autocast_is_idle(model, fused) else {}
     table = [SftRow(input_ids=row["input_ids"], labels=labels(row)) for row in rows]
     dataset = Dataset.from_list(table)  # type: ignore[arg-type]
+    # TRL rounds a trained adapter on an NF4 base; before there is a trainer, it is exact.
+    exact = {
+        name: weight.detach().clone()
+        for name, weight in model.named_parameters()
+        if continued and prepared.plan.method == "qlora" and weight.requires_grad
+    }
 
     def new_trainer(micro_batch: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
         settings = sft.model_copy(update={"micro_batch": micro_batch})
         options = {**_options(settings, checkpoints), **idle}
-        with trl_errors_as_config_errors("sft"):
+        with trl_errors_as_config_errors(sft.KEY):
             trainer = kind(
                 model=model,
                 args=SFTConfig(**options),
@@ -317,38 +343,37 @@ def _trainer_factory(
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
-        trainer.packed = prepared.plan.packed
-        full_precision_adapter(model)
+        trainer.key, trainer.packed = sft.KEY, prepared.plan.packed
+        if isinstance(sft, TextSettings):
+            trainer.embedding_rate = sft.embedding_learning_rate
+        full_precision_adapter(model, exact)
+        exact.clear()  # after out of memory, the weights are those of the step before
         return trainer
 
     return new_trainer
 
 
 def _save(
-    model: Any,
-    snapshot: Path,
-    progress: Progress,
-    watch: Validation,
-    checkpoints: Path,
-    output: Path,
+    model: Any, wanted: _Wanted, progress: Progress, watch: Validation, output: Path
 ) -> LossMetrics:
+    key = wanted.sft.KEY
     if not is_finite(model):
         raise TrainingError(
-            where="sft",
+            where=key,
             found="the adapter holds values that are not finite",
             expected="finite weights",
-            fix="lower sft.learning_rate",
+            fix=f"lower {key}.learning_rate",
         )
     save_result(model, watch, progress.curve, output)
-    update = largest_update(output, snapshot)
+    update = largest_update(output, wanted.snapshot, wanted.before)
     if update == 0.0:
         raise TrainingError(
-            where="sft",
-            found="every B of the adapter is still zero",
+            where=key,
+            found="no trained weight has changed",
             expected="an adapter that training has changed",
-            fix="raise sft.learning_rate or the number of steps",
+            fix=f"raise {key}.learning_rate or the number of steps",
         )
-    keep_events(checkpoints, output)
+    keep_events(wanted.checkpoints, output)
     losses = [entry["loss"] for entry in progress.curve]
     window = max(1, len(losses) // 10)
     return {

@@ -125,8 +125,10 @@ _REASONS: dict[str, tuple[str, ...]] = {
 }
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}
 # Options that would have no effect in one of the steps.
+_PADDED = {"pad_to_multiple_of": "micro-batches must be as long as the memory plan counted them"}
 REFUSED_IN = {
-    "sft": {"pad_to_multiple_of": "micro-batches must be as long as the memory plan counted them"},
+    "sft": _PADDED,
+    "text": _PADDED,
     "dpo": {
         "label_smoothing_factor": "DPO's own option is label_smoothing",
         "average_tokens_across_devices": "DPO's loss is a mean over pairs, not over tokens",

@@ -21,7 +21,7 @@ SHOWN = 40  # answers
 LONGEST = 200  # characters of a setting
 SPLIT = "heldout_split"
 TABLES = ("train", "preferences")
-TRAININGS = ("lora_adapter", "dpo_adapter")
+TRAININGS = {"text_adapter": "Continued pretraining", "lora_adapter": "SFT", "dpo_adapter": "DPO"}
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _curves(asset: str, before: Side, after: Side) -> Curves:
             if points:
                 kind = "training" if file == "curve" else "validation"
                 lines.append(Curve(f"{one.name}, {kind}", one is after, file == "curve", points))
-    return Curves({"lora_adapter": "SFT", "dpo_adapter": "DPO"}[asset], lines)
+    return Curves(TRAININGS[asset], lines)
 
 
 def _points(artifact: Artifact, file: str, key: str) -> list[tuple[float, float]]:

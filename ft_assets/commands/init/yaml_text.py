@@ -57,6 +57,7 @@ data:
   # rehearsal: general conversations, trained beside the task against forgetting.
   # rehearsal: [data/more_general.jsonl]
 {preferences}# prompt, chosen, rejected: DPO after SFT
+  # text: [documents]                    # continued pretraining before SFT, on .txt, .md, `text`
   # few_shot: [data/few_shot.jsonl]      # the rival: the base with these examples in its prompt
 
 base_models:                             # one partition of the graph each

@@ -20,6 +20,8 @@ MADE_FROM = (  # (artifact, what it must have been made from)
     ("dpo_adapter", "base_model"),
     ("dpo_adapter", "lora_adapter"),
 )
+# Only where a project has the stage. Without it, the adapter must not have been made from one.
+TEXT = (("text_adapter", "base_model"), ("lora_adapter", "text_adapter"))
 
 
 def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
@@ -27,8 +29,10 @@ def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
 
     This rejects an adapter of another base, and rows tokenized with another template.
     """
-    for name, source in MADE_FROM:
-        then, now = used[name].manifest.inputs.get(source), used[source].data_version
+    links = [*MADE_FROM, *(link for link in TEXT if link[0] in used)]
+    for name, source in links:
+        then = used[name].manifest.inputs.get(source)
+        now = used[source].data_version if source in used else None
         if then != now:
             raise VerdictError(
                 where=where,
