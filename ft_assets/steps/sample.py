@@ -19,7 +19,7 @@ from ft_assets.data.tables import (
     write_table,
 )
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
-from ft_assets.rows.types import MemberRow, Outcome, PairRow, TokenizedRow
+from ft_assets.rows.types import MemberRow, Outcome, PairRow, TextRow, TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
@@ -161,8 +161,21 @@ def _leaks(job: Job, pairs: dict[str, list[PairRow]], given: Settings) -> Iterat
     """Yield (side, id) of the pairs that repeat a held-out row, e.g. its answer."""
     split = job.inputs["heldout_split"]
     targets = job.inputs["raw_dataset"] / "contamination.parquet"
+    compared: dict[str, list[TextRow]] = {
+        side: [
+            {
+                "id": pair["id"],
+                "group": pair["group"],
+                "messages": pair["messages"],
+                "chosen": pair["chosen"],
+                "rejected": pair["rejected"],
+            }
+            for pair in its
+        ]
+        for side, its in pairs.items()
+    }
     for copy in copies_of_held_out(
-        pairs, split, targets, near_duplicate=given.near_duplicate, quoted=given.quoted
+        compared, split, targets, near_duplicate=given.near_duplicate, quoted=given.quoted
     ):
         yield copy["side"], copy["id"]
 
