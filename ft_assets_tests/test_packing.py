@@ -4,6 +4,7 @@ The loss and the gradient equal those of one conversation at a time. Each row oc
 A leak between conversations is detected and refused.
 """
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -28,7 +29,9 @@ from ft_assets.training.isolation import leak, prove_isolation
 from ft_assets.training.linears import fuse_linears
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
 from ft_assets.training.memory_plan.plan import Data, Machine, make_plan
+from ft_assets.training.packed_mixers import separate_documents
 from ft_assets.training.sft import train_sft
+from ft_assets_tests.families import family_model
 from ft_assets_tests.training import sft
 
 
@@ -216,6 +219,67 @@ def test_the_probe_passes_the_real_attention_and_refuses_a_leaky_one(tiny_model:
     model.get_base_model().set_attn_implementation("leaky")
     with pytest.raises(TrainingError, match="must not see each other"):
         prove_isolation(model, rows(3), collator)
+
+
+# A short convolution, linear attention, an SSM beside attention, and an SSM alone.
+MIXERS = ["lfm2", "qwen3_5_text", "falcon_h1", "granitemoehybrid", "mamba2"]
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_mixers_read_packed_documents_one_by_one(family: str) -> None:
+    """Packed logits and gradients equal those of each document alone, also beside padding."""
+    collator = DataCollatorForLanguageModeling(pad_token_id=3, padding_free=True)
+    model = family_model(family)
+    model.set_attn_implementation(register())
+    draw = random.Random(0)
+    documents = [[draw.randrange(4, 90) for _ in range(size)] for size in (9, 23, 5, 70, 66)]
+    batch = collator([{"input_ids": ids, "labels": ids} for ids in documents])
+    del batch["labels"]
+    weight = next(model.parameters())
+    alone = torch.cat(
+        [model(input_ids=torch.tensor([ids]), use_cache=False).logits for ids in documents], 1
+    )
+    (wanted,) = torch.autograd.grad(alone.square().sum(), weight)
+
+    def packs() -> bool:
+        # transformers refuses boundaries without kernels for them; of Mamba 2 it drops them.
+        with contextlib.suppress(ValueError):
+            return torch.allclose(model(**batch, use_cache=False).logits, alone, atol=1e-5)
+        return False
+
+    assert not packs()
+    undo = separate_documents(model)
+    packed = model(**batch, use_cache=False).logits
+    (gradient,) = torch.autograd.grad(packed.square().sum(), weight)
+    assert packs()
+    assert torch.allclose(gradient, wanted, atol=1e-4 * float(wanted.abs().max()))
+    padded = torch.tensor([documents[0], [3] * 4 + documents[2]])
+    assert torch.allclose(model(padded).logits[:1], model(padded[:1]).logits, atol=1e-5)
+    undo()
+    assert not packs()
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_the_probe_finds_a_mixer_that_reads_across_documents(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leak is injected: each mixer gets the packed row without its boundaries."""
+
+    def across(inner: Any, _: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return inner(hidden)
+
+    collator = DataCollatorForLanguageModeling(pad_token_id=3, padding_free=True)
+    model = family_model(family)
+    model.set_attn_implementation(register())
+    with monkeypatch.context() as leaking:
+        leaking.setattr("ft_assets.training.packed_mixers._forward", across)
+        undo = separate_documents(model)
+    with pytest.raises(TrainingError, match="must not see each other"):
+        prove_isolation(model, rows(3), collator)
+    undo()
+    separate_documents(model)
+    assert prove_isolation(model, rows(3), collator) == 0.0
 
 
 def test_packing_that_leaks_is_refused_or_left_out(

@@ -31,6 +31,7 @@ from ft_assets.training.linears import adapters_are_fused, fuse_linears
 from ft_assets.training.memory_plan.estimate import CONTEXT_BYTES, Kept
 from ft_assets.training.memory_plan.model_shape import Shape, snapshot_shape
 from ft_assets.training.memory_plan.plan import Data, Machine, Plan, PlanMetrics, make_plan
+from ft_assets.training.packed_mixers import separate_documents
 from ft_assets.training.pairs import TokenPair, row_length
 
 
@@ -206,7 +207,7 @@ def prepare_model(
         changes = {**changes, **prove_fp8(model, rows)}
     collator = DataCollatorForLanguageModeling(pad_token_id=pad, padding_free=plan.packed)
     if plan.packed:
-        own = base.config._attn_implementation
+        own, together = base.config._attn_implementation, separate_documents(model)
         try:
             base.set_attn_implementation(register())
             changes["packing_leak"] = prove_isolation(model, rows, collator, sft.KEY)
@@ -215,6 +216,7 @@ def prepare_model(
                 raise
             report(f"packing is off: {error.found}")
             base.set_attn_implementation(own)
+            together()
             plan = again(False, None)
             collator = DataCollatorForLanguageModeling(pad_token_id=pad)
     if _measurable(model):
