@@ -47,7 +47,7 @@ sshd:  ## Install Debian's sshd and rsync, which the tests of the ssh launcher u
 
 # One thread a worker: two workers of two threads each on two cores mostly wait for each other.
 # Files stay whole: the tests of one share its fixtures.
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY) browser slurm sshd lint types  ## Run lint, types and all tests
 	$(PYTEST) --durations=20

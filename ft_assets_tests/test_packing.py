@@ -253,6 +253,9 @@ def test_mixers_read_packed_documents_one_by_one(family: str) -> None:
     (gradient,) = torch.autograd.grad(packed.square().sum(), weight)
     assert packs()
     assert torch.allclose(gradient, wanted, atol=1e-4 * float(wanted.abs().max()))
+    one = collator([{"input_ids": documents[0], "labels": documents[0]}])
+    del one["labels"]
+    assert torch.allclose(model(**one).logits, alone[:, : len(documents[0])], atol=1e-5)
     padded = torch.tensor([documents[0], [3] * 4 + documents[2]])
     assert torch.allclose(model(padded).logits[:1], model(padded[:1]).logits, atol=1e-5)
     undo()

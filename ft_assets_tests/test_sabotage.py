@@ -187,7 +187,7 @@ def test_generation_that_raises_on_one_row_is_an_error_that_names_it(
     monkeypatch.setattr(generation, "_generate_batch", faulty)
     with pytest.raises(
         EvaluationError,
-        match=r"held-out row [0-9a-f]{16}: "
+        match=r"^row [0-9a-f]{16}: "
         r"its answer cannot be generated \(RuntimeError: CUDA error",
     ):
         step(job, quiet)

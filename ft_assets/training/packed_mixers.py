@@ -19,6 +19,9 @@ from transformers import Cache
 
 from ft_assets.models.decoder import decoder_of
 
+# What a collator tells of a packed row; of one document it tells nothing.
+BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -33,17 +36,18 @@ class Documents:
     """The documents of a packed row of `tokens`. order: (T,), the buckets' tokens in the row."""
 
     tokens: int
+    count: int
     buckets: list[Bucket]
     order: torch.Tensor
 
     @classmethod
     def of(cls, position_ids: torch.Tensor) -> "Documents | None":
-        """Return the documents of position ids (1, T) that restart at 0; None of one document."""
+        """Return the documents of position ids (1, T), which restart at 0; None of others."""
         if position_ids.dim() != 2 or position_ids.shape[0] != 1:
             return None
         positions = position_ids[0]
         begins = (positions == 0).nonzero().flatten().tolist()
-        if len(begins) < 2 or begins[0] != 0:
+        if not begins or begins[0] != 0:
             return None
         ends = [*begins[1:], len(positions)]
         by_size: dict[int, list[tuple[int, int]]] = {}
@@ -52,7 +56,7 @@ class Documents:
             by_size.setdefault((end - begin - 1).bit_length(), []).append((begin, end))
         buckets = [_bucket(spans, positions.device) for spans in by_size.values()]
         places = torch.cat([bucket.gather[bucket.real] for bucket in buckets])
-        return cls(len(positions), buckets, torch.argsort(places))
+        return cls(len(positions), len(begins), buckets, torch.argsort(places))
 
 
 def _bucket(spans: Sequence[tuple[int, int]], device: torch.device) -> Bucket:
@@ -72,19 +76,24 @@ class _Now:
     undo: list[Callable[[], None]] = field(default_factory=list)
 
 
+def mixers_of(model: Any) -> list[nn.Module]:
+    """Return the modules with a convolution along the row.
+
+    The published linear attentions, SSMs, and short convolutions have one.
+    """
+    return [
+        module
+        for module in decoder_of(model).modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children())
+    ]
+
+
 def separate_documents(model: Any) -> Callable[[], None]:
     """Make the mixers of a model read each document alone; return a function that undoes it.
 
-    A mixer is a module with a convolution along the row: the published linear attentions, SSMs, and
-    short convolutions have one. Batches of padded rows are read as before.
+    Batches of padded rows are read as before.
     """
-    now = _Now()
-    decoder = decoder_of(model)
-    mixers = [
-        module
-        for module in decoder.modules()
-        if any(isinstance(child, nn.Conv1d) for child in module.children())
-    ]
+    now, decoder, mixers = _Now(), decoder_of(model), mixers_of(model)
     if not mixers:
         return lambda: None
 
@@ -123,6 +132,8 @@ def _forward(inner: Callable[..., Any], now: _Now, *args: Any, **kwargs: Any) ->
     documents = now.documents
     if documents is None or hidden.shape[:2] != (1, documents.tokens):
         return inner(*args, **kwargs)
+    if documents.count == 1:
+        return inner(*args, **{key: kwargs[key] for key in kwargs if key not in BOUNDARIES})
     others = {name: _without_rows(value) for name, value in kwargs.items()}
     others.pop("hidden_states", None)
     rest = [_without_rows(value) for value in args[1:]]
