@@ -75,12 +75,13 @@ def rival_plot(report: EvalReport) -> bytes:
             axis.annotate(name, (place, value), (5, 4), textcoords="offset points", fontsize=8)
         for name, scores in report.scores.items():
             axis.axhline(scores[metric], color=COLORS[name], linewidth=1, label=LABELS[name])
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.35 * max(places.values(), default=0) or 1)  # room for the names
+        axis.margins(y=0.15)
         axis.set_xlabel(label if places else f"{label}: not known", fontsize=8)
     axes[0].set_ylabel(metric)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=4, fontsize=7)
-    figure.subplots_adjust(top=0.86)
-    return _png(figure)
+    shown = axes[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="upper center", ncols=4, fontsize=7, frameon=False)
+    return _png(figure, top=0.92)
 
 
 def outcome_plot(report: EvalReport, steps: list[tuple[str, str]]) -> bytes:
@@ -150,9 +151,9 @@ def curve_plot(
     return _png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Any, top: float = 1.0) -> bytes:
     buffer = io.BytesIO()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, top))
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
