@@ -45,7 +45,8 @@ sshd:  ## Install Debian's sshd and rsync, which the tests of the ssh launcher u
 	    echo "without sshd and rsync their tests are skipped: apt-get install openssh-server rsync, as root" >&2; exit 0; fi; \
 	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends openssh-server rsync >/dev/null; }
 
-# One thread a worker: two workers of two threads each on two cores mostly wait for each other.
+# One thread a worker: workers of two threads each on two cores mostly wait for each other. Three
+# workers on two cores: tests of daemons and clusters wait much of their time.
 # Files stay whole: the tests of one share its fixtures.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
