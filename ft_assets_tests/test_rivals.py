@@ -16,9 +16,10 @@ import pytest
 from pydantic import ValidationError
 
 from ft_assets.artifacts import open_store
+from ft_assets.assets.judged import rivals_identity
 from ft_assets.commands.doctor import endpoints
 from ft_assets.commands.doctor.check import FAIL
-from ft_assets.config import EvaluationSettings, RivalSettings, load_project
+from ft_assets.config import EvaluationSettings, RivalSettings, load_project, settings_version
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.report_model import EvalReport
 from ft_assets.evaluation.rivals import (
@@ -211,6 +212,19 @@ def test_doctor_names_a_key_that_is_not_set(project: Path) -> None:
     (found,) = endpoints(load_project(project / "finetune.yaml"))
     assert (found.state, found.name) == (FAIL, "tiny: evaluation.rivals.gpt")
     assert "ABSENT_KEY" in found.found
+
+
+def test_limits_of_a_rival_ask_nothing_again(project: Path) -> None:
+    def version(**settings: Any) -> str:
+        rival = {"base_url": "http://127.0.0.1:1/v1", "model": "m", **settings}
+        edit(project, evaluation={"rivals": {"gpt": rival}})
+        found = load_project(project / "finetune.yaml")
+        return settings_version(rivals_identity(found, "tiny"))
+
+    limits = {"timeout": 5, "max_minutes": 1, "parallel": 1, "tries": 1, "must_beat": True}
+    assert version(**limits) == version()
+    for other in ({"model": "n"}, {"prompt": "Be short."}, {"options": {"temperature": 1}}):
+        assert version(**other) != version()
 
 
 def test_absent_rivals_do_not_change_the_version_of_settings() -> None:
