@@ -279,11 +279,10 @@ class EvaluationSettings(Section):
                 f"metric {self.metric!r} is not measured; "
                 f"with these settings there are {', '.join(names)}"
             )
-        gate = next(one for one in self.measured() if one.name == self.metric)
         if taken := sorted(CANDIDATES & self.rivals.keys()):
             raise ValueError(f"rivals.{taken[0]}: is the name of a candidate; take another")
-        own = self.user_metric is not None and self.user_metric.name == self.metric
-        if self.rivals and not (gate.of_answer or own):
+        gate = self.main_metric()
+        if self.rivals and not (gate.of_answer or gate.config == "python"):
             raise ValueError(
                 f"rivals are compared by their answers, and metric {self.metric!r} needs more than "
                 "an answer; take a metric of the answer, or leave out rivals"

@@ -6,13 +6,13 @@ Not here: the pairs that are made of them (own_pairs.py).
 """
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ft_assets.artifacts.line_file import LineFile
 from ft_assets.config import SamplingSettings
 from ft_assets.inference.generation import Answer, generate
 from ft_assets.inference.sampling import Sampling
@@ -52,7 +52,8 @@ class Sampler:
             (row, f"{row.id}/{number}") for row in rows for number in range(self.settings.n)
         ]
         requests.sort(key=lambda request: (len(request[0].prompt), request[1]))
-        found = _read(kept)
+        file = LineFile(kept)
+        found = _read(file)
         size = PART_ON_GPU if self.model.device.type == "cuda" else PART
         parts = [requests[begin : begin + size] for begin in range(0, len(requests), size)]
         tokens, begun = 0, time.perf_counter()
@@ -61,7 +62,9 @@ class Sampler:
                 continue
             answers = self._answer(part, report)
             made = {key: answer for (_, key), answer in zip(part, answers, strict=True)}
-            _append(kept, made)
+            file.add(
+                json.dumps({"key": key, "answer": asdict(answer)}) for key, answer in made.items()
+            )
             found |= made
             tokens += sum(answer.tokens for answer in answers)
             seconds = time.perf_counter() - begun
@@ -95,26 +98,10 @@ class Sampler:
         )
 
 
-def _read(kept: Path) -> dict[str, Answer]:
-    """Return the answers of a file by their keys. A last line that was cut off is not counted."""
-    if not kept.exists():
-        return {}
-    lines = kept.read_bytes().split(b"\n")[:-1]
+def _read(kept: LineFile) -> dict[str, Answer]:
+    """Return the kept answers by their keys."""
     found = {}
-    for line in map(json.loads, lines):
+    for line in map(json.loads, kept.read()):
         answer = line["answer"]
         found[line["key"]] = Answer(**{**answer, "ids": tuple(answer["ids"])})
     return found
-
-
-def _append(kept: Path, answers: dict[str, Answer]) -> None:
-    """Add answers to the file, after its last whole line."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        for key, answer in answers.items():
-            file.write(json.dumps({"key": key, "answer": asdict(answer)}).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from ft_assets.artifacts.line_file import LineFile
 from ft_assets.config import EvaluationSettings, RivalSettings
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.kept_answers import AskedRow, GivenAnswer, digest
@@ -77,25 +78,15 @@ class Tried:
     """The answers of a step that has not ended: a file that a later try reads."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        self._lock = threading.Lock()
-        file.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = LineFile(file)
 
     def read(self) -> list[RivalAnswer]:
-        """Return the answers; a last line that was cut off is not one."""
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        found = []
-        for line in lines:
-            try:
-                found.append(RivalAnswer.model_validate_json(line))
-            except ValueError:
-                continue
-        return found
+        """Return the answers."""
+        return [RivalAnswer.model_validate_json(line) for line in self._lines.read()]
 
     def add(self, answer: RivalAnswer) -> None:
         """Append an answer."""
-        with self._lock, self._file.open("a", encoding="utf-8") as file:
-            file.write(answer.model_dump_json() + "\n")
+        self._lines.add([answer.model_dump_json()])
 
 
 class Rival:

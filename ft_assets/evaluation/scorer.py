@@ -117,7 +117,7 @@ class Scorer:
         The scores are {} if the metric is not one of the answer: the loss, and the judge, which
         compares with the base.
         """
-        metric = next(one for one in self.settings.measured() if one.name == self.settings.metric)
+        metric = self.settings.main_metric()
         texts = [row.answer.text for row in asked if row.answer]
         references = [row.reference for row in asked]
         user = self.settings.user_metric
@@ -180,7 +180,7 @@ class Scorer:
         """
         answers = [row.answer for row in scored]
         references = [row["reference"] for row in self.task.heldout]
-        gate = next(one for one in self.settings.measured() if one.name == self.settings.metric)
+        gate = self.settings.main_metric()
         if len(set(references)) == 1 or not (gate.of_answer and gate.needs_reference):
             return []
         count = min(SHUFFLES, len(references) - 1)
