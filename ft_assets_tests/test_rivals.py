@@ -169,6 +169,9 @@ def test_limits_of_money_and_time_hold(api: Api, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"cost 0\.2 so far"):
         asked(api, tmp_path, 5, max_cost=0.15, **prices)
     assert len(api.asked) == 2
+    with pytest.raises(EvaluationError, match=r"cost 0\.2 so far"):
+        asked(api, tmp_path, 5, max_cost=0.15, **prices)  # the next try has spent it too
+    assert len(api.asked) == 2
     with pytest.raises(EvaluationError, match="not all rows were answered"):
         asked(api, tmp_path, 5, max_minutes=1e-9)
     assert len(api.asked) == 2

@@ -228,6 +228,12 @@ def _ask_one(
     end = time.monotonic() + rival.settings.max_minutes * 60
     done = 0
     lock = threading.Lock()
+    # What an earlier try of this step paid counts too, or each try could spend max_cost.
+    rival.cost = sum(
+        price_of(answer, rival.settings) or 0.0
+        for answer in tried.read()
+        if answer.rival == rival.name
+    )
     failed: list[EvaluationError] = []
 
     def one(row: TokenizedRow) -> RivalAnswer:
