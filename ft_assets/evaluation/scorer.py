@@ -73,10 +73,7 @@ class Scorer:
         if self.settings.choice:
             scores["choice"] = self._chosen(asked, references)
         scores |= self._with_conversation([row.id for row in asked], texts, references, base)
-        scored = [
-            row.scored({name: values[index] for name, values in scores.items()})
-            for index, row in enumerate(answered)
-        ]
+        scored = _with_scores(answered, scores)
         if "human" in self.settings.metric_names():
             people = [self.task.people.get(row.id, {}) for row in asked]
             scored = _by_people(scored, people, scored if base is None else base)
@@ -100,16 +97,8 @@ class Scorer:
         texts = [row.answer for row in answered]
         references = [row.reference for row in asked]
         scores = score_answers(texts, references, self.settings, self.task.schema)
-        if self.user_function is not None and (user := self.settings.user_metric):
-            conversations = [row["messages"][:-1] for row in self.task.heldout]
-            ids = [row.id for row in asked]
-            rows = zip(ids, texts, references, conversations, strict=True)
-            scores[user.name] = self.user_function.scores(list(rows))
-        scored = [
-            row.scored({name: values[index] for name, values in scores.items()})
-            for index, row in enumerate(answered)
-        ]
-        return in_clusters(scored, self.task.heldout)
+        scores |= self._by_user([row.id for row in asked], texts, references)
+        return in_clusters(_with_scores(answered, scores), self.task.heldout)
 
     def gate_scores(self, asked: Sequence[AskedRow]) -> list[dict[str, float]]:
         """Score answers to held-out or train rows by the gate's metric alone: {metric: score}.
@@ -156,11 +145,8 @@ class Scorer:
         base: Sequence[ScoredRow] | None,
     ) -> dict[str, list[float]]:
         """Return the scores of the metrics that also get the conversation."""
-        scores = {}
+        scores = self._by_user(ids, answers, references)
         conversations = [row["messages"][:-1] for row in self.task.heldout]
-        if self.user_function is not None and (user := self.settings.user_metric):
-            rows = zip(ids, answers, references, conversations, strict=True)
-            scores[user.name] = self.user_function.scores(list(rows))
         if self.settings.program:
             scores["program"] = program_scores(
                 self.settings.program, self.task.root, answers, references, conversations
@@ -171,6 +157,17 @@ class Scorer:
                 self.settings.judge, ids, conversations, answers, rivals, self.judge_orders
             )
         return scores
+
+    def _by_user(
+        self, ids: list[str], answers: list[str], references: list[str]
+    ) -> dict[str, list[float]]:
+        """Return the scores of held-out answers by the user's function, {} without one."""
+        user = self.settings.user_metric
+        if self.user_function is None or user is None:
+            return {}
+        conversations = [row["messages"][:-1] for row in self.task.heldout]
+        rows = zip(ids, answers, references, conversations, strict=True)
+        return {user.name: self.user_function.scores(list(rows))}
 
     def chance(self, scored: Sequence[ScoredRow]) -> list[float]:
         """Return the mean score of each answer against the references of other rows.
@@ -219,6 +216,16 @@ class Scorer:
             for row in asked
         ]
         return in_clusters(scored, self.task.retention)
+
+
+def _with_scores(
+    rows: Sequence[ScoredRow], scores: Mapping[str, Sequence[float]]
+) -> list[ScoredRow]:
+    """Return the rows with a further score of each metric."""
+    return [
+        row.scored({name: values[index] for name, values in scores.items()})
+        for index, row in enumerate(rows)
+    ]
 
 
 def _by_people(
