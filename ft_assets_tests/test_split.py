@@ -11,8 +11,10 @@ import pytest
 from ft_assets.assets.heldout_split import realised_share
 from ft_assets.config import DataSettings
 from ft_assets.data.canonical import conversation, preference
+from ft_assets.data.excluded import excluded_ids
 from ft_assets.data.ingest import target
 from ft_assets.data.leakage import leaks
+from ft_assets.data.left_out import left_out_rows
 from ft_assets.data.split import SIDES, is_heldout, make_split
 from ft_assets.data.tables import (
     CONVERSATION,
@@ -68,6 +70,7 @@ class Workplace:
         targets: list[Row] | None = None,
         few_shot: list[Row] | None = None,
         raw: Sequence[Path] = (),
+        exclude: Sequence[str] = (),
         **settings: Any,
     ) -> dict[str, Any]:
         """Write the tables, split them, return the counts."""
@@ -89,7 +92,7 @@ class Workplace:
         write_table(self.targets, targets or [], CONVERSATION)
         write_table(self.few_shot, few_shot or [], CONVERSATION)
         self.data = DataSettings(train=["unused"], **settings)
-        split = make_split(self.chat, self.targets, self.out, self.data, raw)
+        split = make_split(self.chat, self.targets, self.out, self.data, raw, exclude)
         self.versions = split.versions
         return split.counts
 
@@ -456,3 +459,39 @@ def test_realised_share_far_from_the_asked_one_is_said(place: Workplace) -> None
     far, text = realised_share(place.split(grouped, heldout_share=0.2, split_salt=salt))
     assert far and "the largest of 71 groups has 130 rows" in text
     assert not realised_share({"heldout_rows": 3})[0]
+
+
+def test_excluded_rows_leave_training_alone_and_are_named(place: Workplace, tmp_path: Path) -> None:
+    rows = [talk(words(number)) for number in range(60)]
+    raw = [tmp_path / "raw" / f"{name}.parquet" for name in ("conversations", "retention")]
+    write_table(raw[0], [{**row, "source": f"a:{at}"} for at, row in enumerate(rows)], CONVERSATION)
+    general = talk(words(99))
+    write_table(raw[1], [{**general, "source": "general:1"}], CONVERSATION)
+    sides = {"retention": [general], "preferences": [pair(words(70 + at)) for at in range(9)]}
+    before = place.split(rows, sides, raw=raw)
+    versions, trained, judged = place.versions, place.ids("train"), place.ids("heldout")
+    one, two = sorted(trained)[:2]
+    (tmp_path / "bad.txt").write_text(f"# read by Ana\n\n{two[:8]} wrong product\n")
+    named = excluded_ids(tmp_path, [one, "bad.txt"])
+    counts = place.split(rows, sides, raw=raw, exclude=named)
+    assert place.ids("train") == trained - {one, two}
+    assert counts == {**before, "train_rows": before["train_rows"] - 2, "excluded": 2}
+    changed = {name for name in versions if versions[name] != place.versions[name]}
+    assert changed == {"train"}
+    left_out = {row["where"]: row for row in left_out_rows({"heldout_split": place.out})}
+    assert {row["reason"] for row in left_out.values()} == {"excluded"}
+    assert {row["text"] for row in left_out.values()} == {
+        row["messages"][0]["content"] for row in rows if row["id"] in (one, two)
+    }
+    for unfit, found in (
+        ("abcdef", "is the id of no rows"),
+        (sorted(judged)[0], "is not trained on"),
+        (general["id"], "general:1"),
+    ):
+        with pytest.raises(DataError, match=found):
+            place.split(rows, sides, raw=raw, exclude=[unfit])
+    (tmp_path / "bad.txt").write_text("\nrow 7\n")
+    with pytest.raises(DataError, match=r"bad.txt:2"):
+        excluded_ids(tmp_path, ["bad.txt"])
+    with pytest.raises(DataError, match="neither an id nor a text file"):
+        excluded_ids(tmp_path, ["other.txt"])

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from ft_assets.artifacts import Artifact
 from ft_assets.config import DataSettings, EvaluationSettings, settings_version
 from ft_assets.data.content import CONVERSATIONS
+from ft_assets.data.excluded import excluded_ids
 from ft_assets.data.leakage import leaks
 from ft_assets.data.left_out import counted, left_out_rows
 from ft_assets.data.split import make_split
@@ -76,15 +77,17 @@ def heldout_split(
     raw = store.need("raw_dataset", None)
     targets = raw.path / "contamination.parquet"
     preferences = store.need("raw_preferences", None)
+    exclude = excluded_ids(materializer.project.root, data.exclude)
     artifact, reused = materializer.materialize(
         context,
-        identity=data.model_dump(mode="json", include=SPLITTING),
+        identity=data.model_dump(mode="json", include=SPLITTING)
+        | ({"exclude": exclude} if exclude else {}),
         inputs={
             "chat_dataset": (chat, None),
             "raw_dataset#contamination": (raw, "contamination"),
         },
         make=lambda output: _split(
-            chat.path, targets, output, data, _tables(raw, store.verified(preferences))
+            chat.path, targets, output, data, _tables(raw, store.verified(preferences)), exclude
         ),
     )
     strata: Strata = json.loads((artifact.path / "info" / "strata.json").read_text())
@@ -105,9 +108,14 @@ def _tables(raw: Artifact, preferences: Artifact) -> list[Path]:
 
 
 def _split(
-    chat: Path, targets: Path, output: Path, data: DataSettings, tables: Sequence[Path]
+    chat: Path,
+    targets: Path,
+    output: Path,
+    data: DataSettings,
+    tables: Sequence[Path],
+    exclude: Sequence[str],
 ) -> StepResult:
-    split = make_split(chat, targets, output, data, tables)
+    split = make_split(chat, targets, output, data, tables, exclude)
     return StepResult(split.counts, split.versions)
 
 

@@ -113,6 +113,10 @@ class DataSettings(Section):
         description="Of text files that are not UTF-8, e.g. latin-1, or by file: "
         "{old/*.csv: cp1252}. A file that is UTF-8 is read as UTF-8 whatever it says.",
     )
+    exclude: list[str] = Field(
+        default=[],
+        description="Rows that are left out of training: ids, or files with an id in each line.",
+    )
     near_duplicate: float | None = Field(
         default=0.8,
         gt=0,

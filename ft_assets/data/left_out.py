@@ -38,6 +38,7 @@ COUNTED = {
     "disputed": "disputed",
     "refused": "template",
     "too_long": "too long",
+    "excluded": "excluded",
 }
 KIND = "left_out_"  # the beginning of metrics of copies
 FEW = 10  # rows; fewer are no reason to stop
@@ -75,7 +76,7 @@ def with_sources(copies: list[CopyRow], tables: Sequence[Path]) -> list[CopyRow]
             # Only the rows that are looked for become Python objects.
             asked = pc.call_function("is_in", [batch.column("id")], pc.SetLookupOptions(ids))
             for row in batch.filter(asked).to_pylist():
-                place = (row["source"], _question(row["messages"]))
+                place = (row["source"], question(row["messages"]))
                 found[path.stem, row["id"]] = place
                 anywhere.setdefault(row["id"], place)
     known: list[CopyRow] = []
@@ -90,7 +91,8 @@ def with_sources(copies: list[CopyRow], tables: Sequence[Path]) -> list[CopyRow]
     return known
 
 
-def _question(messages: Sequence[Message]) -> str:
+def question(messages: Sequence[Message]) -> str:
+    """Return the beginning of the last text that a user asks, or of a plain text."""
     users = [turn["content"] for turn in messages if turn["role"] in ("user", "text")]
     return users[-1][:LONGEST] if users else ""
 

@@ -22,11 +22,13 @@ import xxhash
 
 from ft_assets.config import DataSettings
 from ft_assets.data.boilerplate import Common, common_of
+from ft_assets.data.excluded import excluded_rows, is_excluded
 from ft_assets.data.leakage import TEXTS, Chain, clusters, find_copies, within
 from ft_assets.data.left_out import require_few, with_sources
 from ft_assets.data.tables import (
     JUDGED,
     NEAR_DUPLICATE,
+    REJECTED,
     TOKENIZED,
     TOKENIZED_PREFERENCE,
     Layout,
@@ -38,7 +40,7 @@ from ft_assets.data.tables import (
     write_table,
 )
 from ft_assets.errors import DataError
-from ft_assets.rows.types import CopyRow, MemberRow, PairRow, TextRow
+from ft_assets.rows.types import CopyRow, MemberRow, PairRow, RejectedRow, TextRow
 
 SOURCES = ("conversations", "rehearsal", "heldout", "retention", "preferences")
 TRAINED_SOURCES = ("conversations", "rehearsal", "preferences")
@@ -54,7 +56,7 @@ NO_ROWS = {  # advice by the empty side, and by whether data.heldout names the h
     ("heldout", False): "add rows, raise data.heldout_share, or name a file in data.heldout",
 }
 EQUAL = ("same-prompt", "same-group", "same-chat")  # kinds that are found without similarity
-PART = ""  # of a conversation that is elsewhere as a whole: on no side, and not lost
+PART = ""  # excluded, or a part of what is elsewhere as a whole: on no side, and not lost
 Strata = dict[str, dict[str, int]]  # {stratum: {side: rows}}
 
 
@@ -99,6 +101,7 @@ class _Rules:
     fixed: bool  # data.heldout names a file: no other row is held out
     held_out_groups: set[str] = field(default_factory=set)
     removed: dict[str, set[str]] = field(default_factory=dict)  # ids of copies by source
+    excluded: dict[str, RejectedRow] = field(default_factory=dict)
     validation_pairs: bool = False
 
     def share(self, row: MemberRow) -> float:
@@ -117,7 +120,9 @@ class _Rules:
     def compared(self, source: str, row: MemberRow) -> bool:
         """Return True for a row that would be trained if it repeated no held-out row."""
         part = not row.get("judged", True) and not self.trainable(row)
-        return not part and not (source == "conversations" and self.held_out(row))
+        if part or is_excluded(self.excluded, row):
+            return False
+        return not (source == "conversations" and self.held_out(row))
 
     def trainable(self, row: MemberRow) -> bool:
         return row["group"] not in self.held_out_groups
@@ -127,7 +132,7 @@ class _Rules:
         return is_heldout(row["group"], self.data.validation_share, salt)
 
     def validation_pair(self, row: MemberRow) -> bool:
-        removed = row["id"] in self.removed["preferences"]
+        removed = row["id"] in self.removed["preferences"] or is_excluded(self.excluded, row)
         return self.trainable(row) and not removed and self.validation(row)
 
     def side(self, source: str, row: MemberRow) -> str | None:
@@ -136,6 +141,8 @@ class _Rules:
             return source if row.get("judged") else PART
         if source == "conversations" and self.held_out(row):
             return "heldout"
+        if is_excluded(self.excluded, row):
+            return PART
         if not self.trainable(row) or row["id"] in self.removed[source]:
             return None if row.get("judged", True) else PART
         if source == "preferences":
@@ -145,17 +152,23 @@ class _Rules:
 
 
 def make_split(
-    chat: Path, targets: Path, output: Path, data: DataSettings, raw: Sequence[Path] = ()
+    chat: Path,
+    targets: Path,
+    output: Path,
+    data: DataSettings,
+    raw: Sequence[Path] = (),
+    exclude: Sequence[str] = (),
 ) -> Split:
     """Write the sides to `output`, and the removed rows with their reasons to its `info`.
 
     `chat` holds the rendered conversations, rehearsal, heldout (a fixed file, or empty), retention
     and preferences. `targets` are texts that must not be trained on. `raw` are the tables that
-    have the file and line of each row. Raises DataError if too many rows are removed, or if no
-    train row or no held-out row is left.
+    have the file and line of each row. `exclude`: see excluded_ids. Raises DataError if too many
+    rows are removed, or if no train row or no held-out row is left.
     """
     tables = {name: chat / f"{name}.parquet" for name in SOURCES}
     rules = _Rules(data, fixed=len(Table(tables["heldout"])) > 0)
+    rules.excluded = _excluded(exclude, raw, rules, tables)
     rules.held_out_groups = _held_out_groups(rules, tables, targets)
     copies, common = _find_copies(rules, tables, targets)
     copies = with_sources(copies, raw)
@@ -184,8 +197,31 @@ def make_split(
     info.mkdir()
     write_table(info / "near_duplicates.parquet", [*copies, *inside], NEAR_DUPLICATE)
     common.write(info / "boilerplate.json")
+    if rules.excluded:
+        counts["excluded"] = len(rules.excluded)
+        write_table(info / "rejected.parquet", list(rules.excluded.values()), REJECTED)
     (info / "strata.json").write_text(json.dumps(strata, indent=1, ensure_ascii=False))
     return Split(counts, versions)
+
+
+def _excluded(
+    wanted: Sequence[str], raw: Sequence[Path], rules: _Rules, tables: dict[str, Path]
+) -> dict[str, RejectedRow]:
+    """Return the rows that data.exclude names, as far as this base model has them."""
+
+    def held_out(ids: set[str]) -> set[str]:
+        rows = (row for row in _members(tables["conversations"]) if row["id"] in ids)
+        return {row["id"] for row in rows if rules.held_out(row)}
+
+    if not (found := excluded_rows(wanted, raw, held_out)):
+        return {}
+    rendered = {
+        row["id"].partition(".")[0]
+        for source in TRAINED_SOURCES
+        for row in _members(tables[source])
+        if is_excluded(found, row)
+    }
+    return {row_id: row for row_id, row in found.items() if row_id in rendered}
 
 
 def _held_out_groups(rules: _Rules, tables: dict[str, Path], targets: Path) -> set[str]:

@@ -241,10 +241,14 @@ class RowFinder:
 
     @cached_property
     def _refused(self) -> dict[str, RejectedRow]:
-        """The rows that chat_dataset leaves out, by file and line."""
-        folder = self.made.get("chat_dataset")
-        path = folder / "info" / "refused.parquet" if folder else None
-        known = Table[RejectedRow](path) if path and path.exists() else ()
+        """The rows that chat_dataset or data.exclude leaves out, by file and line."""
+        tables = {"chat_dataset": "refused", "heldout_split": "rejected"}
+        paths = [
+            self.made[asset] / "info" / f"{name}.parquet"
+            for asset, name in tables.items()
+            if asset in self.made
+        ]
+        known = (row for path in paths if path.exists() for row in Table[RejectedRow](path))
         return {row["where"]: row for row in known}
 
     @cached_property
