@@ -160,7 +160,7 @@ class Services:
     def _keys(self) -> list[dg.AssetKey]:
         from ft_assets.definitions import defs
 
-        return sorted(defs.resolve_asset_graph().materializable_asset_keys)
+        return sorted(defs().resolve_asset_graph().materializable_asset_keys)
 
     def stop(self) -> None:
         stop_services(self.daemon, self.web)

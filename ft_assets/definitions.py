@@ -1,6 +1,7 @@
 """The code location: assets, checks, automation and resources of a project."""
 
 import warnings
+from typing import Any
 
 import dagster as dg
 
@@ -27,12 +28,17 @@ from ft_assets.orchestration.materializer import StoreMaterializer  # noqa: E402
 from ft_assets.orchestration.rerun_stale import rerun_stale  # noqa: E402
 from ft_assets.orchestration.run_plan_job import what_would_run  # noqa: E402
 
+# A location that a project shares keeps its own. Each heavy step is a child process of the launcher
+# already: another process for each asset would only cost time.
+OWN_LOCATION: Any = {"loggers": {"console": console}, "executor": dg.in_process_executor}
+
 
 def build(project: Project) -> dg.Definitions:
     """Build the definitions of a project, with one partition a base model."""
     base_models = dg.StaticPartitionsDefinition(list(project.base_models))
     found = declared().of(project)
-    schedules, sensors, jobs = automation(project, base_models)
+    names = [asset.name for asset in found.assets]
+    schedules, sensors, jobs = automation(project, names, base_models)
     sensors += [mark_stale(project, build), rerun_stale(project, build, jobs[0])]
     update, update_runs = bring_up_to_date(project, build, jobs[0])
     sensors.append(update_runs)
@@ -52,15 +58,16 @@ def build(project: Project) -> dg.Definitions:
             *source_specs(project, OWNER),
             *(asset.bind(project, base_models) for asset in found.assets),
         ],
-        asset_checks=[*(check.bind(base_models) for check in found.checks), *fresh, *daily.checks],
+        asset_checks=[
+            *(check.bind(project, base_models) for check in found.checks),
+            *fresh,
+            *daily.checks,
+        ],
         jobs=[*jobs, *daily.jobs],
         schedules=[*schedules, *daily.schedules],
         sensors=sensors,
-        resources={"materializer": StoreMaterializer(project)},
-        loggers={"console": console},
-        # Each heavy step is a child process of the launcher already. Another process a step
-        # would only cost time.
-        executor=dg.in_process_executor,
+        resources={project.place.name("materializer"): StoreMaterializer(project)},
+        **({} if project.place.prefix else OWN_LOCATION),
     )
     return definitions.map_asset_specs(
         func=lambda spec: spec.replace_attributes(
@@ -69,7 +76,13 @@ def build(project: Project) -> dg.Definitions:
     )
 
 
-keep_history_clean()
-rest_as_code_server()
-sleep_while_a_pool_is_full()
-defs = build(load_project())
+@dg.definitions
+def defs() -> dg.Definitions:
+    """Return the definitions of the project of $FT_CONFIG or of the current folder.
+
+    They are read when a process loads the code location, not when it imports this module.
+    """
+    keep_history_clean()
+    rest_as_code_server()
+    sleep_while_a_pool_is_full()
+    return build(load_project())

@@ -17,6 +17,7 @@ import pytest
 from ft_assets.config import (
     AlertSettings,
     EmailSettings,
+    Project,
     SlackSettings,
     WebhookSettings,
     load_project,
@@ -86,7 +87,10 @@ def tell(settings: AlertSettings, passed: bool | None, instance: dg.DagsterInsta
     """Let a run fail and hand it to the one sensor of these settings, as the daemon does."""
     outcome, _ = failed_run(instance, passed)
     assert not outcome.success
-    (sensor,) = alert_sensors(settings)
+    project = Project.model_validate(
+        {"data": {"train": ["x"]}, "base_models": {"tiny": {"folder": "x"}}, "alerts": settings}
+    )
+    (sensor,) = alert_sensors(project)
     context = dg.build_run_status_sensor_context(
         sensor.name, outcome.get_run_failure_event(), instance, outcome.dagster_run
     ).for_run_failure()

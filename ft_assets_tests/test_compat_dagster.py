@@ -18,6 +18,7 @@ from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 
 from ft_assets.compat import dagster as hooks
 from ft_assets.compat.dagster_at_rest import sleep_while_a_pool_is_full
+from ft_assets.config import Place
 from ft_assets.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +209,7 @@ def test_instance_that_a_command_of_dagster_deletes_is_refused(
 
     from ft_assets.orchestration.instance import require_kept
 
-    project: Any = SimpleNamespace(root=tmp_path)
+    project: Any = SimpleNamespace(root=tmp_path, place=Place())
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     with (

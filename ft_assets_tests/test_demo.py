@@ -127,7 +127,10 @@ def test_code_location_loads_without_torch() -> None:
     import sys
 
     heavy = {"torch", "transformers", "trl", "peft", "datasets", "scipy"}
-    code = f"import sys, ft_assets.definitions; print(sorted({heavy} & set(sys.modules)))"
+    code = (
+        "import sys, ft_assets.definitions as it; it.defs(); "
+        f"print(sorted({heavy} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

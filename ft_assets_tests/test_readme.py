@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ft_assets.component import FineTuneComponent
 from ft_assets.config import load_project
 from ft_assets_tests.factories import ft
 
@@ -116,8 +117,12 @@ def test_index_names_every_page() -> None:
     ],
 )
 def test_yaml_of_the_documentation_is_valid(tmp_path: Path, page: Path, text: str) -> None:
+    if "attributes" in (given := yaml.safe_load(text)):  # of the component
+        assert given["type"] == "ft_assets.FineTuneComponent"
+        FineTuneComponent.get_model_cls().model_validate(given["attributes"])
+        return
     needed = {"data": {"train": ["a.jsonl"]}, "base_models": {"b": {"folder": "b"}}}
-    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({**needed, **yaml.safe_load(text)}))
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({**needed, **given}))
     project = load_project(tmp_path / "finetune.yaml")
     for name in project.base_models:
         project.recipe(name)

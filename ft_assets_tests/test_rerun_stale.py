@@ -372,7 +372,7 @@ def test_looking_loads_no_torch(both: Path) -> None:
 import sys
 import dagster as dg
 from ft_assets.definitions import defs
-repository = defs.get_repository_def()
+repository = defs().get_repository_def()
 cursor = None
 with dg.DagsterInstance.ephemeral() as instance:
     for _ in range(2):

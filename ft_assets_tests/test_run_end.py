@@ -7,20 +7,23 @@ import dagster as dg
 import pytest
 from dagster._core.errors import DagsterExecutionInterruptedError
 
-import ft_assets.definitions as definitions
-from ft_assets.compat.dagster import CANCELLED, TO_DO
+from ft_assets.compat.dagster import CANCELLED, TO_DO, keep_history_clean
+from ft_assets.config import Project
 from ft_assets.errors import StepFailed, VerdictError
 from ft_assets.orchestration.console import failures
 from ft_assets.orchestration.mark_stale import CHECK, settle
 from ft_assets.orchestration.materializer import user_errors
 
 REFUSED = VerdictError(where="merged_model[tiny]", found="the verdict is FAIL", fix="train longer")
+PROJECT = Project.model_validate(
+    {"data": {"train": ["x"]}, "base_models": {"tiny": {"folder": "x"}}}
+)
 KILLED = StepFailed("sft", -9, "step 3 of 40")
 
 
 @pytest.fixture
 def instance() -> Iterator[dg.DagsterInstance]:
-    assert definitions.defs  # loading them installs what writes the history
+    keep_history_clean()
     with dg.DagsterInstance.ephemeral() as made:
         yield made
 
@@ -40,8 +43,8 @@ ENDS: dict[str, tuple[Callable[[], None], bool, list[str], bool]] = {
         ["report/good: FAIL: no better than the base", "  to do:    read the report"],
         False,
     ),
-    "refusal": (user_errors()(_raise(REFUSED)), True, str(REFUSED).splitlines(), False),
-    "killed step": (user_errors()(_raise(KILLED)), True, str(KILLED).splitlines(), False),
+    "refusal": (user_errors(PROJECT)(_raise(REFUSED)), True, str(REFUSED).splitlines(), False),
+    "killed step": (user_errors(PROJECT)(_raise(KILLED)), True, str(KILLED).splitlines(), False),
     "cancel": (
         _raise(DagsterExecutionInterruptedError("SIGTERM")),
         True,

@@ -46,11 +46,11 @@ def run(
     quiet()
     import dagster as dg
 
+    from ft_assets import definitions
     from ft_assets.artifacts import open_store
     from ft_assets.commands.outcome import Outcome, outcome_of
     from ft_assets.commands.status import left_out_counts, left_out_lines
     from ft_assets.compat.dagster import shield_log_readers
-    from ft_assets.definitions import defs
     from ft_assets.orchestration.console import failures, interrupted
     from ft_assets.orchestration.data_sources import report_sources
     from ft_assets.orchestration.mark_stale import settle
@@ -64,6 +64,7 @@ def run(
             file=sys.stderr,
         )
     report_sources(instance, project)
+    defs = definitions.defs()
     job = defs.resolve_implicit_global_asset_job_def()
     keys = select(defs, asset, until)
     partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)

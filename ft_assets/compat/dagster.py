@@ -139,8 +139,10 @@ def execute_run(argument: str) -> None:
     execute_run_command([argument], prog_name="execute_run")
 
 
-def keep_history_clean() -> None:
+def keep_history_clean(plain: bool = True) -> None:
     """Write what this process gives Dagster to keep without secrets, and failures in plain words.
+
+    plain: False in a code location of others, whose failures keep their stack traces.
 
     Redacted are errors with all their causes, events, and logs.
 
@@ -162,7 +164,7 @@ def keep_history_clean() -> None:
         )
 
     def handle_new_event(self: DagsterInstance, event: EventLogEntry, **options: Any) -> None:
-        handled(self, redacted_event(in_plain_words(self, event)), **options)
+        handled(self, redacted_event(in_plain_words(self, event) if plain else event), **options)
 
     handle_new_event.redacts = True  # type: ignore[attr-defined]
     SerializableErrorInfo.from_traceback = classmethod(from_traceback)  # type: ignore[assignment]

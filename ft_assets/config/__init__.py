@@ -16,7 +16,8 @@ from ft_assets.config.evaluation import (
     GateSettings,
     JudgeSettings,
 )
-from ft_assets.config.loading import CONFIG_NAME, find_config, load_project
+from ft_assets.config.loading import CONFIG_NAME, find_config, load_project, reloaded
+from ft_assets.config.place import Place
 from ft_assets.config.project import BaseModelSettings, Project, Recipe, settings_version
 from ft_assets.config.release import Format, PushSettings, ReleaseSettings, SigningSettings
 from ft_assets.config.rivals import RivalSettings
@@ -44,6 +45,7 @@ __all__ = [
     "GateSettings",
     "JudgeSettings",
     "LoraSettings",
+    "Place",
     "Project",
     "PushSettings",
     "Recipe",
@@ -63,5 +65,6 @@ __all__ = [
     "WebhookSettings",
     "find_config",
     "load_project",
+    "reloaded",
     "settings_version",
 ]

@@ -10,6 +10,7 @@ from ft_assets.config.chat import ChatSettings
 from ft_assets.config.evaluation import EvaluationSettings
 from ft_assets.config.launcher import KINDS
 from ft_assets.config.limits import require_names, require_sane_numbers, shown
+from ft_assets.config.place import Place
 from ft_assets.config.project import Project
 from ft_assets.config.section import Section
 from ft_assets.config.strict_yaml import read_strictly
@@ -24,7 +25,8 @@ from ft_assets.errors import ConfigError, nearest
 from ft_assets.redaction import is_secret_name, remember_variables
 
 CONFIG_NAME = "finetune.yaml"
-INTERNAL = ("root", "few_shot_auto")  # fields that no user writes: other keys set them
+OUTSIDE = ("root", "file", "place")  # of Project, not of finetune.yaml
+INTERNAL = (*OUTSIDE, "few_shot_auto")  # fields that no user writes: other keys set them
 
 
 def find_config(start: Path | None = None) -> Path:
@@ -59,7 +61,12 @@ def find_config(start: Path | None = None) -> Path:
     )
 
 
-def load_project(path: Path | None = None) -> Project:
+def reloaded(project: Project) -> Project:
+    """Read the file of a project as it is now, for the same place. Raises ConfigError."""
+    return load_project(project.root / project.file, project.place)
+
+
+def load_project(path: Path | None = None, place: Place | None = None) -> Project:
     """Read finetune.yaml. Raises ConfigError with the file, the key path and the fix."""
     path = path or find_config()
     try:
@@ -79,14 +86,15 @@ def load_project(path: Path | None = None) -> Project:
             expected="a mapping with data: and base_models:",
             fix="see the README",
         )
-    if "root" in raw:
+    if given := [key for key in OUTSIDE if key in raw]:
         raise ConfigError(
-            where=f"{path}: root",
+            where=f"{path}: {given[0]}",
             found="is not a known key",
             expected="paths relative to the folder of finetune.yaml, which is the root",
             fix="remove the key",
         )
-    project = _validated(path, Project, {**raw, "root": path.parent.resolve()}, ())
+    outside = {"root": path.parent.resolve(), "file": path.name, "place": place or Place()}
+    project = _validated(path, Project, {**raw, **outside}, ())
     require_sane_numbers(path, raw)  # of the keys, too, that have no model: trainer:, overrides
     require_names(path, project.base_models)
     for name in project.base_models:

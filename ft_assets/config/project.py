@@ -25,6 +25,7 @@ from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings
 from ft_assets.config.evaluation import EvaluationSettings, GateSettings
 from ft_assets.config.launcher import AnyLauncher, LocalSettings
+from ft_assets.config.place import Place
 from ft_assets.config.release import ReleaseSettings
 from ft_assets.config.review import ReviewSettings
 from ft_assets.config.section import Section
@@ -122,6 +123,8 @@ class Project(Section):
     )
 
     root: Path = Field(default=Path(), exclude=True)
+    file: str = Field(default="finetune.yaml", exclude=True)  # its name in `root`
+    place: Place = Field(default=Place(), exclude=True)
 
     def path(self, relative: str) -> Path:
         """Return a path of finetune.yaml, relative to its folder."""

@@ -13,12 +13,14 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.compat.dagster import check_sentence
-from ft_assets.config import AlertSettings, EmailSettings
+from ft_assets.config import AlertSettings, EmailSettings, Project
 from ft_assets.errors import ConfigError, FtError
 from ft_assets.orchestration.console import failures
+from ft_assets.orchestration.place import concerns
 
 VERDICT_CHECK = "better_than_base"
 TIMEOUT_SECONDS = 20.0
+WAYS = ("webhook", "slack", "email")  # keys of alerts
 TOLD = {
     dg.DagsterEventType.STEP_FAILURE,
     dg.DagsterEventType.ASSET_CHECK_EVALUATION,
@@ -103,8 +105,11 @@ def secret(variable: str, where: str) -> str:
     return value
 
 
-def alert_sensors(settings: AlertSettings) -> list[dg.SensorDefinition]:
+def alert_sensors(project: Project) -> list[dg.SensorDefinition]:
     """Return a sensor for each way that finetune.yaml names."""
+    settings = project.alerts
+    if project.place.prefix:
+        return _of_a_shared_location(project)
     sensors: list[dg.SensorDefinition] = []
     if settings.webhook is not None:
         sensors.append(_webhook(settings))
@@ -127,6 +132,25 @@ def alert_sensors(settings: AlertSettings) -> list[dg.SensorDefinition]:
             )
         )
     return sensors
+
+
+def _of_a_shared_location(project: Project) -> list[dg.SensorDefinition]:
+    """Return the sensors of a location with other runs: Dagster's own would report these too."""
+
+    def sensor(way: str) -> dg.SensorDefinition:
+        one = AlertSettings(ui_url=project.alerts.ui_url, **{way: getattr(project.alerts, way)})
+
+        @dg.run_failure_sensor(
+            name=project.place.name(f"alert_{way}"),
+            description=f"Reports each failed run and verdict of this project: alerts.{way}.",
+        )
+        def report(context: dg.RunFailureSensorContext) -> None:
+            if concerns(project, context.dagster_run, context.instance):
+                send(one, alert(context.dagster_run, context.instance, one.ui_url))
+
+        return report
+
+    return [sensor(way) for way in WAYS if getattr(project.alerts, way) is not None]
 
 
 def _webhook(settings: AlertSettings) -> dg.SensorDefinition:
@@ -173,7 +197,7 @@ def post(url: str, body: Mapping[str, Any], variable: str) -> None:
 
 
 def send(settings: AlertSettings, found: Alert) -> None:
-    """Send an alert that is not about a failed run in each way that finetune.yaml names.
+    """Send an alert in each way that finetune.yaml names, without a sensor of Dagster's own.
 
     Raises FtError if a secret is not set, or if a webhook cannot be reached.
     """

@@ -21,7 +21,7 @@ def approval_reminder(project: Project) -> list[dg.SensorDefinition]:
         return []
 
     @dg.sensor(
-        name="approval_reminder",
+        name=project.place.name("approval_reminder"),
         minimum_interval_seconds=SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Reminds, by the ways of `alerts`, of a proposal that awaits approval for "

@@ -11,6 +11,7 @@ from ft_assets.artifacts import Artifact, ArtifactStore, open_store
 from ft_assets.config import Project
 from ft_assets.errors import FtError
 from ft_assets.orchestration.materializer import user_errors
+from ft_assets.orchestration.place import key_of
 from ft_assets.release.approval import Answer, answer
 
 NAME = "approve_release"
@@ -33,9 +34,12 @@ def approve_release(project: Project) -> dg.JobDefinition:
         name: str = Field(default="", description="Your name. It is recorded.")
         reason: str = Field(default="", description="Why, in a sentence. It is recorded.")
 
-    @dg.op(name="decide", description="Writes the answer to the register of releases.")
+    @dg.op(
+        name=project.place.name("decide"),
+        description="Writes the answer to the register of releases.",
+    )
     def decide(context: dg.OpExecutionContext, config: Given) -> None:
-        with user_errors():
+        with user_errors(project):
             project.base_model(config.base_model)
             given = answer_of(
                 decision=config.decision,
@@ -46,11 +50,11 @@ def approve_release(project: Project) -> dg.JobDefinition:
             )
             store = open_store(project)
             made = answer(project, store, config.base_model, given, context.run_id)
-        context.log_event(event_of(made))
+        context.log_event(event_of(project, made))
         context.log.info(made.metrics["reason"])
 
     @dg.job(
-        name=NAME,
+        name=project.place.name(NAME),
         description="Approves or rejects the promotion or rollback that awaits approval. Fill in "
         "all five fields of the launchpad.",
     )
@@ -81,14 +85,14 @@ def answer_and_report(
     Raises ReleaseError or ArtifactError if the answer is not taken.
     """
     made = answer(project, store, name, given, run_id="")
-    instance.report_runless_asset_event(event_of(made))
+    instance.report_runless_asset_event(event_of(project, made))
     return made
 
 
-def event_of(released: Artifact) -> dg.AssetMaterialization:
+def event_of(project: Project, released: Artifact) -> dg.AssetMaterialization:
     """Return the event of a release that no run of its asset made."""
     return dg.AssetMaterialization(
-        "release",
+        key_of(project, "release"),
         partition=released.partition,
         tags={"dagster/data_version": released.data_version},
         metadata={

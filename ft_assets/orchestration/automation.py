@@ -5,7 +5,7 @@ The sensors that mark and rerun what is out of date are in `watch` and `rerun_st
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
@@ -13,10 +13,11 @@ import dagster as dg
 from ft_assets.config import FreshnessSettings, Project, ScheduleSettings
 from ft_assets.errors import ConfigError
 from ft_assets.orchestration.alerts import alert_sensors
+from ft_assets.orchestration.place import key_of, name_of
 
 # These age for a user if nothing retrains.
-PROVEN = {dg.AssetKey("eval_report"), dg.AssetKey("merged_model")}
-BOARD, RETRAIN = dg.AssetKey("leaderboard"), "retrain"
+PROVEN = {"eval_report", "merged_model"}
+BOARD, RETRAIN = "leaderboard", "retrain"
 # Automatic runs queue behind the runs that a person started.
 AFTER_PEOPLE = {"dagster/priority": "-1"}
 LEADERBOARD_SECONDS = 120  # each look of a sensor costs some 60 ms of CPU time
@@ -27,7 +28,7 @@ def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.Freshn
 
     A run that reuses the artifact counts, because it verified that nothing changed.
     """
-    if settings is None or key not in PROVEN:
+    if settings is None or name_of(key) not in PROVEN:
         return None
     warn, fail = (
         datetime.timedelta(hours=hours)
@@ -37,22 +38,22 @@ def freshness(settings: FreshnessSettings | None, key: dg.AssetKey) -> dg.Freshn
 
 
 def automation(
-    project: Project, base_models: dg.PartitionsDefinition
+    project: Project, assets: Sequence[str], base_models: dg.PartitionsDefinition
 ) -> tuple[list[dg.ScheduleDefinition], list[dg.SensorDefinition], list]:
-    """Return (schedules, sensors, jobs)."""
+    """Return (schedules, sensors, jobs) of a project with these assets."""
 
     retrain = dg.define_asset_job(
-        RETRAIN,
-        selection=dg.AssetSelection.all(),
+        project.place.name(RETRAIN),
+        selection=dg.AssetSelection.assets(*(key_of(project, asset) for asset in assets)),
         partitions_def=base_models,
         description="All assets of one base model. Steps whose inputs did not change are reused.",
     )
     schedules = [_schedule(project, project.schedule, retrain)] if project.schedule else []
-    board = _leaderboard_after_failure(retrain)
-    return schedules, [board, *alert_sensors(project.alerts)], [retrain]
+    board = _leaderboard_after_failure(project, retrain)
+    return schedules, [board, *alert_sensors(project)], [retrain]
 
 
-def _leaderboard_after_failure(job: Any) -> dg.SensorDefinition:
+def _leaderboard_after_failure(project: Project, job: Any) -> dg.SensorDefinition:
     """Build the sensor that makes the leaderboard after a failed run.
 
     The failed run skips the leaderboard, because it is below the failed step, and it would go on
@@ -60,8 +61,10 @@ def _leaderboard_after_failure(job: Any) -> dg.SensorDefinition:
     another sensor started.
     """
 
+    board = key_of(project, BOARD)
+
     @dg.run_failure_sensor(
-        name="leaderboard_after_failure",
+        name=project.place.name("leaderboard_after_failure"),
         request_job=job,
         minimum_interval_seconds=LEADERBOARD_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
@@ -71,13 +74,13 @@ def _leaderboard_after_failure(job: Any) -> dg.SensorDefinition:
     def sensor(context: dg.RunFailureSensorContext) -> dg.RunRequest | dg.SkipReason:
         run = context.dagster_run
         chosen = run.asset_selection or (
-            frozenset() if run.job_name != RETRAIN else None
+            frozenset() if run.job_name != job.name else None
         )  # None: all that the job makes
-        if chosen is not None and (BOARD not in chosen or chosen == {BOARD}):
+        if chosen is not None and (board not in chosen or chosen == {board}):
             return dg.SkipReason("the run was not to make the leaderboard, or nothing else")
         return dg.RunRequest(
             run_key=run.run_id,
-            asset_selection=[BOARD],
+            asset_selection=[board],
             tags={"ft/started_by": "leaderboard_after_failure"},
         )
 
@@ -101,7 +104,7 @@ def _schedule(project: Project, settings: ScheduleSettings, job: Any) -> dg.Sche
             job=job,
             cron_schedule=settings.cron,
             execution_timezone=settings.timezone,
-            name="retrain_schedule",
+            name=project.place.name("retrain_schedule"),
             description="Retrains every base model whose data or recipe changed. A model is "
             "released only behind a PASS.",
             execution_fn=requests,

@@ -30,11 +30,11 @@ def bring_up_to_date(
     """
 
     @dg.op(
-        name="find_stale",
+        name=project.place.name("find_stale"),
         description="Finds what is out of date. Its runs start within half a minute.",
     )
     def find_stale(context: dg.OpExecutionContext, config: Chosen) -> None:
-        with user_errors():
+        with user_errors(project):
             require_kept(context.instance, project)
         graph = StaleGraph.today(project, build)
         found = dict[str, list[str]]()
@@ -48,7 +48,7 @@ def bring_up_to_date(
         context.instance.add_run_tags(context.run_id, {STEPS: json.dumps(found)})
 
     @dg.job(
-        name=NAME,
+        name=project.place.name(NAME),
         description="Runs what is out of date, and only that: one run for each base model. "
         "Materialize, without a config, does it for all of them.",
     )
@@ -56,7 +56,7 @@ def bring_up_to_date(
         find_stale()
 
     @dg.run_status_sensor(
-        name=f"{NAME}_runs",
+        name=project.place.name(f"{NAME}_runs"),
         run_status=dg.DagsterRunStatus.SUCCESS,
         monitored_jobs=[update],
         request_job=job,

@@ -16,7 +16,8 @@ from ft_assets.compat.dagster import report_check
 from ft_assets.config import Project
 from ft_assets.orchestration.automation import AFTER_PEOPLE, valid_cron
 from ft_assets.orchestration.declarations import Asset
-from ft_assets.orchestration.materializer import Materializer, user_errors
+from ft_assets.orchestration.materializer import user_errors
+from ft_assets.orchestration.place import key_of, name_of
 from ft_assets.release.records import label
 from ft_assets.release.store_check import Finding, check_store
 
@@ -49,7 +50,7 @@ def daily_check(
     specs = [
         dg.AssetCheckSpec(
             CHECK,
-            asset=asset.name,
+            asset=key_of(project, asset.name),
             description=DESCRIPTION,
             partitions_def=base_models if asset.per_base_model else None,
         )
@@ -61,14 +62,14 @@ def daily_check(
             job=job,
             cron_schedule=project.verify.cron,
             execution_timezone=project.verify.timezone,
-            name=f"{NAME}_schedule",
+            name=project.place.name(f"{NAME}_schedule"),
             description="Verifies the store, and reports the check is_whole of each asset.",
             tags={"ft/started_by": f"{NAME}_schedule", **AFTER_PEOPLE},
             default_status=dg.DefaultScheduleStatus.RUNNING,
         )
     return DailyCheck(
         [
-            _checks([one for one in specs if one.partitions_def is given], given is not None)
+            _checks(project, [one for one in specs if one.partitions_def is given], given)
             for given in (None, base_models)
         ],
         [job],
@@ -76,22 +77,28 @@ def daily_check(
     )
 
 
-def _checks(specs: Sequence[dg.AssetCheckSpec], per_base_model: bool) -> dg.AssetChecksDefinition:
+def _checks(
+    project: Project,
+    specs: Sequence[dg.AssetCheckSpec],
+    base_models: dg.PartitionsDefinition | None,
+) -> dg.AssetChecksDefinition:
     """Build the checks as one op, so that each can be run from its page too."""
 
     @dg.multi_asset_check(
-        name=f"{NAME}_of_{'a_base_model' if per_base_model else 'all_base_models'}",
+        name=project.place.name(
+            f"{NAME}_of_{'a_base_model' if base_models else 'all_base_models'}"
+        ),
         specs=specs,
         can_subset=True,
     )
     def check(
-        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
+        context: dg.AssetCheckExecutionContext,
     ) -> Iterator[dg.AssetCheckResult]:
-        partition = context.partition_key if per_base_model else None
-        with user_errors():
-            found = by_asset(materializer.store)
+        partition = context.partition_key if base_models else None
+        with user_errors(project):
+            found = by_asset(open_store(project))
         for key in sorted(context.selected_asset_check_keys):
-            findings = found.get((key.asset_key.to_user_string(), partition), [])
+            findings = found.get((name_of(key.asset_key), partition), [])
             yield dg.AssetCheckResult(
                 asset_key=key.asset_key,
                 check_name=CHECK,
@@ -103,9 +110,12 @@ def _checks(specs: Sequence[dg.AssetCheckSpec], per_base_model: bool) -> dg.Asse
 
 
 def _job(project: Project, assets: Sequence[Asset]) -> dg.JobDefinition:
-    @dg.op(name="verify", description="Compares the whole store with its manifests.")
+    @dg.op(
+        name=project.place.name("verify"),
+        description="Compares the whole store with its manifests.",
+    )
     def verify(context: dg.OpExecutionContext) -> None:
-        with user_errors():
+        with user_errors(project):
             found = by_asset(open_store(project))
         damaged = len(found)
         for asset in assets:
@@ -115,7 +125,7 @@ def _job(project: Project, assets: Sequence[Asset]) -> dg.JobDefinition:
                     context.instance,
                     context.run_id,
                     dg.AssetCheckEvaluation(
-                        asset_key=dg.AssetKey(asset.name),
+                        asset_key=key_of(project, asset.name),
                         check_name=CHECK,
                         passed=not findings,
                         description=described(findings),
@@ -133,7 +143,7 @@ def _job(project: Project, assets: Sequence[Asset]) -> dg.JobDefinition:
             )
 
     @dg.job(
-        name=NAME,
+        name=project.place.name(NAME),
         description="Compares every file of the store with its manifest, and reports the check "
         "is_whole of each asset. The same as ft verify.",
     )

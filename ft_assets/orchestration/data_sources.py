@@ -15,6 +15,7 @@ from ft_assets.config import Project
 from ft_assets.data.content import KEYS as DATA_KEYS
 from ft_assets.data.content import Sha256, data_content
 from ft_assets.errors import FtError, InfrastructureFault
+from ft_assets.orchestration.place import key_of
 from ft_assets.review.judgements import Judgements
 
 REVIEW = "review"  # the judgements of people, which are no key of `data`
@@ -41,11 +42,11 @@ def source_specs(project: Project, owner: str) -> list[dg.AssetSpec]:
     """Return one external asset for each data source of the project."""
     return [
         dg.AssetSpec(
-            source_asset(key),
+            key_of(project, source_asset(key)),
             description=f"The files that finetune.yaml names under `{_named(key)}`. Each run of "
             "`ft run`, and the sensor `mark_stale`, reports a new version when their "
             "content changed.",
-            group_name="data",
+            group_name=project.place.group or "data",
             owners=[owner],
             kinds={"file"},
         )
@@ -78,14 +79,16 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
 
 
-def reports(now: Versions, before: Versions) -> list[dg.AssetMaterialization]:
+def reports(project: Project, now: Versions, before: Versions) -> list[dg.AssetMaterialization]:
     """Return an event for each source whose version is not that of `before`.
 
     Each is a materialization, not an observation: after an observation of an external asset
     without a function, Dagster shows the assets below it as out of date for ever.
     """
     return [
-        dg.AssetMaterialization(source_asset(key), tags={"dagster/data_version": version})
+        dg.AssetMaterialization(
+            key_of(project, source_asset(key)), tags={"dagster/data_version": version}
+        )
         for key, version in now.items()
         if before.get(key) != version
     ]
@@ -95,7 +98,7 @@ def reported(instance: dg.DagsterInstance, project: Project) -> Versions:
     """Return the versions that were reported last, by anyone."""
     found = Versions()
     for key in sources_of(project):
-        event = instance.get_latest_materialization_event(dg.AssetKey(source_asset(key)))
+        event = instance.get_latest_materialization_event(key_of(project, source_asset(key)))
         materialization = event.asset_materialization if event else None
         if materialization and materialization.tags:
             found[key] = materialization.tags["dagster/data_version"]
@@ -112,5 +115,5 @@ def report_sources(instance: dg.DagsterInstance, project: Project) -> None:
         now = source_versions(project, ContentHashes(project.root / ".ft" / "hashes.json").of)
     except (FtError, InfrastructureFault):
         return
-    for event in reports(now, reported(instance, project)):
+    for event in reports(project, now, reported(instance, project)):
         instance.report_runless_asset_event(event)

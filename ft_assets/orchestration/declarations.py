@@ -1,9 +1,9 @@
-"""Declare assets and asset checks at module level, before the base models of a project are known.
+"""Declare assets and asset checks at module level, before a project is known.
 
-`@asset` and `@check` record a function. `bind` adds what every asset and check has: the partitions
-(one a base model), the owner, and `user_errors`, which retries faults of the infrastructure and
-turns a user's error into a failure of one sentence. No function can forget one of them, and each
-function can be imported, called and tested alone.
+`@asset` and `@check` record a function. `bind` adds what every asset and check has: the place of
+the project, the partitions (one a base model), the owner, and `user_errors`, which retries faults
+of the infrastructure and turns a user's error into a failure of one sentence. No function can
+forget one of them, and each function can be imported, called and tested alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ from ft_assets.config import Project
 from ft_assets.orchestration.column_schema import column_schema
 from ft_assets.orchestration.data_sources import source_asset, sources_of
 from ft_assets.orchestration.materializer import GPU_POOL, Materializer, user_errors
+from ft_assets.orchestration.place import in_place, key_of
 from ft_assets.orchestration.readable import readable
 
 OWNER = "team:ml"
@@ -61,16 +62,16 @@ class Asset:
         """Build the Dagster asset for a project and its base models."""
         files = [source_asset(key) for key in sources_of(project, self.sources)]
         return dg.asset(
-            name=self.name,
+            key=key_of(project, self.name),
             partitions_def=base_models if self.per_base_model else None,
-            deps=[*self.deps, *self.also(project), *files],
-            group_name=self.group,
+            deps=[key_of(project, name) for name in (*self.deps, *self.also(project), *files)],
+            group_name=project.place.group or self.group,
             owners=[OWNER],
             kinds=set(self.kinds),
             code_version=self.code_version,
             pool=GPU_POOL if self.gpu else None,
             metadata=column_schema(self.schema) if self.schema else None,
-        )(user_errors()(self.body))
+        )(in_place(project, user_errors(project)(self.body)))
 
 
 def asset(
@@ -164,25 +165,27 @@ class Check:
         """Call the function alone, without Dagster's wrapper."""
         return self.body(checked)
 
-    def bind(self, base_models: dg.PartitionsDefinition) -> dg.AssetChecksDefinition:
-        """Build the Dagster check for a project's base models."""
+    def bind(
+        self, project: Project, base_models: dg.PartitionsDefinition
+    ) -> dg.AssetChecksDefinition:
+        """Build the Dagster check for a project and its base models."""
         partitioned = self.asset.per_base_model
 
         def judge(
             context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
         ) -> dg.AssetCheckResult:
             base_model = context.partition_key if partitioned else None
-            with user_errors():
+            with user_errors(project):
                 found = self.body(Checked(context, materializer, self.asset.name, base_model))
                 return self._readable(found, base_model)
 
         return dg.asset_check(
-            asset=dg.AssetKey(self.asset.name),
+            asset=key_of(project, self.asset.name),
             name=self.name,
             description=self.description,
             blocking=self.blocking,
             partitions_def=base_models if partitioned else None,
-        )(judge)
+        )(in_place(project, judge))
 
     def _readable(self, found: dg.AssetCheckResult, base_model: str | None) -> dg.AssetCheckResult:
         """Return a result with rounded numbers and, if it failed, with the next step."""

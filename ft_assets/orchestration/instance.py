@@ -62,8 +62,11 @@ def open_instance() -> Any:
 def require_kept(instance: Any, project: Project) -> None:
     """Raise ConfigError for an instance that a command of Dagster made for itself and deletes.
 
-    `dagster` and `dg` do so without DAGSTER_HOME: the UI would never show the run.
+    `dagster` and `dg` do so without DAGSTER_HOME: the UI would never show the run. The instance of
+    a code location that a project shares is the choice of those who run it.
     """
+    if project.place.prefix:
+        return
     folder = str(instance.root_directory or "") if instance.is_persistent else ""
     if Path(folder).name.startswith(TEMPORARY):
         home = project.root / ".ft" / "dagster"

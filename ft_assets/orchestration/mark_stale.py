@@ -19,11 +19,12 @@ from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.artifacts.environment import LIBRARIES, library_versions
 from ft_assets.artifacts.store import CURRENT
 from ft_assets.compat.dagster import report_check
-from ft_assets.config import Project, find_config, load_project
+from ft_assets.config import Project, reloaded
 from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.models.source import source_identity
 from ft_assets.orchestration.data_sources import Versions, reported, reports, source_versions
-from ft_assets.orchestration.materializer import PARTITION_TAG, Materializer, user_errors
+from ft_assets.orchestration.materializer import PARTITION_TAG, user_errors
+from ft_assets.orchestration.place import key_of, name_of
 from ft_assets.orchestration.run_plan import MAYBE, Build, PlannedStep
 from ft_assets.orchestration.stale_graph import StaleGraph, in_a_line, under_way
 from ft_assets.screen import screen_of
@@ -103,7 +104,7 @@ def mark_stale(project: Project, build: Build) -> dg.SensorDefinition:
     known = set(project.base_models)
 
     @dg.sensor(
-        name="mark_stale",
+        name=project.place.name("mark_stale"),
         minimum_interval_seconds=INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Reports changed data sources, and marks what a run would make again: the "
@@ -112,7 +113,7 @@ def mark_stale(project: Project, build: Build) -> dg.SensorDefinition:
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         memory: Memory = json.loads(context.cursor) if context.cursor else START
         try:
-            today = load_project(find_config(project.root))
+            today = reloaded(project)
             hashes = ContentHashes(today.root / ".ft" / "hashes.json")
             data = source_versions(today, hashes.of)
             now = outside(today, data)
@@ -121,12 +122,12 @@ def mark_stale(project: Project, build: Build) -> dg.SensorDefinition:
                 return dg.SkipReason("something changed; looked at when it is still at a tick")
             if now == memory["planned"] and not memory["pending"]:
                 return dg.SkipReason("nothing has changed")
-            if under_way(context.instance):
+            if under_way(today, context.instance):
                 return dg.SkipReason("waits for the runs under way")
             if now != memory["planned"]:
                 pending = [name for name in today.base_models if name in known]
                 memory = {**memory, "planned": now, "pending": pending}
-            events = reports(data, reported(context.instance, today))
+            events = reports(today, data, reported(context.instance, today))
             tick = f"mark_stale-{uuid.uuid4()}"  # in place of a run
             for mark in _planned(StaleGraph(today, build), memory):
                 report_check(context.instance, tick, mark)
@@ -146,7 +147,7 @@ def _planned(graph: StaleGraph, memory: Memory) -> Iterator[dg.AssetCheckEvaluat
         name = memory["pending"].pop(0)
         found = stale_in(graph, name)
         for key in sorted(graph.graph.materializable_asset_keys):
-            asset = key.to_user_string()
+            asset = name_of(key)
             shown = memory["marks"].setdefault(asset, {})
             partition = name if key in graph.partitioned else None
             before = shown.get(name) if partition else _any(shown)
@@ -188,7 +189,7 @@ def up_to_date(
     specs = [
         dg.AssetCheckSpec(
             CHECK,
-            asset=asset,
+            asset=key_of(project, asset),
             partitions_def=partitions,
             description="A run would not make it again: data, finetune.yaml, base model, code and "
             "libraries are those that it was made from.",
@@ -196,20 +197,20 @@ def up_to_date(
         for asset in assets
     ]
 
-    @dg.multi_asset_check(specs=specs, name=name, can_subset=True)
+    @dg.multi_asset_check(specs=specs, name=project.place.name(name), can_subset=True)
     def judge(
-        context: dg.AssetCheckExecutionContext, materializer: dg.ResourceParam[Materializer]
+        context: dg.AssetCheckExecutionContext,
     ) -> Iterator[dg.AssetCheckResult]:
         base_model = context.partition_key if partitions else None
         chosen = {key.asset_key for key in context.selected_asset_check_keys}
-        with user_errors():
+        with user_errors(project):
             made = _made_by(context.instance, context.run.run_id)
             planned: dict[str, str] = {}
             if not chosen <= made:
                 graph = StaleGraph.today(project, build)
                 planned = stale_in(graph, base_model or next(iter(graph.project.base_models)))
             for key in sorted(chosen):
-                found = None if key in made else planned.get(key.to_user_string())
+                found = None if key in made else planned.get(name_of(key))
                 yield dg.AssetCheckResult(
                     asset_key=key,
                     check_name=CHECK,

@@ -29,10 +29,12 @@ from ft_assets.artifacts.manifest import FileEntry, Read, file_entries
 from ft_assets.artifacts.store import Turn
 from ft_assets.artifacts.verification import HISTORIES
 from ft_assets.config import Project
+from ft_assets.config.launcher import LauncherSettings
 from ft_assets.errors import ArtifactError, FtError, InfrastructureFault, StepFailed, VerdictError
 from ft_assets.job import Job, StepResult, StepSettings
 from ft_assets.launchers import LocalLauncher, make_launcher
 from ft_assets.orchestration.instance import require_kept
+from ft_assets.orchestration.place import key_of
 from ft_assets.orchestration.readable import readable
 from ft_assets.release.records import require_recorded
 from ft_assets.screen import screen_of
@@ -397,12 +399,15 @@ class user_errors(contextlib.ContextDecorator):
     one before.
     """
 
+    def __init__(self, project: Project) -> None:
+        self.project = project
+
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FtError):
-            about = {"look_at": dg.MetadataValue.asset(dg.AssetKey("eval_report"))}
+            about = {"look_at": dg.MetadataValue.asset(key_of(self.project, "eval_report"))}
             raise dg.Failure(
                 description=str(error),
                 metadata={key: value for key, value in error.to_dict().items() if value}
@@ -410,7 +415,7 @@ class user_errors(contextlib.ContextDecorator):
                 allow_retries=False,
             ) from None
         if isinstance(error, InfrastructureFault):
-            _again(error)
+            _again(self.project.launcher, error)
         if isinstance(error, StepFailed):
             raise dg.Failure(
                 description=str(error),
@@ -428,10 +433,9 @@ class user_errors(contextlib.ContextDecorator):
             raise dg.Failure(description=screen_of(error, name)[0], allow_retries=False) from None
 
 
-def _again(error: InfrastructureFault) -> None:
+def _again(settings: LauncherSettings, error: InfrastructureFault) -> None:
     """Raise dg.RetryRequested for the asset or check that runs here, if a retry is left."""
     context = dg.OpExecutionContext.get()
-    settings = context.resources.materializer.project.launcher
     tried = context.retry_number
     if tried < settings.retries:
         wait = settings.retry_seconds * 2**tried

@@ -43,7 +43,7 @@ def rerun_stale(project: Project, build: Build, job: Any) -> dg.SensorDefinition
     known = set(project.base_models)
 
     @dg.sensor(
-        name="rerun_stale",
+        name=project.place.name("rerun_stale"),
         job=job,
         minimum_interval_seconds=INTERVAL_SECONDS,
         description="Reruns what `ft plan` shows as stale, with one run for each base model, when "
@@ -58,7 +58,7 @@ def rerun_stale(project: Project, build: Build, job: Any) -> dg.SensorDefinition
             if data != memory["data"]:  # wait until a copy in progress is over
                 context.update_cursor(json.dumps({**memory, "data": data}))
                 return dg.SkipReason(UNSEEN)
-            busy = under_way(context.instance)
+            busy = under_way(graph.project, context.instance)
             requests, notes = _requests(graph, known, busy, memory["asked"])
         except (FtError, InfrastructureFault) as error:
             return dg.SkipReason(str(error))

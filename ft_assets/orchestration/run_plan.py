@@ -21,6 +21,7 @@ from ft_assets.job import StepSettings
 from ft_assets.orchestration.assuming_store import Assumed, AssumingStore
 from ft_assets.orchestration.materializer import Finish, Inputs, Make, Wanted
 from ft_assets.orchestration.memory_forecast import Forecast, forecast
+from ft_assets.orchestration.place import name_of
 from ft_assets.screen import screen_of
 
 RUNS, MAYBE, REUSED, REFUSED, STOPPED = (
@@ -283,10 +284,9 @@ class Plans:
             for key in sorted(level)
             if key in wanted
         ):
-            name = key.to_user_string()
+            name = name_of(key)
             parents = sorted(
-                {parent.to_user_string() for parent in self.graph.get(key).parent_keys}
-                & steps.keys()
+                {name_of(parent) for parent in self.graph.get(key).parent_keys} & steps.keys()
             )
             if unreached & set(parents):
                 unreached.add(name)
@@ -299,7 +299,7 @@ class Plans:
 
     def _ask(self, planner: Planner, key: dg.AssetKey, partition: str | None) -> str | None:
         """Have an asset's step recorded. Return why it cannot be, None if it is."""
-        node, name = self.graph.get(key), key.to_user_string()
+        node, name = self.graph.get(key), name_of(key)
         state = (name, planner.store.assumed())
         own = partition if node.is_partitioned else None
         context: Any = PlanContext(key, node.assets_def, own)
@@ -330,7 +330,7 @@ class Plans:
         refused: Mapping[str, str],
     ) -> PlannedStep:
         """Return the planned step of an asset, after those above it."""
-        name = key.to_user_string()
+        name = name_of(key)
         above = [parent for parent in parents if steps[parent].action in (RUNS, MAYBE)]
         stopped = [parent for parent in parents if steps[parent].action in (REFUSED, STOPPED)]
         if stopped:

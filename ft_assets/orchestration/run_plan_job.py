@@ -43,7 +43,7 @@ def what_would_run(project: Project, build: Build) -> dg.JobDefinition:
     """Build the job. Its op fails for a base model that is not in finetune.yaml."""
 
     @dg.op(
-        name="plan",
+        name=project.place.name("plan"),
         description="Compares each step's inputs, settings and code with the store. Makes nothing.",
     )
     def plan_op(context: dg.OpExecutionContext, config: Chosen) -> None:
@@ -61,8 +61,9 @@ def what_would_run(project: Project, build: Build) -> dg.JobDefinition:
             )
 
     @dg.job(
+        name=project.place.name("what_would_run"),
         description="Shows what a run would do, why, how long it takes and how much memory it "
-        "needs. Makes nothing. The same as ft plan."
+        "needs. Makes nothing. The same as ft plan.",
     )
     def what_would_run() -> None:
         plan_op()

@@ -6,7 +6,8 @@ from typing import TypedDict
 import dagster as dg
 
 from ft_assets.artifacts.environment import LIBRARIES, library_versions
-from ft_assets.config import Project, find_config, load_project, settings_version
+from ft_assets.config import Project, reloaded, settings_version
+from ft_assets.orchestration.place import concerns, key_of, name_of
 from ft_assets.orchestration.run_plan import MAYBE, REFUSED, REUSED, RUNS, Build, PlannedStep, Plans
 
 FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
@@ -43,7 +44,7 @@ class StaleGraph:
     @classmethod
     def today(cls, project: Project, build: Build) -> "StaleGraph":
         """Return the graph by the project's finetune.yaml as it is now. Raises ConfigError."""
-        return cls(load_project(find_config(project.root)), build)
+        return cls(reloaded(project), build)
 
     def stale(
         self, keys: Iterable[dg.AssetKey], partition: str | None
@@ -70,11 +71,11 @@ class StaleGraph:
 
     def first(self, steps: Sequence[PlannedStep]) -> list[PlannedStep]:
         """Return the steps below none of the others. Their versions are known: no input changes."""
-        moving = {dg.AssetKey(step.asset) for step in steps}
+        moving = {key_of(self.project, step.asset) for step in steps}
         return [
             step
             for step in steps
-            if not self.graph.get_ancestor_asset_keys(dg.AssetKey(step.asset)) & moving
+            if not self.graph.get_ancestor_asset_keys(key_of(self.project, step.asset)) & moving
         ]
 
     def remembered(self, steps: Sequence[PlannedStep], partition: str | None) -> Request:
@@ -83,7 +84,7 @@ class StaleGraph:
         own = self.project.base_models[partition].model_dump(mode="json") if partition else None
         libraries = {kind: library_versions(kind) for kind in LIBRARIES}
         code = {
-            key.to_user_string(): self.graph.get(key).code_version
+            name_of(key): self.graph.get(key).code_version
             for key in self.graph.materializable_asset_keys
         }
         first = {step.asset for step in self.first(steps)}
@@ -119,7 +120,7 @@ class StaleGraph:
         by today's settings. The leaderboard runs without the checks of single base models, because
         it also shows those that failed.
         """
-        chosen = {dg.AssetKey(asset) for asset in assets}
+        chosen = {key_of(self.project, asset) for asset in assets}
         above = {parent for key in chosen for parent in self.graph.get(key).parent_keys}
         above -= set() if partition else self.partitioned
         checks = [
@@ -142,9 +143,10 @@ def in_a_line(why: Sequence[str]) -> str:
     return ("; ".join(why).splitlines() or [REFUSED])[0]
 
 
-def under_way(instance: dg.DagsterInstance) -> set[str | None]:
+def under_way(project: Project, instance: dg.DagsterInstance) -> set[str | None]:
     """Return the base models with an unfinished run. None is a run without a base model."""
     return {
         run.tags.get("dagster/partition")
         for run in instance.get_runs(dg.RunsFilter(statuses=UNDER_WAY))
+        if concerns(project, run, instance)
     }

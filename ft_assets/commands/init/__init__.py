@@ -13,6 +13,16 @@ from ft_assets.commands.init.yaml_text import project_text, share
 from ft_assets.config import CONFIG_NAME, GateSettings, load_project
 from ft_assets.errors import ConfigError
 
+DG_TOML = """\
+# For Dagster's command dg; ft does not read it.
+directory_type = "project"
+
+[project]
+root_module = "ft_assets"
+code_location_name = "ft_assets"
+code_location_target_module = "ft_assets.definitions"
+"""
+
 
 def write_project(
     data: Path,
@@ -22,7 +32,10 @@ def write_project(
     encoding: str | None = None,
     ignored_keys: Sequence[str] = (),
 ) -> tuple[Path, Found, BaseSource]:
-    """Write finetune.yaml into `folder`. Raises ConfigError if it exists, DataError, ModelError."""
+    """Write finetune.yaml into `folder`, and dg.toml if dg has no settings there.
+
+    Raises ConfigError if finetune.yaml exists, DataError, ModelError.
+    """
     target = folder / CONFIG_NAME
     if target.exists():
         raise ConfigError(
@@ -57,6 +70,8 @@ def write_project(
     except ConfigError:
         target.unlink()  # leave no invalid file behind
         raise
+    if not any((folder / name).exists() for name in ("dg.toml", "pyproject.toml")):
+        (folder / "dg.toml").write_text(DG_TOML)
     return target, found, source
 
 
