@@ -86,7 +86,7 @@ def process_environment(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         graph = request.node.get_closest_marker("graph")
         address = servers.step_server().address if graph else servers.NO_SERVER
         monkeypatch.setenv("FT_STEP_SERVER", address)
-    for name in ("FT_CONFIG", "DAGSTER_HOME"):
+    for name in ("FT_CONFIG", "DAGSTER_HOME", *servers.set_by_imports()):
         monkeypatch.setenv(name, "")  # without it, there is no value to restore
         monkeypatch.delenv(name)
 

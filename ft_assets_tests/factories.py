@@ -1,7 +1,6 @@
 """Builders that tests and benchmarks share: a tiny model, conversations, and projects."""
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -174,7 +173,9 @@ def edit(folder: Path, **sections: Any) -> None:
 def ft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `ft` as a user does, in a project's folder."""
     environment = {
-        key: value for key, value in os.environ.items() if key not in ("FT_CONFIG", "DAGSTER_HOME")
+        key: value
+        for key, value in servers.shell_environment().items()
+        if key not in ("FT_CONFIG", "DAGSTER_HOME")
     }
     if arguments[:1] == ("run",) and not servers.FRESH:
         environment["FT_STEP_SERVER"] = servers.step_server().address

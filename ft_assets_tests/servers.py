@@ -22,6 +22,7 @@ ENVIRONMENT = dict(os.environ)
 STEP_ENVIRONMENT = step_environment()
 NO_SERVER = "@no-server"  # steps are then fresh processes
 FRESH = os.environ.get("FT_FRESH_STEPS") == "1" or sys.platform != "linux"
+SET_BY_IMPORTS = ("KMP_", "TORCHINDUCTOR_")  # sklearn and torch.compile set these in a test process
 
 
 @functools.cache
@@ -36,6 +37,19 @@ def ft_server() -> ForkServer:
     return ForkServer(["ft_assets_tests.preload"], ENVIRONMENT)
 
 
+def set_by_imports() -> list[str]:
+    """Return the variables that libraries have set in this process and that a shell has not."""
+    return [
+        name for name in os.environ if name.startswith(SET_BY_IMPORTS) and name not in ENVIRONMENT
+    ]
+
+
+def shell_environment() -> dict[str, str]:
+    """Return the environment of this process as a shell has it."""
+    hidden = set_by_imports()
+    return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
 def run_module(
     server: Callable[[], ForkServer],
     module: str,
@@ -46,7 +60,7 @@ def run_module(
 ) -> "subprocess.CompletedProcess[str]":
     """Run `python -m module` to its end as `subprocess.run` does, forked where that is equal."""
     command = [sys.executable, "-m", module, *arguments]
-    environment = dict(os.environ) if environment is None else environment
+    environment = shell_environment() if environment is None else environment
     with (
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as error,

@@ -172,19 +172,22 @@ def test_process_is_fresh_where_the_server_cannot_import(
         ({}, {"HF_HOME": "/x"}, "HF_HOME"),
         ({"TOKENIZERS_PARALLELISM": "true"}, {}, "TOKENIZERS_PARALLELISM"),
         ({"A": "1", "B": "2"}, {"A": "2", "B": "3"}, "A, B"),
+        ({}, {"SET_BY_AN_IMPORT": "2"}, "SET_BY_AN_IMPORT"),
         ({}, {"CUDA_VISIBLE_DEVICES": ""}, "GPUs"),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, {"CUDA_VISIBLE_DEVICES": "0"}, "GPUs"),
     ],
 )
 def test_server_refuses_what_could_differ(at_start: dict, now: dict, why: str) -> None:
-    assert why in (refusal(at_start, now) or "")
+    after = {**at_start, "SET_BY_AN_IMPORT": "1"}
+    assert why in (refusal(at_start, now, after) or "")
 
 
 def test_server_forks_what_only_a_running_process_reads() -> None:
     """Run in a process of its own: this one may have threads."""
     code = """
 from ft_assets.launchers.fork_server import refusal
-assert refusal({"PWD": "/a"}, {"PWD": "/b", "FT_CONFIG": "x", "CUDA_VISIBLE_DEVICES": "1"}) is None
+now = {"PWD": "/b", "FT_CONFIG": "x", "CUDA_VISIBLE_DEVICES": "1", "SET_BY_AN_IMPORT": "1"}
+assert refusal({"PWD": "/a"}, now, {"PWD": "/a", "SET_BY_AN_IMPORT": "1"}) is None
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -257,9 +260,16 @@ def test_sft_of_a_forked_step_has_the_bits_of_a_fresh_one(
 @pytest.mark.graph
 @pytest.mark.parametrize("name", ["ft_server", "step_server"])
 def test_servers_of_these_tests_fork(name: str, tmp_path: Path) -> None:
-    """Where a server could not import its modules, every test would quietly use fresh processes."""
+    """Where a server refused, every test would quietly use fresh processes, twice as slow.
+
+    Some libraries set variables when they are imported, in this process too.
+    """
+    import torch._inductor.runtime.cache_dir_utils
+
+    torch._inductor.runtime.cache_dir_utils.cache_dir()
+    assert "TORCHINDUCTOR_CACHE_DIR" in os.environ
     server = getattr(servers, name)()
-    environment = servers.STEP_ENVIRONMENT if name == "step_server" else servers.ENVIRONMENT
+    environment = step_environment() if name == "step_server" else servers.shell_environment()
     with (tmp_path / "log").open("wb") as log, Path(os.devnull).open("rb") as nothing:
         streams = (nothing.fileno(), log.fileno(), log.fileno())
         started = start_forked(server.address, "timeit", ["-n1", "pass"], environment, streams)

@@ -122,7 +122,7 @@ class Server:
                 if not _is_same_user(client):
                     raise PermissionError("the client is a process of another user")
                 child = _receive(client, received)
-                if why := refusal(self._at_start, child.request["environment"]):
+                if why := refusal(self._at_start, child.request["environment"], os.environ):
                     raise ValueError(why)
                 pid = os.fork()
             except (OSError, ValueError) as error:
@@ -158,14 +158,21 @@ class Server:
             os.close(end)
 
 
-def refusal(at_start: Mapping[str, str], environment: Mapping[str, str]) -> str | None:
-    """Return why a forked child could differ from a fresh process, or None if it cannot."""
+def refusal(
+    at_start: Mapping[str, str], environment: Mapping[str, str], after: Mapping[str, str]
+) -> str | None:
+    """Return why a forked child could differ from a fresh process, or None if it cannot.
+
+    `at_start` is the server's environment before its imports, and `after` the one after them.
+    Some libraries set variables while they are imported (sklearn, torch.compile). A client that
+    has imported them passes these on, and in a fresh process the import would find its own value.
+    """
     different = sorted(
         name
         for name in at_start.keys() | environment.keys()
         if not name.startswith(READ_LATE)
         and name not in READ_LATE_BY_NAME
-        and at_start.get(name) != environment.get(name)
+        and environment.get(name) not in {at_start.get(name), after.get(name)}
     )
     if different:
         return f"the libraries were imported with another {', '.join(different)}"
