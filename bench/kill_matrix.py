@@ -1,6 +1,6 @@
 """Kill training at each point, run it again, and compare the result with an undisturbed run.
 
-    python bench/kill_matrix.py [sft] [dpo] [full]
+    python bench/kill_matrix.py [sft] [dpo] [rl] [full]
 
 The results must be equal bit for bit. The script trains a tiny random Llama on the CPU, with
 dropout, in real child processes. It kills them with SIGKILL at a patched call, without any sleep.
@@ -34,7 +34,6 @@ COMMON = [
     ("checkpoint: before its rename", 2),
     ("checkpoint: after its rename", 2),
     ("between epochs", 1),
-    ("final save", 1),
     ("manifest", 1),
     ("publish: before its rename", 1),
     ("before CURRENT", 1),
@@ -44,9 +43,13 @@ SFT = [
     ("validation", 1),
     ("validation", 3),
     ("best weights: before their rename", 1),
+    ("final save", 1),
     *COMMON,
 ]
-DPO = [("forward pass of a pair", 1), ("reference written", 1), *COMMON]
+SAVED = ("final save of a preference training", 1)
+DPO = [("forward pass of a pair", 1), ("reference written", 1), SAVED, *COMMON]
+RL = [("sampling", 2), ("sampling", 5), ("rewards of a step", 3), SAVED, *COMMON]
+POINTS = {"sft": SFT, "dpo": DPO, "rl": RL, "full": SFT}
 
 
 def line(
@@ -75,7 +78,7 @@ def line(
 
 
 def main() -> int:
-    wanted, home = sys.argv[1:] or ["sft", "dpo", "full"], Path(tempfile.mkdtemp())
+    wanted, home = sys.argv[1:] or list(POINTS), Path(tempfile.mkdtemp())
     base = home / "base"
     make_tiny_model(base)
     sft(base, home / "adapter")
@@ -87,6 +90,7 @@ def main() -> int:
             "adapter": str(home / "adapter/output"),
             "settings": {"trainer": {"disable_dropout": False}},
         },
+        "rl": {"kind": "rl", "base": str(base), "adapter": str(home / "adapter/output")},
         "full": {
             "kind": "sft",
             "base": str(base),
@@ -106,7 +110,7 @@ def main() -> int:
         if run("none", 0, whole) != 0:
             raise SystemExit((whole / "log-0.txt").read_text()[-2000:])
         undisturbed = ArtifactStore(whole / "store").need(works[name]["kind"], "tiny").path
-        for point, call in DPO if name == "dpo" else SFT:
+        for point, call in POINTS[name]:
             text, good = line(name, point, call, works[name], undisturbed, home)
             fine &= good
             print(text if good else f"{text} <- WRONG", flush=True)

@@ -32,6 +32,8 @@ POINTS: dict[str, tuple[str, str, str]] = {
     ),
     "checkpoint: before its rename": ("ft_assets.training.checkpoints", "publish_folder", "before"),
     "checkpoint: after its rename": ("ft_assets.training.checkpoints", "rotate", "before"),
+    "sampling": ("ft_assets.training.rl_trainer", "generate", "after"),
+    "rewards of a step": ("ft_assets.training.rl_trainer", "Reward.of_groups", "after"),
     "validation": ("ft_assets.training.validation", "answer_losses", "before"),
     "best weights: before their rename": (
         "ft_assets.training.validation",
@@ -40,19 +42,24 @@ POINTS: dict[str, tuple[str, str, str]] = {
     ),
     "between epochs": ("transformers.trainer_callback", "CallbackHandler.on_epoch_end", "after"),
     "reference written": ("ft_assets.training.dpo", "write_reference", "after"),
-    "final save": ("ft_assets.training.{kind}", "keep_events", "before"),
+    "final save": ("ft_assets.training.sft", "keep_events", "before"),
+    "final save of a preference training": (
+        "ft_assets.training.publish",
+        "keep_events",
+        "before",
+    ),
     "manifest": ("ft_assets.artifacts.manifest", "file_sha256", "before"),
     "publish: before its rename": ("ft_assets.artifacts.store", "fsync_tree", "after"),
     "before CURRENT": ("ft_assets.artifacts.store", "ArtifactStore._point", "before"),
 }
 
 
-def arm(point: str, call: int, kind: str) -> None:
+def arm(point: str, call: int) -> None:
     """Patch the call of a point so that this process dies there."""
     if point == "none":
         return
     module, path, when = POINTS[point]
-    holder: Any = importlib.import_module(module.format(kind=kind))
+    holder: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
         holder = getattr(holder, parent)
@@ -114,6 +121,5 @@ def run(point: str, call: int, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    settings = json.loads((Path(sys.argv[3]) / "work.json").read_text())
-    arm(sys.argv[1], int(sys.argv[2]), settings["kind"])
+    arm(sys.argv[1], int(sys.argv[2]))
     work(Path(sys.argv[3]))

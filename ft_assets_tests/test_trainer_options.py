@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from ft_assets.config import DpoSettings, LoraSettings, SftSettings
+from ft_assets.config import DpoSettings, LoraSettings, RlSettings, SftSettings
 from ft_assets.errors import ConfigError
 from ft_assets.training import trackers
 from ft_assets.training.trl_options import trainer_options
@@ -111,11 +113,43 @@ REACH_DPO = {
 }
 
 
+REACH_RL = REACH - {"activation_offloading"}
+REACH_RLOO = {
+    "epsilon",
+    "epsilon_high",
+    "mask_truncated_completions",
+    "normalize_advantages",
+    "reward_clip_range",
+}
+REACH_GRPO = {
+    "delta",
+    "entropy_coef",
+    "epsilon",
+    "epsilon_high",
+    "importance_sampling_level",
+    "loss_type",
+    "mask_truncated_completions",
+    "multi_objective_aggregation",
+    "off_policy_mask_threshold",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "scale_rewards",
+    "top_entropy_quantile",
+    "use_bias_correction_kl",
+    "vespo_k_neg",
+    "vespo_k_pos",
+    "vespo_lambda_neg",
+    "vespo_lambda_pos",
+}
+
+
 @pytest.mark.parametrize(
     ("key", "kind", "settings", "reach"),
     [
         ("sft", SFTConfig, SftSettings, REACH | REACH_SFT),
         ("dpo", DPOConfig, DpoSettings, REACH | REACH_DPO),
+        ("rl", GRPOConfig, RlSettings, REACH_RL | REACH_GRPO),
+        ("rl", RLOOConfig, RlSettings, REACH_RL | REACH_RLOO),
     ],
 )
 def test_every_option_of_trl_is_refused_or_ours_or_reaches_it(

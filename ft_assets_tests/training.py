@@ -1,10 +1,11 @@
 """Make tokenized rows and pairs for a tiny model, and train SFT and DPO on them without a graph."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ft_assets.config import DpoSettings, LoraSettings, SftSettings
+from ft_assets.config import DpoSettings, LoraSettings, RlSettings, SftSettings
 
 LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
 SFT = {
@@ -19,6 +20,14 @@ DPO = {
     "learning_rate": 1e-3,
     "effective_batch": 4,
     "micro_batch": 2,
+    "save_steps": 2,
+}
+RL = {
+    "num_train_epochs": 2,
+    "learning_rate": 5e-3,
+    "n": 4,
+    "effective_batch": 8,
+    "micro_batch": 4,
     "save_steps": 2,
 }
 EOS = 2  # <|im_end|> of the tiny tokenizer
@@ -127,6 +136,41 @@ def dpo_into(
     )
 
 
+def rl_into(
+    work: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent
+) -> dict[str, Any]:
+    """Train RL for short answers, of at most 6 tokens, and return the metrics.
+
+    The keys of `work` are base, adapter, lora, settings and rows. The last three are optional.
+    """
+    from ft_assets.training.rl import train_rl
+    from ft_assets.training.rl_trainer import Given, Prompt, Reward
+
+    def short(answers: Sequence[Given]) -> list[float]:
+        return [-float(len(answer.text)) for answer in answers]
+
+    def prompts(count: int, seed: int = 0) -> list[Prompt]:
+        split = [(row, row["supervised"].index(True)) for row in make_rows(count, seed)]
+        return [
+            Prompt(row["id"], row["input_ids"][:begin], row["input_ids"][begin:])
+            for row, begin in split
+        ]
+
+    return train_rl(
+        snapshot=Path(work["base"]),
+        sft_adapter=Path(work["adapter"]),
+        prompts=prompts(work.get("rows", 7)),
+        validation=prompts(3, seed=9),
+        rewards=[Reward("short", 1.0, short)],
+        lora=LoraSettings.model_validate({**LORA, **work.get("lora", {})}),
+        rl=RlSettings.model_validate({**RL, **work.get("settings", {})}),
+        max_new_tokens=6,
+        checkpoints=checkpoints,
+        output=output,
+        report=report,
+    )
+
+
 def sft(
     base: Path,
     folder: Path,
@@ -164,6 +208,15 @@ def dpo(
         "labels": labels,
     }
     return dpo_into(work, folder / "checkpoints", folder / "output", report)
+
+
+def rl(
+    base: Path, adapter: Path, folder: Path, report: Any = silent, rows: int = 7, **settings: Any
+) -> dict[str, Any]:
+    """Train RL in `folder` and return the metrics."""
+    (folder / "output").mkdir(parents=True, exist_ok=True)
+    work = {"base": base, "adapter": adapter, "settings": settings, "rows": rows}
+    return rl_into(work, folder / "checkpoints", folder / "output", report)
 
 
 def score_by_the_base(trainer: Any, *rest: Any) -> Any:

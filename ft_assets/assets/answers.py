@@ -3,8 +3,7 @@
 import dagster as dg
 
 from ft_assets.assets.dpo_adapter import has_preferences
-from ft_assets.assets.judged import TRAINED, asked_inputs, asking, judged
-from ft_assets.assets.raw_text import text_stage
+from ft_assets.assets.judged import TRAINED, asked_inputs, asking, judged, optional_stages
 from ft_assets.config import settings_version
 from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.orchestration.declarations import Metrics, asset
@@ -18,7 +17,7 @@ def _summary(metrics: Metrics) -> str:
 
 @asset(
     deps=[*TRAINED, "raw_dataset"],
-    also=text_stage("text_adapter"),
+    also=optional_stages,
     group="evaluation",
     kinds=["parquet"],
     code_version=answers_step.VERSION,
@@ -39,6 +38,8 @@ def answers(
     candidates = {"base": used["base_model"], "sft": used["lora_adapter"]}
     if has_preferences(used["dpo_adapter"].metrics):
         candidates["dpo"] = used["dpo_adapter"]
+    if "rl_adapter" in used:
+        candidates["rl"] = used["rl_adapter"]
     base = used["base_model"].data_version
     artifact, reused = materializer.materialize(
         context,

@@ -16,12 +16,13 @@ from ft_assets.assets.judged import (
     has_judge,
     has_rivals,
     judged,
+    optional_stages,
     people_of_today,
     rivals_of_today,
 )
-from ft_assets.assets.raw_text import text_stage
+from ft_assets.assets.rl_adapter import reinforces, rewards_of
 from ft_assets.compat.dagster import TO_DO
-from ft_assets.config import GateSettings
+from ft_assets.config import ADAPTERS, GateSettings
 from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.report_model import Estimate, EvalReport, Finding
 from ft_assets.evaluation.verdict.decision import (
@@ -29,8 +30,8 @@ from ft_assets.evaluation.verdict.decision import (
     beats,
     calibration,
     decide,
-    dpo_hurts,
     forgetting,
+    later_hurts,
 )
 from ft_assets.evaluation.verdict.uses import Uses
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -88,7 +89,7 @@ def _summary(metrics: Metrics) -> str:
     also=lambda project: [
         *(["human_review"] if asks_people(project) else []),
         *(["rival_answers"] if has_rivals(project) else []),
-        *text_stage("text_adapter")(project),
+        *optional_stages(project),
     ],
     group="evaluation",
     kinds=["report"],
@@ -131,7 +132,7 @@ def eval_report(
             "answers": (answers, None),
             **people,
             **rivals,
-            **{asset: (used[asset], None) for asset in ("lora_adapter", "dpo_adapter")},
+            **{asset: (used[asset], None) for asset in ADAPTERS.values() if asset in used},
             **{
                 f"heldout_split#{part}": (used["heldout_split"], part)
                 for part in ("train", "heldout", "retention")
@@ -148,6 +149,7 @@ def eval_report(
             previous=previous.path if previous else None,
             uses=earlier_verdicts(store, name),
             min_judge_agreement=bar or 0.0,
+            rewards=rewards_of(project.recipe(name)) or None,
         ),
         libraries="score",
         finish=partial(sign_files, f"eval_report[{name}]", signing_key(project), REPORT_SIGNATURE),
@@ -287,14 +289,30 @@ def dpo_does_not_hurt(checked: Checked) -> dg.AssetCheckResult:
     report = _report(checked)
     if "dpo" not in report.scores:
         return dg.AssetCheckResult(passed=True, description="no preference pairs: no DPO")
-    entry = report.comparisons["dpo"]["sft"][report.metric]
-    hurts = dpo_hurts(report, checked.project.gate)
+    return _not_worse_than_sft("dpo", checked, report)
+
+
+def _not_worse_than_sft(
+    candidate: str, checked: Checked, report: EvalReport
+) -> dg.AssetCheckResult:
+    entry = report.comparisons[candidate]["sft"][report.metric]
+    hurts = later_hurts(candidate, report, checked.project.gate)
     return dg.AssetCheckResult(
         passed=hurts is None,
         severity=WARN,
-        description=hurts or f"dpo: {entry.describe(report.metric, 'SFT')}",
+        description=hurts or f"{candidate}: {entry.describe(report.metric, 'SFT')}",
         metadata=numbers(entry),
     )
+
+
+@check(
+    eval_report,
+    description="RL is not worse than SFT. Else another candidate is merged.",
+    only_if=reinforces,
+)
+def rl_does_not_hurt(checked: Checked) -> dg.AssetCheckResult:
+    """Warn if RL is lower than SFT on held-out or on general prompts."""
+    return _not_worse_than_sft("rl", checked, _report(checked))
 
 
 @check(

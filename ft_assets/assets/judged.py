@@ -1,11 +1,11 @@
 """What is judged: the artifacts behind a verdict, their versions, and what decides the scores."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.raw_text import has_text
-from ft_assets.config import EvaluationSettings, Project, settings_version
+from ft_assets.config import ADAPTERS, EvaluationSettings, Project, settings_version
 from ft_assets.errors import EvaluationError, VerdictError
 from ft_assets.evaluation.setting_files import (
     harness_version,
@@ -15,9 +15,16 @@ from ft_assets.evaluation.setting_files import (
     user_metric_version,
 )
 from ft_assets.evaluation.verdict.gate import bound_versions, require_lineage
+from ft_assets.metrics import Metric
 from ft_assets.orchestration.materializer import Inputs, Materializer
 
 TRAINED = ("base_model", "recipe", "heldout_split", "lora_adapter", "dpo_adapter")
+
+
+def optional_stages(project: Project) -> list[str]:
+    """Return the adapters that only some projects have."""
+    text = ["text_adapter"] if has_text(project) else []
+    return [*text, *(["rl_adapter"] if project.rl else [])]
 
 
 def judged(
@@ -28,8 +35,7 @@ def judged(
     Raises VerdictError if they were not made from each other.
     """
     names = ["base_model", "chat_dataset", "heldout_split", "lora_adapter", "dpo_adapter"]
-    if has_text(materializer.project):
-        names.append("text_adapter")
+    names += optional_stages(materializer.project)
     used = {made: materializer.store.need(made, name) for made in names}
     require_lineage(used, f"{asset}[{name}]")
     return used, bound_versions(used, settings_version(evaluation_identity(materializer, name)))
@@ -59,19 +65,23 @@ def _scoring(project: Project, settings: EvaluationSettings) -> dict[str, Any]:
     }
 
 
-def own_answer_scoring(materializer: Materializer, name: str) -> dict[str, Any]:
-    """Return all that decides the SFT model's own answers and their scores, besides artifacts."""
+def own_answer_scoring(
+    materializer: Materializer, name: str, rewards: Iterable[Metric] = ()
+) -> dict[str, Any]:
+    """Return all that decides the scores of a model's own answers, besides artifacts.
+
+    rewards: metrics beside that of the verdict.
+    """
     settings = materializer.project.recipe(name).evaluation
     scoring = _scoring(materializer.project, settings)
-    known = settings.main_metric()
     keys = {"max_new_tokens", "metric", "normalise", "decimal", "day_first"}
-    keys |= {known.config} if known.config else set()
+    keys |= {known.config for known in (settings.main_metric(), *rewards) if known.config}
     return {**scoring, "evaluation": settings.model_dump(mode="json", include=keys)}
 
 
 def asked_inputs(materializer: Materializer, used: dict[str, Artifact]) -> Inputs:
     """Return the inputs of the answers."""
-    trained = ("base_model", "lora_adapter", "dpo_adapter")
+    trained = [name for name in ("base_model", *ADAPTERS.values()) if name in used]
     validation = ("validation",) if materializer.project.data.few_shot_auto else ()
     return {
         **{asset: (used[asset], None) for asset in trained},

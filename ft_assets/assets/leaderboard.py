@@ -11,7 +11,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 
 from ft_assets.artifacts import Artifact
-from ft_assets.assets.raw_text import text_stage
+from ft_assets.assets.judged import optional_stages
 from ft_assets.errors import ArtifactError, FtError, ReleaseError
 from ft_assets.evaluation.leaderboard import (
     Entry,
@@ -37,6 +37,7 @@ CHAIN = (
     "heldout_split",
     "lora_adapter",
     "dpo_adapter",
+    "rl_adapter",
     "answers",
     "eval_report",
 )
@@ -155,11 +156,15 @@ def _stale(reader: Reader, name: str, bound_to: dict[str, str]) -> str | None:
         asset: reader.store.need(asset, name)
         for asset in ("base_model", "lora_adapter", "dpo_adapter", "heldout_split")
     }
+    if reader.project.rl:
+        used["rl_adapter"] = reader.store.need("rl_adapter", name)
     other = [
         part
         for part, now in bound_versions(used, "").items()
         if part != "evaluation" and bound_to.get(part) != now
     ]
+    if "rl_adapter" in bound_to and not reader.project.rl:
+        other.append("rl_adapter")
     return ", ".join(other) or None
 
 
@@ -172,7 +177,7 @@ def _readable(reader: Reader, asset: str, name: str) -> Artifact | None:
 
 def _costs(reader: Reader, name: str, report: Artifact) -> dict[str, Any]:
     store = reader.store
-    stages = ("lora_adapter", "dpo_adapter", *text_stage("text_adapter")(reader.project))
+    stages = ("lora_adapter", "dpo_adapter", *optional_stages(reader.project))
     trained = [store.current(asset, name) for asset in stages]
     metrics = [artifact.metrics for artifact in trained if artifact is not None]
     merged = store.current("merged_model", name) or store.current("base_model", name)
@@ -215,8 +220,9 @@ def _serves(reader: Reader, name: str) -> str:
 def why_not_judged(reader: Reader, name: str) -> str:
     """Return the first missing artifact of a base model, and the last error of its step."""
     store = reader.store
+    chain = [asset for asset in CHAIN if asset != "rl_adapter" or reader.project.rl]
     missing = next(
-        asset for asset in CHAIN if asset == CHAIN[-1] or store.current(asset, name) is None
+        asset for asset in chain if asset == chain[-1] or store.current(asset, name) is None
     )
     error = _last_error(reader, name, missing)
     return f"{missing} has not been made" + (f" ({error})" if error else "")

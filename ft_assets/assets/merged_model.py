@@ -11,9 +11,9 @@ from pydantic import JsonValue
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.manifest import FileEntry
 from ft_assets.assets.eval_report import numbers
-from ft_assets.assets.judged import TRAINED, judged
+from ft_assets.assets.judged import TRAINED, judged, optional_stages
 from ft_assets.assets.raw_text import text_stage
-from ft_assets.config import GateSettings
+from ft_assets.config import ADAPTERS, GateSettings
 from ft_assets.evaluation.report_model import Estimate
 from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.evaluation.verdict.gate import require_pass
@@ -42,7 +42,10 @@ def _summary(metrics: Metrics) -> str:
 
 @asset(
     deps=[*TRAINED, "eval_report"],
-    also=text_stage("text_adapter", "text_dataset", "raw_text"),
+    also=lambda project: [
+        *optional_stages(project),
+        *text_stage("text_dataset", "raw_text")(project),
+    ],
     group="release",
     kinds=["huggingface"],
     code_version="9",
@@ -61,7 +64,7 @@ def merged_model(
     report = store.current("eval_report", name)
     verdict = require_pass(report, versions, project.gate, f"merged_model[{name}]", store.verified)
     assert report is not None
-    adapter = used[f"{'dpo' if verdict.candidate == 'dpo' else 'lora'}_adapter"]
+    adapter = used[ADAPTERS[verdict.merged_candidate]]
     size = used["base_model"].manifest.bytes
     method = adapter_method(adapter)
     # After QLoRA one of the two merges is a model that the report did not judge. It must pass the

@@ -13,8 +13,7 @@ from pydantic import Field, JsonValue
 
 from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.assets.eval_report import numbers
-from ft_assets.assets.judged import TRAINED, judged
-from ft_assets.assets.raw_text import text_stage
+from ft_assets.assets.judged import TRAINED, judged, optional_stages
 from ft_assets.config import GateSettings, Project, ReleaseSettings
 from ft_assets.data.content import PRODUCTION
 from ft_assets.errors import ArtifactError, ReleaseError, VerdictError
@@ -87,7 +86,7 @@ def _summary(metrics: Metrics) -> str:
 
 @asset(
     deps=[*TRAINED, *ABOVE],
-    also=text_stage("text_adapter"),
+    also=optional_stages,
     group="release",
     kinds=["huggingface"],
     code_version="2",

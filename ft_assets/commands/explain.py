@@ -254,6 +254,7 @@ def _order(facts: Facts) -> Section:
         _versus(facts, facts.candidate, "few_shot", "the base with examples in its prompt"),
         _versus(facts, "sft", "base", "the base"),
         _versus(facts, "dpo", "sft", "SFT"),
+        _versus(facts, "rl", "sft", "SFT"),
     ]
     pairs, labels = facts.aligned.pairs, facts.aligned.labels
     if not pairs and not labels:

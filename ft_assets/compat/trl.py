@@ -21,6 +21,22 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
         "_precompute_ref_logps": ("dataset", "name", "batch_size"),
     },
     "SFTTrainer": {},
+    "GRPOTrainer": {
+        "_get_train_sampler": ("dataset",),
+        "_tokenize_prompts": ("prompts",),
+        "_generate_single_turn": (
+            "prompt_ids",
+            "images",
+            "multimodal_fields",
+            "num_generations",
+            "has_tool_images",
+        ),
+    },
+    "RLOOTrainer": {
+        "_get_train_sampler": ("dataset",),
+        "_tokenize_prompts": ("prompts",),
+        "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
+    },
 }
 REFERENCE_ADAPTER = "ref"  # TRL's name for its frozen copy of the adapter
 # The per-token outputs of the patched forward that DPO's losses and metrics read.
@@ -31,6 +47,20 @@ def drop_reference_copy(model: Any) -> None:
     """Delete the frozen copy of the adapter that TRL's trainer made, if there is one."""
     if REFERENCE_ADAPTER in getattr(model, "peft_config", {}):
         model.delete_adapter(REFERENCE_ADAPTER)
+
+
+def reference_name(name: str) -> str:
+    """Return the name of a parameter of TRL's frozen copy, by its name in the trained adapter."""
+    return name.replace(".default.", f".{REFERENCE_ADAPTER}.")
+
+
+@contextmanager
+def as_reference(model: Any) -> Iterator[None]:
+    """Compute with TRL's frozen copy of the adapter inside the block."""
+    from trl.trainer.utils import use_adapter
+
+    with use_adapter(model, REFERENCE_ADAPTER):
+        yield
 
 
 def expect_reference_scores(trainer: Any) -> None:

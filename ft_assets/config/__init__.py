@@ -12,6 +12,7 @@ from ft_assets.config.automation import (
 from ft_assets.config.chat import ChatSettings
 from ft_assets.config.data import DataSettings, StratifySettings
 from ft_assets.config.evaluation import (
+    ADAPTERS,
     EvaluationSettings,
     GateSettings,
     JudgeSettings,
@@ -21,6 +22,7 @@ from ft_assets.config.place import Place
 from ft_assets.config.project import BaseModelSettings, Project, Recipe, settings_version
 from ft_assets.config.release import Format, PushSettings, ReleaseSettings, SigningSettings
 from ft_assets.config.rivals import RivalSettings
+from ft_assets.config.rl import RlSettings
 from ft_assets.config.section import Section, Share
 from ft_assets.config.training import (
     DpoSettings,
@@ -32,6 +34,7 @@ from ft_assets.config.training import (
 )
 
 __all__ = [
+    "ADAPTERS",
     "CONFIG_NAME",
     "AlertSettings",
     "BaseModelSettings",
@@ -51,6 +54,7 @@ __all__ = [
     "Recipe",
     "ReleaseSettings",
     "RivalSettings",
+    "RlSettings",
     "SamplingSettings",
     "ScheduleSettings",
     "Section",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -45,7 +46,9 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 RivalName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
-CANDIDATES = {"base", "few_shot", "sft", "dpo"}
+# The trained candidates of a verdict, and the asset that has each one's weights.
+ADAPTERS = {"sft": "lora_adapter", "dpo": "dpo_adapter", "rl": "rl_adapter"}
+CANDIDATES = {"base", "few_shot", *ADAPTERS}
 
 
 def _python_form(value: Any) -> str:
@@ -56,6 +59,11 @@ Python = Annotated[
     Annotated[str, Tag("text")] | Annotated[UserMetric, Tag("mapping")],
     Discriminator(_python_form),
 ]
+
+
+def scores_alone(metric: Metric) -> bool:
+    """Return True if a metric scores a generated answer without a model or a person."""
+    return metric.of_answer or metric.config in ("python", "program")
 
 
 class EvaluationSettings(Section):
@@ -204,13 +212,18 @@ class EvaluationSettings(Section):
 
     def scores_alone(self) -> bool:
         """Return True if the metric scores an answer without the base's answers and the model."""
-        return self.main_metric().of_answer or self.main_metric().config in ("python", "program")
+        return scores_alone(self.main_metric())
 
     @property
     def values(self) -> Values:
         """When two values of an answer are equal."""
         kinds: dict[str, Kind] = {composed(key): kind for key, kind in self.normalise.items()}
         return Values(kinds, self.decimal, self.day_first)
+
+    def rewards(self, weights: Mapping[str, float]) -> dict[Metric, float]:
+        """Return the metrics of rl.rewards with their weights, by default the verdict's with 1."""
+        known = {metric.name: metric for metric in self.measured()}
+        return {known[name]: weight for name, weight in (weights or {self.metric: 1.0}).items()}
 
     def option(self, metric: Metric) -> Option:
         """Return the value that the metric's function gets; None if it has no key."""

@@ -7,11 +7,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ft_assets.config.chat import ChatSettings
-from ft_assets.config.evaluation import EvaluationSettings
+from ft_assets.config.evaluation import EvaluationSettings, scores_alone
 from ft_assets.config.launcher import KINDS
 from ft_assets.config.limits import require_names, require_sane_numbers, shown
 from ft_assets.config.place import Place
 from ft_assets.config.project import Project
+from ft_assets.config.rl import RlSettings
 from ft_assets.config.section import Section
 from ft_assets.config.strict_yaml import read_strictly
 from ft_assets.config.training import (
@@ -104,6 +105,7 @@ def load_project(path: Path | None = None, place: Place | None = None) -> Projec
         _check_review(path, project, name)
         if project.samples():
             _check_own_answers(path, project, name)
+        _check_rl(path, project, name)
     _check_sampling_is_used(path, project)
     return project
 
@@ -117,6 +119,37 @@ def _check_own_answers(path: Path, project: Project, name: str) -> None:
             "not score a generated answer alone",
             expected="a metric of the answer, to find the better one of two",
             fix="choose another evaluation.metric, e.g. exact, or dpo.pairs: given",
+        )
+
+
+def _check_rl(path: Path, project: Project, name: str) -> None:
+    recipe, own = project.recipe(name), project.base_models[name].rl
+    if recipe.rl is None:
+        if own:
+            raise ConfigError(
+                where=f"{path}: base_models.{name}.rl",
+                found="is set, and there is no section rl",
+                expected="a section rl, whose values a base model overrides",
+                fix="add `rl: {}`, which takes the defaults, or remove the key",
+            )
+        return
+    measured = {metric.name: metric for metric in recipe.evaluation.measured()}
+    alone = [known for known, metric in measured.items() if scores_alone(metric)]
+    for reward in recipe.rl.rewards or {recipe.evaluation.metric: 1.0}:
+        if reward not in alone:
+            raise ConfigError(
+                where=f"{path}: rl.rewards of {name}",
+                found=f"{reward}, which "
+                + ("does not score an answer alone" if reward in measured else "is not measured"),
+                expected=f"metrics of evaluation that score an answer alone: {', '.join(alone)}",
+                fix=nearest(reward, alone, "name one of them, or add a metric to evaluation"),
+            )
+    if recipe.lora.method == "full":
+        raise ConfigError(
+            where=f"{path}: rl of {name}",
+            found="lora.method is full: the reference would be a second copy of all weights",
+            expected="lora.method: lora or qlora, whose adapter RL trains",
+            fix="set lora.method: lora, or remove the section rl",
         )
 
 
@@ -186,8 +219,11 @@ def _check_overrides(path: Path, project: Project, name: str) -> None:
         ("text", TextSettings),
         ("sft", SftSettings),
         ("dpo", DpoSettings),
+        ("rl", RlSettings),
         ("evaluation", EvaluationSettings),
     ):
+        if getattr(project, section) is None:
+            continue
         merged = {**getattr(project, section).model_dump(), **getattr(model, section)}
         _validated(path, kind, merged, ("base_models", name, section))
 

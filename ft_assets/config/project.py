@@ -28,6 +28,7 @@ from ft_assets.config.launcher import AnyLauncher, LocalSettings
 from ft_assets.config.place import Place
 from ft_assets.config.release import ReleaseSettings
 from ft_assets.config.review import ReviewSettings
+from ft_assets.config.rl import RlSettings
 from ft_assets.config.section import Section
 from ft_assets.config.training import DpoSettings, LoraSettings, SftSettings, TextSettings
 from ft_assets.errors import ConfigError, nearest
@@ -59,6 +60,9 @@ class BaseModelSettings(Section):
     dpo: dict[str, Any] = Field(
         default={}, description="What this base model needs differently in `dpo:`."
     )
+    rl: dict[str, Any] = Field(
+        default={}, description="What this base model needs differently in `rl:`."
+    )
     evaluation: dict[str, Any] = Field(
         default={}, description="What this base model needs differently in `evaluation:`."
     )
@@ -74,7 +78,7 @@ class BaseModelSettings(Section):
 class Recipe(Section):
     """What one base model resolves to: the defaults with its own overrides.
 
-    `text` is None, and is left out of the data, without `data.text`.
+    `text` is None without `data.text`, and `rl` without its section. None is left out of the data.
     """
 
     chat: ChatSettings = ChatSettings()
@@ -82,13 +86,15 @@ class Recipe(Section):
     text: TextSettings | None = None
     sft: SftSettings = SftSettings()
     dpo: DpoSettings = DpoSettings()
+    rl: RlSettings | None = None
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_serializer(mode="wrap")
-    def _without_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent_stages(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data = handler(self)
-        if self.text is None:
-            data.pop("text", None)
+        for stage in ("text", "rl"):
+            if getattr(self, stage) is None:
+                data.pop(stage, None)
         return data
 
 
@@ -108,6 +114,9 @@ class Project(Section):
     text: TextSettings = TextSettings()
     sft: SftSettings = SftSettings()
     dpo: DpoSettings = DpoSettings()
+    rl: RlSettings | None = Field(
+        default=None, description="Reinforcement from the SFT model; without it there is none."
+    )
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     release: ReleaseSettings = ReleaseSettings()
@@ -182,7 +191,8 @@ class Project(Section):
         model = self.base_model(name)
         sections: dict[str, Any] = {}
         text = ("text",) if self.data.text else ()
-        for section in ("chat", "lora", *text, "sft", "dpo", "evaluation"):
+        rl = ("rl",) if self.rl else ()
+        for section in ("chat", "lora", *text, "sft", "dpo", *rl, "evaluation"):
             merged = {**getattr(self, section).model_dump(), **getattr(model, section)}
             sections[section] = merged
         return Recipe.model_validate(sections)

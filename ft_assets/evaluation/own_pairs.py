@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ft_assets.config import EvaluationSettings, SamplingSettings
-from ft_assets.evaluation.answer_scores import score_answers
+from ft_assets.evaluation.own_scores import OwnScores
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.metrics import Option
-from ft_assets.metrics.program import program_scores
 from ft_assets.metrics.registry import ROUNDING
-from ft_assets.metrics.user_function import UserFunction
 from ft_assets.rows.types import Outcome, OwnAnswerRow, PairRow
 
 CHOSEN, REJECTED = "chosen", "rejected"
@@ -124,40 +122,22 @@ class Judge:
     def __init__(
         self, settings: EvaluationSettings, sampling: SamplingSettings, schema: Option, root: Path
     ) -> None:
-        self.settings, self.sampling, self.schema, self.root = settings, sampling, schema, root
-        self.metric = settings.main_metric()
-        user = settings.user_metric
-        self.function = (
-            UserFunction(user, root) if user and self.metric.config == "python" else None
-        )
+        self.sampling, self.metric = sampling, settings.main_metric()
+        self.scores = OwnScores(settings, schema, root)
 
     def judge(self, rows: Sequence[Row]) -> list[Judged]:
         """Return what the answers of each row are worth. Raises EvaluationError of the metric."""
         counted = [_distinct(row.samples) for row in rows]
-        texts = [(row, one.text) for row, ones in zip(rows, counted, strict=True) for one in ones]
-        scores = iter(self._scores([*texts, *((row, row.row["reference"]) for row in rows)]))
+        texts = [
+            (row.row, one.text) for row, ones in zip(rows, counted, strict=True) for one in ones
+        ]
+        references = [(row.row, row.row["reference"]) for row in rows]
+        scores = iter(self.scores.of(self.metric, [*texts, *references]))
         own = [[next(scores) for _ in ones] for ones in counted]
-        references = list(scores)
         return [
             self._choose(row, ones, values, reference)
-            for row, ones, values, reference in zip(rows, counted, own, references, strict=True)
+            for row, ones, values, reference in zip(rows, counted, own, scores, strict=True)
         ]
-
-    def _scores(self, answered: Sequence[tuple[Row, str]]) -> list[float]:
-        ids = [row.row["id"] for row, _ in answered]
-        answers = [text for _, text in answered]
-        references = [row.row["reference"] for row, _ in answered]
-        conversations = [row.row["messages"][:-1] for row, _ in answered]
-        if self.function is not None:
-            return self.function.scores(
-                list(zip(ids, answers, references, conversations, strict=True))
-            )
-        if self.metric.config == "program" and self.settings.program is not None:
-            return program_scores(
-                self.settings.program, self.root, answers, references, conversations
-            )
-        name = self.metric.name
-        return score_answers(answers, references, self.settings, self.schema, only=name)[name]
 
     def _choose(
         self, row: Row, answers: Sequence["_Counted"], scores: list[float], reference: float

@@ -14,18 +14,25 @@ LABELS = {
     "few_shot": "base + few-shot prompt",
     "sft": "SFT adapter",
     "dpo": "SFT + DPO adapter",
+    "rl": "SFT + RL adapter",
 }
-COLORS = {"base": "#9aa5b1", "few_shot": "#7b8794", "sft": "#2f855a", "dpo": "#276749"}
+COLORS = {
+    "base": "#9aa5b1",
+    "few_shot": "#7b8794",
+    "sft": "#2f855a",
+    "dpo": "#276749",
+    "rl": "#22543d",
+}
 
 
-def _axes(height: float = 2.4, columns: int = 1) -> tuple[Any, Any]:
+def _axes(height: float = 2.4, columns: int = 1, lines: int = 1) -> tuple[Any, Any]:
     # Not pyplot: it takes most of a second to import and keeps every figure until it is closed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, height), dpi=90)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(lines, columns)
 
 
 def score_plot(report: EvalReport) -> bytes:
@@ -148,6 +155,30 @@ def curve_plot(
     axes.set_ylabel("loss (nats/token)")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+VALIDATION_OF_RL = {"reward": "validation_reward", "answer_tokens": "validation_tokens"}
+CURVES_OF_RL = (("reward", "reward"), ("kl", "KL (nats/token)"), ("entropy", "entropy (nats)"))
+
+
+def rl_plot(curve: list[dict[str, float]], validation: list[dict[str, float]]) -> bytes:
+    """Draw reward, KL divergence, entropy and length of answers over optimizer steps, as PNG."""
+    figure, axes = _axes(4.4, 2, 2)
+    steps = [entry["step"] for entry in curve]
+    panels = (*CURVES_OF_RL, ("answer_tokens", "tokens of an answer"))
+    for panel, (key, label) in zip(axes.flat, panels, strict=True):
+        panel.plot(steps, [entry[key] for entry in curve], color="#2f855a", label="samples")
+        points = [
+            (entry["step"], entry[name])
+            for entry in validation
+            if (name := VALIDATION_OF_RL.get(key, "")) in entry
+        ]
+        if points:
+            panel.plot(*zip(*points, strict=True), "o-", color="#c05621", label="validation rows")
+            panel.legend(fontsize=7, frameon=False)
+        panel.set_title(label, fontsize=9)
+        panel.grid(alpha=0.3)
     return _png(figure)
 
 

@@ -27,7 +27,11 @@ from ft_assets.evaluation.verdict.statistics import compare, interval
 from ft_assets.metrics import higher_is_better
 
 BEHAVIOUR = ("refused", "repetition")  # compared as rates, not row by row
-RIVALS = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
+RIVALS = {
+    "sft": ("base", "few_shot"),
+    "dpo": ("base", "few_shot", "sft"),
+    "rl": ("base", "few_shot", "sft", "dpo"),
+}
 
 
 def summarise(

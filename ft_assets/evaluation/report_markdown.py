@@ -12,7 +12,17 @@ from ft_assets.evaluation.verdict.decision import PASS, beats
 from ft_assets.markdown import Table, table
 
 Rows = Mapping[str, Sequence[ScoredRow]]  # by candidate
-STEPS = (("sft", "base"), ("sft", "few_shot"), ("dpo", "sft"), ("dpo", "base"), ("dpo", "few_shot"))
+STEPS = (
+    ("sft", "base"),
+    ("sft", "few_shot"),
+    ("dpo", "sft"),
+    ("dpo", "base"),
+    ("dpo", "few_shot"),
+    ("rl", "sft"),
+    ("rl", "dpo"),
+    ("rl", "base"),
+    ("rl", "few_shot"),
+)
 BEHAVIOUR = ("stop_rate", "refused", "repetition")
 EXAMPLES = 3
 FRESH_ROWS = 4  # verdicts: a difference must be 1.5 times as large as for the first
@@ -71,6 +81,8 @@ def _verdict(report: EvalReport, verdict: Verdict, partition: str) -> list[str]:
         lines.append("- nothing is merged")
     if verdict.dpo:
         lines.append(f"- DPO: {verdict.dpo}")
+    if verdict.rl:
+        lines.append(f"- RL: {verdict.rl}")
     if prompting := prompting_sentence(report, verdict):
         lines.append(f"- {prompting}")
     return [*lines, f"- {seeds_sentence(report, verdict)}", f"- {use_sentence(report)}"]

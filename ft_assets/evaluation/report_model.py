@@ -377,7 +377,8 @@ class EvalReport(Part):
     scores: {candidate: {metric: mean}}. intervals: of each candidate's gate metric. chance:
     {candidate: its scores against those of shuffled references}. bound_to: the versions of what was
     judged. lower_is_better: of a user's own metrics those that are a loss. calibration: that of the
-    judge, None without people's judgements. rivals: models behind endpoints, by name.
+    judge, None without people's judgements. rivals: models behind endpoints, by name. rewards: of
+    RL, metrics with their weights.
     """
 
     metric: str
@@ -402,6 +403,7 @@ class EvalReport(Part):
     seeds: dict[str, SeedSpread] | None = None
     calibration: JudgeCalibration | None = None
     rivals: dict[str, RivalReport] | None = None
+    rewards: dict[str, float] | None = None
 
     def higher_is_better(self, metric: str) -> bool:
         """Return False if a metric of this report is better when it is lower."""
@@ -417,7 +419,7 @@ class Judgement(Part):
 
 class Verdict(Part):
     """verdict.json. `candidate` is merged (None: nothing is); the reasons are those of
-    `reported_candidate`, which is set in any case. dpo: why DPO was taken or not.
+    `reported_candidate`, which is set in any case. dpo, rl: why it was taken or not; None without.
 
     `override` is the written reason of `gate.override`, set only if it replaced a PASS.
     """
@@ -430,6 +432,7 @@ class Verdict(Part):
     candidates: dict[str, Judgement]
     bound_to: dict[str, str]
     override: str | None = None
+    rl: str | None = None
 
     @property
     def merged_candidate(self) -> str:

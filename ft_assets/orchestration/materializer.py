@@ -356,8 +356,9 @@ class Live:
 def _line(message: str, numbers: Mapping[str, Any]) -> str:
     if message == "train":
         minutes, seconds = divmod(int(numbers["seconds_left"]), 60)
+        shown = "reward" if "reward" in numbers else "loss"
         return (
-            f"step {numbers['step']}/{numbers['steps']}  loss {numbers['loss']:.4f}"
+            f"step {numbers['step']}/{numbers['steps']}  {shown} {numbers[shown]:.4f}"
             f"  {numbers['tokens_per_s']:.0f} tokens/s  {numbers['memory_gb']:.1f} GB"
             f"  {minutes}:{seconds:02d} left"
         )

@@ -22,6 +22,7 @@ TRAINING = {
     "text_adapter": ("text_dataset", "train", "text"),
     "lora_adapter": ("heldout_split", "train", "sft"),
     "dpo_adapter": ("heldout_split", "preferences", "dpo"),
+    "rl_adapter": ("heldout_split", "train", "rl"),
 }
 
 
@@ -124,12 +125,14 @@ def _planner(
     recipe = project.recipe(partition)
     pairs = key == "dpo"
     settings: TrainSettings = getattr(recipe, key)
+    if key == "rl":  # the longest answer comes after the prompt
+        lengths = [length + recipe.evaluation.max_new_tokens for length in lengths]
     data = Data(
         lengths,
         isinstance(settings, SftSettings) and settings.packing is not False,
         2 if pairs else 1,
-        reference=pairs,
-        plain=pairs,
+        reference=pairs or key == "rl",
+        plain=pairs or key == "rl",
     )
     shape = snapshot_shape(base.path)
 

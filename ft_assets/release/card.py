@@ -24,6 +24,8 @@ from ft_assets.models.license import BaseLicense
 from ft_assets.release.card_facts import CardFacts, DataFacts, TemplateFacts
 from ft_assets.release.provenance import PROVENANCE
 
+LATER = ("dpo", "rl")  # candidates whose training goes on from SFT
+
 
 @dataclass(frozen=True)
 class MergedFile:
@@ -92,7 +94,7 @@ def _front_matter(facts: CardFacts, verdict: Verdict, report: EvalReport, file: 
         metric_name=f"{metric} of this file on {report.heldout_rows} held-out rows ({others})",
         metric_value=round(file.score, 4),
     )
-    dpo = ["dpo"] if verdict.candidate == "dpo" else []
+    later = [verdict.candidate] if verdict.candidate in LATER else []
     data = ModelCardData(
         base_model=facts.base.hub or facts.license.derived_from,
         license=facts.license.license or "unknown",  # type: ignore[arg-type]  # a list is allowed
@@ -100,7 +102,7 @@ def _front_matter(facts: CardFacts, verdict: Verdict, report: EvalReport, file: 
         license_link=facts.license.link,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["fine-tuned", facts.method, *dpo, "merged", f"verdict-{verdict.status.lower()}"],
+        tags=["fine-tuned", facts.method, *later, "merged", f"verdict-{verdict.status.lower()}"],
         datasets=facts.hub_datasets or None,
         model_name=facts.partition,
         eval_results=[result],
@@ -285,9 +287,9 @@ def _count(rows: DataFacts) -> str:
 
 def _training(facts: CardFacts, verdict: Verdict) -> str:
     recipe = facts.recipe.model_dump(mode="json")
-    dpo = ("dpo",) if verdict.candidate == "dpo" else ()
+    later = (verdict.candidate,) if verdict.candidate in LATER else ()
     text = ("text",) if "text" in recipe else ()
-    stages = ("lora", *text, "sft", *dpo)
+    stages = ("lora", *text, "sft", *later)
     settings = [
         [f"`{stage}.{name}`", f"`{value}`"]
         for stage in stages

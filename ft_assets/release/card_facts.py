@@ -27,6 +27,8 @@ TRAINING_METRICS = (
     "pairs",
     "pairs_sampled",
     "labels",
+    "prompts",
+    "sampled_tokens",
     "steps",
     "seconds",
     "tokens_per_s",
@@ -223,6 +225,9 @@ def _training(used: Mapping[str, Artifact]) -> dict[str, int | float]:
         del preferences["pairs"]
     text = {"text": used["text_adapter"].metrics} if "text_adapter" in used else {}
     stages = {**text, "SFT": used["lora_adapter"].metrics, method: preferences}
+    if "rl_adapter" in used:
+        rl = used["rl_adapter"].metrics
+        stages[str(rl["rl_method"]).upper()] = rl
     return {
         f"{stage} {key.replace('_', ' ')}": metrics[key]
         for stage, metrics in stages.items()

@@ -3,6 +3,7 @@
 import contextlib
 
 from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.config import ADAPTERS
 from ft_assets.errors import ArtifactError, ReleaseError
 from ft_assets.release.register import PROPOSED, ReleasedModel, identity, state_of
 from ft_assets.release.whole_register import current_release
@@ -101,7 +102,7 @@ def need_adapter(store: ArtifactStore, partition: str, merged: Artifact, where: 
             where=where,
             found=f"the adapter of the champion {merged.fingerprint} is no longer in the store, "
             "so its training rows are unknown",
-            expected="its folder below lora_adapter/ or dpo_adapter/",
+            expected="its folder below lora_adapter/, dpo_adapter/ or rl_adapter/",
             fix=f"restore it from a backup; or remove release/{partition} from the store: a new "
             "history then begins with today's model",
         )
@@ -128,7 +129,5 @@ def champion_since(release: Artifact) -> str:
 def adapter_of(store: ArtifactStore, partition: str, merged: Artifact) -> Artifact | None:
     """Find the adapter that a merged model was made from, None if the store no longer has it."""
     version = merged.manifest.inputs["adapter"]
-    found = (
-        by_content(store, asset, partition, version) for asset in ("lora_adapter", "dpo_adapter")
-    )
+    found = (by_content(store, asset, partition, version) for asset in ADAPTERS.values())
     return next((artifact for artifact in found if artifact is not None), None)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.config import ADAPTERS
 from ft_assets.data.tables import read_table
 from ft_assets.evaluation.kept_answers import Answers, AskedRow
 from ft_assets.evaluation.scored_rows import cluster_of
@@ -12,7 +13,6 @@ from ft_assets.release.whole_register import current_release
 from ft_assets.review.session import CHAMPION, Item
 from ft_assets.rows.types import TokenizedRow
 
-ADAPTERS = {"sft": "lora_adapter", "dpo": "dpo_adapter"}
 HELDOUT = "heldout_split#heldout"
 
 

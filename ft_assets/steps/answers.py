@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.artifacts.environment import library_versions
-from ft_assets.config import EvaluationSettings
+from ft_assets.config import ADAPTERS, EvaluationSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.kept_answers import Answers, Kept, digest
@@ -54,8 +54,8 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     from ft_assets.models.adapter_files import of_seed
 
     libraries = library_versions("infer")
-    places = {"sft": "lora_adapter", "dpo": "dpo_adapter"}
-    adapters = {name: job.inputs[place] for name, place in places.items() if name in given.weights}
+    places = {name: place for name, place in ADAPTERS.items() if name in given.weights}
+    adapters = {name: job.inputs[place] for name, place in places.items()}
     weights = {name: digest(VERSION, version, libraries) for name, version in given.weights.items()}
     seeds = {
         f"{name}{FURTHER_SEED}{number}": (of_seed(adapter, number), digest(weights[name], number))

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 class Settings(StepSettings):
     """`bound_to`: the versions that the report is about. `previous`: the folder of the last one.
 
-    `uses`: the earlier verdicts on this base model.
+    `rewards`: of RL. `uses`: the earlier verdicts on this base model.
     `raw_dataset`: the folder that has the lines of the rows, for messages.
     """
 
@@ -70,6 +70,7 @@ class Settings(StepSettings):
     previous: Path | None
     uses: Uses
     min_judge_agreement: float = 0.0
+    rewards: dict[str, float] | None = None
 
 
 @takes(Settings)
@@ -99,6 +100,8 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         numbers = numbers.model_copy(update={"few_shot": choice})
     if (calibration := _calibration(job, given, scored, task)) is not None:
         numbers = numbers.model_copy(update={"calibration": calibration})
+    if given.rewards:
+        numbers = numbers.model_copy(update={"rewards": given.rewards})
     if settings.rivals:
         numbers = numbers.model_copy(
             update={"rivals": _rivals(job, scored, task, numbers.confidence)}
@@ -336,6 +339,9 @@ def _write_pages(
     }
     if given.has_dpo:
         curves["DPO loss"] = {"train": read_curve(job.inputs["dpo_adapter"], "curve")}
+    if "rl_adapter" in job.inputs:
+        steps = read_curve(job.inputs["rl_adapter"], "curve")
+        curves["RL reward"] = {"train": [{**step, "loss": step["reward"]} for step in steps]}
     page = report_html(
         numbers,
         verdict,

@@ -14,12 +14,10 @@ from ft_assets.data.leakage import copies_of_held_out
 from ft_assets.data.tables import (
     OWN_ANSWER,
     TOKENIZED_PREFERENCE,
-    Table,
-    read_table,
     write_table,
 )
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
-from ft_assets.rows.types import MemberRow, Outcome, PairRow, TextRow, TokenizedRow
+from ft_assets.rows.types import Outcome, PairRow, TextRow, TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
@@ -50,8 +48,10 @@ class Settings(StepSettings):
 @takes(Settings)
 def step(job: Job, given: Settings, report: Report) -> StepResult:
     from ft_assets.evaluation.own_pairs import Judge
+    from ft_assets.evaluation.own_prompts import own_rows
 
-    rows = {side: _rows(job, side, given) for side in SIDES}
+    split, raw = job.inputs["heldout_split"], job.inputs["raw_dataset"]
+    rows = {side: own_rows(split, raw, side, given.sampling.max_prompts) for side in SIDES}
     asked, cost = _ask(job, rows, given, report)
     judge = Judge(given.evaluation, given.sampling, given.answer_schema, given.root)
     judged = {side: judge.judge(answered) for side, answered in asked.items()}
@@ -73,53 +73,30 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     return StepResult(metrics, versions)
 
 
-def _rows(job: Job, side: str, given: Settings) -> list[TokenizedRow]:
-    """Return the rows of a side to sample answers to, by id.
-
-    Not general conversations, which the metric is not about, and no part of a longer one.
-    """
-    rehearsal = job.inputs["raw_dataset"] / "rehearsal.parquet"
-    general = {row["id"] for row in Table[MemberRow](rehearsal, ["id"])}
-    table = read_table(job.inputs["heldout_split"] / f"{side}.parquet", row=TokenizedRow)
-    rows = [row for row in table if row["judged"] and row["id"] not in general]
-    return sorted(rows, key=lambda row: row["id"])[: given.sampling.max_prompts]
-
-
 def _ask(
     job: Job, rows: dict[str, list[TokenizedRow]], given: Settings, report: Report
 ) -> tuple[dict[str, list[Row]], dict[str, float]]:
-    from ft_assets.chat.rendering import Renderer
-    from ft_assets.evaluation.asker import active, prompts, tokenized
+    from ft_assets.evaluation.asker import active
     from ft_assets.evaluation.candidate_proofs import load_candidates
-    from ft_assets.evaluation.context import Room
     from ft_assets.evaluation.own_answers import Asked, Sampler
     from ft_assets.evaluation.own_pairs import Row
-    from ft_assets.evaluation.references import with_references
-    from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
+    from ft_assets.evaluation.own_prompts import own_prompts
+    from ft_assets.models.loading import load_tokenizer, stop_ids
 
     snapshot, limit = job.inputs["base_model"], given.evaluation.max_new_tokens
     tokenizer, stops = load_tokenizer(snapshot), stop_ids(snapshot)
-    renderer = Renderer(tokenizer, stops)
     every = [row for side in rows.values() for row in side]
-    asked = [
-        Asked(row["id"], prompt)
-        for row, prompt in zip(every, prompts(renderer, every), strict=True)
-    ]
-    room = Room(context_length(snapshot), limit)
-    if error := room.rows_error({one.id: len(one.prompt) for one in asked}, "train"):
-        raise error
+    prompts = own_prompts(snapshot, tokenizer, stops, every, limit)
     model = load_candidates(snapshot, {"sft": job.inputs["lora_adapter"]})
     with active(model, "sft"):
         sampler = Sampler(
             model, tokenizer, stops, limit, given.evaluation.batch_size, given.sampling
         )
+        asked = [Asked(one.row["id"], one.prompt) for one in prompts]
         answers, cost = sampler.sample(asked, job.checkpoints / "answers.jsonl", report)
-    rendered = tokenized(renderer, every)
     answered = iter(
-        Row(row, one.prompt, row["input_ids"][row["supervised"].index(True) :], samples)
-        for row, one, samples in zip(
-            with_references(tokenizer, rendered), asked, answers, strict=True
-        )
+        Row(one.row, one.prompt, one.reference_ids, samples)
+        for one, samples in zip(prompts, answers, strict=True)
     )
     return {side: [next(answered) for _ in its] for side, its in rows.items()}, cost
 

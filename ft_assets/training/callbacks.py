@@ -23,7 +23,19 @@ from ft_assets.training.memory_plan.model_shape import Shape
 WINDOW = 10  # steps
 # These go into the checkpoint's log, for a retry of a training that had already ended.
 SPEED = ("tokens_per_s", "mfu_percent")
-SHOWN = ("learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies")
+SHOWN = {  # values of TRL's log, and their names in the curve
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "rewards/margins": "reward_margins",
+    "rewards/accuracies": "reward_accuracies",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "alike_groups",
+    "kl": "kl",
+    "entropy": "entropy",
+    "completions/mean_length": "answer_tokens",
+    "completions/clipped_ratio": "unfinished",
+}
 
 
 class SpeedMetrics(TypedDict, total=False):
@@ -61,14 +73,14 @@ class Progress(TrainerCallback):
     """Report each step and keep the loss curve.
 
     Raises TrainingError if a loss or gradient is not finite, or if the mean of ten steps is more
-    than `max_loss_rise` above the lowest earlier mean of ten steps. `mfu` converts tokens/s to MFU
-    in percent, or returns None.
+    than `max_loss_rise` above the lowest earlier mean of ten steps. `tokens_per_step`: None in RL,
+    whose tokens TRL counts. `mfu` converts tokens/s to MFU in percent, or returns None.
     """
 
     def __init__(
         self,
         report: Report,
-        tokens_per_step: float,
+        tokens_per_step: float | None,
         max_loss_rise: float | None = None,
         mfu: Callable[[float], float | None] = lambda _: None,
     ) -> None:
@@ -79,6 +91,7 @@ class Progress(TrainerCallback):
         self.curve: list[dict[str, float]] = []
         self._begun = 0.0
         self._first = 0
+        self._seen = 0  # tokens that TRL has counted
 
     def restore(self, state: Any) -> None:
         """Take over the curve of a run that had already reached its last step."""
@@ -98,6 +111,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun = time.perf_counter()
         self._first = state.global_step
+        self._seen = state.num_input_tokens_seen
         self.curve = [_entry(entry) for entry in state.log_history if "loss" in entry]
 
     def on_log(
@@ -121,14 +135,17 @@ class Progress(TrainerCallback):
     def _numbers(self, state: Any, logs: dict[str, float]) -> dict[str, float]:
         done = max(1, state.global_step - self._first)
         elapsed = time.perf_counter() - self._begun
-        speed = self.tokens_per_step * done / elapsed
         numbers = {
             **_entry({**logs, "step": state.global_step}),
             "steps": state.max_steps,
-            "tokens_per_s": round(speed, 1),
             "memory_gb": round(device_memory_gb(), 2),
             "seconds_left": round(elapsed / done * (state.max_steps - state.global_step)),
         }
+        if self.tokens_per_step is None:
+            speed = (logs["num_tokens"] - self._seen) / elapsed
+        else:
+            speed = self.tokens_per_step * done / elapsed
+        numbers["tokens_per_s"] = round(speed, 1)
         mfu = self.mfu(speed)
         if mfu is not None:
             numbers["mfu_percent"] = mfu
@@ -169,9 +186,7 @@ class Progress(TrainerCallback):
 def _entry(logs: dict[str, float]) -> dict[str, float]:
     """Return a step of the curve: its number, its loss in nats, other values of TRL's log."""
     shown = {
-        key.replace("rewards/", "reward_"): round(float(logs[key]), 4)
-        for key in SHOWN
-        if key in logs
+        name: round(float(logs[key]), 4) for key, name in SHOWN.items() if logs.get(key) is not None
     }
     if "learning_rate" in shown:
         shown["learning_rate"] = float(logs["learning_rate"])

@@ -25,12 +25,11 @@ from trl.trainer.kto_config import KTOConfig
 
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.split import MIN_VALIDATION_PAIRS
-from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype
 from ft_assets.job import Report
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.models.sharding import held_weights
-from ft_assets.training.adapter import is_finite, trained_adapter
+from ft_assets.training.adapter import trained_adapter
 from ft_assets.training.callbacks import (
     Progress,
     SpeedMetrics,
@@ -41,7 +40,7 @@ from ft_assets.training.label_trainer import ANSWERS, LabelTrainer, is_labelled,
 from ft_assets.training.loop import Run, RunMetrics, train_to_the_end
 from ft_assets.training.memory_plan.model_shape import snapshot_shape
 from ft_assets.training.memory_plan.plan import Plan, PlanMetrics
-from ft_assets.training.method_choice import resolve_method, save_plan
+from ft_assets.training.method_choice import resolve_method
 from ft_assets.training.pair_loss import LABELS_MEASURED, MEASURED, PairLoss
 from ft_assets.training.pair_trainer import PairTrainer, SharingMetrics
 from ft_assets.training.pairs import (
@@ -58,6 +57,7 @@ from ft_assets.training.prepare import (
     plan_dpo,
     this_machine,
 )
+from ft_assets.training.publish import publish
 from ft_assets.training.reference import (
     Reference,
     data_version,
@@ -67,13 +67,12 @@ from ft_assets.training.reference import (
     score_reference,
     write_reference,
 )
-from ft_assets.training.trackers import keep_events
 from ft_assets.training.trl_options import (
     trainer_options,
     trl_config,
     trl_errors_as_config_errors,
 )
-from ft_assets.training.validation import Validation, ValidationMetrics, save_result
+from ft_assets.training.validation import Validation, ValidationMetrics
 
 PreferenceTrainer = PairTrainer | LabelTrainer
 
@@ -204,7 +203,7 @@ def train_dpo(
     seconds = time.perf_counter() - begun
     progress.restore(run.trainer.state)
     watch.restore(run.trainer.state)
-    _save(run.trainer.model, watch, progress, plan, checkpoints, output)
+    publish("dpo", run.trainer.model, watch, progress.curve, plan, checkpoints, output)
     return _metrics(run, plan, proven, watch, progress, seconds)
 
 
@@ -425,26 +424,6 @@ def _referenced(pairs: Sequence[TokenPair], reference: Reference) -> list[Refere
     return [
         with_reference(pair, *values) for pair, values in zip(pairs, reference.values, strict=True)
     ]
-
-
-def _save(
-    model: Any,
-    watch: Validation,
-    progress: Progress,
-    plan: Plan,
-    checkpoints: Path,
-    output: Path,
-) -> None:
-    if not is_finite(model):
-        raise TrainingError(
-            where="dpo",
-            found="the adapter holds values that are not finite",
-            expected="finite weights",
-            fix="lower dpo.learning_rate",
-        )
-    save_result(model, watch, progress.curve, output)
-    keep_events(checkpoints, output)
-    save_plan(plan, output)
 
 
 def _counts(proven: ProvenPairs) -> Counts:

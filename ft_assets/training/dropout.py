@@ -41,3 +41,13 @@ def without_dropout(model: Any) -> Iterator[None]:
             module.train(module in active)
         for module, name, rate in rates:
             setattr(module, name, rate)
+
+
+def turn_off_dropout(model: Any) -> None:
+    """Set every rate of dropout to 0 for good, also those that attention has as a number."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, rate in list(vars(module).items()):
+            if "drop" in name and isinstance(rate, float):
+                setattr(module, name, 0.0)

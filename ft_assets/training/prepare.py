@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ft_assets.compat.liger import apply_kernels
 from ft_assets.compat.torch import use_expandable_segments
 from ft_assets.compat.trl import fused_head
-from ft_assets.config import DpoSettings, LoraSettings, SftSettings
+from ft_assets.config import DpoSettings, LoraSettings, RlSettings, SftSettings
 from ft_assets.errors import TrainingError
 from ft_assets.hardware import compute_dtype, free_memory, no_fp8
 from ft_assets.job import Report
@@ -177,6 +177,22 @@ def plan_dpo(
         ]
     data = Data(lengths, False, answers=1 if shared else 2, reference=True, plain=True)
     return make_plan(snapshot_shape(snapshot), lora, dpo, data, machine, "dpo")
+
+
+def plan_rl(
+    snapshot: Path,
+    lora: LoraSettings,
+    rl: RlSettings,
+    lengths: Sequence[int],
+    machine: Machine,
+) -> Plan:
+    """Plan RL: padded answers, and a frozen copy of the adapter as reference.
+
+    lengths: the tokens of each prompt with its longest answer. Sampling needs less than training:
+    its batches take what is free.
+    """
+    data = Data(lengths, False, reference=True, plain=True)
+    return make_plan(snapshot_shape(snapshot), lora, rl, data, machine, "rl")
 
 
 def prepare_model(

@@ -126,7 +126,57 @@ _REASONS: dict[str, tuple[str, ...]] = {
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}
 # Options that would have no effect in one of the steps.
 _PADDED = {"pad_to_multiple_of": "micro-batches must be as long as the memory plan counted them"}
+_RL_SAMPLING = (
+    "answers are sampled by the seeded rule of rl.temperature, so that a resume samples the same"
+)
+_RL: dict[str, tuple[str, ...]] = {
+    _RL_SAMPLING: (
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "generation_kwargs",
+        "cache_implementation",
+        "use_transformers_continuous_batching",
+        "transformers_continuous_batching_config",
+        "use_transformers_paged",
+        "use_vllm",
+        "ds3_gather_for_generation",
+        "max_tool_calling_iterations",
+    ),
+    "each step samples its own answers, once": (
+        "num_iterations",
+        "steps_per_generation",
+        "generation_batch_size",
+        "num_generations_eval",
+    ),
+    "rl.n is the number of answers": ("num_generations",),
+    "evaluation.max_new_tokens is the longest answer": ("max_completion_length",),
+    "rl.rewards has the weights": ("reward_weights",),
+    "the policy is trained as it answers, without dropout": ("disable_dropout",),
+    "prompts are rendered and proven before": ("chat_template_kwargs", "pad_to_multiple_of"),
+    "the curves are in the Dagster UI": (
+        "log_completions",
+        "log_completions_hub_repo",
+        "log_multimodal",
+        "log_unique_prompts",
+        "num_completions_to_print",
+    ),
+    "its state is not in our checkpoints; entropy_coef is constant": (
+        "use_adaptive_entropy",
+        "entropy_coef_delta",
+        "entropy_coef_max",
+        "entropy_coef_min",
+        "entropy_target",
+    ),
+    "the head computes as the memory plan counted it": ("cast_lm_head_to_fp32",),
+    "the loss is of sampled tokens, and has no labels": (
+        "label_smoothing_factor",
+        "average_tokens_across_devices",
+    ),
+}
 REFUSED_IN = {
+    "rl": {name: reason for reason, names in _RL.items() for name in names},
     "sft": _PADDED,
     "text": _PADDED,
     "dpo": {
@@ -151,6 +201,8 @@ def check_trainer(settings: TrainSettings, key: str, known: set[str]) -> None:
                 fix=f"set {key}.{_RENAMED.get(name, name)}",
             )
         reason = REFUSED.get(name) or REFUSED_IN.get(key, {}).get(name)
+        if name.startswith("vllm_"):
+            reason = _RL_SAMPLING
         if reason:
             raise ConfigError(
                 where=where,

@@ -21,7 +21,12 @@ SHOWN = 40  # answers
 LONGEST = 200  # characters of a setting
 SPLIT = "heldout_split"
 TABLES = ("train", "preferences")
-TRAININGS = {"text_adapter": "Continued pretraining", "lora_adapter": "SFT", "dpo_adapter": "DPO"}
+TRAININGS = {
+    "text_adapter": "Continued pretraining",
+    "lora_adapter": "SFT",
+    "dpo_adapter": "DPO",
+    "rl_adapter": "RL",
+}
 
 
 @dataclass(frozen=True)
@@ -279,7 +284,8 @@ def _curves(asset: str, before: Side, after: Side) -> Curves:
     for one in (before, after):
         if asset not in one.parts:
             continue
-        for file, key in (("curve", "loss"), ("validation", "validation_loss")):
+        what = "reward" if asset == "rl_adapter" else "loss"
+        for file, key in (("curve", what), ("validation", f"validation_{what}")):
             points = _points(one.parts[asset], file, key)
             if points:
                 kind = "training" if file == "curve" else "validation"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ft_assets.artifacts import Artifact, ArtifactStore
+from ft_assets.config import ADAPTERS
 from ft_assets.errors import ArtifactError, FtError
 from ft_assets.evaluation.report_model import Estimate, EvalReport, Verdict
 from ft_assets.orchestration.links import report_path
@@ -146,7 +147,7 @@ def _version(
 
 def _seconds(store: ArtifactStore, name: str, used: dict[str, str]) -> float:
     total = 0.0
-    for asset in ("lora_adapter", "dpo_adapter", "answers"):
+    for asset in (*ADAPTERS.values(), "answers"):
         try:
             artifact = store.find(asset, name, used[asset]) if asset in used else None
         except ArtifactError:

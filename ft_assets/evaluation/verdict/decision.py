@@ -6,11 +6,11 @@ Not here: what the verdict is bound to (gate.py), why it is not a PASS (diagnosi
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-from ft_assets.config import GateSettings
+from ft_assets.config import ADAPTERS, GateSettings
 from ft_assets.evaluation.report_model import (
     Difference,
     Differences,
@@ -96,6 +96,7 @@ def judge(
             _chance(report.chance.get(candidate), metric, report.confidence),
             _prompting(comparisons.get("few_shot", {}).get(metric), report, gate),
             _must_beat(candidate, report),
+            _hacked_reward(candidate, report),
             _form(candidate, report, gate),
             _seeds(candidate, report, gate),
             _stopping(candidate, report.scores, gate),
@@ -359,6 +360,27 @@ def _must_beat(candidate: str, report: EvalReport) -> Reasons:
     return found
 
 
+def _hacked_reward(candidate: str, report: EvalReport) -> Reasons:
+    """Fail RL that is better than SFT by a reward and worse by the verdict's metric.
+
+    Such a reward was optimized beyond what it stands for (Gao et al. 2023).
+    """
+    if candidate != "rl" or not report.rewards:
+        return Reasons()
+    entries, confidence = report.comparisons["rl"]["sft"], report.confidence
+    goal = entries[report.metric]
+    if not worse(goal, confidence):
+        return Reasons()
+    return Reasons(
+        fails=[
+            f"the reward was hacked: {entries[name].describe(name, 'SFT')}, but "
+            f"{goal.describe(report.metric, 'SFT')}"
+            for name, weight in report.rewards.items()
+            if name != report.metric and (beats if weight > 0 else worse)(entries[name], confidence)
+        ]
+    )
+
+
 def _stopping(candidate: str, scores: Mapping[str, Scores], gate: GateSettings) -> Reasons:
     own, base = scores[candidate]["stop_rate"], scores["base"]["stop_rate"]
     if own >= gate.min_stop_rate:
@@ -454,47 +476,62 @@ def _tolerated(entry: Difference, tolerance: float, text: str, gate: GateSetting
 def decide(report: EvalReport, gate: GateSettings) -> Verdict:
     """Decide the verdict of a report.
 
-    SFT and DPO are judged on their own, but for Holm's correction of their p-values. A DPO that
-    hurts never hides a good SFT.
+    SFT, DPO and RL are judged on their own, but for Holm's correction of their p-values. A later
+    training that hurts never hides a good SFT. Of two that do not, the better one is chosen.
     """
-    candidates = [name for name in ("sft", "dpo") if name in report.scores]
+    candidates = [name for name in ADAPTERS if name in report.scores]
     against = {name: report.comparisons[name]["base"] for name in candidates}
     adjusted = adjusted_p(against, report.metric, gate)
     judged = {name: judge(name, report, gate, adjusted[name]) for name in candidates}
     passed = [name for name in candidates if judged[name].status == PASS]
-    hurts = dpo_hurts(report, gate) if "dpo" in candidates else None
-    chosen = passed[0] if passed else None
-    if passed == ["sft", "dpo"]:
-        chosen = "sft" if hurts else "dpo"
+    hurts = {name: later_hurts(name, report, gate) for name in candidates if name != "sft"}
+    chosen = _chosen(passed, hurts, report)
     reported = chosen or max(
         candidates,
         key=lambda name: (judged[name].status == INCONCLUSIVE, report.scores[name][report.metric]),
     )
-    kept = "not worse than SFT on held-out and general prompts" if "dpo" in candidates else None
-    return Verdict(
+    later = {
+        name: damage or "not worse than SFT on held-out and general prompts"
+        for name, damage in hurts.items()
+    }
+    verdict = Verdict(
         status=judged[reported].status,
         candidate=chosen,
         reported_candidate=reported,
         reasons=[f"{reported}: {reason}" for reason in judged[reported].reasons],
-        dpo=hurts or kept,
+        dpo=later.get("dpo"),
         candidates=judged,
         bound_to=report.bound_to,
     )
+    return verdict.model_copy(update={"rl": later["rl"]}) if "rl" in later else verdict
 
 
-def dpo_hurts(report: EvalReport, gate: GateSettings) -> str | None:
-    """Describe the damage of DPO against SFT on held-out or general prompts; None without any.
+def _chosen(
+    passed: Sequence[str], hurts: Mapping[str, str | None], report: EvalReport
+) -> str | None:
+    """Return the candidate to merge. SFT only if each later one failed, or hurts it."""
+    higher = report.higher_is_better(report.metric)
+    if "sft" in passed:
+        passed = [name for name in passed if name == "sft" or not hurts[name]]
+    later = [name for name in passed if name != "sft"]
+    if not later:
+        return passed[0] if passed else None
+    return max(later, key=lambda name: report.scores[name][report.metric] * (1 if higher else -1))
 
-    Both comparisons are paired. A DPO that is better on held-out rows may cost general prompts the
+
+def later_hurts(candidate: str, report: EvalReport, gate: GateSettings) -> str | None:
+    """Describe the damage of DPO or RL against SFT on held-out or general prompts, if there is any.
+
+    Both comparisons are paired. One that is better on held-out rows may cost general prompts the
     usual tolerance; one that is not may cost only `gate.dpo_retention_margin`.
     """
-    entry = report.comparisons["dpo"]["sft"][report.metric]
+    entry = report.comparisons[candidate]["sft"][report.metric]
     text = entry.describe(report.metric, "SFT")
     if entry.mean < -gate.dpo_margin:
         return f"lower than SFT: {text}"
     if report.retention is None:
         return None
-    loss = report.retention.comparisons["dpo"]["sft"]["loss"]
+    loss = report.retention.comparisons[candidate]["sft"]["loss"]
     better = beats(entry, report.confidence)
     allowed = gate.max_retention_loss if better else gate.dpo_retention_margin
     if loss.mean < -allowed and worse(loss, report.confidence):

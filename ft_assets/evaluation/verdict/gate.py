@@ -7,12 +7,20 @@ verdict is recomputed from the numbers.
 from collections.abc import Callable, Mapping
 
 from ft_assets.artifacts import Artifact, verify_files
-from ft_assets.config import GateSettings
+from ft_assets.config import ADAPTERS, GateSettings
 from ft_assets.errors import ArtifactError, VerdictError
 from ft_assets.evaluation.report_model import EvalReport, Verdict
 from ft_assets.evaluation.verdict.decision import PASS, decide
 
-BOUND = ("base_model", "lora_adapter", "dpo_adapter", "heldout", "retention", "evaluation")
+BOUND = (
+    "base_model",
+    "lora_adapter",
+    "dpo_adapter",
+    "rl_adapter",
+    "heldout",
+    "retention",
+    "evaluation",
+)
 MADE_FROM = (  # (artifact, what it must have been made from)
     ("heldout_split", "chat_dataset"),
     ("chat_dataset", "base_model"),
@@ -22,6 +30,7 @@ MADE_FROM = (  # (artifact, what it must have been made from)
 )
 # Only where a project has the stage. Without it, the adapter must not have been made from one.
 TEXT = (("text_adapter", "base_model"), ("lora_adapter", "text_adapter"))
+RL = (("rl_adapter", "base_model"), ("rl_adapter", "lora_adapter"))
 
 
 def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
@@ -29,7 +38,7 @@ def require_lineage(used: Mapping[str, Artifact], where: str) -> None:
 
     This rejects an adapter of another base, and rows tokenized with another template.
     """
-    links = [*MADE_FROM, *(link for link in TEXT if link[0] in used)]
+    links = [*MADE_FROM, *(link for link in (*TEXT, *RL) if link[0] in used)]
     for name, source in links:
         then = used[name].manifest.inputs.get(source)
         now = used[source].data_version if source in used else None
@@ -49,7 +58,11 @@ def bound_versions(used: Mapping[str, Artifact], evaluation: str) -> dict[str, s
     evaluation's settings and of their files.
     """
     return {
-        **{name: used[name].data_version for name in ("base_model", "lora_adapter", "dpo_adapter")},
+        **{
+            name: used[name].data_version
+            for name in ("base_model", *ADAPTERS.values())
+            if name in used
+        },
         **{part: used["heldout_split"].part_version(part) for part in ("heldout", "retention")},
         "evaluation": evaluation,
     }
@@ -96,10 +109,10 @@ def require_pass(
     verdict = decide(numbers, gate)
     for name in BOUND:
         judged = verdict.bound_to.get(name)
-        if judged != versions[name]:
+        if judged != (now := versions.get(name)):
             raise VerdictError(
                 where=where,
-                found=f"the verdict is about another {name} ({judged}, now {versions[name]})",
+                found=f"the verdict is about another {name} ({judged}, now {now})",
                 expected="a verdict about exactly these versions",
                 fix="materialize eval_report again",
             )
