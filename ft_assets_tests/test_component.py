@@ -1,5 +1,6 @@
 """Two projects in one code location of somebody else, put there by the component."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from dagster.components.testing import create_defs_folder_sandbox
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.component import FineTuneComponent
 from ft_assets.config import Place, load_project
+from ft_assets.data.tables import read_table
+from ft_assets.definitions import build
 from ft_assets.errors import ConfigError
 from ft_assets.orchestration.place import concerns
+from ft_assets.orchestration.run_plan import REFUSED, REUSED, STOPPED, plan
+from ft_assets.rows.types import DataRow
 from ft_assets_tests.pipeline import InProcessLauncher, failure
 
 PARTS = ("support", "sales")
@@ -130,3 +135,130 @@ def test_projects_that_would_clash_are_refused(
     while cause is not None and not isinstance(cause, ConfigError):
         cause = cause.__cause__
     assert found in str(cause)
+
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"is {n} a number?"},
+            *[{"role": "assistant", "content": "yes"}],
+        ]
+    }
+    for n in range(120)
+]
+TICKETS = dg.AssetKey(["analytics", "tickets"])
+
+
+class Upstream:
+    """A location with two projects and an asset whose table one of them trains on."""
+
+    def __init__(self, folder: Path, instance: dg.DagsterInstance) -> None:
+        data = yaml.safe_load((folder / "support/finetune.yaml").read_text())["data"]
+        change(folder / "support", {"data": data | {"train": {"asset": "analytics/tickets"}}})
+        self.store = ArtifactStore(folder / "support/.ft/store")
+        self.folder, self.instance = folder, instance
+
+    def run(self, made: dg.AssetsDefinition, *names: str) -> dg.ExecuteInProcessResult:
+        defs = dg.Definitions.merge(load(self.folder), dg.Definitions([made]))
+        ours = [dg.AssetKey(["ml", "support", name]) for name in names]
+        if made.partitions_def is not None:  # a run has one kind of partitions
+            for one in made.partitions_def.get_partition_keys():
+                dg.materialize([made], partition_key=one, instance=self.instance)
+        return defs.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=self.instance,
+            asset_selection=ours if made.partitions_def else [TICKETS, *ours],
+            raise_on_error=False,
+        )
+
+    def rows(self) -> list[str]:
+        """Return the prompts of the raw dataset."""
+        raw = self.store.need("raw_dataset", None)
+        table = read_table(raw.path / "conversations.parquet", row=DataRow)
+        return sorted(row["messages"][0]["content"] for row in table)
+
+
+@pytest.fixture
+def upstream(folder: Path, instance: dg.DagsterInstance) -> Upstream:
+    return Upstream(folder, instance)
+
+
+def tickets(make: Callable[[], Any], **options: Any) -> dg.AssetsDefinition:
+    @dg.asset(key=TICKETS, **options)
+    def table(context: dg.AssetExecutionContext) -> Any:
+        return make()
+
+    return table
+
+
+def test_table_of_an_asset_is_read_by_content(upstream: Upstream, folder: Path) -> None:
+    made = upstream.run(tickets(lambda: ROWS), "upstream_tables", "raw_dataset")
+    assert made.success, failure(made)
+    assert upstream.rows() == sorted(row["messages"][0]["content"] for row in ROWS)
+    first = upstream.store.need("upstream_tables", None).fingerprint
+    raw = upstream.store.need("raw_dataset", None).fingerprint
+    upstream.run(tickets(lambda: list(ROWS)), "upstream_tables", "raw_dataset")
+    assert upstream.store.need("upstream_tables", None).fingerprint == first
+    assert upstream.store.need("raw_dataset", None).fingerprint == raw
+    # The project's own location, where the asset cannot be loaded, keeps what was read last.
+    steps = plan(
+        load_project(folder / "support/finetune.yaml"),
+        build,
+        [dg.AssetKey(name) for name in ("upstream_tables", "raw_dataset")],
+        "tiny",
+    )
+    assert [step.action for step in steps] == [REUSED, REUSED]
+    # A new table is read before the rows: the order of one run is that of the graph.
+    upstream.run(tickets(lambda: ROWS[:100]), "upstream_tables", "raw_dataset")
+    assert len(upstream.rows()) == 100
+
+
+def test_table_of_each_kind_is_read(upstream: Upstream, tmp_path: Path) -> None:
+    import pandas as pd
+    import pyarrow as pa
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:50]))
+    flat = [{"prompt": f"q {n}", "completion": "yes"} for n in range(50)]
+    days = dg.StaticPartitionsDefinition(["monday", "tuesday"])
+    path = dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(file))})
+    kinds: list[tuple[dg.AssetsDefinition, int]] = [
+        (tickets(lambda: pd.DataFrame(flat, index=range(7, 57))), 50),
+        (tickets(lambda: pa.Table.from_pylist(flat[:40])), 40),
+        (tickets(lambda: str(file)), 50),
+        (tickets(lambda: path), 50),
+        (tickets(lambda: flat[:45], partitions_def=days), 45),  # duplicates of the other day
+    ]
+    for made, count in kinds:
+        run = upstream.run(made, "upstream_tables", "raw_dataset")
+        assert run.success, failure(run)
+        assert len(upstream.rows()) == count
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda: 7, "is a int, which is no table"),
+        (lambda: [{"a": {1, 2}}], "cannot be written as a table"),
+        (lambda: "/nowhere.jsonl", "which is no data file here"),
+        (lambda: dg.MaterializeResult(metadata={"path": "/nowhere.csv"}), "which is not there"),
+        (lambda: dg.MaterializeResult(), "cannot be loaded: "),
+    ],
+)
+def test_asset_without_a_table_is_refused(
+    upstream: Upstream, made: Callable[[], Any], found: str
+) -> None:
+    run = upstream.run(tickets(made), "upstream_tables", "raw_dataset")
+    assert not run.success
+    assert "{asset: analytics/tickets}" in failure(run) and found in failure(run)
+    assert upstream.store.current("upstream_tables", None) is None
+
+
+def test_asset_that_was_never_read_is_refused_where_it_cannot_be(upstream: Upstream) -> None:
+    steps = plan(
+        load_project(upstream.folder / "support/finetune.yaml"),
+        build,
+        [dg.AssetKey(name) for name in ("upstream_tables", "raw_dataset")],
+        "tiny",
+    )
+    assert [step.action for step in steps] == [REFUSED, STOPPED]
+    assert "was not read before" in steps[0].why[0]

@@ -58,6 +58,7 @@ __all__ = [
     "failure_sentences",
     "in_plain_words",
     "keep_history_clean",
+    "known_asset",
     "open_instance",
     "read_run",
     "report_check",
@@ -89,6 +90,12 @@ class LaunchedRun:
 
     run_id: str
     instance: InstanceRef | None
+
+
+def known_asset(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Any:
+    """Return the node of an asset in the graph of the run's code location, or None."""
+    graph = context.op_execution_context.job_def.asset_layer.asset_graph
+    return graph.get(key) if graph.has(key) else None
 
 
 def report_check(

@@ -23,6 +23,24 @@ class StratifySettings(Section):
     )
 
 
+FILES = (
+    *("train", "rehearsal", "text", "preferences", "heldout", "retention", "few_shot"),
+    *("contamination", "production"),
+)  # keys that name files, or assets of other people
+ASSET = "asset://"  # before the key of an asset whose table is read
+
+
+def _asset_as_path(entry: Any) -> Any:
+    """Return `{asset: analytics/tickets}` as the path asset://analytics/tickets."""
+    if not isinstance(entry, dict) or "asset" not in entry:
+        return entry
+    key, others = entry["asset"], {name: entry[name] for name in entry if name != "asset"}
+    parts = key.split("/") if isinstance(key, str) else [""]
+    if not all(parts) or any(part in (".", "..") for part in parts) or "path" in others:
+        raise ValueError(f"{{asset: {key}}} is not the key of an asset, e.g. analytics/tickets")
+    return {"path": ASSET + key, **others} if others else ASSET + key
+
+
 UNANSWERED = ("train", "rehearsal", "text", "production")  # sources whose rows need no answer
 RowSource = Literal[
     "train", "rehearsal", "text", "preferences", "heldout", "retention", "few_shot", "production"
@@ -184,6 +202,20 @@ class DataSettings(Section):
                 f"heldout_slice: a share of {max(shares)} has {slices} slices, 0 to {slices - 1}"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _assets(cls, values: Any) -> Any:
+        """Read `train: {asset: analytics/tickets}`, alone or as an entry."""
+        if not isinstance(values, dict):
+            return values
+        changed = dict(values)
+        for key in FILES:
+            given = values.get(key)
+            if isinstance(given, list | dict) and given:
+                entries = given if isinstance(given, list) else [given]
+                changed[key] = [_asset_as_path(entry) for entry in entries]
+        return changed
 
     @model_validator(mode="before")
     @classmethod

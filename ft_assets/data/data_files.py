@@ -4,9 +4,11 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
+from ft_assets.config.data import ASSET
 from ft_assets.data.file_types import DATA, TEXTS, suffixes
 from ft_assets.data.remote_files import fetched
 from ft_assets.data.saved_datasets import STATE, is_description, require_one_split, saved_files
+from ft_assets.data.upstream import upstream_files
 from ft_assets.errors import DataError
 
 TEXT_KEY = "data.text"  # whose folders hold plain texts
@@ -15,7 +17,7 @@ TEXT_KEY = "data.text"  # whose folders hold plain texts
 def resolve_files(
     root: Path, patterns: list[str], key: str, cache: Path | None = None
 ) -> list[Path]:
-    """Return the files that the patterns (files, folders, globs, URLs) name, sorted.
+    """Return the files that the patterns (files, folders, globs, URLs, assets) name, sorted.
 
     Remote files are fetched into `cache`, by default .ft/downloads. A folder means the data files
     in it; plain texts (.txt, .md) need a glob, except for data.text. Raises DataError for a
@@ -25,7 +27,9 @@ def resolve_files(
     files: set[Path] = set()
     for pattern in patterns:
         where = f"finetune.yaml: {key}: {pattern}"
-        if "://" in pattern:
+        if pattern.startswith(ASSET):
+            files.update(upstream_files(root, pattern, where))
+        elif "://" in pattern:
             files.update(fetched(pattern, where, cache or root / ".ft" / "downloads"))
         else:
             files.update(_matches(root, pattern, where, key))

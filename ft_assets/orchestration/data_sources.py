@@ -12,12 +12,14 @@ import dagster as dg
 from ft_assets.artifacts import file_sha256
 from ft_assets.artifacts.content_hashes import ContentHashes
 from ft_assets.config import Project
+from ft_assets.config.data import ASSET
 from ft_assets.data.content import KEYS as DATA_KEYS
 from ft_assets.data.content import Sha256, data_content
 from ft_assets.errors import FtError, InfrastructureFault
 from ft_assets.orchestration.place import key_of
 from ft_assets.review.judgements import Judgements
 
+TABLES = "upstream_tables"  # the asset that keeps the tables of `data.train: {asset: …}`
 REVIEW = "review"  # the judgements of people, which are no key of `data`
 KEYS = (*DATA_KEYS, REVIEW)
 # Written by the one who reports a version, so that the next report can compare.
@@ -38,6 +40,13 @@ def sources_of(project: Project, keys: Sequence[str] = KEYS) -> list[str]:
     ]
 
 
+def upstream_assets(project: Project, keys: Sequence[str] = DATA_KEYS) -> list[str]:
+    """Return the keys of the assets whose tables these keys of `data` read."""
+    paths = [path for key in keys if key in DATA_KEYS for path in getattr(project.data, key)]
+    found = (path for path in paths if path.startswith(ASSET))
+    return sorted({path.removeprefix(ASSET) for path in found})
+
+
 def source_specs(project: Project, owner: str) -> list[dg.AssetSpec]:
     """Return one external asset for each data source of the project."""
     return [
@@ -49,6 +58,7 @@ def source_specs(project: Project, owner: str) -> list[dg.AssetSpec]:
             group_name=project.place.group or "data",
             owners=[owner],
             kinds={"file"},
+            deps=[key_of(project, TABLES)] if upstream_assets(project, [key]) else [],
         )
         for key in sources_of(project)
     ]

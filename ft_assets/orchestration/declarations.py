@@ -17,7 +17,7 @@ from ft_assets.artifacts import Artifact
 from ft_assets.compat.dagster import TO_DO
 from ft_assets.config import Project
 from ft_assets.orchestration.column_schema import column_schema
-from ft_assets.orchestration.data_sources import source_asset, sources_of
+from ft_assets.orchestration.data_sources import TABLES, source_asset, sources_of, upstream_assets
 from ft_assets.orchestration.materializer import GPU_POOL, Materializer, user_errors
 from ft_assets.orchestration.place import in_place, key_of
 from ft_assets.orchestration.readable import readable
@@ -34,7 +34,8 @@ class Asset:
 
     `sources` are the keys of `data` whose files it reads, or `review`. `summary` formats an
     artifact's metrics for `ft status`. `only_if` decides whether a project has the asset. `also`
-    returns the further assets that it reads in a project.
+    returns the further assets that it reads in a project, `outside` the keys of assets that are
+    not the project's: when one of them changes, an automation sensor may request this asset.
     """
 
     body: AssetBody
@@ -49,6 +50,7 @@ class Asset:
     summary: Summary | None = None
     only_if: Callable[[Project], bool] = lambda project: True
     also: Callable[[Project], Sequence[str]] = lambda project: ()
+    outside: Callable[[Project], Sequence[str]] = lambda project: ()
 
     @property
     def name(self) -> str:
@@ -61,10 +63,17 @@ class Asset:
     def bind(self, project: Project, base_models: dg.PartitionsDefinition) -> dg.AssetsDefinition:
         """Build the Dagster asset for a project and its base models."""
         files = [source_asset(key) for key in sources_of(project, self.sources)]
+        if upstream_assets(project, self.sources):
+            files.append(TABLES)
+        outside = [dg.AssetKey(key.split("/")) for key in self.outside(project)]
         return dg.asset(
             key=key_of(project, self.name),
             partitions_def=base_models if self.per_base_model else None,
-            deps=[key_of(project, name) for name in (*self.deps, *self.also(project), *files)],
+            deps=[
+                *(key_of(project, name) for name in (*self.deps, *self.also(project), *files)),
+                *outside,
+            ],
+            automation_condition=dg.AutomationCondition.eager() if outside else None,
             group_name=project.place.group or self.group,
             owners=[OWNER],
             kinds=set(self.kinds),
@@ -87,6 +96,7 @@ def asset(
     summary: Summary | None = None,
     only_if: Callable[[Project], bool] = lambda project: True,
     also: Callable[[Project], Sequence[str]] = lambda project: (),
+    outside: Callable[[Project], Sequence[str]] = lambda project: (),
 ) -> Callable[[AssetBody], Asset]:
     """Declare an asset: a function of (context, materializer) that returns `result(...)`."""
 
@@ -104,6 +114,7 @@ def asset(
             summary=summary,
             only_if=only_if,
             also=also,
+            outside=outside,
         )
 
     return declare

@@ -99,7 +99,13 @@ class Reader(Protocol):
 
 
 class Materializer(Reader, Protocol):
-    """What an asset works with. `StoreMaterializer` makes artifacts, a plan's notes them."""
+    """What an asset works with. `StoreMaterializer` makes artifacts, a plan's notes them.
+
+    `plans`: True if nothing is made, so that an asset must not load what only a run can.
+    """
+
+    @property
+    def plans(self) -> bool: ...
 
     def materialize(
         self,
@@ -142,6 +148,8 @@ class StoreMaterializer:
 
     It is a Dagster resource: it has no connection, only paths and settings.
     """
+
+    plans = False
 
     def __init__(self, project: Project) -> None:
         self.project = project

@@ -88,6 +88,8 @@ class PlanContext:
 class Planner:
     """The Materializer that makes nothing and records what a run would make."""
 
+    plans = True
+
     def __init__(self, project: Project, store: ArtifactStore) -> None:
         self.project = project
         self.store = AssumingStore(store)

@@ -10,6 +10,7 @@ from ft_assets.commands.doctor.check import FAIL, OK, Check, fail, guarded, ok, 
 from ft_assets.commands.doctor.rows import rows
 from ft_assets.commands.store_view import in_bytes
 from ft_assets.config import CONFIG_NAME, Project, find_config, load_project
+from ft_assets.config.data import ASSET
 from ft_assets.config.launcher import LauncherSettings
 from ft_assets.data.content import KEYS as FILES
 from ft_assets.data.data_files import resolve_files
@@ -123,7 +124,7 @@ def _data(project: Project) -> Iterator[Check]:
 def _files(project: Project, key: str, patterns: list[str]) -> Iterator[Check]:
     name = f"data.{key}"
     remote = [
-        pattern for pattern in patterns if "://" in pattern
+        pattern for pattern in patterns if "://" in pattern and not pattern.startswith(ASSET)
     ]  # to look at them would be to fetch them
     files = resolve_files(
         project.root, [pattern for pattern in patterns if pattern not in remote], name
