@@ -3,17 +3,23 @@
 The models are random, of the real classes, in fp32. Each sequence is longer than the window.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from ft_assets.inference import generation
+from ft_assets.inference import decoding, fast, generation
+from ft_assets.inference.fast import EAGER
+from ft_assets.inference.fused_norms import FusedNorms
 from ft_assets.inference.generation import ALONE, RECURRENT, SLIDING, generate
 from ft_assets.inference.losses import answer_losses
 from ft_assets.inference.padding import batch_is_exact
 from ft_assets.inference.prefix import ANY_LENGTH
+from ft_assets.inference.sampling import Sampling
+from ft_assets.inference.slots import SlotLayer
 from ft_assets_tests.families import VOCABULARY, WINDOW, family_model
 
 NEW, PAD, STOPS = 12, 3, frozenset({2})
@@ -46,6 +52,21 @@ class Tokens:
         return " ".join(map(str, ids))
 
 
+@pytest.fixture
+def in_slots(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Return a function that turns decoding in slots on or off; on a CPU it has no graphs."""
+    monkeypatch.setattr(decoding, "WORTH", 1)
+    monkeypatch.setattr(decoding, "CHECK", 3)
+    monkeypatch.setattr(decoding, "PROMPT_TOKENS", 50)
+    monkeypatch.setattr(fast, "MIN_STEPS", 1)
+
+    def turn(on: bool) -> None:
+        for module in (fast, generation):
+            monkeypatch.setattr(module, "decodes_fast", lambda _: on)
+
+    return turn
+
+
 def random_prompts(prefix: int) -> list[list[int]]:
     chance = torch.Generator().manual_seed(1)
 
@@ -71,16 +92,91 @@ def one_at_a_time(model: Any, prompts: list[list[int]]) -> Iterator[tuple[int, .
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_batched_answers_and_losses_equal_those_of_one_row_at_a_time(name: str) -> None:
+def test_batched_answers_and_losses_equal_those_of_one_row_at_a_time(
+    name: str, in_slots: Callable[[bool], None]
+) -> None:
     model, prompts, told = family_model(name), random_prompts(40), []
+    one_by_one = list(one_at_a_time(model, prompts))
     together = generate(model, Tokens(), prompts, STOPS, NEW, 6, told=told.append)
-    assert [answer.ids for answer in together] == list(one_at_a_time(model, prompts))
+    assert [answer.ids for answer in together] == one_by_one
     assert told == TOLD[name]
+    in_slots(True)
+    told.clear()
+    together = generate(model, Tokens(), prompts, STOPS, NEW, 5, told=told.append)
+    assert [answer.ids for answer in together] == one_by_one
+    state = [f"{EAGER}: its layers keep a state, not only keys and values"]
+    assert told == TOLD[name] + (state if RECURRENT in TOLD[name] else [])
     rows: list[Any] = [
         {"input_ids": ids, "supervised": [False] * (len(ids) - 2) + [True] * 2} for ids in prompts
     ]
     alone = [answer_losses(model, [row], 1, PAD)[0][0] for row in rows]
     assert answer_losses(model, rows, 6, PAD)[0] == pytest.approx(alone, abs=1e-5)
+
+
+def test_every_adapter_acts_in_slots_and_samples_alike(in_slots: Callable[[bool], None]) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model: Any = get_peft_model(family_model("llama"), config)
+    model.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    prompts, told = random_prompts(17), list[str]()
+    sampling = Sampling(1.0, 0.9, 0, [str(row) for row in range(len(prompts))])
+
+    def answers(how: Sampling | None) -> tuple[tuple[int, ...], ...]:
+        given = generate(model, Tokens(), prompts, STOPS, NEW, 4, told=told.append, sampling=how)
+        return tuple(answer.ids for answer in given)
+
+    found: dict[bool, list[Any]] = {}
+    for slots in (True, False):
+        in_slots(slots)
+        found[slots] = []
+        for how in (None, sampling):
+            for name in ("default", "dora"):
+                model.set_adapter(name)
+                found[slots].append(answers(how))
+            with model.disable_adapter():
+                found[slots].append(answers(how))
+    assert found[True] == found[False]
+    assert told == []
+    assert len({*found[True]}) >= 4, "adapters and sampling act"  # a new DoRA is the base
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_model_that_slots_would_change_is_left_to_transformers(
+    in_slots: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = family_model("llama"), random_prompts(0)
+
+    def answers(slots: bool) -> tuple[list[Any], str]:
+        told: list[str] = []
+        in_slots(slots)
+        given = generate(model, Tokens(), prompts, STOPS, NEW, 6, told=told.append)
+        return [answer.ids for answer in given], "; ".join(told)
+
+    right, _ = answers(False)
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotLayer, "get_seq_length", lambda self: self.place[0] * 0)
+        found, told = answers(True)
+        assert found == right
+        assert re.match(f"{EAGER}: logits would differ by [0-9.e+]+ standard deviations", told)
+    for known in (False, True):  # a failure in the proof, and one that the proof has not met
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding.Decoder, "_decode", lambda *_: 1 / 0)
+            found, told = answers(True)
+            assert found == right
+            assert "ZeroDivisionError" in told and ("cannot be captured" in told) != known
+        assert answers(True) == (right, "")
+    model.generation_config.no_repeat_ngram_size = 2
+    right, _ = answers(False)
+    found, told = answers(True)
+    assert found == right and told.endswith("generation_config.json sets no_repeat_ngram_size")
+
+
+@pytest.mark.parametrize(("name", "fused"), [("llama", 9), ("gemma3_text", 0), ("qwen3", 17)])
+def test_only_norms_that_torch_computes_alike_are_replaced(name: str, fused: int) -> None:
+    model = family_model(name)
+    for module in model.modules():  # new norms multiply by 1, and so would hide a difference
+        if type(module).__name__.endswith("RMSNorm"):
+            torch.nn.init.normal_(module.weight)
+    assert len(FusedNorms(model).norms) == fused
 
 
 def test_prefix_is_shared_where_every_row_ends_inside_the_window() -> None:

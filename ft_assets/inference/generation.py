@@ -1,8 +1,9 @@
 """Generate answers of one model to many prompts, greedily or sampled by a seeded rule.
 
 Batches are sorted by length, and the shared prefix is computed once. Where a model's cache makes
-one of the two inexact, the answers are generated without it. An answer that cannot be generated is
-an error, never an empty text.
+one of the two inexact, the answers are generated without it. On a GPU, tokens are decoded by CUDA
+graphs where that is proven on the model (fast.py), else by transformers' own loop. An answer that
+cannot be generated is an error, never an empty text.
 Not here: the scores of an answer.
 """
 
@@ -14,8 +15,10 @@ import torch
 from transformers import LogitsProcessorList
 
 from ft_assets.errors import EvaluationError
+from ft_assets.inference.fast import Asked, Fast, decodes_fast, fits
 from ft_assets.inference.padding import GREEDY, batch_is_exact, padded
 from ft_assets.inference.prefix import (
+    Prefix,
     is_attention,
     longest_padded,
     prefill,
@@ -81,54 +84,59 @@ def generate(
     """
     model.eval()
     longest = max(map(len, prompts)) + max_new_tokens
-    prefix, cache = _usable_prefix(model, prompts, longest, told)
-    padded, most = _exact_batches(model, prompts, cache, tokenizer.pad_token_id, told)
+    pad = tokenizer.pad_token_id
+    prefix = _usable_prefix(model, prompts, longest, told)
+    one = prefix.cache
+    if one is None and (len(prompts) > 1 or decodes_fast(model)):
+        one = prefill(model, min(prompts, key=len)[:1])
+    padded, most = _exact_batches(model, prompts, one, pad, told)
+    size = min(most, batch_size or default_batch_size(model, longest))
+    batches = list(_batches([len(prompt) for prompt in prompts], size, padded))
+    asked = Asked(model, stops, pad, longest, max_new_tokens, sampling)
+    steps = len(batches) * max_new_tokens
+    fast = Fast(asked, one, told) if fits(asked, one, prompts, prefix, steps, told) else None
 
     def answer(batch: list[int]) -> list[Answer]:
-        return _generate_batch(
-            model,
-            tokenizer,
-            [prompts[index] for index in batch],
-            len(prefix),
-            cache,
-            stops,
-            max_new_tokens,
-            sampling.of(batch, max_new_tokens) if sampling else None,
-        )
+        chosen = [prompts[index] for index in batch]
+        sampled = sampling.of(batch, max_new_tokens) if sampling else None
+        tokens = fast.answers(chosen, prefix, sampled) if fast else None
+        if tokens is None:
+            tokens = _by_transformers(asked, chosen, prefix, sampled)
+        return [_answer(tokenizer, row, stops) for row in tokens]
 
-    size = min(most, batch_size or default_batch_size(model, longest))
     answers: dict[int, Answer] = {}
-    for batch in _batches([len(prompt) for prompt in prompts], size, padded):
+    for batch in batches:
         answers.update(zip(batch, _carefully(answer, batch, ids), strict=True))
     return [answers[index] for index in range(len(prompts))]
 
 
 def _usable_prefix(
     model: Any, prompts: list[list[int]], longest: int, told: Callable[[str], object]
-) -> tuple[list[int], Any]:
-    """Return the shared prefix and its cache, or ([], None) if rows cannot continue it exactly.
+) -> Prefix:
+    """Return the shared prefix and its cache, or an empty one if rows cannot continue it exactly.
 
     longest: the tokens of the longest prompt with its answer.
     """
     prefix = shared_prefix(prompts)
     if not prefix:
-        return [], None
+        return Prefix(0, None)
     cache = prefill(model, prefix)
     if longest <= longest_padded(cache):
-        return prefix, cache
+        return Prefix(len(prefix), cache)
     told(SLIDING if is_attention(cache) else RECURRENT)
-    return [], None
+    return Prefix(0, None)
 
 
 def _exact_batches(
-    model: Any, prompts: list[list[int]], cache: Any, pad: int, told: Callable[[str], object]
+    model: Any, prompts: list[list[int]], one: Any, pad: int, told: Callable[[str], object]
 ) -> tuple[bool, int]:
     """Return (padding keeps the answers, the largest batch that keeps them).
 
-    Masks of keys and values are exact. What recurrent layers make of a batch is measured.
+    one: a cache of the model. Masks of keys and values are exact. What recurrent layers make of a
+    batch is measured.
     """
     short, long = min(prompts, key=len), max(prompts, key=len)
-    if cache is not None or len(prompts) == 1 or is_attention(prefill(model, short[:1])):
+    if len(prompts) == 1 or is_attention(one):
         return True, len(prompts)
     if batch_is_exact(model, short, long, pad):
         return True, len(prompts)
@@ -174,43 +182,34 @@ def _carefully(
     return [*_carefully(answer, batch[:half], ids), *_carefully(answer, batch[half:], ids)]
 
 
-def _generate_batch(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    prefix: int,
-    cache: Any,
-    stops: frozenset[int],
-    max_new_tokens: int,
-    sampled: Sampled | None,
-) -> list[Answer]:
+def _by_transformers(
+    asked: Asked, prompts: list[list[int]], prefix: Prefix, sampled: Sampled | None
+) -> list[list[int]]:
+    """Return the tokens of each answer, with those behind a stop token."""
     # Padding is between the prefix and the rest: the cached prefix keeps its positions.
-    pad = tokenizer.pad_token_id
-    inputs = padded(model, prompts, pad, prefix)
+    inputs = padded(asked.model, prompts, asked.pad, prefix.length)
     kwargs: dict[str, Any] = {}
     if sampled is not None:
         kwargs["logits_processor"] = LogitsProcessorList([sampled])
-    if cache is not None:
-        kwargs["past_key_values"] = repeated(cache, len(prompts))
-    output = model.generate(
+    if prefix.length:
+        kwargs["past_key_values"] = repeated(prefix.cache, len(prompts))
+    output = asked.model.generate(
         **inputs,
         **GREEDY,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops),
-        pad_token_id=pad,
+        max_new_tokens=asked.new,
+        eos_token_id=sorted(asked.stops),
+        pad_token_id=asked.pad,
         **kwargs,
     )
-    width = inputs["input_ids"].shape[1]
-    answers = []
-    for row in output[:, width:].tolist():
-        end = next((position for position, token in enumerate(row) if token in stops), None)
-        tokens = row if end is None else row[:end]
-        answers.append(
-            Answer(
-                tokenizer.decode(tokens, skip_special_tokens=True),
-                end is not None,
-                len(tokens),
-                ids=tuple(row[: len(tokens) + 1]),
-            )
-        )
-    return answers
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _answer(tokenizer: Any, row: list[int], stops: frozenset[int]) -> Answer:
+    end = next((position for position, token in enumerate(row) if token in stops), None)
+    tokens = row if end is None else row[:end]
+    return Answer(
+        tokenizer.decode(tokens, skip_special_tokens=True),
+        end is not None,
+        len(tokens),
+        ids=tuple(row[: len(tokens) + 1]),
+    )

@@ -8,6 +8,7 @@ only and takes part in every later token: it is not continued.
 
 import copy
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ MIN_PREFIX = 16
 ANY_LENGTH = sys.maxsize
 # Classes by their names: DummyLayer is not in the oldest transformers that is supported.
 ATTENTION = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The number of tokens that all prompts begin with, and their cache for one row.
+
+    It is empty (0, None) where rows do not continue one cache.
+    """
+
+    length: int
+    cache: Any
 
 
 def shared_prefix(prompts: list[list[int]]) -> list[int]:

@@ -29,8 +29,11 @@ class Sampling:
 
     def of(self, batch: Sequence[int], tokens: int) -> "Sampled":
         """Return the processor of a batch of prompts, for answers of at most `tokens` tokens."""
-        numbers = [self._numbers(self.keys[index], tokens) for index in batch]
-        return Sampled(torch.tensor(np.stack(numbers)), self.temperature, self.top_p)
+        return Sampled(self.numbers(batch, tokens), self.temperature, self.top_p)
+
+    def numbers(self, batch: Sequence[int], tokens: int) -> torch.Tensor:
+        """Return the random numbers (prompts, tokens) of a batch, fp64 in [0, 1)."""
+        return torch.tensor(np.stack([self._numbers(self.keys[row], tokens) for row in batch]))
 
     def _numbers(self, key: str, count: int) -> np.ndarray:
         digest = hashlib.sha256(f"{self.seed}\n{key}".encode()).digest()
@@ -56,19 +59,30 @@ class Sampled(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
     def draw(self, logits: torch.Tensor, position: int) -> torch.Tensor:
-        """Return the token of each row (rows,) at a position: the inverse of the distribution."""
-        probability = torch.softmax(logits.float() / self.temperature, -1)
-        if self.top_p < 1:
-            probability = self._nucleus(probability)
-        sums = probability.cumsum(-1)
-        # In (0, total]: the first sum that reaches it is that of a token with a weight.
-        wanted = (1 - self.numbers[:, position]).to(sums) * sums[:, -1]
-        return torch.searchsorted(sums, wanted.unsqueeze(1)).squeeze(1)
+        """Return the token of each row (rows,) at a position."""
+        return draw(logits, self.numbers[:, position], self.temperature, self.top_p)
 
-    def _nucleus(self, probability: torch.Tensor) -> torch.Tensor:
-        """Set the tokens outside the nucleus to 0. The likeliest token always stays."""
-        ordered = probability.sort(-1, descending=True).values
-        before = ordered.cumsum(-1) - ordered
-        kept = (before < self.top_p).sum(-1, keepdim=True)
-        smallest = ordered.gather(1, kept - 1)
-        return torch.where(probability >= smallest, probability, 0.0)
+
+def draw(
+    logits: torch.Tensor, numbers: torch.Tensor, temperature: float, top_p: float
+) -> torch.Tensor:
+    """Return the token of each row (rows,): the inverse of the distribution at its number.
+
+    logits: (rows, vocabulary). numbers: (rows,) in [0, 1), fp64.
+    """
+    probability = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        probability = _nucleus(probability, top_p)
+    sums = probability.cumsum(-1)
+    # In (0, total]: the first sum that reaches it is that of a token with a weight.
+    wanted = (1 - numbers).to(sums) * sums[:, -1]
+    return torch.searchsorted(sums, wanted.unsqueeze(1)).squeeze(1)
+
+
+def _nucleus(probability: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Set the tokens outside the nucleus to 0. The likeliest token always stays."""
+    ordered = probability.sort(-1, descending=True).values
+    before = ordered.cumsum(-1) - ordered
+    kept = (before < top_p).sum(-1, keepdim=True)
+    smallest = ordered.gather(1, kept - 1)
+    return torch.where(probability >= smallest, probability, 0.0)
