@@ -5,6 +5,7 @@ import json
 import dagster as dg
 
 from ft_assets.artifacts import Artifact
+from ft_assets.assets.own_rehearsal import own_rehearsal_of, own_rehearsal_stage
 from ft_assets.compat.dagster import TO_DO
 from ft_assets.data.ingest import require_valid
 from ft_assets.data.tables import TOKENIZED
@@ -25,6 +26,7 @@ def _summary(metrics: Metrics) -> str:
     code_version="8",
     schema=TOKENIZED.schema,
     summary=_summary,
+    also=own_rehearsal_stage("own_rehearsal"),
 )
 def chat_dataset(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
@@ -48,6 +50,7 @@ def chat_dataset(
                 for part in ("conversations", "rehearsal", "heldout", "retention")
             },
             "raw_preferences": (pairs, None),
+            **own_rehearsal_of(materializer, name),
         },
         step=chat.Settings(max_length=max_length),
         libraries="text",

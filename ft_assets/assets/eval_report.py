@@ -20,6 +20,7 @@ from ft_assets.assets.judged import (
     people_of_today,
     rivals_of_today,
 )
+from ft_assets.assets.own_rehearsal import has_own_rehearsal
 from ft_assets.assets.rl_adapter import reinforces, rewards_of
 from ft_assets.compat.dagster import TO_DO
 from ft_assets.config import ADAPTERS, GateSettings
@@ -150,6 +151,9 @@ def eval_report(
             uses=earlier_verdicts(store, name),
             min_judge_agreement=bar or 0.0,
             rewards=rewards_of(project.recipe(name)) or None,
+            own_rehearsal_rows=used["heldout_split"].metrics["rehearsal_rows"]
+            if has_own_rehearsal(project)
+            else None,
         ),
         libraries="score",
         finish=partial(sign_files, f"eval_report[{name}]", signing_key(project), REPORT_SIGNATURE),

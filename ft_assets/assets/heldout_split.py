@@ -11,6 +11,7 @@ import dagster as dg
 from pydantic import JsonValue
 
 from ft_assets.artifacts import Artifact
+from ft_assets.assets.own_rehearsal import own_rehearsal_of
 from ft_assets.config import DataSettings, EvaluationSettings, settings_version
 from ft_assets.data.content import CONVERSATIONS
 from ft_assets.data.excluded import excluded_ids
@@ -78,6 +79,7 @@ def heldout_split(
     targets = raw.path / "contamination.parquet"
     preferences = store.need("raw_preferences", None)
     exclude = excluded_ids(materializer.project.root, data.exclude)
+    own = [made for made, _ in own_rehearsal_of(materializer, context.partition_key).values()]
     artifact, reused = materializer.materialize(
         context,
         identity=data.model_dump(mode="json", include=SPLITTING)
@@ -87,12 +89,14 @@ def heldout_split(
             "raw_dataset#contamination": (raw, "contamination"),
         },
         make=lambda output: _split(
-            chat.path, targets, output, data, _tables(raw, store.verified(preferences)), exclude
+            *(chat.path, targets, output, data),
+            _tables(raw, store.verified(preferences), *map(store.verified, own)),
+            exclude,
         ),
     )
     strata: Strata = json.loads((artifact.path / "info" / "strata.json").read_text())
     shown = {"strata": dg.MetadataValue.md(_table(strata))} if strata else {}
-    made = {one.asset: one for one in (raw, preferences, chat, artifact)}
+    made = {one.asset: one for one in (raw, preferences, *own, chat, artifact)}
     shown |= _left_out(made)
     page = dg.MetadataValue.url(rows_path(base_model=context.partition_key))
     rows = artifact.metrics["train_rows"]
@@ -101,10 +105,10 @@ def heldout_split(
     return result(artifact, reused, first, **shown, **more)
 
 
-def _tables(raw: Artifact, preferences: Artifact) -> list[Path]:
-    """Return the tables with all rows, as they are in the data files."""
+def _tables(raw: Artifact, *others: Artifact) -> list[Path]:
+    """Return the tables with all rows, as they were before they were tokenized."""
     conversations = (raw.path / f"{name}.parquet" for name in CONVERSATIONS.values())
-    return [*conversations, preferences.path / "preferences.parquet"]
+    return [*conversations, *(path for one in others for path in one.path.glob("*.parquet"))]
 
 
 def _split(

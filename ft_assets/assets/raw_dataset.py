@@ -4,7 +4,7 @@ import dagster as dg
 
 from ft_assets.assets.raw_rows import ToCanonical, ingested, read_columns, validity
 from ft_assets.data.canonical import conversation, prompt
-from ft_assets.data.content import CONVERSATIONS, PRODUCTION
+from ft_assets.data.content import CONVERSATIONS, PRODUCTION, PROMPTS
 from ft_assets.data.ingest import target
 from ft_assets.data.tables import CONVERSATION
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -17,7 +17,7 @@ def _summary(metrics: Metrics) -> str:
 
 
 @asset(
-    sources=[*CONVERSATIONS, PRODUCTION],
+    sources=[*CONVERSATIONS, PRODUCTION, PROMPTS],
     group="data",
     kinds=["json", "parquet"],
     code_version="7",
@@ -36,8 +36,9 @@ def raw_dataset(
         key: (table, target if key == "contamination" else conversation)
         for key, table in CONVERSATIONS.items()
     }
-    if materializer.project.data.production:
-        sources[PRODUCTION] = (PRODUCTION, prompt)
+    for key in (PRODUCTION, PROMPTS):
+        if getattr(materializer.project.data, key):
+            sources[key] = (key, prompt)
     return ingested(context, materializer, sources, CONVERSATION, "conversations")
 
 

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
 from ft_assets.data.audit import Audit
-from ft_assets.data.content import PRODUCTION, TEXT, Hashes, data_content
+from ft_assets.data.content import PRODUCTION, PROMPTS, TEXT, Hashes, data_content
 from ft_assets.data.data_files import resolve_files
 from ft_assets.data.encodings import encoding_of
 from ft_assets.data.file_formats import RawRow, read_rows
@@ -203,7 +203,7 @@ def _stratum(project: Project, key: str) -> str | None:
 def _audit(project: Project, key: str) -> Audit | None:
     """Return the audit of a source. It has none if its answers are not read."""
     data = project.data
-    if key in ("contamination", PRODUCTION):
+    if key in ("contamination", PRODUCTION, PROMPTS):
         return None
     ignored = {*data.ignored, *([data.stratify.field] if data.stratify else [])}
     columns = Columns(

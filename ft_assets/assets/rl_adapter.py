@@ -3,6 +3,7 @@
 import dagster as dg
 
 from ft_assets.assets.judged import own_answer_scoring
+from ft_assets.assets.own_rehearsal import own_rehearsal_of, own_rehearsal_stage
 from ft_assets.config import Project, Recipe
 from ft_assets.evaluation.plots import data_uri, read_curve, rl_plot
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -40,6 +41,7 @@ def _summary(metrics: Metrics) -> str:
     gpu=True,
     only_if=reinforces,
     summary=_summary,
+    also=own_rehearsal_stage("own_rehearsal"),
 )
 def rl_adapter(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
@@ -73,6 +75,7 @@ def rl_adapter(
                 for part in ("train", "validation")
             },
             "raw_dataset#rehearsal": (store.need("raw_dataset", None), "rehearsal"),
+            **own_rehearsal_of(materializer, name),
         },
         step=lambda: rl.Settings(
             lora=lora,

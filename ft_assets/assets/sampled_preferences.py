@@ -6,6 +6,7 @@ import dagster as dg
 
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.judged import own_answer_scoring
+from ft_assets.assets.own_rehearsal import own_rehearsal_of, own_rehearsal_stage
 from ft_assets.data.leakage import copies_of_held_out, texts
 from ft_assets.data.tables import OWN_ANSWER, TOKENIZED_PREFERENCE, Table, write_table
 from ft_assets.job import StepResult
@@ -36,6 +37,7 @@ def _summary(metrics: Metrics) -> str:
     schema=TOKENIZED_PREFERENCE.schema,
     only_if=lambda project: project.samples(),
     summary=_summary,
+    also=own_rehearsal_stage("own_rehearsal"),
 )
 def sampled_preferences(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
@@ -66,6 +68,7 @@ def sampled_preferences(
             "lora_adapter": (store.need("lora_adapter", name), None),
             **{f"heldout_split#{part}": (split, part) for part in read},
             **{f"raw_dataset#{part}": (raw, part) for part in ("rehearsal", "contamination")},
+            **own_rehearsal_of(materializer, name),
         },
         step=lambda: sample.Settings(
             sampling=chosen.dpo.sampling,

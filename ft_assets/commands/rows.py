@@ -41,7 +41,7 @@ def shown(row: ShownRow, color: bool) -> Iterator[str]:
         yield f"\n{sequence.name}: {sequence.tokens} tokens, {sequence.effect}"
         yield _indented("".join(_piece(piece, color) for piece in sequence.pieces), safe=True)
     if not row.sequences:
-        yield "\nno tokens: chat_dataset does not have this row"
+        yield "\nno tokens: no step has rendered it"
 
 
 def _side(line: RowLine) -> str:

@@ -18,6 +18,7 @@ from ft_assets.rows.types import LeftOutRow
 NOT_MADE = "–"
 LEAVING = ("raw_dataset", "raw_preferences", "chat_dataset", "heldout_split")
 OF_TEXT = ("raw_text", "text_dataset")  # the same, where a project has data.text
+OWN = ("own_rehearsal",)  # the same, with `data.rehearsal: self`
 
 
 class Line(BaseModel, frozen=True):
@@ -82,7 +83,11 @@ def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
 def _made(project: Project, store: ArtifactStore, name: str) -> list[Artifact]:
     """Return the artifacts of the assets that leave rows out, as far as they are made."""
     made: list[Artifact] = []
-    for asset in (*LEAVING, *(OF_TEXT if project.data.text else ())):
+    for asset in (
+        *LEAVING,
+        *(OF_TEXT if project.data.text else ()),
+        *(OWN if project.data.rehearsal_self else ()),
+    ):
         try:
             artifact = store.current(asset, None if asset.startswith("raw_") else name)
         except (ArtifactError, OSError, ValueError):

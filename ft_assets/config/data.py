@@ -25,7 +25,7 @@ class StratifySettings(Section):
 
 FILES = (
     *("train", "rehearsal", "text", "preferences", "heldout", "retention", "few_shot"),
-    *("contamination", "production"),
+    *("contamination", "production", "rehearsal_prompts"),
 )  # keys that name files, or assets of other people
 ASSET = "asset://"  # before the key of an asset whose table is read
 
@@ -41,9 +41,18 @@ def _asset_as_path(entry: Any) -> Any:
     return {"path": ASSET + key, **others} if others else ASSET + key
 
 
-UNANSWERED = ("train", "rehearsal", "text", "production")  # sources whose rows need no answer
+# Sources whose rows need no answer.
+UNANSWERED = ("train", "rehearsal", "rehearsal_prompts", "text", "production")
 RowSource = Literal[
-    "train", "rehearsal", "text", "preferences", "heldout", "retention", "few_shot", "production"
+    "train",
+    "rehearsal",
+    "rehearsal_prompts",
+    "text",
+    "preferences",
+    "heldout",
+    "retention",
+    "few_shot",
+    "production",
 ]
 
 
@@ -52,7 +61,24 @@ class DataSettings(Section):
         description="Files or globs of conversations, relative to finetune.yaml."
     )
     rehearsal: list[str] = Field(
-        default=[], description="General conversations trained beside the task; never held out."
+        default=[],
+        description="General conversations trained beside the task; never held out. `self`: the "
+        "base's own answers to general prompts.",
+    )
+    rehearsal_self: bool = Field(
+        default=False,
+        description="Train the base's own answers to general prompts; `rehearsal: self` sets it.",
+    )
+    rehearsal_prompts: list[str] = Field(
+        default=[],
+        description="Files of the prompts that the base answers for `rehearsal: self`; none: "
+        "prompts that ft_assets has.",
+    )
+    rehearsal_max_new_tokens: int = Field(
+        default=256,
+        ge=1,
+        description="Longest answer of the base to such a prompt, in tokens; a longer one is left "
+        "out.",
     )
     text: list[str] = Field(
         default=[],
@@ -220,10 +246,23 @@ class DataSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, values: Any) -> Any:
-        """Read `few_shot: auto`."""
-        if isinstance(values, dict) and values.get("few_shot") == "auto":
-            return {**values, "few_shot": [], "few_shot_auto": True}
+        """Read `few_shot: auto` and `rehearsal: self`."""
+        for key, word in (("few_shot", "auto"), ("rehearsal", "self")):
+            if isinstance(values, dict) and values.get(key) in (word, [word]):
+                values = {**values, key: [], f"{key}_{word}": True}
         return values
+
+    @model_validator(mode="after")
+    def _rehearsal_is_given_or_made(self) -> "DataSettings":
+        if self.rehearsal_self and self.rehearsal:
+            raise ValueError("rehearsal names files, and rehearsal_self makes answers: drop one")
+        if "self" in self.rehearsal:
+            raise ValueError("rehearsal: self stands alone; drop it or the files")
+        given = self.rehearsal_prompts or self.rehearsal_max_new_tokens != 256
+        if given and not self.rehearsal_self:
+            key = "rehearsal_prompts" if self.rehearsal_prompts else "rehearsal_max_new_tokens"
+            raise ValueError(f"{key} is of `rehearsal: self`: set it, or remove {key}")
+        return self
 
     @model_validator(mode="after")
     def _examples_are_named_or_chosen(self) -> "DataSettings":

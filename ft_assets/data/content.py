@@ -16,8 +16,9 @@ CONVERSATIONS = {  # key of data: table
     "contamination": "contamination",
 }
 PRODUCTION = "production"  # a key of data, and its table, which only projects with the key have
+PROMPTS = "rehearsal_prompts"  # the same: prompts that each base answers
 TEXT = "text"  # a key of data with documents, which only projects with the key have
-KEYS = (*CONVERSATIONS, PRODUCTION, TEXT, "preferences")  # of data that name files
+KEYS = (*CONVERSATIONS, PRODUCTION, PROMPTS, TEXT, "preferences")  # of data that name files
 # {key of data: its files, each with the hash of its content}
 Hashes = dict[str, list[tuple[str, str]]]
 Sha256 = Callable[[Path], str]  # of a file's content

@@ -1,6 +1,6 @@
 """The rows whose prompts a model is asked to answer during training, with their tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ class AskedPrompt:
     reference_ids: list[int]
 
 
-def own_rows(split: Path, raw: Path, side: str, most: int | None) -> list[TokenizedRow]:
+def own_rows(inputs: Mapping[str, Path], side: str, most: int | None) -> list[TokenizedRow]:
     """Return the first `most` rows of a side of heldout_split to sample answers to, by id.
 
     Not general conversations, which the metric is not about, and no part of a longer one.
+    `inputs`: the folders of heldout_split, raw_dataset, and own_rehearsal if there is one.
     """
-    general = {row["id"] for row in Table[MemberRow](raw / "rehearsal.parquet", ["id"])}
-    table = read_table(split / f"{side}.parquet", row=TokenizedRow)
+    rehearsal = inputs.get("own_rehearsal", inputs["raw_dataset"]) / "rehearsal.parquet"
+    general = {row["id"] for row in Table[MemberRow](rehearsal, ["id"])}
+    table = read_table(inputs["heldout_split"] / f"{side}.parquet", row=TokenizedRow)
     rows = [row for row in table if row["judged"] and row["id"] not in general]
     return sorted(rows, key=lambda row: row["id"])[:most]
 

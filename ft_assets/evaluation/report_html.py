@@ -28,6 +28,7 @@ from ft_assets.evaluation.report_markdown import (
     harness_table,
     heldout_count,
     prompting_sentence,
+    rehearsal_sentence,
     retention_table,
     rival_table,
     score_table,
@@ -83,6 +84,7 @@ def report_html(
                 prompting_sentence(report, verdict),
                 seeds_sentence(report, verdict),
                 use_sentence(report),
+                rehearsal_sentence(report),
             )
             if note
         ],

@@ -85,7 +85,8 @@ def _verdict(report: EvalReport, verdict: Verdict, partition: str) -> list[str]:
         lines.append(f"- RL: {verdict.rl}")
     if prompting := prompting_sentence(report, verdict):
         lines.append(f"- {prompting}")
-    return [*lines, f"- {seeds_sentence(report, verdict)}", f"- {use_sentence(report)}"]
+    notes = (seeds_sentence(report, verdict), use_sentence(report), rehearsal_sentence(report))
+    return [*lines, *(f"- {note}" for note in notes if note)]
 
 
 def seeds_sentence(report: EvalReport, verdict: Verdict) -> str:
@@ -145,6 +146,14 @@ def _diagnosis(verdict: Verdict, findings: Sequence[Finding]) -> list[str]:
         evidence = "; ".join(finding.evidence)
         lines.append(f"{number}. **{finding.cause}**: {evidence}. Try: {finding.advice}.")
     return lines if findings else [*lines, NO_CAUSE]
+
+
+def rehearsal_sentence(report: EvalReport) -> str:
+    """Name the base's own answers that were trained against forgetting; "" without them."""
+    if (rows := report.evidence.own_rehearsal_rows) is None:
+        return ""
+    answers = "of the base's own answers to general prompts"
+    return f"{rows} {answers} were trained beside the task (`data.rehearsal: self`)"
 
 
 def score_table(report: EvalReport) -> Table:

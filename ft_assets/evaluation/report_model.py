@@ -250,7 +250,7 @@ class Evidence(Part):
     """Facts that the diagnosis needs besides the scores.
 
     validation: up to the kept weights; kept_is_last: no later one was measured. steps: SFT's
-    optimizer steps.
+    optimizer steps. own_rehearsal_rows: trained rows that are the base's own answers.
     """
 
     train: Diversity
@@ -261,6 +261,7 @@ class Evidence(Part):
     labels: int
     kept_is_last: bool | None = None
     steps: int | None = None
+    own_rehearsal_rows: int | None = None
 
 
 class ExampleSet(Part):

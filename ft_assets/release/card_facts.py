@@ -152,6 +152,7 @@ def card_facts(
         data=[
             *_data(raw, split, store.current("raw_preferences", None), used["dpo_adapter"]),
             *(_documents(store, name) if "text_adapter" in used else ()),
+            *(_own_rehearsal(store, name, split) if project.data.rehearsal_self else ()),
         ],
         data_note=_data_note(raw, split),
         hub_datasets=_hub_datasets(project),
@@ -272,6 +273,18 @@ def _documents(store: ArtifactStore, name: str) -> list[DataFacts]:
             fingerprint=made.part_version(side),
         )
         for side in ("train", "validation")
+    ]
+
+
+def _own_rehearsal(store: ArtifactStore, name: str, split: Artifact) -> list[DataFacts]:
+    """Return the base's own answers to general prompts, which are among the train rows."""
+    made = store.need("own_rehearsal", name)
+    return [
+        DataFacts(
+            name="rehearsal, the base's own answers",
+            rows=split.metrics["rehearsal_rows"],
+            fingerprint=made.part_version("rehearsal"),
+        )
     ]
 
 

@@ -153,6 +153,9 @@ Outcome = Literal[
 ]
 
 
+PAIRED: tuple[Outcome, ...] = ("own", "reference")  # the outcomes of a row that has a pair
+
+
 class OwnAnswerRow(TypedDict):
     """One distinct answer that the SFT model sampled to a row (`id`) of a `side` of the split.
 

@@ -64,7 +64,9 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         rows = RowRenderer(Renderer(tokenizer, stop_ids(snapshot)), max_length, refused)
         for name in TABLES:
             with TableWriter(job.output / f"{name}.parquet", TOKENIZED) as table:
-                ledger = rows.conversations(name, raw / f"{name}.parquet", table)
+                # The base's own answers stand in for files of `data.rehearsal`.
+                folder = job.inputs.get(f"own_{name}", raw)
+                ledger = rows.conversations(name, folder / f"{name}.parquet", table)
                 parts[name] = table.version
             if ledger.lengths or name == "conversations":
                 metrics |= {f"{name}_rows": table.rows, f"{name}_too_long": ledger.too_long}

@@ -55,7 +55,8 @@ class Settings(StepSettings):
     """`bound_to`: the versions that the report is about. `previous`: the folder of the last one.
 
     `rewards`: of RL. `uses`: the earlier verdicts on this base model.
-    `raw_dataset`: the folder that has the lines of the rows, for messages.
+    `raw_dataset`: the folder that has the lines of the rows, for messages. `own_rehearsal_rows`:
+    the base's own answers that were trained, None without them.
     """
 
     STEP: ClassVar = Step("evaluate")
@@ -71,6 +72,7 @@ class Settings(StepSettings):
     uses: Uses
     min_judge_agreement: float = 0.0
     rewards: dict[str, float] | None = None
+    own_rehearsal_rows: int | None = None
 
 
 @takes(Settings)
@@ -93,7 +95,7 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         settings,
         gate,
         given.bound_to,
-        _evidence(job, scored, answers, settings, train),
+        _evidence(job, scored, answers, given, train),
         given.uses.number(key, prompts),
     )
     if (choice := answers.facts.few_shot) is not None:
@@ -283,7 +285,7 @@ def _evidence(
     job: Job,
     scored: Scored,
     answers: Answers,
-    settings: EvaluationSettings,
+    given: Settings,
     train: list[TokenizedRow],
 ) -> Evidence:
     """Collect the facts that the diagnosis needs besides the scores."""
@@ -293,15 +295,18 @@ def _evidence(
     measured = read_curve(job.inputs["lora_adapter"], "validation")
     validation = up_to_kept(measured)
     curve = read_curve(job.inputs["lora_adapter"], "curve")
+    rows = given.own_rehearsal_rows
+    own = {} if rows is None else {"own_rehearsal_rows": rows}  # no key in other reports
     return Evidence(
         train=diversity(train),
         train_loss={name: statistics.fmean(losses) for name, losses in scored.train_loss.items()},
         validation=[ValidationLoss.model_validate(point) for point in validation],
         vocabulary=answers.facts.vocabulary,
         general_stop_rate=statistics.fmean(general) if general else None,
-        labels=len(settings.labels),
+        labels=len(given.evaluation.labels),
         kept_is_last=len(validation) == len(measured),
         steps=int(max(point["step"] for point in curve)) if curve else None,
+        **own,
     )
 
 

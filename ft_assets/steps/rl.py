@@ -43,9 +43,8 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     from ft_assets.training.rl import train_rl
 
     snapshot, settings = job.inputs["base_model"], given.evaluation
-    split, raw = job.inputs["heldout_split"], job.inputs["raw_dataset"]
-    rows: list[TokenizedRow] = own_rows(split, raw, "train", given.rl.max_prompts)
-    watched = own_rows(split, raw, "validation", given.rl.max_prompts)
+    rows: list[TokenizedRow] = own_rows(job.inputs, "train", given.rl.max_prompts)
+    watched = own_rows(job.inputs, "validation", given.rl.max_prompts)
     tokenizer, stops = load_tokenizer(snapshot), stop_ids(snapshot)
     prompts, validation = (
         own_prompts(snapshot, tokenizer, stops, its, settings.max_new_tokens)

@@ -17,14 +17,13 @@ from ft_assets.data.tables import (
     write_table,
 )
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
-from ft_assets.rows.types import Outcome, PairRow, TextRow, TokenizedRow
+from ft_assets.rows.types import PAIRED, Outcome, PairRow, TextRow, TokenizedRow
 from ft_assets.step_runner import main, takes
 
 if TYPE_CHECKING:
     from ft_assets.evaluation.own_pairs import Judged, Row
 
 SIDES = {"train": "preferences", "validation": "preferences_validation"}
-PAIRED: tuple[Outcome, ...] = ("own", "reference")
 
 
 class Settings(StepSettings):
@@ -50,8 +49,7 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     from ft_assets.evaluation.own_pairs import Judge
     from ft_assets.evaluation.own_prompts import own_rows
 
-    split, raw = job.inputs["heldout_split"], job.inputs["raw_dataset"]
-    rows = {side: own_rows(split, raw, side, given.sampling.max_prompts) for side in SIDES}
+    rows = {side: own_rows(job.inputs, side, given.sampling.max_prompts) for side in SIDES}
     asked, cost = _ask(job, rows, given, report)
     judge = Judge(given.evaluation, given.sampling, given.answer_schema, given.root)
     judged = {side: judge.judge(answered) for side, answered in asked.items()}

@@ -13,6 +13,8 @@ from typing import Any, cast
 from ft_assets.rows.types import Message
 from ft_assets.views.rows import LEFT_OUT, UNSPLIT, RowFinder, RowLine
 
+PAIRS = ("preferences", "sampled_pairs")
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -67,6 +69,8 @@ class RowReader:
     def show(self, line: RowLine, row: dict[str, Any]) -> ShownRow:
         """Return a row with its turns and tokens."""
         if "messages" not in row:
+            if "answer" in row:
+                return ShownRow(line, list(_asked(row)), [])
             return ShownRow(line, [Turn("as it was read", row["row"])], [])
         turns = [_turn(message) for message in row["messages"]]
         for name in ("chosen", "rejected"):
@@ -133,15 +137,24 @@ class _Tokens:
         return both[len(before) :] if both.startswith(before) else alone
 
 
+def _asked(row: dict[str, Any]) -> Iterator[Turn]:
+    """Yield what was asked of the SFT model, the reference, and the answer with its score."""
+    ended = "" if row["stopped"] else ", cut off"
+    yield Turn("prompt", row["prompt"])
+    yield Turn("reference", row["reference"])
+    yield Turn(f"answer, score {row['score']:.2f}, {row['tokens']} tokens{ended}", row["answer"])
+
+
 def _effect(line: RowLine, count: int) -> str:
     """Return what becomes of the marked tokens of a row, as the end of a sentence."""
     if line.side == "train":
-        return f"{count} compared" if line.table == "preferences" else f"{count} learnt"
+        return f"{count} compared" if line.table in PAIRS else f"{count} learnt"
     if line.side == LEFT_OUT:
         return f"none learnt: the row is left out ({count} would be)"
     if line.side == UNSPLIT:
         return f"{count} marked"
-    return f"none learnt: {count} are the answer"
+    what = "measured" if line.table == "documents" else "the answer"
+    return f"none learnt: {count} are {what}"
 
 
 def _turn(message: Message) -> Turn:

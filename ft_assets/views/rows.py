@@ -3,11 +3,11 @@
 Tables are read in batches of columns, so that a million rows can be searched. No torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as compute
@@ -15,32 +15,16 @@ import pyarrow.parquet as pq
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import Project
-from ft_assets.data.content import CONVERSATIONS, PRODUCTION
 from ft_assets.data.left_out import VERBS
 from ft_assets.data.tables import Table, rows_of
 from ft_assets.errors import DataError
-from ft_assets.rows.types import CopyRow, Message, RejectedRow
+from ft_assets.rows.types import PAIRED, CopyRow, Message, RejectedRow
+from ft_assets.views.row_places import LEFT_OUT, PLACES, SIDE_NAMES, TABLES, Place
 
 pc: Any = compute  # its functions are made when it is imported
 BATCH = 65536  # rows whose columns are read at a time
 LINE = 100  # characters of a row in a list
-LEFT_OUT, UNSPLIT = "left out", "not split yet"
-# The sides of heldout_split that the rows of a table can be on, and what they are called.
-SIDES = {
-    "conversations": {"train": "train", "validation": "validation", "heldout": "held-out"},
-    "rehearsal": {"train": "train"},
-    "heldout": {"heldout": "held-out"},
-    "retention": {"retention": "general prompts"},
-    "preferences": {"preferences": "train", "preferences_validation": "validation"},
-}
-INVALID = {"invalid": "raw_dataset", "invalid_pairs": "raw_preferences"}
-UNTRAINED = {
-    "few_shot": "examples of the prompt",
-    "contamination": "never trained",
-    PRODUCTION: "a sample of production",
-}
-TABLES = (*CONVERSATIONS.values(), PRODUCTION, "preferences", *INVALID)
-SIDE_NAMES = (*dict.fromkeys(name for sides in SIDES.values() for name in sides.values()), LEFT_OUT)
+UNSPLIT = "not split yet"
 
 
 @dataclass(frozen=True)
@@ -106,14 +90,16 @@ class RowFinder:
         project.base_model(base_model)  # raises ConfigError
         base = store.current("base_model", base_model)
         self.tokenizer = base.path / "tokenizer.json" if base else None
-        needed = {name: store.need(name, None) for name in ("raw_dataset", "raw_preferences")}
-        made = {name: store.current(name, base_model) for name in ("chat_dataset", "heldout_split")}
-        self.raw = {name: store.verified(found).path for name, found in needed.items()}
-        self.made = {name: store.verified(found).path for name, found in made.items() if found}
+        self.places = {name: place for name, place in PLACES.items() if place.only_if(project)}
+        made = {name: store.need(name, None) for name in ("raw_dataset", "raw_preferences")}
+        for name in {one for place in self.places.values() for one in place.assets} - made.keys():
+            if one := store.current(name, None if name == "raw_text" else base_model):
+                made[name] = one
+        self.made = {name: store.verified(one).path for name, one in made.items()}
 
     def tables(self) -> dict[str, int]:
         """Return the number of rows of each table that has some."""
-        counts = {name: len(Table(path)) for name in TABLES if (path := self._path(name)).exists()}
+        counts = {name: len(Table(path)) for name in TABLES if (path := self._path(name))}
         return {name: count for name, count in counts.items() if count}
 
     def find(self, wanted: Wanted, offset: int = 0, limit: int = 20) -> Found:
@@ -134,7 +120,7 @@ class RowFinder:
         rows: list[dict[str, Any]] = []
         for table in [wanted.table] if wanted.table else TABLES:
             path = self._path(table)
-            if not path.exists():
+            if path is None:
                 continue
             hits = list(self._hits(table, path, wanted))
             begin = min(len(hits), max(0, offset - total))
@@ -146,19 +132,22 @@ class RowFinder:
         return Found(lines, rows, total)
 
     def sequences(self, line: RowLine) -> list[dict[str, Any]]:
-        """Return the token sequences of a row as chat_dataset has them; [] if it has none."""
-        folder = self.made.get("chat_dataset")
-        path = folder / f"{line.table}.parquet" if folder else None
-        if path is None or not path.exists() or not line.id:
-            return []
-        ours = pc.match_substring_regex(_column(path, "id"), rf"^{line.id}(\.|$)")
-        return _rows_at(path, pc.indices_nonzero(ours).to_pylist())
+        """Return the token sequences of a row as they are trained; [] if it has none."""
+        place = self.places[line.table]
+        folder, found = self.made.get(place.rendered), list[dict[str, Any]]()
+        for name in place.tokens if line.id else ():
+            path = folder / f"{name}.parquet" if folder else None
+            if path and path.exists():
+                ours = pc.match_substring_regex(_column(path, "id"), rf"^{line.id}(\.|$)")
+                found += _rows_at(path, pc.indices_nonzero(ours).to_pylist())
+        return found
 
-    def _path(self, table: str) -> Path:
-        if table in INVALID:
-            return self.raw[INVALID[table]] / "info" / "rejected.parquet"
-        asset = "raw_preferences" if table == "preferences" else "raw_dataset"
-        return self.raw[asset] / f"{table}.parquet"
+    def _path(self, table: str) -> Path | None:
+        """Return the file of a table, None if the project has it not, or not yet."""
+        place = self.places.get(table)
+        folder = self.made.get(place.asset) if place else None
+        path = folder / f"{place.file}.parquet" if folder and place else None
+        return path if path and path.exists() else None
 
     def _hits(self, table: str, path: Path, wanted: Wanted) -> Iterator[int]:
         """Yield the numbers of the wanted rows of a table."""
@@ -168,20 +157,22 @@ class RowFinder:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(BATCH, columns=sorted(columns) or [_first(path)]):
                 mask = pa.array([True] * batch.num_rows)
-                for part in _conditions(batch, table, wanted, sides, start):
+                for part in _conditions(batch, self.places[table], wanted, sides, start):
                     mask = pc.and_(mask, part)
                 yield from (start + int(at) for at in pc.indices_nonzero(mask).to_pylist())
                 start += batch.num_rows
 
     def _sides(self, table: str) -> dict[str, pa.Array]:
         """Return the ids of a table's rows on each side; {} before the split."""
-        split = self.made.get("heldout_split")
+        place = self.places[table]
+        split = self.made.get(place.split)
         if split is None:
             return {}
         found: dict[str, pa.Array] = {}
         # Equal rows have one id. With a file of held-out rows no other row is held out.
-        fixed = table == "conversations" and len(Table(self._path("heldout"))) > 0
-        for name, shown in SIDES.get(table, {}).items():
+        heldout = self._path("heldout")
+        fixed = table == "conversations" and heldout is not None and len(Table(heldout)) > 0
+        for name, shown in place.sides.items():
             if fixed and name == "heldout":
                 continue
             ids = _column(split / f"{name}.parquet", "id")
@@ -191,21 +182,7 @@ class RowFinder:
     def _lines(
         self, table: str, numbers: Sequence[int], rows: Sequence[dict[str, Any]]
     ) -> list[RowLine]:
-        if table in INVALID:
-            return [
-                RowLine(
-                    table,
-                    number,
-                    "",
-                    row["where"],
-                    LEFT_OUT,
-                    _short(row["row"]),
-                    row.get("kind") or "invalid",
-                    row["problem"],
-                )
-                for number, row in zip(numbers, rows, strict=True)
-            ]
-        own = pa.array([row["id"] for row in rows], pa.string())
+        own = pa.array([row.get("id") for row in rows], pa.string())
         sides = {
             name: set(own.filter(pc.is_in(own, value_set=ids)).to_pylist())
             for name, ids in self._sides(table).items()
@@ -217,12 +194,20 @@ class RowFinder:
     def _line(
         self, table: str, number: int, row: dict[str, Any], sides: dict[str, set[str]]
     ) -> RowLine:
-        source, own = row["source"], row["id"]
+        place = self.places[table]
+        if "problem" in row:
+            kind, why = row.get("kind") or "invalid", row["problem"]
+            return RowLine(
+                *(table, number, "", row["where"], LEFT_OUT, _short(row["row"]), kind, why)
+            )
+        if "outcome" in row:
+            return _sampled(table, number, row)
+        source, own = row.get("source") or f"sampled for {row['id'][:8]}", row["id"]
         line = (table, number, own, source)  # the first fields of RowLine
         text = _short(question(row["messages"]))
+        if place.fixed:
+            return RowLine(*line, place.fixed, text)
         twin = self._twins.get((table, own))
-        if table in UNTRAINED:
-            return RowLine(*line, UNTRAINED[table], text)
         side = next((name for name, ids in sides.items() if own in ids), None)
         if side is not None:
             return RowLine(*line, side, text, twin=twin)
@@ -235,31 +220,32 @@ class RowFinder:
             why = f"{twin.relation} {twin.where} (similarity {twin.similarity:.2f})"
             return RowLine(*line, LEFT_OUT, text, self._copies[table, own]["kind"], why, twin)
         changed = (
-            "heldout_split was made before this row came: ft plan shows what a run makes again"
+            f"{place.split} was made before this row came: ft plan shows what a run makes again"
         )
         return RowLine(*line, UNSPLIT, text, problem=changed)
 
     @cached_property
     def _refused(self) -> dict[str, RejectedRow]:
-        """The rows that chat_dataset or data.exclude leaves out, by file and line."""
-        tables = {"chat_dataset": "refused", "heldout_split": "rejected"}
+        """The rows that are left out when they are rendered, or by data.exclude, by their place."""
         paths = [
             self.made[asset] / "info" / f"{name}.parquet"
-            for asset, name in tables.items()
+            for place in self.places.values()
+            for asset, name in ((place.rendered, "refused"), (place.split, "rejected"))
             if asset in self.made
         ]
-        known = (row for path in paths if path.exists() for row in Table[RejectedRow](path))
-        return {row["where"]: row for row in known}
+        known = (row for path in dict.fromkeys(paths) if path.exists() for row in Table(path))
+        return {row["where"]: row for row in cast(Iterable[RejectedRow], known)}
 
     @cached_property
     def _copies(self) -> dict[tuple[str, str], CopyRow]:
-        split = self.made.get("heldout_split")
-        path = split / "info" / "near_duplicates.parquet" if split else None
         found: dict[tuple[str, str], CopyRow] = {}
-        for copy in Table[CopyRow](path) if path and path.exists() else ():
-            key = (_TABLE_OF.get(copy["side"], copy["side"]), copy["id"].partition(".")[0])
-            if key not in found or found[key]["kind"] == "within":
-                found[key] = copy
+        tables = {name: table for table, place in self.places.items() for name in place.copies}
+        for split in {place.split for place in self.places.values()} & self.made.keys():
+            path = self.made[split] / "info" / "near_duplicates.parquet"
+            for copy in Table[CopyRow](path) if path.exists() else ():
+                key = (tables.get(copy["side"], copy["side"]), copy["id"].partition(".")[0])
+                if key not in found or found[key]["kind"] == "within":
+                    found[key] = copy
         return found
 
     @cached_property
@@ -276,13 +262,24 @@ class RowFinder:
         }
 
 
-_TEXTS = ("messages", "chosen", "rejected", "source", "row", "problem", "where")
-# Rows that are nearly alike within a side are named by the side.
-_TABLE_OF = {"train": "conversations", "validation": "conversations"}
+_TEXTS = (
+    *("messages", "chosen", "rejected", "source", "row", "problem", "where"),
+    *("prompt", "reference", "answer"),
+)
+
+
+def _sampled(table: str, number: int, row: dict[str, Any]) -> RowLine:
+    """Return the line of an answer that the SFT model sampled."""
+    text, source = _short(f"{row['prompt']} → {row['answer']}"), f"sampled {row['times']} times"
+    line = (table, number, row["id"], source)
+    if row["used"]:
+        return RowLine(*line, row["side"], text, row["used"])
+    why = "" if row["outcome"] in PAIRED else row["outcome"]
+    return RowLine(*line, "in no pair", text, why)
 
 
 def _conditions(
-    batch: pa.RecordBatch, table: str, wanted: Wanted, sides: dict[str, pa.Array], start: int
+    batch: pa.RecordBatch, place: Place, wanted: Wanted, sides: dict[str, pa.Array], start: int
 ) -> Iterator[pa.Array]:
     """Yield a mask of a batch for each condition."""
     names = batch.schema.names
@@ -291,9 +288,9 @@ def _conditions(
         yield pa.array([start + at == wanted.index for at in range(batch.num_rows)])
     if wanted.id:
         yield pc.starts_with(batch.column("id"), wanted.id) if "id" in names else none
-    if wanted.side and table in INVALID:
-        yield pa.array([wanted.side == LEFT_OUT] * batch.num_rows)
-    elif wanted.side and not (sides and table in SIDES):
+    if wanted.side and place.fixed:
+        yield pa.array([wanted.side == place.fixed] * batch.num_rows)
+    elif wanted.side and not (sides and place.sides):
         yield none
     elif wanted.side == LEFT_OUT:
         for ids in sides.values():

@@ -19,6 +19,7 @@ from ft_assets.launchers import make_launcher
 from ft_assets.launchers.cluster import ClusterLauncher
 from ft_assets.metrics.endpoint import Endpoint
 from ft_assets.release.keys import signing_key, trusted_keys
+from ft_assets.steps.own_rehearsal import SHIPPED
 
 
 def examine() -> list[Check]:
@@ -113,6 +114,9 @@ def _data(project: Project) -> Iterator[Check]:
     yield from found
     readable = [check.name.removeprefix("data.") for check in found if check.state == OK]
     yield from rows(project, readable)
+    if project.data.rehearsal_self and not project.data.rehearsal_prompts:
+        prompts = len(SHIPPED.read_text(encoding="utf-8").splitlines())
+        yield ok("data.rehearsal", f"self: each base answers {prompts} prompts of ft_assets")
     if not project.data.retention:
         yield warn(
             "data.retention",

@@ -13,7 +13,7 @@ from ft_assets.commands.doctor.check import Check, fail, guarded, ok, warn
 from ft_assets.config import Project
 from ft_assets.data.boilerplate import common_of
 from ft_assets.data.canonical import conversation, preference, prompt
-from ft_assets.data.content import CONVERSATIONS, PRODUCTION
+from ft_assets.data.content import CONVERSATIONS, PRODUCTION, PROMPTS
 from ft_assets.data.ingest import Ingest, target
 from ft_assets.data.leakage import find_copies
 from ft_assets.data.left_out import require_few
@@ -59,7 +59,8 @@ def rows(project: Project, keys: list[str]) -> Iterator[Check]:
 def _source(project: Project, key: str, folder: Path) -> Iterator[Check]:
     """Check the rows of a key as raw_dataset and raw_preferences read them."""
     table = CONVERSATIONS.get(key, key)
-    forms = {"preferences": preference, "contamination": target, PRODUCTION: prompt}
+    forms = {"preferences": preference, "contamination": target}
+    forms |= dict.fromkeys((PRODUCTION, PROMPTS), prompt)
     form: Any = forms.get(key, conversation)
     layout: Any = PREFERENCE if key == "preferences" else CONVERSATION
     with TableWriter(folder / f"{key}.rejected", REJECTED) as rejected:

@@ -93,6 +93,10 @@ def describe(path: Path, found: Found, source: BaseSource) -> str:
     lines.append(f"answers: {found.answers.describe()}")
     if source.note:
         lines.append(f"base: {source.note}")
+    lines.append(
+        "general prompts: none named. data.retention measures forgetting; `data.rehearsal: self` "
+        "trains the base's own answers against it"
+    )
     lines += _too_few_held_out(found)
     return "\n".join([*lines, f"wrote {path}", "next: ft doctor, then ft run"])
 
