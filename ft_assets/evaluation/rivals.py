@@ -102,6 +102,7 @@ class Rival:
         }
         self.options = {key: value for key, value in wanted.items() if value is not None}
         self.cost = 0.0
+        self._lock = threading.Lock()  # of the cost, which all requests add to
 
     def key(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the digest of all that decides an answer."""
@@ -166,7 +167,8 @@ class Rival:
                 expected="`usage`, because max_cost is set",
                 fix="leave out max_cost, and set a limit at the provider",
             )
-        self.cost += price or 0.0
+        with self._lock:
+            self.cost += price or 0.0
         return answer
 
 
