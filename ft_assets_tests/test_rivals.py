@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,21 @@ from ft_assets.artifacts import open_store
 from ft_assets.assets.judged import rivals_identity
 from ft_assets.commands.doctor import endpoints
 from ft_assets.commands.doctor.check import FAIL
-from ft_assets.config import EvaluationSettings, RivalSettings, load_project, settings_version
-from ft_assets.errors import EvaluationError
-from ft_assets.evaluation.report_model import EvalReport
+from ft_assets.config import (
+    EvaluationSettings,
+    GateSettings,
+    RivalSettings,
+    load_project,
+    settings_version,
+)
+from ft_assets.errors import ConfigError, EvaluationError
+from ft_assets.evaluation.report_model import (
+    Difference,
+    EvalReport,
+    RivalCost,
+    RivalReport,
+    Verdict,
+)
 from ft_assets.evaluation.rivals import (
     Kept,
     RivalAnswer,
@@ -31,8 +43,14 @@ from ft_assets.evaluation.rivals import (
     read_answers,
     write_answers,
 )
+from ft_assets.evaluation.scorer import Task
+from ft_assets.evaluation.verdict.decision import _rivals as rivals_judged
+from ft_assets.evaluation.verdict.decision import to_beat
+from ft_assets.evaluation.verdict.statistics import compare
+from ft_assets.merging.file_verdict import Evaluated, judge_files
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import checks, failure, materialize
+from ft_assets_tests.reports import empty_report, scored_row
 
 
 @dataclass
@@ -207,6 +225,54 @@ def test_row_with_tools_is_refused_before_anything_is_asked(api: Api, tmp_path: 
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         EvaluationSettings.model_validate(settings)
+
+
+def compared(ours: list[float], theirs: list[float]) -> Difference:
+    return compare(ours, theirs, 0.95, 42)
+
+
+@pytest.mark.parametrize(
+    ("gate", "must_beat", "theirs", "reason"),
+    [
+        ({}, False, 1.0, None),
+        ({}, True, 1.0, "not shown to be better than the rival: exact .* against rag"),
+        ({"prompting": "rag"}, False, 1.0, "not shown to be better than the rival"),
+        ({"prompting": ["rag"]}, False, 0.0, None),
+        ({"prompting": ["gpt"]}, False, 0.0, "not compared with the rival gpt"),
+    ],
+)
+def test_rival_that_must_be_beaten_decides(
+    gate: dict[str, Any], must_beat: bool, theirs: float, reason: str | None
+) -> None:
+    """Of the adapter, and of each merged file by its own answers."""
+    ours = [1.0] * 40
+    entry = compared(ours, [theirs] * 40)
+    cost = RivalCost(model="m", per_thousand=None, seconds=1.0, seconds_p95=1.0)
+    rag = RivalReport(
+        cost=cost, must_beat=must_beat, scores={}, interval=(0, 1), comparisons={"sft": entry}
+    )
+    report = empty_report(rivals={"rag": rag})
+    settings = GateSettings.model_validate(gate)
+    judged = rivals_judged("sft", report, settings)
+    rows = [replace(scored_row("yes", exact=1.0), cluster=str(row)) for row in range(40)]
+    base, its = ([row.scored({"exact": value}) for row in rows] for value in (0.0, theirs))
+    task = Task(heldout=[], settings=EvaluationSettings())
+    verdict = Verdict.model_construct(status="PASS", candidate="sft", override=None)
+    evaluated = Evaluated(
+        Path(), Path(), task, verdict, settings, base, rows, {"rag": its}, to_beat(report, settings)
+    )
+    file = judge_files(evaluated, {"original": rows}, {})["original"]
+    assert file.gain.beats_base
+    assert file.gain.metrics("exact")["merged_against_rag"] == 1.0 - theirs
+    for problems in ([*judged.fails, *judged.unsure], file.problems):
+        assert bool(problems) == (reason is not None)
+        assert reason is None or re.search(reason, problems[0])
+
+
+def test_rival_in_the_gate_must_be_compared(project: Path) -> None:
+    edit(project, gate={"prompting": ["few_shot", "rga"]})
+    with pytest.raises(ConfigError, match="names rga, which is not compared with tiny"):
+        load_project(project / "finetune.yaml")
 
 
 def test_doctor_names_a_key_that_is_not_set(project: Path) -> None:

@@ -128,6 +128,7 @@ def eval_report(
             "gate": gate,
             "has_dpo": has_dpo,
             **({} if bar is None else {"min_judge_agreement": bar}),
+            **({"rivals": "2"} if rivals else {}),  # a code version: the rows of rivals are kept
         },
         inputs={
             "answers": (answers, None),
@@ -209,10 +210,10 @@ def _advice(checked: Checked) -> dict[str, str]:
     description="The fine-tune beats the base with a few-shot prompt. Else prompting is enough.",
 )
 def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
-    """Warn if a prompted base is as good. Fail if gate.prompting is `fail`."""
+    """Warn if a prompted base is as good. Fail if a PASS must be better (gate.prompting)."""
     report, gate = _report(checked), checked.project.gate
     reported, metric = decide(report, gate).reported_candidate, report.metric
-    severity = ERROR if gate.prompting == "fail" and gate.override is None else WARN
+    severity = ERROR if "few_shot" in gate.must_beat and gate.override is None else WARN
     if "few_shot" not in report.scores:
         return dg.AssetCheckResult(
             passed=False,
@@ -238,7 +239,10 @@ def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
     only_if=has_rivals,
 )
 def better_than_rivals(checked: Checked) -> dg.AssetCheckResult:
-    """Warn with the rivals that are as good. One with `must_beat` also decides the verdict."""
+    """Warn with the rivals that are as good.
+
+    One with `must_beat`, or in gate.prompting, also decides the verdict.
+    """
     report, gate = _report(checked), checked.project.gate
     reported, rivals = decide(report, gate).reported_candidate, report.rivals or {}
     entries = {name: rival.comparisons[reported] for name, rival in rivals.items()}

@@ -69,8 +69,9 @@ def merged_model(
     method = adapter_method(adapter)
     # After QLoRA one of the two merges is a model that the report did not judge. It must pass the
     # whole gate.
+    part = OF_THE_FILE | ({"prompting"} if project.gate.must_beat - {"few_shot"} else set())
     gate = project.gate.model_dump(
-        mode="json", include=None if method == "qlora" else OF_THE_FILE, exclude={"override"}
+        mode="json", include=None if method == "qlora" else part, exclude={"override"}
     )
     evaluation = project.recipe(name).evaluation
     identity: JsonValue = {

@@ -324,8 +324,10 @@ class GateSettings(Section):
         default="all",
         description="Of several metrics that must be `better`: all of them, or any one.",
     )
-    prompting: Literal["warn", "fail"] = Field(
-        default="warn", description="What happens when a prompted base is as good."
+    prompting: str | list[str] = Field(
+        default="warn",
+        description="What happens when a prompted base is as good: `warn` or `fail`; or the names "
+        "of what a PASS must be better than: few_shot and rivals, e.g. [few_shot, rag].",
     )
     form: Literal["fail", "warn"] = Field(
         default="fail",
@@ -390,6 +392,14 @@ class GateSettings(Section):
                     "it must be better"
                 )
         return goals
+
+    @property
+    def must_beat(self) -> frozenset[str]:
+        """What `prompting` asks a PASS to be better than: `few_shot` and names of rivals."""
+        if isinstance(self.prompting, list):
+            return frozenset(self.prompting)
+        known: dict[str, frozenset[str]] = {"warn": frozenset(), "fail": frozenset({"few_shot"})}
+        return known.get(self.prompting, frozenset({self.prompting}))
 
     @field_validator("override")
     @classmethod

@@ -102,6 +102,7 @@ def load_project(path: Path | None = None, place: Place | None = None) -> Projec
         _check_overrides(path, project, name)
         _check_text(path, project, name)
         _check_goals(path, project, name)
+        _check_prompting(path, project, name)
         _check_review(path, project, name)
         if project.samples():
             _check_own_answers(path, project, name)
@@ -208,6 +209,18 @@ def _check_goals(path: Path, project: Project, name: str) -> None:
             found="has margins alone: a model that is worse within them would pass",
             expected="at least one metric that must be `better`",
             fix=f"add a metric, e.g. {project.recipe(name).evaluation.metric}: better",
+        )
+
+
+def _check_prompting(path: Path, project: Project, name: str) -> None:
+    """Raise ConfigError if a PASS must be better than what is not compared."""
+    known = ["few_shot", *project.recipe(name).evaluation.rivals]
+    for rival in sorted(project.gate.must_beat.difference(known)):
+        raise ConfigError(
+            where=f"{path}: gate.prompting",
+            found=f"names {rival}, which is not compared with {name}",
+            expected=f"warn, fail, or names of {', '.join(known)}",
+            fix=f"{nearest(rival, ['warn', 'fail', *known])}, or name it in evaluation.rivals",
         )
 
 

@@ -9,9 +9,14 @@ from pathlib import Path
 from ft_assets.config import GateSettings
 from ft_assets.evaluation.asker import Asker
 from ft_assets.evaluation.harness import harness_scores
-from ft_assets.evaluation.report import summarise
-from ft_assets.evaluation.report_model import EvalReport
-from ft_assets.evaluation.scored_rows import Scored, ScoredRow, read_scored_rows
+from ft_assets.evaluation.report import compare_rows, summarise
+from ft_assets.evaluation.report_model import EvalReport, RivalReport
+from ft_assets.evaluation.scored_rows import (
+    Scored,
+    ScoredRow,
+    read_rivals,
+    read_scored_rows,
+)
 from ft_assets.evaluation.scorer import Scorer, Task
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
 
@@ -54,8 +59,30 @@ def report_of_file(
         "chance": {**before.chance, **numbers.chance},
         "form": before.form,
         "seeds": before.seeds,
+        "few_shot": before.few_shot,
+        "calibration": before.calibration,
+        "rivals": before.rivals and _rivals(before.rivals, candidate, rows, report, task, numbers),
     }
     return numbers.model_copy(update=carried)
+
+
+def _rivals(
+    before: dict[str, RivalReport],
+    candidate: str,
+    rows: list[ScoredRow],
+    report: Path,
+    task: Task,
+    numbers: EvalReport,
+) -> dict[str, RivalReport]:
+    """Return the rivals, compared with the file in its adapter's place."""
+    metric, confidence = numbers.metric, numbers.confidence
+    found, scored = dict[str, RivalReport](), read_rivals(report, before, task.heldout)
+    for name, rival in before.items():
+        its = scored[name]
+        entry = compare_rows(rows, its, task.settings, confidence, {metric})[metric]
+        comparisons = {**rival.comparisons, candidate: entry}
+        found[name] = rival.model_copy(update={"comparisons": comparisons})
+    return found
 
 
 def _score_file(

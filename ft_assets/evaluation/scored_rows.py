@@ -6,7 +6,7 @@ A table has one line for each candidate and row: `candidate`, `id`, `prompt` (JS
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import Proofs
 from ft_assets.metrics.judge import Orders
@@ -21,6 +22,7 @@ from ft_assets.rows.types import DataRow
 
 IDENTITY = ("candidate", "id", "prompt", "reference", "cluster")
 ANSWER = ("answer", "stopped", "tokens")
+RIVALS = "rivals.parquet"  # of a report: the scored rows of its rivals
 Preferred = Mapping[str, float]  # people's score of an answer by the rival answer
 PeopleScores = Mapping[str, Mapping[str, Preferred]]  # by the id of a row, then by answer
 
@@ -101,6 +103,23 @@ def read_scored_rows(table: Path, candidate: str, rows: Sequence[DataRow]) -> li
     lines = pq.read_table(table, filters=[("candidate", "=", candidate)]).to_pylist()
     by_id = {line["id"]: _scored_row(line) for line in lines}
     return in_clusters([by_id[row["id"]] for row in rows], rows)
+
+
+def read_rivals(
+    report: Path, names: Iterable[str], rows: Sequence[DataRow]
+) -> dict[str, list[ScoredRow]]:
+    """Read the scored rows of a report's rivals. Raises ArtifactError if it does not have them."""
+    found, table = {}, report / RIVALS
+    for name in names:
+        if not table.exists():
+            raise ArtifactError(
+                where=str(report),
+                found=f"has no scored rows of the rival {name}: an older version wrote it",
+                expected=f"a report with {RIVALS}",
+                fix="materialize eval_report again (ft run); no answer is asked again",
+            )
+        found[name] = read_scored_rows(table, name, rows)
+    return found
 
 
 def in_clusters(scored: Sequence[ScoredRow], rows: Sequence[DataRow]) -> list[ScoredRow]:

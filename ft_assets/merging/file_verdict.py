@@ -17,7 +17,13 @@ from ft_assets.evaluation.report import compare_rows
 from ft_assets.evaluation.report_model import Difference, EvalReport, Verdict
 from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.scorer import Task
-from ft_assets.evaluation.verdict.decision import PASS, adjusted_p, judge, quality
+from ft_assets.evaluation.verdict.decision import (
+    PASS,
+    adjusted_p,
+    against_rivals,
+    judge,
+    quality,
+)
 from ft_assets.merging.agreement import LogitAgreement
 from ft_assets.merging.merge import MergeBase
 from ft_assets.merging.verify import Proof
@@ -32,12 +38,17 @@ ONTO = {
 
 @dataclass(frozen=True)
 class FileGain:
-    """A file's score and stop rate on the held-out rows, and its difference from the base."""
+    """A file's score and stop rate on the held-out rows, and its difference from the base.
+
+    rivals: its differences from them. not_beaten: why it is not better than one that it must beat.
+    """
 
     score: float
     stop_rate: float
     difference: Difference
     beats_base: bool
+    rivals: dict[str, Difference] = field(default_factory=dict)
+    not_beaten: list[str] = field(default_factory=list)
 
     def metrics(self, metric: str) -> dict[str, float]:
         """Return the numbers under their keys in the manifest."""
@@ -48,16 +59,17 @@ class FileGain:
             "merged_gain_low": self.difference.low,
             "merged_gain_high": self.difference.high,
             "merged_beats_base": self.beats_base,
+            **{f"merged_against_{name}": entry.mean for name, entry in self.rivals.items()},
         }
 
     def problems(self, metric: str) -> list[str]:
-        """Return the reasons why the file is not better than the base; [] if it is."""
+        """Return the reasons why the file is not better than base and rivals; [] if it is."""
         if self.beats_base:
-            return []
+            return self.not_beaten
         gain = self.difference
         interval = f"[{gain.low:+.3f}, {gain.high:+.3f}]"
         stops = f"stop rate {self.stop_rate:.2f}"
-        return [f"{metric} {gain.mean:+.3f} against base {interval}, {stops}"]
+        return [f"{metric} {gain.mean:+.3f} against base {interval}, {stops}", *self.not_beaten]
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,8 @@ class FileVerdict:
 class Evaluated:
     """The evaluation that judged the adapter: its report's folder, its task, verdict and gate.
 
-    base, judged: its scored held-out rows of the base and of the adapter.
+    base, judged: its scored held-out rows of the base and of the adapter. rivals: those of the
+    rivals; to_beat: the rivals that a PASS must be better than.
     """
 
     folder: Path
@@ -87,6 +100,8 @@ class Evaluated:
     gate: GateSettings
     base: list[ScoredRow]
     judged: list[ScoredRow]
+    rivals: dict[str, list[ScoredRow]] = field(default_factory=dict)
+    to_beat: list[str] = field(default_factory=list)
 
     @property
     def settings(self) -> EvaluationSettings:
@@ -209,11 +224,19 @@ def file_gains(
     for name, scored in rows.items():
         stop_rate = statistics.fmean(float(row.stopped) for row in scored)
         passed = quality(against[name], metric, gate, adjusted[name]).passed
+        others = {
+            rival: compare_rows(scored, its, settings, gate.confidence, {metric})[metric]
+            for rival, its in evaluated.rivals.items()
+        }
+        wanted = {rival: others.get(rival) for rival in evaluated.to_beat}
+        judged = against_rivals(wanted, metric, gate.confidence)
         gains[name] = FileGain(
             score=statistics.fmean(row.scores[metric] for row in scored if metric in row.scores),
             stop_rate=stop_rate,
             difference=against[name][metric],
             beats_base=passed and stop_rate >= gate.min_stop_rate,
+            rivals=others,
+            not_beaten=[*judged.fails, *judged.unsure],
         )
     return gains, adjusted
 

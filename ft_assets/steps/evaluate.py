@@ -34,7 +34,9 @@ from ft_assets.evaluation.report_model import (
     findings_json,
 )
 from ft_assets.evaluation.scored_rows import (
+    RIVALS,
     Scored,
+    ScoredRow,
     cluster_of,
     read_scores,
     write_scored_rows,
@@ -105,9 +107,10 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     if given.rewards:
         numbers = numbers.model_copy(update={"rewards": given.rewards})
     if settings.rivals:
-        numbers = numbers.model_copy(
-            update={"rivals": _rivals(job, scored, task, numbers.confidence)}
-        )
+        rows = _rivals(job, task)
+        write_scored_rows(job.output / RIVALS, rows, task.heldout)
+        found = _rival_reports(job, rows, scored, settings, numbers.confidence)
+        numbers = numbers.model_copy(update={"rivals": found})
     if task.people:  # merged_model and release score answers again
         shutil.copyfile(job.inputs["human_review"] / FILE, job.output / FILE)
     verdict = decide(numbers, gate)
@@ -232,23 +235,32 @@ def _calibration(job: Job, given: Settings, scored: Scored, task: Task) -> Judge
     )
 
 
-def _rivals(job: Job, scored: Scored, task: Task, confidence: float) -> dict[str, RivalReport]:
-    """Score the answers of the rivals behind endpoints, and compare the candidates with them."""
-    from ft_assets.evaluation.report import rival_report
-    from ft_assets.evaluation.rivals import COSTS, TABLE, asked_rows, read_answers, read_costs
+def _rivals(job: Job, task: Task) -> dict[str, list[ScoredRow]]:
+    """Score the answers of the rivals."""
+    from ft_assets.evaluation.rivals import TABLE, asked_rows, read_answers
     from ft_assets.evaluation.scorer import Scorer
 
-    folder, scorer, settings = job.inputs["rival_answers"], Scorer(task), task.settings
-    answers, costs = read_answers(folder / TABLE), read_costs(folder / COSTS)
+    scorer, answers = Scorer(task), read_answers(job.inputs["rival_answers"] / TABLE)
     return {
-        name: rival_report(
-            scorer.rival(asked_rows([one for one in answers if one.rival == name], task.heldout)),
-            scored,
-            settings,
-            confidence,
-            costs[name],
-            rival.must_beat,
-        )
+        name: scorer.rival(asked_rows([one for one in answers if one.rival == name], task.heldout))
+        for name in task.settings.rivals
+    }
+
+
+def _rival_reports(
+    job: Job,
+    rows: dict[str, list[ScoredRow]],
+    scored: Scored,
+    settings: EvaluationSettings,
+    confidence: float,
+) -> dict[str, RivalReport]:
+    """Compare the candidates with the rivals."""
+    from ft_assets.evaluation.report import rival_report
+    from ft_assets.evaluation.rivals import COSTS, read_costs
+
+    costs = read_costs(job.inputs["rival_answers"] / COSTS)
+    return {
+        name: rival_report(rows[name], scored, settings, confidence, costs[name], rival.must_beat)
         for name, rival in settings.rivals.items()
     }
 

@@ -19,7 +19,8 @@ from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.evaluation.references import with_references
 from ft_assets.evaluation.report_model import EvalReport, Verdict
-from ft_assets.evaluation.scored_rows import read_scored_rows
+from ft_assets.evaluation.scored_rows import read_rivals, read_scored_rows
+from ft_assets.evaluation.verdict.decision import to_beat
 from ft_assets.evaluation.verdict.spending import gate_of
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_tokenizer
@@ -96,14 +97,17 @@ def _evaluated(job: Job, settings: Settings) -> Evaluated:
     )
     table = job.inputs["eval_report"] / "rows.parquet"
     report = EvalReport.read(job.inputs["eval_report"] / "report.json")
+    gate = gate_of(report, settings.gate)
     return Evaluated(
         folder=job.inputs["eval_report"],
         snapshot=job.inputs["base_model"],
         task=task,
         verdict=settings.verdict,
-        gate=gate_of(report, settings.gate),
+        gate=gate,
         base=read_scored_rows(table, "base", task.heldout),
         judged=read_scored_rows(table, settings.verdict.merged_candidate, task.heldout),
+        rivals=read_rivals(job.inputs["eval_report"], report.rivals or {}, task.heldout),
+        to_beat=to_beat(report, gate),
     )
 
 

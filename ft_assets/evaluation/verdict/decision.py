@@ -95,7 +95,7 @@ def judge(
             quality(comparisons["base"], metric, gate, adjusted, report.confidence),
             _chance(report.chance.get(candidate), metric, report.confidence),
             _prompting(comparisons.get("few_shot", {}).get(metric), report, gate),
-            _must_beat(candidate, report),
+            _rivals(candidate, report, gate),
             _hacked_reward(candidate, report),
             _form(candidate, report, gate),
             _seeds(candidate, report, gate),
@@ -335,7 +335,7 @@ def _seeds(candidate: str, report: EvalReport, gate: GateSettings) -> Reasons:
 
 
 def _prompting(entry: Difference | None, report: EvalReport, gate: GateSettings) -> Reasons:
-    if entry is None or gate.prompting == "warn" or beats(entry, report.confidence):
+    if entry is None or "few_shot" not in gate.must_beat or beats(entry, report.confidence):
         return Reasons()
     text = entry.describe(report.metric, "the few-shot prompt")
     if worse(entry, report.confidence):
@@ -343,17 +343,35 @@ def _prompting(entry: Difference | None, report: EvalReport, gate: GateSettings)
     return Reasons(unsure=[f"not shown to be better than prompting: {text}"])
 
 
-def _must_beat(candidate: str, report: EvalReport) -> Reasons:
-    """Require that the candidate is better than each rival with `must_beat`."""
+def to_beat(report: EvalReport, gate: GateSettings) -> list[str]:
+    """Return the rivals that a PASS must be better than: by `must_beat` or `gate.prompting`."""
+    found = [name for name, rival in (report.rivals or {}).items() if rival.must_beat]
+    return list(dict.fromkeys([*found, *sorted(gate.must_beat - {"few_shot"})]))
+
+
+def _rivals(candidate: str, report: EvalReport, gate: GateSettings) -> Reasons:
+    """Require that the candidate is better than each rival that a PASS must be better than."""
+    known = report.rivals or {}
+    entries = {
+        name: known[name].comparisons[candidate] if name in known else None
+        for name in to_beat(report, gate)
+    }
+    return against_rivals(entries, report.metric, report.confidence)
+
+
+def against_rivals(
+    entries: Mapping[str, Difference | None], metric: str, confidence: float
+) -> Reasons:
+    """Judge the differences from rivals that must be beaten; None of one that was not compared."""
     found = Reasons()
-    for name, rival in (report.rivals or {}).items():
-        entry = rival.comparisons[candidate]
-        text = entry.describe(report.metric, name)
-        if not rival.must_beat:
+    for name, entry in entries.items():
+        if entry is None:
+            found.unsure.append(f"not compared with the rival {name}")
             continue
-        if beats(entry, report.confidence):
+        text = entry.describe(metric, name)
+        if beats(entry, confidence):
             found.proven.append(f"better than the rival: {text}")
-        elif worse(entry, report.confidence):
+        elif worse(entry, confidence):
             found.fails.append(f"the rival is better than this fine-tune: {text}")
         else:
             found.unsure.append(f"not shown to be better than the rival: {text}")
