@@ -16,13 +16,13 @@ import pytest
 from pydantic import ValidationError
 
 from ft_assets.artifacts import open_store
-from ft_assets.assets.judged import rivals_identity
+from ft_assets.assets.judged import rivals_first, rivals_identity
 from ft_assets.commands.doctor import endpoints
 from ft_assets.commands.doctor.check import FAIL
 from ft_assets.config import (
+    EndpointRival,
     EvaluationSettings,
     GateSettings,
-    RivalSettings,
     load_project,
     settings_version,
 )
@@ -34,20 +34,23 @@ from ft_assets.evaluation.report_model import (
     RivalReport,
     Verdict,
 )
-from ft_assets.evaluation.rivals import (
-    Kept,
+from ft_assets.evaluation.retrieval import DocumentFile
+from ft_assets.evaluation.rival_answers import (
+    KeptAnswers,
+    LocalBase,
     RivalAnswer,
     Tried,
-    ask_rivals,
     cost_of,
     read_answers,
     write_answers,
 )
+from ft_assets.evaluation.rivals import Sources, ask_rivals
 from ft_assets.evaluation.scorer import Task
 from ft_assets.evaluation.verdict.decision import _rivals as rivals_judged
 from ft_assets.evaluation.verdict.decision import to_beat
 from ft_assets.evaluation.verdict.statistics import compare
 from ft_assets.merging.file_verdict import Evaluated, judge_files
+from ft_assets.orchestration.materializer import StoreMaterializer
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import checks, failure, materialize
 from ft_assets_tests.reports import empty_report, scored_row
@@ -108,13 +111,15 @@ def rows(count: int) -> list[Any]:
 
 
 def asked(
-    api: Api, tmp_path: Path, count: int = 3, kept: Kept | None = None, **settings: Any
+    api: Api, tmp_path: Path, count: int = 3, kept: KeptAnswers | None = None, **settings: Any
 ) -> list[RivalAnswer]:
     rival = {"base_url": api.url, "model": "m", "parallel": 1, **settings}
     evaluation = EvaluationSettings.model_validate({"rivals": {"gpt": rival}})
     tried = Tried(tmp_path / "tried" / "answers.jsonl")
-    known = {answer.key: answer for answer in tried.read()} | (kept or {})
-    return ask_rivals(rows(count), evaluation, known, tried, lambda *_, **__: None)
+    known = {answer.key: answer for answer in tried.read()} | dict(kept or {})
+    return ask_rivals(
+        rows(count), evaluation, Sources(), known, tried, lambda *_, **__: None
+    ).answers
 
 
 def test_rows_are_asked_once_greedily_and_kept_by_content(api: Api, tmp_path: Path) -> None:
@@ -135,7 +140,7 @@ def test_rows_are_asked_once_greedily_and_kept_by_content(api: Api, tmp_path: Pa
     asked(api, other, 1, kept)
     assert len(api.asked) == 5  # another prompt
     prices = {"price_in": 1.0, "price_out": 10.0}
-    cost = cost_of(first, RivalSettings(base_url=api.url, model="m", **prices))
+    cost = cost_of(first, EndpointRival(base_url=api.url, model="m", **prices))
     assert cost.per_thousand == pytest.approx(1000 * (100 * 1 + 10 * 10) / 1e6)
 
 
@@ -203,6 +208,7 @@ def test_row_with_tools_is_refused_before_anything_is_asked(api: Api, tmp_path: 
         ask_rivals(
             [{**rows(1)[0], "tools": [{}]}],
             evaluation,
+            Sources(),
             {},
             Tried(tmp_path / "tried"),
             lambda *_, **__: None,
@@ -288,7 +294,7 @@ def test_limits_of_a_rival_ask_nothing_again(project: Path) -> None:
         rival = {"base_url": "http://127.0.0.1:1/v1", "model": "m", **settings}
         edit(project, evaluation={"rivals": {"gpt": rival}})
         found = load_project(project / "finetune.yaml")
-        return settings_version(rivals_identity(found, "tiny"))
+        return settings_version(rivals_identity(StoreMaterializer(found), "tiny"))
 
     limits = {"timeout": 5, "max_minutes": 1, "parallel": 1, "tries": 1, "must_beat": True}
     assert version(**limits) == version()
@@ -300,30 +306,115 @@ def test_absent_rivals_do_not_change_the_version_of_settings() -> None:
     assert "rivals" not in EvaluationSettings().model_dump()
 
 
-def test_report_compares_with_the_rival_and_must_beat_decides(copy: Path, api: Api) -> None:
-    """The rival is right in every row, as the fine-tune is."""
+def test_report_compares_with_the_rivals_and_must_beat_decides(copy: Path, api: Api) -> None:
+    """The endpoint is right in every row, as the fine-tune is. The base has half an answer."""
     scored = "rival_answers,eval_report"
     rival = {"base_url": api.url, "model": "m", "price_in": 1.0, "price_out": 1.0}
-    edit(copy, evaluation={"rivals": {"gpt": rival}})
+    (copy / "docs").mkdir()
+    (copy / "docs/a.md").write_text("one two three\n\nfour yes five\n")
+    others = {
+        "same": {"base_model": "tiny"},
+        "rag": {"documents": ["docs"], "answerer": "gpt", "chunk_words": 10},
+    }
+    edit(copy, evaluation={"rivals": {"gpt": rival, **others}})
     done = materialize(copy, scored)
     assert done.success, failure(done)
     store = open_store(load_project(copy / "finetune.yaml"))
     report = store.need("eval_report", "tiny")
-    found = EvalReport.read(report.path / "report.json").rivals
+    numbers = EvalReport.read(report.path / "report.json")
+    found = numbers.rivals
     assert found is not None
     assert found["gpt"].scores["exact"] == 1.0
     assert found["gpt"].cost.per_thousand == pytest.approx(0.11)
+    assert found["same"].scores["exact"] == numbers.scores["base"]["exact"]
+    assert found["same"].cost.seconds is None  # the graph had every answer
+    assert (retrieved := found["rag"].retrieved) is not None
+    assert (retrieved.documents, retrieved.chunks, retrieved.copied) == (1, 1, 0)
+    assert checks(done)["documents_have_no_heldout_rows"].passed == (
+        retrieved.without_hits < retrieved.rows
+    )
     assert checks(done)["better_than_base"].passed
     warned = checks(done)["better_than_rivals"]
     assert not warned.passed
     assert "exact +0.000 against gpt" in str(warned.description)
     text = (report.path / "report.md").read_text()
     assert re.search(r"## Rivals\n\n\|.*\n.*\n\| gpt \(m\) \| \*\*1\.000", text)
+    assert "### What the documents have" in text
     requests = len(api.asked)
 
-    edit(copy, evaluation={"rivals": {"gpt": {**rival, "must_beat": True}}})
+    edit(copy, evaluation={"rivals": {"gpt": {**rival, "must_beat": True}, **others}})
     done = materialize(copy, scored)
     assert len(api.asked) == requests  # it was not asked again
     verdict = checks(done)["better_than_base"]
     assert not verdict.passed
     assert "not shown to be better than the rival" in str(verdict.description)
+
+
+def test_base_model_answers_once_also_with_documents(tiny_model: Path, tmp_path: Path) -> None:
+    """Its answers are kept by content: the second time no model is loaded."""
+    (tmp_path / "a.md").write_text("q0 has an answer\n")
+    rivals = {"big": {"base_model": "tiny"}, "rag": {"documents": ["*.md"], "top_k": 1}}
+    evaluation = EvaluationSettings.model_validate({"rivals": rivals, "max_new_tokens": 4})
+    files = (DocumentFile(name="a.md", path=tmp_path / "a.md"),)
+    base = LocalBase(name="tiny", snapshot=tiny_model, version="1")
+    sources = Sources(own="tiny", bases={"tiny": base}, documents={"rag": files})
+    said: list[tuple[str, dict[str, Any]]] = []
+
+    def ask(name: str, kept: KeptAnswers) -> list[RivalAnswer]:
+        tried = Tried(tmp_path / name)
+        report = lambda message, **numbers: said.append((message, numbers))  # noqa: E731
+        given = ask_rivals(rows(2), evaluation, sources, kept, tried, report)
+        assert given.retrieved["rag"].without_hits == 1
+        assert given.hits["rag"]["row 0"][0].source == "a.md"
+        return given.answers
+
+    first = ask("a", {})
+    assert said[-2:] == [
+        ("asked big", {"answers": 2, "kept": 0}),
+        ("asked rag", {"answers": 1, "kept": 1}),  # a question without a hit is the row's own
+    ]
+    assert all(answer.model == "tiny" and answer.seconds for answer in first[:2])
+    assert ask("b", {answer.key: answer for answer in first}) == first
+    assert said[-1] == ("asked rag", {"answers": 0, "kept": 2})
+    long = files[0].path
+    long.write_text("q0 " * 3000)
+    with pytest.raises(EvaluationError, match="lower top_k or chunk_words"):
+        rag = {"rag": {"documents": ["*.md"], "chunk_words": 3000}}
+        ask_rivals(
+            rows(1),
+            EvaluationSettings.model_validate({"rivals": rag}),
+            sources,
+            {},
+            Tried(tmp_path / "c"),
+            lambda *_, **__: None,
+        )
+
+
+def test_base_model_that_answers_for_others_runs_first(project: Path, tiny_model: Path) -> None:
+    models: dict[str, Any] = {name: {"folder": str(tiny_model)} for name in ("a", "b", "c")}
+    models["a"]["evaluation"] = {"rivals": {"x": {"base_model": "b"}}}
+    models["b"]["evaluation"] = {"rivals": {"x": {"base_model": "c"}, "y": {"base_model": "a"}}}
+    edit(project, base_models=models)
+    found = load_project(project / "finetune.yaml")
+    assert rivals_first(found, list(found.base_models))[:3] == ["c", "b", "a"]
+    assert rivals_first(found, ["a", "c"]) == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("rival", "problem"),
+    [
+        ({"base_model": "tyni"}, r"rivals\.a\.base_model.*'tyni' is not in base_models"),
+        ({"base_model": "tiny", "top_k": 3}, r"rivals\.a\.top_k: is not a known key"),
+        ({"documents": []}, r"rivals\.a\.documents"),
+        ({"documents": ["x"], "answerer": "b"}, "'b' is not a rival that answers"),
+        ({"documents": ["x"], "template": "{documents}"}, "has {question} 0 times"),
+        ({"base_url": "http://h", "model": "m", "max_cost": 1}, r"rivals\.a: max_cost needs"),
+    ],
+)
+def test_rival_that_cannot_work_is_refused_by_its_key(
+    project: Path, rival: dict[str, Any], problem: str
+) -> None:
+    edit(project, evaluation={"rivals": {"a": rival}})
+    with pytest.raises(ConfigError) as raised:
+        load_project(project / "finetune.yaml")
+    assert re.search(problem, str(raised.value))

@@ -1,10 +1,20 @@
 """The asset `answers`: what base, prompted base, SFT and DPO answer to the held-out rows."""
 
+from pathlib import Path
+
 import dagster as dg
 
 from ft_assets.assets.dpo_adapter import has_preferences
-from ft_assets.assets.judged import TRAINED, asked_inputs, asking, judged, optional_stages
+from ft_assets.assets.judged import (
+    TRAINED,
+    asked_inputs,
+    asking,
+    base_models_that_answer,
+    judged,
+    optional_stages,
+)
 from ft_assets.config import settings_version
+from ft_assets.evaluation.rival_answers import TABLE
 from ft_assets.evaluation.setting_files import read_schema
 from ft_assets.orchestration.declarations import Metrics, asset
 from ft_assets.orchestration.materializer import Materializer, result
@@ -13,6 +23,15 @@ from ft_assets.steps import answers as answers_step
 
 def _summary(metrics: Metrics) -> str:
     return f"{metrics['candidates']} on {metrics['heldout_rows']} held-out rows"
+
+
+def _as_rivals(materializer: Materializer) -> tuple[Path, ...]:
+    """Return the tables of what base models have answered as rivals of others."""
+    project, store = materializer.project, materializer.store
+    if not base_models_that_answer(project):
+        return ()
+    current = [store.current("rival_answers", name) for name in project.base_models]
+    return tuple(one.path / TABLE for one in current if one)
 
 
 @asset(
@@ -60,6 +79,7 @@ def answers(
             ),
             root=project.root,
             previous=previous.path if previous else None,
+            **({"rivals": rivals} if (rivals := _as_rivals(materializer)) else {}),
         ),
         libraries="infer",
     )

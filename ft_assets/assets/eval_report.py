@@ -235,7 +235,7 @@ def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
 
 @check(
     eval_report,
-    description="The fine-tune beats each rival behind an endpoint.",
+    description="The fine-tune beats each rival of evaluation.rivals.",
     only_if=has_rivals,
 )
 def better_than_rivals(checked: Checked) -> dg.AssetCheckResult:

@@ -3,10 +3,22 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ft_assets.artifacts import Artifact
+from ft_assets.artifacts import Artifact, file_sha256
 from ft_assets.assets.raw_text import has_text
-from ft_assets.config import ADAPTERS, EvaluationSettings, Project, settings_version
+from ft_assets.config import (
+    ADAPTERS,
+    BaseRival,
+    EvaluationSettings,
+    Project,
+    RetrievalRival,
+    answerer_of,
+    settings_version,
+)
+from ft_assets.data.content import file_name
+from ft_assets.data.data_files import resolve_files
+from ft_assets.data.encodings import encoding_of
 from ft_assets.errors import EvaluationError, VerdictError
+from ft_assets.evaluation.retrieval import DocumentFile
 from ft_assets.evaluation.setting_files import (
     harness_version,
     metric_packages,
@@ -121,7 +133,7 @@ def rivals_of_today(materializer: Materializer, name: str, heldout: Artifact) ->
     found = materializer.store.need("rival_answers", name)
     rows = heldout.part_version("heldout")
     same = found.manifest.inputs.get("heldout_split#heldout") == rows
-    if not same or found.manifest.settings != rivals_identity(materializer.project, name):
+    if not same or found.manifest.settings != rivals_identity(materializer, name):
         raise VerdictError(
             where=f"eval_report[{name}]",
             found="rival_answers was made from other " + ("settings" if same else "held-out rows"),
@@ -131,8 +143,85 @@ def rivals_of_today(materializer: Materializer, name: str, heldout: Artifact) ->
     return found
 
 
-def rivals_identity(project: Project, name: str) -> dict[str, Any]:
-    """Return all that decides what rivals answer and what it costs, besides the rows."""
+def base_models_that_answer(project: Project, name: str | None = None) -> list[str]:
+    """Return the base models that answer as rivals of one base model, or of any."""
+    found: dict[str, None] = {}
+    for own in [name] if name else project.base_models:
+        rivals = _evaluation(project, own).rivals
+        for rival in rivals:
+            _, answerer = answerer_of(rivals, rival, own)
+            if isinstance(answerer, BaseRival):
+                found[answerer.base_model] = None
+    return list(found)
+
+
+def rivals_first(project: Project, names: list[str]) -> list[str]:
+    """Return base models in an order in which those that answer as rivals of others come first."""
+    found: dict[str, None] = {}
+
+    def add(name: str, above: frozenset[str]) -> None:
+        for rival in base_models_that_answer(project, name):
+            if rival in names and rival not in above:
+                add(rival, above | {name, rival})
+        found[name] = None
+
+    for name in names:
+        add(name, frozenset({name}))
+    return list(found)
+
+
+def retrieving(project: Project, name: str) -> dict[str, RetrievalRival]:
+    """Return the rivals of a base model that search documents, by name."""
+    rivals = _evaluation(project, name).rivals
+    return {rival: its for rival, its in rivals.items() if isinstance(its, RetrievalRival)}
+
+
+def rival_documents(project: Project, name: str) -> dict[str, tuple[DocumentFile, ...]]:
+    """Return the files that the rivals of a base model search, by rival. Raises DataError."""
+    return {
+        rival: documents_of(project, its.documents, f"evaluation.rivals.{rival}.documents")
+        for rival, its in retrieving(project, name).items()
+    }
+
+
+def documents_of(project: Project, patterns: list[str], key: str) -> tuple[DocumentFile, ...]:
+    """Return the files of documents that a key names. Raises DataError."""
+    return tuple(
+        DocumentFile(
+            name=file_name(project, path),
+            path=path,
+            encoding=encoding_of(path, project.root, project.data.encoding),
+        )
+        for path in resolve_files(project.root, patterns, key, texts=True)
+    )
+
+
+def _evaluation(project: Project, name: str) -> EvaluationSettings:
+    own = project.base_models[name].evaluation
+    return project.recipe(name).evaluation if own else project.evaluation
+
+
+def _rival_sources(materializer: Materializer, name: str) -> dict[str, Any]:
+    """Return the versions of the base models that answer and of the documents; {} without them."""
+    project, store = materializer.project, materializer.store
+    bases = {
+        base: store.need("base_model", base).data_version
+        for base in base_models_that_answer(project, name)
+    }
+    documents = {
+        rival: {file.name: file_sha256(file.path) for file in files}
+        for rival, files in rival_documents(project, name).items()
+    }
+    found = {"base_models": bases, "documents": documents}
+    return {key: versions for key, versions in found.items() if versions}
+
+
+def rivals_identity(materializer: Materializer, name: str) -> dict[str, Any]:
+    """Return all that decides what rivals answer and what it costs, besides the rows.
+
+    Raises ArtifactError if a base model that answers was not made yet.
+    """
+    project = materializer.project
     settings = project.recipe(name).evaluation
     limits = {"timeout", "max_cost", "max_minutes", "parallel", "tries", "must_beat"}
     return {
@@ -142,6 +231,7 @@ def rivals_identity(project: Project, name: str) -> dict[str, Any]:
         },
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
+        **_rival_sources(materializer, name),
     }
 
 
@@ -186,7 +276,7 @@ def has_judge(project: Project) -> bool:
 
 
 def has_rivals(project: Project) -> bool:
-    """Return True if rivals behind endpoints answer the rows of a base model."""
+    """Return True if rivals answer the rows of a base model."""
     return any(one.rivals for one in _evaluations(project))
 
 

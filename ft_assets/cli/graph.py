@@ -48,6 +48,7 @@ def run(
 
     from ft_assets import definitions
     from ft_assets.artifacts import open_store
+    from ft_assets.assets.judged import rivals_first
     from ft_assets.commands.outcome import Outcome, outcome_of
     from ft_assets.commands.status import left_out_counts, left_out_lines
     from ft_assets.compat.dagster import shield_log_readers
@@ -69,7 +70,7 @@ def run(
     keys = select(defs, asset, until)
     partitioned = any(defs.resolve_asset_graph().get(key).is_partitioned for key in keys)
     failed, outcomes = dict[str, list[str]](), list[Outcome]()
-    for name in names if partitioned else [None]:
+    for name in rivals_first(project, names) if partitioned else [None]:
         print(f"\n{name or 'unpartitioned'}", file=sys.stderr)
         run_id, tags = new_run()
         outcome = job.execute_in_process(

@@ -21,7 +21,13 @@ from ft_assets.config.loading import CONFIG_NAME, find_config, load_project, rel
 from ft_assets.config.place import Place
 from ft_assets.config.project import BaseModelSettings, Project, Recipe, settings_version
 from ft_assets.config.release import Format, PushSettings, ReleaseSettings, SigningSettings
-from ft_assets.config.rivals import RivalSettings
+from ft_assets.config.rivals import (
+    BaseRival,
+    EndpointRival,
+    RetrievalRival,
+    RivalSettings,
+    answerer_of,
+)
 from ft_assets.config.rl import RlSettings
 from ft_assets.config.section import Section, Share
 from ft_assets.config.training import (
@@ -38,10 +44,12 @@ __all__ = [
     "CONFIG_NAME",
     "AlertSettings",
     "BaseModelSettings",
+    "BaseRival",
     "ChatSettings",
     "DataSettings",
     "DpoSettings",
     "EmailSettings",
+    "EndpointRival",
     "EvaluationSettings",
     "Format",
     "FreshnessSettings",
@@ -53,6 +61,7 @@ __all__ = [
     "PushSettings",
     "Recipe",
     "ReleaseSettings",
+    "RetrievalRival",
     "RivalSettings",
     "RlSettings",
     "SamplingSettings",
@@ -67,6 +76,7 @@ __all__ = [
     "TrainSettings",
     "VerifySettings",
     "WebhookSettings",
+    "answerer_of",
     "find_config",
     "load_project",
     "reloaded",

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ft_assets.config.rivals import RivalSettings
+from ft_assets.config.rivals import RetrievalRival, RivalSettings
 from ft_assets.config.section import Section
 from ft_assets.errors import nearest
 from ft_assets.metrics import Metric, Option, registered
@@ -155,7 +155,8 @@ class EvaluationSettings(Section):
     )
     rivals: dict[RivalName, RivalSettings] = Field(
         default={},
-        description="Models behind an endpoint that answer the same held-out rows, by name.",
+        description="What answers the same held-out rows, by name: a model behind an endpoint, "
+        "another base model, or a model that retrieves documents.",
     )
     seed: int = Field(default=42, ge=0, lt=2**32)
 
@@ -237,6 +238,16 @@ class EvaluationSettings(Section):
         """Return the names of the measured metrics that are better when they are lower."""
         return [metric.name for metric in self.measured() if not metric.higher_is_better]
 
+    def _require_answerers(self) -> None:
+        others = [one for one, its in self.rivals.items() if not isinstance(its, RetrievalRival)]
+        for name, rival in self.rivals.items():
+            answerer = rival.answerer if isinstance(rival, RetrievalRival) else None
+            if answerer is not None and answerer not in others:
+                fix = nearest(answerer, others, "leave it out for the base model itself")
+                raise ValueError(
+                    f"rivals.{name}.answerer: {answerer!r} is not a rival that answers; {fix}"
+                )
+
     @field_validator("metrics")
     @classmethod
     def _known_entries(cls, entries: list[str]) -> list[str]:
@@ -294,6 +305,7 @@ class EvaluationSettings(Section):
             )
         if taken := sorted(CANDIDATES & self.rivals.keys()):
             raise ValueError(f"rivals.{taken[0]}: is the name of a candidate; take another")
+        self._require_answerers()
         gate = self.main_metric()
         if self.rivals and not (gate.of_answer or gate.config == "python"):
             raise ValueError(

@@ -12,6 +12,8 @@ from ft_assets.config.launcher import KINDS
 from ft_assets.config.limits import require_names, require_sane_numbers, shown
 from ft_assets.config.place import Place
 from ft_assets.config.project import Project
+from ft_assets.config.rivals import KINDS as RIVALS
+from ft_assets.config.rivals import BaseRival
 from ft_assets.config.rl import RlSettings
 from ft_assets.config.section import Section
 from ft_assets.config.strict_yaml import read_strictly
@@ -103,6 +105,7 @@ def load_project(path: Path | None = None, place: Place | None = None) -> Projec
         _check_text(path, project, name)
         _check_goals(path, project, name)
         _check_prompting(path, project, name)
+        _check_rivals(path, project, name)
         _check_review(path, project, name)
         if project.samples():
             _check_own_answers(path, project, name)
@@ -212,6 +215,18 @@ def _check_goals(path: Path, project: Project, name: str) -> None:
         )
 
 
+def _check_rivals(path: Path, project: Project, name: str) -> None:
+    """Raise ConfigError for a rival that is a base model that finetune.yaml does not have."""
+    for rival, its in project.recipe(name).evaluation.rivals.items():
+        if isinstance(its, BaseRival) and its.base_model not in project.base_models:
+            raise ConfigError(
+                where=f"{path}: evaluation.rivals.{rival}.base_model",
+                found=f"{its.base_model!r} is not in base_models",
+                expected=f"one of {', '.join(project.base_models)}",
+                fix=nearest(its.base_model, project.base_models, "add it to base_models"),
+            )
+
+
 def _check_prompting(path: Path, project: Project, name: str) -> None:
     """Raise ConfigError if a PASS must be better than what is not compared."""
     known = ["few_shot", *project.recipe(name).evaluation.rivals]
@@ -285,6 +300,10 @@ def _config_error(
             location[1:] = []
         else:
             kind, prefix, location = KINDS[location[1]], (*prefix, "launcher"), location[2:]
+    place = location.index("rivals") + 2 if "rivals" in location else len(location)
+    if location[place : place + 1] and location[place] in RIVALS:  # pydantic's name of the kind
+        kind, prefix = RIVALS[location[place]], (*prefix, *location[:place])
+        location = location[place + 1 :]
     if first["type"].startswith("union_tag"):
         found = first.get("ctx", {}).get("tag", "no kind")
         return ConfigError(

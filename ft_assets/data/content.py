@@ -29,13 +29,14 @@ def data_content(project: Project, keys: Sequence[str], sha256: Sha256 = file_sh
     settings = project.data.model_dump()
     return {
         key: [
-            (_name(project, path), sha256(path))
+            (file_name(project, path), sha256(path))
             for path in resolve_files(project.root, settings[key], f"data.{key}")
         ]
         for key in keys
     }
 
 
-def _name(project: Project, path: Path) -> str:
+def file_name(project: Project, path: Path) -> str:
+    """Return the name of a file in messages: relative to finetune.yaml where it is below it."""
     inside = path.is_relative_to(project.root)
     return str(path.relative_to(project.root) if inside else path)

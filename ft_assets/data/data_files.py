@@ -15,14 +15,14 @@ TEXT_KEY = "data.text"  # whose folders hold plain texts
 
 
 def resolve_files(
-    root: Path, patterns: list[str], key: str, cache: Path | None = None
+    root: Path, patterns: list[str], key: str, cache: Path | None = None, texts: bool = False
 ) -> list[Path]:
     """Return the files that the patterns (files, folders, globs, URLs, assets) name, sorted.
 
     Remote files are fetched into `cache`, by default .ft/downloads. A folder means the data files
-    in it; plain texts (.txt, .md) need a glob, except for data.text. Raises DataError for a
-    pattern that matches nothing or a folder of several splits, and SourceUnreachable for a server
-    that does not answer.
+    in it. Plain texts (.txt, .md) need a glob, except for documents (`texts`, data.text). Raises
+    DataError for a pattern that matches nothing or a folder of several splits, and
+    SourceUnreachable for a server that does not answer.
     """
     files: set[Path] = set()
     for pattern in patterns:
@@ -32,15 +32,15 @@ def resolve_files(
         elif "://" in pattern:
             files.update(fetched(pattern, where, cache or root / ".ft" / "downloads"))
         else:
-            files.update(_matches(root, pattern, where, key))
+            files.update(_matches(root, pattern, where, key, texts or key == TEXT_KEY))
     return sorted(files)
 
 
-def _matches(root: Path, pattern: str, where: str, key: str) -> list[Path]:
+def _matches(root: Path, pattern: str, where: str, key: str, texts: bool) -> list[Path]:
     files: list[Path] = []
     for match in map(Path, glob.glob(str(root / pattern), recursive=True)):
         if match.is_dir():
-            inside = files_in(match, TEXTS if key == TEXT_KEY else ())
+            inside = files_in(match, TEXTS if texts else ())
             require_one_split(match, inside, key, pattern)
             files += inside
         elif match.is_file() and not is_description(match):

@@ -113,7 +113,7 @@ class Asker:
         lengths = {row["id"]: len(ids) for row, ids in zip(rows, asked, strict=True)}
         if (error := self.room.rows_error(lengths)) is not None:
             raise error
-        keys = [digest("answer", self.weights, limit, sorted(self.stops), ids) for ids in asked]
+        keys = [answer_key(self.weights, limit, self.stops, ids) for ids in asked]
 
         def generated(missing: list[int]) -> list[GivenAnswer]:
             answers = generate(
@@ -194,6 +194,11 @@ class Asker:
             return statistics.fmean(self.losses(rendered)[0])
         finally:
             self.tokenizer.chat_template = used
+
+
+def answer_key(weights: str, limit: int, stops: frozenset[int], prompt: list[int]) -> str:
+    """Return the digest of all that decides an answer. limit: of new tokens. prompt: token ids."""
+    return digest("answer", weights, limit, sorted(stops), prompt)
 
 
 def _known_or(

@@ -18,7 +18,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ft_assets.artifacts import Artifact, verify_files
+from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.report_model import FewShotChoice, Part, Proofs
+from ft_assets.job import Report
 
 # seeds: the held-out rows again, by adapters of further seeds
 Side = Literal["heldout", "retention", "train", "seeds"]
@@ -182,6 +185,18 @@ def _every_row(answers: Answers) -> Iterator[AskedRow]:
     for candidates in answers.rows.values():
         for rows in candidates.values():
             yield from rows
+
+
+def read_kept(folder: Path | None, report: Report) -> Kept:
+    """Return what an artifact `answers` has; nothing if its files are not as they were written."""
+    if folder is None:
+        return Kept()
+    try:
+        verify_files(Artifact.read(folder))
+        return Kept.of(Answers.read(folder))
+    except (ArtifactError, OSError, TypeError) as error:  # damaged, or of another layout
+        report(f"asks everything: the last answers cannot be read ({error})")
+        return Kept()
 
 
 def digest(*decisive: Any) -> str:

@@ -72,7 +72,10 @@ def rival_plot(report: EvalReport) -> bytes:
             "price of a thousand answers",
             {n: c.per_thousand for n, c in costs.items() if c.per_thousand is not None},
         ),
-        ("seconds an answer (median)", {name: cost.seconds for name, cost in costs.items()}),
+        (
+            "seconds an answer (median)",
+            {n: c.seconds for n, c in costs.items() if c.seconds is not None},
+        ),
     ]
     for axis, (label, places) in zip(axes, sides, strict=True):
         for name, place in places.items():

@@ -30,13 +30,13 @@ from ft_assets.evaluation.report_markdown import (
     prompting_sentence,
     rehearsal_sentence,
     retention_table,
-    rival_table,
     score_table,
     seeds_sentence,
     step_table,
     use_sentence,
 )
 from ft_assets.evaluation.report_model import EvalReport, Finding, Verdict
+from ft_assets.evaluation.report_rivals import retrieval_tables, rival_table
 from ft_assets.markdown import Table
 
 EXAMPLES = 10
@@ -118,6 +118,7 @@ def _tables(report: EvalReport, verdict: Verdict) -> list[tuple[str, Table]]:
     ]
     if report.rivals:
         tables.append(("Rivals", rival_table(report, verdict)))
+        tables += retrieval_tables(report)
     if report.retention is not None:
         title = f"{report.retention.rows} general prompts (retention)"
         tables.append((title, retention_table(report)))

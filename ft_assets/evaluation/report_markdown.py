@@ -7,6 +7,7 @@ from statistics import NormalDist
 from ft_assets.evaluation.plots import LABELS
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import Differences, EvalReport, Finding, Verdict
+from ft_assets.evaluation.report_rivals import retrieval_tables, rival_table
 from ft_assets.evaluation.scored_rows import ScoredRow
 from ft_assets.evaluation.verdict.decision import PASS, beats
 from ft_assets.markdown import Table, table
@@ -54,6 +55,8 @@ def report_markdown(
     lines += ["", "## Which step helped", "", table(*step_table(report)), "", DETECTABLE]
     if report.rivals:
         lines += ["", "## Rivals", "", table(*rival_table(report, verdict))]
+        for title, found in retrieval_tables(report):
+            lines += ["", f"### {title}", "", table(*found)]
     if (general := report.retention) is not None:
         answered = f"{general.answered} of them answered"
         lines += ["", f"## {general.rows} general prompts (retention), {answered}", ""]
@@ -186,29 +189,6 @@ def step_table(report: EvalReport) -> Table:
                 f"{entry.p:.2g} ({entry.test})",
                 entry.rows(),
                 "–" if entry.detectable is None else f"{entry.detectable:.3f}",
-            ]
-        )
-    return Table(header, rows)
-
-
-def rival_table(report: EvalReport, verdict: Verdict) -> Table:
-    """Return the rivals behind endpoints, and how the reported candidate compares with each."""
-    best, metric = verdict.reported_candidate, report.metric
-    header = ["rival", metric, f"{LABELS[best]} against it", "p", "a thousand answers"]
-    header += ["seconds an answer (95 %)", "stop_rate", "tokens"]
-    rows = []
-    for name, rival in (report.rivals or {}).items():
-        (low, high), entry, cost = rival.interval, rival.comparisons[best], rival.cost
-        rows.append(
-            [
-                f"{name} ({cost.model})" + (", must be beaten" if rival.must_beat else ""),
-                f"**{rival.scores[metric]:.3f}** [{low:.3f}, {high:.3f}]",
-                f"{entry.mean:+.3f} [{entry.low:+.3f}, {entry.high:+.3f}]",
-                f"{entry.p:.2g}",
-                "not known" if cost.per_thousand is None else f"{cost.per_thousand:.4g}",
-                f"{cost.seconds:.2f} ({cost.seconds_p95:.2f})",
-                _number(rival.scores["stop_rate"]),
-                f"{rival.scores['mean_tokens']:.1f}",
             ]
         )
     return Table(header, rows)

@@ -336,30 +336,61 @@ class Form(Part):
 
 
 class RivalCost(Part):
-    """What the answers of a rival behind an endpoint cost.
+    """What the answers of a rival cost.
 
-    per_thousand: the price of a thousand answers, in the currency of the configured prices; None
-    if prices or counts of tokens are not known. seconds, seconds_p95: the median and the 95th
-    percentile of the time of an answer.
+    model: the endpoint's model, or the name of a base model. per_thousand: the price of a thousand
+    answers, in the currency of the configured prices; None if prices or counts of tokens are not
+    known. seconds, seconds_p95: the median and the 95th percentile of the time of an answer; None
+    if the graph had them all.
     """
 
     model: str
     per_thousand: float | None
-    seconds: float
-    seconds_p95: float
+    seconds: float | None
+    seconds_p95: float | None
 
     def describe(self) -> str:
         """Return price and latency as text."""
         price = "price not known" if self.per_thousand is None else f"{self.per_thousand:.4g}"
-        return f"{price} a thousand answers, {self.seconds:.2f} s an answer"
+        time = "time not measured" if self.seconds is None else f"{self.seconds:.2f} s an answer"
+        return f"{price} a thousand answers, {time}"
+
+
+class Retrieved(Part):
+    """What a rival that retrieves found for the held-out rows, as counts of rows.
+
+    without_hits: no chunk shares a word with the question. answer_found: the reference stands in a
+    chunk that was put before the question. answer_there: in any chunk. copied: question and
+    reference stand in one chunk: the documents have the row itself.
+    """
+
+    documents: int
+    chunks: int
+    rows: int
+    without_hits: int
+    answer_found: int
+    answer_there: int
+    copied: int
+
+    def numbers(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return dict(self)
+
+
+class Search(Part):
+    """A question, and the chunks that were put before it: file and line, score, and text."""
+
+    question: str
+    hits: list[tuple[str, float, str]]
 
 
 class RivalReport(Part):
-    """A rival behind an endpoint, on the same held-out rows.
+    """A rival on the same held-out rows.
 
     scores: the mean of each metric of an answer. interval: of the gate's metric. comparisons: of
     each candidate with the rival, in the gate's metric; positive means that the candidate is
-    better. must_beat: a PASS needs proof that it is.
+    better. must_beat: a PASS needs proof that it is. retrieved, searches: of a rival with
+    documents, with the first rows.
     """
 
     cost: RivalCost
@@ -367,6 +398,8 @@ class RivalReport(Part):
     scores: Scores
     interval: tuple[float, float]
     comparisons: Differences
+    retrieved: Retrieved | None = None
+    searches: list[Search] = []
 
 
 class EvalReport(Part):
@@ -378,8 +411,8 @@ class EvalReport(Part):
     scores: {candidate: {metric: mean}}. intervals: of each candidate's gate metric. chance:
     {candidate: its scores against those of shuffled references}. bound_to: the versions of what was
     judged. lower_is_better: of a user's own metrics those that are a loss. calibration: that of the
-    judge, None without people's judgements. rivals: models behind endpoints, by name. rewards: of
-    RL, metrics with their weights.
+    judge, None without people's judgements. rivals: by name. rewards: of RL, metrics with their
+    weights.
     """
 
     metric: str

@@ -44,7 +44,7 @@ class Asset:
     code_version: str
     deps: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
-    gpu: bool = False
+    gpu: bool | Callable[[Project], bool] = False
     per_base_model: bool = True
     schema: pa.Schema | None = None
     summary: Summary | None = None
@@ -66,6 +66,7 @@ class Asset:
         if upstream_assets(project, self.sources):
             files.append(TABLES)
         outside = [dg.AssetKey(key.split("/")) for key in self.outside(project)]
+        gpu = self.gpu if isinstance(self.gpu, bool) else self.gpu(project)
         return dg.asset(
             key=key_of(project, self.name),
             partitions_def=base_models if self.per_base_model else None,
@@ -78,7 +79,7 @@ class Asset:
             owners=[OWNER],
             kinds=set(self.kinds),
             code_version=self.code_version,
-            pool=GPU_POOL if self.gpu else None,
+            pool=GPU_POOL if gpu else None,
             metadata=column_schema(self.schema) if self.schema else None,
         )(in_place(project, user_errors(project)(self.body)))
 
@@ -90,7 +91,7 @@ def asset(
     code_version: str,
     deps: Sequence[str] = (),
     sources: Sequence[str] = (),
-    gpu: bool = False,
+    gpu: bool | Callable[[Project], bool] = False,
     per_base_model: bool = True,
     schema: pa.Schema | None = None,
     summary: Summary | None = None,

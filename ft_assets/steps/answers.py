@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import JsonValue
 
-from ft_assets.artifacts import Artifact, verify_files
 from ft_assets.artifacts.environment import library_versions
-from ft_assets.config import ADAPTERS, EvaluationSettings
+from ft_assets.config import ADAPTERS, EvaluationSettings, settings_version
 from ft_assets.data.tables import read_table
-from ft_assets.errors import ArtifactError
-from ft_assets.evaluation.kept_answers import Answers, Kept, digest
+from ft_assets.evaluation.kept_answers import Answers, digest, read_kept
 from ft_assets.evaluation.references import with_references
+from ft_assets.evaluation.rival_answers import given_answers
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.loading import load_tokenizer
 from ft_assets.rows.types import ConversationRow, TokenizedRow
@@ -32,7 +31,8 @@ class Settings(StepSettings):
 
     `weights`: the version of each candidate's. `harness`: of its tasks, as in `asking`.
 
-    `previous`: the folder of the last answers.
+    `previous`: the folder of the last answers. `rivals`: tables of what base models answered as
+    rivals of others.
     """
 
     STEP: ClassVar = Step("answers", gpu=True)
@@ -46,6 +46,17 @@ class Settings(StepSettings):
     seeds: int = 1
     root: Path
     previous: Path | None
+    rivals: tuple[Path, ...] = ()
+
+
+def base_version(base: str) -> str:
+    """Return the version of the weights of a base, given that of its snapshot."""
+    return settings_version([base, base])
+
+
+def weights_key(version: str, libraries: dict[str, str]) -> str:
+    """Return the identity of a candidate's weights in the digests of its answers."""
+    return digest(VERSION, version, libraries)
 
 
 @takes(Settings)
@@ -56,7 +67,7 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     libraries = library_versions("infer")
     places = {name: place for name, place in ADAPTERS.items() if name in given.weights}
     adapters = {name: job.inputs[place] for name, place in places.items()}
-    weights = {name: digest(VERSION, version, libraries) for name, version in given.weights.items()}
+    weights = {name: weights_key(version, libraries) for name, version in given.weights.items()}
     seeds = {
         f"{name}{FURTHER_SEED}{number}": (of_seed(adapter, number), digest(weights[name], number))
         for name, adapter in adapters.items()
@@ -68,8 +79,11 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         weights=weights | {name: version for name, (_, version) in seeds.items()},
         harness=given.harness,
     )
+    kept = read_kept(given.previous, report)
+    for table in given.rivals:  # a rival of another base model may be this base
+        kept.answers |= given_answers(table)
     pool = _pool(job, given.evaluation) if given.few_shot_auto else None
-    answers = ask(candidates, _task(job, given), _kept(given.previous, report), report, pool)
+    answers = ask(candidates, _task(job, given), kept, report, pool)
     answers.write(job.output)
     return StepResult(_metrics(answers))
 
@@ -110,18 +124,6 @@ def _pool(job: Job, settings: EvaluationSettings) -> Pool:
     known = [with_known_answer(settings, rows) for rows in sides]
     train, validation = (with_references(tokenizer, rows) for rows in known)
     return Pool(train, validation)
-
-
-def _kept(previous: Path | None, report: Report) -> Kept:
-    """Return what the last answers have; nothing if their files are not as they were written."""
-    if previous is None:
-        return Kept()
-    try:
-        verify_files(Artifact.read(previous))
-        return Kept.of(Answers.read(previous))
-    except (ArtifactError, OSError, TypeError) as error:  # damaged, or of another layout
-        report(f"asks everything: the last answers cannot be read ({error})")
-        return Kept()
 
 
 def _metrics(answers: Answers) -> dict[str, Any]:

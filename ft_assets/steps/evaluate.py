@@ -237,7 +237,7 @@ def _calibration(job: Job, given: Settings, scored: Scored, task: Task) -> Judge
 
 def _rivals(job: Job, task: Task) -> dict[str, list[ScoredRow]]:
     """Score the answers of the rivals."""
-    from ft_assets.evaluation.rivals import TABLE, asked_rows, read_answers
+    from ft_assets.evaluation.rival_answers import TABLE, asked_rows, read_answers
     from ft_assets.evaluation.scorer import Scorer
 
     scorer, answers = Scorer(task), read_answers(job.inputs["rival_answers"] / TABLE)
@@ -256,13 +256,18 @@ def _rival_reports(
 ) -> dict[str, RivalReport]:
     """Compare the candidates with the rivals."""
     from ft_assets.evaluation.report import rival_report
-    from ft_assets.evaluation.rivals import COSTS, read_costs
+    from ft_assets.evaluation.rival_answers import COSTS, read_costs
+    from ft_assets.evaluation.rivals import read_searches
 
-    costs = read_costs(job.inputs["rival_answers"] / COSTS)
-    return {
-        name: rival_report(rows[name], scored, settings, confidence, costs[name], rival.must_beat)
-        for name, rival in settings.rivals.items()
-    }
+    folder, found = job.inputs["rival_answers"], dict[str, RivalReport]()
+    costs = read_costs(folder / COSTS)
+    for name, rival in settings.rivals.items():
+        its = rows[name], scored, settings, confidence, costs[name], rival.must_beat
+        retrieved, searches = read_searches(folder, name)
+        found[name] = rival_report(*its).model_copy(
+            update={"retrieved": retrieved, "searches": searches}
+        )
+    return found
 
 
 def _tell_form_apart(

@@ -70,7 +70,9 @@ def endpoints(project: Project) -> Iterator[Check]:
     for name in project.base_models:
         settings = project.recipe(name).evaluation
         named: dict[str, Endpoint] = {
-            f"evaluation.rivals.{rival}": its for rival, its in settings.rivals.items()
+            f"evaluation.rivals.{rival}": its
+            for rival, its in settings.rivals.items()
+            if isinstance(its, Endpoint)
         }
         if settings.judge:
             named["evaluation.judge"] = settings.judge
