@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
+
+expect.set_options(timeout=60_000)  # ms; the default of 5 s is too short on a busy machine
 
 
 @pytest.hookimpl(hookwrapper=True)
