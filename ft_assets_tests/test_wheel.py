@@ -76,7 +76,13 @@ def test_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path) -> 
         ["git", "ls-files", "ft_assets"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert "ft_assets/evaluation/report.html.j2" in tracked
-    assert {name for name in names if name.startswith("ft_assets/")} == set(tracked)
+    inside = {name for name in names if name.startswith("ft_assets/")}
+    demo = {name for name in inside if name.startswith("ft_assets/examples/demo/")}
+    assert inside - demo == set(tracked)
+    assert {name.removeprefix("ft_assets/examples/demo/") for name in demo} == {
+        "finetune.yaml",
+        *(f"data/{file.name}" for file in (ROOT / "data").iterdir()),
+    }
 
 
 def test_wheel_works_outside_the_repository(
@@ -101,6 +107,8 @@ def test_wheel_works_outside_the_repository(
     write_jsonl(tmp_path / "data/train.jsonl", conversations(60, lambda _: "yes"))
     made = run(ft_of_the_wheel, tmp_path, "init", "data/train.jsonl")
     assert made.returncode == 0, made.stderr
+    ready = run(ft_of_the_wheel, tmp_path, "init", "--from", "demo", "--dir", "demo")
+    assert ready.returncode == 0, ready.stderr
     edit(tmp_path, base_models={"tiny": {"folder": str(tiny_model)}})
     planned = run(ft_of_the_wheel, tmp_path, "plan", "--json")
     assert planned.returncode == 0, planned.stderr

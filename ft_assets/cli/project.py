@@ -14,11 +14,15 @@ from ft_assets.config import load_project
 @app.command()
 def init(
     data: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help="A file of conversations or pairs, the rows of the task, or a folder of files."
         ),
-    ],
+    ] = None,
+    ready: Annotated[
+        str | None,
+        typer.Option("--from", help="In place of data: a ready project, e.g. llama-8b-24gb."),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +60,22 @@ def init(
 ) -> None:
     """Write a first finetune.yaml for data files, and describe their rows. Overwrites nothing."""
     from ft_assets.commands.init import describe, summary, write_project
+    from ft_assets.commands.init import ready as ready_projects
 
+    if (data is None) == (ready is None):
+        names = ", ".join(ready_projects.READY)
+        raise typer.BadParameter(f"give a data file or folder, or --from with one of {names}")
+    if ready is not None:
+        others = (base, prompt, completion, column, encoding, ignore_turn_key)
+        if any(others):
+            raise typer.BadParameter("--from takes --dir and --json alone: edit its finetune.yaml")
+        files = ready_projects.write_ready(ready, folder)
+        if as_json:
+            print(json.dumps({"from": ready, "files": [str(file) for file in files]}, indent=1))
+        else:
+            print(ready_projects.describe(ready, files))
+        return
+    assert data is not None
     columns = {
         ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if theirs
     }
