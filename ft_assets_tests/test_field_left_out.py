@@ -127,8 +127,11 @@ def test_all_rows_that_are_left_out_are_in_one_table(project: Path) -> None:
     long = {"id": "long", "prompt": "word " * 400, "completion": "yes"}
     wrong = {"id": "wrong", "prompt": "ไหน", "completion": " "}
     write_jsonl(project / "data/train.jsonl", [*rows, copied, long, wrong])
+    more = [{**row, "id": "m"} for row in conversations(20, lambda _: "so", start=500)]
+    write_jsonl(project / "more/train.jsonl", more)
+    entries = ["data/train.jsonl", {"path": "more/train.jsonl", "weight": 0.2}]
     write_jsonl(project / "data/heldout.jsonl", [{**row, "id": "h"} for row in heldout])
-    edit(project, data={"heldout": ["data/heldout.jsonl"], "max_invalid": 0.5})
+    edit(project, data={"heldout": ["data/heldout.jsonl"], "max_invalid": 0.5, "train": entries})
     edit(project, chat={"max_length": 256, "max_truncated": 0.5})
     result = materialize(project, "raw_dataset,raw_preferences,base_model,recipe,chat_dataset")
     assert result.success
@@ -141,7 +144,7 @@ def test_all_rows_that_are_left_out_are_in_one_table(project: Path) -> None:
         "long": "too long",
         "wrong": "invalid",
     }
-    assert by_id["copy"]["where"] == "train.jsonl:61 (id copy)"
+    assert by_id["copy"]["where"] == "data/train.jsonl:61 (id copy)"
     assert by_id["copy"]["twin"] == "heldout heldout.jsonl:4 (id h)"
     assert by_id["copy"]["text"] == by_id["copy"]["twin_text"] != ""
     assert "tokens" in by_id["long"]["problem"]
@@ -151,4 +154,17 @@ def test_all_rows_that_are_left_out_are_in_one_table(project: Path) -> None:
     (event,) = split.asset_materializations_for_node("heldout_split")
     text = str(event.metadata["left_out_rows"].value)
     assert "train.jsonl:61 (id copy)" in text
+    assert by_id["m"]["problem"] == "data.train takes weight 0.2 of more/train.jsonl"
+    assert by_id["m"]["where"].startswith("more/train.jsonl:")
+    mixed = next(line for line in shown.sources["tiny"] if line.path == "more/train.jsonl")
+    assert mixed.unused == shown.left_out["tiny"]["mixing"] >= 12
+    assert mixed.rows == mixed.trained + mixed.unused + mixed.validation == 20
+    assert f"more/train.jsonl weight 0.2 {mixed.trained}" in " ".join(table(shown).split())
+    for asset, made in (
+        ("raw_dataset", result),
+        ("chat_dataset", result),
+        ("heldout_split", split),
+    ):
+        (event,) = made.asset_materializations_for_node(asset)
+        assert "| more/train.jsonl |" in str(event.metadata["sources"].value)
     assert json.dumps(shown.left_out["tiny"])

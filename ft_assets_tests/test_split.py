@@ -71,6 +71,7 @@ class Workplace:
         few_shot: list[Row] | None = None,
         raw: Sequence[Path] = (),
         exclude: Sequence[str] = (),
+        origins: Path | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """Write the tables, split them, return the counts."""
@@ -91,8 +92,8 @@ class Workplace:
             )
         write_table(self.targets, targets or [], CONVERSATION)
         write_table(self.few_shot, few_shot or [], CONVERSATION)
-        self.data = DataSettings(train=["unused"], **settings)
-        split = make_split(self.chat, self.targets, self.out, self.data, raw, exclude)
+        self.data = DataSettings(**{"train": ["unused"], "rehearsal": ["unused"], **settings})
+        split = make_split(self.chat, self.targets, self.out, self.data, raw, exclude, origins)
         self.versions = split.versions
         return split.counts
 

@@ -7,9 +7,12 @@ import dagster as dg
 from ft_assets.artifacts import Artifact
 from ft_assets.assets.own_rehearsal import own_rehearsal_of, own_rehearsal_stage
 from ft_assets.compat.dagster import TO_DO
+from ft_assets.config import DataSettings
 from ft_assets.data.ingest import require_valid
+from ft_assets.data.mixing import source_name, source_tokens
 from ft_assets.data.tables import TOKENIZED
 from ft_assets.evaluation.plots import data_uri, length_plot
+from ft_assets.markdown import table
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
 from ft_assets.steps import chat
@@ -60,8 +63,28 @@ def chat_dataset(
         reused,
         first=("conversations_rows", "preferences_rows", "tokens", "supervised_tokens"),
         **_lengths(artifact, name),
+        **_sources(materializer.project.data, raw, artifact),
         **{"dagster/partition_row_count": artifact.metrics["conversations_rows"]},
     )
+
+
+def _sources(
+    data: DataSettings, raw: Artifact, artifact: Artifact
+) -> dict[str, dg.MarkdownMetadataValue]:
+    """Return the rows and tokens of each source. Today's entries decide, not those of the step."""
+    lines = source_tokens(data, raw.path, artifact.path)
+    total = sum(line.tokens for line in lines) or 1
+    cells = [
+        [
+            source_name(line.key, line.path),
+            f"{line.rows:,}",
+            f"{line.tokens:,}",
+            f"{line.tokens / total:.1%}",
+        ]
+        for line in lines
+    ]
+    shown = table(["source", "rows", "tokens", "share"], cells)
+    return {"sources": dg.MetadataValue.md(shown)} if len(lines) > 1 else {}
 
 
 def _lengths(artifact: Artifact, name: str) -> dict[str, dg.MarkdownMetadataValue]:

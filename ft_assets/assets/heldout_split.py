@@ -17,6 +17,9 @@ from ft_assets.data.content import CONVERSATIONS
 from ft_assets.data.excluded import excluded_ids
 from ft_assets.data.leakage import leaks
 from ft_assets.data.left_out import counted, left_out_rows
+from ft_assets.data.mixing import read_sources, shares_table, shortages, source_name
+from ft_assets.data.origins import PART as ORIGINS
+from ft_assets.data.origins import origins_of, several
 from ft_assets.data.split import make_split
 from ft_assets.data.tables import TOKENIZED, read_table
 from ft_assets.evaluation.context import Room
@@ -29,6 +32,7 @@ from ft_assets.evaluation.reachable import (
 from ft_assets.evaluation.references import last_answer
 from ft_assets.evaluation.setting_files import program_version, read_schema, user_metric_version
 from ft_assets.job import StepResult
+from ft_assets.markdown import table
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
 from ft_assets.orchestration.links import rows_path
@@ -80,24 +84,32 @@ def heldout_split(
     preferences = store.need("raw_preferences", None)
     exclude = excluded_ids(materializer.project.root, data.exclude)
     own = [made for made, _ in own_rehearsal_of(materializer, context.partition_key).values()]
+    mixing = data.mixing()
     artifact, reused = materializer.materialize(
         context,
-        identity=data.model_dump(mode="json", include=SPLITTING)
-        | ({"exclude": exclude} if exclude else {}),
+        identity={
+            **data.model_dump(mode="json", include=SPLITTING),
+            **({"exclude": exclude} if exclude else {}),
+            **({"mixing": mixing} if mixing else {}),
+        },
         inputs={
             "chat_dataset": (chat, None),
             "raw_dataset#contamination": (raw, "contamination"),
+            **({f"raw_dataset#{ORIGINS}": (raw, ORIGINS)} if several(data) else {}),
         },
         make=lambda output: _split(
             *(chat.path, targets, output, data),
             _tables(raw, store.verified(preferences), *map(store.verified, own)),
             exclude,
+            origins_of(raw.path),
         ),
     )
     strata: Strata = json.loads((artifact.path / "info" / "strata.json").read_text())
     shown = {"strata": dg.MetadataValue.md(_table(strata))} if strata else {}
     made = {one.asset: one for one in (raw, preferences, *own, chat, artifact)}
     shown |= _left_out(made)
+    if len(sources := read_sources(artifact.path)) > 1:
+        shown["sources"] = dg.MetadataValue.md(table(*shares_table(sources)))
     page = dg.MetadataValue.url(rows_path(base_model=context.partition_key))
     rows = artifact.metrics["train_rows"]
     first = ("train_rows", "validation_rows", "heldout_rows", "retention_rows")
@@ -118,8 +130,9 @@ def _split(
     data: DataSettings,
     tables: Sequence[Path],
     exclude: Sequence[str],
+    origins: Path | None,
 ) -> StepResult:
-    split = make_split(chat, targets, output, data, tables, exclude)
+    split = make_split(chat, targets, output, data, tables, exclude, origins)
     return StepResult(split.counts, split.versions)
 
 
@@ -284,6 +297,17 @@ def prompts_fit_the_context(checked: Checked) -> dg.AssetCheckResult:
 def _prompts(rows: list[TokenizedRow]) -> dict[str, int]:
     """Return the tokens of each row's prompt."""
     return {row["id"]: last_answer(row["supervised"])[0] for row in rows}
+
+
+@check(heldout_split, description="Each entry with a number of rows has as many on the train side.")
+def sources_are_as_asked(checked: Checked) -> dg.AssetCheckResult:
+    """Warn with the entries of data.train and data.rehearsal that have fewer rows than asked."""
+    sources = read_sources(checked.artifact.path)
+    short = shortages(sources)
+    text = "; ".join(f"{source_name(one.key, one.path)}: {one.portion}" for one in sources)
+    if short:
+        text = f"{'; '.join(short)}: all of them are trained; a weight above 1 repeats rows"
+    return dg.AssetCheckResult(passed=not short, severity=WARN, description=text)
 
 
 @check(heldout_split, description="Every value of data.stratify's field has held-out rows.")

@@ -14,15 +14,19 @@ from ft_assets.artifacts import Artifact
 from ft_assets.config import Project
 from ft_assets.data.audit import Audit
 from ft_assets.data.content import PRODUCTION, PROMPTS, TEXT, Hashes, data_content
-from ft_assets.data.data_files import resolve_files
 from ft_assets.data.encodings import encoding_of
 from ft_assets.data.file_formats import RawRow, read_rows
 from ft_assets.data.ingest import UNREAD, Canonical, Ingest, Ingested, worst
 from ft_assets.data.kto import Lone, pair_labels
+from ft_assets.data.mixing import source_rows
+from ft_assets.data.origins import PART as ORIGINS
+from ft_assets.data.origins import Names, OriginWriter, files_of, named, names_of, several
+from ft_assets.data.streams import printable
 from ft_assets.data.tables import REJECTED, Layout, TableWriter, read_table
 from ft_assets.data.threads import join_threads
 from ft_assets.errors import DataError
 from ft_assets.job import StepResult
+from ft_assets.markdown import table as markdown_table
 from ft_assets.orchestration.declarations import Checked
 from ft_assets.orchestration.links import rows_path
 from ft_assets.orchestration.materializer import ERROR, WARN, Materializer, result
@@ -59,7 +63,12 @@ def ingested(
     files = data_content(project, list(sources))
     artifact, reused = materializer.materialize(
         context,
-        identity={"files": files, **_reading(project), **_labels(project, sources)},
+        identity={
+            "files": files,
+            **_reading(project),
+            **_labels(project, sources),
+            **_entries(project, sources),
+        },
         make=lambda output: _write(project, output, files, sources, layout),
     )
     return result(
@@ -68,6 +77,7 @@ def ingested(
         first=(f"{table}_rows", "rejected"),
         rows_page=dg.MetadataValue.url(rows_path(table=table)),
         sample=_sample(artifact, table),
+        **_sources(project, sources, artifact),
         **_rejected(artifact),
         **{"dagster/row_count": artifact.metrics[f"{table}_rows"]},
     )
@@ -89,6 +99,12 @@ def _labels(project: Project, sources: Sources) -> dict[str, JsonValue]:
     return {"lone_answers": lone} if lone != "auto" else {}
 
 
+def _entries(project: Project, sources: Sources) -> dict[str, JsonValue]:
+    """Return the entries of the trained keys that have several: each row has one."""
+    keys = [key for key in several(project.data) if key in sources]
+    return {"entries": {key: list(project.data.paths(key)) for key in keys}} if keys else {}
+
+
 def _write(
     project: Project, output: Path, files: Hashes, sources: Sources, layout: Layout[Any]
 ) -> StepResult:
@@ -104,12 +120,19 @@ def _write(
         TableWriter(output / "info" / "rejected.parquet", REJECTED) as rejected,
     ):
         ingest = Ingest(output, Path(scratch), rejected)
+        read = {key: files_of(project, key) for key in sources}
+        names = names_of({path: file for found in read.values() for path, file in found.items()})
         for key, (table, form) in sources.items():
-            done = read_source(project, ingest, key, table, form, layout)
+            done = read_source(project, ingest, key, table, form, layout, names=names)
             if done.total or not metrics:  # no metrics for a source that finetune.yaml omits
                 metrics |= done.metrics(table)
             parts[table] = done.version
             first += done.first
+    if keys := [key for key in several(project.data) if key in sources]:
+        with OriginWriter(output / f"{ORIGINS}.parquet") as origins:
+            for key in keys:
+                origins.add(key, output / f"{sources[key][0]}.parquet", read[key], names)
+        parts[ORIGINS] = origins.version
     _require_unchanged(project, files)
     count = sum(int(value) for key, value in metrics.items() if key.endswith("_rejected"))
     shown = "\n".join(first[:5]) or None
@@ -124,11 +147,16 @@ def read_source(
     form: ToCanonical,
     layout: Layout[Any],
     most: int | None = None,
+    names: Names | None = None,
 ) -> Ingested:
-    """Write the table of a key of `data`, of its first `most` raw rows if that is given."""
+    """Write the table of a key of `data`, of its first `most` raw rows if that is given.
+
+    `names` are those of the files in messages, where files of other keys are read too.
+    """
+    files = files_of(project, key)
     return ingest.source(
         table,
-        itertools.islice(_rows(project, key), most),
+        itertools.islice(_rows(project, key, files, names or names_of(files)), most),
         _with_format(project, key, form),
         layout,
         _columns(project, key),
@@ -138,15 +166,17 @@ def read_source(
     )
 
 
-def _rows(project: Project, key: str) -> Iterable[RawRow]:
+def _rows(project: Project, key: str, files: Iterable[Path], names: Names) -> Iterable[RawRow]:
     """Yield the rows of a key's files. Labelled answers to one prompt come as pairs."""
     row_format = _of_key(project, "format", key)
-    files = resolve_files(project.root, getattr(project.data, key), f"data.{key}")
+    encoding = project.data.encoding
     rows = (
         row
         for path in files
-        for row in read_rows(
-            path, encoding_of(path, project.root, project.data.encoding), row_format
+        for row in named(
+            read_rows(path, encoding_of(path, project.root, encoding), row_format),
+            printable(path),
+            names[path],
         )
     )
     rows = _as_declared(project, rows)
@@ -237,6 +267,16 @@ def _sample(artifact: Artifact, table: str) -> dg.MarkdownMetadataValue:
         turns = "<br>".join(f"**{turn['role']}** {turn['content']}" for turn in row["messages"])
         lines.append(f"| `{row['id'][:8]}` | {_cell(turns)} |")
     return dg.MetadataValue.md("\n".join(lines))
+
+
+def _sources(
+    project: Project, sources: Sources, artifact: Artifact
+) -> dict[str, dg.MarkdownMetadataValue]:
+    """Return the number of rows of each entry of data.train and data.rehearsal."""
+    if "train" not in sources or len(rows := source_rows(project.data, artifact.path)) < 2:
+        return {}
+    shown = [[name, f"{count:,}"] for name, count in rows]
+    return {"sources": dg.MetadataValue.md(markdown_table(["source", "rows"], shown))}
 
 
 def _rejected(artifact: Artifact) -> dict[str, dg.MarkdownMetadataValue]:

@@ -135,6 +135,9 @@ def plan_run(
     names = chosen(project, base)
     dagster_home(project)
     quiet()
+    from ft_assets.artifacts import open_store
+    from ft_assets.commands.status import source_lines, sources
+    from ft_assets.data.mixing import expected
     from ft_assets.definitions import build
     from ft_assets.orchestration.run_plan import REFUSED, Plans, table
 
@@ -144,6 +147,10 @@ def plan_run(
         print(json.dumps([step.to_dict() for found in steps.values() for step in found], indent=1))
     else:
         print("\n\n".join(f"{name}\n{table(found)}" for name, found in steps.items()))
+        store = open_store(project)
+        for name in names:
+            lines = expected(project.data, sources(store, name))
+            print("\n".join(source_lines(f"to be trained by {name}", lines)))
         if note := project.launcher.cost_note():
             print(f"\n{note}")
     if any(step.action == REFUSED for found in steps.values() for step in found):

@@ -11,6 +11,7 @@ from ft_assets.assets import declared
 from ft_assets.commands.store_view import columns, free_bytes, in_bytes, in_utc, size, versions
 from ft_assets.config import Project
 from ft_assets.data.left_out import counted, left_out_rows
+from ft_assets.data.mixing import SourceLine, read_sources, source_name
 from ft_assets.errors import ArtifactError
 from ft_assets.orchestration.declarations import Summary
 from ft_assets.rows.types import LeftOutRow
@@ -47,6 +48,7 @@ class Status(BaseModel, frozen=True):
     unpartitioned: list[Line]
     base_models: dict[str, list[Line]]
     left_out: dict[str, dict[str, int]]  # {base model: {reason: rows that are left out}}
+    sources: dict[str, list[SourceLine]]  # {base model: what each entry of the data gives}
     elsewhere: list[str]  # versions of the store that are not of finetune.yaml
 
 
@@ -74,6 +76,7 @@ def status(project: Project, assets: Sequence[tuple[str, bool]]) -> Status:
             for name in project.base_models
         },
         left_out=left_out_counts(project, store, project.base_models),
+        sources={name: sources(store, name) for name in project.base_models},
         elsewhere=sorted(
             {version.where for version in found if (version.asset, version.partition) not in known}
         ),
@@ -113,6 +116,34 @@ def left_out_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
         for name, reasons in counts.items()
         if reasons
     ]
+
+
+def sources(store: ArtifactStore, name: str) -> list[SourceLine]:
+    """Return what became of the sources in the current split; [] if it cannot be read."""
+    try:
+        split = store.current("heldout_split", name)
+        return read_sources(split.path) if split else []
+    except (ArtifactError, OSError, ValueError):
+        return []  # its own line tells why
+
+
+def source_lines(title: str, lines: Sequence[SourceLine]) -> list[str]:
+    """Return what each source gives to the train side, as a table of text."""
+    if len(lines) < 2 and not any(line.portion != "all" for line in lines):
+        return []
+    total = sum(line.trained_tokens for line in lines) or 1
+    rows = [
+        [
+            f"  {source_name(line.key, line.path)}",
+            line.portion,
+            f"{line.trained:,}",
+            f"{line.trained_tokens:,}",
+            f"{line.trained_tokens / total:.1%}",
+        ]
+        for line in lines
+    ]
+    header = [title, "taken", "rows", "tokens", "share"]
+    return ["", *columns([header, *rows])]
 
 
 def left_out(project: Project) -> dict[str, list[LeftOutRow]]:
@@ -166,6 +197,8 @@ def table(shown: Status) -> str:
             lines += ["", name] if before else [name]
             before = name
         lines.append(f"  {text}")
+    for name, found in shown.sources.items():
+        lines += source_lines(f"trained by {name}", found)
     for line in left_out_lines(shown.left_out):
         lines += ["", line]
     lines += [

@@ -10,7 +10,7 @@ from ft_assets.config.automation import (
     WebhookSettings,
 )
 from ft_assets.config.chat import ChatSettings
-from ft_assets.config.data import DataSettings, StratifySettings
+from ft_assets.config.data import MIXED, DataSettings, Source, StratifySettings
 from ft_assets.config.evaluation import (
     ADAPTERS,
     EvaluationSettings,
@@ -42,6 +42,7 @@ from ft_assets.config.training import (
 __all__ = [
     "ADAPTERS",
     "CONFIG_NAME",
+    "MIXED",
     "AlertSettings",
     "BaseModelSettings",
     "BaseRival",
@@ -71,6 +72,7 @@ __all__ = [
     "Share",
     "SigningSettings",
     "SlackSettings",
+    "Source",
     "StratifySettings",
     "TextSettings",
     "TrainSettings",

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from ft_assets.config.section import Section, Share
+from ft_assets.config.section import OptionalShare, Section, Share
 from ft_assets.errors import nearest
 from ft_assets.rows.row_formats import CONVERSATION_FORMATS, PREFERENCE_FORMATS
 from ft_assets.rows.turn_keys import READ
@@ -41,6 +41,57 @@ def _asset_as_path(entry: Any) -> Any:
     return {"path": ASSET + key, **others} if others else ASSET + key
 
 
+class Source(Section):
+    """An entry of data.train or data.rehearsal: a path, and how much of its rows is trained."""
+
+    path: str = Field(description="A file, folder, glob or URL, as the entry alone would be.")
+    weight: OptionalShare = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Share of its rows that is trained. 2.5: each row twice, half of them again.",
+    )
+    rows: int | None = Field(
+        default=None, ge=1, description="The number of its rows that is trained, at most."
+    )
+    seed: int | None = Field(
+        default=None, description="Chooses other rows of a weight or a number of rows. Default: 0."
+    )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the entry sets how much of it is trained."""
+        return self.weight is not None or self.rows is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        """Read an entry that is only a path."""
+        if isinstance(value, str):
+            return {"path": value}
+        if isinstance(value, dict) and len(value) == 1 and "path" not in value:
+            (path, weight), *_ = value.items()
+            if isinstance(weight, int | float) and path not in cls.model_fields:
+                raise ValueError(f"write the entry as {{path: {path}, weight: {weight}}}")
+        if not isinstance(value, dict | Source):
+            raise ValueError("expected a path, or {path: a.jsonl, weight: 0.5}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "Source":
+        if self.weight is not None and self.rows is not None:
+            raise ValueError("weight and rows are both set: keep one of them")
+        if self.seed is not None and not self.mixed:
+            raise ValueError("seed chooses among the rows of a weight or of rows: set one of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
+        found = {key: value for key, value in handler(self).items() if value is not None}
+        return found if self.mixed else self.path
+
+
+MIXED = ("train", "rehearsal")  # keys whose entries can set how much of them is trained
 # Sources whose rows need no answer.
 UNANSWERED = ("train", "rehearsal", "rehearsal_prompts", "text", "production")
 RowSource = Literal[
@@ -57,13 +108,14 @@ RowSource = Literal[
 
 
 class DataSettings(Section):
-    train: list[str] = Field(
-        description="Files or globs of conversations, relative to finetune.yaml."
+    train: list[Source] = Field(
+        description="Files or globs of conversations, relative to finetune.yaml. An entry is a "
+        "path, or {path: …, weight: 0.5} or {path: …, rows: 500}: how much of it is trained."
     )
-    rehearsal: list[str] = Field(
+    rehearsal: list[Source] = Field(
         default=[],
         description="General conversations trained beside the task; never held out. `self`: the "
-        "base's own answers to general prompts.",
+        "base's own answers to general prompts. Entries as in data.train.",
     )
     rehearsal_self: bool = Field(
         default=False,
@@ -218,6 +270,33 @@ class DataSettings(Section):
         description="Share of the rows of a source whose answer stands in its own prompt, above "
         "which the graph stops. 1: the task is to copy.",
     )
+
+    def paths(self, key: str) -> list[str]:
+        """Return the paths of a key that names files."""
+        return [one.path if isinstance(one, Source) else one for one in getattr(self, key)]
+
+    def sources(self, key: str) -> list[Source]:
+        """Return the entries of a key of MIXED; the base's own answers are one, `self`."""
+        own = [Source(path="self")] if self.rehearsal_self else self.rehearsal
+        return self.train if key == "train" else own
+
+    def mixing(self) -> list[Any]:
+        """Return the entries that set how much of them is trained, as plain data with their key."""
+        return [
+            [key, one.model_dump(mode="json")]
+            for key in MIXED
+            for one in self.sources(key)
+            if one.mixed
+        ]
+
+    @model_validator(mode="after")
+    def _entries_are_distinct(self) -> "DataSettings":
+        for key in MIXED:
+            paths = self.paths(key)
+            twice = next((path for path in paths if paths.count(path) > 1), None)
+            if twice and any(one.mixed for one in self.sources(key)):
+                raise ValueError(f"{key}: {twice} is there twice; a weight of 2 repeats its rows")
+        return self
 
     @model_validator(mode="after")
     def _slice_exists(self) -> "DataSettings":

@@ -31,3 +31,4 @@ def _share(value: Any) -> Any:
 
 
 Share = Annotated[float, BeforeValidator(_share)]
+OptionalShare = Annotated[float | None, BeforeValidator(_share)]

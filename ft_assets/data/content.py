@@ -26,11 +26,10 @@ Sha256 = Callable[[Path], str]  # of a file's content
 
 def data_content(project: Project, keys: Sequence[str], sha256: Sha256 = file_sha256) -> Hashes:
     """Return the files of each key of `data`, with the hashes of their content."""
-    settings = project.data.model_dump()
     return {
         key: [
             (file_name(project, path), sha256(path))
-            for path in resolve_files(project.root, settings[key], f"data.{key}")
+            for path in resolve_files(project.root, project.data.paths(key), f"data.{key}")
         ]
         for key in keys
     }

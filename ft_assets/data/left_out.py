@@ -39,6 +39,7 @@ COUNTED = {
     "refused": "template",
     "too_long": "too long",
     "excluded": "excluded",
+    "left_by_mixing": "mixing",
 }
 KIND = "left_out_"  # the beginning of metrics of copies
 FEW = 10  # rows; fewer are no reason to stop

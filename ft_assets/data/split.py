@@ -7,6 +7,7 @@ only held-out groups and prompts and the ids of removed rows stay in memory.
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from ft_assets.data.boilerplate import Common, common_of
 from ft_assets.data.excluded import excluded_rows, is_excluded
 from ft_assets.data.leakage import TEXTS, Chain, clusters, find_copies, within
 from ft_assets.data.left_out import require_few, with_sources
+from ft_assets.data.mixing import KEY_OF, Mixing, is_copy
+from ft_assets.data.origins import Origins
 from ft_assets.data.tables import (
     JUDGED,
     NEAR_DUPLICATE,
@@ -158,14 +161,17 @@ def make_split(
     data: DataSettings,
     raw: Sequence[Path] = (),
     exclude: Sequence[str] = (),
+    origins: Path | None = None,
 ) -> Split:
     """Write the sides to `output`, and the removed rows with their reasons to its `info`.
 
     `chat` holds the rendered conversations, rehearsal, heldout (a fixed file, or empty), retention
     and preferences. `targets` are texts that must not be trained on. `raw` are the tables that
-    have the file and line of each row. `exclude`: see excluded_ids. Raises DataError if too many
-    rows are removed, or if no train row or no held-out row is left.
+    have the file and line of each row. `exclude`: see excluded_ids. `origins` is the table with the
+    entry of each row, if a key has several. Raises DataError if too many rows are removed, or if no
+    train row or no held-out row is left.
     """
+    mixing = Mixing(data, Origins(data, origins))
     tables = {name: chat / f"{name}.parquet" for name in SOURCES}
     rules = _Rules(data, fixed=len(Table(tables["heldout"])) > 0)
     rules.excluded = _excluded(exclude, raw, rules, tables)
@@ -178,18 +184,19 @@ def make_split(
     pairs = Side(tables["preferences"], rules.validation_pair)
     rules.validation_pairs = len(pairs) >= MIN_VALIDATION_PAIRS
     judged = _judged(rules, tables)
-    sources, strata, versions = _write(tables, output, rules, judged)
-    counts: dict[str, int | float] = {**_counts(sources)}
+    _settle(mixing, tables, rules)
+    sources, strata, versions = _write(tables, output, rules, judged, mixing)
+    counts: dict[str, int | float] = {**_counts(sources), **_mixed(mixing)}
     counts |= {f"{name}_groups": len(set(side.values())) for name, side in judged.items()}
     counts |= _labels(output / "preferences.parquet", counts["preference_pairs"])
     require_few(copies, _trainable(sources), data, rules.fixed)
-    _require_rows(counts, rules)
+    _require_rows(counts, rules, mixing)
     counts |= _shares(rules, tables["conversations"], counts["heldout_rows"])
     kinds = Counter(copy["kind"] for copy in copies)
     counts["left_out"] = len(copies)
     counts |= {f"left_out_{kind}": count for kind, count in kinds.items()}
     counts["near_duplicates_removed"] = sum(kinds[kind] for kind in kinds if kind not in EQUAL)
-    sides = {name: Side(output / f"{name}.parquet", _every) for name in SIDES}
+    sides = {name: Side(output / f"{name}.parquet", _once) for name in SIDES}
     inside = within(sides, data, common)
     for name in SIDES:
         counts[f"{name}_near_duplicates_within"] = sum(copy["side"] == name for copy in inside)
@@ -197,9 +204,13 @@ def make_split(
     info.mkdir()
     write_table(info / "near_duplicates.parquet", [*copies, *inside], NEAR_DUPLICATE)
     common.write(info / "boilerplate.json")
-    if rules.excluded:
-        counts["excluded"] = len(rules.excluded)
-        write_table(info / "rejected.parquet", list(rules.excluded.values()), REJECTED)
+    mixing.write(info)
+    lost = itertools.chain(
+        rules.excluded.values(), mixing.left_out({path.stem: path for path in raw})
+    )
+    if rules.excluded or mixing.mixes:
+        counts |= {"excluded": len(rules.excluded)} if rules.excluded else {}
+        write_table(info / "rejected.parquet", lost, REJECTED)
     (info / "strata.json").write_text(json.dumps(strata, indent=1, ensure_ascii=False))
     return Split(counts, versions)
 
@@ -268,12 +279,43 @@ def _every(_: MemberRow) -> bool:
     return True
 
 
+def _once(row: MemberRow) -> bool:
+    return not is_copy(row["id"])
+
+
 def _whole(row: MemberRow) -> bool:
     return bool(row.get("judged"))
 
 
+def _settle(mixing: Mixing, tables: dict[str, Path], rules: _Rules) -> None:
+    """Decide which rows the weights take, of all rows of the train side."""
+    for table in mixing.mixes:
+        for batch in Table(tables[table], MEMBERSHIP).batches():
+            members = _members_of(batch)
+            mixing.add(table, [row["id"] for row in members if rules.side(table, row) == "train"])
+    mixing.settle()
+
+
+def _mixed(mixing: Mixing) -> dict[str, int]:
+    """Return the counts of the train side with its weights; {} if it has none."""
+    if not mixing.mixes:
+        return {}
+    lines = mixing.lines()
+    counts = {
+        f"{table.replace('conversations', 'train')}_rows": sum(
+            line.trained for line in lines if line.key == key
+        )
+        for table, key in KEY_OF.items()
+    }
+    return {**counts, "left_by_mixing": sum(line.unused for line in lines)}
+
+
 def _write(
-    tables: dict[str, Path], output: Path, rules: _Rules, judged: dict[str, dict[str, str]]
+    tables: dict[str, Path],
+    output: Path,
+    rules: _Rules,
+    judged: dict[str, dict[str, str]],
+    mixing: Mixing,
 ) -> tuple[Counter[tuple[str, str | None]], Strata, dict[str, str]]:
     """Write each row to its side.
 
@@ -294,7 +336,11 @@ def _write(
                 for name in dict.fromkeys(name for name in chosen if name):
                     part = batch.filter(pa.array([entry == name for entry in chosen]))
                     part = with_cluster(part, judged[name]) if name in judged else part
-                    writers[name].copy(part)
+                    parts = mixing.trained(source, part) if name == "train" else [part]
+                    for one in parts:
+                        writers[name].copy(one)
+                if source in KEY_OF:
+                    mixing.count(source, batch, chosen)
                 sources.update((source, name) for name in chosen)
                 _count_strata(strata, members, chosen)
         versions = {name: writer.version for name, writer in writers.items()}
@@ -366,15 +412,18 @@ def _shares(rules: _Rules, conversations: Path, heldout_rows: float) -> dict[str
     }
 
 
-def _require_rows(counts: Mapping[str, float], rules: _Rules) -> None:
+def _require_rows(counts: Mapping[str, float], rules: _Rules, mixing: Mixing) -> None:
     for name in ("train", "heldout"):
         if not counts[f"{name}_rows"]:
             side = name.replace("heldout", "held-out")
             total = sum(counts[f"{one}_rows"] for one in ("train", "validation", "heldout"))
-            total += counts["train_rows_removed"]
+            unused = counts.get("left_by_mixing", 0)
+            total += counts["train_rows_removed"] + unused
             raise DataError(
                 where="split",
                 found=f"no {side} rows out of {total}",
                 expected="at least one row on each side",
-                fix=NO_ROWS[name, rules.fixed],
+                fix="raise a weight of data.train: the weights leave out all rows"
+                if name == "train" and mixing.unused["conversations"]
+                else NO_ROWS[name, rules.fixed],
             )

@@ -42,7 +42,7 @@ def sources_of(project: Project, keys: Sequence[str] = KEYS) -> list[str]:
 
 def upstream_assets(project: Project, keys: Sequence[str] = DATA_KEYS) -> list[str]:
     """Return the keys of the assets whose tables these keys of `data` read."""
-    paths = [path for key in keys if key in DATA_KEYS for path in getattr(project.data, key)]
+    paths = [path for key in keys if key in DATA_KEYS for path in project.data.paths(key)]
     found = (path for path in paths if path.startswith(ASSET))
     return sorted({path.removeprefix(ASSET) for path in found})
 

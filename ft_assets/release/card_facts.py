@@ -16,6 +16,7 @@ from ft_assets.artifacts import Artifact, ArtifactStore
 from ft_assets.artifacts.documents import read_document
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import ChatSettings, LoraSettings, Project, Recipe
+from ft_assets.data.content import KEYS as DATA_KEYS
 from ft_assets.data.tables import read_table
 from ft_assets.models.license import BaseLicense, snapshot_license
 from ft_assets.redaction import redacted
@@ -301,12 +302,7 @@ def _data_note(raw: Artifact, split: Artifact) -> str:
 
 def _hub_datasets(project: Project) -> list[str]:
     """List the ids of the hub datasets that the project's data come from."""
-    places = [
-        str(place)
-        for value in project.data.model_dump(mode="json").values()
-        if isinstance(value, list)
-        for place in value
-    ]
+    places = [place for key in DATA_KEYS for place in project.data.paths(key)]
     found = [place.removeprefix(HUB_DATASETS) for place in places if place.startswith(HUB_DATASETS)]
     return sorted({"/".join(place.partition("@")[0].split("/")[:2]) for place in found})
 

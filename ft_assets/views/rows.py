@@ -226,7 +226,7 @@ class RowFinder:
 
     @cached_property
     def _refused(self) -> dict[str, RejectedRow]:
-        """The rows that are left out when they are rendered, or by data.exclude, by their place."""
+        """The rows left out when they are rendered, by data.exclude, or by a weight, by place."""
         paths = [
             self.made[asset] / "info" / f"{name}.parquet"
             for place in self.places.values()

@@ -111,7 +111,7 @@ def _data(project: Project) -> Iterator[Check]:
     """Yield a check for each key of `data` that names files."""
     found: list[Check] = []
     for key in FILES:
-        if patterns := getattr(project.data, key):
+        if patterns := project.data.paths(key):
             found += guarded(f"data.{key}", partial(_files, project, key, patterns))
     yield from found
     readable = [check.name.removeprefix("data.") for check in found if check.state == OK]
