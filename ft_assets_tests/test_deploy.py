@@ -5,16 +5,24 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import httpx
 import pytest
+import yaml
 
 from ft_assets.orchestration.alerts import alert
 from ft_assets_tests.factories import edit, ft
@@ -38,6 +46,26 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
 
 
+def composed(url: str) -> dict[str, Any]:
+    """Return the services of the compose file, with the database at another URL."""
+    given = {"POSTGRES_PASSWORD": "p", "FT_PROJECT": "/project", "FT_HOST": "graph.example.org"}
+    text = re.sub(r"postgresql\+psycopg2:\S+", url, (DEPLOY / "compose.yaml").read_text())
+    text = re.sub(r"\$\{(\w+):\?\}", lambda found: given[found[1]], text)
+    return yaml.safe_load(text)["services"]
+
+
+def program(service: dict[str, Any]) -> list[str]:
+    """Return the command of a service for this environment, which has no `ft` on its PATH."""
+    assert service["command"][0] == "ft"
+    return [sys.executable, "-m", "ft_assets.cli", *service["command"][1:]]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
     copy: Path, postgres: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -46,10 +74,16 @@ def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
     home = tmp_path / "home"
     home.mkdir()
     shutil.copy(DEPLOY / "dagster.yaml", home)
-    environment = {**os.environ, "DAGSTER_HOME": str(home), "FT_POSTGRES_URL": postgres}
+    services = composed(postgres)
+    environment = {
+        **os.environ,
+        **services["worker"]["environment"],
+        "DAGSTER_HOME": str(home),
+        "HF_TOKEN": "",
+    }
     environment.pop("FT_CONFIG", None)
     done = subprocess.run(
-        [sys.executable, "-m", "ft_assets.cli", "run"],
+        program(services["worker"]),
         cwd=copy,
         env=environment,
         capture_output=True,
@@ -72,6 +106,26 @@ def test_history_is_kept_in_postgres_and_a_wiped_one_retrains_nothing(
     assert materialized == 14 + 4  # the run reported the data sources too
     assert (checks or 0) >= 10
     assert not list(home.rglob("*.db"))
+    # The UI on the same database, by the command, the health check and the signal of its service.
+    port = free_port()
+    ui = subprocess.Popen(
+        [word.replace("3000", port) for word in program(services["ui"])], cwd=copy, env=environment
+    )
+    check = [word.replace("3000", port) for word in services["ui"]["healthcheck"]["test"][1:]]
+    try:
+        end = time.monotonic() + 120
+        while subprocess.run([sys.executable, *check[1:]], capture_output=True).returncode:
+            assert ui.poll() is None and time.monotonic() < end
+            time.sleep(0.5)
+        answer = httpx.post(
+            f"http://127.0.0.1:{port}/graphql",
+            json={"query": "{ runsOrError { ... on Runs { results { status } } } }"},
+            timeout=60,
+        ).json()
+        assert answer["data"]["runsOrError"]["results"] == [{"status": "SUCCESS"}]
+    finally:
+        ui.send_signal(getattr(signal, services["ui"]["stop_signal"]))
+        ui.wait(int(services["ui"]["stop_grace_period"].removesuffix("s")))
 
 
 class DataAndJudge:
@@ -188,12 +242,24 @@ def test_token_in_the_environment_is_written_nowhere(
     assert written == []
 
 
-def test_unit_starts_a_command_that_exists_with_options_it_has() -> None:
+def commands_of_deploy() -> dict[str, list[str]]:
+    """Return the command of the systemd unit, of each service, and of the image."""
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
     unit.read(DEPLOY / "ft-assets.service")
-    program, command, *options = shlex.split(unit["Service"]["ExecStart"])
-    assert program.endswith(".venv/bin/ft")
+    services = composed("postgresql+psycopg2://u:p@h/d")
+    image = (DEPLOY / "Dockerfile").read_text().rpartition("CMD ")[2]
+    return {
+        "unit": shlex.split(unit["Service"]["ExecStart"]),
+        "image": json.loads(image),
+        **{name: service["command"] for name, service in services.items() if "build" in service},
+    }
+
+
+@pytest.mark.parametrize("words", commands_of_deploy().values(), ids=list(commands_of_deploy()))
+def test_command_exists_with_its_options(words: list[str]) -> None:
+    name, command, *options = words
+    assert Path(name).name == "ft"
     help_text = subprocess.run(
         [sys.executable, "-m", "ft_assets.cli", command, "--help"],
         capture_output=True,
@@ -203,6 +269,20 @@ def test_unit_starts_a_command_that_exists_with_options_it_has() -> None:
     ).stdout
     for option in options[::2]:
         assert option in help_text
+
+
+def test_image_has_what_its_lines_name() -> None:
+    lines = (DEPLOY / "Dockerfile").read_text()
+    extras = re.findall(r"\.\[([\w,]+)\]", lines)[0].split(",")
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    assert {"postgres", "gpu"} <= set(extras) <= set(project["optional-dependencies"])
+    assert re.search(r"^USER [1-9]\d*$", lines, re.MULTILINE)  # not root
+    ignored = (DEPLOY.parent / ".dockerignore").read_text().split()
+    needed = ("constraints.txt", "deploy", "ft_assets", "data", "finetune.yaml", "README.md")
+    assert all((DEPLOY.parent / name).exists() and name not in ignored for name in needed)
+    asked = set(re.findall(r"env: (\w+)", (DEPLOY / "dagster.yaml").read_text()))
+    for name in ("ui", "worker"):
+        assert asked <= set(composed("url")[name]["environment"])
 
 
 def saved(folder: Path, what: str, target: Path, **environment: str) -> None:
