@@ -54,7 +54,7 @@ def test_init_names_the_keys_of_json_answers(tmp_path: Path) -> None:
     assert project.evaluation.json_fields == ["kind", "urgency"]
     assert project.evaluation.metric == "field_f1"
     assert not project.evaluation.labels
-    assert resolve_files(project.root, project.data.train, "data.train") == [
+    assert resolve_files(project.root, project.data.paths("train"), "data.train") == [
         tmp_path / "rows.jsonl"
     ]
 
@@ -126,7 +126,8 @@ def test_init_finds_a_file_with_an_odd_name_from_another_folder(tmp_path: Path) 
     path, _, _ = write_project(data, None, tmp_path / "new", {})
     project = load_project(path)
     assert [
-        file.resolve() for file in resolve_files(project.root, project.data.train, "data.train")
+        file.resolve()
+        for file in resolve_files(project.root, project.data.paths("train"), "data.train")
     ] == [data.resolve()]
 
 

@@ -15,6 +15,7 @@ from ft_assets.errors import DataError
 from ft_assets.rows.columns import Columns
 from ft_assets.rows.row_formats import renamed
 from ft_assets.rows.types import ConversationRow
+from ft_assets.rows.values import RowProblem
 
 PROMPT, ANSWER = "แปลข้อความนี้เป็นภาษาอังกฤษ", "The ship is red."
 CONTEXT = "เรือลำนี้สีแดง"
@@ -167,3 +168,74 @@ def test_every_published_form_is_read_or_one_question(tmp_path: Path) -> None:
     for name, row in pairs.items():
         done = ingested(tmp_path, [row], Audit("preferences", Columns(pairs=True)))
         assert (done.rejected, done.unread) == (0, ""), name
+
+
+CHAT = [{"role": "user", "content": "船?"}, {"role": "assistant", "content": "是"}]
+THINKING = "<think>\nwhy\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "columns"),
+    [
+        ({"prompt": "船?", "completion": "是", "cot": "why"}, {"reasoning": "cot"}),
+        (
+            {"q": "船?", "a": "是", "why": "why"},
+            {"prompt": "q", "completion": "a", "reasoning": "why"},
+        ),
+        ({"instruction": "船?", "output": "是", "rationale": "why"}, {"reasoning": "rationale"}),
+        ({"messages": CHAT, "thinking": "why"}, {"reasoning": "thinking"}),
+        (
+            {"conversations": [{"from": "human", "value": "船?"}, {"from": "gpt", "value": "是"}]}
+            | {"reasoning": "why"},
+            {"reasoning": "reasoning"},
+        ),
+    ],
+)
+def test_reasoning_of_a_column_stands_before_the_answer_or_is_asked_for(
+    raw: dict[str, Any], columns: dict[str, str]
+) -> None:
+    audit = Audit("train", Columns(False, None, columns), 1)
+    named = renamed(raw, columns)
+    audit.require_clear("a:1", named)
+    row = conversation(named)
+    audit.add("a:1", named, row)
+    assert row["messages"][-1] == {
+        "role": "assistant",
+        "content": f"{THINKING}是",
+        "reasoned": True,
+    }
+    assert audit.columns.described() == ""
+    assert conversation(renamed({**raw, columns["reasoning"]: ""}, columns))["messages"][-1] == {
+        "role": "assistant",
+        "content": "是",
+    }
+    if "q" not in raw:
+        with pytest.raises(
+            DataError, match=rf"reasoning: {columns['reasoning']}.*reasoning before"
+        ):
+            Audit("train", Columns(), 1).require_clear("a:1", raw)
+        ignored = frozenset((columns["reasoning"],))
+        Audit("train", Columns(ignored=ignored), 1).require_clear("a:1", raw)
+        assert conversation(raw)["messages"][-1]["content"] == "是"
+
+
+def test_reasoning_of_both_answers_of_a_pair_is_read_or_asked_for() -> None:
+    raw = {
+        "prompt": "船?",
+        "chosen": "是",
+        "rejected": "否",
+        "chosen_cot": "why",
+        "rejected_cot": "?",
+    }
+    with pytest.raises(DataError, match=r"rejected_reasoning: rejected_cot"):
+        Audit("preferences", Columns(True), 1).require_clear("a:1", raw)
+    columns = {f"{side}_reasoning": f"{side}_cot" for side in ("chosen", "rejected")}
+    named = renamed(raw, columns)
+    Audit("preferences", Columns(True, None, columns), 1).require_clear("a:1", named)
+    row = preference(named)
+    assert row["chosen"] == f"{THINKING}是"
+    assert row["rejected"] == "<think>\n?\n</think>\n\n否"
+    assert row["reasoned"]
+    with pytest.raises(RowProblem, match="another one in its column"):
+        answer = {"role": "assistant", "content": "是", "reasoning_content": "other"}
+        preference({**named, "chosen": [answer]})

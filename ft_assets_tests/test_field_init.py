@@ -89,7 +89,7 @@ def test_pairs_are_trained_by_their_chosen_answers(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         write_jsonl(folder / "pairs.jsonl", [row])
         project, said = inited(folder / "pairs.jsonl", folder)
-        assert project.data.train == project.data.preferences == ["pairs.jsonl"]
+        assert project.data.paths("train") == project.data.preferences == ["pairs.jsonl"]
         assert "pairs: pairs.jsonl" in said
         trained = conversation(renamed(row, {**project.data.columns["train"]}))
         assert trained["messages"] == TURNS
@@ -107,7 +107,7 @@ def test_labelled_answers_are_pairs_and_never_trained_alone(tmp_path: Path) -> N
             look(folder / "data", {})
         write_jsonl(folder / "data/chats.jsonl", [row])
         data = inited(folder / "data", folder)[0].data
-        assert (data.train, data.preferences) == (["data/chats.jsonl"], ["data/kto.jsonl"])
+        assert (data.paths("train"), data.preferences) == (["data/chats.jsonl"], ["data/kto.jsonl"])
     # A label without an answer beside it is the answer.
     write_jsonl(tmp_path / "classes.jsonl", [{"text": PROMPT, "label": "赤"}] * 2)
     assert look(tmp_path / "classes.jsonl", {}).columns == {"prompt": "text", "completion": "label"}
@@ -127,8 +127,8 @@ def test_folder_is_sorted_into_what_its_files_are_for(tmp_path: Path) -> None:
     found = {}
     for name in ("mixed", "split", "saved"):
         data = inited(tmp_path / name, tmp_path / f"of_{name}")[0].data
-        found[name] = (data.train, data.heldout, data.preferences)
-        assert resolve_files(tmp_path / f"of_{name}", data.train, "data.train")
+        found[name] = (data.paths("train"), data.heldout, data.preferences)
+        assert resolve_files(tmp_path / f"of_{name}", data.paths("train"), "data.train")
     assert found == {
         "mixed": (["../mixed/chats.jsonl"], [], ["../mixed/better.jsonl"]),
         "split": (["../split/train.jsonl"], ["../split/test.jsonl"], []),

@@ -20,6 +20,7 @@ from ft_assets.rows.row_formats import (
     RANKED,
     RANKS,
     SYSTEM,
+    THOUGHTS,
     TIES,
     context_column,
     recognise,
@@ -28,7 +29,12 @@ from ft_assets.rows.types import DataRow, RawFields
 
 # The user's own name of a row is shown where the row is named.
 IDS = ("id", "_id", "uuid", "row_id", "example_id", "sample_id", "prompt_id", "question_id")
-ALWAYS = frozenset((*IDS, *MEDIA, "tools", "functions", "group"))
+ALWAYS = frozenset((*IDS, *MEDIA, *THOUGHTS.values(), "tools", "functions", "group"))
+# Columns that may hold what an answer is reasoned from.
+REASONING = (
+    *("reasoning", "reasoning_content", "thinking", "thought", "thoughts"),
+    *("cot", "chain_of_thought", "rationale"),
+)
 CHOICES = ("choices", "options")
 
 
@@ -140,6 +146,7 @@ class Columns:
         if answer is not None:
             questions += self._answers(raw, answer)
         questions += self._conversations(raw, read)
+        questions += self._reasoning(raw, read, answer)
         asked = tuple(one for one in questions if one.column not in self.ignored)
         texts = tuple(name for name in (prompt, answer) if name)
         return Plan(frozenset(read), asked, texts)
@@ -202,6 +209,47 @@ class Columns:
             )
             for name in COMPLETION
             if name != answer and _has_content(raw, name)
+        ]
+
+    def _reasoning(self, raw: RawFields, read: set[str], answer: str | None) -> list[Question]:
+        """Ask whether a column is the reasoning before the answer, which changes what is learnt."""
+        sides = ("chosen", "rejected") if self.pairs else ("",)
+        ours = answer or next((name for name in (*CONVERSATIONS, "chosen") if name in read), None)
+        if ours is None or ours in self.renamed or not THOUGHTS.keys().isdisjoint(self.renamed):
+            return []
+        found: dict[str, str] = {}
+        for side in sides:
+            names = [
+                name
+                for word in REASONING
+                for name in ([f"{side}_{word}", f"{word}_{side}"] if side else [word])
+            ]
+            name = next((name for name in names if isinstance(raw.get(name), str)), None)
+            if name is not None and name not in read and _has_content(raw, name):
+                found[f"{side}_reasoning" if side else "reasoning"] = name
+        entry = dict(self.renamed)
+        for key, name in found.items():
+            entry[key] = self.renamed.get(name, name)
+        return [
+            Question(
+                f"has the column {name}, which can be the reasoning before the answer ({ours})",
+                (
+                    (f"reasoning before {ours}", entry),
+                    (
+                        f"{ours} alone",
+                        self._entry(
+                            "messages"
+                            if ours in CONVERSATIONS
+                            else "chosen"
+                            if self.pairs
+                            else "completion",
+                            ours,
+                        ),
+                    ),
+                ),
+                name,
+            )
+            for name in list(found.values())[:1]
         ]
 
     def _conversations(self, raw: RawFields, read: set[str]) -> list[Question]:

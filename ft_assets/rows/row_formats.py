@@ -90,6 +90,15 @@ class RowFormat(Generic[ReadT]):
         return {key: value for key, value in raw.items() if key in read}
 
 
+# {name in data.columns: key of a row}. Only data.columns can set these keys: a column of another
+# table that is called `reasoning` may be a note about the row.
+THOUGHTS = {
+    "reasoning": "(reasoning)",
+    "chosen_reasoning": "(reasoning of chosen)",
+    "rejected_reasoning": "(reasoning of rejected)",
+}
+
+
 def renamed(raw: RawFields, columns: dict[str, str]) -> RawFields:
     """Return the row with our names for the user's columns (`data.columns`: {ours: theirs}).
 
@@ -100,7 +109,7 @@ def renamed(raw: RawFields, columns: dict[str, str]) -> RawFields:
         raise RowProblem(f"has no column {missing[0]!r} of data.columns; it has {_keys(raw)}")
     taken = set(columns.values())
     return {key: value for key, value in raw.items() if key not in taken} | {
-        ours: raw[theirs] for ours, theirs in columns.items()
+        THOUGHTS.get(ours, ours): raw[theirs] for ours, theirs in columns.items()
     }
 
 
@@ -110,12 +119,29 @@ def conversation_turns(raw: RawFields, format: str | None = None) -> list[Any]:
     require_no_flag(raw)
     if format is not None:
         named = CONVERSATION_FORMATS[format]
-        return expanded(named.read(named.only(raw)))
+        return _thought(raw, expanded(named.read(named.only(raw))))
     raw = transcribed(raw)
     recognised = _recognise(raw)
     if recognised is None:
         raise _unknown(raw)
-    return expanded(recognised[0].read(raw))
+    return _thought(raw, expanded(recognised[0].read(raw)))
+
+
+def _thought(raw: RawFields, turns: list[Any]) -> list[Any]:
+    """Return the turns with the reasoning that data.columns names before the last answer."""
+    return [*turns[:-1], _with_thought(raw.get(THOUGHTS["reasoning"]), turns[-1])] if turns else []
+
+
+def _with_thought(reasoning: Any, answer: Any) -> Any:
+    """Return an answer, a text or a turn, as a turn with its reasoning; unchanged without one."""
+    if reasoning is None or (isinstance(reasoning, str) and not reasoning.strip()):
+        return answer
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    turn = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+    if any(turn.get(key) not in (None, "", reasoning) for key in REASONING):
+        raise RowProblem("the answer has reasoning in its turn, and another one in its column")
+    return {**turn, REASONING[0]: reasoning}
 
 
 def recognise(raw: RawFields) -> tuple[RowFormat[list[Any]], tuple[str, ...]] | None:
@@ -166,7 +192,11 @@ def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
         key = None if "chosen" in raw else _ranked_key(raw)
         ranked = key is not None and bool(raw[key])
         pair = PREFERENCE_FORMATS["ranked" if ranked else "preference"].read(raw)
-    return pair._replace(prompt=expanded(pair.prompt))
+    chosen, rejected = (
+        _with_thought(raw.get(THOUGHTS[f"{side}_reasoning"]), answer)
+        for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    )
+    return AnswerPair(expanded(pair.prompt), chosen, rejected)
 
 
 def prompt_turns(raw: RawFields, format: str | None = None) -> list[Any]:
