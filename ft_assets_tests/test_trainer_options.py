@@ -15,7 +15,7 @@ from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from ft_assets.config import DpoSettings, LoraSettings, RlSettings, SftSettings
-from ft_assets.errors import ConfigError
+from ft_assets.errors import ConfigError, TrainingError
 from ft_assets.training import trackers
 from ft_assets.training.trl_options import trainer_options
 from ft_assets.training.trl_refused_options import REFUSED, check_trainer
@@ -275,3 +275,14 @@ def test_trackers_and_save_steps_change_no_version_and_keys_are_in_no_job_file(
     jobs = list((copy / ".ft/store/.work/jobs").glob("*/*.json"))
     assert jobs
     assert not [path for path in jobs if "a-secret-key" in path.read_text()]
+
+
+@pytest.mark.parametrize(("warmup", "error"), [(0.03, None), (3, r"lower sft\.warmup_steps to 0")])
+def test_training_of_one_step_learns_or_names_the_warmup_that_takes_it(
+    tiny_model: Path, tmp_path: Path, warmup: float, error: str | None
+) -> None:
+    if error is None:
+        assert sft(tiny_model, tmp_path, max_steps=1, warmup_steps=warmup)["largest_update"] > 0
+        return
+    with pytest.raises(TrainingError, match=error):
+        sft(tiny_model, tmp_path, max_steps=1, warmup_steps=warmup)

@@ -353,6 +353,17 @@ def _trainer_factory(
     return new_trainer
 
 
+def _unchanged(sft: SftSettings, steps: int) -> str:
+    """Return what to do when `steps` optimizer steps have changed nothing."""
+    key = sft.KEY
+    if sft.warmup_steps >= 1 and steps <= 1:
+        return (
+            f"lower {key}.warmup_steps to 0: the learning rate of a warmup's first step is 0, and "
+            f"there is one step; or take more, by a smaller {key}.effective_batch or more epochs"
+        )
+    return f"raise {key}.learning_rate or the number of steps"
+
+
 def _save(
     model: Any, wanted: _Wanted, progress: Progress, watch: Validation, output: Path
 ) -> LossMetrics:
@@ -371,7 +382,7 @@ def _save(
             where=key,
             found="no trained weight has changed",
             expected="an adapter that training has changed",
-            fix=f"raise {key}.learning_rate or the number of steps",
+            fix=_unchanged(wanted.sft, len(progress.curve)),
         )
     keep_events(wanted.checkpoints, output)
     losses = [entry["loss"] for entry in progress.curve]

@@ -107,6 +107,10 @@ class ReportsTrlErrors:
         with trl_errors_as_config_errors(self.key):
             return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+    def create_scheduler(self: Any, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if num_training_steps == 1 and self.args.warmup_steps < 1:
+            # A share of one step is rounded up to it, and the rate of a warmup's first step is 0.
+            self.args.warmup_steps = 0
         with trl_errors_as_config_errors(self.key):
-            return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+            create = super().create_scheduler  # type: ignore[misc]
+            return create(num_training_steps, *args, **kwargs)
