@@ -14,12 +14,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import LlamaConfig
 
-from ft_assets.config import LoraSettings
+from ft_assets.config import LoraSettings, load_project
 from ft_assets.errors import TrainingError
 from ft_assets.models.adapter_files import is_full
 from ft_assets.models.targets import linears_of, target_names
 from ft_assets.release.provenance import PROVENANCE
 from ft_assets.training.adapter import trainable_share
+from ft_assets.views.board import Opened
+from ft_assets.views.versions import versions
 from ft_assets_tests.factories import WORDS, edit, write_jsonl
 from ft_assets_tests.pipeline import artifact, failure, materialize, read
 from ft_assets_tests.training import dpo, same, sft, weights
@@ -258,6 +260,10 @@ def test_full_weights_go_through_the_whole_graph(healthy: Callable[..., Path]) -
     card = (artifact(project, "merged_model") / "README.md").read_text()
     assert "text bits per byte after" in card
     assert "`text.learning_rate` | `0.0001`" in card
+    (version,) = versions(Opened.of(load_project(project / "finetune.yaml")), "tiny").found
+    stages = ("text_adapter", "lora_adapter", "dpo_adapter", "answers", "eval_report")
+    took = [read(project, stage, "manifest.json") for stage in stages]
+    assert version.seconds == pytest.approx(sum(one["finished"] - one["started"] for one in took))
     assert "raw_text/manifest.json" in (artifact(project, "merged_model") / PROVENANCE).read_text()
     merged = weights(artifact(project, "merged_model"))
     assert all(bool((trained[name] == merged[name]).all()) for name in trained)

@@ -19,6 +19,8 @@ from ft_assets.evaluation.own_pairs import Judge, Row
 from ft_assets.inference.generation import Answer, generate
 from ft_assets.inference.sampling import Sampling
 from ft_assets.models.loading import load_base, load_tokenizer, stop_ids
+from ft_assets.views.row_tokens import RowReader
+from ft_assets.views.rows import RowFinder, Wanted
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import checks, failure, materialize
 
@@ -258,6 +260,17 @@ def test_dpo_trains_on_pairs_of_its_own_answers(healthy: Callable[..., Path]) ->
     assert adapter.metrics["pairs"] == adapter.metrics["pairs_sampled"] == metrics["pairs"]
     version = adapter.manifest.inputs["sampled_preferences#preferences"]
     assert version == sampled.part_version("preferences")
+
+    finder = RowFinder(load_project(folder / "finetune.yaml"), store, "tiny")
+    assert finder.tables()["sampled_pairs"] == len(pairs)
+    assert finder.tables()["sampled_answers"] == len(answers)
+    found = finder.find(Wanted("sampled_pairs", index=0))
+    both = RowReader(finder).show(found.lines[0], found.rows[0]).sequences
+    assert [one.name for one in both] == ["chosen", "rejected"]
+    assert found.lines[0].side == "train"
+    for number, line in enumerate(finder.find(Wanted("sampled_answers"), limit=200).lines):
+        expected = answers[number]["used"] or "in no pair"
+        assert expected in (line.reason, line.side)
 
     edit(folder, sft={"seed": 7})
     late = materialize(folder, "recipe,lora_adapter,dpo_adapter")

@@ -1,22 +1,30 @@
 """Continued pretraining: documents, their pieces, their leaks, and SFT that continues from it."""
 
+import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ft_assets.config import DataSettings, TextSettings, load_project
+from ft_assets.artifacts import ArtifactStore, open_store
+from ft_assets.config import DataSettings, load_project
 from ft_assets.data.documents import pieces, validation_groups
 from ft_assets.data.left_out import left_out_rows
 from ft_assets.data.tables import CONVERSATION, read_table, write_table
+from ft_assets.definitions import build
 from ft_assets.errors import ConfigError, VerdictError
 from ft_assets.evaluation.verdict.gate import MADE_FROM, require_lineage
+from ft_assets.orchestration.run_plan import REUSED, plan
 from ft_assets.training.embedding_rate import embeddings, split_groups
+from ft_assets.views.row_tokens import RowReader
+from ft_assets.views.rows import RowFinder, Wanted
 from ft_assets_tests.factories import WORDS, edit
+from ft_assets_tests.kill_points import run
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
-from ft_assets_tests.training import LORA, SFT, make_rows, same, silent, weights
+from ft_assets_tests.training import LORA, SFT, make_rows, same, silent, text_into, weights
 
 UP_TO_TEXT = (
     "raw_dataset,raw_preferences,raw_text,base_model,recipe,chat_dataset,heldout_split,text_dataset"
@@ -100,6 +108,26 @@ def test_documents_become_pieces_and_a_quoting_one_is_left_out(project: Path) ->
     assert left["where"].endswith("leak.md")
     assert left["reason"] in ("quoted", "contained")
     assert heldout in left["twin_text"]
+    loaded = load_project(project / "finetune.yaml")
+    finder = RowFinder(loaded, open_store(loaded), "tiny")
+    sides = {side: finder.find(Wanted("documents", side=side)) for side in ("train", "validation")}
+    assert sum(found.total for found in sides.values()) == 4
+    (line,) = finder.find(Wanted("documents", side="left out")).lines
+    assert (line.source, line.reason) == (left["where"], left["reason"])
+    assert line.twin is not None
+    assert heldout in line.twin.text
+    whole = finder.find(Wanted("documents", text="c.jsonl:1"))
+    row = RowReader(finder).show(whole.lines[0], whole.rows[0])
+    assert len(row.sequences) > 1  # its pieces
+    assert all(piece.learnt for one in row.sequences for piece in one.pieces[1:])
+
+    (project / "docs/b.txt").write_text(words(40, 7))
+    graph = build(loaded).resolve_asset_graph()
+    steps = plan(loaded, build, list(graph.materializable_asset_keys), "tiny")
+    actions = {step.asset: step.action for step in steps}
+    assert [name for name in UP_TO_TEXT.split(",") if actions[name] != REUSED] == [
+        *("raw_text", "text_dataset")
+    ]
     said = checks(result)["documents_are_left"].description
     assert said is not None
     assert "1 repeat a held-out or general row" in said
@@ -168,37 +196,17 @@ def test_adapter_of_other_documents_is_not_judged() -> None:
         require_lineage(used, "here")
 
 
-def train(
-    base: Path, folder: Path, lora: dict[str, Any], ends_at: int = 0, **settings: Any
-) -> dict[str, Any]:
-    """Train on documents in `folder` and return the metrics, with what each step measured.
-
-    The training crashes when it measures after the step `ends_at`.
-    """
-    from ft_assets.config import LoraSettings
-    from ft_assets.training.sft import train_sft
-    from ft_assets.training.text_loss import text_measure
-
-    (folder / "output").mkdir(parents=True, exist_ok=True)
+def train(base: Path, folder: Path, lora: dict[str, Any], **settings: Any) -> list[dict[str, Any]]:
+    """Train on documents in `folder` and return what each validation measured."""
     heard: list[dict[str, Any]] = []
 
     def hear(message: str, **numbers: Any) -> None:
-        heard.append({"message": message, **numbers})
-        if message == "validation" and numbers["step"] == ends_at > 0:
-            raise ZeroDivisionError
+        heard.extend([numbers] if message == "validation" else [])
 
-    metrics = train_sft(
-        snapshot=base,
-        rows=make_rows(8, seed=3),  # type: ignore[arg-type]
-        validation=make_rows(4, seed=9),  # type: ignore[arg-type]
-        lora=LoraSettings.model_validate({**LORA, **lora}),
-        sft=TextSettings.model_validate({**SFT, **settings}),
-        checkpoints=folder / "checkpoints",
-        output=folder / "output",
-        report=hear,
-        measure=text_measure(100, make_rows(2, seed=5)),  # type: ignore[arg-type]
-    )
-    return {**metrics, "heard": [one for one in heard if one["message"] == "validation"]}
+    (folder / "output").mkdir(parents=True)
+    work = {"base": str(base), "lora": lora, "settings": settings}
+    text_into(work, folder / "checkpoints", folder / "output", hear)
+    return heard
 
 
 def test_sft_continues_the_text_adapter_and_its_embeddings_have_their_rate(
@@ -211,14 +219,19 @@ def test_sft_continues_the_text_adapter_and_its_embeddings_have_their_rate(
     steady: dict[str, Any] = {"lr_scheduler_type": "constant", "warmup_steps": 0, "keep": "last"}
     rate: dict[str, Any] = {"embedding_learning_rate": 1e-9}
     whole = train(tiny_model, tmp_path / "whole", lora, max_steps=4, **steady, **rate)
-    assert whole["heard"][0]["bits_per_byte"] > whole["heard"][-1]["bits_per_byte"]
-    assert "general_loss" in whole["heard"][-1]
-    with pytest.raises(ZeroDivisionError):
-        train(tiny_model, tmp_path / "parts", lora, ends_at=4, max_steps=4, **steady, **rate)
-    resumed = train(tiny_model, tmp_path / "parts", lora, max_steps=4, **steady, **rate)
-    assert resumed["resumed_from_step"] == 2
+    assert whole[0]["bits_per_byte"] > whole[-1]["bits_per_byte"]
+    assert "general_loss" in whole[-1]
     text = tmp_path / "whole/output"
-    assert same(text, tmp_path / "parts/output")
+    settings = {"max_steps": 4, **steady, **rate}
+    work = {"kind": "text", "base": str(tiny_model), "lora": lora, "settings": settings}
+    (tmp_path / "work.json").write_text(json.dumps(work))
+    store = ArtifactStore(tmp_path / "store")
+    assert run("forward pass", 7, tmp_path) == -signal.SIGKILL  # step 4: a step has two
+    assert store.current("text", "tiny") is None
+    assert run("none", 0, tmp_path) == 0
+    made = store.need("text", "tiny")
+    assert made.metrics["resumed_from_step"] == 2
+    assert same(text, made.path)
     saved = weights(text)
     base = weights(tiny_model)
     (name,) = (name for name in saved if "embed_tokens" in name)

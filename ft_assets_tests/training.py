@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ft_assets.config import DpoSettings, LoraSettings, RlSettings, SftSettings
+from ft_assets.config import DpoSettings, LoraSettings, RlSettings, SftSettings, TextSettings
 
 LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
 SFT = {
@@ -102,6 +102,29 @@ def sft_into(
     )
     save_groups(rows, output)
     return metrics
+
+
+def text_into(
+    work: dict[str, Any], checkpoints: Path, output: Path, report: Any = silent
+) -> dict[str, Any]:
+    """Train on documents and return the metrics.
+
+    The keys of `work` are base, lora and settings. The last two are optional.
+    """
+    from ft_assets.training.sft import train_sft
+    from ft_assets.training.text_loss import text_measure
+
+    return train_sft(
+        snapshot=Path(work["base"]),
+        rows=make_rows(8, seed=3),  # type: ignore[arg-type]
+        validation=make_rows(4, seed=9),  # type: ignore[arg-type]
+        lora=LoraSettings.model_validate({**LORA, **work.get("lora", {})}),
+        sft=TextSettings.model_validate({**SFT, **work.get("settings", {})}),
+        checkpoints=checkpoints,
+        output=output,
+        report=report,
+        measure=text_measure(100, make_rows(2, seed=5)),  # type: ignore[arg-type]
+    )
 
 
 def dpo_into(

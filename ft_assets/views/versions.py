@@ -146,11 +146,13 @@ def _version(
 
 
 def _seconds(store: ArtifactStore, name: str, used: dict[str, str]) -> float:
-    total = 0.0
-    for asset in (*ADAPTERS.values(), "answers"):
+    total, used = 0.0, dict(used)
+    for asset in (*ADAPTERS.values(), "answers", "text_adapter"):
         try:
             artifact = store.find(asset, name, used[asset]) if asset in used else None
         except ArtifactError:
             continue
         total += artifact.manifest.seconds if artifact else 0.0
+        if artifact and asset == ADAPTERS["sft"]:  # which continues the text adapter
+            used = {**used_by(artifact), **used}
     return total
