@@ -118,10 +118,7 @@ def test_reasoning_needs_a_template_with_a_place_for_it() -> None:
         USER,
         {"role": "assistant", "content": "<think>\nb\n</think>\n\nyes", "reasoned": True},
     ]
-    assert (
-        "has reasoning, and the base's chat template has no place"
-        in refusals(renderer(CHATML), turns)[0]
-    )
+    assert "has reasoning, and the base's chat template" in refusals(renderer(CHATML), turns)[0]
     thinking = CHATML.replace("{% for", "{# </think> #}{% for", 1)
     assert refusals(renderer(thinking), turns) == []
 

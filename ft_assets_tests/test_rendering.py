@@ -382,6 +382,7 @@ ARGUMENTS = CALL["function"]["arguments"]
         "find[ARGS]" + json.dumps(ARGUMENTS),
         f"[find({', '.join(f'{key}={value!r}' for key, value in ARGUMENTS.items())})]",
         '<call=find><city>Bonn "am" Rhein</city><n>3</n><open>true</open><tags>["a", "b"]</tags>',
+        "<call=find><city>Bonn \"am\" Rhein</city><n>3</n><open>True</open><tags>['a', 'b']</tags>",
         '<call=find><city>Bonn "am" '
         "Rhein</city><n>3</n><open>true</open><tags><item>a</item><item>b</item></tags>",
     ],
@@ -398,6 +399,13 @@ def test_python_repr_and_lost_arguments_are_named() -> None:
     assert "Python repr" in str(missing_calls(f"find {ARGUMENTS}", [CALL]))
     assert "argument open" in str(
         missing_calls('<call=find><city>Bonn "am" Rhein</city><n>3</n>', [CALL])
+    )
+    tagged = """<city>Bonn "am" Rhein</city><n>3</n><open>true</open><tags>['b']</tags>"""
+    other = f"<call=find>{tagged}<more>{ARGUMENTS['tags']}</more>"  # the value of another argument
+    assert "argument tags" in str(missing_calls(other, [CALL]))
+    lined = {**CALL, "function": {"name": "find", "arguments": {"city": "Bonn\nRhein"}}}
+    assert "argument city of find has a line break within quotes" in str(
+        missing_calls("[find(city='Bonn\nRhein')]", [lined])
     )
     broken = json.dumps({"name": "find", "arguments": ARGUMENTS}).replace(
         "\\", ""

@@ -455,3 +455,118 @@ def test_answer_that_the_next_turn_ends_is_learnt_with_that_end() -> None:
     done = Renderer(tokenizer, frozenset([stop])).train([{"messages": turns}])[0]
     assert not isinstance(done, ProofFailed), done
     assert done[0].prompt_and_answer()[1][-1] == stop
+
+
+HEADED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+ASKS = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+ENDED = "{{ m.content + '<|im_end|>\n' }}" + ASKS
+THINKS = {
+    "in the content": (CHATML + "{# </think> #}", "<think>red</think>green<|im_end|>"),
+    "by a key": (
+        HEADED
+        + "{% if m.reasoning_content %}{{ '[INST]' + m.reasoning_content + '[/INST]' }}{% endif %}"
+        + ENDED,
+        "[INST]red[/INST]green<|im_end|>",
+    ),
+    "begun by the prompt": (
+        HEADED + ENDED.replace("assistant\n' }}", "assistant\n<think>\n' }}") + "{# </think> #}",
+        "red</think>green<|im_end|>",
+    ),
+    "gone once a turn follows": (
+        HEADED
+        + "{% if loop.last and m.thought %}{{ '[INST]' + m.thought + '[/INST]' }}{% endif %}"
+        + ENDED,
+        "[INST]red[/INST]green<|im_end|>",
+    ),
+    "with a marker behind the answer": (
+        HEADED
+        + "{{ '[INST]' + (m.reasoning_content or '') + '[/INST]' + m.content + '</s><|im_end|>' }}"
+        + ASKS.replace("assistant\n' }}", "assistant\n[INST]' }}"),
+        "red[/INST]green</s><|im_end|>",
+    ),
+}
+THOUGHT = {"role": "assistant", "content": "<think>\nred\n</think>\n\ngreen", "reasoned": True}
+
+
+@pytest.mark.parametrize("way", THINKS)
+def test_reasoning_is_learnt_behind_what_the_model_is_given(way: str) -> None:
+    template, expected = THINKS[way]
+    which = renderer(template, bos=None)
+    rows = [{"messages": [CHAT[0], THOUGHT]}, {"messages": [CHAT[0], THOUGHT, CHAT[2], THOUGHT]}]
+    for row in rows:
+        for answer in "".join(learnt(which, row["messages"])).split("<|im_end|>")[:-1]:
+            assert "".join(answer.split()) + "<|im_end|>" == expected
+        prompt, _ = which.answers([row])[0]
+        asked = which.prompts([{"messages": row["messages"][:-1]}])[0]
+        assert prompt == asked
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (CHATML, "writes none before such an answer: remove the reasoning"),
+        (
+            ASKED.replace("GIVEN", "('<think>' if enable_thinking else '<think></think>')")
+            + "{# </think> #}",
+            "set chat.template_kwargs: {enable_thinking: true}",
+        ),
+        (
+            HEADED + "{{ m.content.split('</think>')[-1] + '<|im_end|>\n' }}" + ASKS,
+            "drops the reasoning of the answer: remove it",
+        ),
+        (
+            THINKS["by a key"][0].replace("'[/INST]'", "'[/INST]<|im_end|>'"),
+            "writes the answer behind its reasoning and '<|im_end|>', at which generation stops",
+        ),
+    ],
+)
+def test_reasoning_that_a_template_cannot_write_is_refused_with_what_helps(
+    template: str, reason: str
+) -> None:
+    which = renderer(template, bos=None)
+    for problem in (
+        which.train([{"messages": [CHAT[0], THOUGHT]}])[0],
+        which.answers([{"messages": [CHAT[0], THOUGHT]}])[0],
+    ):
+        assert isinstance(problem, ProofFailed)
+        assert reason in str(problem)
+
+
+def test_switch_that_closes_thinking_is_named_for_an_answer_without() -> None:
+    given = "('' if enable_thinking is defined and not enable_thinking else '<think>')"
+    problem = renderer(ASKED.replace("GIVEN", given), bos=None).train([{"messages": CHAT[:2]}])[0]
+    assert "set chat.template_kwargs: {enable_thinking: false}" in str(problem)
+
+
+def test_bos_that_a_template_writes_only_with_tools_is_expected_with_tools() -> None:
+    which = renderer("{% for t in tools %}{{ bos_token }}{% endfor %}" + AS_OBJECT)
+    assert len(learnt(which, CALLED, tools=[TOOL])) == 1
+    refusing = renderer("{% if not tools %}{{ 1 / 0 }}{% endif %}{{ bos_token }}" + AS_OBJECT)
+    assert len(learnt(refusing, CALLED, tools=[TOOL])) == 1
+    twice = renderer("{% if tools %}{{ bos_token + bos_token }}{% endif %}" + AS_OBJECT)
+    with pytest.raises(ProofFailed, match="BOS"):
+        learnt(twice, CALLED, tools=[TOOL])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # Command R7B asks for the next answer behind each answer, and closes its thinking first.
+        CHATML.partition("{% if add")[0] + "{{ '<|im_start|>assistant\n[INST][/INST]' }}",
+        # Apertus writes results into the assistant's turn, and asks for another one.
+        AS_OBJECT.replace(
+            "{{ '<|im_start|>' + m.role + '\n' + m.content }}",
+            "{% set inside = m.role == 'tool' or (loop.previtem or m).role == 'tool' %}"
+            "{{ ('' if inside else '<|im_start|>' + m.role + '\n') + m.content }}",
+        ),
+    ],
+)
+def test_answer_stands_behind_what_the_model_is_given(template: str) -> None:
+    which = renderer(template, bos=None)
+    row: Any = {"messages": CALLED, "tools": [TOOL]} if "tool_call" in template else None
+    row = row or {"messages": CHAT}
+    done = which.train([row])[0]
+    assert not isinstance(done, ProofFailed), done
+    asked = which.prompts([{**row, "messages": row["messages"][:-1]}])[0]
+    assert done[-1].input_ids[: len(asked)] == asked
+    assert which.facts.decode(asked).rstrip().endswith(("assistant", "[INST][/INST]"))

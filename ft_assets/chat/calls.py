@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ft_assets.metrics.json_object import json_values
 from ft_assets.rows.types import Json, JsonObject, Message, ToolCall
 
+TAGGED = re.compile(r">(\s*[\[{][^<>]*[\]}]\s*)<")  # a list or an object alone between two tags
 NEAR = 80  # characters of the template's own syntax between an argument's name and its value
 
 
@@ -102,7 +103,10 @@ def _lost_arguments(text: str, call: ToolCall) -> str | None:
         return None
     if _python_call(text, name) == arguments:
         return None
-    for value in (arguments, *arguments.values()):
+    if part.startswith("(") and (cut := _cut_by_line(part, arguments)):
+        return f"argument {cut} of {name} has a line break within quotes, which ends the call,"
+    tagged = list(_tagged_literals(part))
+    for value in (arguments, *(value for value in arguments.values() if value not in tagged)):
         if isinstance(value, dict | list) and value and _is_repr_in(part, value):
             return f"arguments of {name} are written as a Python repr, {str(value)[:60]},"
     for key, value in arguments.items():
@@ -116,6 +120,29 @@ def _is_repr_in(text: str, value: Json) -> bool:
     """Return True if a text has a value as a Python repr that is not also its JSON."""
     as_json = (json.dumps(value), json.dumps(value, ensure_ascii=False))
     return str(value) in text and str(value) not in as_json
+
+
+def _tagged_literals(text: str) -> Iterator[Any]:
+    """Yield each list or object that is alone in a tag as a Python literal, as in Seed-OSS.
+
+    Python reads the literal back; between tags it begins and ends nowhere else.
+    """
+    return (_literal(match[1]) for match in TAGGED.finditer(text))
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+
+
+def _cut_by_line(text: str, arguments: JsonObject) -> str | None:
+    """Return the first argument whose line break is within quotes in a call in Python syntax."""
+    for key, value in arguments.items():
+        if isinstance(value, str) and "\n" in value and re.search(rf"{re.escape(key)}=['\"]", text):
+            return key
+    return None
 
 
 def _python_call(text: str, name: str) -> Any:
@@ -162,9 +189,14 @@ def _parsed(text: str) -> Any:
 
 def _argument_in(text: str, key: str, value: Any) -> bool:
     """Return True if a value is shortly after its name: as JSON, bare text, or a scalar's word."""
-    for match in re.finditer(rf"(?<!\w){re.escape(key)}(?!\w)", text):
+    for match in re.finditer(rf"(?<!\w)(?<!</){re.escape(key)}(?!\w)", text):
         after = text[match.end() :]
         if isinstance(value, dict | list):
+            tagged = next(_tagged_literals(after[: NEAR + len(str(value))]), None)
+            if tagged is not None:
+                if tagged == value:
+                    return True
+                continue
             begin = min((at for at in (after.find("{"), after.find("[")) if at >= 0), default=-1)
             if 0 <= begin <= NEAR and any(found == value for found in json_values(after[begin:])):
                 return True

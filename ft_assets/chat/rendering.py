@@ -11,8 +11,10 @@ Not here: the proofs (row_proofs.py, structure_proofs.py), the text that a templ
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
+from ft_assets.chat.advice import Advice
 from ft_assets.chat.control_tokens import ControlTokens
 from ft_assets.chat.row_proofs import (
     Block,
@@ -20,6 +22,7 @@ from ft_assets.chat.row_proofs import (
     Messages,
     ProofFailed,
     Rendered,
+    SettingMayHelp,
     Tools,
     find_content,
     first_difference,
@@ -27,10 +30,18 @@ from ft_assets.chat.row_proofs import (
     prove_bos,
     prove_contents,
 )
-from ft_assets.chat.sampled_context import behind
+from ft_assets.chat.sampled_context import always_asked, behind
 from ft_assets.chat.structure_proofs import Structures
 from ft_assets.chat.template_text import TemplateText
-from ft_assets.models.chat_template import ANSWER, CUT, QUESTION, fold_system, prints_date
+from ft_assets.chat.thinking import split
+from ft_assets.models.chat_template import (
+    ANSWER,
+    CUT,
+    QUESTION,
+    fold_system,
+    prints_date,
+    with_template,
+)
 from ft_assets.rows.types import Conversation, Message
 
 __all__ = ["Facts", "ProofFailed", "Rendered", "Renderer", "fold_system", "prints_date", "prove"]
@@ -71,8 +82,16 @@ class _Plan:
 class Renderer(TemplateText):
     """Renders the conversations of rows for one model."""
 
-    def __init__(self, tokenizer: Any, stop_ids: frozenset[int], day: date | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: frozenset[int],
+        day: date | None = None,
+        advises: bool = True,
+    ) -> None:
         super().__init__(tokenizer, stop_ids, day)
+        self._advises = advises
+        self._advice: dict[Any, Advice] = {}
         self._blocks: set[Block] = set()
         self._structures = Structures(self.text)
         self._controls = ControlTokens(tokenizer, stop_ids, self.escapes, self.text, self.encode)
@@ -82,7 +101,8 @@ class Renderer(TemplateText):
 
         A row has one sequence, or one per supervised turn if the template rewrites earlier turns.
         """
-        return self._finish([_attempt(self._train_plans, row) for row in rows])
+        done = self._finish([_attempt(self._train_plans, row) for row in rows])
+        return self._advised(rows, done, Renderer.train)
 
     def answers(
         self, rows: Sequence[Conversation]
@@ -99,6 +119,7 @@ class Renderer(TemplateText):
     def answer_sequences(self, rows: Sequence[Conversation]) -> list[Rendered | ProofFailed]:
         """Return the sequence of each row, in which only its last message is supervised."""
         finished = self._finish([_attempt(self._answer_plan, row) for row in rows])
+        finished = self._advised(rows, finished, Renderer.answer_sequences)
         return [done if isinstance(done, ProofFailed) else done[0] for done in finished]
 
     def prompts(self, rows: Sequence[Conversation]) -> list[list[int] | ProofFailed]:
@@ -106,7 +127,7 @@ class Renderer(TemplateText):
         texts = [_attempt(self._prompt_text, row) for row in rows]
         encoded = iter(self.encode([text for text in texts if isinstance(text, str)]))
         found: list[list[int] | ProofFailed] = []
-        for text in texts:
+        for row, text in zip(rows, texts, strict=True):
             if isinstance(text, ProofFailed):
                 found.append(text)
                 continue
@@ -114,11 +135,30 @@ class Renderer(TemplateText):
             try:
                 if self.escapes and CUT in text:
                     self._controls.prove_escaped(text, ids)
-                prove_bos(self.facts, ids)
+                prove_bos(self.facts_of(row.get("tools")), ids)
                 found.append(ids)
             except ProofFailed as problem:
                 found.append(problem)
         return found
+
+    def _advised(
+        self,
+        rows: Sequence[Conversation],
+        done: list[list[Rendered] | ProofFailed],
+        render: "Callable[[Renderer, Sequence[Conversation]], Sequence[Any]]",
+    ) -> list[list[Rendered] | ProofFailed]:
+        """Return the results of rows, and with each problem the setting that helps, if any."""
+
+        def proves(template: str, row: Conversation) -> bool:
+            tokenizer = with_template(self.tokenizer, template)
+            other = Renderer(tokenizer, self.stop_ids, self.day, advises=False)
+            return not isinstance(render(other, [row])[0], ProofFailed)
+
+        advice = self._advice.setdefault(render, Advice(self.tokenizer.chat_template, proves))
+        return [
+            advice.of(row, one) if self._advises and isinstance(one, SettingMayHelp) else one
+            for row, one in zip(rows, done, strict=True)
+        ]
 
     # Plans: the text of each sequence, and the texts before its answers
 
@@ -213,8 +253,30 @@ class Renderer(TemplateText):
         if not text.startswith(context):
             asked = self.text(messages[:-1], tools)
             prompt = context[first_difference(asked, context) :]
+            if not prompt:  # the template always asks for an answer, after an answer too
+                prompt = always_asked(context, text)
+                text = text.removesuffix(prompt)
+            if prompt and prompt == self._plain_prompt and text.startswith(asked):
+                text = context + text[len(asked) :]
             text = behind(context, prompt, text) or text
         return text + self._end_by_next(messages, tools, text[len(context) :])
+
+    @cached_property
+    def _plain_prompt(self) -> str | None:
+        """The generation prompt, if the answer to a question stands right behind it.
+
+        Apertus writes results of tools into the turn of the assistant, and asks for another one.
+        """
+        turns: list[Message] = [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+        ]
+        try:
+            asked, context = self.text(turns[:1]), self.text(turns[:1], None, True)
+            answered = self.text(turns).startswith(context + ANSWER)
+        except ProofFailed:
+            return None
+        return context[len(asked) :] if answered and context.startswith(asked) else None
 
     def _end_by_next(self, messages: Messages, tools: Tools, answer: str) -> str:
         """Return the stop token that the template writes only once a user turn follows.
@@ -229,8 +291,11 @@ class Renderer(TemplateText):
             longer = self.text([*messages, asked], tools)
         except ProofFailed:
             return ""
-        at = longer.rfind(answer) if answer.strip() else -1
-        after = longer[at + len(answer) :] if at >= 0 else ""
+        # The reasoning of the answer may be gone once a user turn follows.
+        parts = split(messages[-1])
+        tail = answer[answer.rfind(parts[1]) :] if parts and parts[1] in answer else answer
+        at = longer.rfind(tail) if tail.strip() else -1
+        after = longer[at + len(tail) :] if at >= 0 else ""
         ends = (stop for stop in self.stops() if after.lstrip().startswith(stop))
         return next(ends, "")
 
@@ -257,6 +322,8 @@ class Renderer(TemplateText):
         They count only if they are markers, and the same whatever the answer is.
         """
         turn = messages[index]
+        if split(turn) is not None:
+            return NO_BLOCK
         found = self._around(upto[len(context) :], turn["content"].strip())
         if found in self._blocks:
             return found
@@ -356,7 +423,7 @@ class Renderer(TemplateText):
                 cast(Message, {**turn, "content": turn["content"].replace(CUT, "")})
                 for turn in plan.messages
             ]
-        prove(self.facts, rendered, messages, contexts, plan.blocks)
+        prove(self.facts_of(plan.tools), rendered, messages, contexts, plan.blocks)
         self._structures.prove(plan.messages, bool(plan.tools))
         prove_contents(plan.text, plan.messages, plan.tools)
         return rendered
@@ -407,10 +474,11 @@ def _prove_prefix(text: str, context: str, index: int, messages: Messages) -> No
             "set chat.system_turn: user, which puts it into the first user turn"
         )
     at = first_difference(text, context)
-    raise ProofFailed(
+    raise SettingMayHelp(
         f"messages[{index}] (assistant): "
         "the text before the answer differs from that given at generation: "
         f"after {context[max(0, at - 20) : at]!r} the model is given {context[at : at + 30]!r}, "
-        f"the conversation has {text[at : at + 30]!r}: "
-        "set chat.template_kwargs (enable_thinking?) or chat.chat_template so that both agree"
+        f"the conversation has {text[at : at + 30]!r}",
+        "set chat.chat_template to one with which both agree"
+        + ("" if split(messages[index]) else ", or give the answers their reasoning"),
     )

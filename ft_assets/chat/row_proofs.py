@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ft_assets.chat.calls import missing_calls
+from ft_assets.chat.thinking import Thinking, split
 from ft_assets.rows.types import Message, Tool
 
 Messages = Sequence[Message]
@@ -23,6 +24,14 @@ class ProofFailed(Exception):
 
     The message names the proof and the place, and gives advice.
     """
+
+
+class SettingMayHelp(ProofFailed):
+    """A row that another setting of the template may help. `otherwise`: advice if none does."""
+
+    def __init__(self, problem: str, otherwise: str) -> None:
+        super().__init__(problem)
+        self.otherwise = otherwise
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,14 @@ class Facts:
     """The facts about a model that the proofs need.
 
     `stop_ids`: the tokens at which its generation stops. `bos`: `first` (BOS once, at the start),
-    `none`, or `turns` (BOS also opens or ends turns, as in SmolLM2 and Llama 2).
+    `none`, or `turns` (BOS also opens or ends turns, as in SmolLM2 and Llama 2). `thinking`: the
+    way in which its template writes reasoning.
     """
 
     tokenizer: Any
     stop_ids: frozenset[int]
     bos: Literal["first", "none", "turns"]
+    thinking: Thinking | None = None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(
@@ -163,6 +174,12 @@ class _Span:
         if self.message.get("tool_calls"):
             self._prove_calls(text)
             return
+        parts = split(self.message)
+        if parts is not None and parts[0] not in text:
+            raise drops_reasoning(self.index)
+        if parts is not None and self.facts.thinking is not None:
+            self._prove_reasoned(self.facts.thinking, text, *parts)
+            return
         before, after = block
         if text.strip().startswith(before) and text.strip().endswith(after):
             text = text.strip()[len(before) : len(text.strip()) - len(after)]
@@ -203,11 +220,42 @@ class _Span:
                 f"{lost} in the text of the template, {text[:80]!r}: "
                 "set chat.chat_template to one that writes it"
             )
-        if find_content(text, self.message["content"]) < 0:
-            raise self._failed(_drops_text_beside_call(self.message["content"]))
+        thought, answer = split(self.message) or ("", self.message["content"])
+        if find_content(text, thought) < 0:
+            raise drops_reasoning(self.index)
+        if find_content(text, answer) < 0:
+            raise self._failed(_drops_text_beside_call(answer))
+
+    def _prove_reasoned(self, thinking: Thinking, text: str, thought: str, answer: str) -> None:
+        """Raise ProofFailed unless a text is reasoning and answer as the template writes them."""
+        if thinking.opened is None:
+            raise SettingMayHelp(
+                f"messages[{self.index}] (assistant): has reasoning, and the model is asked for an "
+                "answer without",
+                "remove the reasoning, or set chat.chat_template to one that asks with thinking",
+            )
+        if answer not in text and answer in self.facts.decode(self.rest):
+            raise self._failed(
+                "the template writes the answer behind its reasoning and "
+                f"{self.facts.decode(self.ids[-1:])!r}, at which generation stops"
+            )
+        if not thinking.is_in(text, thought, answer):
+            raise self._failed(
+                f"the supervised tokens decode to {text[:80]!r}, not to the reasoning "
+                f"{thought[:40]!r} and the answer {answer[:40]!r}: the template changes them or "
+                "adds to them; set chat.chat_template to one that does not"
+            )
 
     def _failed(self, problem: str) -> ProofFailed:
         return ProofFailed(f"messages[{self.index}] (assistant): {problem}")
+
+
+def drops_reasoning(index: int) -> SettingMayHelp:
+    """Return the problem of an answer whose reasoning the template does not write."""
+    return SettingMayHelp(
+        f"messages[{index}] (assistant): the template drops the reasoning of the answer",
+        "remove it from the rows, or set chat.chat_template to one that writes it",
+    )
 
 
 def _drops_text_beside_call(content: str) -> str:
@@ -271,6 +319,8 @@ def prove_contents(text: str, messages: Messages, tools: Tools) -> None:
         found = _find_turn(text, message, position, last=index == len(messages) - 1)
         calls = message.get("tool_calls")
         where = f"messages[{index}] (assistant)"
+        if found < 0 and (parts := split(message)) and find_content(text, parts[0]) < 0:
+            raise drops_reasoning(index)
         if found < 0 and calls:
             raise ProofFailed(f"{where}: {_drops_text_beside_call(message['content'])}")
         if found < 0:
@@ -292,8 +342,10 @@ def _find_turn(text: str, message: Message, position: int, last: bool) -> int:
     found = find_content(text, content, position)
     if found >= 0 or message["role"] != "assistant":
         return found
-    if not last and "</think>" in content:
-        content = content.rpartition("</think>")[2]
+    if (parts := split(message)) is not None:
+        thought, content = parts
+        if last and find_content(text, thought, position) < 0:
+            return -1
         found = find_content(text, content, position)
     if found < 0 and find_content(_plain(text), _plain(content)) >= 0:
         return position
@@ -323,7 +375,9 @@ def dropped(index: int, role: str, content: str, text: str) -> str:
     """Return the message about a turn that the rendered text does not have, or has changed."""
     where = f"messages[{index}] ({role})"
     words = content.split()
-    if len(words) > 1 and words[0] in text and words[-1] in text:
+    if find_content(text, content) >= 0 or (
+        len(words) > 1 and words[0] in text and words[-1] in text
+    ):
         return (
             f"{where}: the template changes its text, {content[:60]!r}, or puts it out of order: "
             "set chat.chat_template to one that does not"

@@ -34,6 +34,17 @@ def behind(context: str, prompt: str, written: str) -> str | None:
     return None
 
 
+def always_asked(context: str, written: str) -> str:
+    """Return the generation prompt of a template that writes it after answers too, or nothing.
+
+    It begins with the last marker that context and conversation have in common.
+    """
+    at = first_difference(written, context)
+    markers = [found.start() for found in TAG.finditer(context) if found.end() <= at]
+    prompt = context[markers[-1] :] if markers else ""
+    return prompt if prompt and written.endswith(prompt) else ""
+
+
 def _joined(given: str, answer: str) -> str | None:
     """Return what of the answer follows the last text that only the generation prompt has."""
     if not given.strip():

@@ -5,6 +5,7 @@ served model all render alike.
 Not here: rendering conversations (chat/rendering.py), and the source of templates (snapshot.py).
 """
 
+import copy
 import functools
 import json
 import re
@@ -27,6 +28,12 @@ FOLD = (
     "{%- endif %}\n"
 )
 MARKER = re.compile(r"<\|[^|<>\s{}]+\|>|<｜[^｜<>\s{}]+｜>|<(?:start|end)_of_\w+>")
+# The variables of templates that switch thinking, and their values: without and with it.
+SWITCHES: dict[str, tuple[Any, Any]] = {
+    "enable_thinking": (False, True),
+    "thinking": (False, True),
+    "reasoning_effort": ("none", "high"),
+}
 QUESTION, ANSWER = "zqquestion", "zqanswer"
 DATE_CODES = ["-d", "-m", "-H", "-I", "-j", *"aAbBcdDeFHIjmMpSTuUwWxXyYZ"]
 
@@ -71,6 +78,23 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
 def reads(template: str, name: str) -> bool:
     """Return True if a template mentions a variable."""
     return re.search(rf"(?<![\w.'\"]){re.escape(name)}(?![\w'\"])", template) is not None
+
+
+def switches(template: str, thinking: bool) -> list[dict[str, Any]]:
+    """Return the settings that may switch a template's thinking, the likely ones first."""
+    values = [
+        ({name: both[thinking]}, {name: both[not thinking]})
+        for name, both in SWITCHES.items()
+        if reads(template, name)
+    ]
+    return [setting for column in zip(*values, strict=True) for setting in column]
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """Return a tokenizer with another template; the vocabulary is shared."""
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
 
 
 def prints_date(tokenizer: Any) -> bool:

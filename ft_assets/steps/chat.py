@@ -20,7 +20,7 @@ from ft_assets.data.tables import (
 )
 from ft_assets.evaluation.references import ReferenceTexts
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
-from ft_assets.models.chat_template import date_of, reads
+from ft_assets.models.chat_template import bake, date_of, switches, with_template
 from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
 from ft_assets.rows.types import (
     Conversation,
@@ -36,8 +36,6 @@ from ft_assets.step_runner import main, takes
 
 TABLES = ("conversations", "rehearsal", "heldout", "retention")
 SHOWN = 500  # characters of a row that is left out
-# The variables of Qwen3's and DeepSeek's templates that switch thinking off.
-SWITCHES = ("enable_thinking", "thinking")
 
 
 class Settings(StepSettings):
@@ -84,8 +82,7 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
         "first_tokenized_apart": rows.first_apart,
         "template_adds": " ".join(sorted(rows.added)) or None,
     }
-    switch = next((name for name in SWITCHES if reads(tokenizer.chat_template, name)), None)
-    metrics["template_switch"] = switch if rows.added else None
+    metrics["template_switch"] = rows.first_added and _switch(rows.renderer, rows.first_added)
     (job.output / "info" / "lengths.json").write_text(json.dumps(histograms))
     return StepResult(metrics, parts)
 
@@ -109,6 +106,7 @@ class RowRenderer:
         self.refusals = 0
         self.first: str | None = None
         self.added: set[str] = set()
+        self.first_added: Conversation | None = None
         self.unrolled = 0
         self.apart = 0
         self.first_apart: str | None = None
@@ -125,7 +123,7 @@ class RowRenderer:
                 self.unrolled += len(rendered) > 1
                 for sequence in rendered:
                     self._note_apart(name, row, sequence)
-                    self.added.update(sequence.added)
+                    self._note_added(row, sequence)
                     if ledger.fits(sequence.supervised):
                         table.write(self._tokenized(row, sequence))
                     else:
@@ -185,6 +183,11 @@ class RowRenderer:
         }
         return cast(PairRow, {**row, **tokens})
 
+    def _note_added(self, row: Conversation, one: Rendered) -> None:
+        self.added.update(one.added)
+        if one.added and self.first_added is None:
+            self.first_added = row
+
     def _note_apart(self, name: str, row: ConversationRow | PreferenceRow, one: Rendered) -> None:
         self.apart += one.apart
         if one.apart and self.first_apart is None:
@@ -235,6 +238,19 @@ class RowRenderer:
         where = row.get("source") or f"{name} {row['id']}"
         text = "\n".join(turn["content"] for turn in row["messages"])[:SHOWN]
         self.refused.write({"where": where, "problem": problem, "row": text, "kind": kind})
+
+
+def _switch(renderer: Renderer, row: Conversation) -> str | None:
+    """Return the variable of the template with which, if false, it adds nothing to a row."""
+    template = renderer.tokenizer.chat_template
+    for setting in switches(template, thinking=False):
+        (name, value), *_ = setting.items()
+        settled = with_template(renderer.tokenizer, bake(template, setting, "template"))
+        done = Renderer(settled, renderer.stop_ids, renderer.day, advises=False).train([row])[0]
+        added = isinstance(done, ProofFailed) or any(sequence.added for sequence in done)
+        if value is False and not added:
+            return name
+    return None
 
 
 def _answered(row: PreferenceRow, answer: str) -> Conversation:
