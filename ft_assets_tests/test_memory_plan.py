@@ -12,18 +12,26 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ft_assets.artifacts import ArtifactStore
+from ft_assets.assets.eval_report import host_costs
 from ft_assets.compat import liger
-from ft_assets.config import DpoSettings, LoraSettings, SftSettings, load_project
+from ft_assets.config import DpoSettings, LoraSettings, Project, SftSettings, load_project
 from ft_assets.definitions import build
-from ft_assets.errors import ConfigError, MemoryPlanError
+from ft_assets.errors import ConfigError, FtError, MemoryPlanError
 from ft_assets.hardware import Gpu
 from ft_assets.models.text_part import FILE as TEXT_PART
 from ft_assets.models.text_part import describe, text_part
 from ft_assets.models.weight_files import stored_types
 from ft_assets.orchestration import memory_forecast as forecast_module
-from ft_assets.orchestration.memory_forecast import Forecast, forecast, settle_method
-from ft_assets.orchestration.run_plan import REFUSED, REUSED, STOPPED
+from ft_assets.orchestration import time_forecast as time_module
+from ft_assets.orchestration.memory_forecast import (
+    Forecast,
+    forecast,
+    settle_method,
+    training_lengths,
+)
+from ft_assets.orchestration.run_plan import REFUSED, REUSED, RUNS, STOPPED, PlannedStep
 from ft_assets.orchestration.run_plan import plan as plan_run
+from ft_assets.orchestration.time_forecast import SHARE, outlook, require_known, training_seconds
 from ft_assets.training.adapter import new_adapter, trainable_share
 from ft_assets.training.flops import mfu_percent, peak_flops
 from ft_assets.training.memory_plan.estimate import Setup, predict, weight_bytes
@@ -375,6 +383,57 @@ def test_mfu_is_useful_work_over_the_datasheets_peak() -> None:
     assert peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("Some card") is None
     assert mfu_percent(16374, SHAPE, "NVIDIA H100 80GB HBM3") == pytest.approx(49.7, abs=0.1)
+
+
+def test_ft_plan_predicts_hours_and_cost_of_a_training(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = load_project(finished / "finetune.yaml")
+    store = ArtifactStore(project.store_path)
+
+    def seconds(asset: str, gpu: str = "NVIDIA L4", given: Project = project) -> Any:
+        return training_seconds(given, store, asset, "tiny", gpu)
+
+    small = seconds("lora_adapter")
+    assert small and small == seconds("lora_adapter", "H100")  # the host is the limit
+    monkeypatch.setattr(time_module, "snapshot_shape", lambda _: SHAPE)
+    monkeypatch.setattr(time_module, "HOST_SECONDS", {True: 0.0, False: 0.0})
+    tokens = sum(training_lengths(project, store, "lora_adapter", "tiny"))
+    epochs = project.recipe("tiny").sft.num_train_epochs
+    large = 4 * SHAPE.multiplied * tokens * epochs / (121e12 * SHARE)
+    assert seconds("lora_adapter") == pytest.approx(large)
+    assert seconds("lora_adapter", "A10") == pytest.approx(large * 121 / 125)
+    two = {"kind": "ssh", "host": "h", "gpus": 2, "price_per_hour": 2.0}
+    rented = Project.model_validate({**project.model_dump(), "launcher": two})
+    assert seconds("lora_adapter", given=rented) == pytest.approx(large / 2)
+    assert seconds("dpo_adapter") > 0
+    assert seconds("raw_dataset") is None and seconds("lora_adapter", "Some card") is None
+    kept, timed = (
+        PlannedStep(asset, "tiny", action, [], seconds=1800.0)
+        for asset, action in (("lora_adapter", RUNS), ("answers", RUNS))
+    )
+    kept = dataclasses.replace(kept, predicted_seconds=5400.0)
+    never = PlannedStep("export", "tiny", RUNS, [])
+    lines = outlook([kept, timed, never], "L4", 2.0)
+    assert lines[0].startswith("≈ 1.5 h of training on L4")
+    assert lines[1].startswith("≈ 4.00 at 2 an hour, for 2.0 h; without") and "1 of 3" in lines[1]
+    assert outlook([timed], "L4", 2.0) == []
+    with pytest.raises(FtError, match="is not a GPU whose peak is known"):
+        require_known("GTX 1080")
+
+
+def test_costs_are_those_of_all_versions_that_a_report_was_made_from(copy: Path) -> None:
+    store = ArtifactStore(load_project(copy / "finetune.yaml").store_path)
+    report = store.need("eval_report", "tiny")
+    assert host_costs(store, report) == {}
+    for asset, cost in (("lora_adapter", 1.5), ("dpo_adapter", 0.5), ("merged_model", 8.0)):
+        manifest = store.need(asset, "tiny").path / "manifest.json"
+        changed = json.loads(manifest.read_text())
+        changed["metrics"]["host_cost"] = cost
+        manifest.chmod(0o644)
+        manifest.write_text(json.dumps(changed))
+    found = host_costs(ArtifactStore(store.root), report)
+    assert found == {"lora_adapter": 1.5, "dpo_adapter": 0.5}  # the merge is below the report
 
 
 def test_ft_plan_predicts_the_memory_of_a_training(

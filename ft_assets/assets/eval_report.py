@@ -235,6 +235,41 @@ def better_than_prompting(checked: Checked) -> dg.AssetCheckResult:
 
 @check(
     eval_report,
+    description="The rented hosts cost at most launcher.max_cost for all steps up to this report.",
+    only_if=lambda project: project.launcher.cost_cap() is not None,
+)
+def within_budget(checked: Checked) -> dg.AssetCheckResult:
+    """Warn if the steps cost more than the cap together. What was made elsewhere cost nothing."""
+    costs = host_costs(checked.materializer.store, checked.artifact)
+    cap, cost = checked.project.launcher.cost_cap(), sum(costs.values())
+    return dg.AssetCheckResult(
+        passed=cap is None or cost <= cap,
+        severity=WARN,
+        description=f"cost {cost:.2f} of at most {cap:.2f}",
+        metadata={f"cost/{asset}": paid for asset, paid in costs.items()},
+    )
+
+
+def host_costs(store: ArtifactStore, artifact: Artifact) -> dict[str, float]:
+    """Return {asset: its cost} of an artifact and of all the versions that it was made from."""
+    costs, seen, pending = dict[str, float](), set[str](), [artifact]
+    while pending:
+        one = pending.pop()
+        if one.fingerprint in seen:
+            continue
+        seen.add(one.fingerprint)
+        if paid := one.metrics.get("host_cost"):
+            costs[one.asset] = costs.get(one.asset, 0.0) + float(paid)
+        for name, read in one.manifest.inputs_read.items():
+            asset = name.partition("#")[0].partition("[")[0]
+            for partition in {artifact.manifest.partition, None}:
+                found = store.find(asset, partition, read.fingerprint)
+                pending += [found] if found is not None else []
+    return costs
+
+
+@check(
+    eval_report,
     description="The fine-tune beats each rival of evaluation.rivals.",
     only_if=has_rivals,
 )

@@ -83,18 +83,3 @@ def something_was_learnt(checked: Checked) -> dg.AssetCheckResult:
 def no_overfitting(checked: Checked) -> dg.AssetCheckResult:
     """Warn if the training loss still falls while the validation loss is above its minimum."""
     return overfitting_check(checked.artifact)
-
-
-@check(
-    lora_adapter,
-    description="The rented host cost at most launcher.max_cost for this training.",
-    only_if=lambda project: project.launcher.cost_cap() is not None,
-)
-def within_budget(checked: Checked) -> dg.AssetCheckResult:
-    """Warn if the training cost more than the cap. One that was made elsewhere cost nothing."""
-    cap, cost = checked.project.launcher.cost_cap(), checked.metrics.get("host_cost", 0.0)
-    return dg.AssetCheckResult(
-        passed=cap is None or cost <= cap,
-        severity=WARN,
-        description=f"cost {cost:.2f} of at most {cap:.2f}",
-    )

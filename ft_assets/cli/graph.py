@@ -125,6 +125,16 @@ def plan_run(
     until: Annotated[
         str | None, typer.Option("--until", help="Only this asset and all that it needs.")
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="Predict the time of SFT and DPO on this GPU, e.g. L4."),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            "--price", min=0, help="With --gpu: of an hour, in place of launcher.price_per_hour."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
     """Show what `ft run` would do, why, and how long it took the last time. Changes nothing.
@@ -143,10 +153,24 @@ def plan_run(
 
     keys, plans = select(build(project), asset, until), Plans(project, build)
     steps = {name: plans.of(keys, name) for name in names}
+    notes = dict[str, list[str]]()
+    if price is not None and gpu is None:
+        raise typer.BadParameter("--price needs --gpu, whose hours it counts")
+    if gpu is not None:
+        from ft_assets.orchestration.time_forecast import outlook, require_known, with_times
+
+        require_known(gpu)
+        price = price if price is not None else project.launcher.price()
+        steps = {name: with_times(project, plans.store, own, gpu) for name, own in steps.items()}
+        notes = {name: outlook(own, gpu, price) for name, own in steps.items()}
     if as_json:
         print(json.dumps([step.to_dict() for found in steps.values() for step in found], indent=1))
     else:
-        print("\n\n".join(f"{name}\n{table(found)}" for name, found in steps.items()))
+        texts = [
+            "\n".join([name, table(found), *(f"  {line}" for line in notes.get(name, []))])
+            for name, found in steps.items()
+        ]
+        print("\n\n".join(texts))
         store = open_store(project)
         for name in names:
             lines = expected(project.data, sources(store, name))

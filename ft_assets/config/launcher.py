@@ -80,6 +80,10 @@ class LauncherSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
         """Return what the machine may cost at most, or None without a cap."""
         return None
 
+    def price(self) -> float | None:
+        """Return what an hour of the machine costs, or None if that is not known."""
+        return None
+
 
 class LocalSettings(LauncherSettings, frozen=True):
     implementation = "ft_assets.launchers.local:LocalLauncher"
@@ -397,6 +401,9 @@ class SshSettings(ClusterSettings, frozen=True):
 
     def cost_cap(self) -> float | None:
         return self.max_cost
+
+    def price(self) -> float | None:
+        return self.price_per_hour
 
 
 class _ByKind:

@@ -80,6 +80,16 @@ def _tables(
     return [*([] if source == "sampled" else [split]), *([sampled] if sampled else [])]
 
 
+def training_lengths(
+    project: Project, store: ArtifactStore, asset: str, partition: str
+) -> list[int]:
+    """Return the tokens of each row of a training; of a pair, of its longer answer's."""
+    rows, part, key = TRAINING[asset]
+    split = store.current(rows, partition)
+    tables = _tables(project, store, split, asset, partition) if split else []
+    return [length for made in tables for length in _lengths(made.path / f"{part}.parquet", key)]
+
+
 def settle_method(
     project: Project,
     base: Artifact,

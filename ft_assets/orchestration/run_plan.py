@@ -44,7 +44,8 @@ class PlannedStep:
     """What would happen to one asset.
 
     `seconds` and `memory_gb` are those of the last run, None if it never ran. `predicted_gb` is the
-    memory plan's, None if its inputs or the GPU are not known yet. `version` is the fingerprint by
+    memory plan's, None if its inputs or the GPU are not known yet. `predicted_seconds` is that of a
+    training on a GPU that was asked for. `version` is the fingerprint by
     today's inputs, None if it cannot be computed.
     """
 
@@ -56,6 +57,7 @@ class PlannedStep:
     memory_gb: float | None = None
     predicted_gb: float | None = None
     version: str | None = None
+    predicted_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -393,6 +395,8 @@ def summary(steps: Sequence[PlannedStep]) -> str:
 
 
 def _took(step: PlannedStep) -> str:
+    if step.predicted_seconds is not None:
+        return f"≈ {step.predicted_seconds:.0f} s"
     return "–" if step.seconds is None else f"{step.seconds:.0f} s"
 
 
