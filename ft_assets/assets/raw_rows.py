@@ -124,6 +124,13 @@ def _write(
         names = names_of({path: file for found in read.values() for path, file in found.items()})
         for key, (table, form) in sources.items():
             done = read_source(project, ingest, key, table, form, layout, names=names)
+            if key == "train" and not done.total:
+                raise DataError(
+                    where="data.train",
+                    found=f"{', '.join(names[path] for path in read[key])}: no rows",
+                    expected="at least one conversation",
+                    fix="put rows into the files, or name other files",
+                )
             if done.total or not metrics:  # no metrics for a source that finetune.yaml omits
                 metrics |= done.metrics(table)
             parts[table] = done.version

@@ -335,7 +335,7 @@ class DataSettings(Section):
     def _rehearsal_is_given_or_made(self) -> "DataSettings":
         if self.rehearsal_self and self.rehearsal:
             raise ValueError("rehearsal names files, and rehearsal_self makes answers: drop one")
-        if "self" in self.rehearsal:
+        if "self" in self.paths("rehearsal"):
             raise ValueError("rehearsal: self stands alone; drop it or the files")
         given = self.rehearsal_prompts or self.rehearsal_max_new_tokens != 256
         if given and not self.rehearsal_self:

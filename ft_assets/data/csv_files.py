@@ -43,6 +43,8 @@ def csv_rows(path: Path, pieces: Iterator[str], usual: str) -> Iterator[RawRow]:
                 expected="quoted fields that end",
                 fix="correct the line",
             ) from None
+        if header is None and not fields:  # blank lines above the header
+            continue
         if header is None:
             if declared and reader.line_num == 1:
                 continue

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ft_assets.config.data import ASSET
-from ft_assets.data.file_types import DATA, TEXTS, suffixes
+from ft_assets.data.file_types import DATA, TEXTS, UNREAD, suffixes
 from ft_assets.data.remote_files import fetched
 from ft_assets.data.saved_datasets import STATE, is_description, require_one_split, saved_files
 from ft_assets.data.upstream import upstream_files
@@ -58,7 +58,9 @@ def _matches(root: Path, pattern: str, where: str, key: str, texts: bool) -> lis
 def files_in(folder: Path, more: Sequence[str] = ()) -> list[Path]:
     """Return the data files of a folder; of a saved dataset in it, those that belong to it.
 
-    `more` are the endings of further files.
+    `more` are the endings of further files. Hidden files are skipped, as a glob skips them: they
+    are the copies of editors and systems. Raises DataError for an archive or a spreadsheet, whose
+    rows would be missing.
     """
     saved = {path.parent: saved_files(path.parent) or [] for path in folder.rglob(STATE)}
     others = (
@@ -68,5 +70,25 @@ def files_in(folder: Path, more: Sequence[str] = ()) -> list[Path]:
         and suffixes(path)[0] in (*DATA, *more)
         and path.parent not in saved
         and not is_description(path)
+        and not _is_hidden(path.relative_to(folder))
     )
+    if packed := _archive(folder):
+        raise DataError(
+            where=str(packed),
+            found="is in a folder of data, and is not read",
+            expected=f"files that end in {', '.join(DATA)}; text files may be compressed",
+            fix="unpack or convert it, or name the files that are meant, e.g. "
+            f"{folder.name}/*.jsonl",
+        )
     return [*(path for files in saved.values() for path in files), *others]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "~$")) or part == "__MACOSX" for part in path.parts)
+
+
+def _archive(folder: Path) -> Path | None:
+    """Return the first archive or spreadsheet in a folder, whose rows no reader reads."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in UNREAD)
+    shown = (path for path in found if not _is_hidden(path.relative_to(folder)))
+    return min((path for path in shown if path.is_file()), default=None)

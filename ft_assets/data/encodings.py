@@ -94,6 +94,26 @@ def _lines(chunks: Iterable[bytes]) -> Iterable[bytes]:
     yield rest
 
 
+MAGIC = {  # the first bytes of files that are no text
+    b"\x1f\x8b": ("gzip", "give it the ending .gz"),
+    b"\xfd7zXZ": ("xz", "give it the ending .xz"),
+    b"BZh": ("bzip2", "give it the ending .bz2"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "give it the ending .zst"),
+    b"PK\x03\x04": ("zip", "unpack it; a spreadsheet must be saved as CSV"),
+    b"PAR1": ("Parquet", "give it the ending .parquet"),
+    b"ARROW1": ("Arrow", "give it the ending .arrow"),
+}
+
+
+def require_text(path: Path, start: bytes) -> None:
+    """Raise DataError for the first bytes of a file of another kind, whose ending says text."""
+    for magic, (kind, fix) in MAGIC.items():
+        if start.startswith(magic) and not start[:64].isascii():
+            raise DataError(
+                where=str(path), found=f"is a {kind} file", expected="a text file", fix=fix
+            )
+
+
 def require_no_utf16(path: Path, start: bytes) -> None:
     """Raise DataError for bytes of UTF-16 without its mark: every second one is zero."""
     head = start[:4096]

@@ -5,6 +5,8 @@ from pathlib import Path
 LINES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+# Files that hold rows and that no reader reads.
+UNREAD = (".zip", ".tar", ".tgz", ".7z", ".rar", ".xlsx", ".xls", ".ods")
 DATA = (*LINES, *TABLES)
 TEXTS = (".txt", ".md")  # one row a file, and only where rows are texts
 

@@ -22,7 +22,10 @@ from ft_assets.rows.types import Message, RawFields
 from ft_assets.rows.values import RowProblem, shown
 
 # Labels in a table of texts; they are read only where data.format is kto.
-SPELLED = {"true": True, "1": True, "false": False, "0": False}
+SPELLED = {
+    **dict.fromkeys(("true", "1", "1.0", "yes"), True),
+    **dict.fromkeys(("false", "0", "0.0", "no"), False),
+}
 THUMBS = ("thumbs", "thumb")  # keys of a label that is a thumb
 LABELS = ("label", *THUMBS)
 SPELLED_THUMBS = {

@@ -23,6 +23,7 @@ from ft_assets.data.encodings import (
     marked,
     not_text,
     require_no_utf16,
+    require_text,
 )
 from ft_assets.errors import DataError
 
@@ -50,6 +51,7 @@ def text_pieces(path: Path, packed: str, encoding: str | None) -> Iterator[str]:
     decoder = decoder_of(name)
     if encoding and not by_mark and is_utf8_after_all(path, name, _chunks(path, packed)):
         name, decoder = "utf-8", decoder_of("utf-8")
+    require_text(path, start)
     if name == "utf-8":
         require_no_utf16(path, start)
     # The decoders of UTF-16/32 need the mark; that of UTF-8 would leave it in the text.

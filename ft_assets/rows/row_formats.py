@@ -9,8 +9,11 @@ data/kto.py.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
+from decimal import Decimal
+from math import isnan
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ft_assets.rows.calls_as_text import expanded
 from ft_assets.rows.messages import spelled, turns_of
@@ -178,6 +181,12 @@ def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
     """Return the prompt's turns and the two answers of a preference row. Raises RowProblem."""
     _require_text_only(raw)
     require_no_flag(raw)
+    labelled = "chosen" not in raw and _first(raw, COMPLETION) and raw.get("label") is not None
+    if format is None and labelled and not isinstance(raw["label"], bool):
+        raise RowProblem(
+            f"label: is {shown(raw['label'])}; expected true or false (KTO). If the labels are "
+            "texts or numbers, write data.format: {preferences: kto}"
+        )
     if format != "ranked" and "chosen" not in raw and isinstance(raw.get("label"), bool):
         raise RowProblem(
             "is one answer with a label (KTO); "
@@ -223,8 +232,8 @@ def _require_preference(raw: RawFields) -> None:
     if tie is not None:
         raise Tie(f"{tie}: is {shown(raw[tie])}")
     for better, worse in SCORES:
-        chosen, rejected = raw.get(better), raw.get(worse)
-        if not (_is_number(chosen) and _is_number(rejected)) or chosen > rejected:
+        chosen, rejected = _number(raw.get(better)), _number(raw.get(worse))
+        if chosen is None or rejected is None or chosen > rejected:
             continue
         if chosen == rejected:
             raise Tie(f"{better} and {worse} are both {chosen}")
@@ -495,12 +504,13 @@ def _best_and_worst(raw: RawFields, answers: Any) -> tuple[Any, Any]:
     answers = list(map(_answer_text, answers))
     if name is None or values is None:
         return answers[0], answers[-1]
-    if len(values) != len(answers) or not all(map(_is_number, values)):
+    numbers = [number for value in values if (number := _number(value)) is not None]
+    if len(values) != len(answers) or len(numbers) != len(values):
         raise RowProblem(
             f"{name}: {len(values)} values for {len(answers)} answers; expected a number for each"
         )
-    order = sorted(range(len(answers)), key=lambda index: OWN_RANKS[name] * values[index])
-    if values[order[0]] == values[order[-1]]:
+    order = sorted(range(len(answers)), key=lambda index: OWN_RANKS[name] * numbers[index])
+    if numbers[order[0]] == numbers[order[-1]]:
         raise Tie(f"{name}: all answers rank the same")
     return answers[order[0]], answers[order[-1]]
 
@@ -513,9 +523,13 @@ def _answer_text(answer: Any) -> Any:
     return answer if key is None else answer[key]
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    """Return True if a value can be ordered: NaN cannot."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+def _number(value: Any) -> float | None:
+    """Return a number that can be ordered, also of a table of texts; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        return None
+    with suppress(ValueError, OverflowError):
+        return None if isnan(found := float(value)) else found
+    return None
 
 
 CONVERSATION_FORMATS = {

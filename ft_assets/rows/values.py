@@ -4,6 +4,7 @@ A value that cannot be used raises RowProblem.
 """
 
 import json
+import string
 from typing import Any
 
 LONGEST_PROBLEM = 600  # characters: a row can have keys of any length
@@ -41,11 +42,15 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
+# Blanks, and letters without width or ink, which make an empty text look like one.
+INVISIBLE = string.whitespace + "\x85\xa0\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u3000\ufeff"
+
+
 def text(where: str, value: Any, empty: bool = False) -> str:
     """Return a text that can be trained on. Raises RowProblem."""
     if not isinstance(value, str):
         raise RowProblem(f"{where}: content is {_kind(value)}; expected text")
-    if not value.strip() and not empty:
+    if not empty and not value.strip().strip(INVISIBLE):
         raise RowProblem(f"{where}: empty content")
     if "\x00" in value:
         raise RowProblem(f"{where}: holds a NUL character; expected text")
