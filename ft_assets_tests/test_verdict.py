@@ -3,6 +3,7 @@
 import pytest
 
 from ft_assets.config import GateSettings
+from ft_assets.evaluation.report import RIVALS
 from ft_assets.evaluation.report_model import Difference, EvalReport, Proofs, Retention
 from ft_assets.evaluation.verdict.decision import (
     FAIL,
@@ -34,6 +35,7 @@ def report(
     base: list[float],
     sft: list[float],
     dpo: list[float] | None = None,
+    rl: list[float] | None = None,
     few_shot: list[float] | None = None,
     general: dict[str, list[float]] | None = None,
     more: dict[str, tuple[list[float], list[float]]] | None = None,
@@ -47,9 +49,9 @@ def report(
     rows = (
         {"base": base, "sft": sft}
         | ({"dpo": dpo} if dpo else {})
+        | ({"rl": rl} if rl else {})
         | ({"few_shot": few_shot} if few_shot else {})
     )
-    rivals = {"sft": ("base", "few_shot"), "dpo": ("base", "few_shot", "sft")}
 
     def entries(
         columns: dict[str, list[float]], lower: bool = False
@@ -60,7 +62,7 @@ def report(
                 for rival in others
                 if rival in columns
             }
-            for name, others in rivals.items()
+            for name, others in RIVALS.items()
             if name in columns
         }
 
@@ -87,7 +89,7 @@ def report(
     return empty_report(
         heldout_rows=len(base),
         scores={
-            name: means(values, **(habits if name in ("sft", "dpo") else {}))
+            name: means(values, **(habits if name in RIVALS else {}))
             for name, values in rows.items()
         },
         comparisons=comparisons,
@@ -155,6 +157,44 @@ def test_lower_dpo_leaves_only_within_the_declared_margin() -> None:
     numbers = report(NONE, ALL, dpo=slightly)
     assert decide(numbers, GATE).candidate == "sft"
     assert decide(numbers, GATE.model_copy(update={"dpo_margin": 0.05})).candidate == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("dpo", "rl", "candidate"),
+    [
+        (None, ALL, "rl"),
+        (ALL, [*ALL[:-1], 0.0], "dpo"),
+        ([*ALL[:-1], 0.0], ALL, "rl"),
+        (ALL, NONE, "dpo"),  # RL hurts
+        (None, NONE, "sft"),
+    ],
+)
+def test_better_one_of_dpo_and_rl_leaves_and_none_that_hurts(
+    dpo: list[float] | None, rl: list[float], candidate: str
+) -> None:
+    verdict = decide(report(NONE, HALF, dpo=dpo, rl=rl), GATE)
+    assert (verdict.status, verdict.candidate) == (PASS, candidate)
+    assert (verdict.rl or "").startswith("lower than SFT") == (rl == NONE)
+
+
+def test_three_candidates_are_corrected_together() -> None:
+    """Six wins alone have p = 0.031; among three candidates 0.094."""
+    six = [*[1.0] * 6, *NONE[6:]]
+    assert decide(report(NONE, six), GATE).status == PASS
+    assert decide(report(NONE, six, dpo=six, rl=six), GATE).status == INCONCLUSIVE
+
+
+def test_reward_is_hacked_if_it_rose_and_the_metric_fell() -> None:
+    numbers = report(NONE, HALF, rl=[*[1.0] * 10, *NONE[10:]])
+    against_sft = numbers.comparisons["rl"]["sft"]
+    against_sft["long"] = compare(ALL, NONE, 0.95, 1)
+    hacked = numbers.model_copy(update={"rewards": {"long": 1.0}})
+    judged = decide(hacked, GATE).candidates["rl"]
+    assert judged.status == FAIL
+    assert judged.reasons[0].startswith("the reward was hacked: long +1.000")
+    for rewards in ({"exact": 1.0}, {"long": -1.0}, None):
+        other = numbers.model_copy(update={"rewards": rewards})
+        assert decide(other, GATE).candidates["rl"].status == PASS
 
 
 def test_margin_passes_what_is_not_worse_and_only_then() -> None:

@@ -325,7 +325,7 @@ class _Measure:
             "validation_reward": reward,
             **{f"validation_{name}": mean for name, mean in means.items()},
             "validation_stop_rate": statistics.fmean(float(one.stopped) for one in sampled),
-            "validation_tokens": statistics.fmean(one.tokens for one in sampled),
+            "validation_tokens": statistics.fmean(len(one.ids) for one in sampled),
         }
 
 
