@@ -28,6 +28,13 @@ _KEY = (
     r"|signature|\bsig|(?:\b|hf[_-]?|access[_-]?|auth[_-]?|refresh[_-]?|session[_-]?|security[_-]?"
     r"|bearer[_-]?|api[_-]?|bot[_-]?)token"
 )
+# What Hugging Face, OpenAI, GitHub, Slack, Amazon and Google issue, and JSON Web Tokens.
+_ISSUED_KEY = (
+    r"\b(?:hf_[a-z0-9]{20,}|sk-[\w-]{20,}|gh[pousr]_[a-z0-9]{30,}|github_pat_\w{30,}"
+    r"|xox[abprs]-[\w-]{10,}|(?-i:A(?:KI|SI)A[A-Z0-9]{16})|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)|(?<=hooks\.slack\.com/services/)[\w/]+"
+)
+ISSUED_KEY = re.compile(_ISSUED_KEY, re.IGNORECASE)
 _IN_URL = r"[^\s'\"<>]"  # bounded below: each form takes linear time
 _URL_PASSWORD = re.compile(r"\w[\w+.-]*://[^\s/@]*:([^\s@]+)@")
 # The user of a URL, also with a / or @ in the password: what follows the colon is no port.
@@ -63,13 +70,7 @@ _FORMS = tuple(
             rf"\1{HIDDEN}",
         ),
         (r"(--[\w-]*(?:token|password|secret|api-key)[ =])\S+", rf"\1{HIDDEN}"),
-        # What Hugging Face, OpenAI, GitHub, Slack, Amazon and Google issue, and JSON Web Tokens.
-        (
-            r"\b(?:hf_[a-z0-9]{20,}|sk-[\w-]{20,}|gh[pousr]_[a-z0-9]{30,}|github_pat_\w{30,}"
-            r"|xox[abprs]-[\w-]{10,}|(?-i:A(?:KI|SI)A[A-Z0-9]{16})|AIza[\w-]{30,}"
-            r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)|(?<=hooks\.slack\.com/services/)[\w/]+",
-            HIDDEN,
-        ),
+        (_ISSUED_KEY, HIDDEN),
     )
 )
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ft_assets.inference import losses as module
-from ft_assets.inference.losses import answer_losses, sequence_log_probabilities
+from ft_assets.inference.losses import answer_losses, sequence_log_probabilities, token_scores
 from ft_assets.models.loading import load_base
 
 
@@ -52,6 +52,14 @@ def test_shared_prefix_and_batches_change_nothing(
     assert sums == pytest.approx(
         [-loss * count for loss, count in zip(together, counts, strict=True)], abs=1e-4
     )
+    for row, found, total in zip(rows, token_scores(model, rows, 2, 3, (1, 2)), sums, strict=True):
+        assert float(found.log_probabilities[:, 0].sum()) == pytest.approx(total, abs=1e-4)
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        own = logits[torch.tensor(row["supervised"][1:])]
+        assert found.best == own.argmax(1).tolist()
+        tokens = torch.tensor([row["input_ids"][-len(own) :]]).T
+        cooler = (own / 2).log_softmax(1).gather(1, tokens)[:, 0]
+        torch.testing.assert_close(found.log_probabilities[:, 1], cooler, atol=1e-5, rtol=0)
 
 
 def test_answer_inside_a_conversation_is_scored_where_it_stands(

@@ -27,6 +27,9 @@ def rows(
     side: Annotated[
         str, typer.Option("--side", help="train, validation, held-out, left out, …")
     ] = "",
+    named: Annotated[
+        str, typer.Option("--named", help="By the row audit: any, wrong answer, contradiction, …")
+    ] = "",
     index: Annotated[
         int | None, typer.Option("--index", min=0, help="The number of a row in its table.")
     ] = None,
@@ -51,7 +54,7 @@ def rows(
 
     project = load_project()
     finder = RowFinder(project, open_store(project), base or next(iter(project.base_models)))
-    found = finder.find(Wanted(table, identity, text, side, index), offset, limit)
+    found = finder.find(Wanted(table, identity, text, side, index, named), offset, limit)
     reader = RowReader(finder)
     if not (as_json or full or found.total == 1):
         print("\n".join(listed(found, offset)))

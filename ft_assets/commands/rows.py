@@ -16,6 +16,7 @@ def listed(found: Found, offset: int) -> Iterator[str]:
     for line in found.lines:
         name = f"{line.table} {line.index}"
         yield f"{name:<20} {line.id[:8]:<8}  {_side(line):<22}  {plain(line.text)}"
+        yield from (f"{'':<20} {plain(sentence)}" for sentence in line.named)
     if (end := offset + len(found.lines)) < found.total:
         yield f"rows {offset + 1} to {end} of {found.total}; more: --offset {end}, or --limit"
     elif not found.lines:
@@ -29,6 +30,7 @@ def shown(row: ShownRow, color: bool) -> Iterator[str]:
     yield f"{name}, {line.source}: {_side(line)}"
     if line.problem:
         yield f"  why:  {plain(line.problem)}"
+    yield from (f"  audit:  {plain(sentence)}" for sentence in line.named)
     if line.twin:
         yield f"  {line.twin.relation} {line.twin.where} (id {line.twin.id}):"
         yield f"        {plain(line.twin.text)}"

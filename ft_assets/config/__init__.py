@@ -1,5 +1,6 @@
 """finetune.yaml -> frozen models, one module a section. Nothing here reads data or weights."""
 
+from ft_assets.config.audit import AuditSettings
 from ft_assets.config.automation import (
     AlertSettings,
     EmailSettings,
@@ -44,6 +45,7 @@ __all__ = [
     "CONFIG_NAME",
     "MIXED",
     "AlertSettings",
+    "AuditSettings",
     "BaseModelSettings",
     "BaseRival",
     "ChatSettings",

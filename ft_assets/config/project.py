@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from ft_assets.config.audit import AuditSettings
 from ft_assets.config.automation import (
     AlertSettings,
     FreshnessSettings,
@@ -121,6 +122,7 @@ class Project(Section):
     gate: GateSettings = GateSettings()
     release: ReleaseSettings = ReleaseSettings()
     review: ReviewSettings | None = None
+    audit: AuditSettings | None = None
     schedule: ScheduleSettings | None = None
     verify: VerifySettings | None = None
     freshness: FreshnessSettings | None = None

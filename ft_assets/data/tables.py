@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ft_assets.rows.types import (
+    AuditRow,
     ConversationRow,
     CopyRow,
     JudgedRow,
@@ -119,6 +120,16 @@ TOKENIZED_PREFERENCE = Layout(
             ("chosen_ids", IDS),
             ("rejected_ids", IDS),
             *DIGEST,
+        ]
+    ),
+)
+AUDIT = Layout(
+    AuditRow,
+    pa.schema(
+        [
+            *((name, pa.string()) for name in ("id", "source", "reason")),
+            ("score", pa.float64()),
+            *((name, pa.string()) for name in ("problem", "text", "answer", "twin", "twin_text")),
         ]
     ),
 )

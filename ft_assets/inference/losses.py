@@ -33,6 +33,23 @@ class Scored:
     count: int
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """The scores of a row's supervised tokens.
+
+    `log_probabilities`: those of the tokens, (tokens, temperatures), in nats. `best`: the most
+    likely token instead of each, (tokens,), and its log-probability at temperature 1.
+    """
+
+    log_probabilities: torch.Tensor
+    best: list[int]
+    best_log_probability: list[float]
+
+
+# (logits (tokens, vocabulary), token ids (tokens,)) -> numbers of each token (tokens, any)
+MeasureTokens = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 # Not inference_mode: it runs in the middle of a training, and FSDP trains on with the weights that
 # it gathers here.
 @torch.no_grad()
@@ -62,6 +79,29 @@ def sequence_log_probabilities(
     return [-row.nats for row in _scores(model, rows, batch_size, pad)]
 
 
+@torch.inference_mode()
+def token_scores(
+    model: Any,
+    rows: Sequence[TokenSequence],
+    batch_size: int,
+    pad: int,
+    temperatures: Sequence[float] = (1.0,),
+) -> list[TokenScores]:
+    """Return the scores of each row's supervised tokens, at each temperature."""
+
+    def measure(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        own = logits.gather(1, wanted[:, None])[:, 0]
+        scaled = [own / at - (logits / at).logsumexp(1) for at in temperatures]
+        most, best = logits.max(1)
+        # A token id is exact in float32 below 2^24.
+        return torch.stack([best.float(), most - logits.logsumexp(1), *scaled], 1)
+
+    return [
+        TokenScores(found[:, 2:], found[:, 0].int().tolist(), found[:, 1].tolist())
+        for found in _measured(model, rows, batch_size, pad, None, measure)
+    ]
+
+
 def _scores(
     model: Any,
     rows: Sequence[TokenSequence],
@@ -69,7 +109,27 @@ def _scores(
     pad: int,
     most_tokens: int | None = None,
 ) -> list[Scored]:
-    """Return the score of each row.
+    """Return the score of each row."""
+
+    def measure(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        return torch.stack([losses, (logits.argmax(-1) == wanted).float()], 1)
+
+    return [
+        Scored(float(found[:, 0].sum()), int(found[:, 1].sum()), len(found))
+        for found in _measured(model, rows, batch_size, pad, most_tokens, measure)
+    ]
+
+
+def _measured(
+    model: Any,
+    rows: Sequence[TokenSequence],
+    batch_size: int,
+    pad: int,
+    most_tokens: int | None,
+    measure: MeasureTokens,
+) -> list[torch.Tensor]:
+    """Return what `measure` finds of each row's supervised tokens, on the CPU.
 
     Rows of similar length share a batch. The tokens that all prompts begin with are computed once.
     """
@@ -79,16 +139,16 @@ def _scores(
     cache = prefill(model, prefix) if prefix else None
     if not is_attention(cache):  # padding is behind the tokens, so that a window does not matter
         prefix, cache = [], None
-    found: dict[int, Scored] = {}
+    found: dict[int, torch.Tensor] = {}
     for batch in _batches([len(row["input_ids"]) for row in rows], batch_size, most_tokens):
-        scored = _halving(
-            lambda part: _score_batch(
-                model, [rows[index] for index in part], cache, len(prefix), pad
+        measured = _halving(
+            lambda part: _measure_batch(
+                model, [rows[index] for index in part], cache, len(prefix), pad, measure
             ),
             batch,
             model,
         )
-        found.update(zip(batch, scored, strict=True))
+        found.update(zip(batch, measured, strict=True))
     return [found[index] for index in range(len(rows))]
 
 
@@ -111,8 +171,8 @@ def _batches(lengths: list[int], batch_size: int, most_tokens: int | None) -> It
 
 
 def _halving(
-    score: Callable[[list[int]], list[Scored]], batch: list[int], model: Any
-) -> list[Scored]:
+    score: Callable[[list[int]], list[torch.Tensor]], batch: list[int], model: Any
+) -> list[torch.Tensor]:
     """Return the scores of a batch, computed in two halves if it does not fit into memory."""
     try:
         return score(batch)
@@ -125,10 +185,15 @@ def _halving(
     return [*_halving(score, batch[:half], model), *_halving(score, batch[half:], model)]
 
 
-def _score_batch(
-    model: Any, rows: list[TokenSequence], cache: Any, skip: int, pad: int
-) -> list[Scored]:
-    """Return the scores of rows whose first `skip` tokens are in `cache`."""
+def _measure_batch(
+    model: Any,
+    rows: list[TokenSequence],
+    cache: Any,
+    skip: int,
+    pad: int,
+    measure: MeasureTokens,
+) -> list[torch.Tensor]:
+    """Return the measurements of rows whose first `skip` tokens are in `cache`."""
     chosen = [(row["input_ids"][skip:], row["supervised"][skip:]) for row in rows]
     width = max(len(ids) for ids, _ in chosen)
     ids = torch.tensor(
@@ -149,17 +214,13 @@ def _score_batch(
     hidden, kind = _last_hidden(model, input_ids=ids, attention_mask=mask, **past)
     hidden = hidden[:, :-1][keep]
     tokens, counts = ids[:, 1:][keep], keep.sum(1).tolist()
-    losses, right = [], []
+    parts = []
     at_once = max(1, LOGITS // model.config.get_text_config().vocab_size)
     for part, wanted in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
         logits = _logits(model, part, kind).float()
-        losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
-        right.append(logits.argmax(-1) == wanted)
+        parts.append(measure(logits, wanted))
         del logits  # else these logits and the next are in memory together
-    nats, hits = (
-        [float(part.sum()) for part in torch.cat(parts).split(counts)] for parts in (losses, right)
-    )
-    return [Scored(*row) for row in zip(nats, map(int, hits), counts, strict=True)]
+    return list(torch.cat(parts).cpu().split(counts))
 
 
 def _last_hidden(model: Any, **inputs: Any) -> tuple[torch.Tensor, type[Any]]:

@@ -178,6 +178,28 @@ class OwnAnswerRow(TypedDict):
     outcome: Outcome
 
 
+AuditReason = Literal["wrong answer", "contradiction", "outlier", "personal data", "secret"]
+
+
+class AuditRow(TypedDict):
+    """A training row that the audit names, once for each reason.
+
+    `source`: its file and line. `score`: the probability of a wrong answer, the similarity of the
+    two prompts, the loss in nats a token, or the number of pieces found. `text` is its question.
+    `twin` and `twin_text` are the place and the answer of the row that it contradicts, else "".
+    """
+
+    id: str
+    source: str
+    reason: AuditReason
+    score: float
+    problem: str
+    text: str
+    answer: str
+    twin: str
+    twin_text: str
+
+
 class MemberRow(TypedDict):
     """The columns that decide the side of a row; `judged` is absent in a table of pairs."""
 

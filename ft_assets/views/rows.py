@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pyarrow as pa
 import pyarrow.compute as compute
@@ -18,13 +18,15 @@ from ft_assets.config import Project
 from ft_assets.data.left_out import VERBS
 from ft_assets.data.tables import Table, rows_of
 from ft_assets.errors import DataError
-from ft_assets.rows.types import PAIRED, CopyRow, Message, RejectedRow
+from ft_assets.rows.types import PAIRED, AuditReason, AuditRow, CopyRow, Message, RejectedRow
 from ft_assets.views.row_places import LEFT_OUT, PLACES, SIDE_NAMES, TABLES, Place
 
 pc: Any = compute  # its functions are made when it is imported
 BATCH = 65536  # rows whose columns are read at a time
 LINE = 100  # characters of a row in a list
 UNSPLIT = "not split yet"
+NAMED, REASONS = "any", get_args(AuditReason)  # of the row audit
+AUDITED = ("conversations", "rehearsal")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Wanted:
     """Which rows are looked for. An empty value excludes none.
 
     id: the beginning of an id. text: in any turn, answer, problem, or file and line, whatever its
-    case. side: one of SIDE_NAMES. index: the number of a row in its table.
+    case. side: one of SIDE_NAMES. index: the number of a row in its table. named: a reason of the
+    row audit, or NAMED for any.
     """
 
     table: str = ""
@@ -40,6 +43,7 @@ class Wanted:
     text: str = ""
     side: str = ""
     index: int | None = None
+    named: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class RowLine:
     """A row in a list. `source` is its file and line; `text` its question, or what is left of it.
 
     reason: the kind of reason why it is left out, "" if it is not. problem: the reason in full.
+    named: what the row audit says of it, a sentence each.
     """
 
     table: str
@@ -72,6 +77,7 @@ class RowLine:
     reason: str = ""
     problem: str = ""
     twin: Twin | None = None
+    named: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,13 @@ class RowFinder:
             if one := store.current(name, None if name == "raw_text" else base_model):
                 made[name] = one
         self.made = {name: store.verified(one).path for name, one in made.items()}
+        audited = store.current("row_audit", base_model) if project.audit else None
+        self._audit = store.verified(audited).path / "rows.parquet" if audited else None
+
+    @property
+    def audited(self) -> bool:
+        """Whether there is a row audit of the base model."""
+        return self._audit is not None
 
     def tables(self) -> dict[str, int]:
         """Return the number of rows of each table that has some."""
@@ -107,6 +120,7 @@ class RowFinder:
         for given, known, what in (
             (wanted.table, TABLES, "table"),
             (wanted.side, SIDE_NAMES, "side"),
+            (wanted.named, (NAMED, *REASONS), "reason"),
         ):
             if given and given not in known:
                 raise DataError(
@@ -115,6 +129,13 @@ class RowFinder:
                     expected=f"one of {', '.join(known)}",
                     fix="choose one of these, or leave it out",
                 )
+        if wanted.named and self._audit is None:
+            raise DataError(
+                where="row_audit",
+                found="has not been made for this base model",
+                expected="an audit of the train rows",
+                fix="set audit: {} in finetune.yaml, then ft run --until row_audit",
+            )
         total = 0
         lines: list[RowLine] = []
         rows: list[dict[str, Any]] = []
@@ -152,6 +173,15 @@ class RowFinder:
     def _hits(self, table: str, path: Path, wanted: Wanted) -> Iterator[int]:
         """Yield the numbers of the wanted rows of a table."""
         columns = set(pq.read_schema(path).names) & {"id", *(_TEXTS if wanted.text else ())}
+        named = pa.array([], pa.string())
+        if wanted.named:
+            hits = (
+                row["id"]
+                for rows in self._named.values()
+                for row in rows
+                if wanted.named in (NAMED, row["reason"])
+            )
+            named = pa.array(hits, pa.string())
         sides = self._sides(table) if wanted.side else {}
         start = 0
         with pq.ParquetFile(path) as file:
@@ -159,6 +189,9 @@ class RowFinder:
                 mask = pa.array([True] * batch.num_rows)
                 for part in _conditions(batch, self.places[table], wanted, sides, start):
                     mask = pc.and_(mask, part)
+                if wanted.named:
+                    is_named = table in AUDITED and pc.is_in(batch.column("id"), value_set=named)
+                    mask = pc.and_(mask, is_named)
                 yield from (start + int(at) for at in pc.indices_nonzero(mask).to_pylist())
                 start += batch.num_rows
 
@@ -210,7 +243,11 @@ class RowFinder:
         twin = self._twins.get((table, own))
         side = next((name for name, ids in sides.items() if own in ids), None)
         if side is not None:
-            return RowLine(*line, side, text, twin=twin)
+            said = tuple(
+                f"{row['reason']}: {row['problem']}"
+                for row in (self._named.get(own, ()) if table in AUDITED else ())
+            )
+            return RowLine(*line, side, text, twin=twin, named=said)
         if (problem := self._refused.get(source)) is not None:
             kind = problem.get("kind") or "template"
             return RowLine(*line, LEFT_OUT, text, kind, problem["problem"])
@@ -223,6 +260,14 @@ class RowFinder:
             f"{place.split} was made before this row came: ft plan shows what a run makes again"
         )
         return RowLine(*line, UNSPLIT, text, problem=changed)
+
+    @cached_property
+    def _named(self) -> dict[str, list[AuditRow]]:
+        """What the row audit names, by id."""
+        found: dict[str, list[AuditRow]] = {}
+        for row in Table[AuditRow](self._audit) if self._audit else ():
+            found.setdefault(row["id"], []).append(row)
+        return found
 
     @cached_property
     def _refused(self) -> dict[str, RejectedRow]:

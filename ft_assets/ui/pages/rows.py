@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from ft_assets.ui.pages.page import Page, opened, render
 from ft_assets.views.row_tokens import RowReader
-from ft_assets.views.rows import SIDE_NAMES, Found, RowFinder, Wanted
+from ft_assets.views.rows import NAMED, REASONS, SIDE_NAMES, Found, RowFinder, Wanted
 
 SHOWN = 50  # rows of a page
 
@@ -22,6 +22,7 @@ class Browsed:
     base_model: str
     tables: dict[str, int]
     sides: tuple[str, ...]
+    reasons: tuple[str, ...]
     wanted: Wanted
     offset: int
     found: Found
@@ -35,7 +36,7 @@ def show(request: Request) -> Response:
     names = list(project.project.base_models)
     name = asked.get("base_model") or names[0]
     finder = RowFinder(project.project, project.store, name)
-    fields = {key: asked.get(key, "").strip() for key in ("table", "id", "text", "side")}
+    fields = {key: asked.get(key, "").strip() for key in ("table", "id", "text", "side", "named")}
     wanted = Wanted(**fields, index=_number(asked.get("index")))
     if wanted.table and wanted.index is not None:
         return _one(request, finder, name, wanted)
@@ -48,6 +49,7 @@ def show(request: Request) -> Response:
         name,
         finder.tables(),
         SIDE_NAMES,
+        (NAMED, *REASONS) if finder.audited else (),
         wanted,
         offset,
         found,
