@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pydantic import BaseModel
@@ -123,7 +123,7 @@ def audit(
     ]
     named += _contradictions(rows, near, book)
     named += [entry for row in (*rows, *general) for entry in _private(row, book)]
-    order = {reason: at for at, reason in enumerate(AuditReason.__args__)}  # type: ignore[attr-defined]
+    order = {reason: at for at, reason in enumerate(get_args(AuditReason))}
     return Audited(
         sorted(named, key=lambda row: (order[row["reason"]], -row["score"], row["id"])),
         found,
