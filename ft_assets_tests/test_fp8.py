@@ -279,7 +279,7 @@ def test_a_plan_in_fp8_needs_one_rank_on_an_able_gpu(change: dict[str, Any], why
     settings = LoraSettings(base_compute="auto")
     assert not make_plan(SHAPE, settings, SftSettings(), DATA, machine).fp8
     assert make_plan(SHAPE, settings, SftSettings(), DATA, ABLE).metrics()["base_compute"] == "fp8"
-    pairs = Data([200] * 16, False, answers=2, reference=True, plain=True)
+    pairs = Data([200] * 16, False, answers=2, reference=True, fp8=False)
     lora = LoraSettings(base_compute="fp8")  # DPO multiplies in 16 bits
     assert not make_plan(SHAPE, lora, DpoSettings(), pairs, ABLE, "dpo").fp8
     assert no_fp8("L4", (8, 9)) == no_fp8("H100", (9, 0)) == ""

@@ -371,7 +371,7 @@ def test_on_a_cpu_nothing_is_quantized_or_recomputed() -> None:
 
 def test_dpo_counts_both_answers_and_padding() -> None:
     machine = Machine(True, 40e9, 2, True, 989e12)
-    pairs = Data([100, 300] * 50, packed=False, answers=2, reference=True, plain=True)
+    pairs = Data([100, 300] * 50, packed=False, answers=2, reference=True, fp8=False)
     found = make_plan(
         SHAPE, LoraSettings(method="qlora"), DpoSettings(micro_batch=2), pairs, machine, "dpo"
     )

@@ -32,7 +32,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["base_model", "recipe", "heldout_split", "lora_adapter"],
     group="training",
     kinds=["pytorch"],
-    code_version="5",
+    code_version="6",
     gpu=True,
     also=lambda project: ["sampled_preferences"] if project.samples() else [],
     summary=_summary,

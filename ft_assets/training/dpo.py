@@ -52,7 +52,10 @@ from ft_assets.training.pairs import (
     with_reference,
 )
 from ft_assets.training.prepare import (
+    ModelMetrics,
+    autocast_is_idle,
     checkpoint_layers,
+    fuse_layers,
     memory_error,
     plan_dpo,
     this_machine,
@@ -97,7 +100,13 @@ class Counts(TypedDict):
 
 
 class DpoMetrics(
-    Counts, ReferenceMetrics, SpeedMetrics, ValidationMetrics, PlanMetrics, RunMetrics
+    Counts,
+    ReferenceMetrics,
+    SpeedMetrics,
+    ValidationMetrics,
+    PlanMetrics,
+    ModelMetrics,
+    RunMetrics,
 ):
     """The metrics of a DPO training; memory in GB of 1e9 bytes, losses in TRL's unit."""
 
@@ -157,8 +166,11 @@ def train_dpo(
     # Before weights load.
     trl_config(KTOConfig if by_label else DPOConfig, options(plan.micro_batch), "dpo")
     rows = [tokens_only(pair) for pair in pairs]
+    model = trained_adapter(snapshot, lora, sft_adapter, plan.shards)
+    fused = fuse_layers(model)
     policy = _Policy(
-        model=trained_adapter(snapshot, lora, sft_adapter, plan.shards),
+        model=model,
+        idle={"bf16": False} if autocast_is_idle(model, fused.get("fused_linears", 0)) else {},
         tokenizer=load_tokenizer(snapshot),
         rows=rows,
         options=options,
@@ -204,7 +216,7 @@ def train_dpo(
     progress.restore(run.trainer.state)
     watch.restore(run.trainer.state)
     publish("dpo", run.trainer.model, watch, progress.curve, plan, checkpoints, output)
-    return _metrics(run, plan, proven, watch, progress, seconds)
+    return _metrics(run, plan, fused, proven, watch, progress, seconds)
 
 
 @dataclass(frozen=True)
@@ -215,6 +227,7 @@ class _Policy:
     tokenizer: Any
     rows: Sequence[TokenPair]
     options: Callable[[int], dict[str, Any]]  # of a micro-batch
+    idle: dict[str, Any]  # what turns an autocast off that changes nothing
     plan_without_sharing: Callable[[], Plan]
 
     def checkpoint(self, plan: Plan) -> None:
@@ -224,17 +237,18 @@ class _Policy:
 
     def new_trainer(self, micro_batch: int, shares: bool) -> PreferenceTrainer:
         """Make a trainer. Raises ConfigError for options that TRL refuses."""
+        options = {**self.options(micro_batch), **self.idle}
         with trl_errors_as_config_errors("dpo"):
             if is_labelled(self.rows):
                 return LabelTrainer(
                     model=self.model,
-                    args=KTOConfig(**self.options(micro_batch)),
+                    args=KTOConfig(**options),
                     pairs=self.rows,
                     tokenizer=self.tokenizer,
                 )
             return PairTrainer(
                 model=self.model,
-                args=DPOConfig(**self.options(micro_batch)),
+                args=DPOConfig(**options),
                 pairs=self.rows,
                 tokenizer=self.tokenizer,
                 shares=shares,
@@ -442,6 +456,7 @@ def _counts(proven: ProvenPairs) -> Counts:
 def _metrics(
     run: Run,
     plan: Plan,
+    fused: ModelMetrics,
     proven: ProvenPairs,
     watch: Validation,
     progress: Progress,
@@ -462,6 +477,7 @@ def _metrics(
         **watch.metrics(),
         "peak_train_memory_gb": round(device_memory_gb(), 3),
         **plan.metrics(),
+        **fused,
         **memory_error(plan),
         **held_weights(run.trainer.model),
         **run.metrics,

@@ -81,7 +81,7 @@ class LinearGroup:
         self, index: int, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Return the output (B, T, out) of member `index` for `x` (B, T, in)."""
-        if self.products.plain and (args or kwargs or not torch.is_grad_enabled()):
+        if self.products.plain and (args or kwargs):
             return plain(x, *args, **kwargs)
         if self._input is x and index in self._outputs:
             out = self._outputs.pop(index)

@@ -175,7 +175,7 @@ def plan_dpo(
             len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
             for pair in pairs
         ]
-    data = Data(lengths, False, answers=1 if shared else 2, reference=True, plain=True)
+    data = Data(lengths, False, answers=1 if shared else 2, reference=True, fp8=False)
     return make_plan(snapshot_shape(snapshot), lora, dpo, data, machine, "dpo")
 
 
@@ -191,7 +191,7 @@ def plan_rl(
     lengths: the tokens of each prompt with its longest answer. Sampling needs less than training:
     its batches take what is free.
     """
-    data = Data(lengths, False, reference=True, plain=True)
+    data = Data(lengths, False, reference=True, plain=True, fp8=False)
     return make_plan(snapshot_shape(snapshot), lora, rl, data, machine, "rl")
 
 
@@ -213,12 +213,8 @@ def prepare_model(
 
     again: (packed, measured bytes of the layers) -> the plan for them.
     """
-    changes: ModelMetrics = {}
-    adapted = hasattr(model, "get_base_model")
-    if adapted:
-        changes["fused_linears"] = fuse_linears(model)
-    base = model.get_base_model() if adapted else model
-    changes["liger"] = apply_liger(base)
+    changes = fuse_layers(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if plan.fp8:
         changes = {**changes, **prove_fp8(model, rows)}
     collator = DataCollatorForLanguageModeling(pad_token_id=pad, padding_free=plan.packed)
@@ -250,6 +246,16 @@ def prepare_model(
     metrics: PreparedMetrics = {**plan.metrics(), **changes}
     report("plan", **metrics)
     return PreparedModel(plan, collator, metrics)
+
+
+def fuse_layers(model: Any) -> ModelMetrics:
+    """Fuse the linears of an adapted model, and use liger's kernels. Returns what was changed."""
+    changes: ModelMetrics = {}
+    adapted = hasattr(model, "get_base_model")
+    if adapted:
+        changes["fused_linears"] = fuse_linears(model)
+    changes["liger"] = apply_liger(model.get_base_model() if adapted else model)
+    return changes
 
 
 def _measurable(model: Any) -> bool:

@@ -123,8 +123,9 @@ class Data:
     """The rows' lengths in tokens.
 
     answers: sequences that a row makes (a preference pair: 2). reference: DPO's frozen adapter.
-    plain: trained with PEFT's own layers and without liger, as DPO is. kept: what the layers of the
-    loaded model were measured to keep.
+    plain: trained with PEFT's own layers and without liger, as RL is. fp8: products may be in FP8,
+    which preference training has none of. kept: what the layers of the loaded model were measured
+    to keep.
     """
 
     lengths: Sequence[int]
@@ -132,6 +133,7 @@ class Data:
     answers: int = 1
     reference: bool = False
     plain: bool = False
+    fp8: bool = True
     kept: Kept | None = None
 
 
@@ -169,7 +171,7 @@ class Request:
             liger=machine.liger and not self.data.plain and has_kernels(shape.model_type),
             reference=self.data.reference,
             shards=shards,
-            fp8=not (self.data.plain or bf16_reason(lora, machine)),
+            fp8=self.data.fp8 and not bf16_reason(lora, machine),
             fla=machine.fla,
             kept=self.data.kept,
         )
@@ -248,7 +250,7 @@ def make_plan(
     Raises MemoryPlanError if nothing fits, ConfigError if micro_batch does not divide
     effective_batch, the method's base cannot be sharded, or fp8 is set and cannot be computed.
     """
-    if lora.base_compute == "fp8" and not data.plain and (reason := bf16_reason(lora, machine)):
+    if lora.base_compute == "fp8" and data.fp8 and (reason := bf16_reason(lora, machine)):
         raise ConfigError(
             where="lora.base_compute",
             found=f"fp8, but {reason}",
