@@ -136,6 +136,44 @@ def test_folder_is_sorted_into_what_its_files_are_for(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("columns", "given", "found"),
+    [
+        (("Message", "Label", "agent"), {"completion": "Label"}, "Message"),
+        (("title", "text"), {"prompt": "title"}, "text"),
+        (("title", "text"), {"prompt": "text", "completion": "title"}, "title"),
+    ],
+)
+def test_advice_of_a_question_is_enough(
+    tmp_path: Path, columns: tuple[str, ...], given: dict[str, str], found: str
+) -> None:
+    """The flag that the question names is an answer: the other column is found without one."""
+    rows = [{name: f"{name} 赤 {number}" for name in columns} for number in range(3)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError) as asked:
+        look(tmp_path / "rows.jsonl", {})
+    assert " ".join(f"--{part} {name}" for part, name in given.items()) in asked.value.fix
+    assert found in look(tmp_path / "rows.jsonl", given).columns.values()
+
+
+def test_files_that_nothing_uses_are_named(tmp_path: Path) -> None:
+    row = {"prompt": PROMPT, "completion": ANSWER}
+    for name in ("split/train", "split/test", "split/validation", "mixed/a", "mixed/b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [row])
+    for folder in ("mixed", "documents"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "manual.md").write_text("船は赤い")
+    _, said = inited(tmp_path / "split", tmp_path / "of_split")
+    assert "not used: validation.jsonl" in said
+    assert "held out: 1 rows, and a PASS needs 20" in said
+    _, said = inited(tmp_path / "mixed", tmp_path / "of_mixed")
+    assert "trained: a.jsonl, b.jsonl" in said
+    assert "documents, not used: manual.md (data.text" in said
+    assert "general prompts: none named" in said
+    with pytest.raises(DataError, match="holds documents alone, such as manual"):
+        look(tmp_path / "documents", {})
+
+
 def test_named_encoding_is_written(tmp_path: Path) -> None:
     row = json.dumps({"prompt": "أين السفينة", "completion": "هنا"}, ensure_ascii=False)
     (tmp_path / "rows.jsonl").write_bytes(row.encode("cp1256"))

@@ -24,6 +24,9 @@ code_location_target_module = "ft_assets.definitions"
 """
 
 
+SHOWN = 5  # names of files in a line
+
+
 def write_project(
     data: Path,
     base: str | None,
@@ -103,9 +106,15 @@ def describe(path: Path, found: Found, source: BaseSource) -> str:
 
 def _too_few_held_out(found: Found) -> list[str]:
     """Return a warning if the share of the rows that is held out is too small for a PASS."""
+    least = GateSettings().min_heldout_rows
+    if found.sources.heldout and found.heldout < least:
+        return [
+            f"held out: {found.heldout} rows, and a PASS needs {least} (gate.min_heldout_rows): "
+            "add rows to data.heldout, or remove the key to hold out a share of train"
+        ]
     if found.sources.heldout or not found.ended:
         return []
-    held, least = round(share(found) * found.valid), GateSettings().min_heldout_rows
+    held = round(share(found) * found.valid)
     if held >= least:
         return []
     return [
@@ -116,11 +125,24 @@ def _too_few_held_out(found: Found) -> list[str]:
 
 def _used(found: Found) -> dict[str, str]:
     """Return what the command chose for the user, by key of `data`."""
+    sources, several = found.sources, len(found.sources.files) > 1
     return {
+        "trained": _names(sources.files) if several else "",
         "columns": ", ".join(f"{ours} is {theirs}" for ours, theirs in found.columns.items()),
-        "held out": ", ".join(path.name for path in found.sources.heldout),
-        "pairs": ", ".join(path.name for path in found.sources.preferences),
+        "held out": _names(sources.heldout),
+        "pairs": _names(sources.preferences),
+        "not used": _names(sources.unused),
+        "documents, not used": (
+            f"{_names(sources.documents)} (data.text trains on them before SFT)"
+            if sources.documents
+            else ""
+        ),
     }
+
+
+def _names(paths: Sequence[Path]) -> str:
+    more = f", and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(path.name for path in paths[:SHOWN]) + more
 
 
 class Summary(BaseModel, frozen=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.data_files import files_in
 from ft_assets.data.file_formats import read_rows
-from ft_assets.data.file_types import DATA
+from ft_assets.data.file_types import DATA, TEXTS
 from ft_assets.data.kto import is_labelled
 from ft_assets.data.raw_row import RawRow
 from ft_assets.data.saved_datasets import splits_of
@@ -37,6 +37,8 @@ class Sources:
     columns: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     ignored_keys: list[str] = field(default_factory=list)  # of turns
+    unused: list[Path] = field(default_factory=list)  # splits that no key of `data` names
+    documents: list[Path] = field(default_factory=list)  # text files, which data.text takes
 
 
 def sources_of(path: Path, encoding: str | None, ignored_keys: Sequence[str] = ()) -> Sources:
@@ -80,6 +82,15 @@ def sources_of(path: Path, encoding: str | None, ignored_keys: Sequence[str] = (
 
 def _of_folder(folder: Path) -> Sources:
     files = sorted(files_in(folder))
+    documents = sorted(set(files_in(folder, TEXTS)) - set(files))
+    if documents and not files:
+        raise DataError(
+            where=str(folder),
+            found=f"holds documents alone, such as {documents[0].name}",
+            expected="conversations or pairs too: they show what to answer, and judge the model",
+            fix="give the file of conversations; then name this folder in data.text, for continued "
+            "pretraining before SFT",
+        )
     if not files:
         raise DataError(
             where=str(folder),
@@ -89,7 +100,7 @@ def _of_folder(folder: Path) -> Sources:
         )
     splits = splits_of(folder, files)
     if len(splits) < 2:
-        return Sources([folder], files)
+        return Sources([folder], files, documents=documents)
     if "train" not in splits:
         raise DataError(
             where=str(folder),
@@ -97,12 +108,14 @@ def _of_folder(folder: Path) -> Sources:
             expected="files to train on",
             fix="give the file or folder to train on",
         )
-    heldout = next((splits[name] for name in HELD_OUT if name in splits), [])
+    held = next((name for name in HELD_OUT if name in splits), "train")
+    heldout = splits[held] if held != "train" else []
+    unused = [entry for name in splits if name not in ("train", held) for entry in splits[name]]
     train = splits["train"]
     inside = [
         file for entry in train for file in (sorted(files_in(entry)) if entry.is_dir() else [entry])
     ]
-    return Sources(train, inside, heldout)
+    return Sources(train, inside, heldout, unused=unused, documents=documents)
 
 
 def rows_of(

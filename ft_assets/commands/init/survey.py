@@ -4,11 +4,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ft_assets.commands.init.answers import Answers
 from ft_assets.commands.init.column_names import guessed
 from ft_assets.commands.init.sources import Sources, rows_of, sources_of
+from ft_assets.config import GateSettings
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.errors import DataError
 from ft_assets.rows.cells import plain
@@ -35,6 +37,7 @@ class Found:
     total: int = 0
     ended: bool = True  # whether the files were read to their end
     reasons: tuple[str, ...] = ()
+    heldout: int = 0  # rows of the files that are held out, as far as they matter
     unread: str = ""  # text columns that are not read, with their numbers of rows
 
 
@@ -49,7 +52,8 @@ def look(
     Raises DataError if no row can be used, or if the user has to choose between two columns.
     """
     sources = sources_of(path, encoding, ignored_keys)
-    columns = columns or sources.columns or _usual_columns(sources.files, encoding)
+    if not columns.keys() - {"prompt", "completion"}:
+        columns = sources.columns or _usual_columns(sources.files, encoding, columns)
     found = Found("", columns, Answers(), sources, encoding)
     audit = Columns(renamed=columns, ignored=frozenset(sources.ignored))
     reasons = list[str]()
@@ -80,15 +84,26 @@ def look(
         found.answers.add(str(read["messages"][-1].get("content") or ""))
     found.reasons = tuple(reasons)
     found.unread = audit.described()
+    held = rows_of(sources.heldout, encoding, ignored_keys)
+    found.heldout = sum(1 for _ in islice(held, GateSettings().min_heldout_rows))
     if not found.answers.count:
         raise _unusable(path, found, first_row)
     return found
 
 
-def _usual_columns(files: list[Path], encoding: str | None) -> dict[str, str]:
-    """Return data.columns for rows whose columns have usual names of another spelling."""
+def _usual_columns(
+    files: list[Path], encoding: str | None, given: dict[str, str]
+) -> dict[str, str]:
+    """Return data.columns for rows whose columns have usual names of another spelling.
+
+    `given` are the columns that the user has named.
+    """
+    if len(given) > 1:
+        return given
     row = next((row.value for row in rows_of(files, encoding) if row.value), {})
-    return guessed(row) if row and recognise(plain(row)) is None else {}
+    if not row or recognise(plain(renamed(row, given) if given else row)) is not None:
+        return given
+    return guessed(row, given) or given
 
 
 def _require_clear(where: str, audit: Columns, raw: RawFields) -> None:
