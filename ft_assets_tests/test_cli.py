@@ -26,6 +26,7 @@ COMMANDS = [
     "status",
     "report",
     "explain",
+    "advise",
     "chat",
     "release",
     "export",

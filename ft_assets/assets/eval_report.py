@@ -90,6 +90,7 @@ def _summary(metrics: Metrics) -> str:
     also=lambda project: [
         *(["human_review"] if asks_people(project) else []),
         *(["rival_answers"] if has_rivals(project) else []),
+        *(["advice"] if project.advise else []),
         *optional_stages(project),
     ],
     group="evaluation",
@@ -134,6 +135,7 @@ def eval_report(
             "answers": (answers, None),
             **people,
             **rivals,
+            **({"advice": (store.need("advice", name), None)} if project.advise else {}),
             **{asset: (used[asset], None) for asset in ADAPTERS.values() if asset in used},
             **{
                 f"heldout_split#{part}": (used["heldout_split"], part)

@@ -1,6 +1,6 @@
 """What is judged: the artifacts behind a verdict, their versions, and what decides the scores."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ft_assets.artifacts import Artifact, file_sha256
@@ -8,6 +8,7 @@ from ft_assets.assets.raw_text import has_text
 from ft_assets.config import (
     ADAPTERS,
     BaseRival,
+    EndpointRival,
     EvaluationSettings,
     Project,
     RetrievalRival,
@@ -61,12 +62,12 @@ def asking(materializer: Materializer, name: str) -> dict[str, Any]:
         "evaluation": settings.asked(),
         "harness": harness_version(project, settings),
         "few_shot_system": project.data.few_shot_system,
-        **({"few_shot_auto": _scoring(project, settings)} if project.data.few_shot_auto else {}),
+        **({"few_shot_auto": scoring(project, settings)} if project.data.few_shot_auto else {}),
         **({"seeds": project.gate.seeds} if project.gate.seeds > 1 else {}),
     }
 
 
-def _scoring(project: Project, settings: EvaluationSettings) -> dict[str, Any]:
+def scoring(project: Project, settings: EvaluationSettings) -> dict[str, Any]:
     """Return all that decides the scores of answers."""
     return {
         "evaluation": settings.model_dump(mode="json"),
@@ -85,10 +86,10 @@ def own_answer_scoring(
     rewards: metrics beside that of the verdict.
     """
     settings = materializer.project.recipe(name).evaluation
-    scoring = _scoring(materializer.project, settings)
+    scored = scoring(materializer.project, settings)
     keys = {"max_new_tokens", "metric", "normalise", "decimal", "day_first"}
     keys |= {known.config for known in (settings.main_metric(), *rewards) if known.config}
-    return {**scoring, "evaluation": settings.model_dump(mode="json", include=keys)}
+    return {**scored, "evaluation": settings.model_dump(mode="json", include=keys)}
 
 
 def asked_inputs(materializer: Materializer, used: dict[str, Artifact]) -> Inputs:
@@ -184,6 +185,21 @@ def rival_documents(project: Project, name: str) -> dict[str, tuple[DocumentFile
     }
 
 
+def document_versions(
+    documents: Mapping[str, Iterable[DocumentFile]],
+) -> dict[str, dict[str, str]]:
+    """Return the hash of each file, by its name and the rival that searches it."""
+    return {
+        rival: {file.name: file_sha256(file.path) for file in files}
+        for rival, files in documents.items()
+    }
+
+
+def answering(project: Project, name: str, rival: str) -> EndpointRival | BaseRival:
+    """Return the rival that gives the answers of a rival of a base model."""
+    return answerer_of(_evaluation(project, name).rivals, rival, name)[1]
+
+
 def documents_of(project: Project, patterns: list[str], key: str) -> tuple[DocumentFile, ...]:
     """Return the files of documents that a key names. Raises DataError."""
     return tuple(
@@ -208,10 +224,7 @@ def _rival_sources(materializer: Materializer, name: str) -> dict[str, Any]:
         base: store.need("base_model", base).data_version
         for base in base_models_that_answer(project, name)
     }
-    documents = {
-        rival: {file.name: file_sha256(file.path) for file in files}
-        for rival, files in rival_documents(project, name).items()
-    }
+    documents = document_versions(rival_documents(project, name))
     found = {"base_models": bases, "documents": documents}
     return {key: versions for key, versions in found.items() if versions}
 
@@ -244,7 +257,7 @@ def evaluation_identity(materializer: Materializer, name: str) -> dict[str, Any]
     project = materializer.project
     settings = project.recipe(name).evaluation
     return {
-        **_scoring(project, settings),
+        **scoring(project, settings),
         "harness": harness_version(project, settings),
         "few_shot_system": project.data.few_shot_system,
         "few_shot": materializer.store.need("raw_dataset", None).part_version("few_shot"),

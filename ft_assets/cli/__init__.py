@@ -25,7 +25,15 @@ def _run() -> None:
         plain_output()
         guard_stream(sys.stdout, without_known)  # answers and rows are shown as they are
         # Each adds its commands.
-        from ft_assets.cli import graph, integrity, models, project, review, rows  # noqa: F401
+        from ft_assets.cli import (  # noqa: F401
+            advise,
+            graph,
+            integrity,
+            models,
+            project,
+            review,
+            rows,
+        )
         from ft_assets.cli.app import app  # not at module level: it would hide the module
 
         if "_FT_COMPLETE" in os.environ:

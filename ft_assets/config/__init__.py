@@ -1,5 +1,6 @@
 """finetune.yaml -> frozen models, one module a section. Nothing here reads data or weights."""
 
+from ft_assets.config.advise import AdviseSettings
 from ft_assets.config.audit import AuditSettings
 from ft_assets.config.automation import (
     AlertSettings,
@@ -44,6 +45,7 @@ __all__ = [
     "ADAPTERS",
     "CONFIG_NAME",
     "MIXED",
+    "AdviseSettings",
     "AlertSettings",
     "AuditSettings",
     "BaseModelSettings",

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from ft_assets.config.advise import AdviseSettings
 from ft_assets.config.audit import AuditSettings
 from ft_assets.config.automation import (
     AlertSettings,
@@ -123,6 +124,9 @@ class Project(Section):
     release: ReleaseSettings = ReleaseSettings()
     review: ReviewSettings | None = None
     audit: AuditSettings | None = None
+    advise: AdviseSettings | None = Field(
+        default=None, description="The asset `advice` and its section in the report; ft advise."
+    )
     schedule: ScheduleSettings | None = None
     verify: VerifySettings | None = None
     freshness: FreshnessSettings | None = None

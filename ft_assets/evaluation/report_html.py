@@ -53,11 +53,12 @@ def report_html(
     curves: Mapping[str, Mapping[str, Any]],
     since: str,
     parquet: Path,
+    more: Sequence[tuple[str, Table]] = (),
 ) -> str:
     """Return the page.
 
     curves: {title: {"train": …, "validation": …}}. since: the changes since the previous report as
-    markdown. parquet: the file of all rows.
+    markdown. parquet: the file of all rows. more: further tables with their titles.
     """
     metric = report.metric
     best, worst = changed_most(report, rows, verdict.reported_candidate, EXAMPLES)
@@ -88,7 +89,7 @@ def report_html(
             )
             if note
         ],
-        tables=_tables(report, verdict),
+        tables=[*_tables(report, verdict), *more],
         pictures=[
             data_uri(score_plot(report)),
             data_uri(outcome_plot(report, steps)),

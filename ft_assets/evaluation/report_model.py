@@ -399,7 +399,7 @@ class RivalReport(Part):
     interval: tuple[float, float]
     comparisons: Differences
     retrieved: Retrieved | None = None
-    searches: list[Search] = []
+    searches: list[Search] = Field(default=[])
 
 
 class EvalReport(Part):

@@ -18,6 +18,7 @@ from pydantic import JsonValue
 from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError
+from ft_assets.evaluation.advice import ADVICE, Advice, advice_table, text_of
 from ft_assets.evaluation.curves import up_to_kept
 from ft_assets.evaluation.kept_answers import Answers, AskedRow
 from ft_assets.evaluation.plots import data_uri, read_curve, score_plot
@@ -118,6 +119,8 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     text = report_markdown(
         numbers, verdict, findings, scored.heldout, task.heldout, job.partition or ""
     )
+    if (advice := _advice(job)) is not None:
+        text += f"\n## Advice before the training\n\n{text_of(advice)}\n"
     (job.output / "report.json").write_text(numbers.to_json())
     (job.output / "verdict.json").write_text(verdict.to_json())
     (job.output / "diagnosis.json").write_text(findings_json(findings))
@@ -374,8 +377,16 @@ def _write_pages(
         curves,
         since,
         job.output / "rows.parquet",
+        [(f"Advice before the training: {advice.outcome}", advice_table(advice))]
+        if (advice := _advice(job)) is not None
+        else [],
     )
     (info / "report.html").write_text(page, encoding="utf-8")
+
+
+def _advice(job: Job) -> Advice | None:
+    """Return the advice before the training, None if the project does not ask for it."""
+    return Advice.read(job.inputs["advice"] / ADVICE) if "advice" in job.inputs else None
 
 
 def _previous(folder: Path | None) -> PreviousReport | None:
