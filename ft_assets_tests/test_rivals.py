@@ -6,6 +6,7 @@ A small HTTP server takes the place of an API here: its answers and its faults a
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +70,8 @@ class Api:
     def answer(self, body: dict[str, Any]) -> tuple[int, bytes]:
         self.asked.append(body)
         fault = self.faults.get(len(self.asked))
+        if isinstance(fault, float):  # it hangs for so many seconds
+            time.sleep(fault)
         if isinstance(fault, int):
             return fault, b"busy"
         if isinstance(fault, bytes):
@@ -76,7 +79,8 @@ class Api:
         choice = {"message": {"content": self.text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 100, "completion_tokens": 10}
         whole = {"model": body["model"], "choices": [choice], "usage": usage}
-        return 200, json.dumps({**whole, **self.changes, **(fault or {})}).encode()
+        more = fault if isinstance(fault, dict) else {}
+        return 200, json.dumps({**whole, **self.changes, **more}).encode()
 
 
 @pytest.fixture
@@ -155,6 +159,7 @@ def test_fault_that_passes_is_asked_again(api: Api, tmp_path: Path, status: int)
     ("fault", "settings", "problem"),
     [
         (401, {}, r"row row 1: .*failed \(HTTPStatusError.*401"),
+        (1.0, {"tries": 1, "timeout": 0.3}, "no whole answer within 0.3 s"),
         (500, {"tries": 1}, r"failed \(HTTPStatusError.*500"),
         (b'{"model": "m", "choices": [{"mess', {}, "JSONDecodeError"),
         ({"choices": []}, {}, "IndexError"),
