@@ -62,7 +62,8 @@ def score_plot(report: EvalReport) -> bytes:
 def rival_plot(report: EvalReport) -> bytes:
     """Draw the gate metric of the rivals against price and latency, as PNG.
 
-    The candidates are horizontal lines: what an answer of theirs costs depends on the machine.
+    The candidates are horizontal lines: what an answer of theirs costs depends on the machine. A
+    rival whose price or latency is not known is a dotted one.
     """
     rivals, metric = report.rivals or {}, report.metric
     figure, axes = _axes(2.8, columns=2)
@@ -83,6 +84,11 @@ def rival_plot(report: EvalReport) -> bytes:
             error = [[max(value - low, 0)], [max(high - value, 0)]]
             axis.errorbar([place], [value], yerr=error, fmt="o", color="#c05621", capsize=3)
             axis.annotate(name, (place, value), (5, 4), textcoords="offset points", fontsize=8)
+        for name in rivals.keys() - places.keys():  # it has a score, and no place
+            value = rivals[name].scores[metric]
+            axis.axhline(value, color="#c05621", linewidth=1, linestyle=":")
+            where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            axis.annotate(f"{name} (not known)", (0.99, value), fontsize=7, **where)
         for name, scores in report.scores.items():
             axis.axhline(scores[metric], color=COLORS[name], linewidth=1, label=LABELS[name])
         axis.set_xlim(0, 1.35 * max(places.values(), default=0) or 1)  # room for the names
