@@ -8,7 +8,7 @@ import pytest
 from ft_assets.config import load_project
 from ft_assets.config.data import DataSettings
 from ft_assets.data.content import data_content
-from ft_assets.data.mixing import expected, read_sources, shortages
+from ft_assets.data.mixing import expected, read_sources, shares_table, shortages
 from ft_assets.data.origins import Origins, OriginWriter, files_of, names_of
 from ft_assets.data.tables import CONVERSATION, read_table, write_table
 from ft_assets.errors import ConfigError, DataError
@@ -100,6 +100,10 @@ def test_weight_above_one_repeats_rows_of_the_train_side(tmp_path: Path, origins
         for side in ("train", "validation", "heldout")
     }
     assert groups["train"].isdisjoint(groups["heldout"] | groups["validation"])
+    shown = shares_table(sources)
+    cells = dict(zip(shown.header, shown.rows[1], strict=True))
+    assert (cells["source"], cells["taken"]) == ("b", "weight 2.5")
+    assert cells["trained tokens"] == str(twice.trained_tokens)
     today = DataSettings.model_validate(
         {"train": ["a/train.jsonl", {"path": "b", "rows": 3}], "rehearsal": ["unused"]}
     )

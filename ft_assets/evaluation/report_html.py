@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
+from ft_assets.data.mixing import shares_table
 from ft_assets.evaluation.plots import (
     LABELS,
     curve_plot,
@@ -113,9 +114,11 @@ def report_html(
 
 
 def _tables(report: EvalReport, verdict: Verdict) -> list[tuple[str, Table]]:
+    sources = report.evidence.sources
     tables = [
         (f"Scores on {heldout_count(report)}", score_table(report)),
         ("Which step helped", step_table(report)),
+        *([("What was trained", shares_table(sources))] if len(sources) > 1 else []),
     ]
     if report.rivals:
         tables.append(("Rivals", rival_table(report, verdict)))

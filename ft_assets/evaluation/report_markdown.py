@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from ft_assets.data.mixing import shares_table
 from ft_assets.evaluation.plots import LABELS
 from ft_assets.evaluation.references import ReferencedRow
 from ft_assets.evaluation.report_model import Differences, EvalReport, Finding, Verdict
@@ -53,6 +54,8 @@ def report_markdown(
     lines += ["", f"## Scores on {heldout_count(report)}", ""]
     lines += [table(*score_table(report))]
     lines += ["", "## Which step helped", "", table(*step_table(report)), "", DETECTABLE]
+    if len(report.evidence.sources) > 1:
+        lines += ["", "## What was trained", "", table(*shares_table(report.evidence.sources))]
     if report.rivals:
         lines += ["", "## Rivals", "", table(*rival_table(report, verdict))]
         for title, found in retrieval_tables(report):

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_assets.artifacts.documents import read_document
+from ft_assets.data.mixing import SourceLine
 from ft_assets.metrics import higher_is_better
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -251,6 +252,7 @@ class Evidence(Part):
 
     validation: up to the kept weights; kept_is_last: no later one was measured. steps: SFT's
     optimizer steps. own_rehearsal_rows: trained rows that are the base's own answers.
+    sources: what each entry of the data gave to the train side.
     """
 
     train: Diversity
@@ -261,6 +263,7 @@ class Evidence(Part):
     labels: int
     kept_is_last: bool | None = None
     steps: int | None = None
+    sources: list[SourceLine] = []
     own_rehearsal_rows: int | None = None
 
 

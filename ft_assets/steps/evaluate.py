@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import JsonValue
 
 from ft_assets.config import EvaluationSettings, GateSettings
+from ft_assets.data.mixing import is_copy, read_sources
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ArtifactError
 from ft_assets.evaluation.advice import ADVICE, Advice, advice_table, text_of
@@ -318,7 +319,7 @@ def _evidence(
     rows = given.own_rehearsal_rows
     own = {} if rows is None else {"own_rehearsal_rows": rows}  # no key in other reports
     return Evidence(
-        train=diversity(train),
+        train=diversity([row for row in train if not is_copy(row["id"])]),
         train_loss={name: statistics.fmean(losses) for name, losses in scored.train_loss.items()},
         validation=[ValidationLoss.model_validate(point) for point in validation],
         vocabulary=answers.facts.vocabulary,
@@ -326,6 +327,7 @@ def _evidence(
         labels=len(given.evaluation.labels),
         kept_is_last=len(validation) == len(measured),
         steps=int(max(point["step"] for point in curve)) if curve else None,
+        sources=read_sources(job.inputs["heldout_split"]),
         **own,
     )
 
