@@ -112,10 +112,16 @@ def _of_folder(folder: Path) -> Sources:
     heldout = splits[held] if held != "train" else []
     unused = [entry for name in splits if name not in ("train", held) for entry in splits[name]]
     train = splits["train"]
-    inside = [
-        file for entry in train for file in (sorted(files_in(entry)) if entry.is_dir() else [entry])
+    return Sources(train, inside(train), heldout, unused=unused, documents=documents)
+
+
+def inside(entries: Sequence[Path]) -> list[Path]:
+    """Return the data files of entries, which are files and folders."""
+    return [
+        file
+        for entry in entries
+        for file in (sorted(files_in(entry)) if entry.is_dir() else [entry])
     ]
-    return Sources(train, inside, heldout, unused=unused, documents=documents)
 
 
 def rows_of(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ft_assets.commands.init.answers import Answers
 from ft_assets.commands.init.column_names import guessed
-from ft_assets.commands.init.sources import Sources, rows_of, sources_of
+from ft_assets.commands.init.sources import Sources, inside, rows_of, sources_of
 from ft_assets.config import GateSettings
 from ft_assets.data.canonical import conversation, preference
 from ft_assets.errors import DataError
@@ -84,7 +84,7 @@ def look(
         found.answers.add(str(read["messages"][-1].get("content") or ""))
     found.reasons = tuple(reasons)
     found.unread = audit.described()
-    held = rows_of(sources.heldout, encoding, ignored_keys)
+    held = rows_of(inside(sources.heldout), encoding, ignored_keys)
     found.heldout = sum(1 for _ in islice(held, GateSettings().min_heldout_rows))
     if not found.answers.count:
         raise _unusable(path, found, first_row)
