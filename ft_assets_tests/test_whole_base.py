@@ -251,3 +251,12 @@ def test_tied_head_that_is_not_stored_is_whole(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     write(folder, tmp_path / "snapshot")
     assert (tmp_path / "snapshot/model.safetensors").exists()
+
+
+def test_pad_token_beyond_the_embedding_is_refused_with_what_helps(
+    base: Path, tmp_path: Path
+) -> None:
+    configure(base, pad_token_id=5000)
+    assert "take pad_token_id out of config.json" in refused(base)
+    configure(base, pad_token_id=None)
+    write(base, tmp_path / "accepted")

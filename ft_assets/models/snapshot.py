@@ -205,6 +205,9 @@ def _readable(where: str, place: _Place) -> Iterator[None]:
         text = " ".join(str(error).split())
         message = f"{type(error).__name__}: {text[:300]}"
         fix = "get the base again, whole, or name another that the installed transformers has"
+        if "Padding_idx must be within" in text:
+            fix = "take pad_token_id out of config.json (of a copy in a folder): the model has no "
+            fix += "such token, and the tokenizer's is used"
         if "trust_remote_code" in text:
             fix = "a model with its own code needs trust_remote_code: true; read that code first"
         elif place.revision:
