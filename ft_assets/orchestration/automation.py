@@ -46,6 +46,7 @@ def automation(
         project.place.name(RETRAIN),
         selection=dg.AssetSelection.assets(*(key_of(project, asset) for asset in assets)),
         partitions_def=base_models,
+        executor_def=dg.in_process_executor,  # heavy steps are child processes already
         description="All assets of one base model. Steps whose inputs did not change are reused.",
     )
     schedules = [_schedule(project, project.schedule, retrain)] if project.schedule else []
