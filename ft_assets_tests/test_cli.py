@@ -106,7 +106,7 @@ def test_each_command_explains_itself_and_refuses_what_it_does_not_know(
 ) -> None:
     from typer.testing import CliRunner
 
-    from ft_assets.cli import graph, integrity, models, project  # noqa: F401
+    from ft_assets.cli import advise, graph, integrity, models, project  # noqa: F401
     from ft_assets.cli.app import app
 
     shown = CliRunner().invoke(app, [command, "--help"])
