@@ -56,7 +56,7 @@ data:
   # retention: [data/general.jsonl]
   # rehearsal: general conversations, trained beside the task against forgetting. `self`: the base
   # makes them, by its own answers to prompts that ft_assets has.
-  # rehearsal: self                      # or files: [data/more_general.jsonl]
+  # rehearsal: [self]                    # or files: [data/more_general.jsonl]
 {preferences}# prompt, chosen, rejected: DPO after SFT
   # text: [documents]                    # continued pretraining before SFT, on .txt, .md, `text`
   # few_shot: [data/few_shot.jsonl]      # the rival: the base with these examples in its prompt
