@@ -102,12 +102,20 @@ def source_name(key: str, path: str) -> str:
 def shares_table(lines: Sequence[SourceLine]) -> markdown.Table:
     """Return what each source gives to the train side, with its share of the tokens."""
     total = sum(line.trained_tokens for line in lines) or 1
-    header = (
-        "source, taken, rows, held-out, validation, left out, not taken, "
-        "trained rows, trained tokens, share of them, tokens in the loss"
-    )
     return markdown.Table(
-        header.split(", "),
+        [
+            "source",
+            "taken",
+            "rows",
+            "held-out",
+            "validation",
+            "left out",
+            "not taken",
+            "trained rows",
+            "trained tokens",
+            "share of them",
+            "tokens in the loss",
+        ],
         [
             [
                 source_name(line.key, line.path),
@@ -260,11 +268,12 @@ class Mixing:
                 own = np.flatnonzero(numbers == number)
                 times[own] = whole
                 if last is not None:
-                    times[own] += _hashes(one, [ids[at] for at in own]) <= last
+                    times[own] += _hashes(one, [ids[at] for at in own.tolist()]) <= last
         return times
 
     def _count(self, name: str, numbers: Numbers, values: Numbers | None = None) -> None:
-        for number, value in enumerate(np.bincount(numbers, values, len(self.sources)).tolist()):
+        sums: list[float] = np.bincount(numbers, values, len(self.sources)).tolist()
+        for number, value in enumerate(sums):
             self._counts[number][name] += int(value)
 
 
