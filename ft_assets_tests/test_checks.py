@@ -44,7 +44,7 @@ def test_every_check_retries_a_silent_store_and_then_fails_in_a_sentence(
     edit(project, data={"text": ["text.md"]})  # the stage before SFT has checks of its own
     definitions = build(load_project(project / "finetune.yaml"))
     keys = sorted(definitions.resolve_asset_graph().asset_check_keys)
-    assert len(keys) == 52
+    assert len(keys) == 53
 
     def silent(*_: Any) -> Any:
         raise StoreUnreachable("s3://models", "timeout")

@@ -50,7 +50,7 @@ exec(sys.argv[2])
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    running = ForkServer(["numpy"], step_environment())
+    running = ForkServer(["numpy"], servers.STEP_ENVIRONMENT)
     yield running
     running.close()
 

@@ -19,6 +19,7 @@ from ft_assets.errors import TrainingError
 from ft_assets.models.adapter_files import is_full
 from ft_assets.models.targets import linears_of, target_names
 from ft_assets.release.provenance import PROVENANCE
+from ft_assets.training import base_products
 from ft_assets.training.adapter import trainable_share
 from ft_assets.views.board import Opened
 from ft_assets.views.versions import versions
@@ -141,20 +142,25 @@ def test_adapter_settings_with_full_weights_are_refused() -> None:
 
 
 def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Test that no inference pass runs before training.
+    """Test that the weights are NF4, and that no inference pass of bitsandbytes runs on them.
 
     On CPUs with AVX512-BF16, such a pass makes every LoRA gradient 0.
     """
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    seen = []
-    real = bitsandbytes.nn.Linear4bit.forward
+    seen, quantized = [], []
+    real, read = bitsandbytes.nn.Linear4bit.forward, base_products.dense_weight
 
     def recorded(self: Any, x: torch.Tensor) -> torch.Tensor:
         seen.append(self.training)
         return real(self, x)
 
+    def recorded_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+        quantized.append(getattr(layer.weight, "quant_state", None) is not None)
+        return read(layer, dtype)
+
+    monkeypatch.setattr(base_products, "dense_weight", recorded_weight)
     bitsandbytes.nn.Linear4bit.forward = recorded
     try:
         metrics = sft(tiny_model, tmp_path / "sft", lora={"method": "qlora"}, num_train_epochs=2)
@@ -167,7 +173,8 @@ def test_qlora_on_a_cpu_runs_through_bitsandbytes_and_its_gradients_are_real(
         )
     finally:
         bitsandbytes.nn.Linear4bit.forward = real
-    assert seen
+    assert quantized
+    assert all(quantized)
     assert all(seen)  # never in inference mode
     updates = [
         float(weight.abs().max())

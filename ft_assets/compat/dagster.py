@@ -149,7 +149,8 @@ def execute_run(argument: str) -> None:
 def keep_history_clean(plain: bool = True) -> None:
     """Write what this process gives Dagster to keep without secrets, and failures in plain words.
 
-    plain: False in a code location of others, whose failures keep their stack traces.
+    plain: False in a code location of others, whose failures keep their stack traces. The last
+    call decides.
 
     Redacted are errors with all their causes, events, and logs.
 
@@ -160,6 +161,7 @@ def keep_history_clean(plain: bool = True) -> None:
     handled = DagsterInstance.handle_new_event
     guard_stream(sys.stderr)
     if getattr(handled, "redacts", False):
+        handled.plain = plain  # type: ignore[attr-defined]
         return
 
     def from_traceback(
@@ -171,9 +173,11 @@ def keep_history_clean(plain: bool = True) -> None:
         )
 
     def handle_new_event(self: DagsterInstance, event: EventLogEntry, **options: Any) -> None:
-        handled(self, redacted_event(in_plain_words(self, event) if plain else event), **options)
+        told = in_plain_words(self, event) if handle_new_event.plain else event  # type: ignore[attr-defined]
+        handled(self, redacted_event(told), **options)
 
     handle_new_event.redacts = True  # type: ignore[attr-defined]
+    handle_new_event.plain = plain  # type: ignore[attr-defined]
     SerializableErrorInfo.from_traceback = classmethod(from_traceback)  # type: ignore[assignment]
     DagsterInstance.handle_new_event = handle_new_event  # type: ignore[method-assign]
 
