@@ -1,6 +1,7 @@
 """The advice before a training: five cases with a known truth, and the evidence behind them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ft_assets.config import AdviseSettings, EvaluationSettings
+from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.advice import (
     AdviceEvidence,
     Outcome,
@@ -81,6 +83,18 @@ FACTS = Estimate(mean=0.8, low=0.7, high=0.9)
             id="facts, and documents that have them",
         ),
         pytest.param(
+            evidence({"base": 28, "rag": 29}),
+            "retrieve",
+            "yes: rag reaches the bar**",
+            id="documents that reach the bar alone",
+        ),
+        pytest.param(
+            evidence({"base": 1, "rag": 26}, copied=26),
+            "retrieve",
+            "what would change it: documents without these rows themselves;",
+            id="documents that have the rows themselves",
+        ),
+        pytest.param(
             evidence({"base": 1, "few_shot": 2}, facts=FACTS),
             "retrieve",
             "retrieval is not measured",
@@ -143,6 +157,12 @@ FACTS = Estimate(mean=0.8, low=0.7, high=0.9)
             "40 preference pairs: DPO after SFT",
             id="no bar",
         ),
+        pytest.param(
+            evidence({"base": 9}, bar=None, metric="loss", higher_is_better=False),
+            "fine-tune",
+            "**not decided: loss has no bar**\n",
+            id="a loss, which advise.bar is not of",
+        ),
     ],
 )
 def test_advice_is_right_where_the_truth_is_known(
@@ -197,11 +217,13 @@ def test_share_of_facts_tells_knowledge_from_form(
         assert low <= sum(shares) / len(shares) <= high
 
 
-def test_sample_asks_train_rows_in_each_way(tiny_model: Path, tmp_path: Path) -> None:
-    """One load of a real model: base, examples from other train rows, and documents."""
+def test_sample_asks_train_rows_in_each_way(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real model: base, examples from other train rows, and documents."""
     from ft_assets.chat.rendering import Renderer
     from ft_assets.evaluation.advice_sample import Sample, measure
-    from ft_assets.evaluation.asker import tokenized
+    from ft_assets.evaluation.asker import Asker, tokenized
     from ft_assets.evaluation.retrieval import DocumentFile
     from ft_assets.models.loading import load_tokenizer, stop_ids
     from ft_assets_tests.factories import conversations
@@ -213,30 +235,41 @@ def test_sample_asks_train_rows_in_each_way(tiny_model: Path, tmp_path: Path) ->
     train = tokenized(Renderer(load_tokenizer(tiny_model), stop_ids(tiny_model)), rows)
     (tmp_path / "a.md").write_text(rows[0]["messages"][0]["content"] + "\n")
     settings = EvaluationSettings.model_validate(
-        {"max_new_tokens": 4, "rivals": {"rag": {"documents": ["a.md"]}}}
+        {"max_new_tokens": 4, "rivals": {"rag": {"documents": ["a.md"], "prompt": "Be terse."}}}
     )
-    measured = measure(
-        Sample(
-            snapshot=tiny_model,
-            weights="1",
-            train=train,
-            examples=[],
-            system=None,
-            advise=AdviseSettings(rows=8),
-            settings=settings,
-            schema=None,
-            root=tmp_path,
-            documents={"rag": [DocumentFile(name="a.md", path=tmp_path / "a.md")]},
-            not_asked={"gpt": "another model answers"},
-            heldout_groups=30,
-            min_heldout=20,
-            pairs=0,
-            answers=None,
-            uniform=5.0,
-        ),
-        lambda *_, **__: None,
+    sample = Sample(
+        snapshot=tiny_model,
+        weights="1",
+        train=train,
+        examples=[],
+        system=None,
+        advise=AdviseSettings(rows=8),
+        settings=settings,
+        schema=None,
+        root=tmp_path,
+        documents={"rag": [DocumentFile(name="a.md", path=tmp_path / "a.md")]},
+        not_asked={"gpt": "another model answers"},
+        heldout_groups=30,
+        min_heldout=20,
+        pairs=0,
+        answers=None,
+        uniform=5.0,
     )
+    asked: list[list[Any]] = []
+    ask = Asker.heldout
+
+    def spied(asker: Asker, its: Any) -> Any:
+        asked.append(its)
+        return ask(asker, its)
+
+    monkeypatch.setattr(Asker, "heldout", spied)
+    measured = measure(sample, lambda *_, **__: None)
     found = measured.evidence
+    assert [{row["messages"][0]["content"] for row in its} == {"Be terse."} for its in asked] == [
+        False,
+        False,
+        True,  # of rag, the last
+    ]
     assert set(found.scores) == {"base", "few_shot", "rag"}
     assert set(found.against_prompt) == {"rag"}
     assert (found.sampled, found.train_groups, found.bar) == (8, 20, 0.9)
@@ -246,6 +279,20 @@ def test_sample_asks_train_rows_in_each_way(tiny_model: Path, tmp_path: Path) ->
     advice = advise(found)
     assert advice.outcome in ("more rows", "another base")  # 20 rows, and random weights
     assert "gpt: not asked: another model answers" in text_of(advice)
+    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "criteria": "Be right."}
+    judged = EvaluationSettings.model_validate(
+        {"max_new_tokens": 4, "metric": "judge", "judge": judge}
+    )
+    bar = AdviseSettings(rows=30, bar=0.5)
+    given = replace(sample, settings=judged, examples=[*train[:4]], documents={}, advise=bar)
+    measured = measure(given, lambda *_, **__: None)
+    assert (measured.evidence.metric, measured.evidence.bar) == ("loss", None)
+    assert {row["id"] for row in measured.rows} == {row["id"] for row in train[4:]}
+    with pytest.raises(EvaluationError, match="besides those of data"):
+        measure(replace(given, examples=[*train[1:]]), lambda *_, **__: None)
+    long = settings.model_copy(update={"max_new_tokens": 10**6})
+    with pytest.raises(EvaluationError, match=r"^train row"):
+        measure(replace(sample, settings=long), lambda *_, **__: None)
 
 
 @pytest.mark.graph

@@ -68,7 +68,15 @@ def test_setting_is_read_or_refused(project: Path, data: dict[str, Any], found: 
     assert "own_rehearsal" not in _assets(project)
     edit(project, data=data)
     if found is None:
+        edit(project, advise={})
         assert "own_rehearsal" in _assets(project)
+        settings = load_project(project / "finetune.yaml")
+        readers = {
+            one.name
+            for one in declared().of(settings).assets
+            if "own_rehearsal" in one.also(settings)
+        }
+        assert readers == {"chat_dataset", "advice"}
         return
     with pytest.raises(ConfigError, match=found):
         _assets(project)

@@ -9,6 +9,7 @@ from ft_assets.assets.judged import (
     rival_documents,
     scoring,
 )
+from ft_assets.assets.own_rehearsal import own_rehearsal_of, own_rehearsal_stage
 from ft_assets.config import AdviseSettings, BaseRival
 from ft_assets.evaluation.advice import ADVICE, Advice
 from ft_assets.orchestration.declarations import Checked, Metrics, asset, check
@@ -25,10 +26,11 @@ def _summary(metrics: Metrics) -> str:
     deps=["base_model", "raw_dataset", "raw_preferences", "heldout_split"],
     group="evaluation",
     kinds=["report"],
-    code_version="1",
+    code_version="2",
     gpu=True,
     summary=_summary,
     only_if=lambda project: project.advise is not None,
+    also=own_rehearsal_stage("own_rehearsal"),
 )
 def advice(
     context: dg.AssetExecutionContext, materializer: dg.ResourceParam[Materializer]
@@ -61,6 +63,7 @@ def advice(
             "base_model": (base, None),
             "heldout_split#train": (split, "train"),
             **{f"raw_dataset#{part}": (raw, part) for part in ("few_shot", "rehearsal")},
+            **own_rehearsal_of(materializer, name),
         },
         step=lambda: advise.Settings(
             advise=project.advise or AdviseSettings(),

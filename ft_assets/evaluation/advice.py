@@ -61,7 +61,7 @@ class AdviceEvidence(Part):
 class Node(Part):
     """A question of the tree: its evidence, what it decides, and what would change that.
 
-    sure: the interval lies on one side of the threshold.
+    sure: the interval lies on one side of the threshold, or there is no threshold.
     """
 
     question: str
@@ -117,13 +117,15 @@ def _prompt(found: AdviceEvidence) -> Step:
     question = "Does a prompt reach the bar?"
     if found.bar is None:
         change = f"advise.bar, the {found.metric} that is good enough for you"
+        if found.metric == "loss":  # it takes the place of a metric, for which advise.bar is
+            change = "an evaluation.metric that scores an answer alone, which can have a bar"
         decision = f"not decided: {found.metric} has no bar"
         return Node(
-            question=question, evidence=evidence, decision=decision, sure=False, change=change
+            question=question, evidence=evidence, decision=decision, sure=True, change=change
         ), None
     score, bar = found.scores[best], found.bar
     reached = _reaches(found, best)
-    sure = not score.low < bar <= score.high
+    sure = not _holds(score, bar)
     decision = f"yes: {_label(best)}" if reached else f"no: {_label(best)} is the best"
     side = "below" if reached == found.higher_is_better else "above"
     change = f"{found.metric} {side} {bar:g} on more rows (advise.rows), or another advise.bar"
@@ -187,11 +189,15 @@ def _retrieval(found: AdviceEvidence) -> Step:
     sure = not facts.low < KNOWLEDGE <= facts.high
     outcome: Outcome | None = "retrieve"
     if better or reaching:
-        decision = f"yes: {', '.join(better or reaching)} is better than the best prompt"
-        sure = bool(better)
+        ways = better or reaching
+        shown = "is better than the best prompt" if better else "reaches the bar"
+        decision = f"yes: {', '.join(ways)} {shown}"
+        sure = bool(better) or any(not _holds(found.scores[way], bar) for way in reaching)
         change = "documents that production does not have" + (
             "" if bar is None else f"; a fine-tune on the found chunks where {bar:g} is not reached"
         )
+        if any(found.retrieved[way].copied for way in ways):
+            change = f"documents without these rows themselves; {change}"
     elif knowledge and not found.retrieved:
         decision = "yes, by the words of the answers; retrieval is not measured"
         change = "evaluation.rivals with documents, which measures it; no documents at all"
@@ -249,6 +255,10 @@ def _reaches(found: AdviceEvidence, way: str) -> bool:
         return False
     mean = found.scores[way].mean
     return mean >= found.bar if found.higher_is_better else mean <= found.bar
+
+
+def _holds(score: Estimate, bar: float | None) -> bool:
+    return bar is not None and score.low < bar <= score.high
 
 
 def _best(found: AdviceEvidence, ways: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from ft_assets.chat.rendering import Renderer
-from ft_assets.config import AdviseSettings, EvaluationSettings, RetrievalRival
+from ft_assets.config import AdviseSettings, EvaluationSettings, RetrievalRival, answerer_of
 from ft_assets.errors import EvaluationError
 from ft_assets.evaluation.advice import BASE, CONFIDENCE, FEW_SHOT, AdviceEvidence, fact_shares
 from ft_assets.evaluation.asker import Asker, tokenized
@@ -79,7 +79,7 @@ def measure(sample: Sample, report: Report) -> Measured:
     )
     model = load_base(sample.snapshot)
     kept = read_kept(sample.answers, report)
-    asker = Asker(model, tokenizer, stops, task, sample.weights, kept)
+    asker = Asker(model, tokenizer, stops, task, sample.weights, kept, "train")
     ways, not_asked = {BASE: referenced}, dict(sample.not_asked)
     try:
         ways[FEW_SHOT] = _few_shot(asker.renderer, referenced, examples, sample)
@@ -113,18 +113,22 @@ def measure(sample: Sample, report: Report) -> Measured:
 def _chosen(sample: Sample) -> tuple[list[TokenizedRow], list[DataRow]]:
     """Return the rows to ask, one a group, and the examples: the given ones, or other train rows.
 
-    Ids are hashes of the content, so the first ones by id are a sample.
+    No row of an example's group is asked: its answer would stand in its prompt. Ids are hashes of
+    the content, so the first ones by id are a sample.
     """
-    rows = {row["group"]: row for row in sorted(sample.train, key=lambda row: row["id"])}
+    examples: list[DataRow] = list(sample.examples)
+    shown = {row["group"] for row in examples}
+    train = [row for row in sample.train if row["group"] not in shown]
+    rows = {row["group"]: row for row in sorted(train, key=lambda row: row["id"])}
     by_id = sorted(rows.values(), key=lambda row: row["id"])
     if len(by_id) < 2:
         raise EvaluationError(
             where="advice",
-            found=f"there are {len(by_id)} groups of train rows whose answers the metric judges",
+            found=f"there are {len(by_id)} groups of train rows whose answers the metric judges"
+            + (", besides those of data.few_shot" if examples else ""),
             expected="at least two rows of the task in data.train",
             fix="add rows; before that there is nothing to measure",
         )
-    examples: list[DataRow] = list(sample.examples)
     others = by_id
     if not examples:
         count = min(EXAMPLES, len(by_id) // 2)
@@ -157,10 +161,15 @@ def _with_documents(
 ) -> tuple[list[ReferencedRow], Retrieved]:
     rival = sample.settings.rivals[name]
     assert isinstance(rival, RetrievalRival), "the asset passes documents of such rivals alone"
+    _, answerer = answerer_of(sample.settings.rivals, name, BASE)
+    system = rival.prompt if rival.prompt is not None else answerer.prompt
     documents = Documents(f"evaluation.rivals.{name}.documents", files, rival.chunk_words)
     asked, found = [], []
     for row in rows:
         turns: list[Message] = [*row["messages"]]
+        if system is not None:  # in place of the row's own, as on held-out rows (rivals.py)
+            own = [turn for turn in turns if turn["role"] != "system"]
+            turns = [{"role": "system", "content": system}, *own]
         places = [place for place, turn in enumerate(turns[:-1]) if turn["role"] == "user"]
         question = turns[places[-1]]["content"] if places else ""
         hits = documents.find(question, rival.top_k)
@@ -195,11 +204,13 @@ def _evidence(
 
     prompts = [way for way in (BASE, FEW_SHOT) if way in values]
     best = max(prompts, key=lambda way: (1 if higher else -1) * fmean(values[way]))
-    usual = BAR if higher and bounded else None
+    bar = sample.advise.bar
+    if bar is None and higher and bounded:
+        bar = BAR
     return AdviceEvidence(
         metric=metric,
         higher_is_better=higher,
-        bar=usual if sample.advise.bar is None else sample.advise.bar,
+        bar=bar if metric == settings.metric else None,  # a bar is not one of the loss
         sampled=len(task.heldout),
         train_groups=len({row["group"] for row in sample.train}),
         heldout_groups=sample.heldout_groups,

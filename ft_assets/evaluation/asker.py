@@ -31,8 +31,8 @@ class Asker:
     """Asks the candidate that is active in the model.
 
     weights: the identity of the candidate's weights and of the libraries, for the digests. kept:
-    the values that need not be asked. generated: the tokens that were generated. slower: why they
-    were generated without a shortcut.
+    the values that need not be asked. asked: which rows, for errors. generated: the tokens that
+    were generated. slower: why they were generated without a shortcut.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Asker:
         task: Task,
         weights: str = "",
         kept: Kept | None = None,
+        asked: str = "held-out",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -51,6 +52,7 @@ class Asker:
         self.settings = task.settings
         self.weights = weights
         self.kept = kept or Kept()
+        self.asked = asked
         self.generated = 0
         self.slower: dict[str, None] = {}
         self.renderer = Renderer(tokenizer, stops)
@@ -111,7 +113,7 @@ class Asker:
             return []
         asked, limit = prompts(self.renderer, rows), self.settings.max_new_tokens
         lengths = {row["id"]: len(ids) for row, ids in zip(rows, asked, strict=True)}
-        if (error := self.room.rows_error(lengths)) is not None:
+        if (error := self.room.rows_error(lengths, self.asked)) is not None:
             raise error
         keys = [answer_key(self.weights, limit, self.stops, ids) for ids in asked]
 

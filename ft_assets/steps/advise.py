@@ -10,11 +10,11 @@ from pydantic import Field, JsonValue
 
 from ft_assets.artifacts.environment import library_versions
 from ft_assets.config import AdviseSettings, EvaluationSettings
-from ft_assets.data.tables import Table, read_table
+from ft_assets.data.tables import read_table
 from ft_assets.evaluation.advice import ADVICE, advise, text_of
 from ft_assets.evaluation.retrieval import DocumentFile
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
-from ft_assets.rows.types import ConversationRow, MemberRow, TokenizedRow
+from ft_assets.rows.types import ConversationRow
 from ft_assets.step_runner import main, takes
 from ft_assets.steps.answers import weights_key
 
@@ -65,16 +65,14 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
 
 def _sample(job: Job, given: Settings) -> Sample:
     from ft_assets.evaluation.advice_sample import Sample
+    from ft_assets.evaluation.own_prompts import own_rows
 
-    rehearsal = job.inputs["raw_dataset"] / "rehearsal.parquet"
-    general = {row["id"] for row in Table[MemberRow](rehearsal, ["id"])}
-    train = read_table(job.inputs["heldout_split"] / "train.parquet", row=TokenizedRow)
     examples = read_table(job.inputs["raw_dataset"] / "few_shot.parquet", row=ConversationRow)
     facts = job.inputs["base_model"] / "facts.json"
     return Sample(
         snapshot=job.inputs["base_model"],
         weights=weights_key(given.base_version, library_versions("infer")),
-        train=[row for row in train if row["judged"] and row["id"] not in general],
+        train=own_rows(job.inputs, "train", None),
         examples=list(examples),
         system=given.few_shot_system,
         advise=given.advise,
