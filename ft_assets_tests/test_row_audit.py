@@ -9,7 +9,7 @@ import pytest
 
 from ft_assets.artifacts import open_store
 from ft_assets.commands.rows import listed
-from ft_assets.config import load_project
+from ft_assets.config import AuditSettings, load_project
 from ft_assets.data.private import find_private
 from ft_assets.data.tables import read_table
 from ft_assets.evaluation.wrong_rows import TEMPERATURES, Answer, find_wrong, outliers
@@ -81,6 +81,45 @@ def test_outliers_are_far_above_the_others() -> None:
     assert [outliers(list(losses), 0.05) for losses in clean] == [[], [], []]
     assert outliers([*clean[0], 40.0], 0.05) == [300]
     assert outliers([1.0] * 200, 0.05) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "contradict"),
+    [
+        ({}, {}, True),
+        ({}, {"tools": [{"type": "function", "function": {"name": "weather"}}]}, False),
+        ({"called": "weather"}, {"called": "clock"}, False),
+        ({"called": "weather"}, {"called": "weather"}, True),
+        ({"role": "text"}, {"role": "text"}, False),
+        ({"role": "tool"}, {"role": "tool"}, False),
+    ],
+)
+def test_rows_contradict_that_ask_the_same_of_the_same_tools(
+    one: dict[str, Any], other: dict[str, Any], contradict: bool
+) -> None:
+    from ft_assets.evaluation.row_audit import RowScore, audit
+
+    rows: list[Any] = []
+    for name, given in (("a", one), ("b", other)):
+        call = {"type": "function", "id": name, "function": {"name": given.get("called", "x")}}
+        role = given.get("role", "assistant")
+        turns = [
+            {"role": "user", "content": "and now?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": role, "content": name},
+        ]
+        more = {"tools": given["tools"]} if "tools" in given else {}
+        rows.append({"id": name, "messages": turns[-1:] if role == "text" else turns, **more})
+    scores = {
+        row["id"]: RowScore(
+            **{"id": row["id"], "begin": [0], "tokens": [1, 2], "best": [1, 2]},
+            log_probabilities=[[-0.1] * len(TEMPERATURES)] * 2,
+            best_log_probability=[-0.1, -0.1],
+        )
+        for row in rows
+    }
+    done = audit(rows, [], scores, [], {}, range(1000), AuditSettings())
+    assert [row["id"] for row in done.named] == (["a", "b"] if contradict else [])
 
 
 @pytest.mark.parametrize(

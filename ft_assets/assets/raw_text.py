@@ -29,7 +29,7 @@ def _summary(metrics: Metrics) -> str:
     sources=[TEXT],
     group="data",
     kinds=["text", "parquet"],
-    code_version="1",
+    code_version="2",
     schema=CONVERSATION.schema,
     per_base_model=False,
     summary=_summary,

@@ -34,7 +34,7 @@ def _named(metrics: Metrics) -> list[str]:
     deps=["base_model", "recipe", "heldout_split", "raw_dataset", "lora_adapter"],
     group="evaluation",
     kinds=["parquet"],
-    code_version="1",
+    code_version="2",
     gpu=True,
     schema=AUDIT.schema,
     only_if=lambda project: project.audit is not None,

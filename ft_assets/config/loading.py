@@ -29,7 +29,8 @@ from ft_assets.redaction import is_secret_name, remember_variables
 
 CONFIG_NAME = "finetune.yaml"
 OUTSIDE = ("root", "file", "place")  # of Project, not of finetune.yaml
-INTERNAL = (*OUTSIDE, "few_shot_auto")  # fields that no user writes: other keys set them
+# Fields that no user writes: other keys set them.
+INTERNAL = (*OUTSIDE, "few_shot_auto", "rehearsal_self")
 
 
 def find_config(start: Path | None = None) -> Path:

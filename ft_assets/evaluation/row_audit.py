@@ -1,6 +1,7 @@
 """The row audit: scores of rows by models that did not see them, and the rows that it names."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,18 +186,18 @@ def _contradictions(
 ) -> Iterator[AuditRow]:
     """Yield both rows of each pair that asks the same and answers differently.
 
-    Nearly the same prompts count where answers are labels. Elsewhere two orders with other numbers
-    are nearly the same, and have other answers.
+    A plain text, or a row that ends in another turn, asks nothing. Nearly the same prompts count
+    where answers are labels. Elsewhere two orders with other numbers are nearly the same, and have
+    other answers.
     """
+    rows = [row for row in rows if row["messages"][-1]["role"] == "assistant"]
     known = {row["id"]: row for row in rows}
     answers = {row["id"]: " ".join(stored_reference(row).split()).casefold() for row in rows}
     labels = len(set(answers.values())) * REPEATED <= len(answers)
     pairs: dict[tuple[str, str], float] = {}
     first: dict[str, str] = {}
     for row in rows:
-        turns = row["messages"][:-1]
-        prompt = str([(turn["role"], normalise(turn["content"])) for turn in turns])
-        other = first.setdefault(prompt, row["id"])
+        other = first.setdefault(_asked(row), row["id"])
         if answers[other] != answers[row["id"]]:
             pairs[other, row["id"]] = 1.0
     for copy in near if labels else ():
@@ -208,6 +209,17 @@ def _contradictions(
         for own, twin in ((known[one], known[other]), (known[other], known[one])):
             problem = f"asks what {book.place(twin)} asks and has another answer"
             yield book.entry(own, "contradiction", similarity, problem, twin)
+
+
+def _asked(row: TokenizedRow) -> str:
+    """Return what decides an answer: the turns before it, with their calls, and the tools."""
+    turns = [
+        # The ids of calls are other ones in each row.
+        [turn["role"], normalise(turn["content"])]
+        + [call["function"] for call in turn.get("tool_calls", ())]
+        for turn in row["messages"][:-1]
+    ]
+    return json.dumps([turns, row.get("tools", [])], sort_keys=True)
 
 
 def _private(row: TokenizedRow, book: _Book) -> Iterator[AuditRow]:
