@@ -35,20 +35,23 @@ class SourceLine(BaseModel, frozen=True):
     """What became of the rows of an entry of data.train or data.rehearsal.
 
     `rows` are those of chat_dataset: a conversation whose template gives one sequence a turn counts
-    for each. unused: left out by the weight. trained: with repeated rows. Tokens are of this base's
-    tokenizer: `tokens` of all rows, `trained_tokens` and `learnt_tokens` (in the loss) of an epoch.
+    for each. unused: left out by the weight. trained: with repeated rows. available: conversations
+    of the train side, each once, of which `asked` are taken; None if an older version counted.
+    Tokens are of this base's tokenizer: `tokens` of all rows, `trained_tokens` and `learnt_tokens`
+    (in the loss) of an epoch.
     """
 
     key: str
     path: str
     weight: float | None = None
-    asked: int | None = None  # rows
+    asked: int | None = None  # rows: conversations
     rows: int = 0
     heldout: int = 0
     validation: int = 0
     left_out: int = 0
     unused: int = 0
     trained: int = 0
+    available: int | None = None
     tokens: int = 0
     trained_tokens: int = 0
     learnt_tokens: int = 0
@@ -149,17 +152,21 @@ def _expected(source: Source, line: SourceLine) -> SourceLine:
     if now.portion == line.portion or not line.rows:
         return now
     weight = 1.0 if source.weight is None else source.weight
-    trained = round(weight * rows) if source.rows is None else min(source.rows, rows)
+    if source.rows is not None:  # conversations, which have as many sequences as the others
+        has = rows if line.available is None else line.available
+        weight = min(source.rows, has) / max(has, 1)
+    trained = round(weight * rows)
     tokens = round(line.tokens / line.rows * trained)
     return now.model_copy(update={"trained": trained, "trained_tokens": tokens})
 
 
 def shortages(lines: Sequence[SourceLine]) -> list[str]:
     """Return a sentence for each source that has fewer rows than it is to give."""
+    known = [(line, line.trained if line.available is None else line.available) for line in lines]
     return [
-        f"{source_name(line.key, line.path)} has {line.trained} of {line.asked} rows"
-        for line in lines
-        if line.asked is not None and line.trained < line.asked
+        f"{source_name(line.key, line.path)} has {has} of {line.asked} rows"
+        for line, has in known
+        if line.asked is not None and has < line.asked
     ]
 
 
@@ -180,6 +187,7 @@ class Mixing:
         self.sources: list[Source] = [by_path[entry] for entry in origins.entries]
         self.unused: dict[str, list[str]] = {table: [] for table in KEY_OF}  # ids
         self._hashes: list[list[Hashes]] = [[] for _ in self.sources]
+        self._last: dict[str, str] = {}  # the conversation of the last row of each table
         self._counts = [dict.fromkeys(SourceLine.model_fields, 0) for _ in self.sources]
 
     @property
@@ -212,6 +220,7 @@ class Mixing:
         times = self._times(numbers, ids) if table in self.mixes else np.ones(len(ids), np.int64)
         self.unused[table] += [one for one, count in zip(ids, times, strict=True) if not count]
         self._count("unused", numbers[times == 0])
+        self._count("available", numbers[self._begins(table, ids)])
         self._count("trained", numbers, times)
         self._count("trained_tokens", numbers, times * _lengths(batch))
         self._count("learnt_tokens", numbers, times * _supervised(batch))
@@ -257,6 +266,13 @@ class Mixing:
                         "row": question(row["messages"]),
                         "kind": "mixing",
                     }
+
+    def _begins(self, table: str, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return which rows begin a conversation: its parts follow each other."""
+        own = [raw_id(one) for one in ids]
+        before = [self._last.get(table, ""), *own[:-1]]
+        self._last[table] = own[-1] if own else before[0]
+        return np.array([one != other for one, other in zip(own, before, strict=False)], bool)
 
     def _times(self, numbers: Numbers, ids: Sequence[str]) -> Numbers:
         """Return how often each row is trained."""
