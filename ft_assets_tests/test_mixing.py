@@ -7,9 +7,10 @@ import pytest
 
 from ft_assets.config import load_project
 from ft_assets.config.data import DataSettings
+from ft_assets.data import origins as origins_module
 from ft_assets.data.content import data_content
 from ft_assets.data.mixing import expected, read_sources, shares_table, shortages
-from ft_assets.data.origins import Origins, OriginWriter, files_of, names_of
+from ft_assets.data.origins import Origins, OriginWriter, files_of, names_of, raw_id
 from ft_assets.data.tables import CONVERSATION, read_table, write_table
 from ft_assets.errors import ConfigError, DataError
 from ft_assets_tests.factories import edit, write_jsonl
@@ -112,6 +113,32 @@ def test_weight_above_one_repeats_rows_of_the_train_side(tmp_path: Path, origins
     assert ahead[1].trained_tokens == 6
 
 
+def test_number_of_rows_is_one_of_conversations_whatever_their_sequences(
+    tmp_path: Path, origins: Path
+) -> None:
+    place = Workplace(tmp_path)
+    parts = [
+        {**row, "id": f"{row['id']}.{turn}", "judged": False} if turn < 6 else row
+        for row in LARGE
+        for turn in (2, 4, 6)
+    ]
+    entries = [{"path": "a/train.jsonl", "rows": 80}, "b"]
+    rows = [*SMALL, *parts]
+    place.split(rows, origins=origins, train=entries, heldout_share=0.2)
+    sources = read_sources(place.out)
+    large = sources[0]
+    has = large.available
+    assert has is not None and has < 80 < large.trained
+    assert shortages(sources) == [f"a/train.jsonl has {has} of 80 rows"]
+    today = DataSettings.model_validate(
+        {"train": [{"path": "a/train.jsonl", "rows": 10}, "b"], "rehearsal": ["unused"]}
+    )
+    ahead = expected(today, sources)
+    assert (ahead[0].trained, shortages(ahead)) == (30, [])
+    old = [line.model_copy(update={"available": None}) for line in sources]
+    assert shortages(old) == []
+
+
 def test_weights_that_leave_no_row_are_refused_with_what_to_do(
     tmp_path: Path, origins: Path
 ) -> None:
@@ -124,6 +151,37 @@ def test_table_of_other_entries_is_refused(origins: Path) -> None:
     for known in (origins, None):
         with pytest.raises(DataError, match="ft run --asset raw_dataset"):
             Origins(DataSettings.model_validate({"train": ["a/train.jsonl", "c"]}), known)
+
+
+def test_rows_that_raw_dataset_has_not_are_refused_with_what_to_run(
+    tmp_path: Path, origins: Path
+) -> None:
+    data = DataSettings.model_validate({"train": ["a/train.jsonl", "b"]})
+    known = Origins(data, origins)
+    small = {row["id"] for row in SMALL}
+    ids = [f"{row['id']}.2" for row in reversed(ROWS)]
+    assert known.of("train", ids).tolist() == [int(raw_id(one) in small) for one in ids]
+    with OriginWriter(tmp_path / "empty.parquet"):
+        pass
+    none = Origins(data, tmp_path / "empty.parquet")  # all rows were rejected
+    assert none.of("train", []).tolist() == []
+    for origin, unknown in ((known, "0" * 32), (known, "g"), (none, ROWS[0]["id"])):
+        with pytest.raises(DataError, match=f"(?s){unknown}.*ft run --asset chat_dataset"):
+            origin.of("train", [ROWS[3]["id"], unknown] if origin is known else [unknown])
+
+
+def test_urls_that_differ_in_their_query_are_told_apart(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copies(root: Path, patterns: list[str], key: str) -> list[Path]:
+        return [project / str(len(patterns[0])) / "t.jsonl"]
+
+    monkeypatch.setattr(origins_module, "resolve_files", copies)
+    urls = [f"https://host/t.jsonl{query}" for query in ("", "?part=1", "?part=2&sig=a/b")]
+    edit(project, data={"train": [*urls, "u.jsonl"]})
+    names = names_of(files_of(load_project(project / "finetune.yaml"), "train"))
+    assert len(set(names.values())) == 4
+    assert not any("sig" in name for name in names.values())
 
 
 def test_files_of_one_name_are_told_apart_and_belong_to_one_weight(project: Path) -> None:

@@ -61,6 +61,9 @@ def ingested(
     """Materialize the rows of `sources` and show a sample of `table`."""
     project = materializer.project
     files = data_content(project, list(sources))
+    for key in several(project.data):
+        if key in sources:  # a weight, which is not in the identity, needs each file in one entry
+            files_of(project, key)
     artifact, reused = materializer.materialize(
         context,
         identity={

@@ -48,9 +48,7 @@ def files_of(project: Project, key: str) -> dict[Path, DataFile]:
     for entry in project.data.paths(key):
         files = resolve_files(project.root, [entry], f"data.{key}")
         for path in files:
-            url = PurePath(entry.partition("?")[0])
-            address = url if "://" in entry and url.name == path.name else path
-            other = found.setdefault(path, DataFile(entry, address)).entry
+            other = found.setdefault(path, DataFile(entry, _address(entry, path))).entry
             if mixed and other != entry:
                 raise DataError(
                     where=f"finetune.yaml: data.{key}",
@@ -59,6 +57,19 @@ def files_of(project: Project, key: str) -> dict[Path, DataFile]:
                     fix="change the paths, so that none matches a file of another one",
                 )
     return dict(sorted(found.items()))
+
+
+def _address(entry: str, path: Path) -> PurePath:
+    """Return the path of a local file, or the URL of a fetched one that its entry names.
+
+    A query is the first part, as a hash: it tells two URLs apart, and may hold a signature, which
+    no row is to show.
+    """
+    url, _, query = entry.partition("?")
+    if "://" not in entry or PurePath(url).name != path.name:
+        return path
+    digest = hashlib.sha256(query.encode()).hexdigest()[:8]
+    return PurePath(f"query-{digest}", url) if query else PurePath(url)
 
 
 def names_of(files: Mapping[Path, DataFile]) -> Names:
@@ -144,8 +155,9 @@ class Origins:
         for key in several(data):
             paths = data.paths(key)
             table = pq.read_table(path, filters=[("key", "=", key)]) if path else None
-            numbers = pc.index_in(table["entry"], value_set=pa.array(paths)) if table else None
-            if table is None or numbers is None or numbers.null_count:
+            entries = pa.chunked_array([], pa.string()) if table is None else table["entry"]
+            numbers = pc.index_in(entries, value_set=pa.array(paths))
+            if table is None or numbers.null_count:
                 raise DataError(
                     where=f"data.{key}",
                     found="raw_dataset was made with other entries",
@@ -156,12 +168,26 @@ class Origins:
             self._rows[key] = ids, numbers.to_numpy() + self._number[key]
 
     def of(self, key: str, ids: Sequence[str]) -> Numbers:
-        """Return the numbers of the entries of rows, or of parts of rows."""
+        """Return the numbers of the entries of rows, or of parts of rows.
+
+        Raises DataError for a row that raw_dataset does not have.
+        """
         if key not in self._rows:
             return np.full(len(ids), self._number[key], np.int64)
         known, numbers = self._rows[key]  # sorted by id
         own = np.asarray(list(map(raw_id, ids)), dtype=str)
-        return numbers[np.searchsorted(known, own)]
+        at = np.searchsorted(known, own)
+        has = at < len(known)
+        has[has] = known[at[has]] == own[has]
+        if not has.all():
+            raise DataError(
+                where="chat_dataset",
+                found=f"has row {own[~has][0]}, which raw_dataset does not have",
+                expected="the rows of today's raw_dataset, of which each has an entry of "
+                f"data.{key}",
+                fix="make it again: ft run --asset chat_dataset",
+            )
+        return numbers[at]
 
 
 def origins_of(raw: Path) -> Path | None:
