@@ -112,7 +112,10 @@ def test_rows_contradict_that_ask_the_same_of_the_same_tools(
         rows.append({"id": name, "messages": turns[-1:] if role == "text" else turns, **more})
     scores = {
         row["id"]: RowScore(
-            **{"id": row["id"], "begin": [0], "tokens": [1, 2], "best": [1, 2]},
+            id=row["id"],
+            begin=[0],
+            tokens=[1, 2],
+            best=[1, 2],
             log_probabilities=[[-0.1] * len(TEMPERATURES)] * 2,
             best_log_probability=[-0.1, -0.1],
         )
