@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,21 @@ def loss_and_gradient(the_trainer: PairTrainer) -> tuple[float, torch.Tensor]:
         if value.requires_grad and value.grad is not None
     ]
     return loss.item(), torch.cat(parts)
+
+
+def test_reference_of_other_kernels_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: Any = SimpleNamespace(shares=True, ld_alpha=None)
+    plan: Any = SimpleNamespace(micro_batch=1)
+    keys = set()
+    for spec in (None, "liger"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, spec=spec: spec)
+        store = module.ReferenceStore.of(
+            loaded, tmp_path, tmp_path, LoraSettings(), plan, tmp_path / "checkpoints"
+        )
+        keys.add(module.reference_key("base", "sft", store.lora, [], store.how))
+    assert len(keys) == 2
 
 
 @pytest.mark.slow

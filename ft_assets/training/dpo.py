@@ -10,6 +10,7 @@ Losses and metrics are TRL's.
 
 import functools
 import importlib.metadata
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -374,6 +375,7 @@ class ReferenceStore:
             "micro_batch": plan.micro_batch,
             "shares": trainer.shares,
             "ld_alpha": trainer.ld_alpha,
+            "liger": importlib.util.find_spec("liger_kernel") is not None,
             **{name: importlib.metadata.version(name) for name in libraries},
         }
         return cls(
