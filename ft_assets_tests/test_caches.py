@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from ft_assets.inference import decoding, fast, generation
 from ft_assets.inference.fast import EAGER
 from ft_assets.inference.fused_norms import FusedNorms
+from ft_assets.inference.fused_rotary import _of_whole_heads
 from ft_assets.inference.generation import ALONE, RECURRENT, SLIDING, generate
 from ft_assets.inference.losses import answer_losses
 from ft_assets.inference.padding import batch_is_exact
@@ -113,7 +114,16 @@ def test_batched_answers_and_losses_equal_those_of_one_row_at_a_time(
     assert answer_losses(model, rows, 6, PAD)[0] == pytest.approx(alone, abs=1e-5)
 
 
-def test_every_adapter_acts_in_slots_and_samples_alike(in_slots: Callable[[bool], None]) -> None:
+def test_every_adapter_acts_in_slots_and_samples_alike(
+    in_slots: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs, measured = [], fast.measured
+
+    def proven(asked: Any, *rest: Any) -> Any:
+        proofs.append(asked)
+        return measured(asked, *rest)
+
+    monkeypatch.setattr(fast, "measured", proven)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model: Any = get_peft_model(family_model("llama"), config)
     model.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
@@ -136,6 +146,7 @@ def test_every_adapter_acts_in_slots_and_samples_alike(in_slots: Callable[[bool]
                 found[slots].append(answers(how))
     assert found[True] == found[False]
     assert told == []
+    assert len(proofs) == 3, "the base and each adapter are proven, once"
     assert len({*found[True]}) >= 4, "adapters and sampling act"  # a new DoRA is the base
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -168,6 +179,16 @@ def test_model_that_slots_would_change_is_left_to_transformers(
     right, _ = answers(False)
     found, told = answers(True)
     assert found == right and told.endswith("generation_config.json sets no_repeat_ngram_size")
+
+
+@pytest.mark.parametrize(("angles", "chosen"), [(8, "fused"), (4, "own")])
+def test_rotation_of_a_part_of_each_head_stays_the_models(angles: int, chosen: str) -> None:
+    def rotation(name: str) -> Callable[..., tuple[str, int]]:
+        return lambda q, k, cos, sin, unsqueeze_dim=1: (name, unsqueeze_dim)
+
+    heads, cos = torch.zeros(1, 2, 3, 8), torch.zeros(1, 3, angles)
+    rotate = _of_whole_heads(rotation("own"), rotation("fused"))
+    assert rotate(heads, heads, cos, cos, unsqueeze_dim=2) == (chosen, 2)
 
 
 @pytest.mark.parametrize(("name", "fused"), [("llama", 9), ("gemma3_text", 0), ("qwen3", 17)])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ft_assets.inference.decoding import Decoder
 from ft_assets.inference.padding import GREEDY, MAX_DIFFERENCE, MAX_ROUNDED, padded
@@ -20,7 +21,9 @@ from ft_assets.inference.sampling import Sampled, Sampling
 EAGER = "tokens are decoded without CUDA graphs"
 MIN_STEPS = 32  # of all batches: fewer cost less than the proof and the capture
 TIMES_ROUNDING = 2.0  # as much as rounding alone changes logits: other kernels round otherwise
-MAX_NOISE = 0.5  # standard deviations: beyond, rounding would hide a wrong mask (0.3 to 2)
+# Standard deviations of rounding that count, so no difference above 1 is accepted. A wrong mask
+# makes 0.3 to 2: all are found where rounding is below 0.15, beyond that only the larger ones.
+MAX_NOISE = 0.5
 PROVEN_TOKENS = 6  # one of the prompt, one of the first step, four of the graph
 # Settings of generation_config.json that change no greedy token, or that `generate` overrides.
 HARMLESS = frozenset(
@@ -33,7 +36,8 @@ HARMLESS = frozenset(
         *("transformers_version", "_from_model_config"),
     }
 )
-_proven: weakref.WeakSet[Any] = weakref.WeakSet()
+# The adapters that acted in each proof of a model: another adapter has other products.
+_proven: weakref.WeakKeyDictionary[Any, set[frozenset[str]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def fits(
     if reason:
         told(f"{EAGER}: {reason}")
         return False
-    _proven.add(asked.model)
+    _proven.setdefault(asked.model, set()).add(_acting(asked.model))
     return True
 
 
@@ -89,7 +93,7 @@ def _reason_against(
     settings = asked.model.generation_config.to_diff_dict().items()
     if active := sorted(key for key, value in settings if value and key not in HARMLESS):
         return f"its generation_config.json sets {', '.join(active)}"
-    if asked.model in _proven:
+    if _acting(asked.model) in _proven.get(asked.model, ()):
         return None
     few = [min(prompts, key=len), max(prompts, key=len)]
     try:
@@ -99,6 +103,16 @@ def _reason_against(
     except Exception as error:  # torch, CUDA and the model's own code raise anything
         return f"it cannot be captured ({type(error).__name__}: {_first_line(error)})"
     return None if found.exact(asked.model.dtype) else f"logits would differ by {found}"
+
+
+def _acting(model: Any) -> frozenset[str]:
+    """Return the names of the adapters that act in a model; none while they are turned off."""
+    return frozenset(
+        name
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters
+        for name in layer.active_adapters
+    )
 
 
 @dataclass(frozen=True)

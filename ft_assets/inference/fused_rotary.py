@@ -66,4 +66,17 @@ def _fused(own: Any, model: Any) -> Any:
         )
     except (RuntimeError, TypeError, ValueError):  # other arguments
         return None
-    return liger_rotary_pos_emb if same else None
+    return _of_whole_heads(own, liger_rotary_pos_emb) if same else None
+
+
+def _of_whole_heads(own: Any, fused: Any) -> Any:
+    """Return the fused function, and the model's where it rotates a part of each head.
+
+    The fused one reads as many angles as a head has, beyond those that a part of it has.
+    """
+
+    def rotate(q: Any, k: Any, cos: Any, *rest: Any, **named: Any) -> Any:
+        chosen = fused if cos.shape[-1] == q.shape[-1] else own
+        return chosen(q, k, cos, *rest, **named)
+
+    return rotate
