@@ -1,19 +1,23 @@
 """Reinforcement learning: the reference, the rewards, the order of prompts, and the resume."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.config import load_project
+from ft_assets.config import RlSettings, load_project
 from ft_assets.errors import ConfigError, TrainingError
+from ft_assets.inference.generation import Answer
+from ft_assets.training import rl as rl_module
 from ft_assets.training import rl_trainer
 from ft_assets.training.prompt_order import PromptOrder
-from ft_assets.training.rl_trainer import Given, Reward
+from ft_assets.training.rl_trainer import Given, Prompt, Reward, Rollout
 from ft_assets_tests.factories import edit
 from ft_assets_tests.kill_points import run
 from ft_assets_tests.pipeline import checks, failure, materialize
@@ -108,15 +112,42 @@ def test_reference_that_is_not_the_sft_policy_is_refused(
         rl(tiny_model, adapter, tmp_path)
 
 
-def test_answer_that_does_not_stop_is_never_the_better_one() -> None:
-    reward = Reward("long", 1.0, lambda answers: [len(answer.text) for answer in answers])
+@pytest.mark.parametrize(("weight", "scores"), [(1.0, [0, 2, 1, 1]), (-0.5, [5, 2, 1, 3])])
+def test_answer_that_does_not_stop_is_never_the_better_one(
+    weight: float, scores: list[float]
+) -> None:
     answers = [
         Given("a", "aaaa", False),
         Given("a", "aa", True),
         Given("a", "a", True),
         Given("b", "bb", False),
     ]
-    assert reward.of_groups(answers) == [0, 2, 1, 1]
+    assert long(weight).of_groups(answers) == scores
+
+
+def long(weight: float) -> Reward:
+    return Reward("long", weight, lambda answers: [len(answer.text) for answer in answers])
+
+
+def test_validation_rewards_as_training_does_and_tells_why_sampling_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def generate(*_: Any, told: Callable[[str], object], **__: Any) -> list[Answer]:
+        told("slow")
+        return [Answer("aaaa", False, 4, (1, 1, 1, 1)), Answer("aa", True, 2, (1, 1, 0))]
+
+    monkeypatch.setattr(rl_trainer, "generate", generate)
+    told: list[str] = []
+    rollout = Rollout(None, frozenset({0}), 4, 1.0, 0, told=told.append)
+    prompts = [Prompt("a", [1], [1]), Prompt("b", [1], [1])]
+    measure = rl_module._Measure(rollout, prompts, [long(0.5)], [])
+    measure.trainer = SimpleNamespace(
+        model=torch.nn.Identity(), accelerator=SimpleNamespace(autocast=contextlib.nullcontext)
+    )
+    found = measure(None)
+    assert found["validation_reward"] == -found["validation_loss"] == 0.5 * (3 + 2) / 2
+    assert found["validation_long"] == 3
+    assert told == ["slow"]
 
 
 def test_order_of_prompts_is_that_of_the_epoch() -> None:
@@ -138,6 +169,8 @@ def test_too_few_prompts_for_a_step_are_refused(
     with pytest.raises(ConfigError, match="there are 1 prompts") as refused:
         rl(tiny_model, adapter, tmp_path, rows=1)
     assert "rl.effective_batch: 4" in str(refused.value)
+    with pytest.raises(ConfigError, match="add rows of the task to data"):
+        rl_module._require_steps([], RlSettings())
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["base_model", "recipe", "heldout_split", "raw_dataset", "lora_adapter"],
     group="training",
     kinds=["pytorch"],
-    code_version="1",
+    code_version="2",
     gpu=True,
     only_if=reinforces,
     summary=_summary,

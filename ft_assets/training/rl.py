@@ -6,6 +6,7 @@ divergence, proven before the first step. Losses are TRL's.
 Not here: what a reward is (evaluation/own_scores.py).
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -134,6 +135,7 @@ def train_rl(
         temperature=rl.temperature,
         seed=rl.seed,
         batch_size=batch_size,
+        told=functools.cache(report),
     )
     policy = _Policy.load(snapshot, sft_adapter, lora, rl, prompts, rewards, rollout, checkpoints)
     checkpoint_layers(policy.model.get_base_model(), plan)
@@ -183,7 +185,9 @@ def _require_steps(prompts: Sequence[Prompt], rl: RlSettings) -> None:
             found=f"{rl.effective_batch} answers, {rl.n} to each of {rl.prompts_in_a_step} "
             f"prompts, and there are {len(prompts)} prompts",
             expected="at least one step of whole groups",
-            fix=f"set rl.effective_batch: {max(1, len(prompts)) * rl.n}, or add training rows",
+            fix=f"set rl.effective_batch: {len(prompts) * rl.n}, or add training rows"
+            if prompts
+            else "add rows of the task to data.train, or remove the section rl",
         )
 
 
@@ -301,7 +305,8 @@ def _prove_reference(trainer: Any, prompts: Sequence[Prompt], report: Report) ->
 class _Measure:
     """Measures the greedy answers to the validation prompts.
 
-    validation_loss is the mean reward with its sign changed, so that a lower one is better.
+    validation_loss is the mean reward with its sign changed, so that a lower one is better. An
+    answer that does not stop is rewarded as in training; the means of the metrics are unchanged.
     """
 
     rollout: Rollout
@@ -316,14 +321,15 @@ class _Measure:
             Given(prompt.id, answer.text, answer.stopped)
             for prompt, answer in zip(self.prompts, sampled, strict=True)
         ]
-        means = {
-            one.name: statistics.fmean(one.score(answers)) for one in (*self.rewards, *self.watched)
-        }
-        reward = sum(one.weight * means[one.name] for one in self.rewards)
+        scores = {one.name: one.score(answers) for one in (*self.rewards, *self.watched)}
+        reward = sum(
+            one.weight * statistics.fmean(one.punished(answers, scores[one.name]))
+            for one in self.rewards
+        )
         return {
             "validation_loss": -reward,
             "validation_reward": reward,
-            **{f"validation_{name}": mean for name, mean in means.items()},
+            **{f"validation_{name}": statistics.fmean(its) for name, its in scores.items()},
             "validation_stop_rate": statistics.fmean(float(one.stopped) for one in sampled),
             "validation_tokens": statistics.fmean(len(one.ids) for one in sampled),
         }

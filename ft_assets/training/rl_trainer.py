@@ -5,6 +5,7 @@ resumed training samples what it would have sampled. The reference of the KL div
 copy of the SFT adapter.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,16 +55,21 @@ class Reward:
     score: Callable[[Sequence[Given]], list[float]]
 
     def of_groups(self, answers: Sequence[Given]) -> list[float]:
-        """Score answers. One that does not stop gets less than the lowest one to its row.
+        """Score answers. One that does not stop gets a worse score than any to its row."""
+        return self.punished(answers, self.score(answers))
 
-        With the lowest score itself, a policy that never stops was not pulled back.
+    def punished(self, answers: Sequence[Given], scores: Sequence[float]) -> list[float]:
+        """Return the scores of answers, with that of one that does not stop beyond the worst.
+
+        With the worst score itself, a policy that never stops was not pulled back. With a negative
+        weight the worst score is the highest.
         """
-        scores = self.score(answers)
-        lowest: dict[str, float] = {}
+        sign = math.copysign(1.0, self.weight)
+        worst: dict[str, float] = {}
         for answer, score in zip(answers, scores, strict=True):
-            lowest[answer.id] = min(score, lowest.get(answer.id, score))
+            worst[answer.id] = min(sign * score, worst.get(answer.id, sign * score))
         return [
-            score if answer.stopped else lowest[answer.id] - UNFINISHED
+            score if answer.stopped else sign * (worst[answer.id] - UNFINISHED)
             for answer, score in zip(answers, scores, strict=True)
         ]
 
@@ -78,6 +84,7 @@ class Rollout:
     temperature: float
     seed: int
     batch_size: int | None = None
+    told: Callable[[str], object] = lambda _: None  # gets why sampling is slow
     tokens: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
@@ -96,6 +103,7 @@ class Rollout:
                     self.stops,
                     self.max_new_tokens,
                     self.batch_size,
+                    told=self.told,
                     sampling=sampling,
                 )
         finally:
