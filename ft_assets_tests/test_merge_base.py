@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.config import EvaluationSettings
+from ft_assets.config import EvaluationSettings, GateSettings
 from ft_assets.data.tables import read_table
 from ft_assets.errors import ModelError, VerdictError
-from ft_assets.evaluation.scored_rows import read_scored_rows
+from ft_assets.evaluation import file_report
+from ft_assets.evaluation.scored_rows import Scored, read_scored_rows
+from ft_assets.evaluation.scorer import Task
 from ft_assets.inference.losses import answer_losses
 from ft_assets.job import Job
 from ft_assets.merging.file_verdict import better_base
@@ -30,6 +32,7 @@ from ft_assets.models.source import locate_folder, require_unquantized
 from ft_assets.steps.merge import step
 from ft_assets_tests.factories import edit
 from ft_assets_tests.pipeline import artifact, checks, materialize
+from ft_assets_tests.reports import empty_report, scored_row
 
 # A random model learns held-out answers and forgets the rest; few tests measure that.
 LENIENT = {
@@ -40,6 +43,24 @@ LENIENT = {
     "min_retention_rows": 1,
     "form": "warn",  # the answers are all "yes"
 }
+
+
+def test_report_of_a_file_has_the_rewards_of_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a hacked reward fails a file, too."""
+    rows = [scored_row("yes", exact=1.0, long=0.5)] * 4
+    names = ("base", "sft", "rl")
+    before = empty_report(scores={name: {} for name in names}, rewards={"long": 1.0})
+    (tmp_path / "report.json").write_text(before.model_dump_json())
+    task = Task(heldout=[], settings=EvaluationSettings())
+    monkeypatch.setattr(file_report, "read_scored_rows", lambda *_: rows)
+    monkeypatch.setattr(file_report, "_score_file", lambda *_: Scored(heldout={"rl": rows}))
+    found = file_report.report_of_file(
+        tmp_path, tmp_path, task, rows, tmp_path, "rl", GateSettings()
+    )
+    assert found.rewards == {"long": 1.0}
+    assert "long" in found.comparisons["rl"]["sft"]
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def _summary(metrics: Metrics) -> str:
     ],
     group="release",
     kinds=["huggingface"],
-    code_version="9",
+    code_version="10",
     gpu=True,
     summary=_summary,
 )

@@ -60,6 +60,7 @@ def report_of_file(
         "form": before.form,
         "seeds": before.seeds,
         "few_shot": before.few_shot,
+        "rewards": before.rewards,
         "calibration": before.calibration,
         "rivals": before.rivals and _rivals(before.rivals, candidate, rows, report, task, numbers),
     }
