@@ -139,10 +139,6 @@ def _kernels(what: str, found: Any) -> None:
         print(f"  {event.self_device_time_total / 1e3:8.3f} ms {event.count:5d} {event.key[:110]}")
 
 
-def _time(event: Any) -> tuple[float, int]:
-    return event.self_device_time_total, event.count
-
-
 def _floor(model: Any, asked: list[list[int]], new: int) -> str:
     """Return the time to read the weights, and the keys and values of a middle step, once."""
     a, b = (torch.empty(2**32, dtype=torch.uint8, device="cuda") for _ in range(2))

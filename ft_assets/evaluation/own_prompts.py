@@ -51,7 +51,7 @@ def own_prompts(
     asked = prompts(renderer, rows)
     room = Room(context_length(snapshot), max_new_tokens)
     lengths = {row["id"]: len(prompt) for row, prompt in zip(rows, asked, strict=True)}
-    if error := room.rows_error(lengths, "train"):
+    if error := room.rows_error(lengths, "train or validation"):
         raise error
     referenced = with_references(tokenizer, tokenized(renderer, rows))
     return [

@@ -90,7 +90,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "gradient_checkpointing_kwargs",
         "activation_checkpointing_kwargs",
     ),
-    "nothing is generated during training": ("use_cache",),
+    "the graph decides where a cache is used": ("use_cache",),
     "the launcher starts and joins the ranks and sets how they shard the base "
     "(launcher.sharding)": (
         "ddp_backend",
