@@ -1,8 +1,13 @@
 """What passes, what fails, what cannot tell; which candidate leaves; what may not be forgotten."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from ft_assets.config import GateSettings
+from ft_assets.errors import VerdictError
 from ft_assets.evaluation.report import RIVALS
 from ft_assets.evaluation.report_model import Difference, EvalReport, Proofs, Retention
 from ft_assets.evaluation.verdict.decision import (
@@ -12,6 +17,7 @@ from ft_assets.evaluation.verdict.decision import (
     decide,
     losses_on_general_prompts,
 )
+from ft_assets.evaluation.verdict.gate import BOUND, require_pass
 from ft_assets.evaluation.verdict.statistics import compare
 from ft_assets_tests.reports import empty_report
 
@@ -195,6 +201,17 @@ def test_reward_is_hacked_if_it_rose_and_the_metric_fell() -> None:
     for rewards in ({"exact": 1.0}, {"long": -1.0}, None):
         other = numbers.model_copy(update={"rewards": rewards})
         assert decide(other, GATE).candidates["rl"].status == PASS
+
+
+def test_verdict_about_rl_is_refused_once_rl_is_removed(tmp_path: Path) -> None:
+    versions = dict.fromkeys(BOUND, "v")
+    numbers = report(NONE, HALF).model_copy(update={"bound_to": {**versions}})
+    (tmp_path / "report.json").write_text(numbers.model_dump_json())
+    made: Any = SimpleNamespace(path=tmp_path)
+    assert require_pass(made, versions, GATE, "here", lambda _: None).status == PASS
+    del versions["rl_adapter"]
+    with pytest.raises(VerdictError, match=r"about another rl_adapter \(v, now None\)"):
+        require_pass(made, versions, GATE, "here", lambda _: None)
 
 
 def test_margin_passes_what_is_not_worse_and_only_then() -> None:
