@@ -278,6 +278,7 @@ def test_image_has_what_its_lines_name() -> None:
     assert {"postgres", "gpu"} <= set(extras) <= set(project["optional-dependencies"])
     assert re.search(r"^USER [1-9]\d*$", lines, re.MULTILINE)  # not root
     ignored = (DEPLOY.parent / ".dockerignore").read_text().split()
+    assert {"**/.env", "**/.env.*"} <= set(ignored)  # secrets of compose.yaml
     needed = ("constraints.txt", "deploy", "ft_assets", "data", "finetune.yaml", "README.md")
     assert all((DEPLOY.parent / name).exists() and name not in ignored for name in needed)
     asked = set(re.findall(r"env: (\w+)", (DEPLOY / "dagster.yaml").read_text()))
