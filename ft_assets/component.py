@@ -11,6 +11,7 @@ from ft_assets.config import CONFIG_NAME, Place, Project, load_project
 from ft_assets.config.place import require_prefix
 from ft_assets.definitions import build
 from ft_assets.errors import ConfigError
+from ft_assets.orchestration.data_sources import upstream_assets
 
 
 class FineTuneComponent(dg.Component, dg.Model, dg.Resolvable):
@@ -38,7 +39,7 @@ class FineTuneComponent(dg.Component, dg.Model, dg.Resolvable):
         project = self.placed()
         for other in context.component_tree.get_all_components(FineTuneComponent):
             if other is not self:
-                _require_apart(project, other.placed())
+                require_apart(project, other.placed())
         return build(project)
 
     def placed(self) -> Project:
@@ -50,10 +51,11 @@ class FineTuneComponent(dg.Component, dg.Model, dg.Resolvable):
         return load_project(file, Place(prefix=prefix, group=self.group))
 
 
-def _require_apart(one: Project, other: Project) -> None:
-    """Raise ConfigError for two projects with one prefix or one store.
+def require_apart(one: Project, other: Project) -> None:
+    """Raise ConfigError for two projects with one prefix, one store, or one folder of tables.
 
-    In one store, each would read the other's current report and model.
+    In one store, each would read the other's current report and model. `.ft/upstream` of a folder
+    leads to the tables of one project.
     """
     prefix = "/".join(one.place.prefix)
     if one.place.prefix == other.place.prefix:
@@ -70,4 +72,14 @@ def _require_apart(one: Project, other: Project) -> None:
             found=f"{stores[0]} is also the store of {'/'.join(other.place.prefix)} ({other.root})",
             expected="a store of its own for each project: a gate reads the store",
             fix="change `store` in one of the two, or load the project once",
+        )
+    read = [upstream_assets(project) for project in (one, other)]
+    if all(read) and one.root.resolve() == other.root.resolve():
+        raise ConfigError(
+            where=f"{one.root / one.file}: data",
+            found=f"reads {', '.join(read[0])}, and {other.file} in the same folder reads "
+            f"{', '.join(read[1])}",
+            expected="a folder of its own for each project that reads tables of assets: they are "
+            "kept below .ft in its folder",
+            fix="move one of the two to another folder",
         )

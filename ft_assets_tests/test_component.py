@@ -11,7 +11,7 @@ import yaml
 from dagster.components.testing import create_defs_folder_sandbox
 
 from ft_assets.artifacts import ArtifactStore
-from ft_assets.component import FineTuneComponent
+from ft_assets.component import FineTuneComponent, require_apart
 from ft_assets.config import Place, load_project
 from ft_assets.data.tables import read_table
 from ft_assets.definitions import build
@@ -115,6 +115,17 @@ def test_one_run_makes_the_artifacts_of_both_projects_in_their_own_stores(
 
 
 @pytest.mark.parametrize(
+    ("prefix", "ours"), [(("ml", "support"), True), (("ml",), False), (("ml", "sup"), False)]
+)
+def test_run_of_a_job_concerns_the_project_that_has_it(
+    project: Path, instance: dg.DagsterInstance, prefix: tuple[str, ...], ours: bool
+) -> None:
+    run = dg.DagsterRun(job_name=Place(prefix=("ml", "support")).name("retrain"))
+    here = load_project(project / "finetune.yaml", Place(prefix=prefix))
+    assert concerns(here, run, instance) == ours
+
+
+@pytest.mark.parametrize(
     ("attributes", "settings", "found"),
     [
         ({"key_prefix": ["ml"]}, {}, "key_prefix: ml is that of"),
@@ -135,6 +146,19 @@ def test_projects_that_would_clash_are_refused(
     while cause is not None and not isinstance(cause, ConfigError):
         cause = cause.__cause__
     assert found in str(cause)
+
+
+def test_two_projects_of_one_folder_do_not_both_read_assets(project: Path) -> None:
+    settings = yaml.safe_load((project / "finetune.yaml").read_text())
+    for name in ("one", "two"):
+        own = {"store": f"./{name}", "data": {**settings["data"], "train": {"asset": f"a/{name}"}}}
+        (project / f"{name}.yaml").write_text(yaml.safe_dump(settings | own))
+    one, two = (
+        load_project(project / f"{name}.yaml", Place(prefix=(name,))) for name in ("one", "two")
+    )
+    with pytest.raises(ConfigError, match="in the same folder reads a/two"):
+        require_apart(one, two)
+    require_apart(one, load_project(project / "finetune.yaml", Place(prefix=("three",))))
 
 
 ROWS = [

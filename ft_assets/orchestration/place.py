@@ -27,7 +27,8 @@ def name_of(key: dg.AssetKey) -> str:
 def concerns(project: Project, run: dg.DagsterRun, instance: dg.DagsterInstance) -> bool:
     """Return True if a run has assets or a job of the project."""
     place = project.place
-    if not place.prefix or run.job_name.startswith(place.name("")):
+    job, named = run.job_name.removeprefix(place.name("")), run.job_name.startswith(place.name(""))
+    if not place.prefix or (named and "__" not in job):  # else of a project below this prefix
         return True
     chosen = {*(run.asset_selection or ()), *(k.asset_key for k in run.asset_check_selection or ())}
     if not chosen:  # a job of somebody else, which may contain our assets
