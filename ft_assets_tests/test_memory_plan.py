@@ -406,6 +406,10 @@ def test_ft_plan_predicts_hours_and_cost_of_a_training(
     two = {"kind": "ssh", "host": "h", "gpus": 2, "price_per_hour": 2.0}
     rented = Project.model_validate({**project.model_dump(), "launcher": two})
     assert seconds("lora_adapter", given=rented) == pytest.approx(large / 2)
+    here = {"kind": "accelerate", "processes": 4}  # on a machine with fewer GPUs than the other
+    monkeypatch.setattr("ft_assets.config.launcher.visible_gpus", lambda: ["0"])
+    elsewhere = Project.model_validate({**project.model_dump(), "launcher": here})
+    assert seconds("lora_adapter", given=elsewhere) == pytest.approx(large / 4)
     assert seconds("dpo_adapter") > 0
     assert seconds("raw_dataset") is None and seconds("lora_adapter", "Some card") is None
     kept, timed = (

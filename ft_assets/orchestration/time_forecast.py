@@ -5,7 +5,9 @@ from dataclasses import replace
 
 from ft_assets.artifacts import ArtifactStore
 from ft_assets.config import Project, TrainSettings
+from ft_assets.config.launcher import AccelerateSettings
 from ft_assets.errors import FtError, nearest
+from ft_assets.hardware import visible_gpus
 from ft_assets.orchestration.memory_forecast import TRAINING, training_lengths
 from ft_assets.orchestration.run_plan import MAYBE, RUNS, PlannedStep
 from ft_assets.training.flops import PEAKS, flops_per_token, peak_flops
@@ -50,12 +52,20 @@ def training_seconds(
     if settings.max_steps > 0:
         rows = settings.max_steps * settings.effective_batch
     tokens = sum(lengths) / len(lengths) * rows
-    shape, ranks = snapshot_shape(base.path), project.launcher.ranks()
+    shape, ranks = snapshot_shape(base.path), _ranks(project)
     flops = flops_per_token(shape, full=recipe.lora.method == "full")
     pairs = 2 * WITH_REFERENCE if key == "dpo" else 1
     micro_batches = rows / settings.effective_batch  # at least one for each optimizer step
     host = micro_batches * shape.layers * HOST_SECONDS[recipe.lora.method == "qlora"]
     return max(tokens * pairs * flops / (peak * SHARE * ranks), host)
+
+
+def _ranks(project: Project) -> int:
+    """Return the ranks of a training on GPUs that need not be those of this machine."""
+    launcher = project.launcher
+    if isinstance(launcher, AccelerateSettings):  # its ranks() refuses more than are here
+        return launcher.processes or len(visible_gpus()) or 1
+    return launcher.ranks()
 
 
 def with_times(
