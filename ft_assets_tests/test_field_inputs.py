@@ -255,8 +255,9 @@ def test_folder_gives_its_data_files_alone_and_names_what_no_reader_reads(tmp_pa
     (folder / "b/loop").symlink_to(folder)
     found = resolve_files(tmp_path, ["d", "d/*.jsonl", "./d/a.jsonl"], "data.train")
     assert [path.name for path in found] == ["a.jsonl", "c.csv.gz"]
-    for name in ("b/c.jsonl.zip", "b/d.XLSX"):
+    for name in ("b/c.jsonl.zip", "b/d.XLSX", "e.tar.gz", "e.tar.bz2", "e.tar.xz", "e.xlsm"):
         (folder / name).write_bytes(b"")
-        with pytest.raises(DataError, match=rf"{name}: is in a folder of data, and is not read"):
-            resolve_files(tmp_path, ["d"], "data.train")
+        for pattern in ("d", f"file://{folder}"):
+            with pytest.raises(DataError, match=rf"{name}: is in a folder of data, and is not r"):
+                resolve_files(tmp_path, [pattern], "data.train")
         (folder / name).unlink()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ft_assets.config.data import ASSET
-from ft_assets.data.file_types import DATA, TEXTS, UNREAD, suffixes
+from ft_assets.data.file_types import DATA, TEXTS, is_hidden, require_read, suffixes
 from ft_assets.data.remote_files import fetched
 from ft_assets.data.saved_datasets import STATE, is_description, require_one_split, saved_files
 from ft_assets.data.upstream import upstream_files
@@ -70,25 +70,8 @@ def files_in(folder: Path, more: Sequence[str] = ()) -> list[Path]:
         and suffixes(path)[0] in (*DATA, *more)
         and path.parent not in saved
         and not is_description(path)
-        and not _is_hidden(path.relative_to(folder))
+        and not is_hidden(path.relative_to(folder))
     )
-    if packed := _archive(folder):
-        raise DataError(
-            where=str(packed),
-            found="is in a folder of data, and is not read",
-            expected=f"files that end in {', '.join(DATA)}; text files may be compressed",
-            fix="unpack or convert it, or name the files that are meant, e.g. "
-            f"{folder.name}/*.jsonl",
-        )
+    shown = (path for path in folder.rglob("*") if not is_hidden(path.relative_to(folder)))
+    require_read(str(path) for path in shown if path.is_file())
     return [*(path for files in saved.values() for path in files), *others]
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "~$")) or part == "__MACOSX" for part in path.parts)
-
-
-def _archive(folder: Path) -> Path | None:
-    """Return the first archive or spreadsheet in a folder, whose rows no reader reads."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in UNREAD)
-    shown = (path for path in found if not _is_hidden(path.relative_to(folder)))
-    return min((path for path in shown if path.is_file()), default=None)

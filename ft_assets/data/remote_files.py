@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ft_assets.artifacts import file_sha256
-from ft_assets.data.file_types import DATA, suffixes
+from ft_assets.data.file_types import DATA, is_hidden, require_read, suffixes
 from ft_assets.errors import DataError, InfrastructureFault, SourceUnreachable, is_transient
 from ft_assets.redaction import has_user, redacted
 
@@ -127,7 +127,10 @@ def _file_system(protocol: str) -> Any:
 
 
 def _matches(files: Any, url: str, protocol: str) -> Iterator[tuple[str, FileInfo]]:
-    """Yield (name, the server's information) of each file that a URL names."""
+    """Yield (name, the server's information) of each file that a URL names.
+
+    Raises DataError for an archive or a spreadsheet in a folder.
+    """
     name = url if protocol in HTTP else files._strip_protocol(url)
     is_glob = protocol not in HTTP and glob.has_magic(name)
     for match in sorted(files.glob(name)) if is_glob else [name]:
@@ -135,7 +138,13 @@ def _matches(files: Any, url: str, protocol: str) -> Iterator[tuple[str, FileInf
         if info.get("type") != "directory":
             yield match, info
             continue
-        for inner, inner_info in sorted(files.find(match, detail=True).items()):
+        inside = files.find(match, detail=True)
+        require_read(
+            f"{protocol}://{inner}"
+            for inner in inside
+            if not is_hidden(PurePosixPath(inner.removeprefix(match)))
+        )
+        for inner, inner_info in sorted(inside.items()):
             if suffixes(Path(inner))[0] in DATA:
                 yield inner, inner_info
 
