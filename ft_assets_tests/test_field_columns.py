@@ -239,3 +239,9 @@ def test_reasoning_of_both_answers_of_a_pair_is_read_or_asked_for() -> None:
     with pytest.raises(RowProblem, match="another one in its column"):
         answer = {"role": "assistant", "content": "是", "reasoning_content": "other"}
         preference({**named, "chosen": [answer]})
+    with pytest.raises(RowProblem, match="reasoning, which a pair does not read; expected chosen"):
+        preference(renamed(raw, {"reasoning": "chosen_cot"}))
+    assert preference(renamed({**raw, "chosen_cot": " "}, {"reasoning": "chosen_cot"}))
+    chat = {"prompt": "船?", "completion": "是", "cot": "why"}
+    with pytest.raises(RowProblem, match="chosen_reasoning, which a conversation does not read"):
+        conversation(renamed(chat, {"chosen_reasoning": "cot"}))

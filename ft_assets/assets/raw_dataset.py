@@ -20,7 +20,7 @@ def _summary(metrics: Metrics) -> str:
     sources=[*CONVERSATIONS, PRODUCTION, PROMPTS],
     group="data",
     kinds=["json", "parquet"],
-    code_version="8",
+    code_version="9",
     schema=CONVERSATION.schema,
     per_base_model=False,
     summary=_summary,

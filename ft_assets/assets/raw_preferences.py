@@ -20,7 +20,7 @@ def _summary(metrics: Metrics) -> str:
     sources=["preferences"],
     group="data",
     kinds=["json", "parquet"],
-    code_version="8",
+    code_version="9",
     schema=PREFERENCE.schema,
     per_base_model=False,
     summary=_summary,

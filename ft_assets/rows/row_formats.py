@@ -120,6 +120,7 @@ def conversation_turns(raw: RawFields, format: str | None = None) -> list[Any]:
     """Return the turns of a conversation row, unchecked. Raises RowProblem."""
     _require_text_only(raw)
     require_no_flag(raw)
+    _require_read(raw, ("reasoning",), "a conversation")
     if format is not None:
         named = CONVERSATION_FORMATS[format]
         return _thought(raw, expanded(named.read(named.only(raw))))
@@ -135,9 +136,23 @@ def _thought(raw: RawFields, turns: list[Any]) -> list[Any]:
     return [*turns[:-1], _with_thought(raw.get(THOUGHTS["reasoning"]), turns[-1])] if turns else []
 
 
+def _require_read(raw: RawFields, names: tuple[str, ...], kind: str) -> None:
+    """Raise RowProblem for reasoning that data.columns names and that a row does not read."""
+    for name, key in THOUGHTS.items():
+        if name not in names and not _is_empty(raw.get(key)):
+            raise RowProblem(
+                f"data.columns names {name}, which {kind} does not read; expected "
+                f"{' and '.join(names)}"
+            )
+
+
+def _is_empty(reasoning: Any) -> bool:
+    return reasoning is None or (isinstance(reasoning, str) and not reasoning.strip())
+
+
 def _with_thought(reasoning: Any, answer: Any) -> Any:
     """Return an answer, a text or a turn, as a turn with its reasoning; unchanged without one."""
-    if reasoning is None or (isinstance(reasoning, str) and not reasoning.strip()):
+    if _is_empty(reasoning):
         return answer
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
@@ -181,6 +196,7 @@ def preference_turns(raw: RawFields, format: str | None = None) -> AnswerPair:
     """Return the prompt's turns and the two answers of a preference row. Raises RowProblem."""
     _require_text_only(raw)
     require_no_flag(raw)
+    _require_read(raw, ("chosen_reasoning", "rejected_reasoning"), "a pair")
     labelled = "chosen" not in raw and _first(raw, COMPLETION) and raw.get("label") is not None
     if format is None and labelled and not isinstance(raw["label"], bool):
         raise RowProblem(
