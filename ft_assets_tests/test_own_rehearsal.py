@@ -68,7 +68,7 @@ def test_setting_is_read_or_refused(project: Path, data: dict[str, Any], found: 
     assert "own_rehearsal" not in _assets(project)
     edit(project, data=data)
     if found is None:
-        edit(project, advise={})
+        edit(project, advise={}, audit={})
         assert "own_rehearsal" in _assets(project)
         settings = load_project(project / "finetune.yaml")
         readers = {
@@ -76,7 +76,7 @@ def test_setting_is_read_or_refused(project: Path, data: dict[str, Any], found: 
             for one in declared().of(settings).assets
             if "own_rehearsal" in one.also(settings)
         }
-        assert readers == {"chat_dataset", "advice"}
+        assert readers == {"chat_dataset", "advice", "row_audit"}
         return
     with pytest.raises(ConfigError, match=found):
         _assets(project)

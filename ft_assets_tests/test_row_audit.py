@@ -11,9 +11,12 @@ from ft_assets.artifacts import open_store
 from ft_assets.commands.rows import listed
 from ft_assets.config import AuditSettings, load_project
 from ft_assets.data.private import find_private
-from ft_assets.data.tables import read_table
+from ft_assets.data.tables import CONVERSATION, read_table, write_table
+from ft_assets.errors import DataError
 from ft_assets.evaluation.wrong_rows import TEMPERATURES, Answer, find_wrong, outliers
-from ft_assets.views.rows import RowFinder, Wanted
+from ft_assets.steps.audit import TABLES, require_rows, sources_of
+from ft_assets.views.row_places import PLACES
+from ft_assets.views.rows import AUDITED, RowFinder, Wanted
 from ft_assets_tests.factories import conversations, edit, next_word, write_jsonl
 from ft_assets_tests.pipeline import artifact, checks, failure, materialize
 
@@ -123,6 +126,25 @@ def test_rows_contradict_that_ask_the_same_of_the_same_tools(
     }
     done = audit(rows, [], scores, [], {}, range(1000), AuditSettings())
     assert [row["id"] for row in done.named] == (["a", "b"] if contradict else [])
+
+
+def test_rows_of_all_trained_tables_have_their_places(tmp_path: Path) -> None:
+    for asset, names in TABLES.items():
+        for name in names:
+            row = {"id": f"{asset} {name}", "source": f"{name}:1", "messages": [], "group": ""}
+            write_table(tmp_path / asset / f"{name}.parquet", [row], CONVERSATION)
+    inputs = {asset: tmp_path / asset for asset in TABLES}
+    assert list(sources_of(inputs).values()) == ["conversations:1", "rehearsal:1", "rehearsal:1"]
+    assert len(sources_of({"raw_dataset": inputs["raw_dataset"]})) == 2
+    assert {name for names in TABLES.values() for name in names} < set(AUDITED)
+    assert set(AUDITED) <= set(PLACES)
+
+
+def test_folds_without_rows_are_refused_before_any_training() -> None:
+    require_rows([2, 3], 5)
+    for folds, said in (([3, 2, 0], "fold 3 of 3 has 0 rows, the others 5"), ([5], "others 0")):
+        with pytest.raises(DataError, match=said):
+            require_rows(folds, 5)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import itertools
 import dagster as dg
 
 from ft_assets.artifacts import Artifact
+from ft_assets.assets.own_rehearsal import own_rehearsal_of, own_rehearsal_stage
 from ft_assets.assets.raw_text import has_text, text_stage
 from ft_assets.data.tables import AUDIT, Table
 from ft_assets.markdown import table
@@ -38,7 +39,10 @@ def _named(metrics: Metrics) -> list[str]:
     gpu=True,
     schema=AUDIT.schema,
     only_if=lambda project: project.audit is not None,
-    also=text_stage("text_adapter"),
+    also=lambda project: (
+        *text_stage("text_adapter")(project),
+        *own_rehearsal_stage("own_rehearsal")(project),
+    ),
     summary=_summary,
 )
 def row_audit(
@@ -73,6 +77,7 @@ def row_audit(
             **before,
             "heldout_split#train": (split, "train"),
             "raw_dataset#rehearsal": (raw, "rehearsal"),
+            **own_rehearsal_of(materializer, name),
         },
         step=audit.Settings(
             lora=lora,

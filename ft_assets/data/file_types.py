@@ -1,7 +1,7 @@
 """The kinds of data files and their compressions, by the endings of file names."""
 
 from collections.abc import Iterable
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from ft_assets.errors import DataError
 

@@ -1,6 +1,7 @@
 """Step: find the training rows that are probably wrong, by trainings that did not see them."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,10 @@ from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.rows.types import ConversationRow, CopyRow, MemberRow, TokenizedRow
 from ft_assets.step_runner import main, takes
 
-RAW = ("conversations", "rehearsal")
+TABLES = {  # whose rows are trained: {asset: its tables}
+    "raw_dataset": ("conversations", "rehearsal"),
+    "own_rehearsal": ("rehearsal",),
+}
 TABLE = "rows.parquet"  # the named rows
 
 
@@ -38,6 +42,10 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
     task = _ids(job.inputs["raw_dataset"] / "conversations.parquet")
     rows = [row for row in every if row["id"].partition(".")[0] in task]
     others = [row for row in every if row["id"].partition(".")[0] not in task]
+    folds = [
+        [fold_of(row, given.audit) == fold for row in rows] for fold in range(given.audit.folds)
+    ]
+    require_rows([sum(own) for own in folds], len(rows))  # before the first hour of training
     trainings = SubsetTrainings(
         snapshot=snapshot,
         lora=given.lora,
@@ -48,10 +56,9 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         before=job.inputs.get("text_adapter"),
     )
     scores = {}
-    for fold in range(given.audit.folds):
-        inside = [row for row in rows if fold_of(row, given.audit) == fold]
-        outside = [row for row in rows if fold_of(row, given.audit) != fold]
-        _require(inside, outside, fold, given.audit)
+    for fold, own in enumerate(folds):
+        inside = [row for row, is_in in zip(rows, own, strict=True) if is_in]
+        outside = [row for row, is_in in zip(rows, own, strict=True) if not is_in]
         found = trainings.measure(
             f"fold-{fold}",
             [*outside, *others],
@@ -62,7 +69,7 @@ def step(job: Job, given: Settings, report: Report) -> StepResult:
         scores.update({line.id: line for line in found.rows})
     near = Table[CopyRow](split / "info" / "near_duplicates.parquet")
     within = (row for row in near if row["kind"] == "within" and row["side"] == "train")
-    sources = _sources(job.inputs["raw_dataset"])
+    sources = sources_of(job.inputs)
     done = audit(rows, others, scores, within, sources, tokenizer, given.audit)
     write_table(job.output / TABLE, done.named, AUDIT)
     counts = Counter(row["reason"].replace(" ", "_") for row in done.named)
@@ -90,26 +97,28 @@ def _ids(path: Path) -> set[str]:
     return {row["id"] for row in Table[MemberRow](path, ["id"])}
 
 
-def _sources(raw: Path) -> dict[str, str]:
-    """Return {id: file and line} of the rows of the data files."""
+def sources_of(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Return {id: file and line} of the rows of the data files, or of their prompts' files."""
     return {
         row["id"]: row["source"]
-        for name in RAW
-        for row in Table[ConversationRow](raw / f"{name}.parquet", ["id", "source"])
+        for asset, names in TABLES.items()
+        if asset in inputs
+        for name in names
+        for row in Table[ConversationRow](inputs[asset] / f"{name}.parquet", ["id", "source"])
     }
 
 
-def _require(
-    inside: list[TokenizedRow], outside: list[TokenizedRow], fold: int, audit: AuditSettings
-) -> None:
-    if not inside or not outside:
-        raise DataError(
-            where="audit.folds",
-            found=f"fold {fold + 1} of {audit.folds} has {len(inside)} rows, the others "
-            f"{len(outside)}; rows of one group are in one fold",
-            expected="rows in each fold",
-            fix="lower audit.folds, or add rows to data.train",
-        )
+def require_rows(folds: Sequence[int], rows: int) -> None:
+    """Raise DataError if a fold of these numbers of rows is empty, or is all rows."""
+    for number, inside in enumerate(folds, start=1):
+        if not 0 < inside < rows:
+            raise DataError(
+                where="audit.folds",
+                found=f"fold {number} of {len(folds)} has {inside} rows, the others "
+                f"{rows - inside}; rows of one group are in one fold",
+                expected="rows in each fold",
+                fix="lower audit.folds, or add rows to data.train",
+            )
 
 
 if __name__ == "__main__":

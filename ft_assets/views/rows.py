@@ -26,7 +26,7 @@ BATCH = 65536  # rows whose columns are read at a time
 LINE = 100  # characters of a row in a list
 UNSPLIT = "not split yet"
 NAMED, REASONS = "any", get_args(AuditReason)  # of the row audit
-AUDITED = ("conversations", "rehearsal")
+AUDITED = ("conversations", "rehearsal", "own_rehearsal")
 
 
 @dataclass(frozen=True)
