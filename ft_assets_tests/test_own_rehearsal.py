@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ft_assets.artifacts import open_store
 from ft_assets.assets import declared
+from ft_assets.assets.own_rehearsal import answers_of_others
 from ft_assets.commands.status import left_out, left_out_counts
 from ft_assets.config import load_project
 from ft_assets.data.canonical import prompt
@@ -80,6 +82,25 @@ def test_setting_is_read_or_refused(project: Path, data: dict[str, Any], found: 
         return
     with pytest.raises(ConfigError, match=found):
         _assets(project)
+
+
+def test_answers_of_other_bases_are_known_as_far_as_they_are_made(
+    project: Path, tiny_model: Path
+) -> None:
+    edit(project, base_models={name: {"folder": str(tiny_model)} for name in ("b", "c")})
+
+    def known(name: str) -> list[Any]:
+        store = SimpleNamespace(current=lambda asset, base: None if base == "c" else (asset, base))
+        loaded = load_project(project / "finetune.yaml")
+        given: Any = SimpleNamespace(project=loaded, store=store)
+        return answers_of_others(given, name)
+
+    assert known("tiny") == []
+    edit(project, data={"rehearsal": "self"})
+    assert [known(name) for name in ("tiny", "c")] == [
+        [("own_rehearsal", "b")],
+        [("own_rehearsal", "b"), ("own_rehearsal", "tiny")],
+    ]
 
 
 def _assets(folder: Path) -> list[str]:

@@ -491,6 +491,10 @@ def test_excluded_rows_leave_training_alone_and_are_named(place: Workplace, tmp_
     ):
         with pytest.raises(DataError, match=found):
             place.split(rows, sides, raw=raw, exclude=[unfit])
+    other = talk(words(98))  # the answer of another base model, which is trained on there
+    raw.append(tmp_path / "other/rehearsal.parquet")
+    write_table(raw[-1], [{**other, "source": "prompts:1"}], CONVERSATION)
+    assert place.split(rows, sides, raw=raw, exclude=[*named, other["id"]]) == counts
     (tmp_path / "bad.txt").write_text("\nrow 7\n")
     with pytest.raises(DataError, match=r"bad.txt:2"):
         excluded_ids(tmp_path, ["bad.txt"])

@@ -11,7 +11,7 @@ import dagster as dg
 from pydantic import JsonValue
 
 from ft_assets.artifacts import Artifact
-from ft_assets.assets.own_rehearsal import own_rehearsal_of
+from ft_assets.assets.own_rehearsal import answers_of_others, own_rehearsal_of
 from ft_assets.config import DataSettings, EvaluationSettings, settings_version
 from ft_assets.data.content import CONVERSATIONS
 from ft_assets.data.excluded import excluded_ids
@@ -84,6 +84,8 @@ def heldout_split(
     preferences = store.need("raw_preferences", None)
     exclude = excluded_ids(materializer.project.root, data.exclude)
     own = [made for made, _ in own_rehearsal_of(materializer, context.partition_key).values()]
+    # data.exclude is of all base models. The table of this one's own answers is the last.
+    answers = [*(answers_of_others(materializer, context.partition_key) if exclude else ()), *own]
     mixing = data.mixing()
     artifact, reused = materializer.materialize(
         context,
@@ -99,7 +101,7 @@ def heldout_split(
         },
         make=lambda output: _split(
             *(chat.path, targets, output, data),
-            _tables(raw, store.verified(preferences), *map(store.verified, own)),
+            _tables(raw, store.verified(preferences), *map(store.verified, answers)),
             exclude,
             origins_of(raw.path),
         ),

@@ -115,6 +115,14 @@ def own_rehearsal_of(materializer: Materializer, name: str) -> Inputs:
     return {"own_rehearsal": (made, None)}
 
 
+def answers_of_others(materializer: Materializer, name: str) -> list[Artifact]:
+    """Return the answers of the other base models, as far as they are made: their ids are known."""
+    project = materializer.project
+    others = [other for other in project.base_models if other != name]
+    made = (materializer.store.current("own_rehearsal", other) for other in others)
+    return [one for one in made if one] if has_own_rehearsal(project) else []
+
+
 @check(
     own_rehearsal,
     blocking=True,
