@@ -7,10 +7,12 @@ import pytest
 
 from ft_assets.chat.rendering import ProofFailed, Renderer
 from ft_assets.config import ChatSettings
-from ft_assets.data.canonical import preference
+from ft_assets.data.canonical import conversation, preference
 from ft_assets.data.tables import (
+    CONVERSATION,
     PREFERENCE,
     REJECTED,
+    TOKENIZED,
     TOKENIZED_PREFERENCE,
     TableWriter,
     read_table,
@@ -123,7 +125,9 @@ def test_reasoning_needs_a_template_with_a_place_for_it() -> None:
     assert refusals(renderer(thinking), turns) == []
 
 
-def pairs(folder: Path, which: Renderer, *raws: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+def pairs(
+    folder: Path, which: Renderer, *raws: dict[str, Any], embedded: int | None = None
+) -> tuple[list[Any], list[Any]]:
     """Return the tokenized pairs and the refused ones of raw preferences."""
     rows: list[Any] = [
         {**preference(raw), "source": f"pairs.jsonl:{line}"} for line, raw in enumerate(raws, 1)
@@ -133,7 +137,7 @@ def pairs(folder: Path, which: Renderer, *raws: dict[str, Any]) -> tuple[list[An
         TableWriter(folder / "refused.parquet", REJECTED) as refused,
         TableWriter(folder / "pairs.parquet", TOKENIZED_PREFERENCE) as table,
     ):
-        renderer = RowRenderer(which, 256, refused)
+        renderer = RowRenderer(which, 256, refused, embedded)
         renderer.preferences(folder / "raw.parquet", table)
     return read_table(folder / "pairs.parquet"), read_table(folder / "refused.parquet")
 
@@ -159,6 +163,31 @@ def test_pairs_that_the_base_cannot_tell_apart_or_that_hold_control_tokens_are_n
     assert "the same tokens; remove the pair" in said["pairs.jsonl:2"]
     assert "messages[1] (assistant): has '<|im_end|>'" in said["pairs.jsonl:3"]
     assert "has reasoning" in said["pairs.jsonl:4"]
+
+
+def test_rows_with_a_token_beyond_the_embedding_are_named(tmp_path: Path) -> None:
+    which = renderer(CHATML)
+    spare = len(which.tokenizer)
+    which.tokenizer.add_tokens(["[spare]"])
+    raws = [{"prompt": "red", "chosen": text, "rejected": "no"} for text in ("yes", "a [spare]")]
+    kept, refused = pairs(tmp_path, which, *raws, embedded=spare)
+    assert [row["chosen"] for row in kept] == ["yes"]
+    rows = [
+        {**conversation({"prompt": raw["prompt"], "completion": raw["chosen"]}), "source": "c:1"}
+        for raw in raws
+    ]
+    write_table(tmp_path / "rows.parquet", rows, CONVERSATION)
+    with (
+        TableWriter(tmp_path / "refused.parquet", REJECTED) as writer,
+        TableWriter(tmp_path / "out.parquet", TOKENIZED) as table,
+    ):
+        made = RowRenderer(which, 256, writer, spare)
+        made.conversations("conversations", tmp_path / "rows.parquet", table)
+    assert (table.rows, made.refusals) == (1, 1)
+    said = f"has the token '[spare]' (id {spare}), and the base has an embedding of {spare} tokens"
+    for one in (*refused, *read_table(tmp_path / "refused.parquet")):
+        assert said in one["problem"]
+    assert pairs(tmp_path, which, *raws, embedded=spare + 1)[1] == []
 
 
 def test_answer_whose_first_token_would_reach_into_the_prompt_is_told(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def _summary(metrics: Metrics) -> str:
     deps=["raw_dataset", "raw_preferences", "base_model", "recipe"],
     group="data",
     kinds=["huggingface", "parquet"],
-    code_version="9",
+    code_version="10",
     schema=TOKENIZED.schema,
     summary=_summary,
     also=own_rehearsal_stage("own_rehearsal"),

@@ -30,6 +30,15 @@ def context_length(snapshot: Path) -> int | None:
     return size(text_config(config), "max_position_embeddings")
 
 
+def embedding_rows(snapshot: Path) -> int | None:
+    """Return the number of tokens that the model has an embedding of, or None if not known.
+
+    A tokenizer may have more: tokens that no row is meant to use.
+    """
+    config = json.loads((snapshot / "config.json").read_text())
+    return size(text_config(config), "vocab_size")
+
+
 def load_base(
     snapshot: Path, quantized: bool = False, dtype: Any = None, on_cpu: bool = False
 ) -> Any:

@@ -21,7 +21,7 @@ from ft_assets.data.tables import (
 from ft_assets.evaluation.references import ReferenceTexts
 from ft_assets.job import Job, Report, Step, StepResult, StepSettings
 from ft_assets.models.chat_template import bake, date_of, switches, with_template
-from ft_assets.models.loading import context_length, load_tokenizer, stop_ids
+from ft_assets.models.loading import context_length, embedding_rows, load_tokenizer, stop_ids
 from ft_assets.rows.types import (
     Conversation,
     ConversationRow,
@@ -59,7 +59,8 @@ def step(job: Job, settings: Settings, report: Report) -> StepResult:
     parts: dict[str, str] = {}
     histograms: dict[str, Histogram] = {}
     with TableWriter(job.output / "info" / "refused.parquet", REJECTED) as refused:
-        rows = RowRenderer(Renderer(tokenizer, stop_ids(snapshot)), max_length, refused)
+        renderer = Renderer(tokenizer, stop_ids(snapshot))
+        rows = RowRenderer(renderer, max_length, refused, embedding_rows(snapshot))
         for name in TABLES:
             with TableWriter(job.output / f"{name}.parquet", TOKENIZED) as table:
                 # The base's own answers stand in for files of `data.rehearsal`.
@@ -93,15 +94,20 @@ class RowRenderer:
     `first`: the first refused row with its reason. `added`: the blocks that the template adds to
     answers. `unrolled`: the rows that became one sequence a turn. `apart`: the answers that are
     tokenized apart from their prompts, because tokens would reach from one into the other.
-    `total`: all rows.
+    `total`: all rows. `embedded`: the number of tokens that the base has an embedding of.
     """
 
     def __init__(
-        self, renderer: Renderer, max_length: int, refused: TableWriter[RejectedRow]
+        self,
+        renderer: Renderer,
+        max_length: int,
+        refused: TableWriter[RejectedRow],
+        embedded: int | None = None,
     ) -> None:
         self.renderer = renderer
         self.texts = ReferenceTexts(renderer.tokenizer)
         self.max_length = max_length
+        self.embedded = embedded
         self.refused = refused
         self.refusals = 0
         self.first: str | None = None
@@ -117,8 +123,9 @@ class RowRenderer:
         ledger = Ledger(self.max_length)
         for rows in self._counted(Table[ConversationRow](path).row_batches()):
             for row, rendered in zip(rows, self.renderer.train(rows), strict=True):
-                if isinstance(rendered, ProofFailed):
-                    self._refuse(name, row, rendered)
+                if problem := self._problem(rendered):
+                    self._refuse(name, row, problem)
+                if isinstance(rendered, ProofFailed) or problem:
                     continue
                 self.unrolled += len(rendered) > 1
                 for sequence in rendered:
@@ -158,10 +165,10 @@ class RowRenderer:
         self, row: PreferenceRow, chosen: Rendered | ProofFailed, rejected: Rendered | ProofFailed
     ) -> PairRow | ProofFailed:
         """Return a tokenized pair, or the reason why it is none."""
-        if isinstance(chosen, ProofFailed):
-            return chosen
-        if isinstance(rejected, ProofFailed):
-            return rejected
+        for side in (chosen, rejected):
+            if problem := self._problem(side if isinstance(side, ProofFailed) else [side]):
+                return problem
+        assert not isinstance(chosen, ProofFailed) and not isinstance(rejected, ProofFailed)
         for text, side in ((row["chosen"], chosen), (row["rejected"], rejected)):
             if text:
                 self._note_apart("preference", row, side)
@@ -182,6 +189,19 @@ class RowRenderer:
             "rejected_ids": worse if row["rejected"] else [],
         }
         return cast(PairRow, {**row, **tokens})
+
+    def _problem(self, rendered: list[Rendered] | ProofFailed) -> ProofFailed | None:
+        """Return why a row is refused, or None. A token without an embedding cannot be trained."""
+        if isinstance(rendered, ProofFailed) or self.embedded is None:
+            return rendered if isinstance(rendered, ProofFailed) else None
+        last = max((token for one in rendered for token in one.input_ids), default=0)
+        if last < self.embedded:
+            return None
+        return ProofFailed(
+            f"has the token {self.renderer.facts.decode([last])!r} (id {last}), and the base has "
+            f"an embedding of {self.embedded} tokens: remove its text from the row, or choose a "
+            "base whose weights have all tokens of its tokenizer"
+        )
 
     def _note_added(self, row: Conversation, one: Rendered) -> None:
         self.added.update(one.added)
