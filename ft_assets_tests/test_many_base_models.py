@@ -12,7 +12,7 @@ from ft_assets.artifacts.environment import LIBRARIES, library_versions
 from ft_assets.config import load_project
 from ft_assets.definitions import build
 from ft_assets.orchestration import run_plan
-from ft_assets.orchestration.run_plan import RUNS, Plans
+from ft_assets.orchestration.run_plan import REFUSED, REUSED, RUNS, PlannedStep, Plans
 from ft_assets_tests.factories import edit
 
 NAMES = [f"m{index}" for index in range(5)]
@@ -56,6 +56,31 @@ def test_what_base_models_share_is_asked_once_and_each_base_is_asked_once(
     for name, found in steps.items():
         assert {step.partition for step in found} == {None, name}
         assert {step.action for step in found} == {RUNS}
+
+
+def test_step_waits_for_what_the_plan_of_another_base_makes(
+    project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rival's base model, whose snapshot `ft run` makes first."""
+    models = {name: {"folder": str(tiny_model)} for name in ("a", "b")}
+    edit(project, base_models=models, evaluation={"rivals": {"big": {"base_model": "b"}}})
+
+    def planned(asset: Any, context: Any, planner: Any) -> None:
+        name, partition = context.asset_key.path[-1], context.partition
+        if name == "base_model":
+            action = REUSED if partition == "a" else RUNS
+            planner.steps[name] = PlannedStep(name, partition, action, [])
+        else:
+            planner.store.need("base_model", "b")
+        raise run_plan.Planned
+
+    monkeypatch.setattr(run_plan, "call_body", planned)
+    plans = Plans(load_project(project / "finetune.yaml"), build)
+    keys = [dg.AssetKey(name) for name in ("base_model", "rival_answers")]
+    assert [step.action for step in plans.of(keys, "a")] == [REUSED, REFUSED]
+    plans.of(keys, "b")
+    (_, answers) = plans.of(keys, "a")
+    assert (answers.action, answers.why) == (RUNS, ["after base_model[b]"])
 
 
 def test_leaderboard_is_planned_alone(project: Path) -> None:

@@ -146,13 +146,14 @@ def plan_run(
     dagster_home(project)
     quiet()
     from ft_assets.artifacts import open_store
+    from ft_assets.assets.judged import rivals_first
     from ft_assets.commands.status import source_lines, sources
     from ft_assets.data.mixing import expected
     from ft_assets.definitions import build
     from ft_assets.orchestration.run_plan import REFUSED, Plans, table
 
     keys, plans = select(build(project), asset, until), Plans(project, build)
-    steps = {name: plans.of(keys, name) for name in names}
+    steps = {name: plans.of(keys, name) for name in rivals_first(project, names)}
     notes = dict[str, list[str]]()
     if price is not None and gpu is None:
         raise typer.BadParameter("--price needs --gpu, whose hours it counts")

@@ -98,6 +98,7 @@ class Planner:
         self.steps: dict[str, PlannedStep] = {}
         self.wanted: dict[str, Wanted] = {}
         self.unmade: set[str] = set()  # there is no version that the steps below could read
+        self.missing: dict[str, str] = {}  # {asset: the version that it needs and that is not made}
 
     def materialize(
         self,
@@ -262,7 +263,8 @@ def _paths(before: Any, now: Any, prefix: str = "") -> list[str]:
 class Plans:
     """Plans of a project's base models, which share what is the same for all of them.
 
-    An asset without partitions is asked once for each state of the store that it can see.
+    An asset without partitions is asked once for each state of the store that it can see. A step
+    may need what the plan of a base model before it makes.
     """
 
     def __init__(self, project: Project, build: Build) -> None:
@@ -272,11 +274,16 @@ class Plans:
         self.store = open_store(self._project)
         self.graph = build(project).resolve_asset_graph()
         self._shared: dict[tuple[str, Assumed], Wanted] = {}
+        self._made = set[str]()  # by the plans so far
 
     def of(self, keys: Sequence[dg.AssetKey], partition: str | None) -> list[PlannedStep]:
         """Plan a step for each asset of `keys`, in the graph's order."""
         with self.store.hashes.held():
-            return list(self._steps(set(keys), partition).values())
+            steps = list(self._steps(set(keys), partition).values())
+        self._made |= {
+            f"{step.asset}[{partition}]" for step in steps if step.action in (RUNS, MAYBE)
+        }
+        return steps
 
     def _steps(self, wanted: set[dg.AssetKey], partition: str | None) -> dict[str, PlannedStep]:
         planner = Planner(self._project, self.store)
@@ -319,6 +326,9 @@ class Plans:
             return None
         except dg.Failure as error:
             return error.description or ""
+        except ArtifactError as error:
+            planner.missing[name] = error.where
+            return str(error)
         except (FtError, InfrastructureFault) as error:
             return str(error)
         except Exception as error:  # an asset's own fault: as a run shows it
@@ -342,6 +352,8 @@ class Plans:
         if name in planner.steps:
             wanted = planner.wanted.get(name)
             return replace(planner.steps[name], version=wanted and wanted.fingerprint)
+        if (first := planner.missing.get(name)) in self._made:
+            return PlannedStep(name, partition, RUNS, [f"after {first}"])
         if above:  # not reached, or refused with the artifacts of today
             own = partition if self.graph.get(key).is_partitioned else None
             there = name in refused or planner.store.current(name, own) is not None
