@@ -204,7 +204,7 @@ def test_reward_is_hacked_if_it_rose_and_the_metric_fell() -> None:
 
 
 def test_verdict_about_rl_is_refused_once_rl_is_removed(tmp_path: Path) -> None:
-    versions = dict.fromkeys(BOUND, "v")
+    versions: dict[str, str] = dict.fromkeys(BOUND, "v")
     numbers = report(NONE, HALF).model_copy(update={"bound_to": {**versions}})
     (tmp_path / "report.json").write_text(numbers.model_dump_json())
     made: Any = SimpleNamespace(path=tmp_path)
