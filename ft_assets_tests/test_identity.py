@@ -12,6 +12,7 @@ import yaml
 
 from ft_assets.artifacts import content_hashes
 from ft_assets.artifacts.content_hashes import ContentHashes
+from ft_assets.assets import chat_dataset, heldout_split, own_rehearsal, raw_dataset, row_audit
 from ft_assets.assets.judged import (
     answers_of_today,
     asked_inputs,
@@ -19,7 +20,7 @@ from ft_assets.assets.judged import (
     evaluation_identity,
 )
 from ft_assets.config import BaseModelSettings, load_project
-from ft_assets.errors import ConfigError, VerdictError
+from ft_assets.errors import ConfigError, DataError, VerdictError
 from ft_assets.evaluation import setting_files
 from ft_assets.models.source import source_identity
 from ft_assets_tests.factories import edit
@@ -145,6 +146,108 @@ def test_change_of_what_is_asked_is_in_both(folder: Path, name: str) -> None:
     ASKED[name](folder)
     assert identities(folder)[0] != asked
     assert identities(folder)[1] != scored
+
+
+def of_data(folder: Path) -> dict[str, Any]:
+    """Return what decides the content of the assets of the data, and of the row audit, by asset.
+
+    The parts of inputs have the versions that the files give them.
+    """
+    project = load_project(folder / "finetune.yaml")
+    entries, prompts = project.data.paths("train"), (folder / "prompts.jsonl").read_text()
+    parts = {"origins": str(sorted(entries)), "rehearsal_prompts": prompts}
+    metrics = {
+        "rows": 1,
+        "prompts": 1,
+        "a_rejected": 0,
+        "a_rows": 1,
+        "a_duplicates": 0,
+    }
+    artifact: Any = SimpleNamespace(
+        asset="made", path=folder, metrics=metrics, part_version=parts.get
+    )
+    found: dict[str, Any] = {}
+
+    def materialize(context: Any, identity: Any, inputs: Any = None, **_: Any) -> None:
+        versions = {name: one.part_version(part) for name, (one, part) in (inputs or {}).items()}
+        found[context.asset] = identity, versions
+        raise InterruptedError
+
+    store = SimpleNamespace(
+        need=lambda asset, base: artifact,
+        current=lambda asset, base: None,
+        verified=lambda one: one,
+    )
+    given: Any = SimpleNamespace(project=project, store=store, materialize=materialize)
+    for module in (raw_dataset, own_rehearsal, chat_dataset, heldout_split, row_audit):
+        name = module.__name__.rpartition(".")[2]
+        with pytest.raises(InterruptedError):
+            getattr(module, name).body(SimpleNamespace(partition_key="tiny", asset=name), given)
+    return found
+
+
+def entry(**changes: Any) -> Callable[[Path], Any]:
+    return lambda folder: edit(
+        folder, data={"train": [{"path": "a.jsonl", "weight": 2, "seed": 1, **changes}, "b.jsonl"]}
+    )
+
+
+OF_DATA: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
+    "rehearsal_max_new_tokens": (
+        lambda folder: edit(folder, data={"rehearsal_max_new_tokens": 9}),
+        {"own_rehearsal"},
+    ),
+    "a file of rehearsal_prompts": (
+        append("prompts.jsonl", '{"prompt": "other"}\n'),
+        {"raw_dataset", "own_rehearsal"},
+    ),
+    "weight": (entry(weight=3), {"heldout_split"}),
+    "rows": (entry(weight=None, rows=3), {"heldout_split"}),
+    "seed": (entry(seed=2), {"heldout_split"}),
+    "data.exclude": (lambda folder: edit(folder, data={"exclude": ["abcdef"]}), {"heldout_split"}),
+    "the path of an entry": (
+        lambda folder: edit(folder, data={"train": ["[a].jsonl", "b.jsonl"]}),
+        {"raw_dataset", "heldout_split"},
+    ),
+    "the order of the entries": (
+        lambda folder: edit(
+            folder, data={"train": ["b.jsonl", {"path": "a.jsonl", "weight": 2, "seed": 1}]}
+        ),
+        {"raw_dataset"},
+    ),
+    "a key of audit": (lambda folder: edit(folder, audit={"folds": 3}), {"row_audit"}),
+}
+
+
+@pytest.mark.parametrize("name", OF_DATA)
+def test_change_of_the_data_settings_runs_what_it_decides(folder: Path, name: str) -> None:
+    for file in ("a", "b", "prompts"):
+        (folder / f"{file}.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    own = {"rehearsal": "self", "rehearsal_prompts": ["prompts.jsonl"]}
+    edit(folder, data=own, audit={"folds": 2}, lora={"method": "lora"})
+    entry()(folder)
+    before = of_data(folder)
+    change, runs = OF_DATA[name]
+    change(folder)
+    after = of_data(folder)
+    assert {asset for asset in before if before[asset] != after[asset]} == runs
+
+
+def test_weight_that_came_later_needs_each_file_in_one_entry(folder: Path) -> None:
+    """Weights are not in raw_dataset's identity, so its rows are reused."""
+    (folder / "a.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    context: Any = SimpleNamespace(partition_key="tiny")
+    for weight, error in ((None, InterruptedError), (2, DataError)):
+        edit(folder, data={"train": ["*.jsonl", {"path": "a.jsonl", "weight": weight}]})
+        materializer: Any = SimpleNamespace(
+            project=load_project(folder / "finetune.yaml"), materialize=reused
+        )
+        with pytest.raises(error):
+            raw_dataset.raw_dataset.body(context, materializer)
+
+
+def reused(*_: Any, **__: Any) -> None:
+    raise InterruptedError
 
 
 def test_rounding_alone_asks_nothing(folder: Path) -> None:
