@@ -172,12 +172,10 @@ def edit(folder: Path, **sections: Any) -> None:
 
 def ft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `ft` as a user does, in a project's folder."""
-    environment = {
-        key: value
-        for key, value in servers.shell_environment().items()
-        if key not in ("FT_CONFIG", "DAGSTER_HOME")
-    }
-    if arguments[:1] == ("run",) and not servers.FRESH:
+    environment = servers.shell_environment()
+    for name in ("FT_CONFIG", "DAGSTER_HOME", "FT_STEP_SERVER"):
+        environment.pop(name, None)
+    if arguments[:1] == ("run",) and servers.steps_fork(environment):
         environment["FT_STEP_SERVER"] = servers.step_server().address
     return servers.run_module(
         servers.ft_server, "ft_assets.cli", *arguments, cwd=folder, environment=environment

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ft_assets.launchers.fork_server import differences
 from ft_assets.launchers.forking import ForkServer, start_forked
 from ft_assets.launchers.local import step_environment
 
@@ -48,6 +49,14 @@ def shell_environment() -> dict[str, str]:
     """Return the environment of this process as a shell has it."""
     hidden = set_by_imports()
     return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
+def steps_fork(environment: Mapping[str, str]) -> bool:
+    """Return True if the shared step server forks for this environment.
+
+    Else an `ft run` starts a server of its own, as it does for a user.
+    """
+    return not FRESH and not differences(ENVIRONMENT, environment, ENVIRONMENT)
 
 
 def run_module(

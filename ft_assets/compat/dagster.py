@@ -173,7 +173,8 @@ def keep_history_clean(plain: bool = True) -> None:
         )
 
     def handle_new_event(self: DagsterInstance, event: EventLogEntry, **options: Any) -> None:
-        told = in_plain_words(self, event) if handle_new_event.plain else event  # type: ignore[attr-defined]
+        in_words = handle_new_event.plain  # type: ignore[attr-defined]
+        told = in_plain_words(self, event) if in_words else event
         handled(self, redacted_event(told), **options)
 
     handle_new_event.redacts = True  # type: ignore[attr-defined]

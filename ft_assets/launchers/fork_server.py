@@ -158,23 +158,29 @@ class Server:
             os.close(end)
 
 
-def refusal(
+def differences(
     at_start: Mapping[str, str], environment: Mapping[str, str], after: Mapping[str, str]
-) -> str | None:
-    """Return why a forked child could differ from a fresh process, or None if it cannot.
+) -> list[str]:
+    """Return the variables that an import may have read with another value.
 
     `at_start` is the server's environment before its imports, and `after` the one after them.
     Some libraries set variables while they are imported (sklearn, torch.compile). A client that
     has imported them passes these on, and in a fresh process the import would find its own value.
     """
-    different = sorted(
+    return sorted(
         name
         for name in at_start.keys() | environment.keys()
         if not name.startswith(READ_LATE)
         and name not in READ_LATE_BY_NAME
         and environment.get(name) not in {at_start.get(name), after.get(name)}
     )
-    if different:
+
+
+def refusal(
+    at_start: Mapping[str, str], environment: Mapping[str, str], after: Mapping[str, str]
+) -> str | None:
+    """Return why a forked child could differ from a fresh process, or None if it cannot."""
+    if different := differences(at_start, environment, after):
         return f"the libraries were imported with another {', '.join(different)}"
     if _hides_gpus(at_start) != _hides_gpus(environment):
         return "the libraries were imported with another view of the GPUs"
