@@ -1,11 +1,12 @@
 """Weights and numbers of rows a source: which rows are trained, how often, and what stays."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ft_assets.config import load_project
+from ft_assets.config import Source, load_project
 from ft_assets.config.data import DataSettings
 from ft_assets.data import origins as origins_module
 from ft_assets.data.content import data_content
@@ -215,3 +216,11 @@ def test_entry_that_is_unclear_is_refused(project: Path, entry: Any, why: str) -
     edit(project, data={"train": [entry]})
     with pytest.raises(ConfigError, match=why):
         load_project(project / "finetune.yaml")
+
+
+def test_query_of_a_url_is_stored_as_a_hash() -> None:
+    """A query can be a signature, and the table of sources is a file of the store."""
+    one, other = (Source(path=f"https://h.example/a.jsonl?sig={sig}").name for sig in ("s1", "s2"))
+    assert re.fullmatch(r"https://h\.example/a\.jsonl\?query-[0-9a-f]{8}", one)
+    assert one != other
+    assert Source(path="data/a?.jsonl").name == "data/a?.jsonl"  # a glob

@@ -105,7 +105,11 @@ def _labels(project: Project, sources: Sources) -> dict[str, JsonValue]:
 def _entries(project: Project, sources: Sources) -> dict[str, JsonValue]:
     """Return the entries of the trained keys that have several: each row has one."""
     keys = [key for key in several(project.data) if key in sources]
-    return {"entries": {key: list(project.data.paths(key)) for key in keys}} if keys else {}
+    return (
+        {"entries": {key: [one.name for one in project.data.sources(key)] for key in keys}}
+        if keys
+        else {}
+    )
 
 
 def _write(

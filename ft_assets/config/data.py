@@ -1,5 +1,6 @@
 """`data:` of finetune.yaml: the files, the rows that are held out, the rows that are filtered."""
 
+import hashlib
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -57,6 +58,14 @@ class Source(Section):
     seed: int | None = Field(
         default=None, description="Chooses other rows of a weight or a number of rows. Default: 0."
     )
+
+    @property
+    def name(self) -> str:
+        """The path as it is stored and shown. A query may sign its URL: a hash stands for it."""
+        url, _, query = self.path.partition("?")
+        if "://" not in url or not query:
+            return self.path
+        return f"{url}?query-{hashlib.sha256(query.encode()).hexdigest()[:8]}"
 
     @property
     def mixed(self) -> bool:
@@ -283,7 +292,7 @@ class DataSettings(Section):
     def mixing(self) -> list[Any]:
         """Return the entries that set how much of them is trained, as plain data with their key."""
         return [
-            [key, one.model_dump(mode="json")]
+            [key, {**one.model_dump(mode="json"), "path": one.name}]
             for key in MIXED
             for one in self.sources(key)
             if one.mixed

@@ -93,7 +93,7 @@ def source_rows(data: DataSettings, raw: Path) -> list[tuple[str, int]]:
     return [
         (source_name(key, path), int(count))
         for (key, path), count in zip(origins.entries, counts, strict=True)
-        if path in data.paths(key)
+        if path in [one.name for one in data.sources(key)]
     ]
 
 
@@ -140,7 +140,7 @@ def expected(data: DataSettings, lines: Sequence[SourceLine]) -> list[SourceLine
     The tokens of a source whose weight has changed are its mean length times its rows. [] if the
     entries are others.
     """
-    today = {(key, one.path): one for key in KEY_OF.values() for one in data.sources(key)}
+    today = {(key, one.name): one for key in KEY_OF.values() for one in data.sources(key)}
     if list(today) != [(line.key, line.path) for line in lines]:
         return []
     return [_expected(today[line.key, line.path], line) for line in lines]
@@ -183,7 +183,7 @@ class Mixing:
 
     def __init__(self, data: DataSettings, origins: Origins) -> None:
         self.origins = origins
-        by_path = {(key, one.path): one for key in KEY_OF.values() for one in data.sources(key)}
+        by_path = {(key, one.name): one for key in KEY_OF.values() for one in data.sources(key)}
         self.sources: list[Source] = [by_path[entry] for entry in origins.entries]
         self.unused: dict[str, list[str]] = {table: [] for table in KEY_OF}  # ids
         self._hashes: list[list[Hashes]] = [[] for _ in self.sources]

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as pq
 
-from ft_assets.config import MIXED, DataSettings, Project
+from ft_assets.config import MIXED, DataSettings, Project, Source
 from ft_assets.data.data_files import resolve_files
 from ft_assets.data.raw_row import RawRow
 from ft_assets.errors import DataError
@@ -46,13 +46,14 @@ def files_of(project: Project, key: str) -> dict[Path, DataFile]:
     found: dict[Path, DataFile] = {}
     mixed = any(one.mixed for one in project.data.sources(key)) if key in MIXED else False
     for entry in project.data.paths(key):
+        name = Source(path=entry).name
         files = resolve_files(project.root, [entry], f"data.{key}")
         for path in files:
-            other = found.setdefault(path, DataFile(entry, _address(entry, path))).entry
-            if mixed and other != entry:
+            other = found.setdefault(path, DataFile(name, _address(name, path))).entry
+            if mixed and other != name:
                 raise DataError(
                     where=f"finetune.yaml: data.{key}",
-                    found=f"{path.name} is a file of {other} and of {entry}",
+                    found=f"{path.name} is a file of {other} and of {name}",
                     expected="each file in one entry: an entry sets how much of it is trained",
                     fix="change the paths, so that none matches a file of another one",
                 )
@@ -62,14 +63,12 @@ def files_of(project: Project, key: str) -> dict[Path, DataFile]:
 def _address(entry: str, path: Path) -> PurePath:
     """Return the path of a local file, or the URL of a fetched one that its entry names.
 
-    A query is the first part, as a hash: it tells two URLs apart, and may hold a signature, which
-    no row is to show.
+    The hash of a query is the first part: it tells two URLs apart.
     """
     url, _, query = entry.partition("?")
     if "://" not in entry or PurePath(url).name != path.name:
         return path
-    digest = hashlib.sha256(query.encode()).hexdigest()[:8]
-    return PurePath(f"query-{digest}", url) if query else PurePath(url)
+    return PurePath(query, url) if query else PurePath(url)
 
 
 def names_of(files: Mapping[Path, DataFile]) -> Names:
@@ -143,25 +142,25 @@ def _matched(place: re.Pattern[str], source: str) -> str:
 class Origins:
     """The entries of the trained keys, and the number of each row's entry.
 
-    `entries` are (key, path), by key and in the order of finetune.yaml. `path` is the table of
+    `entries` are (key, name), by key and in the order of finetune.yaml. `path` is the table of
     raw_dataset, None if it has none. Raises DataError if the table is of other entries.
     """
 
     def __init__(self, data: DataSettings, path: Path | None) -> None:
-        self.entries = [(key, one.path) for key in MIXED for one in data.sources(key)]
+        self.entries = [(key, one.name) for key in MIXED for one in data.sources(key)]
         firsts = [(key, number) for number, (key, _) in enumerate(self.entries)]
         self._number = dict(reversed(firsts))
         self._rows: dict[str, tuple[npt.NDArray[Any], Numbers]] = {}
         for key in several(data):
-            paths = data.paths(key)
+            names = [one.name for one in data.sources(key)]
             table = pq.read_table(path, filters=[("key", "=", key)]) if path else None
             entries = pa.chunked_array([], pa.string()) if table is None else table["entry"]
-            numbers = pc.index_in(entries, value_set=pa.array(paths))
+            numbers = pc.index_in(entries, value_set=pa.array(names))
             if table is None or numbers.null_count:
                 raise DataError(
                     where=f"data.{key}",
                     found="raw_dataset was made with other entries",
-                    expected=f"rows of {', '.join(paths)}",
+                    expected=f"rows of {', '.join(names)}",
                     fix="make it again: ft run --asset raw_dataset",
                 )
             ids = np.asarray(table["id"].to_pylist(), dtype=str)
