@@ -432,7 +432,7 @@ def test_weights_that_are_not_finite_are_never_written(
 def test_loss_that_rises_for_good_stops_the_step() -> None:
     progress, state = (
         Progress(silent, 100.0, max_loss_rise=1.0),
-        SimpleNamespace(global_step=0, max_steps=100, log_history=[]),
+        SimpleNamespace(global_step=0, max_steps=100, log_history=[], num_input_tokens_seen=0),
     )
     progress.on_train_begin(None, state, None)
     losses = [5 - 0.2 * step for step in range(20)] + [4.0] * 3 + [9.0] * 10
@@ -449,7 +449,7 @@ def test_loss_that_rises_for_good_stops_the_step() -> None:
 def test_loss_that_rises_a_little_goes_on() -> None:
     progress, state = (
         Progress(silent, 100.0, max_loss_rise=1.0),
-        SimpleNamespace(global_step=0, max_steps=100, log_history=[]),
+        SimpleNamespace(global_step=0, max_steps=100, log_history=[], num_input_tokens_seen=0),
     )
     progress.on_train_begin(None, state, None)
     for step in range(1, 60):

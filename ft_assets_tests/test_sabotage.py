@@ -174,17 +174,17 @@ def test_generation_that_raises_on_one_row_is_an_error_that_names_it(
     """The fault is injected: no real prompt makes this model raise."""
     from ft_assets.inference import generation
 
-    real, seen = generation._generate_batch, []
+    real, seen = generation._by_transformers, []
 
-    def faulty(model: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any) -> Any:
+    def faulty(asked: Any, prompts: list[list[int]], *rest: Any) -> Any:
         seen.append(len(prompts))
         if any(len(prompt) == longest for prompt in prompts):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return real(model, tokenizer, prompts, *rest)
+        return real(asked, prompts, *rest)
 
     rows = read_table(job.inputs["heldout_split"] / "heldout.parquet")
     longest = max(row["supervised"].index(True) for row in rows)
-    monkeypatch.setattr(generation, "_generate_batch", faulty)
+    monkeypatch.setattr(generation, "_by_transformers", faulty)
     with pytest.raises(
         EvaluationError,
         match=r"^row [0-9a-f]{16}: "
