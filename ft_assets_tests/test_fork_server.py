@@ -49,7 +49,19 @@ exec(sys.argv[2])
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
+def usual_signals() -> Iterator[None]:
+    """Children inherit what this process ignores, and earlier tests can change that."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, usual)
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in before.items():
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def server(usual_signals: None) -> Iterator[ForkServer]:
     running = ForkServer(["numpy"], servers.STEP_ENVIRONMENT)
     yield running
     running.close()
