@@ -60,29 +60,17 @@ def _make(
 ) -> None:
     """Make the advice of a base model, and what it needs, in this process."""
     from ft_assets.compat.dagster import shield_log_readers
-    from ft_assets.orchestration.console import failures, interrupted
+    from ft_assets.orchestration.console import failures
     from ft_assets.orchestration.data_sources import report_sources
-    from ft_assets.orchestration.mark_stale import settle
-    from ft_assets.runs.in_process import cancel, end_dead_runs, new_run
+    from ft_assets.runs.in_process import end_dead_runs, execute
 
     shield_log_readers()
     instance = open_instance()
     end_dead_runs(instance)
     report_sources(instance, project)
     print(f"\n{name}", file=sys.stderr)
-    run_id, tags = new_run()
-    outcome = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-        run_id=run_id,
-        instance=instance,
-        partition_key=name,
-        asset_selection=keys,
-        raise_on_error=False,
-        run_config={"loggers": {"console": {}}},
-        tags=tags,
-    )
-    settle(instance, run_id)
-    if interrupted(outcome.all_events):
-        cancel(instance, run_id)
+    outcome = execute(definitions.resolve_implicit_global_asset_job_def(), instance, keys, name)
+    if outcome is None:
         raise typer.Exit(INTERRUPTED)
     if not outcome.success:
         print("\n".join(["", *failures(outcome.all_events)]), file=sys.stderr)

@@ -52,10 +52,9 @@ def run(
     from ft_assets.commands.outcome import Outcome, outcome_of
     from ft_assets.commands.status import left_out_counts, left_out_lines
     from ft_assets.compat.dagster import shield_log_readers
-    from ft_assets.orchestration.console import failures, interrupted
+    from ft_assets.orchestration.console import failures
     from ft_assets.orchestration.data_sources import report_sources
-    from ft_assets.orchestration.mark_stale import settle
-    from ft_assets.runs.in_process import cancel, end_dead_runs, new_run
+    from ft_assets.runs.in_process import end_dead_runs, execute
 
     shield_log_readers()
     instance = open_instance()
@@ -72,19 +71,8 @@ def run(
     failed, outcomes = dict[str, list[str]](), list[Outcome]()
     for name in rivals_first(project, names) if partitioned else [None]:
         print(f"\n{name or 'unpartitioned'}", file=sys.stderr)
-        run_id, tags = new_run()
-        outcome = job.execute_in_process(
-            run_id=run_id,
-            instance=instance,
-            partition_key=name,
-            asset_selection=keys,
-            raise_on_error=False,
-            run_config={"loggers": {"console": {}}},
-            tags=tags,
-        )
-        settle(instance, run_id)
-        if interrupted(outcome.all_events):
-            cancel(instance, run_id)
+        outcome = execute(job, instance, keys, name)
+        if outcome is None:
             print(
                 "\ninterrupted: a training resumes from its last checkpoint at the next ft run",
                 file=sys.stderr,

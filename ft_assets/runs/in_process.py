@@ -7,10 +7,20 @@ process was killed. Nothing else would end it, and it would hold its place in th
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 
-from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import (
+    AssetKey,
+    DagsterInstance,
+    DagsterRunStatus,
+    ExecuteInProcessResult,
+    JobDefinition,
+    RunsFilter,
+)
 
 from ft_assets.compat.dagster import CANCELLED
+from ft_assets.orchestration.console import interrupted
+from ft_assets.orchestration.mark_stale import settle
 from ft_assets.runs.launcher import end_run
 from ft_assets.runs.process import TAG, RunProcess
 
@@ -19,13 +29,28 @@ LAST_CHECKPOINT_SECONDS = 40.0
 UNDER_WAY = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 
 
-def new_run() -> tuple[str, dict[str, str]]:
-    """Return the id and the tags of a run that this process will execute."""
+def execute(
+    job: JobDefinition, instance: DagsterInstance, keys: Sequence[AssetKey], partition: str | None
+) -> ExecuteInProcessResult | None:
+    """Execute assets in a run of this process. Returns its result, None if it was interrupted."""
     run_id = str(uuid.uuid4())
-    return run_id, {TAG: RunProcess.this(run_id).model_dump_json()}
+    outcome = job.execute_in_process(
+        run_id=run_id,
+        instance=instance,
+        partition_key=partition,
+        asset_selection=keys,
+        raise_on_error=False,
+        run_config={"loggers": {"console": {}}},
+        tags={TAG: RunProcess.this(run_id).model_dump_json()},
+    )
+    settle(instance, run_id)
+    if interrupted(outcome.all_events):
+        _cancel(instance, run_id)
+        return None
+    return outcome
 
 
-def cancel(instance: DagsterInstance, run_id: str) -> None:
+def _cancel(instance: DagsterInstance, run_id: str) -> None:
     """Mark a run cancelled that was interrupted in this process.
 
     Dagster reports an interrupt as a failure, which the daemon would start again.
