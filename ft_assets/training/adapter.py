@@ -226,10 +226,16 @@ def largest_update(trained: Path, snapshot: Path, before: Path | None = None) ->
     return largest
 
 
-def is_finite(model: Any) -> bool:
-    """Return True if all trained parameters are finite."""
-    return all(
-        bool(torch.isfinite(parameter).all())
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    )
+def require_finite(model: Any, key: str) -> None:
+    """Refuse trained parameters that are not finite. `key`: the section of the settings.
+
+    Raises TrainingError.
+    """
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
+        raise TrainingError(
+            where=key,
+            found="the adapter holds values that are not finite",
+            expected="finite weights",
+            fix=f"lower {key}.learning_rate",
+        )

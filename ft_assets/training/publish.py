@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ft_assets.errors import TrainingError
-from ft_assets.training.adapter import is_finite
+from ft_assets.training.adapter import require_finite
 from ft_assets.training.memory_plan.plan import Plan
 from ft_assets.training.method_choice import save_plan
 from ft_assets.training.trackers import keep_events
@@ -24,13 +23,7 @@ def publish(
 
     `key`: the section of the settings. Raises TrainingError for a weight that is not finite.
     """
-    if not is_finite(model):
-        raise TrainingError(
-            where=key,
-            found="the adapter holds values that are not finite",
-            expected="finite weights",
-            fix=f"lower {key}.learning_rate",
-        )
+    require_finite(model, key)
     save_result(model, watch, curve, output)
     keep_events(checkpoints, output)
     save_plan(plan, output)

@@ -29,9 +29,9 @@ from ft_assets.models.sharding import held_weights
 from ft_assets.rows.types import TokenSequence
 from ft_assets.training.adapter import (
     TrainableMetrics,
-    is_finite,
     largest_update,
     new_adapter,
+    require_finite,
     trainable_share,
     trained_adapter,
 )
@@ -368,13 +368,7 @@ def _save(
     model: Any, wanted: _Wanted, progress: Progress, watch: Validation, output: Path
 ) -> LossMetrics:
     key = wanted.sft.KEY
-    if not is_finite(model):
-        raise TrainingError(
-            where=key,
-            found="the adapter holds values that are not finite",
-            expected="finite weights",
-            fix=f"lower {key}.learning_rate",
-        )
+    require_finite(model, key)
     save_result(model, watch, progress.curve, output)
     update = largest_update(output, wanted.snapshot, wanted.before)
     if update == 0.0:
