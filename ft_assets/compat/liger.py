@@ -11,6 +11,11 @@ SAME_AS = {"ministral3": "mistral"}
 TABLE = "MODEL_TYPE_TO_APPLY_LIGER_FN"
 
 
+def installed() -> bool:
+    """Return True if liger can be imported."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
 @functools.cache
 def known_types() -> frozenset[str] | None:
     """Return the model types that liger has kernels for, read from its source; None without liger.

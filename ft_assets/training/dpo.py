@@ -10,7 +10,6 @@ Losses and metrics are TRL's.
 
 import functools
 import importlib.metadata
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers.trainer_utils import set_seed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.kto_config import KTOConfig
 
+from ft_assets.compat import liger
 from ft_assets.config import DpoSettings, LoraSettings
 from ft_assets.data.split import MIN_VALIDATION_PAIRS
 from ft_assets.hardware import compute_dtype
@@ -375,7 +375,7 @@ class ReferenceStore:
             "micro_batch": plan.micro_batch,
             "shares": trainer.shares,
             "ld_alpha": trainer.ld_alpha,
-            "liger": importlib.util.find_spec("liger_kernel") is not None,
+            "liger": liger.installed(),
             **{name: importlib.metadata.version(name) for name in libraries},
         }
         return cls(

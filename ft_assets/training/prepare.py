@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ft_assets.compat.liger import apply_kernels
+from ft_assets.compat import liger
 from ft_assets.compat.torch import use_expandable_segments
 from ft_assets.compat.trl import fused_head
 from ft_assets.config import DpoSettings, LoraSettings, RlSettings, SftSettings
@@ -90,7 +90,7 @@ def this_machine(memory_limit_gb: float | None = None) -> Machine:
         True,
         memory,
         2,
-        importlib.util.find_spec("liger_kernel") is not None,
+        liger.installed(),
         peak_flops(torch.cuda.get_device_name()),
         no_fp8=_no_fp8(),
     )
@@ -273,9 +273,9 @@ def apply_liger(base: Any) -> bool:
 
     Returns True if they are used.
     """
-    if base.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+    if base.device.type != "cuda" or not liger.installed():
         return False
-    return apply_kernels(base)
+    return liger.apply_kernels(base)
 
 
 def checkpoint_layers(base: Any, plan: Plan) -> None:
